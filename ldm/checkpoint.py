@@ -1,0 +1,326 @@
+"""Safe loading and saving of weights; every key that finds no place is named.
+
+Published checkpoints carry their training's leftovers (schedule buffers, averages, losses); what is known to
+be harmless is reported in one line, and anything else that does not match is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from yaml import YAMLError
+
+from ldm.modules.ema import ema_name
+from ldm.util import ConfigError, atomic_write, instantiate_from_config
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = ("auto", "ema", "raw")
+EMA_BOOKKEEPING = ("model_ema.decay", "model_ema.num_updates")
+OPTIONAL = re.compile(
+    r"betas|alphas_cumprod(_prev)?|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod"
+    r"|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])"
+    r"|lvlb_weights|logvar"
+    r"|model_ema\..+"
+    r"|(.+\.)?(position_ids|logit_scale|text_projection)"
+    r"|(first_stage_model\.)?loss\..+")
+
+
+class CheckpointError(ValueError):
+    """A file that is not the checkpoint it should be."""
+
+
+class _Callback:
+    """Stands for the training callback that published checkpoints name as a mere dictionary key."""
+
+
+INERT = [(_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What loading did beside the plain match of keys.
+
+    path:    the file.
+    weights: "ema" or "raw", which of the network's weights were taken.
+    ignored: known-optional keys of the file that the module has no place for.
+    absent:  known-optional keys of the module that the file does not have.
+    """
+
+    path: Path
+    weights: str
+    ignored: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (f"{self.path}: {self.weights} weights; {len(self.ignored)} optional keys ignored"
+                f"{_some(self.ignored)}; {len(self.absent)} optional keys absent{_some(self.absent)}")
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    """' (a, b, ... and 3 more)', or nothing for no names."""
+    names = sorted(names)
+    more = f", ... and {len(names) - limit} more" if len(names) > limit else ""
+    return f" ({', '.join(names[:limit])}{more})" if names else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# Reading a file
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file, or of a .ckpt / .pt / .pth one (bare or under 'state_dict').
+
+    The format is told from the content, not from the name. Tensors are mapped from the file where the
+    format allows it. Nothing in the file can run code.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is empty, truncated, not a checkpoint, or asks to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a .safetensors or .ckpt checkpoint")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty; expected a checkpoint")
+    if head.lstrip()[:1] == b"<":
+        raise CheckpointError(f"{path}: this is a web page, not a checkpoint; the download went wrong")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: this is a Git LFS pointer, not a checkpoint; run 'git lfs pull'")
+    if head[8:9] == b"{":
+        return _read_safetensors(path, size, int.from_bytes(head[:8], "little"))
+    if head[:1] == b"\x80" or head[:2] == b"PK":
+        if path.suffix == ".safetensors":
+            raise CheckpointError(f"{path}: a PyTorch checkpoint under the wrong name; rename it to .ckpt")
+        return _tensors(path, _read_pickle(path, mmap=head[:2] == b"PK"))
+    raise CheckpointError(f"{path}: neither a safetensors file nor a PyTorch checkpoint")
+
+
+def _read_safetensors(path: Path, size: int, header: int) -> dict[str, Tensor]:
+    if 8 + header > size:
+        raise CheckpointError(f"{path}: truncated safetensors file: {size} bytes, header of {8 + header}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or damaged safetensors file: {_one_line(error)}") from error
+
+
+def _read_pickle(path: Path, mmap: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals(INERT):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a hostile or cut-off pickle can make the reader fail in any way
+        wanted = _unsafe_globals(path, mmap, str(error))
+        if wanted:
+            raise CheckpointError(
+                f"{path}: refused, because the pickle asks to run {', '.join(wanted)}; ask its author for a "
+                f".safetensors file, or convert it in a sandbox: torch.load(weights_only=False), then "
+                f"ldm.checkpoint.save_weights of its state_dict") from error
+        raise CheckpointError(f"{path}: truncated, damaged or not a PyTorch checkpoint: "
+                              f"{type(error).__name__}") from error
+
+
+def _unsafe_globals(path: Path, zipped: bool, refusal: str) -> list[str]:
+    """The names outside PyTorch's own that a refused pickle asked for; the older format tells the first."""
+    named = re.findall(r"\bGLOBAL (\S+)", refusal)
+    if zipped and named:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    return named[:1]
+
+
+def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(f"{path}: expected a dictionary of tensors or one under 'state_dict'; "
+                              f"got {type(state).__name__}{' without entries' if state == {} else ''}")
+    strangers = [str(key) for key, value in state.items()
+                 if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if strangers:
+        raise CheckpointError(f"{path}: expected a dictionary of tensors or one under 'state_dict'; "
+                              f"not tensors:{_some(strangers)}")
+    return dict(state)
+
+
+# Choosing the weights
+
+def average_of(key: str) -> str:
+    """'model.diffusion_model.out.0.bias' -> 'model_ema.diffusion_modelout0bias', as published."""
+    return "model_ema." + ema_name(key.removeprefix("model."))
+
+
+def load_state(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
+    """The state dict of a file, without averages: with `ema` they take the place of the network's weights.
+
+    Args:
+        path: see `read_checkpoint`.
+        weights: "raw" (the network as trained), "ema" (its moving average), "auto" (ema if there is one).
+
+    Raises:
+        CheckpointError: see `read_checkpoint`; or there is no average, or an average of nothing.
+    """
+    return _choose(path, read_checkpoint(path), weights)[0]
+
+
+def _choose(path: str | Path, state: dict[str, Tensor], weights: str) -> tuple[dict[str, Tensor], str]:
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: {weights!r} is not one of {', '.join(WEIGHTS)}")
+    averages = {k: v for k, v in state.items() if k.startswith("model_ema.") and k not in EMA_BOOKKEEPING}
+    chosen = {k: v for k, v in state.items() if not k.startswith("model_ema.")}
+    if weights == "ema" and not averages:
+        raise CheckpointError(f"{path}: weights 'ema' asked for, but the file has no model_ema.* keys; "
+                              f"use 'raw' or 'auto'")
+    if weights == "raw" or not averages:
+        return chosen, "raw"
+    # Only trained parameters have an average: what is frozen keeps its one value.
+    for key in [k for k in chosen if k.startswith("model.")]:
+        chosen[key] = averages.pop(average_of(key), chosen[key])
+    if averages:
+        raise CheckpointError(f"{path}: averages of no model.* weight{_some(averages)}; use weights 'raw'")
+    return chosen, "ema"
+
+
+# Filling a module
+
+def load_weights(module: nn.Module, path: str | Path, weights: str = "auto") -> Report:
+    """Fill `module` from a checkpoint file; values are cast to the module's dtypes.
+
+    A moving average kept by the module restarts from the loaded weights.
+
+    Returns:
+        a report of the optional keys, which also goes to the log.
+
+    Raises:
+        CheckpointError: see `load_state`; or keys or shapes do not match. The module is unchanged then.
+    """
+    state, used = _choose(path, read_checkpoint(path), weights)
+    report = _fill(module, state, Path(path), used)
+    log.info("%s", report)
+    return report
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str) -> Report:
+    expected = module.state_dict()
+    averages = {average_of(key): value for key, value in state.items() if key.startswith("model.")}
+    state = state | {key: value for key, value in averages.items() if key in expected}
+    missing = {key for key in expected if key not in state and not _shared(key, expected)}
+    unexpected = {key for key in state if key not in expected and not _copied(key, state)}
+    copies = {key for key in state if key not in expected} - unexpected
+    absent, ignored = ({key for key in keys if OPTIONAL.fullmatch(key)} for keys in (missing, unexpected))
+    shapes = {f"{key} {tuple(value.shape)}, config {tuple(expected[key].shape)}"
+              for key, value in state.items() if key in expected and value.shape != expected[key].shape}
+    faults = {"missing": missing - absent, "unexpected": unexpected - ignored, "of another shape": shapes}
+    if any(faults.values()):
+        problems = [f"{len(names)} {what}{_some(names)}" for what, names in faults.items() if names]
+        raise CheckpointError(f"{path}: keys do not match the config (is it the config of another model?): "
+                              f"{'; '.join(problems)}")
+    module.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)
+    return Report(path, used, tuple(sorted(ignored | copies)), tuple(sorted(absent)))
+
+
+def _twin(key: str) -> str:
+    return key.replace("cond_stage_model.", "first_stage_model.", 1)
+
+
+def _shared(key: str, expected: Mapping[str, Tensor]) -> bool:
+    """A module whose conditioner is its first stage lists the same tensors twice."""
+    return (key.startswith("cond_stage_model.") and _twin(key) in expected
+            and expected[key].data_ptr() == expected[_twin(key)].data_ptr())
+
+
+def _copied(key: str, state: Mapping[str, Tensor]) -> bool:
+    """A file of such a model may hold the first stage's weights twice."""
+    return (key.startswith("cond_stage_model.") and _twin(key) in state
+            and torch.equal(state[key], state[_twin(key)]))
+
+
+class _NoInit(TorchFunctionMode):
+    """Skip the layers' random initialisation: the checkpoint brings the values."""
+
+    RANDOM = {nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def load_config(path: str | Path) -> Any:
+    """A model's YAML config as an OmegaConf mapping: `model` (target and params) and what stands beside it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: not YAML, or without `model.target`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a model's .yaml config")
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not a YAML config: {_one_line(error)}") from error
+    if not OmegaConf.is_dict(config) or OmegaConf.select(config, "model.target") is None:
+        raise ConfigError(f"{path}: not a model's config: it has no model.target")
+    return config
+
+
+def load_model(config_path: str | Path, ckpt_path: str | Path, device: str | torch.device = "cpu",
+               weights: str = "auto") -> nn.Module:
+    """The model of a config (a `LatentDiffusion`), filled from a checkpoint, ready to sample from.
+
+    It is in evaluation mode, without gradients and without a moving average of its own.
+
+    Raises:
+        FileNotFoundError, ConfigError, CheckpointError: see `load_config`, `instantiate_from_config`
+            and `load_weights`.
+    """
+    config = OmegaConf.to_container(load_config(config_path).model, resolve=True)
+    # The file, checked first: reading it is quick, building a large model is not.
+    state, used = _choose(ckpt_path, read_checkpoint(ckpt_path), weights)
+    if config.get("params", {}).get("unet_config") is not None:
+        config["params"]["use_ema"] = False
+    with _NoInit():
+        model = instantiate_from_config(config)
+    log.info("%s", _fill(model, state, Path(ckpt_path), used))
+    return model.eval().requires_grad_(False).to(device)
+
+
+# Writing and naming
+
+def save_weights(path: str | Path, state: Mapping[str, Tensor],
+                 metadata: Mapping[str, str] | None = None) -> None:
+    """Write a state dict as .safetensors; the file appears whole or not at all.
+
+    Args:
+        state: tensors by name, on any device; those that share memory are written once each.
+        metadata: strings by name for the file's header.
+    """
+    own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+    with atomic_write(path) as temporary:
+        save_file(own, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a file's content, hexadecimal: names the weights that made a picture."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

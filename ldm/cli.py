@@ -1,0 +1,65 @@
+"""What the command lines share: one-line errors that name the argument, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+
+class BadInput(Exception):
+    """What the user gave can't be used; the message is one line that names the argument."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises BadInput instead of ending the process; takes no shortened flags."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message.removeprefix("argument "))
+
+
+@contextmanager
+def blame(flag: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+    """Such errors inside the block are the fault of this argument."""
+    try:
+        yield
+    except errors as error:
+        raise BadInput(f"{flag}: {' '.join(str(error).split())}") from error
+
+
+def number(kind: type, low: float, high: float, accepted: str) -> Callable[[str], Any]:
+    """An argparse type: a number in low..high, `accepted` in words."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {accepted}; got {text!r}")
+        return value
+    return parse
+
+
+def command(name: str, run: Callable[[], None], stopped: str = "stopped") -> int:
+    """Run a command line; its exit code.
+
+    Args:
+        name: of the script, for messages.
+        run: parses the arguments and does the work.
+        stopped: what to say if the user interrupts it.
+    """
+    try:
+        run()
+    except BadInput as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: {stopped}", file=sys.stderr)
+        return 130
+    return 0

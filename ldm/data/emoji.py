@@ -1,0 +1,82 @@
+"""Emoji pictures with captions, as scripts/prepare_emoji.py writes them."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+MAKE = "make the dataset with: python scripts/prepare_emoji.py --out {}"
+SPLITS = ("train", "heldout_concept", "heldout_pair")
+
+
+class EmojiPictures(Dataset):
+    """Pictures and captions of one split.
+
+    Args:
+        root: folder with `pictures.npy`, (N, 64, 64, 3) uint8, and `captions.json` (COCO captions).
+        split: "train", "heldout_concept" (concepts in no training picture) or "heldout_pair"
+            (concepts that training shows in other styles only).
+        max_tier: 1 = the most concrete concepts, 2 = all concepts with good captions, 3 = every picture.
+
+    Attributes:
+        images: the COCO entry of each picture (concept, name, style, category, tier, ...).
+
+    Raises:
+        ValueError: unknown split or tier; the dataset is missing or broken.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train", max_tier: int = 3) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; accepted: {', '.join(SPLITS)}")
+        if max_tier not in (1, 2, 3):
+            raise ValueError(f"max_tier is {max_tier!r}; accepted: 1, 2, 3")
+        self._pictures, coco = _read(Path(root))
+        self.images = [i for i in coco["images"] if i["split"] == split and i["tier"] <= max_tier]
+        self._rows = np.array([i["id"] for i in self.images], dtype=np.int64)
+        self._captions: dict[int, list[str]] = {i["id"]: [] for i in self.images}
+        for note in coco["annotations"]:
+            if note["image_id"] in self._captions:
+                self._captions[note["image_id"]].append(note["caption"])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One picture, (3, H, W) float32 in [-1, 1]."""
+        return as_float(self._pictures[self._rows[index]])
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """Several pictures at once, (B, 3, H, W) float32 in [-1, 1]."""
+        return as_float(self._pictures[self._rows[indices]])
+
+    def captions(self, index: int) -> list[str]:
+        """What the picture may be called: its name first, then keywords, each with the style."""
+        return self._captions[self.images[index]["id"]]
+
+
+def as_float(pictures: np.ndarray) -> Tensor:
+    """(..., H, W, 3) uint8 in 0..255 -> (..., 3, H, W) float32 in [-1, 1]."""
+    # a copy: a tensor must not share the read-only pages of the file
+    return torch.from_numpy(np.array(pictures)).movedim(-1, -3).float().div_(127.5).sub_(1)
+
+
+def _read(root: Path) -> tuple[np.ndarray, dict]:
+    try:
+        pictures = np.load(root / "pictures.npy", mmap_mode="r")
+        coco = json.loads((root / "captions.json").read_text(encoding="utf-8"))
+        rows = [image["id"] for image in coco["images"]]
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} is missing; {MAKE.format(root)}") from None
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"the dataset in {root} cannot be read ({error}); {MAKE.format(root)}") from None
+    if pictures.ndim != 4 or pictures.shape[3] != 3 or pictures.dtype != np.uint8:
+        raise ValueError(f"{root}/pictures.npy holds {pictures.dtype} {pictures.shape}, "
+                         f"not uint8 (N, H, W, 3); {MAKE.format(root)}")
+    if rows != list(range(len(pictures))):
+        raise ValueError(f"{root} holds {len(pictures)} pictures but captions.json describes {len(rows)}; "
+                         f"{MAKE.format(root)}")
+    return pictures, coco

@@ -1,0 +1,168 @@
+"""A run over many pictures that can be stopped, resumed and spread over machines.
+
+What is to be made is a list of items; a picture's file is named from its item and from everything it depends
+on. So a second run finds what is there, another run does not touch it, and the order of the work, the batches
+and the number of machines change nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm.images import read_png, save_png
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to make.
+
+    prompt_index, sample: which prompt, and which picture of it; both from 0.
+    prompt: the text.
+    seed:  names the picture's own noise, see `ldm.noise.ImageNoise`.
+    start: names the noise that it begins from; `seed` unless pictures share their beginning.
+    """
+
+    prompt_index: int
+    sample: int
+    prompt: str
+    seed: tuple[int, ...]
+    start: tuple[int, ...]
+
+    def settings(self) -> dict[str, Any]:
+        """The item as JSON values."""
+        return {"prompt": self.prompt, "prompt_index": self.prompt_index, "sample": self.sample,
+                "seed": list(self.seed), "start": list(self.start)}
+
+
+@dataclass(frozen=True)
+class Made:
+    """One finished picture.
+
+    path:  its file; None if it was not to be saved.
+    fresh: made now, not found.
+    run:   how it was made: seconds, device, ...
+    """
+
+    item: Item
+    image: Image.Image
+    path: Path | None
+    fresh: bool
+    run: Settings
+
+
+def prompt_items(prompts: Sequence[str], samples: int, seed: int,
+                 share_start: int | None = None) -> list[Item]:
+    """`samples` pictures of each prompt, with seeds (seed, prompt index, sample index).
+
+    Args:
+        share_start: begin sample k of every prompt from the same noise as sample k modulo this number.
+    """
+    return [Item(p, s, prompt, (seed, p, s), (seed, p, s) if share_start is None else (seed, s % share_start))
+            for p, prompt in enumerate(prompts) for s in range(samples)]
+
+
+def digest(settings: Settings) -> str:
+    """Eight hexadecimal digits that stand for the settings in a file's name."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def generate(items: Sequence[Item], make: Callable[[Sequence[Item]], tuple[Sequence[Image.Image], Settings]],
+             settings: Settings, outdir: str | Path | None, batch: int = 1, rank: int = 0,
+             world_size: int = 1) -> Iterator[Made]:
+    """Yield this rank's pictures: first those already there, then the missing ones as they are made.
+
+    Args:
+        items: the pictures of the whole run, the same list on every rank.
+        make: makes the pictures of a batch of items; also returns how (JSON values, for each of them).
+        settings: what the pictures depend on beside their item: model, sampler, ... (JSON values).
+        outdir: gets samples/SEED-PROMPT-SAMPLE-DIGEST.png and one line per picture in manifest.jsonl;
+            None = pictures are not saved.
+        batch: most items per call of `make`.
+        rank, world_size: this is machine `rank` of 0..world_size-1 and makes every world_size-th item.
+
+    Raises:
+        ValueError: batch < 1, or rank and world_size do not fit.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1 picture; got {batch}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in 0..world_size-1; got rank {rank}, world_size {world_size}")
+    folder = None if outdir is None else _Folder(Path(outdir), settings)
+    missing = []
+    for item in items[rank::world_size]:
+        found = folder.find(item) if folder else None
+        if found:
+            yield found
+        else:
+            missing.append(item)
+    for first in range(0, len(missing), batch):
+        chunk = missing[first:first + batch]
+        images, run = make(chunk)
+        for item, image in zip(chunk, images, strict=True):
+            yield folder.save(item, image, run) if folder else Made(item, image, None, True, run)
+
+
+class _Folder:
+    """The pictures of one or more runs with their manifest."""
+
+    def __init__(self, outdir: Path, settings: Settings):
+        self.outdir, self.settings = outdir, dict(settings)
+        self.manifest = outdir / "manifest.jsonl"
+        self.listed = {entry.get("file") for entry in read_manifest(self.manifest)}
+
+    def find(self, item: Item) -> Made | None:
+        path, settings = self._place(item)
+        found = read_png(path)
+        if found is None or found[1] != settings:
+            return None
+        image, _, run = found
+        self._list(path, settings, run)         # a run stopped between the picture and its line
+        return Made(item, image, path, False, run)
+
+    def save(self, item: Item, image: Image.Image, run: Settings) -> Made:
+        path, settings = self._place(item)
+        save_png(path, image, settings, run)
+        self._list(path, settings, run)
+        return Made(item, image, path, True, run)
+
+    def _place(self, item: Item) -> tuple[Path, dict[str, Any]]:
+        settings = item.settings() | self.settings
+        name = f"{item.seed[0]}-{item.prompt_index:05d}-{item.sample:03d}-{digest(settings)}.png"
+        return self.outdir / "samples" / name, settings
+
+    def _list(self, path: Path, settings: Settings, run: Settings) -> None:
+        file = path.relative_to(self.outdir).as_posix()
+        if file in self.listed:
+            return
+        line = json.dumps({"file": file, **settings, **run}).encode() + b"\n"
+        with self.manifest.open("a+b") as stream:
+            if stream.tell() > 0:
+                stream.seek(-1, 2)
+                # A line that a crash cut off must not swallow this one.
+                line = line if stream.read(1) == b"\n" else b"\n" + line
+            stream.write(line)
+        self.listed.add(file)
+
+
+def read_manifest(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a manifest; what a crash left of a line is skipped. No file, no entries."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    entries = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [entry for entry in entries if isinstance(entry, dict)]

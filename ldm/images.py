@@ -1,0 +1,142 @@
+"""Pictures: tensors to and from PIL, grids and comparisons, settings inside a PNG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from ldm.util import atomic_write
+
+BACKGROUND = (255, 255, 255)
+INK = (32, 32, 32)
+GAP = 2
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Pictures (B, 3, H, W) in [-1, 1] as 8-bit RGB: clamped, then rounded to the nearest level.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: expected (B, 3, H, W); got {tuple(images.shape)}")
+    if not torch.isfinite(images).all():
+        raise ValueError("images: expected finite values in [-1, 1]; got NaN or infinity")
+    levels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]      # each (H, W, 3)
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """A picture as a tensor (3, H, W) in [-1, 1]; the inverse of `to_pil`."""
+    levels = torch.from_numpy(np.array(image.convert("RGB")))                             # (H, W, 3)
+    return levels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> Tensor:
+    """Peak signal-to-noise ratio of each pair in dB, (B,); infinite for equal pictures.
+
+    Args:
+        a, b: (B, C, H, W).
+        peak: the greatest possible difference: 2 for values in [-1, 1].
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must have the same shape; got {tuple(a.shape)} and {tuple(b.shape)}")
+    error = (a.double() - b.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(peak ** 2 / error)
+
+
+# Many pictures in one
+
+def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """The pictures, all of one size, in rows of `columns`, left to right and top to bottom."""
+    if not images or columns < 1:
+        raise ValueError(f"a grid needs pictures and columns >= 1; got {len(images)} pictures, "
+                         f"{columns} columns")
+    width, height = images[0].size
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + rows * (height + GAP)), BACKGROUND)
+    for k, image in enumerate(images):
+        sheet.paste(image, (GAP + k % columns * (width + GAP), GAP + k // columns * (height + GAP)))
+    return sheet
+
+
+def side_by_side(columns: Mapping[str, Sequence[Image.Image]], captions: Sequence[str] = (),
+                 cell: int = 192) -> Image.Image:
+    """A comparison: one column per method under its label, one row per picture, captions below the rows.
+
+    Args:
+        columns: label -> pictures; all columns of the same length, all pictures of the same size.
+        captions: one per row, or none; a long one is cut to the width of the sheet.
+        cell: small pictures are enlarged by a whole factor to about this width in pixels.
+    """
+    rows = list(zip(*columns.values(), strict=True))
+    if not rows or len(captions) not in (0, len(rows)):
+        raise ValueError(f"a comparison needs pictures and a caption for each row or for none; "
+                         f"got {len(rows)} rows, {len(captions)} captions")
+    factor = max(1, cell // rows[0][0].width)
+    width, height = (factor * side for side in rows[0][0].size)
+    font = ImageFont.load_default()
+    line = font.getbbox("Ág")[3] + 2 * GAP
+    row_height = GAP + height + (line if captions else 0)
+    size = (GAP + len(columns) * (width + GAP), line + len(rows) * row_height + GAP)
+    sheet = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for c, label in enumerate(columns):
+        x = GAP + c * (width + GAP)
+        draw.text((x, GAP), _fitted(label, font, width), INK, font)
+        for r, row in enumerate(rows):
+            enlarged = row[c].resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (x, line + r * row_height + GAP))
+    for r, caption in enumerate(captions):
+        text = _fitted(caption, font, sheet.width - 2 * GAP)
+        draw.text((GAP, line + r * row_height + GAP + height + GAP), text, INK, font)
+    return sheet
+
+
+def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, with an ellipsis if it is wider than `width` pixels."""
+    # The built-in font may know Latin letters only.
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    cut = text
+    while cut and font.getlength(text if cut == text else cut + "...") > width:
+        cut = cut[:-1]
+    return text if cut == text else cut + "..."
+
+
+# Settings inside the file
+
+def save_png(path: str | Path, image: Image.Image, settings: Mapping[str, Any],
+             run: Mapping[str, Any] | None = None) -> None:
+    """Write a picture with its settings; the file appears whole or not at all.
+
+    Args:
+        settings: what the picture depends on, as JSON values: text `settings`.
+        run: how it was made besides (device, seconds, ...), which it does not depend on: text `run`.
+
+    A text `parameters` repeats both in one line for people and picture viewers.
+    """
+    run = dict(run or {})
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("parameters", ", ".join(f"{key}: {value}" for key, value in {**settings, **run}.items()))
+    text.add_itxt("settings", json.dumps(settings))
+    text.add_itxt("run", json.dumps(run))
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)
+
+
+def read_png(path: str | Path) -> tuple[Image.Image, dict[str, Any], dict[str, Any]] | None:
+    """A picture with its settings and run as `save_png` wrote them; None if it is not such a picture."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.convert("RGB"), json.loads(image.text["settings"]), json.loads(image.text["run"])
+    except (FileNotFoundError, UnidentifiedImageError, AttributeError, KeyError, ValueError, OSError):
+        return None

@@ -1,0 +1,54 @@
+"""Ancestral sampling: the reverse of the forward process, one noisy step after the other (DDPM)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+
+from torch import Tensor
+
+from ldm.models.diffusion.loop import State
+from ldm.models.diffusion.schedule import Node, ddim_sigma, predict_x0
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """A draw from the forward process's posterior q(x' | x, x0), with the predicted x0.
+
+    x <- sqrt(abar') (1 - a) / (1 - abar) x0 + sqrt(a) (1 - abar') / (1 - abar) x + sigma * noise
+    a = abar / abar',   sigma^2 = (1 - abar') / (1 - abar) (1 - a)
+
+    Over every training timestep this is DDPM; over fewer, DDPM with respaced timesteps. Without clipping it is
+    DDIM with eta 1, and on a grid of `sigma_levels` it is known as Euler ancestral, whose formula is the same.
+
+    Args:
+        nodes: noisiest first; one that lands on clean latents adds no noise.
+        noise: (i, x) -> unit normal noise of node i, like x.
+        clip: clip x0 to [-1, 1] (published as clip_denoised), for models of pixels.
+
+    Raises:
+        ValueError: no source of noise.
+
+    Source: DDPM (arXiv 2006.11239), eq. 6 and 7.
+    """
+
+    nodes: tuple[Node, ...]
+    noise: Callable[[int, Tensor], Tensor] | None
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.noise is None:
+            raise ValueError("ancestral sampling needs noise, the source of each node's fresh noise")
+
+    def step(self, state: State, i: int, eps: Tensor) -> State:
+        node = self.nodes[i]
+        a = node.abar / node.abar_next
+        x0 = predict_x0(state.x, eps, node.abar)  # (B, C, H, W)
+        if self.clip:
+            x0 = x0.clamp(-1, 1)
+        to_x0, to_x = sqrt(node.abar_next) * (1 - a), sqrt(a) * (1 - node.abar_next)
+        x = (to_x0 * x0 + to_x * state.x) / (1 - node.abar)
+        if node.abar_next < 1:
+            x = x + ddim_sigma(node, eta=1) * self.noise(i, state.x)
+        return State(x, x0=x0)

@@ -1,0 +1,157 @@
+"""What the published sampler classes have in common, on top of the one denoising loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.models.diffusion.denoiser import Denoiser
+from ldm.models.diffusion.edits import Edit, inpainting
+from ldm.models.diffusion.loop import Rule, State, denoise
+from ldm.models.diffusion.plan import Plan, load_plan
+from ldm.models.diffusion.schedule import Node
+from ldm.noise import ImageNoise
+
+MASK_STREAM = 1  # appended to an image's seed: the noise of a kept region is not the solver's noise
+
+Intermediates = dict[str, list[Tensor]]
+
+
+class Sampler:
+    """Base of the published sampler classes.
+
+    Args:
+        model: a `LatentDiffusion`.
+        schedule: 'linear', the only published value.
+        seed: noise that a call draws itself depends on this and on the number of images that this sampler has
+            drawn before, not on the batch size and not on any global generator.
+
+    Raises:
+        ValueError: another schedule.
+    """
+
+    def __init__(self, model: Any, schedule: str = "linear", *, seed: int = 0) -> None:
+        if schedule != "linear":
+            raise ValueError(f"schedule must be 'linear'; got {schedule!r}")
+        self.model = model
+        self.ddpm_num_timesteps: int = model.num_timesteps
+        self._seeds = ((seed, n) for n in count())
+
+    def draw_seeds(self, batch: int) -> list[tuple[int, ...]]:
+        """Seeds of the next `batch` images."""
+        return list(islice(self._seeds, batch))
+
+    def start(self, shape: Sequence[int], x_T: Tensor | None, seeds: Sequence[tuple[int, ...]]) -> Tensor:
+        """Starting latents (B, C, H, W): x_T if given, else unit normal noise.
+
+        Raises:
+            ValueError: x_T is not of this shape.
+        """
+        if x_T is None:
+            return ImageNoise(seeds).start(tuple(shape[1:])).to(self.model.device)
+        if x_T.shape != tuple(shape):
+            raise ValueError(
+                f"x_T must have the shape {tuple(shape)} of batch_size and shape; got {tuple(x_T.shape)}"
+            )
+        return x_T.to(self.model.device)
+
+    def states(
+        self,
+        denoiser: Denoiser,
+        rule: Rule,
+        x: Tensor,
+        plan: Plan | str | None = None,
+        parallel: int = 1,
+        edits: Sequence[Edit] = (),
+    ) -> Iterator[State]:
+        """The loop's states under a plan given as a Plan, as a spec for `load_plan`, or not at all (off)."""
+        if not isinstance(plan, Plan):
+            plan = load_plan("off" if plan is None else plan, len(rule.nodes), parallel)
+        return denoise(denoiser, rule, plan, x, edits)
+
+    def run(
+        self,
+        denoiser: Denoiser,
+        rule: Rule,
+        x: Tensor,
+        plan: Plan | str | None = None,
+        parallel: int = 1,
+        edits: Sequence[Edit] = (),
+        callback: Callable[[int], None] | None = None,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        log_every_t: int = 100,
+        verbose: bool = False,
+    ) -> tuple[Tensor, Intermediates]:
+        """The published outcome of a run: samples and what they came from.
+
+        Args:
+            plan: a Plan; or a spec for `load_plan`, with decoder batches of at most `parallel`; None = off.
+            callback, img_callback: called after node i (0 = noisiest), as callback(i) and as
+                img_callback(pred_x0, i).
+            log_every_t: keep intermediates at the nodes whose number, counted down to 0, this divides; and of
+                the first node.
+            verbose: show a progress bar.
+
+        Returns:
+            samples (B, C, H, W) and {'x_inter': latents, 'pred_x0': estimates of the clean latents}, both
+            beginning with x.
+        """
+        if log_every_t < 1:
+            raise ValueError(f"log_every_t must be at least 1; got {log_every_t}")
+        total = len(rule.nodes)
+        intermediates: Intermediates = {"x_inter": [x], "pred_x0": [x]}
+        state, states = State(x), self.states(denoiser, rule, x, plan, parallel, edits)
+        for i, state in enumerate(tqdm(states, total=total, disable=not verbose, leave=False)):
+            if callback is not None:
+                callback(i)
+            if img_callback is not None:
+                img_callback(state.x0, i)
+            if i == 0 or (total - 1 - i) % log_every_t == 0:
+                intermediates["x_inter"].append(state.x)
+                intermediates["pred_x0"].append(state.x0)
+        return state.x, intermediates
+
+
+def mask_edits(
+    mask: Tensor | None, x0: Tensor | None, nodes: Sequence[Node], seeds: Sequence[tuple[int, ...]]
+) -> tuple[Edit, ...]:
+    """The published mask / x0 arguments as edits: none, or inpainting with each image's own noise.
+
+    Raises:
+        ValueError: only one of mask and x0 is given.
+    """
+    if (mask is None) != (x0 is None):
+        raise ValueError("mask and x0 belong together: mask 1 keeps x0; got only one of them")
+    if mask is None:
+        return ()
+    index = {node: i for i, node in enumerate(nodes)}
+    noise = ImageNoise([(*seed, MASK_STREAM) for seed in seeds])
+    return (inpainting(x0, mask, lambda x, node: noise.node(index[node], x)),)
+
+
+def refuse(**arguments: object) -> None:
+    """Raise for published arguments that are set but have no meaning here.
+
+    Raises:
+        ValueError: an argument is neither None nor 0 nor False.
+    """
+    for name, value in arguments.items():
+        if value is not None and (isinstance(value, Tensor) or value != 0):
+            raise ValueError(f"{name} is not supported by this sampler; leave it out (got {value!r})")
+
+
+def per_image(values: Tensor, index: Tensor | int, x: Tensor, name: str) -> Tensor:
+    """values[index] shaped to multiply x: (B, 1, 1, 1).
+
+    Raises:
+        ValueError: an index outside the table.
+    """
+    index = torch.as_tensor(index, device=values.device).expand(len(x))  # (B,)
+    if index.min() < 0 or index.max() >= len(values):
+        raise ValueError(f"{name} must be 0..{len(values) - 1}; got {index.tolist()}")
+    return values[index].view(-1, *[1] * (x.ndim - 1)).to(x)

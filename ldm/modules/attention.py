@@ -1,0 +1,154 @@
+"""Cross-attention and the spatial transformer of the UNet."""
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
+
+
+class GEGLU(nn.Module):
+    """Linear layer gated by the exact GELU of its second half (arXiv 2002.05202)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Gated two-layer perceptron, (B, L, dim) -> (B, L, dim)."""
+
+    def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, mult * dim), nn.Dropout(dropout), nn.Linear(mult * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens to a context, or to themselves if there is none.
+
+    Args:
+        query_dim: width of the tokens.
+        context_dim: width of the context; None = query_dim.
+        heads: number of heads.
+        dim_head: width of one head.
+        dropout: of the output.
+    """
+
+    def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64,
+                 dropout: float = 0.0) -> None:
+        super().__init__()
+        inner_dim = heads * dim_head
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
+        self.to_k = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
+        self.to_v = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, L, heads * dim_head) -> (B, heads, L, dim_head), a view."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, N, query_dim), (B, L, context_dim) -> (B, N, query_dim)."""
+        context = x if context is None else context
+        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
+        attended = F.scaled_dot_product_attention(q, k, v)                      # (B, heads, N, dim_head)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each after a LayerNorm and with a residual.
+
+    Args:
+        dim: width of the tokens.
+        n_heads: number of heads.
+        d_head: width of one head.
+        dropout: of each branch's output.
+        context_dim: width of the context; None = the second attention is self-attention too.
+        checkpoint: recompute the activations in the backward pass.
+        disable_self_attn: the first attention attends to the context as well.
+    """
+
+    def __init__(self, dim: int, n_heads: int, d_head: int, dropout: float = 0.0,
+                 context_dim: int | None = None, checkpoint: bool = False,
+                 disable_self_attn: bool = False) -> None:
+        super().__init__()
+        self.disable_self_attn = disable_self_attn
+        self.checkpoint = checkpoint
+        self.attn1 = CrossAttention(dim, context_dim if disable_self_attn else None, n_heads, d_head, dropout)
+        self.ff = FeedForward(dim, dropout=dropout)
+        self.attn2 = CrossAttention(dim, context_dim, n_heads, d_head, dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, N, dim), (B, L, context_dim) -> (B, N, dim)."""
+        return checkpoint(self._forward, x, context, enabled=self.checkpoint)
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer over the pixels of a feature map, with a residual around it.
+
+    Args:
+        in_channels: channels of the map, a multiple of 32.
+        n_heads: number of heads.
+        d_head: width of one head.
+        depth: number of transformer blocks.
+        dropout: of each branch's output.
+        context_dim: width of the context; None = self-attention only.
+        disable_self_attn: see BasicTransformerBlock.
+        use_linear: project tokens by linear layers, not the map by 1x1 convolutions (other weight shapes).
+        use_checkpoint: recompute the activations of each block in the backward pass.
+    """
+
+    def __init__(self, in_channels: int, n_heads: int, d_head: int, depth: int = 1, dropout: float = 0.0,
+                 context_dim: int | None = None, disable_self_attn: bool = False, use_linear: bool = False,
+                 use_checkpoint: bool = False) -> None:
+        super().__init__()
+        inner_dim = n_heads * d_head
+        self.use_linear = use_linear
+        self.norm = normalization(in_channels, eps=1e-6)
+        self.proj_in = (
+            nn.Linear(in_channels, inner_dim) if use_linear else nn.Conv2d(in_channels, inner_dim, 1))
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(inner_dim, n_heads, d_head, dropout, context_dim, use_checkpoint,
+                                  disable_self_attn)
+            for _ in range(depth))
+        self.proj_out = zero_module(
+            nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), (B, L, context_dim) -> (B, C, H, W)."""
+        h = self.norm(x)                                                        # (B, C, H, W)
+        if self.use_linear:
+            h = self.proj_in(to_tokens(h))                                      # (B, H * W, inner)
+        else:
+            h = to_tokens(self.proj_in(h))                                      # (B, H * W, inner)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.use_linear:
+            return x + to_map(self.proj_out(h), x)
+        return x + self.proj_out(to_map(h, x))
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C); a view if x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_map(tokens: Tensor, like: Tensor) -> Tensor:
+    """(B, H * W, C) -> (B, C, H, W) with the size of `like`; a view with channels_last strides."""
+    return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)

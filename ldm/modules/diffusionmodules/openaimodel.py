@@ -1,0 +1,486 @@
+"""The UNet of latent diffusion, split into an encoder and a decoder."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.util import checkpoint, normalization, timestep_embedding, zero_module
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+class Upsample(nn.Module):
+    """Double the size (of 3-D data: height and width only) by nearest neighbour; convolve if use_conv."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.scale = (1.0, 2.0, 2.0) if dims == 3 else (2.0,) * dims
+        self.conv = CONVOLUTIONS[dims](channels, out_channels or channels, 3, padding=1) if use_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=self.scale, mode="nearest")           # (B, C, 2H, 2W)
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """Halve the size (of 3-D data: height and width only) by a strided convolution or by averaging."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
+        super().__init__()
+        stride = (1, 2, 2) if dims == 3 else 2
+        if use_conv:
+            self.op = CONVOLUTIONS[dims](channels, out_channels or channels, 3, stride=stride, padding=1)
+        else:
+            self.op = AVERAGE_POOLS[dims](stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)                                                       # (B, C, H/2, W/2)
+
+
+class ResBlock(nn.Module):
+    """Residual block of two convolutions, told the timestep between them.
+
+    Args:
+        channels: of the input, a multiple of 32.
+        emb_channels: width of the timestep embedding.
+        dropout: before the second convolution.
+        out_channels: of the output; None = channels.
+        use_scale_shift_norm: the embedding scales and shifts the normalised features instead of being added.
+        dims: 1, 2 or 3 spatial dimensions.
+        use_checkpoint: recompute the activations in the backward pass.
+        up, down: also double or halve the resolution.
+    """
+
+    def __init__(self, channels: int, emb_channels: int, dropout: float, out_channels: int | None = None,
+                 use_scale_shift_norm: bool = False, dims: int = 2, use_checkpoint: bool = False,
+                 up: bool = False, down: bool = False) -> None:
+        super().__init__()
+        out_channels = out_channels or channels
+        conv = CONVOLUTIONS[dims]
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), conv(channels, out_channels, 3, padding=1))
+        if up:
+            self.resample = Upsample(channels, use_conv=False, dims=dims)
+        elif down:
+            self.resample = Downsample(channels, use_conv=False, dims=dims)
+        else:
+            self.resample = nn.Identity()
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if use_scale_shift_norm else 1)))
+        self.out_layers = nn.Sequential(
+            normalization(out_channels), nn.SiLU(), nn.Dropout(dropout),
+            zero_module(conv(out_channels, out_channels, 3, padding=1)))
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else conv(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, H, W), (B, D) -> (B, C_out, H', W')."""
+        return checkpoint(self._forward, x, emb, enabled=self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm_in, act_in, conv_in = self.in_layers
+        norm_out, act_out, dropout, conv_out = self.out_layers
+        h = conv_in(self.resample(act_in(norm_in(x))))                          # (B, C_out, H', W')
+        shift = self.emb_layers(emb)                                            # (B, C_out or 2 C_out)
+        shift = shift.view(*shift.shape, *[1] * (h.ndim - 2))                   # (B, ..., 1, 1)
+        if self.use_scale_shift_norm:
+            scale, shift = shift.chunk(2, dim=1)
+            h = norm_out(h) * (1 + scale) + shift
+        else:
+            h = norm_out(h + shift)
+        return self.skip_connection(self.resample(x)) + conv_out(dropout(act_out(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions of a feature map of any dimension, with a residual.
+
+    Args:
+        channels: of the map, a multiple of 32 and of num_heads.
+        num_heads: number of heads.
+        use_checkpoint: recompute the activations in the backward pass.
+        use_new_attention_order: the projection is [q | k | v] with each of them split into heads, and not
+            split into heads with each of them [q | k | v].
+    """
+
+    def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False,
+                 use_new_attention_order: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.use_checkpoint = use_checkpoint
+        self.use_new_attention_order = use_new_attention_order
+        self.norm = normalization(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, C, ...)."""
+        return checkpoint(self._forward, x, enabled=self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x).flatten(2)).mT.contiguous()                 # (B, L, 3C)
+        if self.use_new_attention_order:
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)      # (B, L, heads, d)
+        else:
+            q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).unbind(3)      # (B, L, heads, d)
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        h = attended.transpose(1, 2).flatten(2).mT                              # (B, C, L)
+        return x + self.proj_out(h).view_as(x)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """Layers in a row, each given what it takes of the timestep embedding and the context."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the UNet.
+
+    channels:         of its features.
+    res_blocks:       residual blocks in the encoder; the decoder has one more.
+    attention_blocks: how many of them, in encoder and decoder each, are followed by attention.
+    context_only:     its transformers attend to the context only.
+    """
+    channels: int
+    res_blocks: int
+    attention_blocks: int
+    context_only: bool
+
+
+def _levels(model_channels: int, channel_mult: Sequence[int], num_res_blocks: int | Sequence[int],
+            attention_resolutions: Sequence[int], num_attention_blocks: Sequence[int] | None,
+            disable_self_attentions: Sequence[bool] | None) -> list[Level]:
+    """The levels, finest first, that UNetModel's arguments describe."""
+    count = len(channel_mult)
+    res_blocks = [num_res_blocks] * count if isinstance(num_res_blocks, int) else list(num_res_blocks)
+    # No limit given means every residual block, also the additional one of the decoder.
+    attention = [n + 1 for n in res_blocks] if num_attention_blocks is None else list(num_attention_blocks)
+    context_only = [False] * count if disable_self_attentions is None else list(disable_self_attentions)
+    for name, values in (("num_res_blocks", res_blocks), ("num_attention_blocks", attention),
+                         ("disable_self_attentions", context_only)):
+        if len(values) != count:
+            raise ValueError(f"{name} must have one entry for each of the {count} levels of channel_mult; "
+                             f"got {values}")
+    if num_attention_blocks is not None and any(a > r for a, r in zip(attention, res_blocks, strict=True)):
+        raise ValueError(f"num_attention_blocks must not exceed num_res_blocks {res_blocks}; got {attention}")
+    attention = [n if 2 ** i in attention_resolutions else 0 for i, n in enumerate(attention)]
+    channels = [model_channels * mult for mult in channel_mult]
+    return list(map(Level, channels, res_blocks, attention, context_only))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How one UNet builds its attention layers; the fields are arguments of UNetModel."""
+    num_heads: int
+    num_head_channels: int
+    num_heads_upsample: int
+    legacy: bool
+    use_spatial_transformer: bool
+    transformer_depth: int
+    context_dim: int | None
+    use_linear: bool
+    use_new_attention_order: bool
+    use_checkpoint: bool
+
+    def __post_init__(self) -> None:
+        if self.num_heads == -1 and self.num_head_channels == -1:
+            raise ValueError("num_heads or num_head_channels must be given; got -1 for both")
+        if self.use_spatial_transformer and self.context_dim is None:
+            raise ValueError("context_dim, the width of the context tokens, must be given "
+                             "with use_spatial_transformer=True; got None")
+        if self.context_dim is not None and not self.use_spatial_transformer:
+            raise ValueError(f"context_dim must be None without use_spatial_transformer, as plain attention "
+                             f"takes no context; got {self.context_dim}")
+
+    def __call__(self, channels: int, context_only: bool = False, decoder: bool = False) -> nn.Module:
+        heads = self._heads(channels, decoder)
+        if self.use_spatial_transformer:
+            return SpatialTransformer(
+                channels, heads, channels // heads, depth=self.transformer_depth,
+                context_dim=self.context_dim, disable_self_attn=context_only, use_linear=self.use_linear,
+                use_checkpoint=self.use_checkpoint)
+        return AttentionBlock(channels, heads, self.use_checkpoint, self.use_new_attention_order)
+
+    def _heads(self, channels: int, decoder: bool) -> int:
+        """Number of heads of a layer, by the published arithmetic."""
+        name, parts = "num_heads", self.num_heads
+        if self.num_head_channels != -1:
+            name, parts = "num_head_channels", self.num_head_channels
+        elif self.legacy and decoder and not self.use_spatial_transformer and self.num_heads_upsample != -1:
+            name, parts = "num_heads_upsample", self.num_heads_upsample
+        if parts < 1 or channels % parts:
+            raise ValueError(f"{name} must divide the {channels} channels of an attention layer; got {parts}")
+        return channels // parts if name == "num_head_channels" else parts
+
+
+def _label_embedding(num_classes: int | str, adm_in_channels: int | None, width: int) -> nn.Module:
+    if isinstance(num_classes, int):
+        return nn.Embedding(num_classes, width)
+    if num_classes == "continuous":
+        return nn.Linear(1, width)
+    if num_classes == "sequential" and adm_in_channels is not None:
+        layers = nn.Linear(adm_in_channels, width), nn.SiLU(), nn.Linear(width, width)
+        return nn.Sequential(nn.Sequential(*layers))
+    raise ValueError(f"num_classes must be a number of classes, 'continuous', 'sequential' together with "
+                     f"adm_in_channels, or None; got {num_classes!r} with adm_in_channels={adm_in_channels}")
+
+
+class UNetModel(nn.Module):
+    """UNet with attention, conditioned on the timestep and, if built so, on context tokens and a label y.
+
+    Args:
+        image_size: nominal height and width of the input; any size that divides into the levels works.
+        in_channels: channels of the input.
+        model_channels: channels of the first level for each unit of channel_mult, a multiple of 32.
+        out_channels: channels of the output.
+        num_res_blocks: residual blocks per level of the encoder (the decoder has one more), or one number
+            for each level.
+        attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels that have attention.
+        dropout: inside residual blocks.
+        channel_mult: channels of each level as a multiple of model_channels.
+        conv_resample: resample between levels with convolutions.
+        dims: 1, 2 or 3 spatial dimensions; of 3 the first is never resampled.
+        num_classes: number of class labels, 'continuous' (y is one number) or 'sequential' (y is a vector of
+            adm_in_channels numbers); None = y is not taken.
+        use_checkpoint: recompute the blocks' activations in the backward pass, to save memory in training.
+        use_fp16: the publisher's hint that the weights tolerate float16. Kept for the caller who picks the
+            precision (autocast, `unet.half()`); the network computes in the precision of its weights.
+        num_heads: attention heads; -1 = given by num_head_channels.
+        num_head_channels: channels of one head; -1 = given by num_heads.
+        num_heads_upsample: heads of the decoder's plain attention, if legacy; -1 = num_heads.
+        use_scale_shift_norm: the timestep scales and shifts the features of residual blocks.
+        resblock_updown: resample between levels with residual blocks.
+        use_new_attention_order: see AttentionBlock.
+        use_spatial_transformer: spatial transformers, which take a context, instead of plain self-attention.
+        transformer_depth: blocks in one spatial transformer.
+        context_dim: width of the context tokens, with spatial transformers.
+        n_embed: predict the logits of that many codebook entries instead of out_channels.
+        legacy: whether num_heads_upsample is heeded.
+        disable_self_attentions: for each level, whether its transformers attend to the context only.
+        num_attention_blocks: for each level, how many residual blocks are followed by attention; None = all.
+        disable_middle_self_attn: as disable_self_attentions, for the middle block.
+        use_linear_in_transformer: see SpatialTransformer.use_linear.
+        adm_in_channels: width of y with num_classes 'sequential'.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+
+    Source: Ho et al. (arXiv 2006.11239), Dhariwal and Nichol (arXiv 2105.05233), Rombach et al. (arXiv
+    2112.10752); the split into encoder and decoder: Faster Diffusion (arXiv 2312.09608).
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int | Sequence[int],
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | str | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        n_embed: int | None = None,
+        legacy: bool = True,
+        disable_self_attentions: Sequence[bool] | None = None,
+        num_attention_blocks: Sequence[int] | None = None,
+        disable_middle_self_attn: bool = False,
+        use_linear_in_transformer: bool = False,
+        adm_in_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if dims not in CONVOLUTIONS or (use_spatial_transformer and dims != 2):
+            raise ValueError(f"dims must be 1, 2 or 3, and 2 with use_spatial_transformer; got {dims}")
+        levels = _levels(model_channels, channel_mult, num_res_blocks, attention_resolutions,
+                         num_attention_blocks, disable_self_attentions)
+        attention = Attention(
+            num_heads, num_head_channels, num_heads_upsample, legacy, use_spatial_transformer,
+            transformer_depth, context_dim, use_linear_in_transformer, use_new_attention_order,
+            use_checkpoint)
+        emb_channels = 4 * model_channels
+        res = partial(ResBlock, emb_channels=emb_channels, dropout=dropout, dims=dims,
+                      use_scale_shift_norm=use_scale_shift_norm, use_checkpoint=use_checkpoint)
+        if resblock_updown:
+            down, up = partial(res, down=True), partial(res, up=True)
+        else:
+            down, up = (partial(kind, use_conv=conv_resample, dims=dims) for kind in (Downsample, Upsample))
+        conv = partial(CONVOLUTIONS[dims], kernel_size=3, padding=1)
+
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.out_channels = out_channels
+        self.dims = dims
+        self.num_classes = num_classes
+        self.adm_in_channels = adm_in_channels
+        self.context_dim = context_dim
+        self.use_fp16 = use_fp16
+        self.downsampling = 2 ** (len(levels) - 1)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+        if num_classes is not None:
+            self.label_emb = _label_embedding(num_classes, adm_in_channels, emb_channels)
+        self.input_blocks, widths = _encoder(levels, conv(in_channels, model_channels), res, attention, down)
+        middle = widths[-1]
+        self.middle_block = TimestepEmbedSequential(
+            res(middle), attention(middle, disable_middle_self_attn), res(middle))
+        self.output_blocks = _decoder(levels, widths, res, attention, up)
+        last = levels[0].channels
+        self.out = nn.Sequential(normalization(last), nn.SiLU(), zero_module(conv(last, out_channels)))
+        self.id_predictor = None if n_embed is None else nn.Sequential(
+            normalization(last), CONVOLUTIONS[dims](last, n_embed, 1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights, to which inputs are cast."""
+        return self.time_embed[0].weight.dtype
+
+    def encode(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
+               y: Tensor | None = None) -> Features:
+        """The part that encoder propagation skips: input blocks and middle block.
+
+        Args:
+            x: (B, C_in, H, W); H and W multiples of `downsampling`.
+            timesteps: (B,), training timesteps 0..T-1, integer or fractional.
+            context: (B, L, context_dim), with spatial transformers.
+            y: (B,) class index, or (B, 1), (B, adm_in_channels) by num_classes.
+
+        Raises:
+            ValueError: a shape that does not fit, or context or y missing or superfluous.
+        """
+        self._check_input(x)
+        context = self._checked_context(context, len(x))
+        emb = self.embed(timesteps, y, len(x))                                  # (B, D)
+        h, skips = x.to(self.dtype), []                                         # (B, C_in, H, W)
+        for block in self.input_blocks:
+            h = block(h, emb, context)                                          # (B, C_i, H_i, W_i)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)                                  # (B, C_mid, h, w)
+        return Features(hidden=h, skips=tuple(skips))
+
+    def decode(self, features: Features, timesteps: Tensor, context: Tensor | None = None,
+               y: Tensor | None = None) -> Tensor:
+        """The prediction (B, C_out, H, W) at `timesteps` from features of the same or an earlier step.
+
+        Args:
+            features: of this network, of batch B (`Features.tile` them for several steps in one batch).
+            timesteps, context, y: as for `encode`, of this step, not of the key step.
+
+        Raises:
+            ValueError: as `encode`, or features of another network.
+        """
+        if len(features.skips) != len(self.output_blocks):
+            raise ValueError(f"features must have {len(self.output_blocks)} skips for this network; "
+                             f"got {len(features.skips)}")
+        h = features.hidden                                                     # (B, C_mid, h, w)
+        context = self._checked_context(context, len(h))
+        emb = self.embed(timesteps, y, len(h))                                  # (B, D): of this step
+        for block, skip in zip(self.output_blocks, reversed(features.skips), strict=True):
+            h = block(torch.cat([h, skip], dim=1), emb, context)                # (B, C_i, H_i, W_i)
+        return self.out(h) if self.id_predictor is None else self.id_predictor(h)
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
+                y: Tensor | None = None) -> Tensor:
+        """`encode` and `decode` at the same timesteps: (B, C_in, H, W) -> (B, C_out, H, W)."""
+        return self.decode(self.encode(x, timesteps, context, y), timesteps, context, y)
+
+    def embed(self, timesteps: Tensor, y: Tensor | None, batch: int) -> Tensor:
+        """Embedding (B, D) of timesteps and label, which every residual block is told."""
+        if timesteps.shape != (batch,):
+            raise ValueError(f"timesteps must have shape ({batch},), one for each sample; "
+                             f"got {tuple(timesteps.shape)}")
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        if self.num_classes is None:
+            if y is not None:
+                raise ValueError("y must be None: this network has no num_classes")
+            return emb
+        width = {"continuous": (1,), "sequential": (self.adm_in_channels,)}.get(self.num_classes, ())
+        if y is None or y.shape != (batch, *width):
+            raise ValueError(f"y must have shape {(batch, *width)} for num_classes={self.num_classes!r}; "
+                             f"got {None if y is None else tuple(y.shape)}")
+        return emb + self.label_emb(y.to(self.dtype) if width else y)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 2 + self.dims or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have shape (B, {self.in_channels}, ...) with {self.dims} spatial "
+                             f"dimensions; got {tuple(x.shape)}")
+        # The last two sizes, or the only one, are what the levels halve.
+        if any(size % self.downsampling for size in x.shape[2:][-2:]):
+            raise ValueError(f"x must have height and width that are multiples of {self.downsampling}; "
+                             f"got {tuple(x.shape)}")
+
+    def _checked_context(self, context: Tensor | None, batch: int) -> Tensor | None:
+        if self.context_dim is None:
+            if context is not None:
+                raise ValueError("context must be None: this network has no spatial transformers")
+            return None
+        if context is None or context.ndim != 3 or context.shape[::2] != (batch, self.context_dim):
+            raise ValueError(f"context must have shape ({batch}, L, {self.context_dim}); "
+                             f"got {None if context is None else tuple(context.shape)}")
+        return context.to(self.dtype)
+
+
+def _encoder(levels: Sequence[Level], conv_in: nn.Module, res: Callable[..., nn.Module],
+             attention: Attention, down: Callable[[int], nn.Module]) -> tuple[nn.ModuleList, list[int]]:
+    """Input blocks, and the channels that each of them puts out."""
+    blocks, widths = [TimestepEmbedSequential(conv_in)], [conv_in.out_channels]
+    for level in levels:
+        for i in range(level.res_blocks):
+            layers = [res(widths[-1], out_channels=level.channels)]
+            if i < level.attention_blocks:
+                layers.append(attention(level.channels, level.context_only))
+            blocks.append(TimestepEmbedSequential(*layers))
+            widths.append(level.channels)
+        if level is not levels[-1]:
+            blocks.append(TimestepEmbedSequential(down(widths[-1])))
+            widths.append(widths[-1])
+    return nn.ModuleList(blocks), widths
+
+
+def _decoder(levels: Sequence[Level], widths: Sequence[int], res: Callable[..., nn.Module],
+             attention: Attention, up: Callable[[int], nn.Module]) -> nn.ModuleList:
+    """Output blocks; each takes the skip of one input block, last to first."""
+    blocks, channels, skips = [], widths[-1], iter(reversed(widths))
+    for level in reversed(levels):
+        for i in range(level.res_blocks + 1):
+            layers = [res(channels + next(skips), out_channels=level.channels)]
+            channels = level.channels
+            if i < level.attention_blocks:
+                layers.append(attention(channels, level.context_only, decoder=True))
+            if i == level.res_blocks and level is not levels[0]:
+                layers.append(up(channels))
+            blocks.append(TimestepEmbedSequential(*layers))
+    return nn.ModuleList(blocks)

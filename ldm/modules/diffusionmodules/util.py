@@ -1,0 +1,112 @@
+"""Beta schedules, the timestep embedding, normalisation and activation checkpointing."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+
+def _cosine_betas(n_timestep: int, cosine_s: float) -> np.ndarray:
+    t = (np.arange(n_timestep + 1, dtype=np.float64) / n_timestep + cosine_s) / (1 + cosine_s)
+    alphas_cumprod = np.cos(t * np.pi / 2) ** 2
+    # Bounded because the last beta is 1, from where no sampler could step back.
+    return np.clip(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0, 0.999)
+
+
+def make_beta_schedule(schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2,
+                       cosine_s: float = 8e-3) -> np.ndarray:
+    """Variances of the forward noising steps, under the names of the published configs.
+
+    Args:
+        schedule: 'linear' is linear in sqrt(beta); 'sqrt_linear' is linear in beta; 'sqrt' is the square
+            root of that; 'cosine' has a squared-cosine alpha-bar ('squaredcos_cap_v2' is another name of it).
+        n_timestep: number of training timesteps T.
+        linear_start: first beta (of 'sqrt': its square).
+        linear_end: last beta (of 'sqrt': its square).
+        cosine_s: offset that keeps the first betas of 'cosine' from vanishing.
+
+    Returns:
+        betas (T,), float64, each in 0..1.
+
+    Raises:
+        ValueError: unknown schedule, n_timestep not positive.
+
+    Source: Ho et al., DDPM (arXiv 2006.11239); cosine: Nichol and Dhariwal (arXiv 2102.09672), eq. 17.
+    """
+    if n_timestep < 1:
+        raise ValueError(f"n_timestep must be at least 1; got {n_timestep}")
+    if schedule == "linear":
+        return np.linspace(linear_start ** 0.5, linear_end ** 0.5, n_timestep, dtype=np.float64) ** 2
+    if schedule == "sqrt_linear":
+        return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64)
+    if schedule == "sqrt":
+        return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64) ** 0.5
+    if schedule in ("cosine", "squaredcos_cap_v2"):
+        return _cosine_betas(n_timestep, cosine_s)
+    raise ValueError(f"schedule must be one of linear, cosine, squaredcos_cap_v2, sqrt_linear, sqrt; "
+                     f"got {schedule!r}")
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000,
+                       repeat_only: bool = False) -> Tensor:
+    """Sinusoidal embedding [cos | sin] of timesteps.
+
+    Args:
+        timesteps: (B,), integer or fractional.
+        dim: width D; an odd one gets a last column of zeros.
+        max_period: longest period over 2 pi, in timesteps.
+        repeat_only: repeat the timestep itself D times instead.
+
+    Returns:
+        (B, D), float32.
+
+    Source: Vaswani et al. (arXiv 1706.03762), section 3.5, with cosines first.
+    """
+    t = timesteps.float()[:, None]                                              # (B, 1)
+    if repeat_only:
+        return t.repeat(1, dim)
+    half = dim // 2
+    # This order of operations rounds as the published one; at t = 1000 the difference would show.
+    index = torch.arange(half, dtype=torch.float32, device=timesteps.device)    # (D // 2,)
+    angles = t * torch.exp(-math.log(max_period) * index / half)                # (B, D // 2)
+    return F.pad(torch.cat((angles.cos(), angles.sin()), dim=-1), (0, dim % 2))
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation that is computed in float32, whatever the input's precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 == self.weight.dtype:
+            return super().forward(x)
+        normed = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
+
+
+def normalization(channels: int, eps: float = 1e-5) -> GroupNorm32:
+    """The UNet's normalisation layer: 32 groups.
+
+    Raises:
+        ValueError: channels is not a multiple of 32.
+    """
+    if channels % 32:
+        raise ValueError(f"channels must be a multiple of 32, the number of groups; got {channels}")
+    return GroupNorm32(32, channels, eps=eps)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set all parameters to zero, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def checkpoint(function: Callable[..., Tensor], *inputs: Tensor | None, enabled: bool) -> Tensor:
+    """function(*inputs); if enabled, its activations are dropped and computed again in the backward pass."""
+    if enabled and torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)

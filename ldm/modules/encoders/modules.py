@@ -1,0 +1,175 @@
+"""Conditioners: what turns a class, a text or a map into what the UNet takes."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.encoders.tokenizer import load_tokenizer, tokenize
+from ldm.modules.x_transformer import Encoder, TransformerWrapper
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "area")
+
+
+class ClassEmbedder(nn.Module):
+    """One learned token for each class.
+
+    Args:
+        embed_dim: width of the token.
+        n_classes: number of classes, any unconditional one included.
+        key: entry of a batch that holds the class indices.
+    """
+
+    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
+        super().__init__()
+        self.key = key
+        self.n_classes = n_classes
+        self.embedding = nn.Embedding(n_classes, embed_dim)
+
+    def forward(self, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Class indices (B,), or a batch that holds them under `key`, -> (B, 1, embed_dim).
+
+        Raises:
+            ValueError: no such entry, another shape, or an index out of range.
+        """
+        if isinstance(batch, Mapping) and self.key not in batch:
+            raise ValueError(f"batch must have the entry {self.key!r}; got {sorted(map(str, batch))}")
+        classes = batch[self.key] if isinstance(batch, Mapping) else batch
+        if classes.ndim != 1 or classes.is_floating_point():
+            raise ValueError(f"{self.key} must be integers of shape (B,); "
+                             f"got {classes.dtype} {tuple(classes.shape)}")
+        _check_ids(self.key, classes, self.n_classes)
+        return self.embedding(classes.to(self.embedding.weight.device))[:, None]
+
+
+class TransformerEmbedder(nn.Module):
+    """Transformer over token ids.
+
+    Args:
+        n_embed: width D of the embedding.
+        n_layer: attention layers, and feed-forward layers.
+        vocab_size: number of token ids.
+        max_seq_len: most tokens in a text.
+        device: where to put the weights; None = leave them where they are made.
+        embedding_dropout: dropout of the embedded tokens in training.
+    """
+
+    def __init__(self, n_embed: int, n_layer: int, vocab_size: int, max_seq_len: int = 77,
+                 device: str | None = None, embedding_dropout: float = 0.0) -> None:
+        super().__init__()
+        layers = Encoder(n_embed, n_layer)
+        self.transformer = TransformerWrapper(vocab_size, max_seq_len, layers, embedding_dropout)
+        if device is not None:
+            self.to(device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L), L at most max_seq_len, -> embeddings (B, L, D).
+
+        Raises:
+            ValueError: another shape or type, or an id outside of the vocabulary.
+        """
+        _check_ids("tokens", tokens, self.transformer.num_tokens)
+        tokens = tokens.to(self.transformer.token_emb.weight.device)
+        return self.transformer(tokens, return_embeddings=True)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """The same as calling it."""
+        return self(tokens)
+
+
+class BERTEmbedder(TransformerEmbedder):
+    """Transformer over text, with the tokenizer that belongs to its weights.
+
+    Args:
+        n_embed, n_layer, max_seq_len, device, embedding_dropout: see TransformerEmbedder.
+        vocab_size: number of token ids, at least those of the tokenizer.
+        use_tokenizer: whether text is accepted; token ids always are.
+        tokenizer: a JSON file of the tokenizers library (looked for by `ldm.util.find_file`), or such a
+            tokenizer; None = only token ids can be encoded.
+
+    Raises:
+        ValueError: the tokenizer is missing, broken, unwanted, or larger than vocab_size.
+    """
+
+    def __init__(self, n_embed: int, n_layer: int, vocab_size: int = 30522, max_seq_len: int = 77,
+                 device: str | None = None, use_tokenizer: bool = True, embedding_dropout: float = 0.0,
+                 tokenizer: str | Tokenizer | None = None) -> None:
+        super().__init__(n_embed, n_layer, vocab_size, max_seq_len, device, embedding_dropout)
+        self.tokenizer = None
+        if tokenizer is None:
+            return
+        if not use_tokenizer:
+            raise ValueError("tokenizer must be None with use_tokenizer=False, which takes token ids only")
+        self.tokenizer = load_tokenizer(tokenizer, max_seq_len)
+        needed = self.tokenizer.get_vocab_size()
+        if needed > vocab_size:
+            raise ValueError(f"vocab_size must be at least the tokenizer's {needed}; got {vocab_size}")
+
+    def tokenize(self, text: str | Sequence[str]) -> Tensor:
+        """Token ids (B, max_seq_len) of B texts, padded or cut; one string is B = 1.
+
+        Raises:
+            ValueError: there is no tokenizer, or text is not strings.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"text must be a string or a list of strings; got {text!r}")
+        if self.tokenizer is None:
+            raise ValueError("text needs a tokenizer, which this model was built without: set tokenizer to a "
+                             "JSON file of the tokenizers library (for the published BERT models: the "
+                             "tokenizer.json of bert-base-uncased), or pass token ids")
+        return tokenize(self.tokenizer, texts)
+
+    def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
+        """Text (B strings), or token ids (B, L), -> embeddings (B, L, D)."""
+        return super().forward(text if isinstance(text, Tensor) else self.tokenize(text))
+
+
+class SpatialRescaler(nn.Module):
+    """Resize a map, several times over if need be, and map its channels linearly.
+
+    Args:
+        n_stages: how often to resize; 0 = not at all.
+        method: nearest, bilinear, bicubic or area.
+        multiplier: factor of one resize.
+        in_channels: channels of the input, if they are mapped.
+        out_channels: channels to map to; None = keep the input's.
+        bias: of that mapping.
+
+    Raises:
+        ValueError: unknown method, negative n_stages.
+    """
+
+    def __init__(self, n_stages: int = 1, method: str = "bilinear", multiplier: float = 0.5,
+                 in_channels: int = 3, out_channels: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        if n_stages < 0:
+            raise ValueError(f"n_stages must not be negative; got {n_stages}")
+        if method not in INTERPOLATIONS:
+            raise ValueError(f"method must be one of {', '.join(INTERPOLATIONS)}; got {method!r}")
+        self.n_stages = n_stages
+        self.method = method
+        self.multiplier = multiplier
+        self.channel_mapper = None
+        if out_channels is not None:
+            self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C_out, H * multiplier ** n_stages, W * multiplier ** n_stages)."""
+        for _ in range(self.n_stages):
+            x = F.interpolate(x, scale_factor=self.multiplier, mode=self.method)
+        return x if self.channel_mapper is None else self.channel_mapper(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The same as calling it."""
+        return self(x)
+
+
+def _check_ids(name: str, ids: Tensor, count: int) -> None:
+    if ids.numel() and not 0 <= ids.min().item() <= ids.max().item() < count:
+        raise ValueError(f"{name} must be in 0..{count - 1}; got {ids.min().item()}..{ids.max().item()}")

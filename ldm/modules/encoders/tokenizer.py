@@ -1,0 +1,93 @@
+"""Tokenizers of the `tokenizers` library: train, load, and turn text into token ids."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ldm.util import find_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")   # in the order of their ids: [PAD] is 0
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
+    """A lower-casing BPE tokenizer learned from captions; the same captions always give the same one.
+
+    Args:
+        captions: the training text.
+        vocab_size: most entries of the vocabulary, the four special tokens included.
+        max_length: length L of every encoded caption: [CLS] caption [SEP] [PAD]..., cut if need be.
+
+    Returns:
+        A tokenizer; `save(path)` writes the JSON file that BERTEmbedder takes.
+
+    Raises:
+        ValueError: no captions, or no room for the special tokens.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    captions = list(captions)
+    if not captions:
+        raise ValueError("captions must hold at least one caption; got none")
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise ValueError(f"vocab_size must exceed the {len(SPECIAL_TOKENS)} special tokens; got {vocab_size}")
+    # WordPiece would number its letters in another order at every training.
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS),
+                                  show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")])
+    return of_length(tokenizer, max_length)
+
+
+def load_tokenizer(tokenizer: str | Tokenizer, max_length: int) -> Tokenizer:
+    """A tokenizer from its JSON file (see `find_file`) or a given one; encodes to exactly max_length ids.
+
+    Raises:
+        ValueError: the file is missing or not a tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    if isinstance(tokenizer, Tokenizer):
+        return of_length(tokenizer, max_length)
+    try:
+        text = find_file(tokenizer).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"tokenizer: {error}; expected a JSON file of the tokenizers library") from error
+    try:
+        loaded = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot read
+        raise ValueError(f"tokenizer: {tokenizer} is not a tokenizers JSON file: {error}") from error
+    return of_length(loaded, max_length)
+
+
+def of_length(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
+    """A copy that pads and cuts every text to exactly max_length ids.
+
+    Raises:
+        ValueError: no room for text between the special tokens, or no [PAD] token.
+    """
+    added = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if max_length <= added:
+        raise ValueError(f"max_length must exceed the {added} tokens that frame each text; got {max_length}")
+    pad = tokenizer.token_to_id("[PAD]")
+    if pad is None:
+        raise ValueError("tokenizer: its vocabulary must have a [PAD] token")
+    copy = type(tokenizer).from_str(tokenizer.to_str())
+    copy.enable_truncation(max_length)
+    copy.enable_padding(length=max_length, pad_id=pad, pad_token="[PAD]")
+    return copy
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (B, L), int64, of B texts; the empty text is one, too."""
+    return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(texts))], dtype=torch.long)

@@ -1,0 +1,200 @@
+"""From prompts to pictures: one batch of a latent text-to-image model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.cost import unet_macs
+from ldm.generate import Item
+from ldm.images import to_pil
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.denoiser import Denoiser
+from ldm.models.diffusion.edits import Edit, prior_noise
+from ldm.models.diffusion.loop import Rule, denoise
+from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.solvers import solver
+from ldm.noise import ImageNoise
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's config says of its pictures.
+
+    channels: of the latents.
+    factor:   pixels per latent position, in each direction.
+    multiple: height and width in pixels must be multiples of this, for the UNet to halve its latents evenly.
+    default:  height and width in pixels that the model was trained with.
+    """
+
+    channels: int
+    factor: int
+    multiple: int
+    default: int
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> Sizes:
+        """From the `model` part of a config.
+
+        Raises:
+            ValueError: it is not that of a latent diffusion model.
+        """
+        params = config.get("params") or {}
+        try:
+            first, unet = params["first_stage_config"], params["unet_config"]["params"]
+            dd = (first.get("params") or {}).get("ddconfig")
+            factor = 1 if dd is None else dd.get("patch_size", 1) * 2 ** (len(dd["ch_mult"]) - 1)
+            multiple = factor * 2 ** (len(unet.get("channel_mult", (1, 2, 4, 8))) - 1)
+            return Sizes(params["channels"], factor, multiple, params["image_size"] * factor)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the config of a latent diffusion model: {config.get('target')} "
+                             f"with params {', '.join(params)}") from error
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pictures are sampled, whatever the model, the prompts and the plan.
+
+    height, width: in pixels.
+    sampler, steps, eta: see `ldm.models.diffusion.solvers.solver`.
+    scale: guidance scale; exactly 1 = none.
+    noise_weight, noise_below, noise_order: prior noise injection, see `prior_noise`; weight 0 = none.
+    """
+
+    height: int
+    width: int
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    scale: float = 7.5
+    noise_weight: float = 0.0
+    noise_below: float = 500
+    noise_order: str = "before"
+
+    def rule(self, alphas_cumprod: Tensor, noise: Callable[[int, Tensor], Tensor]) -> Rule:
+        return solver(self.sampler, alphas_cumprod, self.steps, self.eta, noise)
+
+    def edits(self, x_T: Tensor) -> tuple[Edit, ...]:
+        if self.noise_weight == 0:
+            return ()
+        return (prior_noise(x_T, self.noise_weight, self.noise_below, self.noise_order),)
+
+
+def num_nodes(recipe: Recipe, timesteps: int = 1000) -> int:
+    """How many predictions a recipe makes, which is what a plan counts.
+
+    Raises:
+        ValueError: see `solver`.
+    """
+    alphas_cumprod = torch.linspace(0.999, 0.001, timesteps)     # any schedule has as many nodes
+    return len(recipe.rule(alphas_cumprod, lambda i, x: x).nodes)
+
+
+class TextToImage:
+    """Makes the pictures of a batch of items; a `make` for `ldm.generate.generate`.
+
+    A picture depends on the weights, the recipe, the keys of the plan and its item; not on its batch.
+
+    Args:
+        model: conditioned on text; its device is used.
+        sizes: of the model's config.
+        recipe, plan: how; the plan is for the recipe's nodes.
+        autocast: run the networks in the device's lower precision.
+        on_node: called after every node of every batch, for progress.
+        warm_up: before the first batch make one untimed prediction, for timings that are to be compared.
+
+    Raises:
+        ValueError: the model takes no text.
+    """
+
+    def __init__(self, model: LatentDiffusion, sizes: Sizes, recipe: Recipe, plan: Plan,
+                 autocast: bool = False, on_node: Callable[[], None] = lambda: None, warm_up: bool = False):
+        self.model, self.recipe, self.plan = model, recipe, plan
+        self.autocast, self.on_node, self.warm_up = autocast, on_node, warm_up
+        self.shape = (sizes.channels, recipe.height // sizes.factor, recipe.width // sizes.factor)
+        if model.model.conditioning_key != "crossattn":
+            raise ValueError(f"not a text-to-image model: its conditioning_key is "
+                             f"{model.model.conditioning_key!r}, expected 'crossattn'")
+        try:
+            tokens = self._embed([""])                                                 # (1, L, D)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a text-to-image model: its conditioner "
+                             f"{type(model.cond_stage_model).__name__} takes no text ({error})") from error
+        guided = 1 if recipe.scale == 1.0 else 2
+        macs = unet_macs(model.model.diffusion_model, self.shape[1:], guided, tokens.shape[1])
+        self.macs = macs.run(plan)
+
+    def settings(self) -> dict[str, Any]:
+        """What pictures depend on beside weights and item, as JSON values."""
+        keys = None if len(self.plan.keys) == self.plan.num_nodes else list(self.plan.keys)
+        return asdict(self.recipe) | {"keys": keys, "precision": "autocast" if self.autocast else "full"}
+
+    def __call__(self, items: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
+        """The items' pictures, and for each of them what it cost: seconds, and MACs of the UNet.
+
+        Raises:
+            NonFiniteLatents: with the step and the layer.
+            ValueError: the decoded pictures are not finite.
+        """
+        if self.warm_up:
+            self._warm_up(items)
+        began = self._clock()
+        latents = self.latents(items)
+        sampled = self._clock()
+        images = to_pil(self.decode(latents))
+        ended = self._clock()
+        seconds, seconds_unet = (round((end - began) / len(items), 4) for end in (ended, sampled))
+        return images, {"seconds": seconds, "seconds_unet": seconds_unet, "unet_macs": self.macs,
+                        "batch": len(items), "parallel": self.plan.parallel, "device": self.model.device.type}
+
+    def latents(self, items: Sequence[Item]) -> Tensor:
+        """The items' sampled latents, (B, C, h, w)."""
+        with self._precision():
+            rule = self.recipe.rule(self.model.alphas_cumprod, ImageNoise([item.seed for item in items]).node)
+            x = x_T = self._start(items)
+            for state in denoise(self._denoiser(items), rule, self.plan, x_T, self.recipe.edits(x_T)):
+                x = state.x
+                self.on_node()
+        return x
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
+        with self._precision():
+            return self.model.decode_first_stage(latents)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=self.autocast):
+            yield
+
+    def _start(self, items: Sequence[Item]) -> Tensor:
+        return ImageNoise([item.start for item in items]).start(self.shape).to(self.model.device)
+
+    def _embed(self, prompts: list[str]) -> Tensor:
+        with torch.no_grad():
+            return self.model.get_learned_conditioning(prompts)
+
+    def _denoiser(self, items: Sequence[Item]) -> Denoiser:
+        cond = self._embed([item.prompt for item in items])                            # (B, L, D)
+        uncond = None if self.recipe.scale == 1.0 else self._embed([""]).expand_as(cond)
+        return self.model.denoiser(cond, uncond, self.recipe.scale)
+
+    def _warm_up(self, items: Sequence[Item]) -> None:
+        """The first call of a network pays for memory and compiled kernels."""
+        with self._precision():
+            x, denoiser = self._start(items), self._denoiser(items)
+            denoiser.decode(denoiser.encode(x, 1.0), [1.0])
+        self.decode(x)
+        self.warm_up = False
+
+    def _clock(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()

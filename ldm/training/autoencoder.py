@@ -1,0 +1,92 @@
+"""Training of the KL first stage."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.training.optim import adamw
+from ldm.util import instantiate_from_config
+
+INITIAL_LOGVAR = -6.0       # posterior noise far below the latents' own variance of about 1
+
+
+@torch.no_grad()
+def start_from_principal_components(model: AutoencoderKL, pictures: Tensor) -> None:
+    """Let a first stage with linear shortcuts begin as the best linear one, its deep paths silent.
+
+    Learned from random weights, colours alone take thousands of steps.
+
+    Args:
+        pictures: (N, 3, H, W) in [-1, 1], a sample of the training pictures.
+    """
+    encoder, decoder, channels = model.encoder, model.decoder, model.embed_dim
+    patches = F.pixel_unshuffle(pictures, encoder.factor).movedim(1, -1).flatten(0, -2)     # (N*h*w, 3*f*f)
+    mean = patches.mean(0)
+    components = torch.linalg.svd((patches - mean).T.cov()).U[:, :channels]                 # (3*f*f, C)
+    std = ((patches - mean) @ components).std()
+    for deep in (encoder.conv_out, decoder.conv_out):
+        deep.weight.zero_()
+        deep.bias.zero_()
+    into, back = encoder.shortcut, decoder.shortcut
+    into.weight.zero_()
+    into.weight[:channels] = components.T[..., None, None] / std
+    into.bias.zero_()
+    into.bias[:channels] = -components.T @ mean / std
+    back.weight.copy_(components[..., None, None] * std)
+    back.bias.copy_(mean)
+    for conv in (model.quant_conv, model.post_quant_conv):
+        conv.weight.copy_(torch.eye(len(conv.weight))[..., None, None])
+        conv.bias.zero_()
+    model.quant_conv.bias[channels:] = INITIAL_LOGVAR
+
+
+class AutoencoderTraining(pl.LightningModule):
+    """Trains `model` on batches {image_key: (B, 3, H, W) in [-1, 1]} with the loss its lossconfig names.
+
+    Args:
+        learning_rate, scheduler_config: see `ldm.training.optim.adamw`.
+    """
+
+    def __init__(self, model: AutoencoderKL, learning_rate: float, scheduler_config: DictConfig | None = None):
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)
+        self.loss = instantiate_from_config(model.lossconfig)
+        self.learning_rate, self.scheduler_config = learning_rate, scheduler_config
+
+    def on_fit_start(self) -> None:
+        if self.model.encoder.shortcut is not None and self.trainer.global_step == 0:
+            pictures = [batch[self.model.image_key] for batch in islice(self.trainer.datamodule.train_dataloader(), 64)]
+            start_from_principal_components(self.model, torch.cat(pictures))
+
+    def step(self, batch: dict[str, Tensor], prefix: str, sample_posterior: bool) -> Tensor:
+        picture = batch[self.model.image_key].contiguous(memory_format=torch.channels_last)
+        reconstruction, posterior = self.model(picture, sample_posterior)
+        losses = self.loss(picture, reconstruction, posterior)
+        error = (reconstruction.clamp(-1, 1) - picture).square().flatten(1).mean(1)
+        losses["psnr"] = (10 * torch.log10(4.0 / error)).mean()      # peak to peak is 2
+        self.log_dict({f"{prefix}/{k}": v.detach() for k, v in losses.items()},
+                      prog_bar=prefix == "val", batch_size=len(picture))
+        return losses["loss"]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.step(batch, "train", sample_posterior=True)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.step(batch, "val", sample_posterior=False)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw(self.model.parameters(), self.learning_rate, self.scheduler_config)
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
+        """Rows of the sample grid: pictures, then their reconstructions, (2B, 3, H, W)."""
+        picture = batch[self.model.image_key]
+        return torch.cat([picture, self.model(picture, sample_posterior=False)[0].clamp(-1, 1)])

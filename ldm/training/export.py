@@ -1,0 +1,62 @@
+"""From the state of a training run to the weights that sampling loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.modules.ema import ema_name
+from ldm.util import instantiate_from_config
+
+# Averages that a training keeps, and the part of the model that each follows.
+AVERAGES = {"network_ema.": "model.", "conditioner_ema.": "cond_stage_model."}
+
+
+def sampling_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's weights of a Lightning module's state, with averages in place of what they average."""
+    weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    for ema_prefix, part in AVERAGES.items():
+        for key in [k for k in weights if k.startswith(part)]:
+            average = state.get(ema_prefix + ema_name(key.removeprefix(part)))
+            if average is not None:
+                weights[key] = average
+    return weights
+
+
+def normalized_first_stage(config: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a KL first stage whose latents have mean 0 in every channel and variance 1 over all.
+
+    The statistics over the training pictures of `config` are folded into the two 1x1 convolutions around the
+    latents, so that nothing else changes: reconstructions stay the same and no model needs to know of it.
+    Each channel is divided by the geometric mean of its own and the average deviation: channels of fine detail
+    stay smaller than those of shape and colour, but less so than before.
+    """
+    model = instantiate_from_config(config.model)
+    model.load_state_dict(dict(weights))
+    data = instantiate_from_config(config.data)
+    data.setup("fit")
+    means = latent_means(model.eval(), data)
+    std = means.std((0, 2, 3))
+    fold(model, means.mean((0, 2, 3)), (std * std.mean()).sqrt())
+    return model.state_dict()
+
+
+@torch.no_grad()
+def latent_means(model: AutoencoderKL, data) -> Tensor:
+    return torch.cat([model.encode(batch[model.image_key]).mean for batch in data.train_dataloader()])
+
+
+@torch.no_grad()
+def fold(model: AutoencoderKL, mean: Tensor, scale: Tensor) -> None:
+    """Change `model` in place so that it encodes to (z - mean) / scale, per channel, and decodes from that."""
+    into, back = model.quant_conv, model.post_quant_conv
+    channels = model.embed_dim
+    into.bias[:channels] = (into.bias[:channels] - mean) / scale
+    into.weight[:channels] /= scale.view(-1, 1, 1, 1)
+    into.bias[channels:] -= 2.0 * scale.log()
+    back.bias += back.weight[:, :, 0, 0] @ mean
+    back.weight *= scale.view(1, -1, 1, 1)

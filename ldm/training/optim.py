@@ -1,0 +1,34 @@
+"""The optimizer that every training of the project uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from ldm.util import instantiate_from_config
+
+
+def adamw(parameters: Iterable[nn.Parameter], learning_rate: float,
+          scheduler_config: DictConfig | None = None) -> dict[str, Any]:
+    """AdamW with decay on matrices and kernels only, and a learning-rate factor per step.
+
+    Args:
+        learning_rate: base rate, multiplied with the scheduler's factor.
+        scheduler_config: `target:` of a function step -> factor (`ldm.lr_scheduler`); None = constant.
+
+    Returns:
+        What a Lightning module's `configure_optimizers` returns.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.01},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    if scheduler_config is None:
+        return {"optimizer": optimizer}
+    factor = instantiate_from_config(scheduler_config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=lambda step: factor(step))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

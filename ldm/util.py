@@ -1,0 +1,112 @@
+"""Build objects from the `target:` and `params:` of a config; find the files a config names."""
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+ALLOWED_PACKAGES = ("ldm", "torch.nn", "torch.optim")
+
+
+class ConfigError(ValueError):
+    """A config that does not describe an object of this project."""
+
+
+def _inside(name: str, packages: Iterable[str]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
+    """The class or function that a dotted name points to.
+
+    A config is data, often downloaded, so a name may only lead to what an allowed package defines
+    itself: neither to another package nor to something that a module of ours merely imported.
+
+    Args:
+        target: 'package.module.Name'.
+        allow: packages accepted besides ldm, torch.nn and torch.optim.
+
+    Raises:
+        ConfigError: the name is not allowed, or nothing is there.
+    """
+    packages = (*ALLOWED_PACKAGES, *allow)
+    choices = ", ".join(packages)
+    if not isinstance(target, str):
+        raise ConfigError(f"target: expected a dotted name such as 'torch.nn.Identity'; got {target!r}")
+    module_name, _, name = target.rpartition(".")
+    if not _inside(module_name, packages):
+        raise ConfigError(f"target: {target!r} is outside the allowed packages ({choices}); if you trust it, "
+                          f"add its package with instantiate_from_config(config, allow=(...,))")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A missing dependency of an existing module must not read like a misspelt target.
+        missing = f"no module {module_name!r}" if _inside(module_name, [error.name or ""]) else str(error)
+        raise ConfigError(f"target: cannot import {target!r}: {missing}") from error
+    found = vars(module).get(name)
+    if found is None:
+        raise ConfigError(f"target: module {module_name!r} has no {name!r}")
+    home = found.__module__ if inspect.isclass(found) or inspect.isfunction(found) else None
+    if home is None or not _inside(home, packages):
+        raise ConfigError(f"target: {target!r} is not a class or function defined in one of: {choices}")
+    return found
+
+
+def instantiate_from_config(config: Mapping[str, Any], allow: Iterable[str] = ()) -> Any:
+    """Build the object that `config` describes: `target(**params)`.
+
+    Args:
+        config: a mapping with `target` (dotted name of a class) and optionally `params` (its arguments).
+        allow: packages accepted besides ldm, torch.nn and torch.optim.
+
+    Raises:
+        ConfigError: no target, a target that is not allowed, or arguments that it does not take.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"config: expected a mapping with 'target' and 'params'; got {config!r}")
+    if config.get("target") is None:
+        keys = ", ".join(map(str, config)) or "none"
+        raise ConfigError(f"config: 'target' is missing; its keys are: {keys}")
+    target, params = config["target"], config.get("params") or {}
+    cls = get_obj_from_str(target, allow)
+    if not inspect.isclass(cls):
+        raise ConfigError(f"target: {target!r} is a function; a config can only build a class")
+    params = {str(key): value for key, value in params.items()}
+    try:
+        # Bound before the call, so that a TypeError from inside the constructor stays what it is.
+        inspect.signature(cls).bind(**params)
+    except TypeError as error:
+        raise ConfigError(f"params of target {target!r}: {error}; "
+                          f"accepted: {', '.join(inspect.signature(cls).parameters)}") from error
+    return cls(**params)
+
+
+def find_file(path: str | Path) -> Path:
+    """An existing file named by a config: looked for from the working directory, then the project root.
+
+    Raises:
+        FileNotFoundError: it is in neither place.
+    """
+    for candidate in (Path(path), PROJECT_ROOT / path):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"{path}: no such file, neither from {Path.cwd()} nor from {PROJECT_ROOT}")
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the name `path` only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two writers apart; the suffix stays, because writers choose a format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""The architecture's floors: a file imports only from lower floors, and sampling imports nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+D, M = "ldm/models/diffusion", "ldm/modules"
+DM = f"{M}/diffusionmodules"
+FLOORS = [  # lowest first; a file belongs to the first floor that names it
+    ["ldm/util.py", "ldm/cli.py", "*/__init__.py"],
+    [
+        *(f"{DM}/features.py", f"{DM}/util.py", f"{D}/schedule.py", f"{D}/plan.py"),
+        *("ldm/noise.py", "ldm/images.py"),
+        *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
+        *(f"{M}/encoders/tokenizer.py", "ldm/lr_scheduler.py", "ldm/data/*"),
+    ],
+    [
+        *(f"{M}/attention.py", f"{DM}/model.py", f"{M}/encoders/modules.py", f"{M}/losses/*"),
+        *(f"{D}/denoiser.py", f"{D}/edits.py", f"{D}/levels.py", f"{D}/propagation.py"),
+        *("ldm/checkpoint.py", "ldm/generate.py", "ldm/cost.py"),
+    ],
+    [f"{DM}/openaimodel.py", "ldm/models/autoencoder.py", f"{D}/loop.py", f"{D}/ddpm.py"],
+    [f"{DM}/*", f"{D}/sampler.py"],
+    [f"{D}/deterministic.py", f"{D}/exponential.py"],
+    [
+        *(f"{D}/ddim.py", f"{D}/plms.py", f"{D}/ancestral.py", f"{D}/heun.py", f"{D}/unipc.py"),
+        f"{D}/dpm_solver/*",
+    ],
+    [f"{D}/solvers.py"],
+    ["ldm/text2image.py", "ldm/training/*"],
+    ["scripts/*", "evaluation/*", "main.py"],
+]
+ROOMS = ("ldm/training", f"{D}/dpm_solver", "scripts", "evaluation")  # whose files may import each other
+FILES = sorted(
+    str(path.relative_to(ROOT))
+    for top in ("ldm", "scripts", "evaluation", "main.py")
+    for path in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))
+    if path.exists()
+)
+HEAVY = ("pytorch_lightning", "lightning", "torchvision", "transformers", "open_clip", "tokenizers")
+
+
+def floor(file: str) -> int:
+    for number, patterns in enumerate(FLOORS):
+        if any(fnmatch(file, pattern) for pattern in patterns):
+            return number
+    raise AssertionError(f"{file} is on no floor; give it one in FLOORS")
+
+
+def imported(file: str) -> set[str]:
+    """The project's files that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: import by full name"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.replace(".", "/") + ".py" for name in names} & set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_go_down(file):
+    for other in imported(file):
+        same_room = any(file.startswith(room) and other.startswith(room) for room in ROOMS)
+        assert floor(other) < floor(file) or same_room, f"{file} (floor {floor(file)}) imports {other}"
+
+
+def test_the_walk_sees_imports():
+    assert f"{D}/loop.py" in imported(f"{D}/sampler.py")
+    assert f"{DM}/features.py" in imported(f"{D}/denoiser.py")
+
+
+def test_sampling_imports_nothing_heavy():
+    modules = "ldm.models.diffusion.ddim, ldm.models.diffusion.ddpm, ldm.models.diffusion.solvers"
+    code = f"import sys, {modules}; print(*(set(sys.modules) & set({HEAVY!r})))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
+
+
+def test_there_is_one_denoising_loop():
+    """Only the loop steps a rule."""
+    stepping = [file for file in FILES if file.startswith(D) and "rule.step(" in (ROOT / file).read_text()]
+    assert stepping == [f"{D}/loop.py"]

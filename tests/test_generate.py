@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ldm.generate import Item, generate, prompt_items, read_manifest
+from ldm.images import read_png
+
+ITEMS = prompt_items(["a red heart", "an \"owl\", näive\nstyle", "a cat"], samples=3, seed=42)
+SETTINGS = {"scale": 7.5, "keys": [0, 1, 2], "weights": "abc"}
+
+
+class Maker:
+    """Makes pictures whose colour is their seed; stops after `limit` batches as if killed."""
+
+    def __init__(self, limit: int = 10**6):
+        self.batches: list[list[Item]] = []
+        self.limit = limit
+
+    def __call__(self, items):
+        if len(self.batches) >= self.limit:
+            raise KeyboardInterrupt
+        self.batches.append(list(items))
+        return [Image.new("RGB", (4, 4), item.seed) for item in items], {"seconds": 0.5}
+
+
+def run(folder, items=ITEMS, settings=SETTINGS, maker=None, **options):
+    maker = maker or Maker()
+    return list(generate(items, maker, settings, folder, **options)), maker
+
+
+def state(folder):
+    return {p.relative_to(folder).as_posix(): (p.stat().st_mtime_ns, p.read_bytes())
+            for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_item_becomes_a_file_with_its_settings_and_a_line(tmp_path):
+    made, maker = run(tmp_path, batch=4)
+    assert [len(b) for b in maker.batches] == [4, 4, 1]
+    assert [m.item for m in made] == ITEMS and all(m.fresh for m in made)
+    assert len({m.path for m in made}) == 9
+    for m in made:
+        image, settings, how = read_png(m.path)
+        assert image.getpixel((0, 0)) == m.item.seed and how == {"seconds": 0.5}
+        assert settings == m.item.settings() | SETTINGS
+        assert m.path.name.startswith(f"42-{m.item.prompt_index:05d}-{m.item.sample:03d}-")
+    entries = read_manifest(tmp_path / "manifest.jsonl")
+    assert [e["file"] for e in entries] == [m.path.relative_to(tmp_path).as_posix() for m in made]
+    assert entries[4].items() >= {"prompt": ITEMS[4].prompt, "scale": 7.5, "seconds": 0.5}.items()
+
+
+def test_a_second_run_makes_nothing_and_touches_no_file(tmp_path):
+    first, _ = run(tmp_path)
+    before = state(tmp_path)
+    second, maker = run(tmp_path, batch=5)
+    assert maker.batches == [] and state(tmp_path) == before
+    assert [(m.item, m.path) for m in second] == [(m.item, m.path) for m in first]
+    assert not any(m.fresh for m in second) and second[3].run == {"seconds": 0.5}
+
+
+@given(stop=st.integers(0, 9), first=st.integers(1, 4), second=st.integers(1, 4))
+def test_a_killed_run_resumes_to_the_same_files(tmp_path_factory, stop, first, second):
+    folder, whole = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("whole")
+    try:
+        run(folder, batch=first, maker=Maker(limit=stop))
+    except KeyboardInterrupt:
+        pass
+    kept = state(folder)
+    _, maker = run(folder, batch=second)
+    run(whole)
+    assert sum(map(len, maker.batches)) == max(0, 9 - stop * first)
+    pictures = [{n: b for n, (_, b) in state(f).items() if n != "manifest.jsonl"} for f in (folder, whole)]
+    assert pictures[0] == pictures[1]
+    assert all(state(folder)[n] == kept[n] for n in kept if n != "manifest.jsonl")
+    assert len(read_manifest(folder / "manifest.jsonl")) == 9
+
+
+def test_a_crash_in_mid_line_does_not_break_the_manifest(tmp_path):
+    run(tmp_path, items=ITEMS[:4])
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_bytes(manifest.read_bytes()[:-25])
+    made, maker = run(tmp_path)
+    assert [len(b) for b in maker.batches] == [1] * 5
+    listed = {e["file"] for e in read_manifest(manifest)}
+    assert listed == {m.path.relative_to(tmp_path).as_posix() for m in made}
+    lines = manifest.read_text().splitlines()
+    assert len(lines) == 10
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(lines[3])
+
+
+def test_a_picture_without_a_line_gets_one_and_a_broken_picture_is_made_again(tmp_path):
+    made, _ = run(tmp_path)
+    (tmp_path / "manifest.jsonl").unlink()
+    made[2].path.write_bytes(made[2].path.read_bytes()[:60])
+    again, maker = run(tmp_path)
+    assert maker.batches == [[ITEMS[2]]] and read_png(made[2].path) is not None
+    assert len(read_manifest(tmp_path / "manifest.jsonl")) == 9
+
+
+def test_a_file_is_only_trusted_if_its_own_settings_agree(tmp_path):
+    made, _ = run(tmp_path)
+    made[0].path.replace(made[1].path)
+    _, maker = run(tmp_path)
+    assert maker.batches == [[ITEMS[0]], [ITEMS[1]]]
+
+
+@pytest.mark.parametrize("change", [{"scale": 5.0}, {"keys": [0]}, {"weights": "abd"}])
+def test_other_settings_make_other_files_and_keep_these(tmp_path, change):
+    run(tmp_path)
+    before = state(tmp_path)
+    _, maker = run(tmp_path, settings=SETTINGS | change)
+    assert len(maker.batches) == 9
+    after = state(tmp_path)
+    assert len(after) == len(before) + 9
+    assert all(after[n] == before[n] for n in before if n != "manifest.jsonl")
+
+
+def test_another_prompt_in_the_same_place_is_another_picture(tmp_path):
+    run(tmp_path, items=prompt_items(["a cat"], 1, 42))
+    _, maker = run(tmp_path, items=prompt_items(["a dog"], 1, 42))
+    assert len(maker.batches) == 1 and len(list((tmp_path / "samples").iterdir())) == 2
+
+
+@given(world_size=st.integers(1, 12))
+def test_ranks_share_the_work_without_overlap(world_size):
+    shares = [run(None, rank=rank, world_size=world_size)[0] for rank in range(world_size)]
+    assert sorted((m.item.prompt_index, m.item.sample) for share in shares for m in share) == \
+        [(i.prompt_index, i.sample) for i in ITEMS]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_nothing_is_saved_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made, _ = run(None, batch=3)
+    assert len(made) == 9 and all(m.path is None and m.fresh for m in made) and list(tmp_path.iterdir()) == []
+
+
+def test_pictures_appear_as_they_are_made(tmp_path):
+    pictures = generate(ITEMS, Maker(), SETTINGS, tmp_path)
+    next(pictures), next(pictures)
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+
+
+def test_starting_noise_can_be_shared():
+    items = prompt_items(["a", "b"], samples=4, seed=7, share_start=2)
+    assert [i.start for i in items] == [(7, 0), (7, 1)] * 4
+    assert len({i.seed for i in items}) == 8
+    assert all(i.start == i.seed for i in ITEMS)
+
+
+@pytest.mark.parametrize("options, why", [({"batch": 0}, "batch"), ({"rank": 2, "world_size": 2}, "rank"),
+                                          ({"rank": -1}, "rank"), ({"world_size": 0}, "rank")])
+def test_bad_arguments_say_why(options, why):
+    with pytest.raises(ValueError, match=why):
+        run(None, **options)

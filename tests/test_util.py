@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.util import ConfigError, atomic_write, find_file, get_obj_from_str, instantiate_from_config
+
+
+def test_builds_what_a_config_names():
+    config = OmegaConf.create({"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 3},
+                               "base_learning_rate": 1e-4})
+    assert instantiate_from_config(config).weight.shape == (3, 2)
+    for empty in ({}, {"params": None}):
+        built = instantiate_from_config({"target": "torch.nn.Identity"} | empty)
+        assert isinstance(built, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("target", [
+    "os.system", "builtins.eval", "subprocess.Popen", "torch.load", "torch.hub.load", "ldmx.module.Thing",
+    "torch.nnx.Thing", "Linear", ""])
+def test_other_packages_are_refused_by_name(target):
+    with pytest.raises(ConfigError, match="outside the allowed packages"):
+        get_obj_from_str(target)
+
+
+@pytest.mark.parametrize("target", [None, 7, ["torch.nn.Linear"]])
+def test_a_target_is_a_name(target):
+    with pytest.raises(ConfigError, match="expected a dotted name"):
+        get_obj_from_str(target)
+
+
+@pytest.mark.parametrize("target", [
+    "ldm.util.os.system", "ldm.util.os", "ldm.util.import_module", "ldm.util.Path", "ldm.util.inspect",
+    "torch.nn.modules.module.torch", "torch.nn.parallel.distributed.os.system", "ldm.util.ALLOWED_PACKAGES",
+    "torch.nn.modules.module.partial"])
+def test_what_a_module_merely_imports_is_out_of_reach(target):
+    with pytest.raises(ConfigError, match="target"):
+        get_obj_from_str(target)
+
+
+def test_a_config_can_only_build_classes():
+    assert callable(get_obj_from_str("torch.nn.functional.relu"))
+    with pytest.raises(ConfigError, match="is a function"):
+        instantiate_from_config({"target": "ldm.util.find_file", "params": {"path": "x"}})
+
+
+def test_the_refusal_names_the_target_and_the_way_out():
+    with pytest.raises(ConfigError, match=r"'fractions.Fraction'.*allow=") as refusal:
+        instantiate_from_config({"target": "fractions.Fraction"})
+    assert "\n" not in str(refusal.value)
+    assert instantiate_from_config({"target": "fractions.Fraction"}, allow=("fractions",)) == 0
+
+
+@pytest.mark.parametrize("config, why", [
+    ({"params": {}}, "'target' is missing"), ("__is_first_stage__", "expected a mapping"), (None, "mapping"),
+    ({"target": "torch.nn.Nothing"}, "has no 'Nothing'"), ({"target": "ldm.nothing.Thing"}, "no module"),
+    ({"target": "torch.nn.Linear", "params": {"in_features": 1, "out_features": 1, "colour": 2}},
+     "'torch.nn.Linear'.*colour.*accepted: in_features"),
+    ({"target": "torch.nn.Linear", "params": {"in_features": 1}}, "'torch.nn.Linear'.*out_features")])
+def test_bad_configs_say_why(config, why):
+    with pytest.raises(ConfigError, match=why):
+        instantiate_from_config(config)
+
+
+def test_an_error_inside_a_constructor_is_not_disguised():
+    params = {"in_features": "2", "out_features": 3}
+    with pytest.raises(TypeError) as error:
+        instantiate_from_config({"target": "torch.nn.Linear", "params": params})
+    assert not isinstance(error.value, ConfigError)
+
+
+def test_a_missing_dependency_is_not_called_a_missing_target(tmp_path, monkeypatch):
+    (tmp_path / "ldm_plugin.py").write_text("import a_package_nobody_has\nclass Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="No module named 'a_package_nobody_has'"):
+        get_obj_from_str("ldm_plugin.Thing", allow=("ldm_plugin",))
+    sys.modules.pop("ldm_plugin", None)
+
+
+def test_files_are_found_here_first_then_in_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_file("ldm/util.py").samefile(Path(__file__).parents[1] / "ldm" / "util.py")
+    (tmp_path / "ldm").mkdir()
+    (tmp_path / "ldm" / "util.py").write_text("mine")
+    assert find_file("ldm/util.py").read_text() == "mine"
+    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+        find_file("nowhere.json")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "new" / "file.txt"
+    with atomic_write(target) as temporary:
+        temporary.write_text("first")
+        assert not target.exists() and temporary.suffix == ".txt"
+    with pytest.raises(RuntimeError), atomic_write(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "first" and [p.name for p in target.parent.iterdir()] == ["file.txt"]

@@ -1,0 +1,81 @@
+"""A split network small enough for thousands of runs, in float64 so that laws hold to rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.diffusion.ddim import DDIM
+from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guided
+from ldm.models.diffusion.loop import denoise
+from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
+from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.util import make_beta_schedule
+
+CHANNELS = 3
+ABAR = torch.from_numpy(make_beta_schedule("linear", 1000, 0.00085, 0.012)).neg().add(1).cumprod(0)
+
+
+class ToyNetwork(nn.Module):
+    """Depends nonlinearly on all that it is given; `encoded` and `decoded` list its batch sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64)
+        self.outward = nn.Conv2d(2 * CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64)
+        self.encoded: list[int] = []
+        self.decoded: list[int] = []
+
+    def encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Features:
+        self.encoded.append(len(x))
+        h = torch.tanh(self.inward(x) + shift(t, cond))
+        return Features(h, (x,))
+
+    def decode(self, features: Features, t: Tensor, cond: Conditioning) -> Tensor:
+        self.decoded.append(len(t))
+        h = torch.sin(features.hidden + 2 * shift(t, cond))
+        return torch.tanh(self.outward(torch.cat([h, features.skips[0]], dim=1)) + shift(t, cond))
+
+
+def shift(t: Tensor, cond: Conditioning) -> Tensor:
+    return torch.sin(t.double() / 50).view(-1, 1, 1, 1) + cond.context.mean(1)[:, :, None, None]
+
+
+def toy_network() -> ToyNetwork:
+    torch.manual_seed(5)
+    return ToyNetwork().requires_grad_(False)
+
+
+def toy_inputs(batch: int) -> tuple[Tensor, Conditioning, Conditioning]:
+    """Starting latents, conditioning and unconditional one; image b is the same for every batch size."""
+
+    def draw(seed: int, *shape: int) -> Tensor:
+        streams = (torch.Generator().manual_seed(1000 * seed + b) for b in range(batch))
+        return torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for g in streams])
+
+    return draw(1, CHANNELS, 4, 4), Conditioning(draw(2, 2, CHANNELS)), Conditioning(draw(3, 2, CHANNELS))
+
+
+def toy_denoiser(
+    network: ToyNetwork, cond: Conditioning, uncond: Conditioning, scale: float, parameterization: str = "eps"
+) -> Denoiser:
+    """Scale 1 leaves guidance out."""
+    if scale == 1:
+        return Conditional(network, cond, parameterization)
+    return Guided(Conditional(network, Conditioning.cat(uncond, cond), parameterization), scale)
+
+
+def node_noise(i: int, x: Tensor) -> Tensor:
+    """Noise that depends on the node and the image's place only."""
+    g = torch.Generator().manual_seed(i)
+    return torch.stack([torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for _ in x])
+
+
+def toy_rule(steps: int, eta: float = 0.0) -> DDIM:
+    return DDIM(ddim_nodes(ABAR, ddim_timesteps(steps)), eta, node_noise)
+
+
+def final(model, rule, plan, x, edits=()) -> Tensor:
+    """The sample of a run."""
+    *_, state = denoise(model, rule, plan, x, edits)
+    return state.x
