@@ -1,0 +1,1 @@
+"""Measurements on pictures and models."""

