@@ -118,6 +118,12 @@ class DiffusionTraining(pl.LightningModule):
             trained.append(self.model.logvar)
         return adamw(trained, self.learning_rate, self.scheduler_config)
 
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
+                                    gradient_clip_algorithm: str | None = None) -> None:
+        # Lightning refuses to clip for a fused optimizer under bf16, on account of loss scaling that bf16 has not.
+        if gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Tensor:
         """Samples for the batch's conditions, always from the same noise, (B, 3, H, W) in [-1, 1]."""
