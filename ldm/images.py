@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,11 @@ def side_by_side(columns: Mapping[str, Sequence[Image.Image]], captions: Sequenc
                  cell: int = 192) -> Image.Image:
     """A comparison: one column per method under its label, one row per picture, captions below the rows.
 
+    Many rows are broken into panels beside each other, so that the sheet is about as wide as high.
+
     Args:
         columns: label -> pictures; all columns of the same length, all pictures of the same size.
-        captions: one per row, or none; a long one is cut to the width of the sheet.
+        captions: one per row, or none; a long one is cut to the width of its panel.
         cell: small pictures are enlarged by a whole factor to about this width in pixels.
     """
     rows = list(zip(*columns.values(), strict=True))
@@ -83,21 +86,33 @@ def side_by_side(columns: Mapping[str, Sequence[Image.Image]], captions: Sequenc
                          f"got {len(rows)} rows, {len(captions)} captions")
     factor = max(1, cell // rows[0][0].width)
     width, height = (factor * side for side in rows[0][0].size)
+    panels = math.ceil(math.sqrt(len(rows) * height / (len(columns) * width)))
+    per_panel = math.ceil(len(rows) / panels)
+    parts = [_panel(list(columns), rows[i:i + per_panel], captions[i:i + per_panel], (width, height))
+             for i in range(0, len(rows), per_panel)]
+    sheet = Image.new("RGB", (sum(part.width for part in parts), parts[0].height), BACKGROUND)
+    for i, part in enumerate(parts):
+        sheet.paste(part, (i * parts[0].width, 0))
+    return sheet
+
+
+def _panel(labels: Sequence[str], rows: Sequence[Sequence[Image.Image]], captions: Sequence[str],
+           cell: tuple[int, int]) -> Image.Image:
+    """Rows of pictures, each enlarged to `cell`, below the labels of their columns."""
+    width, height = cell
     font = ImageFont.load_default()
     line = font.getbbox("Ág")[3] + 2 * GAP
     row_height = GAP + height + (line if captions else 0)
-    size = (GAP + len(columns) * (width + GAP), line + len(rows) * row_height + GAP)
-    sheet = Image.new("RGB", size, BACKGROUND)
+    sheet = Image.new("RGB", (GAP + len(labels) * (width + GAP), line + len(rows) * row_height + GAP), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for c, label in enumerate(columns):
-        x = GAP + c * (width + GAP)
-        draw.text((x, GAP), _fitted(label, font, width), INK, font)
-        for r, row in enumerate(rows):
-            enlarged = row[c].resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (x, line + r * row_height + GAP))
-    for r, caption in enumerate(captions):
-        text = _fitted(caption, font, sheet.width - 2 * GAP)
-        draw.text((GAP, line + r * row_height + GAP + height + GAP), text, INK, font)
+    for c, label in enumerate(labels):
+        draw.text((GAP + c * (width + GAP), GAP), _fitted(label, font, width), INK, font)
+    for r, row in enumerate(rows):
+        top = line + r * row_height + GAP
+        for c, image in enumerate(row):
+            sheet.paste(image.resize(cell, Image.Resampling.NEAREST), (GAP + c * (width + GAP), top))
+        if captions:
+            draw.text((GAP, top + height + GAP), _fitted(captions[r], font, sheet.width - 2 * GAP), INK, font)
     return sheet
 
 

@@ -68,6 +68,14 @@ def test_comparison_has_a_column_per_method_and_ink_for_its_labels():
         side_by_side({"plain": a}, captions=["one"])
 
 
+def test_a_long_comparison_is_about_as_wide_as_high_and_shows_every_picture():
+    colours = [(i, 100, 100) for i in range(10, 210, 10)]
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in colours]
+    sheet = side_by_side({"plain": pictures, "accelerated": pictures}, ["caption"] * len(pictures))
+    assert 0.6 < sheet.width / sheet.height < 1.7
+    assert set(colours) <= {colour for _, colour in sheet.getcolors(maxcolors=2**16)}
+
+
 def test_settings_come_back_from_the_file(tmp_path):
     settings = {"prompt": "ein rotes Herz ❤, \"naïve\"\nstyle", "seed": [42, 1], "scale": 7.5, "keys": None}
     save_png(tmp_path / "new" / "a.png", plain("red"), settings, {"seconds": 1.5})
