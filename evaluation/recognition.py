@@ -38,7 +38,7 @@ RANKS = (1, 5)
 SHEET_COLUMNS = 20
 DEFINITION = (
     "A picture is a hit at k if one of the k real pictures nearest to it (cosine of standardised features) "
-    "shows the same concept, in any style. Real set: every picture of tiers 1..max_tier, of all splits and "
+    "shows the same concept, in any style. Real set: every picture of tiers 1..real_tier, of all splits and "
     "styles; features are standardised over it. generated: one picture per caption; the real picture that "
     "the caption belongs to is in the real set. reconstructed: the first stage's copies of those pictures, "
     "whose originals are in the real set. real: the whole real set, each picture with itself left out.")
@@ -283,7 +283,9 @@ def parser() -> argparse.ArgumentParser:
                    help="captions, or as many as the split has; 0 = only the real pictures, without a model")
     p.add_argument("--split", choices=SPLITS, default="train", help="where the captions are from")
     p.add_argument("--max-tier", type=int, choices=(1, 2, 3), default=1,
-                   help="captions and real pictures of tiers 1 to this; 1 = the most concrete concepts")
+                   help="captions of tiers 1 to this; 1 = the most concrete concepts")
+    p.add_argument("--real-tier", type=int, choices=(1, 2, 3), default=2,
+                   help="real pictures of tiers 1 to this, at least --max-tier; the more, the harder")
     p.add_argument("--steps", type=count, default=25, metavar="N", help="sampling steps")
     p.add_argument("--scale", type=number(float, -sys.float_info.max, sys.float_info.max, "a finite number"),
                    default=4.0, metavar="X", help="guidance scale, 1 = none")
@@ -335,17 +337,22 @@ def load_maker(args: argparse.Namespace, side: int) -> TextToImage:
         return TextToImage(model, sizes, recipe, plan)
 
 
-def load_data(args: argparse.Namespace) -> dict[str, EmojiPictures]:
-    """The real set, by split: every picture of the tiers, so that each concept has its pictures there."""
+def load_data(args: argparse.Namespace) -> tuple[EmojiPictures, list[EmojiPictures]]:
+    """What captions are from; and the real set, of all splits, so that each concept has its pictures there."""
     from ldm.data.emoji import EmojiPictures
 
+    if args.real_tier < args.max_tier:
+        raise BadInput(f"--real-tier: must be at least --max-tier {args.max_tier}, so that what is asked for "
+                       f"can be found; got {args.real_tier}")
     with blame("--data"):
-        parts = {split: EmojiPictures(args.data, split, args.max_tier) for split in SPLITS}
-    total = sum(map(len, parts.values()))
-    if not len(parts[args.split]) or total <= max(RANKS):
-        raise BadInput(f"--data: tiers 1 to {args.max_tier} of {args.data} have {len(parts[args.split])} "
-                       f"pictures in {args.split} and {total} in all; needed are 1 and {max(RANKS) + 1}")
-    return parts
+        asked = EmojiPictures(args.data, args.split, args.max_tier)
+        real = [EmojiPictures(args.data, split, args.real_tier) for split in SPLITS]
+    total = sum(map(len, real))
+    if not len(asked) or total <= max(RANKS):
+        raise BadInput(f"--data: tiers 1 to {args.max_tier} of {args.data} have {len(asked)} pictures in "
+                       f"{args.split}, tiers 1 to {args.real_tier} {total} in all; needed are 1 and "
+                       f"{max(RANKS) + 1}")
+    return asked, real
 
 
 def load_extractor() -> Extractor:
@@ -374,7 +381,7 @@ def settings_of(args: argparse.Namespace, extract: Extractor, maker: TextToImage
     data = Path(args.data)
     files = {"pictures": data / "pictures.npy", "captions": data / "captions.json",
              "features": extract.weights}
-    settings = {name: getattr(args, name) for name in ("data", "split", "max_tier", "count", "seed")}
+    settings = {name: getattr(args, name) for name in ("data", "split", "max_tier", "real_tier", "count", "seed")}
     settings["features"] = extract.recipe
     if maker is not None:
         files |= {"config": Path(args.config), "ckpt": Path(args.ckpt)}
@@ -404,17 +411,17 @@ def run(args: argparse.Namespace) -> None:
     if args.pictures and not args.count:
         raise BadInput("--pictures: with --count 0 there are none")
     watch = Stopwatch()
-    parts = load_data(args)
+    data, real_parts = load_data(args)
     extract = load_extractor()
-    maker = load_maker(args, parts[args.split][0].shape[-1]) if args.count else None
+    maker = load_maker(args, data[0].shape[-1]) if args.count else None
     settings = settings_of(args, extract, maker)
     watch.lap("loading")
 
-    real = RealSet.of(list(parts.values()), extract, args.batch_size)
+    real = RealSet.of(real_parts, extract, args.batch_size)
     verdicts, details = {"real": real.judge_itself()}, []
     watch.lap("real")
     if maker is not None:
-        asked = Asked.of(parts[args.split], args.count, args.seed)
+        asked = Asked.of(data, args.count, args.seed)
         of_model, made = judge_model(maker, real, asked, args, watch)
         if args.pictures:
             save_sheet(args.pictures, made, settings)

@@ -205,7 +205,7 @@ def test_held_out_split_and_no_model(call, data, tmp_path):
 
 @pytest.mark.parametrize("arguments, why", [
     (["--data", "nowhere"], "--data: .*nowhere.* is missing; make the dataset with"),
-    (["--split", "heldout_concept"], "--data: .* 0 pictures in heldout_concept and 20 in all"),
+    (["--split", "heldout_concept"], "--data: .* 0 pictures in heldout_concept .* 20 in all"),
     (["--config", "none.yaml"], "--config: none.yaml: no such file"),
     (["--ckpt", "none.safetensors"], "--ckpt: none.safetensors: no such file"),
     (["--sampler", "warp"], "--sampler: 'warp' is not one of ddim"),
