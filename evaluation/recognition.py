@@ -350,8 +350,7 @@ def load_data(args: argparse.Namespace) -> tuple[EmojiPictures, list[EmojiPictur
     total = sum(map(len, real))
     if not len(asked) or total <= max(RANKS):
         raise BadInput(f"--data: tiers 1 to {args.max_tier} of {args.data} have {len(asked)} pictures in "
-                       f"{args.split}, tiers 1 to {args.real_tier} {total} in all; needed are 1 and "
-                       f"{max(RANKS) + 1}")
+                       f"{args.split}, the real set has {total}; needed are 1 and {max(RANKS) + 1}")
     return asked, real
 
 

@@ -205,7 +205,8 @@ def test_held_out_split_and_no_model(call, data, tmp_path):
 
 @pytest.mark.parametrize("arguments, why", [
     (["--data", "nowhere"], "--data: .*nowhere.* is missing; make the dataset with"),
-    (["--split", "heldout_concept"], "--data: .* 0 pictures in heldout_concept .* 20 in all"),
+    (["--split", "heldout_concept"], "--data: .* 0 pictures in heldout_concept, the real set has 20"),
+    (["--max-tier", "3"], "--real-tier: must be at least --max-tier 3.*; got 2"),
     (["--config", "none.yaml"], "--config: none.yaml: no such file"),
     (["--ckpt", "none.safetensors"], "--ckpt: none.safetensors: no such file"),
     (["--sampler", "warp"], "--sampler: 'warp' is not one of ddim"),
