@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from evaluation.features import Extractor
     from ldm.data.emoji import EmojiPictures
-    from ldm.text2image import TextToImage
+    from ldm.sampling.engine import Engine
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64"
 FEATURES = "efficientnet-lite0"
@@ -242,7 +242,7 @@ def features_of(pictures: Tensor, extract: Extractor, batch: int, label: str) ->
     return torch.cat(features)
 
 
-def make_pictures(maker: TextToImage, captions: Sequence[str], seed: int, batch: int) -> list[Image.Image]:
+def make_pictures(maker: Engine, captions: Sequence[str], seed: int, batch: int) -> list[Image.Image]:
     """One picture per caption; each has its own noise, whatever the batch."""
     from tqdm import tqdm
 
@@ -254,7 +254,7 @@ def make_pictures(maker: TextToImage, captions: Sequence[str], seed: int, batch:
         return [made.image for made in generate(prompt_items(captions, 1, seed), maker, {}, None, batch)]
 
 
-def reconstruct(maker: TextToImage, pictures: Tensor, batch: int) -> list[Image.Image]:
+def reconstruct(maker: Engine, pictures: Tensor, batch: int) -> list[Image.Image]:
     """Pictures (N, 3, H, W) through the model's first stage and back, without its noise."""
     import torch
     from tqdm import tqdm
@@ -311,12 +311,13 @@ def check_output(flag: str, path: str | None) -> None:
         raise BadInput(f"{flag}: can't write {path}; expected a file in a writable directory")
 
 
-def load_maker(args: argparse.Namespace, side: int) -> TextToImage:
+def load_maker(args: argparse.Namespace, side: int) -> Engine:
     """The model, ready to make pictures of the dataset's size."""
     from ldm.checkpoint import CheckpointError, load_config, load_model
     from ldm.models.diffusion.plan import load_plan
     from ldm.models.diffusion.solvers import SOLVERS
-    from ldm.text2image import Recipe, Sizes, TextToImage, num_nodes
+    from ldm.sampling.conditions import Text
+    from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 
     with blame("--config"):
         config = load_config(args.config)
@@ -334,7 +335,7 @@ def load_maker(args: argparse.Namespace, side: int) -> TextToImage:
     with blame("--config", (ValueError, OSError, TypeError, KeyError)):
         with blame("--ckpt", (CheckpointError, FileNotFoundError)):
             model = load_model(args.config, args.ckpt)
-        return TextToImage(model, sizes, recipe, plan)
+        return Engine(model, sizes, recipe, plan, Task(Text()))
 
 
 def load_data(args: argparse.Namespace) -> tuple[EmojiPictures, list[EmojiPictures]]:
@@ -373,7 +374,7 @@ class Stopwatch:
         self.seconds[name], self._last = round(now - self._last, 2), now
 
 
-def settings_of(args: argparse.Namespace, extract: Extractor, maker: TextToImage | None) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, extract: Extractor, maker: Engine | None) -> dict[str, Any]:
     """All that the results depend on, as JSON values; `sha256` names the contents of the files."""
     from ldm.checkpoint import fingerprint
 
@@ -389,7 +390,7 @@ def settings_of(args: argparse.Namespace, extract: Extractor, maker: TextToImage
     return settings | {"sha256": {name: fingerprint(path) for name, path in files.items()}}
 
 
-def judge_model(maker: TextToImage, real: RealSet, asked: Asked, args: argparse.Namespace,
+def judge_model(maker: Engine, real: RealSet, asked: Asked, args: argparse.Namespace,
                 watch: Stopwatch) -> tuple[dict[str, Verdict], list[Image.Image]]:
     """Retrieval for the model's pictures and for its first stage's; and the pictures."""
     with blame("--ckpt", (ValueError,)):

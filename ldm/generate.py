@@ -25,22 +25,26 @@ Settings = Mapping[str, Any]
 class Item:
     """One picture to make.
 
-    prompt_index, sample: which prompt, and which picture of it; both from 0.
-    prompt: the text.
+    prompt_index, sample: which subject, and which picture of it; both from 0.
+    subject: what is pictured, as JSON values, the first of which tells a person: {"prompt": text}, {"class": 207}.
     seed:  names the picture's own noise, see `ldm.noise.ImageNoise`.
     start: names the noise that it begins from; `seed` unless pictures share their beginning.
     """
 
     prompt_index: int
     sample: int
-    prompt: str
+    subject: Settings
     seed: tuple[int, ...]
     start: tuple[int, ...]
 
     def settings(self) -> dict[str, Any]:
         """The item as JSON values."""
-        return {"prompt": self.prompt, "prompt_index": self.prompt_index, "sample": self.sample,
+        return {**self.subject, "prompt_index": self.prompt_index, "sample": self.sample,
                 "seed": list(self.seed), "start": list(self.start)}
+
+    @property
+    def caption(self) -> str:
+        return str(next(iter(self.subject.values()), ""))
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,22 @@ class Made:
     run: Settings
 
 
-def prompt_items(prompts: Sequence[str], samples: int, seed: int,
-                 share_start: int | None = None) -> list[Item]:
-    """`samples` pictures of each prompt, with seeds (seed, prompt index, sample index).
+def subject_items(subjects: Sequence[Settings], samples: int, seed: int,
+                  share_start: int | None = None) -> list[Item]:
+    """`samples` pictures of each subject, with seeds (seed, subject's index, sample's index).
 
     Args:
-        share_start: begin sample k of every prompt from the same noise as sample k modulo this number.
+        subjects: see `Item`.
+        share_start: begin sample k of every subject from the same noise as sample k modulo this number.
     """
-    return [Item(p, s, prompt, (seed, p, s), (seed, p, s) if share_start is None else (seed, s % share_start))
-            for p, prompt in enumerate(prompts) for s in range(samples)]
+    return [Item(p, s, subject, (seed, p, s), (seed, p, s) if share_start is None else (seed, s % share_start))
+            for p, subject in enumerate(subjects) for s in range(samples)]
+
+
+def prompt_items(prompts: Sequence[str], samples: int, seed: int,
+                 share_start: int | None = None) -> list[Item]:
+    """`samples` pictures of each prompt; see `subject_items`."""
+    return subject_items([{"prompt": prompt} for prompt in prompts], samples, seed, share_start)
 
 
 def digest(settings: Settings) -> str:
@@ -84,7 +95,7 @@ def generate(items: Sequence[Item], make: Callable[[Sequence[Item]], tuple[Seque
         items: the pictures of the whole run, the same list on every rank.
         make: makes the pictures of a batch of items; also returns how (JSON values, for each of them).
         settings: what the pictures depend on beside their item: model, sampler, ... (JSON values).
-        outdir: gets samples/SEED-PROMPT-SAMPLE-DIGEST.png and one line per picture in manifest.jsonl;
+        outdir: gets samples/SEED-SUBJECT-SAMPLE-DIGEST.png and one line per picture in manifest.jsonl;
             None = pictures are not saved.
         batch: most items per call of `make`.
         rank, world_size: this is machine `rank` of 0..world_size-1 and makes every world_size-th item.

@@ -11,7 +11,8 @@ import torch
 from ldm.checkpoint import load_config, load_model, read_checkpoint
 from ldm.generate import prompt_items
 from ldm.models.diffusion.plan import load_plan
-from ldm.text2image import Recipe, Sizes, TextToImage, num_nodes
+from ldm.sampling.conditions import Text
+from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 
 MODEL = Path(__file__).parents[1] / "models" / "ldm" / "emoji64"
 PROMPTS = ["a red heart, noto style", "a dog face, twemoji style", "a slice of pizza, openmoji style"]
@@ -27,7 +28,7 @@ def pictures(model, recipe: Recipe = RECIPE, spec: str = "faster-diffusion", par
              chosen: slice = slice(None)) -> torch.Tensor:
     """The decoded pictures of some of the prompts, (B, 3, 64, 64)."""
     sizes = Sizes.of(load_config(MODEL / "config.yaml").model)
-    maker = TextToImage(model, sizes, recipe, load_plan(spec, num_nodes(recipe), parallel))
+    maker = Engine(model, sizes, recipe, load_plan(spec, num_nodes(recipe), parallel), Task(Text()))
     return maker.decode(maker.latents(prompt_items(PROMPTS, 1, seed=0)[chosen]))
 
 

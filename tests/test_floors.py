@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-D, M = "ldm/models/diffusion", "ldm/modules"
+D, M, S = "ldm/models/diffusion", "ldm/modules", "ldm/sampling"
 DM = f"{M}/diffusionmodules"
 FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["ldm/util.py", "ldm/cli.py", "*/__init__.py"],
     [
+        "ldm/arguments.py",
         *(f"{DM}/features.py", f"{DM}/util.py", f"{D}/schedule.py", f"{D}/plan.py"),
         *("ldm/noise.py", "ldm/images.py"),
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
@@ -34,7 +35,9 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         f"{D}/dpm_solver/*",
     ],
     [f"{D}/solvers.py"],
-    ["ldm/text2image.py", "ldm/training/*"],
+    [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
+    [f"{S}/engine.py"],
+    ["ldm/script.py"],
     ["scripts/*", "evaluation/*", "main.py"],
 ]
 ROOMS = ("ldm/training", f"{D}/dpm_solver", "scripts", "evaluation")  # whose files may import each other

@@ -50,7 +50,7 @@ def test_every_item_becomes_a_file_with_its_settings_and_a_line(tmp_path):
         assert m.path.name.startswith(f"42-{m.item.prompt_index:05d}-{m.item.sample:03d}-")
     entries = read_manifest(tmp_path / "manifest.jsonl")
     assert [e["file"] for e in entries] == [m.path.relative_to(tmp_path).as_posix() for m in made]
-    assert entries[4].items() >= {"prompt": ITEMS[4].prompt, "scale": 7.5, "seconds": 0.5}.items()
+    assert entries[4].items() >= {"prompt": ITEMS[4].caption, "scale": 7.5, "seconds": 0.5}.items()
 
 
 def test_a_second_run_makes_nothing_and_touches_no_file(tmp_path):

@@ -19,7 +19,8 @@ from ldm.checkpoint import load_config, load_model
 from ldm.generate import prompt_items, read_manifest
 from ldm.images import from_pil, psnr, read_png
 from ldm.models.diffusion.plan import load_plan
-from ldm.text2image import Recipe, Sizes, TextToImage, num_nodes
+from ldm.sampling.conditions import Text
+from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 
 ROOT = SCRIPT.parents[1]
 
@@ -87,7 +88,7 @@ def test_a_killed_run_resumes(call, tmp_path, monkeypatch, capsys):
     for path in pictures(tmp_path).values():
         path.unlink()
     (tmp_path / "out" / "manifest.jsonl").unlink()
-    real, made = TextToImage.__call__, []
+    real, made = Engine.__call__, []
 
     def killed(self, items):
         if len(made) == 2:
@@ -95,7 +96,7 @@ def test_a_killed_run_resumes(call, tmp_path, monkeypatch, capsys):
         made.append(items)
         return real(self, items)
 
-    monkeypatch.setattr(TextToImage, "__call__", killed)
+    monkeypatch.setattr(Engine, "__call__", killed)
     assert call("--n_iter", "3", "--n_samples", "1", "--skip_grid") == 130
     assert len(pictures(tmp_path)) == 2
     monkeypatch.undo()
@@ -114,17 +115,17 @@ def text_to_image(files):
     """Makers on one loaded model."""
     model, sizes = load_model(*files), Sizes.of(load_config(files[0]).model)
 
-    def build(plan: str = "faster-diffusion", parallel: int = 1, **options) -> TextToImage:
+    def build(plan: str = "faster-diffusion", parallel: int = 1, **options) -> Engine:
         options = {"steps": 5, "scale": 3.0, "noise_weight": 0.003} | options
         recipe = Recipe(sizes.default, sizes.default, **options)
-        return TextToImage(model, sizes, recipe, load_plan(plan, num_nodes(recipe), parallel))
+        return Engine(model, sizes, recipe, load_plan(plan, num_nodes(recipe), parallel), Task(Text()))
     return build
 
 
 ITEMS = prompt_items(["a red heart, noto style", "a green tree", "a dog face"], samples=2, seed=5)
 
 
-def pictured(maker: TextToImage, batch: list[int]) -> torch.Tensor:
+def pictured(maker: Engine, batch: list[int]) -> torch.Tensor:
     """The pictures of some of ITEMS, made as one batch, before they are rounded to 8 bits."""
     return maker.decode(maker.latents([ITEMS[k] for k in batch]))
 

@@ -76,6 +76,15 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
+def num_steps(name: str, alphas_cumprod: Tensor, steps: int) -> int:
+    """How many steps a solver makes of so many requested; ddim's grid may have more, see `ddim_timesteps`.
+
+    Raises:
+        ValueError: unknown name, or steps out of range.
+    """
+    return len(_named(name).levels(alphas_cumprod, steps)) - 1
+
+
 def solver(
     name: str,
     alphas_cumprod: Tensor,
@@ -98,11 +107,16 @@ def solver(
     Raises:
         ValueError: unknown name, or a value that the solver does not take.
     """
-    if name not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {name!r}")
-    if eta and not SOLVERS[name].takes_eta:
+    chosen = _named(name)
+    if eta and not chosen.takes_eta:
         raise ValueError(f"eta must be 0 for {name}, which has no choice of it; got {eta}")
-    levels = SOLVERS[name].levels(alphas_cumprod, steps)
+    levels = chosen.levels(alphas_cumprod, steps)
     if not 0 <= skip < len(levels) - 1:
         raise ValueError(f"skip must leave at least one of {len(levels) - 1} steps; got {skip}")
-    return SOLVERS[name].rule(levels[skip:], eta, noise)
+    return chosen.rule(levels[skip:], eta, noise)
+
+
+def _named(name: str) -> Solver:
+    if name not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {name!r}")
+    return SOLVERS[name]

@@ -1,4 +1,4 @@
-"""From prompts to pictures: one batch of a latent text-to-image model."""
+"""The engine behind every script: items to pictures, one batch of a latent diffusion model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.solvers import solver
+from ldm.models.diffusion.solvers import num_steps, solver
 from ldm.noise import ImageNoise
+from ldm.sampling.canvas import Canvas
+from ldm.sampling.conditions import Condition
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Sizes:
     factor: int
     multiple: int
     default: int
+
+    def whole(self, side: int) -> int:
+        """The side in pixels, or the next multiple above it."""
+        return -(-side // self.multiple) * self.multiple
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Sizes:
@@ -60,9 +66,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How pictures are sampled, whatever the model, the prompts and the plan.
+    """How pictures are sampled, whatever the model, the task and the plan.
 
-    height, width: in pixels.
+    height, width: in pixels. Where they are no multiple of what the model needs, larger pictures are made and
+        cut off on the right and at the bottom.
     sampler, steps, eta: see `ldm.models.diffusion.solvers.solver`.
     scale: guidance scale; exactly 1 = none.
     noise_weight, noise_below, noise_order: prior noise injection, see `prior_noise`; weight 0 = none.
@@ -78,8 +85,17 @@ class Recipe:
     noise_below: float = 500
     noise_order: str = "before"
 
-    def rule(self, alphas_cumprod: Tensor, noise: Callable[[int, Tensor], Tensor]) -> Rule:
-        return solver(self.sampler, alphas_cumprod, self.steps, self.eta, noise)
+    def rule(self, alphas_cumprod: Tensor, noise: Callable[[int, Tensor], Tensor], strength: float = 1.0) -> Rule:
+        """The solver of a run of the last `strength` (0..1) of all steps, rounded down.
+
+        Raises:
+            ValueError: see `solver`; or no step is left.
+        """
+        total = num_steps(self.sampler, alphas_cumprod, self.steps)
+        kept = int(strength * total + 1e-9)     # 0.29 of 100 steps is 29
+        if kept < 1:
+            raise ValueError(f"strength {strength:g} of {total} steps leaves none")
+        return solver(self.sampler, alphas_cumprod, self.steps, self.eta, noise, skip=total - kept)
 
     def edits(self, x_T: Tensor) -> tuple[Edit, ...]:
         if self.noise_weight == 0:
@@ -87,54 +103,56 @@ class Recipe:
         return (prior_noise(x_T, self.noise_weight, self.noise_below, self.noise_order),)
 
 
-def num_nodes(recipe: Recipe, timesteps: int = 1000) -> int:
+def num_nodes(recipe: Recipe, timesteps: int = 1000, strength: float = 1.0) -> int:
     """How many predictions a recipe makes, which is what a plan counts.
 
     Raises:
-        ValueError: see `solver`.
+        ValueError: see `Recipe.rule`.
     """
     alphas_cumprod = torch.linspace(0.999, 0.001, timesteps)     # any schedule has as many nodes
-    return len(recipe.rule(alphas_cumprod, lambda i, x: x).nodes)
+    return len(recipe.rule(alphas_cumprod, lambda i, x: x, strength).nodes)
 
 
-class TextToImage:
+@dataclass(frozen=True)
+class Task:
+    """What is pictured: what the network is told, and what the pictures are painted on."""
+
+    condition: Condition
+    canvas: Canvas = Canvas()
+
+
+class Engine:
     """Makes the pictures of a batch of items; a `make` for `ldm.generate.generate`.
 
-    A picture depends on the weights, the recipe, the keys of the plan and its item; not on its batch.
+    A picture depends on the weights, the task, the recipe, the keys of the plan and its item; not on its batch.
 
     Args:
-        model: conditioned on text; its device is used.
+        model: its device is used.
         sizes: of the model's config.
         recipe, plan: how; the plan is for the recipe's nodes.
+        task: what.
         autocast: run the networks in the device's lower precision.
         on_node: called after every node of every batch, for progress.
         warm_up: before the first batch make one untimed prediction, for timings that are to be compared.
 
     Raises:
-        ValueError: the model takes no text.
+        ValueError: the model does not take the task's condition.
     """
 
-    def __init__(self, model: LatentDiffusion, sizes: Sizes, recipe: Recipe, plan: Plan,
+    def __init__(self, model: LatentDiffusion, sizes: Sizes, recipe: Recipe, plan: Plan, task: Task,
                  autocast: bool = False, on_node: Callable[[], None] = lambda: None, warm_up: bool = False):
-        self.model, self.recipe, self.plan = model, recipe, plan
+        self.model, self.recipe, self.plan, self.task = model, recipe, plan, task
         self.autocast, self.on_node, self.warm_up = autocast, on_node, warm_up
-        self.shape = (sizes.channels, recipe.height // sizes.factor, recipe.width // sizes.factor)
-        if model.model.conditioning_key != "crossattn":
-            raise ValueError(f"not a text-to-image model: its conditioning_key is "
-                             f"{model.model.conditioning_key!r}, expected 'crossattn'")
-        try:
-            tokens = self._embed([""])                                                 # (1, L, D)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a text-to-image model: its conditioner "
-                             f"{type(model.cond_stage_model).__name__} takes no text ({error})") from error
+        self.shape = (sizes.channels, *(sizes.whole(side) // sizes.factor for side in (recipe.height, recipe.width)))
+        tokens = task.condition.tokens(model)
         guided = 1 if recipe.scale == 1.0 else 2
-        macs = unet_macs(model.model.diffusion_model, self.shape[1:], guided, tokens.shape[1])
-        self.macs = macs.run(plan)
+        self.macs = unet_macs(model.model.diffusion_model, self.shape[1:], guided, tokens).run(plan)
 
     def settings(self) -> dict[str, Any]:
         """What pictures depend on beside weights and item, as JSON values."""
         keys = None if len(self.plan.keys) == self.plan.num_nodes else list(self.plan.keys)
-        return asdict(self.recipe) | {"keys": keys, "precision": "autocast" if self.autocast else "full"}
+        return (asdict(self.recipe) | {"keys": keys, "precision": "autocast" if self.autocast else "full"}
+                | self.task.condition.settings() | self.task.canvas.settings())
 
     def __call__(self, items: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
         """The items' pictures, and for each of them what it cost: seconds, and MACs of the UNet.
@@ -148,7 +166,7 @@ class TextToImage:
         began = self._clock()
         latents = self.latents(items)
         sampled = self._clock()
-        images = to_pil(self.decode(latents))
+        images = to_pil(self.task.canvas.finish(self.decode(latents), items))
         ended = self._clock()
         seconds, seconds_unet = (round((end - began) / len(items), 4) for end in (ended, sampled))
         return images, {"seconds": seconds, "seconds_unet": seconds_unet, "unet_macs": self.macs,
@@ -157,9 +175,12 @@ class TextToImage:
     def latents(self, items: Sequence[Item]) -> Tensor:
         """The items' sampled latents, (B, C, h, w)."""
         with self._precision():
-            rule = self.recipe.rule(self.model.alphas_cumprod, ImageNoise([item.seed for item in items]).node)
-            x = x_T = self._start(items)
-            for state in denoise(self._denoiser(items), rule, self.plan, x_T, self.recipe.edits(x_T)):
+            canvas, noise = self.task.canvas, ImageNoise([item.seed for item in items]).node
+            rule = self.recipe.rule(self.model.alphas_cumprod, noise, canvas.strength)
+            x_T = self._noise(items)
+            x = canvas.start(self.model, items, x_T, rule.nodes[0])
+            edits = (*canvas.edits(self.model, items, rule.nodes), *self.recipe.edits(x_T))
+            for state in denoise(self._denoiser(items), rule, self.plan, x, edits):
                 x = state.x
                 self.on_node()
         return x
@@ -167,29 +188,26 @@ class TextToImage:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
         with self._precision():
-            return self.model.decode_first_stage(latents)
+            pictures = self.model.decode_first_stage(latents)
+        return pictures[..., :self.recipe.height, :self.recipe.width]
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
         with torch.no_grad(), torch.autocast(self.model.device.type, enabled=self.autocast):
             yield
 
-    def _start(self, items: Sequence[Item]) -> Tensor:
+    def _noise(self, items: Sequence[Item]) -> Tensor:
         return ImageNoise([item.start for item in items]).start(self.shape).to(self.model.device)
 
-    def _embed(self, prompts: list[str]) -> Tensor:
-        with torch.no_grad():
-            return self.model.get_learned_conditioning(prompts)
-
     def _denoiser(self, items: Sequence[Item]) -> Denoiser:
-        cond = self._embed([item.prompt for item in items])                            # (B, L, D)
-        uncond = None if self.recipe.scale == 1.0 else self._embed([""]).expand_as(cond)
-        return self.model.denoiser(cond, uncond, self.recipe.scale)
+        condition, scale = self.task.condition, self.recipe.scale
+        uncond = None if scale == 1.0 else condition.none(self.model, len(items))
+        return self.model.denoiser(condition.of(self.model, items), uncond, scale)
 
     def _warm_up(self, items: Sequence[Item]) -> None:
         """The first call of a network pays for memory and compiled kernels."""
         with self._precision():
-            x, denoiser = self._start(items), self._denoiser(items)
+            x, denoiser = self._noise(items), self._denoiser(items)
             denoiser.decode(denoiser.encode(x, 1.0), [1.0])
         self.decode(x)
         self.warm_up = False

@@ -1,0 +1,127 @@
+"""Argument groups that the sampling scripts share, each with the defaults of the script that asks for it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.cli import number
+
+EMOJI64 = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64"
+NOISE_WEIGHT = 0.003
+
+count = number(int, 1, math.inf, "a whole number >= 1")
+finite = number(float, -sys.float_info.max, sys.float_info.max, "a finite number")
+
+
+def parallel(text: str) -> int | None:
+    return None if text == "auto" else number(int, 1, math.inf, "auto or a whole number >= 1")(text)
+
+
+def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Prompts, and how many pictures of each."""
+    what = p.add_argument_group("what to make")
+    text = what.add_mutually_exclusive_group()
+    text.add_argument("--prompt", default="a red heart, noto style",
+                      help="the text to picture (default: %(default)s)")
+    text.add_argument("--from-file", metavar="FILE", help="one prompt per line, each made n_iter times")
+    what.add_argument("--repeat", type=count, default=1, metavar="N", help="use each prompt N times")
+    what.add_argument("--n_samples", type=count, default=4, metavar="N",
+                      help="pictures of the prompt in each iteration; the batch size (default: %(default)s)")
+    what.add_argument("--n_iter", type=count, default=1, metavar="N",
+                      help="iterations (default: %(default)s)")
+    seed_argument(what)
+    what.add_argument("--fixed_code", action="store_true",
+                      help="begin every prompt and iteration from the same noise")
+    return what
+
+
+def seed_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1, "0..2^32-1"), default=42,
+                       help="fixes each picture's noise, with the numbers of its subject and sample "
+                            "(default: %(default)s)")
+
+
+def sampling_arguments(p: argparse.ArgumentParser, steps: int = 50, eta: float = 0.0, scale: float | None = None,
+                       guided: bool = True, steps_flags: Sequence[str] = ("--steps", "--ddim_steps"),
+                       eta_flags: Sequence[str] = ("--ddim_eta",)) -> argparse._ArgumentGroup:
+    """Steps, noise, guidance, solver.
+
+    Args:
+        steps, eta: their defaults.
+        scale: default of the guidance scale; None = the model's.
+        guided: whether there is guidance at all.
+        steps_flags, eta_flags: what the published script calls them.
+    """
+    how = p.add_argument_group("how to sample")
+    how.add_argument(*steps_flags, dest="steps", type=count, default=steps, metavar="N",
+                     help="sampling steps (default: %(default)s)")
+    how.add_argument(*eta_flags, dest="eta", type=number(float, 0, 1, "a number in 0..1"), default=eta,
+                     metavar="ETA", help="0 = deterministic, 1 = ancestral sampling (default: %(default)s)")
+    if guided:
+        default = "the model's, or 7.5" if scale is None else scale
+        how.add_argument("--scale", type=finite, default=scale,
+                         help=f"guidance scale, 1 = none (default: {default})")
+    else:
+        p.set_defaults(scale=1.0)
+    sampler = how.add_mutually_exclusive_group()
+    sampler.add_argument("--sampler", default="ddim", help="name of the solver (default: %(default)s)")
+    sampler.add_argument("--plms", action="store_true", help="the same as --sampler plms")
+    sampler.add_argument("--dpm", action="store_true", help="the same as --sampler dpm-solver++")
+    return how
+
+
+def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffusion", below: float = 500.0,
+                          order: str = "before") -> None:
+    """The plan and prior noise injection, with their defaults."""
+    fast = p.add_argument_group("encoder propagation")
+    fast.add_argument("--plan", default=plan,
+                      help="at which steps the UNet's encoder runs: off (all), faster-diffusion or another "
+                           "name in configs/plans, uniform:N, a list such as 0,1,2,5, or FILE.yaml "
+                           "(default: %(default)s)")
+    fast.add_argument("--parallel", type=parallel, metavar="N|auto",
+                      help="most decoder steps in one batch; changes speed and memory, not the pictures "
+                           "(default: auto, all that share an encoder step; fewer large ones on a CPU)")
+    fast.add_argument("--noise-weight", type=number(float, 0, sys.float_info.max, "a number >= 0"),
+                      metavar="X",
+                      help=f"prior noise injection; 0 = off (default: {NOISE_WEIGHT}, with --plan off 0)")
+    fast.add_argument("--noise-below", type=finite, default=below, metavar="T",
+                      help="inject at timesteps below T of the training's (default: %(default)s)")
+    fast.add_argument("--noise-order", choices=("before", "after", "update"), default=order,
+                      help="inject before the prediction, after it, or after the solver's step "
+                           "(default: %(default)s)")
+    fast.add_argument("--compare", action="store_true",
+                      help="make each picture plain and accelerated and save them side by side")
+
+
+def model_arguments(p: argparse.ArgumentParser, default: Path | None = None) -> None:
+    """The model's files and where it runs; `default` is the folder of the model that needs no flag."""
+    note = f"default: models/ldm/{default.name}" if default else "no default"
+    model = p.add_argument_group(f"the model ({note})")
+    model.add_argument("--config", metavar="YAML", help="the model's config")
+    model.add_argument("--ckpt", metavar="FILE", help="its weights, .safetensors or .ckpt")
+    model.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto",
+                       help="averaged or last weights of the UNet; auto = averaged if there are any")
+    model.add_argument("--C", type=count, help="latent channels, to check the config (default: the model's)")
+    model.add_argument("--f", type=count,
+                       help="downsampling factor, to check the config (default: the model's)")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    model.add_argument("--precision", choices=("full", "autocast"),
+                       help="(default: autocast on cuda, else full)")
+
+
+def output_arguments(p: argparse.ArgumentParser, outdir: str,
+                     flags: Sequence[str] = ("--outdir",)) -> argparse._ArgumentGroup:
+    """Where pictures go; `outdir` is the default, `flags` what the published script calls it."""
+    out = p.add_argument_group("output")
+    out.add_argument(*flags, dest="outdir", default=outdir, metavar="DIR",
+                     help="gets samples/, manifest.jsonl, the grid; what is already there is not made again "
+                          "(default: %(default)s)")
+    out.add_argument("--n_rows", type=number(int, 0, math.inf, "a whole number >= 0"), default=0, metavar="N",
+                     help="pictures in a row of the grid; 0 = the batch size")
+    out.add_argument("--skip_grid", action="store_true", help="save no grid; needed for very many pictures")
+    out.add_argument("--skip_save", action="store_true", help="save no single pictures")
+    return out

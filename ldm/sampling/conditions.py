@@ -1,0 +1,193 @@
+"""What a network is told of each picture: nothing, text, a class, or pictures beside its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.generate import Item
+from ldm.models.diffusion.ddpm import ConditionLike, LatentDiffusion
+from ldm.modules.encoders.modules import ClassEmbedder, SpatialRescaler
+
+
+class Condition:
+    """No condition; and what every condition offers."""
+
+    kind = "an unconditional model"
+    key: str | None = None      # the model's conditioning_key
+
+    def tokens(self, model: LatentDiffusion) -> int | None:
+        """Context tokens of one picture, None for a network without cross-attention.
+
+        Raises:
+            ValueError: the model does not take this condition.
+        """
+        self._need(model.model.conditioning_key == self.key,
+                   f"its conditioning_key is {model.model.conditioning_key!r}, expected {self.key!r}")
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """What pictures depend on beside the items, as JSON values."""
+        return {}
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionLike:
+        """The condition of these items."""
+        return None
+
+    def none(self, model: LatentDiffusion, count: int) -> ConditionLike:
+        """What guidance leads away from, for `count` pictures.
+
+        Raises:
+            ValueError: the model has no such thing.
+        """
+        raise ValueError(f"guidance scale must be 1 for {self.kind}: it knows no absence of its condition")
+
+    def _need(self, fits: bool, otherwise: str) -> None:
+        if not fits:
+            raise ValueError(f"not {self.kind}: {otherwise}")
+
+
+class Text(Condition):
+    """The items' prompts; guidance leads away from the empty text."""
+
+    kind, key = "a text-to-image model", "crossattn"
+
+    def tokens(self, model: LatentDiffusion) -> int:
+        super().tokens(model)
+        try:
+            return self._embed(model, [""]).shape[1]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"not {self.kind}: its conditioner {type(model.cond_stage_model).__name__} "
+                             f"takes no text ({error})") from error
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        return self._embed(model, [item.subject["prompt"] for item in items])              # (B, L, D)
+
+    def none(self, model: LatentDiffusion, count: int) -> Tensor:
+        return self._embed(model, [""]).expand(count, -1, -1)
+
+    @torch.no_grad()
+    def _embed(self, model: LatentDiffusion, prompts: list[str]) -> Tensor:
+        return model.get_learned_conditioning(prompts)
+
+
+class Classes(Condition):
+    """The items' class indices.
+
+    Args:
+        absent: the class that stands for none, which guidance leads away from; None = there is none.
+    """
+
+    kind, key = "a class-conditional model", "crossattn"
+
+    def __init__(self, absent: int | None = None):
+        self.absent = absent
+
+    def tokens(self, model: LatentDiffusion) -> int:
+        super().tokens(model)
+        embedder = type(model.cond_stage_model).__name__
+        self._need(isinstance(model.cond_stage_model, ClassEmbedder), f"its conditioner {embedder} takes no class")
+        return 1
+
+    def settings(self) -> dict[str, Any]:
+        return {"uncond_class": self.absent}
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        return self._embed(model, [item.subject["class"] for item in items])               # (B, 1, D)
+
+    def none(self, model: LatentDiffusion, count: int) -> Tensor:
+        return super().none(model, count) if self.absent is None else self._embed(model, [self.absent] * count)
+
+    @torch.no_grad()
+    def _embed(self, model: LatentDiffusion, classes: list[int]) -> Tensor:
+        return model.get_learned_conditioning(torch.tensor(classes))
+
+
+class Beside(Condition):
+    """A picture beside the latents: low resolution for super-resolution.
+
+    Args:
+        pictures: one for each prompt_index, (N, C, H, W); after the model's conditioner as high and wide as
+            the latents.
+    """
+
+    kind, key = "a super-resolution model", "concat"
+
+    def __init__(self, pictures: Tensor):
+        self.pictures = pictures
+
+    def tokens(self, model: LatentDiffusion) -> None:
+        super().tokens(model)
+        unet = model.model.diffusion_model
+        extra = self._channels(model)
+        self._need(unet.in_channels == model.channels + extra,
+                   f"its UNet takes {unet.in_channels} channels, expected {model.channels} of the latents and {extra}")
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        with torch.no_grad():
+            return model.get_learned_conditioning(self._chosen(self.pictures, items).to(model.device))
+
+    def _channels(self, model: LatentDiffusion) -> int:
+        """How many channels the conditioner makes."""
+        return self.pictures.shape[1]
+
+    @staticmethod
+    def _chosen(inputs: Tensor, items: Sequence[Item]) -> Tensor:
+        return inputs[[item.prompt_index for item in items]]
+
+
+class Labels(Beside):
+    """A map of class labels beside the latents: semantic synthesis.
+
+    Args:
+        pictures: label of every pixel, (N, H, W) integers, 0..in_channels-1 of the model's rescaler.
+    """
+
+    kind = "a semantic synthesis model"
+
+    def tokens(self, model: LatentDiffusion) -> None:
+        rescaler = model.cond_stage_model
+        self._need(isinstance(rescaler, SpatialRescaler) and rescaler.channel_mapper is not None,
+                   f"its conditioner {type(rescaler).__name__} takes no map of labels")
+        super().tokens(model)
+        labels, top = rescaler.channel_mapper.in_channels, int(self.pictures.max())
+        if top >= labels:
+            raise ValueError(f"labels must be in 0..{labels - 1} for this model; got {top}")
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        labels = self._chosen(self.pictures, items).to(model.device)                       # (B, H, W)
+        one_hot = F.one_hot(labels.long(), model.cond_stage_model.channel_mapper.in_channels)
+        with torch.no_grad():
+            return model.get_learned_conditioning(one_hot.movedim(-1, 1).float())          # (B, C', h, w)
+
+    def _channels(self, model: LatentDiffusion) -> int:
+        return model.cond_stage_model.channel_mapper.out_channels
+
+
+class Masked(Beside):
+    """The latents of a picture without its masked part, and the mask, beside the latents: LDM inpainting.
+
+    As published the masked part is black, and the mask -1 where the picture stays and 1 where it is painted.
+
+    Args:
+        pictures: (N, 3, H, W) in [-1, 1].
+        masks: 1 = to be painted, 0 = stays; (N, 1, H, W).
+    """
+
+    kind = "an inpainting model"
+
+    def __init__(self, pictures: Tensor, masks: Tensor):
+        super().__init__(torch.where(masks > 0, -1.0, pictures))
+        self.masks = masks
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        seen = super().of(model, items)                                                    # (B, C, h, w)
+        masks = self._chosen(self.masks, items).to(seen)
+        return torch.cat([seen, 2 * F.interpolate(masks, size=seen.shape[-2:]) - 1], dim=1)
+
+    def _channels(self, model: LatentDiffusion) -> int:
+        return model.channels + 1

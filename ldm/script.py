@@ -1,0 +1,312 @@
+"""What the sampling scripts share: the checks before a slow load, the run, its report.
+
+A script says what is pictured: a list of items and a `Task`. Everything else is here or below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.arguments import NOISE_WEIGHT
+from ldm.cli import BadInput, blame
+
+# The library, and with it PyTorch, is imported where it is used: --help must answer at once.
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ldm.generate import Item, Made
+    from ldm.models.diffusion.plan import Plan
+    from ldm.sampling.engine import Engine, Recipe, Sizes, Task
+
+PUBLISHED_SAMPLERS = {"plms": "plms", "dpm": "dpm-solver++"}
+CPU_POSITIONS = 16384   # latent positions in one decoder batch on a CPU, where memory soon outweighs speed
+GO_ON = "stopped; the same command goes on from here"
+
+
+# From arguments to what they name
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    prompts = [args.prompt]
+    if args.from_file is not None:
+        with blame("--from-file"):
+            lines = Path(args.from_file).read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise BadInput(f"--from-file: {args.from_file} is empty; expected one prompt per line")
+    return [prompt for prompt in prompts for _ in range(args.repeat)]
+
+
+def text_items(args: argparse.Namespace, extra: dict[str, Any] | None = None) -> list[Item]:
+    """The pictures that `text_arguments` ask for; `extra` is what else of each is to be remembered."""
+    from ldm.generate import subject_items
+
+    # As published: a batch is n_samples pictures of the prompt, or n_samples lines of the file.
+    per_iteration = 1 if args.from_file else args.n_samples
+    subjects = [{"prompt": prompt} | (extra or {}) for prompt in read_prompts(args)]
+    return subject_items(subjects, per_iteration * args.n_iter, args.seed,
+                         share_start=per_iteration if args.fixed_code else None)
+
+
+def find_device(name: str) -> torch.device:
+    import torch
+
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    present = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if name == "auto":
+        return torch.device(present[0])
+    if name not in (*present, *(["cuda"] if gpus else [])):
+        raise BadInput(f"--device: {name} is not there; on this machine: auto, {', '.join(present)}")
+    return torch.device(name)
+
+
+def model_files(args: argparse.Namespace, default: Path | None) -> tuple[Path, Path]:
+    if (args.config is None) != (args.ckpt is None):
+        given, other = ("--config", "--ckpt") if args.ckpt is None else ("--ckpt", "--config")
+        without = f"; without both the model is {default.name}" if default else ""
+        raise BadInput(f"{other}: needed together with {given}{without}")
+    if args.config is None and default is None:
+        raise BadInput("--config: needed, together with --ckpt: the files of the model")
+    config = Path(args.config or default / "config.yaml")
+    ckpt = Path(args.ckpt or default / "model.safetensors")
+    for flag, path in (("--config", config), ("--ckpt", ckpt)):
+        if not path.is_file():
+            raise BadInput(f"{flag}: {path}: no such file")
+    return config, ckpt
+
+
+def check_outdir(outdir: Path) -> None:
+    """It must be possible to write there; nothing is left behind by finding out."""
+    place = next(p for p in (outdir, *outdir.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise BadInput(f"--outdir: {place} is a file; expected a directory")
+    try:
+        with tempfile.TemporaryDirectory(dir=place):
+            pass
+    except OSError as error:
+        raise BadInput(f"--outdir: can't write to {outdir}: {error.strerror}") from error
+
+
+def sampler_name(args: argparse.Namespace) -> str:
+    from ldm.models.diffusion.solvers import SOLVERS
+
+    flag, name = "--sampler", args.sampler
+    for published, meant in PUBLISHED_SAMPLERS.items():
+        if getattr(args, published):
+            flag, name = f"--{published}", meant
+    if name not in SOLVERS:
+        raise BadInput(f"{flag}: sampler {name!r} is not built yet; accepted: {', '.join(SOLVERS)}")
+    return name
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model to use, from its files' names and its config: all that can be known before it is loaded."""
+
+    config_path: Path
+    ckpt: Path
+    config: Any
+    sizes: Sizes
+    device: torch.device
+
+
+def make_setup(args: argparse.Namespace, default: Path | None = None) -> Setup:
+    """What is quick to check comes before what is slow to load."""
+    config_path, ckpt = model_files(args, default)
+    check_outdir(Path(args.outdir))
+    device = find_device(args.device)
+
+    from ldm.checkpoint import load_config
+    from ldm.sampling.engine import Sizes
+
+    with blame("--config"):
+        config = load_config(config_path)
+        sizes = Sizes.of(config.model)
+    for flag, given, real in (("--C", args.C, sizes.channels), ("--f", args.f, sizes.factor)):
+        if given not in (None, real):
+            raise BadInput(f"{flag}: this model's is {real}; got {given}")
+    return Setup(config_path, ckpt, config, sizes, device)
+
+
+def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup) -> Recipe:
+    """How pictures of this height and width are sampled."""
+    from ldm.sampling.engine import Recipe
+
+    weight = args.noise_weight
+    if weight is None:
+        weight = 0.0 if args.plan == "off" else NOISE_WEIGHT
+    scale = setup.config.get("sampling", {}).get("scale", 7.5) if args.scale is None else args.scale
+    return Recipe(*size, sampler_name(args), args.steps, args.eta, scale,
+                  weight, args.noise_below, args.noise_order)
+
+
+def make_plan(args: argparse.Namespace, nodes: int, positions: int, device: torch.device) -> Plan:
+    """The run's plan; `positions` of all latents that the UNet gets at one node decide --parallel auto."""
+    from ldm.models.diffusion.plan import load_plan
+
+    most = nodes if device.type != "cpu" else max(1, CPU_POSITIONS // positions)
+    with blame("--plan"):
+        plan = load_plan(args.plan, nodes, args.parallel or most)
+    if args.compare and len(plan.keys) == nodes:
+        raise BadInput(f"--plan: {args.plan} skips no encoder, so --compare has nothing to compare; "
+                       f"expected a plan such as faster-diffusion")
+    return plan
+
+
+# Making and showing
+
+@dataclass
+class Result:
+    """What one method made, or found made by an earlier run.
+
+    images: kept only where a grid or a comparison needs them.
+    fresh, spent_macs: of what this run made.
+    count, seconds, seconds_unet, macs: of all.
+    """
+
+    label: str
+    images: list[Image.Image] = field(default_factory=list)
+    fresh: int = 0
+    count: int = 0
+    seconds: float = 0.0
+    seconds_unet: float = 0.0
+    macs: int = 0
+    spent_macs: int = 0
+
+    def add(self, made: Made, keep: bool) -> None:
+        self.images += [made.image] if keep else []
+        self.fresh, self.count = self.fresh + made.fresh, self.count + 1
+        self.spent_macs += made.run["unet_macs"] if made.fresh else 0
+        self.seconds += made.run["seconds"]
+        self.seconds_unet += made.run["seconds_unet"]
+        self.macs += made.run["unet_macs"]
+
+    def __str__(self) -> str:
+        """The cost of one picture."""
+        return (f"{self.seconds / self.count:.2f} s, {self.seconds_unet / self.count:.2f} s of it UNet, "
+                f"{self.macs / self.count / 1e9:.2f} GMAC of the UNet")
+
+
+def make_all(label: str, engine: Engine, items: Sequence[Item], settings: dict[str, Any],
+             args: argparse.Namespace, batch: int, keep: bool) -> Result:
+    """All pictures of one method, with progress over images and steps."""
+    from tqdm import tqdm
+
+    from ldm.generate import generate
+
+    result, nodes = Result(label), engine.plan.num_nodes
+    with (tqdm(total=len(items), desc=label, unit="image", disable=None) as images,
+          tqdm(total=nodes, desc="steps", unit="step", leave=False, disable=None) as steps):
+        def on_node() -> None:
+            if steps.n >= nodes:
+                steps.reset()
+            steps.update()
+
+        engine.on_node = on_node
+        outdir = None if args.skip_save else args.outdir
+        for made in generate(items, engine, settings | engine.settings(), outdir, batch):
+            result.add(made, keep)
+            images.update()
+    return result
+
+
+def save_sheet(kind: str, sheet: Image.Image, items: Sequence[Item], settings: dict[str, Any],
+               args: argparse.Namespace) -> Path:
+    """Save a sheet of pictures under a name from all that it depends on; one that is there is kept."""
+    from ldm.generate import digest
+    from ldm.images import read_png, save_png
+
+    settings = settings | {"sheet": kind, "items": [item.settings() for item in items]}
+    path = Path(args.outdir) / f"{kind}-{args.seed}-{digest(settings)}.png"
+    if (found := read_png(path)) is None or found[1] != settings:
+        save_png(path, sheet, settings)
+    return path
+
+
+def report(results: Sequence[Result], items: Sequence[Item], settings: dict[str, Any],
+           args: argparse.Namespace, batch: int) -> None:
+    """Save and announce what shows the pictures together, and say what each cost."""
+    if args.compare:
+        compare(*results, items, settings, args)
+        return
+    print(f"each picture: {results[0]}")
+    if not args.skip_grid:
+        from ldm.images import grid
+
+        columns = args.n_rows or batch
+        sheet = grid(results[0].images, columns)
+        print(f"grid: {save_sheet('grid', sheet, items, settings | {'columns': columns}, args)}")
+
+
+def compare(plain: Result, fast: Result, items: Sequence[Item], settings: dict[str, Any],
+            args: argparse.Namespace) -> None:
+    """Plain and accelerated pictures side by side, with cost and distance."""
+    import torch
+
+    from ldm.images import from_pil, psnr, side_by_side
+
+    distance = psnr(*(torch.stack([from_pil(image) for image in r.images]) for r in (plain, fast)))
+    columns = {f"{r.label}: {r.seconds / r.count:.2f} s": r.images for r in (plain, fast)}
+    sheet = side_by_side(columns, [f"{d:.1f} dB  {i.caption}" for d, i in zip(distance, items, strict=True)])
+    path = save_sheet("compare", sheet, items, settings, args)
+    for result in (plain, fast):
+        print(f"{result.label}, each picture: {result}")
+    print(f"plain / {fast.label}: time {plain.seconds / fast.seconds:.2f}, UNet time "
+          f"{plain.seconds_unet / fast.seconds_unet:.2f}, UNet MACs {plain.macs / fast.macs:.2f}")
+    print(f"PSNR between the two: mean {distance.mean():.1f} dB, lowest {distance.min():.1f} dB")
+    print(f"side by side: {path}")
+
+
+def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item], task: Task,
+                  size: tuple[int, int], batch: int, keep: bool = False) -> list[Result]:
+    """Load the model, make the pictures of one method or, to compare, two; report.
+
+    Args:
+        size: height and width of the pictures.
+        batch: most pictures at a time.
+        keep: the caller needs the pictures of the results.
+    """
+    from ldm.checkpoint import CheckpointError, fingerprint, load_model
+    from ldm.models.diffusion.plan import Plan
+    from ldm.sampling.engine import Engine, num_nodes
+
+    sizes, recipe = setup.sizes, make_recipe(args, size, setup)
+    with blame("--steps" if task.canvas.strength == 1 else "--strength"):
+        nodes = num_nodes(recipe, setup.config.model.params.get("timesteps", 1000), task.canvas.strength)
+    latents = batch * (1 if recipe.scale == 1.0 else 2)
+    positions = math.prod(sizes.whole(side) // sizes.factor for side in size)
+    plan = make_plan(args, nodes, latents * positions, setup.device)
+    # A config that does not build a model may fail in any way that a constructor can.
+    with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):
+        model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)
+
+    precision = args.precision or ("autocast" if setup.device.type == "cuda" else "full")
+    build = partial(Engine, model, sizes, task=task, autocast=precision == "autocast", warm_up=args.compare)
+    settings = {"ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}", "weights": fingerprint(setup.ckpt)[:16],
+                "config": fingerprint(setup.config_path)[:16], "averaged": args.weights}
+    methods = {"accelerated" if args.compare else "pictures": (recipe, plan)}
+    if args.compare:
+        methods = {"plain": (replace(recipe, noise_weight=0.0), Plan(nodes, tuple(range(nodes)))), **methods}
+    with blame("--config"):
+        engines = {label: build(*method) for label, method in methods.items()}
+
+    began = time.perf_counter()
+    suspect = "--precision" if precision == "autocast" else "--ckpt"
+    keep = keep or args.compare or not args.skip_grid
+    with blame("--outdir", (OSError,)), blame(suspect, (ValueError,)):
+        results = [make_all(label, engine, items, settings, args, batch, keep)
+                   for label, engine in engines.items()]
+        report(results, items, settings | {label: e.settings() for label, e in engines.items()}, args, batch)
+    fresh, total = (sum(getattr(r, name) for r in results) for name in ("fresh", "count"))
+    where = "not saved" if args.skip_save else f"in {Path(args.outdir) / 'samples'}"
+    print(f"{total} pictures ({fresh} made, {total - fresh} found) {where}; "
+          f"spent {time.perf_counter() - began:.1f} s, {sum(r.spent_macs for r in results) / 1e9:.1f} GMAC")
+    return results
