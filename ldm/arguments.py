@@ -39,6 +39,11 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return what
 
 
+def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's") -> None:
+    group.add_argument("--H", type=count, help=f"height in pixels (default: {default})")
+    group.add_argument("--W", type=count, help=f"width in pixels (default: {default})")
+
+
 def seed_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1, "0..2^32-1"), default=42,
                        help="fixes each picture's noise, with the numbers of its subject and sample "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.util import atomic_write
@@ -32,6 +32,77 @@ def to_pil(images: Tensor) -> list[Image.Image]:
         raise ValueError("images: expected finite values in [-1, 1]; got NaN or infinity")
     levels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]      # each (H, W, 3)
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture file as 8-bit RGB, as a viewer shows it.
+
+    It is turned as its EXIF data say; what is transparent becomes white; 16-bit grey is rounded to 8 bits; of
+    an animation the first frame is taken.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a picture, a damaged one, or one of more than 16 bits per level.
+    """
+    image = _upright(path)
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"{path}: levels {levels.min()}..{levels.max()}; expected 8 or 16 bits per level")
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError(f"{path}: levels that are not whole numbers; expected 8 or 16 bits per level")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
+    return image.convert("RGB")
+
+
+def open_mask(path: str | Path) -> Tensor:
+    """A mask file as ones, where it is brighter than middle grey, and zeros; (1, H, W).
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_picture`.
+    """
+    levels = torch.from_numpy(np.array(open_picture(path).convert("L")))                  # (H, W)
+    return (levels >= 128).float()[None]
+
+
+def open_labels(path: str | Path) -> Tensor:
+    """The class label of each pixel, (H, W) int64, from a picture whose levels or palette indices they are.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a picture, a damaged one, or one with colours.
+    """
+    image = _upright(path)
+    if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+        raise ValueError(f"{path}: a picture of mode {image.mode}; expected one number per pixel (L, P or 16-bit grey)")
+    return torch.from_numpy(np.array(image).astype(np.int64))
+
+
+def _upright(path: str | Path) -> Image.Image:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a picture")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not a picture that can be read") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: a damaged picture: {error}") from error
+
+
+def fit(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The picture scaled (Lanczos) to cover height x width, and cut off evenly where it stands out."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def pad(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Pictures (..., C, H, W) made larger on the right and at the bottom by repeating their edges."""
+    extra = (0, width - pictures.shape[-1], 0, height - pictures.shape[-2])
+    return torch.nn.functional.pad(pictures, extra, mode="replicate")
 
 
 def from_pil(image: Image.Image) -> Tensor:

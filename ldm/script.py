@@ -95,6 +95,22 @@ def check_outdir(outdir: Path) -> None:
         raise BadInput(f"--outdir: can't write to {outdir}: {error.strerror}") from error
 
 
+def picture_size(args: argparse.Namespace, sizes: Sizes, default: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the pictures, from --H and --W."""
+    height, width = args.H or default[0], args.W or default[1]
+    for flag, value in (("--H", height), ("--W", width)):
+        if value % sizes.multiple:
+            raise BadInput(f"{flag}: must be a multiple of {sizes.multiple} for this model; got {value}")
+    return height, width
+
+
+def named(path: str | Path, role: str) -> dict[str, str]:
+    """How a picture remembers an input file: by name and content."""
+    from ldm.checkpoint import fingerprint
+
+    return {role: Path(path).name, f"{role}_sha256": fingerprint(path)[:16]}
+
+
 def sampler_name(args: argparse.Namespace) -> str:
     from ldm.models.diffusion.solvers import SOLVERS
 
@@ -279,8 +295,11 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
     from ldm.sampling.engine import Engine, num_nodes
 
     sizes, recipe = setup.sizes, make_recipe(args, size, setup)
-    with blame("--steps" if task.canvas.strength == 1 else "--strength"):
-        nodes = num_nodes(recipe, setup.config.model.params.get("timesteps", 1000), task.canvas.strength)
+    timesteps = setup.config.model.params.get("timesteps", 1000)
+    with blame("--steps"):
+        num_nodes(recipe, timesteps)
+    with blame("--strength"):
+        nodes = num_nodes(recipe, timesteps, task.canvas.strength)
     latents = batch * (1 if recipe.scale == 1.0 else 2)
     positions = math.prod(sizes.whole(side) // sizes.factor for side in size)
     plan = make_plan(args, nodes, latents * positions, setup.device)

@@ -3,13 +3,27 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.images import from_pil, grid, psnr, read_png, save_png, side_by_side, to_pil
+from ldm.images import (
+    fit,
+    from_pil,
+    grid,
+    open_labels,
+    open_mask,
+    open_picture,
+    pad,
+    psnr,
+    read_png,
+    save_png,
+    side_by_side,
+    to_pil,
+)
 
 
 def plain(colour: str, size: tuple[int, int] = (8, 6)) -> Image.Image:
@@ -103,3 +117,88 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save_png(tmp_path / "a.png", broken, {"seed": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == before
+
+
+# Files from elsewhere
+
+def ramp() -> Image.Image:
+    """Grey, 8 wide and 4 high, no two rows or columns alike."""
+    return Image.fromarray(np.arange(32, dtype=np.uint8).reshape(4, 8) * 8)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "I;16", "CMYK"])
+def test_a_picture_is_the_same_in_every_mode(tmp_path, mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(ramp()).astype(np.uint16) * 257)
+        assert image.mode == "I;16"
+    else:
+        image = ramp().convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE) if mode == "P" else \
+            ramp().convert("RGB").convert(mode) if mode == "CMYK" else ramp().convert(mode)
+    image.save(tmp_path / "a", format="TIFF" if mode == "CMYK" else "PNG")
+    opened = open_picture(tmp_path / "a")
+    assert opened.mode == "RGB" and opened.tobytes() == ramp().convert("RGB").tobytes()
+
+
+def test_sixteen_bits_are_rounded_to_eight(tmp_path):
+    Image.fromarray(np.array([[0, 128, 129, 300, 65535]], dtype=np.uint16)).save(tmp_path / "a.png")
+    assert np.asarray(open_picture(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 0, 1, 1, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    shown = ramp().convert("RGB")
+    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
+            7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+    stored = shown.transpose(undo[orientation]) if orientation > 1 else shown
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    opened = open_picture(tmp_path / "a.png")
+    assert opened.size == (8, 4) and opened.tobytes() == shown.tobytes()
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    image = Image.new("RGBA", (3, 1), (200, 0, 0, 255))
+    image.putpixel((1, 0), (200, 0, 0, 0))
+    image.putpixel((2, 0), (200, 0, 0, 51))
+    image.save(tmp_path / "a.png")
+    assert np.asarray(open_picture(tmp_path / "a.png"))[0].tolist() == [[200, 0, 0], [255, 255, 255], [244, 204, 204]]
+
+
+def test_masks_are_ones_and_zeros(tmp_path):
+    Image.fromarray(np.array([[0, 127, 128, 255]], dtype=np.uint8)).save(tmp_path / "a.png")
+    mask = open_mask(tmp_path / "a.png")
+    assert mask.shape == (1, 1, 4) and mask.flatten().tolist() == [0, 0, 1, 1]
+
+
+def test_labels_are_levels_or_palette_indices(tmp_path):
+    labels = np.array([[0, 3], [181, 7]], dtype=np.uint8)
+    palette = Image.fromarray(labels).convert("L")
+    palette.save(tmp_path / "grey.png")
+    coloured = Image.fromarray(labels)
+    coloured.putpalette([k % 256 for k in range(768)])
+    coloured.save(tmp_path / "palette.png")
+    Image.fromarray(labels.astype(np.uint16) + 300).save(tmp_path / "deep.png")
+    assert coloured.mode == "P"
+    assert open_labels(tmp_path / "grey.png").tolist() == labels.tolist()
+    assert open_labels(tmp_path / "palette.png").tolist() == labels.tolist()
+    assert open_labels(tmp_path / "deep.png").tolist() == (labels.astype(int) + 300).tolist()
+    plain("red").save(tmp_path / "colour.png")
+    with pytest.raises(ValueError, match="mode RGB; expected one number per pixel"):
+        open_labels(tmp_path / "colour.png")
+
+
+def test_fitting_covers_without_distortion_and_keeps_what_fits():
+    disc = Image.new("RGB", (40, 20), "white")
+    disc.paste("black", (14, 4, 26, 16))                     # a square in the middle stays one
+    small = np.asarray(fit(disc, 10, 10).convert("L")) < 128
+    assert small.sum(0).max() == small.sum(1).max() == 6
+    assert fit(disc, 20, 40).tobytes() == disc.tobytes()
+
+
+def test_padding_repeats_the_edges():
+    picture = torch.arange(6.0).view(1, 2, 3)
+    padded = pad(picture, 4, 4)
+    assert padded[0].tolist() == [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]]
+    assert torch.equal(pad(picture, 2, 3), picture)
