@@ -44,6 +44,11 @@ def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's")
     group.add_argument("--W", type=count, help=f"width in pixels (default: {default})")
 
 
+def batch_argument(group: argparse._ArgumentGroup, default: int) -> None:
+    group.add_argument("--batch_size", type=count, default=default, metavar="N",
+                       help="pictures at a time; changes speed and memory, not the pictures (default: %(default)s)")
+
+
 def seed_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1, "0..2^32-1"), default=42,
                        help="fixes each picture's noise, with the numbers of its subject and sample "
@@ -52,11 +57,11 @@ def seed_argument(group: argparse._ArgumentGroup) -> None:
 
 def sampling_arguments(p: argparse.ArgumentParser, steps: int = 50, eta: float = 0.0, scale: float | None = None,
                        guided: bool = True, steps_flags: Sequence[str] = ("--steps", "--ddim_steps"),
-                       eta_flags: Sequence[str] = ("--ddim_eta",)) -> argparse._ArgumentGroup:
-    """Steps, noise, guidance, solver.
+                       eta_flags: Sequence[str] = ("--ddim_eta",)) -> argparse._MutuallyExclusiveGroup:
+    """Steps, noise, guidance, solver; returns the group of the flags that name a solver.
 
     Args:
-        steps, eta: their defaults.
+        steps, eta: their defaults; a solver that has no choice of eta is not held to that.
         scale: default of the guidance scale; None = the model's.
         guided: whether there is guidance at all.
         steps_flags, eta_flags: what the published script calls them.
@@ -64,8 +69,9 @@ def sampling_arguments(p: argparse.ArgumentParser, steps: int = 50, eta: float =
     how = p.add_argument_group("how to sample")
     how.add_argument(*steps_flags, dest="steps", type=count, default=steps, metavar="N",
                      help="sampling steps (default: %(default)s)")
-    how.add_argument(*eta_flags, dest="eta", type=number(float, 0, 1, "a number in 0..1"), default=eta,
-                     metavar="ETA", help="0 = deterministic, 1 = ancestral sampling (default: %(default)s)")
+    how.add_argument(*eta_flags, dest="eta", type=number(float, 0, 1, "a number in 0..1"), metavar="ETA",
+                     help=f"of ddim: 0 = deterministic, 1 = ancestral sampling (default: {eta})")
+    p.set_defaults(default_eta=eta)
     if guided:
         default = "the model's, or 7.5" if scale is None else scale
         how.add_argument("--scale", type=finite, default=scale,
@@ -76,7 +82,7 @@ def sampling_arguments(p: argparse.ArgumentParser, steps: int = 50, eta: float =
     sampler.add_argument("--sampler", default="ddim", help="name of the solver (default: %(default)s)")
     sampler.add_argument("--plms", action="store_true", help="the same as --sampler plms")
     sampler.add_argument("--dpm", action="store_true", help="the same as --sampler dpm-solver++")
-    return how
+    return sampler
 
 
 def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffusion", below: float = 500.0,
@@ -118,15 +124,24 @@ def model_arguments(p: argparse.ArgumentParser, default: Path | None = None) -> 
                        help="(default: autocast on cuda, else full)")
 
 
-def output_arguments(p: argparse.ArgumentParser, outdir: str,
-                     flags: Sequence[str] = ("--outdir",)) -> argparse._ArgumentGroup:
-    """Where pictures go; `outdir` is the default, `flags` what the published script calls it."""
+def output_arguments(p: argparse.ArgumentParser, outdir: str, flags: Sequence[str] = ("--outdir",),
+                     grid: bool = True) -> argparse._ArgumentGroup:
+    """Where pictures go.
+
+    Args:
+        outdir: the default.
+        flags: what the published script calls it.
+        grid: whether a grid of all pictures is offered.
+    """
     out = p.add_argument_group("output")
     out.add_argument(*flags, dest="outdir", default=outdir, metavar="DIR",
-                     help="gets samples/, manifest.jsonl, the grid; what is already there is not made again "
-                          "(default: %(default)s)")
-    out.add_argument("--n_rows", type=number(int, 0, math.inf, "a whole number >= 0"), default=0, metavar="N",
-                     help="pictures in a row of the grid; 0 = the batch size")
-    out.add_argument("--skip_grid", action="store_true", help="save no grid; needed for very many pictures")
+                     help="gets samples/, manifest.jsonl and what shows pictures together; what is already there is "
+                          "not made again (default: %(default)s)")
+    if grid:
+        out.add_argument("--n_rows", type=number(int, 0, math.inf, "a whole number >= 0"), default=0, metavar="N",
+                         help="pictures in a row of the grid; 0 = the batch size")
+        out.add_argument("--skip_grid", action="store_true", help="save no grid; needed for very many pictures")
+    else:
+        p.set_defaults(skip_grid=True)
     out.add_argument("--skip_save", action="store_true", help="save no single pictures")
     return out

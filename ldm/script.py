@@ -154,13 +154,17 @@ def make_setup(args: argparse.Namespace, default: Path | None = None) -> Setup:
 
 def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup) -> Recipe:
     """How pictures of this height and width are sampled."""
+    from ldm.models.diffusion.solvers import SOLVERS
     from ldm.sampling.engine import Recipe
 
+    sampler, eta = sampler_name(args), args.eta
+    if eta is None:
+        eta = args.default_eta if SOLVERS[sampler].takes_eta else 0.0
     weight = args.noise_weight
     if weight is None:
         weight = 0.0 if args.plan == "off" else NOISE_WEIGHT
     scale = setup.config.get("sampling", {}).get("scale", 7.5) if args.scale is None else args.scale
-    return Recipe(*size, sampler_name(args), args.steps, args.eta, scale,
+    return Recipe(*size, sampler, args.steps, eta, scale,
                   weight, args.noise_below, args.noise_order)
 
 
@@ -183,12 +187,14 @@ def make_plan(args: argparse.Namespace, nodes: int, positions: int, device: torc
 class Result:
     """What one method made, or found made by an earlier run.
 
+    settings: what all of it depends on beside the items.
     images: kept only where a grid or a comparison needs them.
     fresh, spent_macs: of what this run made.
     count, seconds, seconds_unet, macs: of all.
     """
 
     label: str
+    settings: dict[str, Any]
     images: list[Image.Image] = field(default_factory=list)
     fresh: int = 0
     count: int = 0
@@ -218,7 +224,7 @@ def make_all(label: str, engine: Engine, items: Sequence[Item], settings: dict[s
 
     from ldm.generate import generate
 
-    result, nodes = Result(label), engine.plan.num_nodes
+    result, nodes = Result(label, settings | engine.settings()), engine.plan.num_nodes
     with (tqdm(total=len(items), desc=label, unit="image", disable=None) as images,
           tqdm(total=nodes, desc="steps", unit="step", leave=False, disable=None) as steps):
         def on_node() -> None:
@@ -228,7 +234,7 @@ def make_all(label: str, engine: Engine, items: Sequence[Item], settings: dict[s
 
         engine.on_node = on_node
         outdir = None if args.skip_save else args.outdir
-        for made in generate(items, engine, settings | engine.settings(), outdir, batch):
+        for made in generate(items, engine, result.settings, outdir, batch):
             result.add(made, keep)
             images.update()
     return result

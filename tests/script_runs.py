@@ -33,7 +33,8 @@ def tiny_model(folder: Path, published: str, latent: int = 8, **params: Any) -> 
     model = config.model.params
     model.image_size, model.use_ema = latent, False
     model.unet_config.params.update(image_size=latent, model_channels=32)
-    model.first_stage_config.params.n_embed = 32
+    if "n_embed" in model.first_stage_config.params:
+        model.first_stage_config.params.n_embed = 32
     model.first_stage_config.params.ddconfig.ch = 32
     for name, value in params.items():
         OmegaConf.update(model, name.replace("__", "."), value, force_add=True)

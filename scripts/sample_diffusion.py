@@ -1,0 +1,109 @@
+"""Pictures from an unconditional model, plain or with encoder propagation (Faster Diffusion)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.arguments import (
+    batch_argument,
+    count,
+    model_arguments,
+    output_arguments,
+    propagation_arguments,
+    sampling_arguments,
+    seed_argument,
+    size_arguments,
+)
+from ldm.cli import BadInput, Parser, blame, command
+from ldm.script import GO_ON, make_pictures, make_setup, picture_size
+
+if TYPE_CHECKING:
+    from ldm.generate import Item
+    from ldm.script import Result
+
+WEIGHTS = ("model.safetensors", "model.ckpt")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="sample_diffusion.py", description=__doc__)
+    what = p.add_argument_group("what to make")
+    what.add_argument("-n", "--n_samples", type=count, default=50000, metavar="N",
+                      help="how many pictures (default: %(default)s)")
+    batch_argument(what, 10)
+    seed_argument(what)
+    size_arguments(what)
+    solvers = sampling_arguments(p, 50, eta=1.0, guided=False, steps_flags=("-c", "--custom_steps", "--steps"),
+                                 eta_flags=("-e", "--eta"))
+    solvers.add_argument("-v", "--vanilla_sample", action="store_true",
+                         help="ancestral sampling over all timesteps of the training")
+    propagation_arguments(p)
+    model_arguments(p)
+    p.add_argument("-r", "--resume", metavar="PATH",
+                   help="the model in place of --config and --ckpt: a folder with config.yaml and "
+                        f"{' or '.join(WEIGHTS)}, or the weights in such a folder")
+    out = output_arguments(p, "outputs/sample-diffusion", ("-l", "--logdir", "--outdir"), grid=False)
+    out.add_argument("--npz", action="store_true",
+                     help="also write all pictures into one file as an array N x H x W x 3, which evaluators read")
+    return p
+
+
+def find_model(args: argparse.Namespace) -> None:
+    """--resume as --config and --ckpt."""
+    if args.resume is None:
+        return
+    if args.config or args.ckpt:
+        raise BadInput("--resume: not allowed with --config and --ckpt")
+    path = Path(args.resume)
+    folder, choices = (path, WEIGHTS) if path.is_dir() else (path.parent, (path.name,))
+    found = [folder / name for name in choices if (folder / name).is_file()]
+    if not found:
+        raise BadInput(f"--resume: {path} has no {' or '.join(WEIGHTS)}" if path.is_dir() else
+                       f"--resume: {path}: no such file or folder")
+    if not (folder / "config.yaml").is_file():
+        raise BadInput(f"--resume: {folder} has no config.yaml; give --config and --ckpt")
+    args.config, args.ckpt = str(folder / "config.yaml"), str(found[0])
+
+
+def save_npz(args: argparse.Namespace, result: Result, items: Sequence[Item]) -> Path:
+    """All pictures as `arr_0`, (N, H, W, 3) uint8, under a name from all that they depend on."""
+    import numpy as np
+
+    from ldm.generate import digest
+    from ldm.util import atomic_write
+
+    shape = "x".join(map(str, (len(items), result.settings["height"], result.settings["width"], 3)))
+    path = Path(args.outdir) / f"{shape}-{args.seed}-{digest(result.settings)}.npz"
+    with blame("--outdir", (OSError,)), atomic_write(path) as temporary:
+        np.savez(temporary, np.stack([np.asarray(image) for image in result.images]))
+    return path
+
+
+def run(args: argparse.Namespace) -> None:
+    find_model(args)
+    setup = make_setup(args)
+    size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
+
+    from ldm.generate import subject_items
+    from ldm.sampling.conditions import Condition
+    from ldm.sampling.engine import Task
+
+    if args.vanilla_sample:
+        args.sampler, args.steps = "ddpm", setup.config.model.params.get("timesteps", 1000)
+    items = subject_items([{}], args.n_samples, args.seed)
+    results = make_pictures(args, setup, items, Task(Condition()), size, args.batch_size, keep=args.npz)
+    if args.npz:
+        for result in results:
+            print(f"{result.label}: {save_npz(args, result, items)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command("sample_diffusion.py", lambda: run(parser().parse_args(argv)), GO_ON)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
