@@ -10,7 +10,10 @@ from pathlib import Path
 
 from ldm.cli import number
 
-EMOJI64 = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64"
+Files = tuple[Path, Path]           # a model's config and weights
+
+ROOT = Path(__file__).resolve().parents[1]
+EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/emoji64/model.safetensors")
 NOISE_WEIGHT = 0.003
 
 count = number(int, 1, math.inf, "a whole number >= 1")
@@ -108,9 +111,9 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                       help="make each picture plain and accelerated and save them side by side")
 
 
-def model_arguments(p: argparse.ArgumentParser, default: Path | None = None) -> None:
-    """The model's files and where it runs; `default` is the folder of the model that needs no flag."""
-    note = f"default: models/ldm/{default.name}" if default else "no default"
+def model_arguments(p: argparse.ArgumentParser, default: Files | None = None) -> None:
+    """The model's files and where it runs; `default` is the model that needs no flag."""
+    note = f"default: {default[1].parent.relative_to(ROOT)}" if default else "no default"
     model = p.add_argument_group(f"the model ({note})")
     model.add_argument("--config", metavar="YAML", help="the model's config")
     model.add_argument("--ckpt", metavar="FILE", help="its weights, .safetensors or .ckpt")

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.arguments import NOISE_WEIGHT
+from ldm.arguments import NOISE_WEIGHT, Files
 from ldm.cli import BadInput, blame
 
 # The library, and with it PyTorch, is imported where it is used: --help must answer at once.
@@ -68,15 +68,14 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def model_files(args: argparse.Namespace, default: Path | None) -> tuple[Path, Path]:
+def model_files(args: argparse.Namespace, default: Files | None) -> Files:
     if (args.config is None) != (args.ckpt is None):
         given, other = ("--config", "--ckpt") if args.ckpt is None else ("--ckpt", "--config")
-        without = f"; without both the model is {default.name}" if default else ""
+        without = f"; without both the model is {default[1].parent.name}" if default else ""
         raise BadInput(f"{other}: needed together with {given}{without}")
     if args.config is None and default is None:
         raise BadInput("--config: needed, together with --ckpt: the files of the model")
-    config = Path(args.config or default / "config.yaml")
-    ckpt = Path(args.ckpt or default / "model.safetensors")
+    config, ckpt = (Path(args.config), Path(args.ckpt)) if args.config else default
     for flag, path in (("--config", config), ("--ckpt", ckpt)):
         if not path.is_file():
             raise BadInput(f"{flag}: {path}: no such file")
@@ -134,7 +133,7 @@ class Setup:
     device: torch.device
 
 
-def make_setup(args: argparse.Namespace, default: Path | None = None) -> Setup:
+def make_setup(args: argparse.Namespace, default: Files | None = None) -> Setup:
     """What is quick to check comes before what is slow to load."""
     config_path, ckpt = model_files(args, default)
     check_outdir(Path(args.outdir))

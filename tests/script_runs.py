@@ -18,6 +18,7 @@ from ldm.generate import read_manifest
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parents[1]
+CODEBOOK = "first_stage_model.quantize.embedding.weight"
 EMOJI64 = ROOT / "models" / "ldm" / "emoji64"
 
 
@@ -34,14 +35,17 @@ def tiny_model(folder: Path, published: str, latent: int = 8, **params: Any) -> 
     model.image_size, model.use_ema = latent, False
     model.unet_config.params.update(image_size=latent, model_channels=32)
     if "n_embed" in model.first_stage_config.params:
-        model.first_stage_config.params.n_embed = 32
+        model.first_stage_config.params.n_embed = 1024
     model.first_stage_config.params.ddconfig.ch = 32
     for name, value in params.items():
         OmegaConf.update(model, name.replace("__", "."), value, force_add=True)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "config.yaml")
     weights = recipe_weights(instantiate_from_config(config.model), seed=1, gain=0.6)
-    save_weights(folder / "model.safetensors", weights.state_dict())
+    state = weights.state_dict()
+    if CODEBOOK in state:
+        state[CODEBOOK] *= 10       # as wide as the latents of a random network, lest all become the same few codes
+    save_weights(folder / "model.safetensors", state)
     return ["--config", str(folder / "config.yaml"), "--ckpt", str(folder / "model.safetensors")]
 
 
