@@ -23,7 +23,7 @@ EMOJI64 = ROOT / "models" / "ldm" / "emoji64"
 
 
 def tiny_model(folder: Path, published: str, latent: int = 8, **params: Any) -> list[str]:
-    """The model of a published config, narrow and with random weights; its files as arguments.
+    """The model of a published config, narrow, with one block per level and random weights; its files as arguments.
 
     Args:
         published: path of the config in the project.
@@ -33,10 +33,10 @@ def tiny_model(folder: Path, published: str, latent: int = 8, **params: Any) -> 
     config = OmegaConf.load(ROOT / published)
     model = config.model.params
     model.image_size, model.use_ema = latent, False
-    model.unet_config.params.update(image_size=latent, model_channels=32)
+    model.unet_config.params.update(image_size=latent, model_channels=32, num_res_blocks=1)
     if "n_embed" in model.first_stage_config.params:
         model.first_stage_config.params.n_embed = 1024
-    model.first_stage_config.params.ddconfig.ch = 32
+    model.first_stage_config.params.ddconfig.update(ch=32, num_res_blocks=1)
     for name, value in params.items():
         OmegaConf.update(model, name.replace("__", "."), value, force_add=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,144 @@
+"""Masked parts of pictures painted anew, plain or with encoder propagation (Faster Diffusion).
+
+With --prompt any text-to-image model does it (the rest of the picture is put back, at the latents' noise level,
+before every step); without, a model that was trained for it and sees picture and mask. Every pixel outside of the
+mask stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.arguments import (
+    EMOJI64,
+    ROOT,
+    batch_argument,
+    count,
+    model_arguments,
+    output_arguments,
+    propagation_arguments,
+    sampling_arguments,
+    seed_argument,
+)
+from ldm.cli import BadInput, Parser, blame, command
+from ldm.script import GO_ON, Setup, make_pictures, make_setup, named
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.sampling.engine import Task
+
+INPAINTING_BIG = (ROOT / "models/ldm/inpainting_big/config.yaml", ROOT / "models/ldm/inpainting_big/last.ckpt")
+MASK = "_mask.png"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="inpaint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_argument_group("what to make")
+    what.add_argument("--indir", required=True, metavar="DIR",
+                      help=f"pictures NAME.png with masks NAME{MASK}, white where to paint; pictures of one size")
+    what.add_argument("--prompt", help="what to paint, for a text-to-image model")
+    what.add_argument("--n_samples", type=count, default=1, metavar="N",
+                      help="results for each picture (default: %(default)s)")
+    batch_argument(what, 4)
+    seed_argument(what)
+    sampling_arguments(p)
+    propagation_arguments(p)
+    model_arguments(p)
+    p.epilog = (f"Without --config and --ckpt: {EMOJI64[1].parent.relative_to(ROOT)} with --prompt, "
+                f"{INPAINTING_BIG[1].parent.relative_to(ROOT)} without.")
+    output_arguments(p, "outputs/inpainting")
+    return p
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is in the folder, by name.
+
+    subjects: how each result remembers its picture and mask.
+    pictures: (N, 3, H, W) in [-1, 1].
+    masks:    (N, 1, H, W), 1 = to be painted.
+    """
+
+    subjects: list[dict[str, Any]]
+    pictures: Tensor
+    masks: Tensor
+
+
+def read_folder(folder: Path) -> Inputs:
+    """Pictures with masks, as published; pictures without a mask are left alone.
+
+    Raises:
+        ValueError: none, a mask without its picture or of another size, or pictures of several sizes.
+    """
+    import torch
+
+    from ldm.images import from_pil, open_mask, open_picture
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    subjects, pictures, masks = [], [], []
+    for mask_path in sorted(folder.glob(f"*{MASK}")):
+        path = mask_path.with_name(mask_path.name.removesuffix(MASK) + ".png")
+        picture, mask = from_pil(open_picture(path)), open_mask(mask_path)
+        if mask.shape[1:] != picture.shape[1:]:
+            raise ValueError(f"{mask_path.name} has {size_of(mask)} pixels, its picture {size_of(picture)}")
+        if pictures and picture.shape != pictures[0].shape:
+            raise ValueError(f"{path.name} has {size_of(picture)} pixels, {subjects[0]['image']} "
+                             f"{size_of(pictures[0])}; expected one size, so give each size a folder")
+        subjects.append(named(path, "image") | named(mask_path, "mask"))
+        pictures.append(picture)
+        masks.append(mask)
+    if not subjects:
+        raise ValueError(f"{folder} has no masks; expected pictures NAME.png with masks NAME{MASK}")
+    return Inputs(subjects, torch.stack(pictures), torch.stack(masks))
+
+
+def size_of(picture: Tensor) -> str:
+    return f"{picture.shape[-1]} x {picture.shape[-2]}"
+
+
+def make_task(inputs: Inputs, setup: Setup, text: bool) -> Task:
+    """Sides that the model can't make are filled up by repeating the edge, which is cut off in the end."""
+    from ldm.images import pad
+    from ldm.sampling.canvas import Frame, MaskedFrame
+    from ldm.sampling.conditions import Masked, Text
+    from ldm.sampling.engine import Task
+
+    whole = [setup.sizes.whole(side) for side in inputs.pictures.shape[-2:]]
+    pictures, masks = pad(inputs.pictures, *whole), pad(inputs.masks, *whole)
+    if text:
+        return Task(Text(), MaskedFrame(pictures, masks))
+    return Task(Masked(pictures, masks), Frame(pictures, masks))
+
+
+def run(args: argparse.Namespace) -> None:
+    with blame("--indir"):
+        inputs = read_folder(Path(args.indir))
+    text = args.prompt is not None
+    if not text:
+        if args.scale not in (None, 1.0):
+            raise BadInput("--scale: there is guidance only with --prompt")
+        args.scale = 1.0
+    setup = make_setup(args, EMOJI64 if text else INPAINTING_BIG)
+
+    from ldm.generate import subject_items
+
+    subjects = [subject | ({"prompt": args.prompt} if text else {}) for subject in inputs.subjects]
+    items = subject_items(subjects, args.n_samples, args.seed)
+    height, width = inputs.pictures.shape[-2:]
+    make_pictures(args, setup, items, make_task(inputs, setup, text), (height, width), args.batch_size)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command("inpaint.py", lambda: run(parser().parse_args(argv)), GO_ON)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

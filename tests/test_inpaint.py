@@ -1,0 +1,207 @@
+"""scripts/inpaint.py end to end: a text model by masking its latents, a model trained for it at a tiny width."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from script_runs import EMOJI64, Script, check_resume, tiny_model
+
+from ldm.checkpoint import load_config, load_model
+from ldm.generate import subject_items
+from ldm.images import from_pil, open_picture
+from ldm.models.diffusion.plan import load_plan
+from ldm.models.diffusion.solvers import SOLVERS
+from ldm.sampling.canvas import Frame, MaskedFrame, mean_latents
+from ldm.sampling.conditions import Masked, Text
+from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    return tiny_model(tmp_path_factory.mktemp("big"), "models/ldm/inpainting_big/config.yaml")
+
+
+@pytest.fixture
+def script(files, tmp_path) -> Script:
+    """The trained kind, on two pictures of 32 x 32."""
+    for number, name in enumerate(("bird", "cat")):
+        add(tmp_path / "in", name, (32, 32), number)
+    return Script("inpaint", tmp_path, *files, "--steps", "5", "--indir", str(tmp_path / "in"))
+
+
+def scene(size: tuple[int, int], number: int = 0) -> Image.Image:
+    """A picture with no two rows or columns alike."""
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    levels = np.stack([x * 5, y * 7, (x + y) * 3 ^ 90 * number], axis=2) % 256
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+def add(folder, name: str, size: tuple[int, int], number: int = 0) -> np.ndarray:
+    """A picture whose right half is masked; what is masked, (H, W)."""
+    folder.mkdir(exist_ok=True)
+    scene(size, number).save(folder / f"{name}.png")
+    mask = np.zeros(size[::-1], dtype=np.uint8)
+    mask[:, size[0] // 2:] = 255
+    Image.fromarray(mask).save(folder / f"{name}_mask.png")
+    return mask > 0
+
+
+def original(script: Script, entry) -> np.ndarray:
+    return np.asarray(Image.open(script.folder / "in" / entry["image"])).astype(int)
+
+
+# A model that was trained for it
+
+def test_what_is_masked_is_painted_and_all_else_stays_to_the_pixel(script, capsys):
+    entries = script("--n_samples", "2")
+    assert [(e["image"], e["mask"], e["sample"]) for e in entries] == [
+        (f"{name}.png", f"{name}_mask.png", k) for name in ("bird", "cat") for k in (0, 1)]
+    painted = []
+    for entry in entries:
+        before, after = original(script, entry), script.pixels(entry)
+        assert (after[:, :16] == before[:, :16]).all()
+        assert (after[:, 16:] != before[:, 16:]).mean() > 0.5
+        painted.append(after[:, 16:])
+    assert all((a != b).any() for k, a in enumerate(painted) for b in painted[:k])
+    assert entries[0]["scale"] == 1.0 and "prompt" not in entries[0]
+    check_resume(script, capsys, "--seed", "3")
+
+
+def test_a_result_does_not_depend_on_its_batch(script):
+    one = [script.pixels(e) for e in script("--batch_size", "1")]
+    for path in (script.out / "samples").iterdir():
+        path.unlink()
+    script("--batch_size", "2")
+    for entry, before in zip(script.entries(), one, strict=True):
+        assert np.abs(script.pixels(entry) - before).max() <= 1
+
+
+def test_the_network_sees_the_picture_without_its_masked_part_and_the_mask(files, script):
+    model = load_model(files[1], files[3])
+    picture = from_pil(open_picture(script.folder / "in" / "cat.png"))
+    mask = torch.zeros(1, 32, 32)
+    mask[:, :, 16:] = 1
+    seen = picture.clone()
+    seen[:, :, 16:] = -1                                                     # black
+    condition = Masked(torch.stack([picture, -picture]), torch.stack([mask, 1 - mask]))
+    items = subject_items([{}, {}], 1, seed=0)
+    beside = condition.of(model, items)
+    assert beside.shape == (2, 4, 8, 8)
+    torch.testing.assert_close(beside[:1, :3], model.first_stage_model.encode(seen[None]))
+    assert beside[0, 3].unique_consecutive(dim=0).tolist() == [[-1.0] * 4 + [1.0] * 4]
+    assert torch.equal(condition.of(model, items[::-1])[0], beside[1])
+
+
+def test_any_size_comes_out_as_it_went_in(script):
+    mask = add(script.folder / "in2", "odd", (37, 45))
+    (entry,) = script("--indir", str(script.folder / "in2"))
+    before = np.asarray(scene((37, 45))).astype(int)
+    after = script.pixels(entry)
+    assert after.shape == (45, 37, 3) and (after[~mask] == before[~mask]).all() and (after[mask] != before[mask]).any()
+
+
+def test_compare_and_plans(script, capsys):
+    entries = script("--compare", "--plan", "0,3")
+    assert [e["keys"] for e in entries] == [None, None, [0, 3], [0, 3]]
+    assert re.search(r"PSNR between the two: mean [\d.]+ dB", capsys.readouterr().out)
+
+
+# The text model that ships
+
+@pytest.fixture(scope="module")
+def emoji64():
+    return load_model(EMOJI64 / "config.yaml", EMOJI64 / "model.safetensors")
+
+
+def test_a_text_model_paints_what_the_prompt_says(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "in" / "a.png")
+    mask = Image.new("L", (64, 64), 255)
+    mask.paste(0, (0, 0, 64, 8))
+    mask.save(tmp_path / "in" / "a_mask.png")
+    script = Script("inpaint", tmp_path, "--indir", str(tmp_path / "in"), "--steps", "15", "--skip_grid")
+    red, green = (script("--prompt", f"a {colour} heart, noto style")[0] for colour in ("red", "green"))
+    assert red["prompt"] == "a red heart, noto style" and red["scale"] == 4.0
+    for entry, channel in ((red, 0), (green, 1)):
+        shown = script.pixels(entry)
+        assert (shown[:8] == 255).all()
+        middle = shown[24:40, 24:40].mean((0, 1))
+        assert middle.argmax() == channel and middle[channel] > middle[1 - channel] + 40
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_the_latents_of_what_stays_are_kept_on_the_way(emoji64, sampler):
+    """So that the painted part fits; with only the pixels put back they end elsewhere."""
+    sizes = Sizes.of(load_config(EMOJI64 / "config.yaml").model)
+    picture, mask = from_pil(scene((64, 64)))[None], torch.zeros(1, 1, 64, 64)
+    mask[..., 33:] = 1                              # one latent is cut by the edge: it is painted, too
+    recipe = Recipe(64, 64, sampler, steps=6, scale=1.0)
+    plan = load_plan("off", num_nodes(recipe))
+    items = subject_items([{"prompt": "a dog face, noto style"}], 1, seed=0)
+    clean = mean_latents(emoji64, picture)
+
+    def distance(canvas) -> tuple[float, float]:
+        error = (Engine(emoji64, sizes, recipe, plan, Task(Text(), canvas)).latents(items) - clean).abs()
+        return error[..., :4].mean().item(), error[..., 4:].mean().item()
+
+    kept, painted = distance(MaskedFrame(picture, mask))
+    assert kept < 0.5 * painted and kept < 0.7 * distance(Frame(picture, mask))[0]
+
+
+# Bad input
+
+def broken(folder, fault: str) -> None:
+    add(folder, "a", (32, 32))
+    if fault == "mask size":
+        Image.new("L", (32, 16)).save(folder / "a_mask.png")
+    elif fault == "two sizes":
+        add(folder, "b", (64, 32))
+    elif fault == "no picture":
+        (folder / "a.png").unlink()
+    elif fault == "no masks":
+        (folder / "a_mask.png").unlink()
+    elif fault == "damaged":
+        (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:60])
+
+
+@pytest.mark.parametrize("fault, why", [
+    ("mask size", "--indir: a_mask.png has 32 x 16 pixels, its picture 32 x 32"),
+    ("two sizes", "--indir: b.png has 64 x 32 pixels, a.png 32 x 32; expected one size"),
+    ("no picture", "--indir: .*a.png: no such file; expected a picture"),
+    ("no masks", "--indir: .* has no masks; expected pictures NAME.png with masks NAME_mask.png"),
+    ("damaged", "--indir: .*a.png: a damaged picture"),
+])
+def test_bad_folders(files, tmp_path, capsys, fault, why):
+    broken(tmp_path / "in", fault)
+    script = Script("inpaint", tmp_path, *files, "--indir", str(tmp_path / "in"))
+    assert re.match(why, script.refusal(capsys))
+
+
+@pytest.mark.parametrize("arguments, why", [
+    (["--indir", "nowhere"], "--indir: nowhere: no such folder"),
+    (["--scale", "3"], "--scale: there is guidance only with --prompt"),
+    (["--prompt", "a dog"], "--config: not a text-to-image model: its conditioning_key is 'concat'"),
+    (["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
+     "--config: not an inpainting model: its conditioning_key is 'crossattn', expected 'concat'"),
+    (["--n_samples", "0"], "--n_samples: expected"), (["--sampler", "magic"], "--sampler: .*'magic'"),
+], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+def test_bad_arguments(script, capsys, arguments, why):
+    assert re.match(why, script.refusal(capsys, *arguments))
+
+
+def test_masks_of_another_mode_mean_the_same(script):
+    (first, _) = script()
+    mask = Image.open(script.folder / "in" / "bird_mask.png")
+    for mode in ("1", "P", "RGB"):
+        mask.convert(mode).save(script.folder / "in" / "bird_mask.png")
+        again = [entry for entry in script() if entry["image"] == "bird.png"]
+        assert len(again) == 1 and (script.pixels(again[0]) == script.pixels(first)).all()
+
+
+def test_the_published_checkpoint_is_asked_for_by_its_place(script, tmp_path, capsys):
+    script.common = [flag for flag in script.common if flag not in ("--config", "--ckpt")][2:]
+    assert re.match("--ckpt: .*models/ldm/inpainting_big/last.ckpt: no such file", script.refusal(capsys))
