@@ -9,7 +9,7 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from ldm.cli import BadInput, blame
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch import Tensor, nn
 
     from ldm.generate import Item, Made
     from ldm.models.diffusion.plan import Plan
@@ -101,6 +102,36 @@ def picture_size(args: argparse.Namespace, sizes: Sizes, default: tuple[int, int
         if value % sizes.multiple:
             raise BadInput(f"{flag}: must be a multiple of {sizes.multiple} for this model; got {value}")
     return height, width
+
+
+def conditioner(setup: Setup) -> nn.Module:
+    """The model's conditioner without its weights, to see what it takes."""
+    import torch
+
+    from ldm.util import instantiate_from_config
+
+    with blame("--config", (ValueError, OSError, TypeError, KeyError)), torch.device("meta"):
+        return instantiate_from_config(setup.config.model.params.get("cond_stage_config"))
+
+
+def stacked(pictures: Mapping[str, Tensor]) -> Tensor:
+    """Pictures (..., H, W) by name as a batch.
+
+    Raises:
+        ValueError: they are not of one size.
+    """
+    import torch
+
+    (first, one), *others = pictures.items()
+    for name, other in others:
+        if other.shape != one.shape:
+            raise ValueError(f"{name} has {pixels(other)}, {first} {pixels(one)}; expected one size, so run each "
+                             f"size by itself")
+    return torch.stack(list(pictures.values()))
+
+
+def pixels(picture: Tensor) -> str:
+    return f"{picture.shape[-1]} x {picture.shape[-2]} pixels"
 
 
 def named(path: str | Path, role: str) -> dict[str, str]:

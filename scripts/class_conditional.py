@@ -23,7 +23,7 @@ from ldm.arguments import (
     size_arguments,
 )
 from ldm.cli import BadInput, Parser, blame, command, number
-from ldm.script import GO_ON, Setup, make_pictures, make_setup, picture_size
+from ldm.script import GO_ON, Setup, conditioner, make_pictures, make_setup, picture_size
 
 CIN256 = (ROOT / "configs/latent-diffusion/cin256-v2.yaml", ROOT / "models/ldm/cin256-v2/model.ckpt")
 IMAGENET = 1000                         # classes; where a model has one more, that one is their absence
@@ -55,13 +55,9 @@ def parser() -> argparse.ArgumentParser:
 
 def class_count(setup: Setup) -> int:
     """How many classes the config's model knows; found out without its weights."""
-    import torch
-
     from ldm.modules.encoders.modules import ClassEmbedder
-    from ldm.util import instantiate_from_config
 
-    with blame("--config", (ValueError, TypeError)), torch.device("meta"):
-        embedder = instantiate_from_config(setup.config.model.params.get("cond_stage_config"))
+    embedder = conditioner(setup)
     if not isinstance(embedder, ClassEmbedder):
         raise BadInput(f"--config: not a class-conditional model: its conditioner is {type(embedder).__name__}")
     return embedder.n_classes

@@ -26,7 +26,7 @@ from ldm.arguments import (
     seed_argument,
 )
 from ldm.cli import BadInput, Parser, blame, command
-from ldm.script import GO_ON, Setup, make_pictures, make_setup, named
+from ldm.script import GO_ON, Setup, make_pictures, make_setup, named, pixels, stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,31 +76,21 @@ def read_folder(folder: Path) -> Inputs:
     Raises:
         ValueError: none, a mask without its picture or of another size, or pictures of several sizes.
     """
-    import torch
-
     from ldm.images import from_pil, open_mask, open_picture
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    subjects, pictures, masks = [], [], []
+    subjects, pictures, masks = [], {}, {}
     for mask_path in sorted(folder.glob(f"*{MASK}")):
         path = mask_path.with_name(mask_path.name.removesuffix(MASK) + ".png")
         picture, mask = from_pil(open_picture(path)), open_mask(mask_path)
         if mask.shape[1:] != picture.shape[1:]:
-            raise ValueError(f"{mask_path.name} has {size_of(mask)} pixels, its picture {size_of(picture)}")
-        if pictures and picture.shape != pictures[0].shape:
-            raise ValueError(f"{path.name} has {size_of(picture)} pixels, {subjects[0]['image']} "
-                             f"{size_of(pictures[0])}; expected one size, so give each size a folder")
+            raise ValueError(f"{mask_path.name} has {pixels(mask)}, its picture {pixels(picture)}")
         subjects.append(named(path, "image") | named(mask_path, "mask"))
-        pictures.append(picture)
-        masks.append(mask)
+        pictures[path.name], masks[mask_path.name] = picture, mask
     if not subjects:
         raise ValueError(f"{folder} has no masks; expected pictures NAME.png with masks NAME{MASK}")
-    return Inputs(subjects, torch.stack(pictures), torch.stack(masks))
-
-
-def size_of(picture: Tensor) -> str:
-    return f"{picture.shape[-1]} x {picture.shape[-2]}"
+    return Inputs(subjects, stacked(pictures), stacked(masks))
 
 
 def make_task(inputs: Inputs, setup: Setup, text: bool) -> Task:

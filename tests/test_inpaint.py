@@ -169,8 +169,8 @@ def broken(folder, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault, why", [
-    ("mask size", "--indir: a_mask.png has 32 x 16 pixels, its picture 32 x 32"),
-    ("two sizes", "--indir: b.png has 64 x 32 pixels, a.png 32 x 32; expected one size"),
+    ("mask size", "--indir: a_mask.png has 32 x 16 pixels, its picture 32 x 32 pixels"),
+    ("two sizes", "--indir: b.png has 64 x 32 pixels, a.png 32 x 32 pixels; expected one size"),
     ("no picture", "--indir: .*a.png: no such file; expected a picture"),
     ("no masks", "--indir: .* has no masks; expected pictures NAME.png with masks NAME_mask.png"),
     ("damaged", "--indir: .*a.png: a damaged picture"),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -144,9 +145,13 @@ class Engine:
         self.model, self.recipe, self.plan, self.task = model, recipe, plan, task
         self.autocast, self.on_node, self.warm_up = autocast, on_node, warm_up
         self.shape = (sizes.channels, *(sizes.whole(side) // sizes.factor for side in (recipe.height, recipe.width)))
-        tokens = task.condition.tokens(model)
-        guided = 1 if recipe.scale == 1.0 else 2
-        self.macs = unet_macs(model.model.diffusion_model, self.shape[1:], guided, tokens).run(plan)
+        self._tokens = task.condition.tokens(model)
+
+    @cached_property
+    def macs(self) -> int:
+        """MACs of the UNet for one picture."""
+        guided = 1 if self.recipe.scale == 1.0 else 2
+        return unet_macs(self.model.model.diffusion_model, self.shape[1:], guided, self._tokens).run(self.plan)
 
     def settings(self) -> dict[str, Any]:
         """What pictures depend on beside weights and item, as JSON values."""
