@@ -1,0 +1,39 @@
+"""Every sampling script answers --help at once, and knows the published flags and those that all scripts share."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from script_runs import ROOT
+
+SHARED = "seed steps sampler plan parallel noise-weight noise-below noise-order compare config ckpt weights device " \
+         "precision outdir"
+FLAGS = {
+    "img2img": "prompt init-img strength outdir skip_grid skip_save ddim_steps plms fixed_code ddim_eta n_iter C f "
+               "n_samples n_rows scale from-file",
+    "inpaint": "indir outdir steps prompt scale",
+    "sample_diffusion": "resume n_samples eta vanilla_sample logdir custom_steps batch_size npz",
+    "class_conditional": "classes class-names uncond_class n_samples scale ddim_steps ddim_eta",
+    "superresolution": "images n_samples ddim_steps ddim_eta",
+    "semantic2img": "maps n_samples ddim_steps ddim_eta",
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_help_answers_at_once(name):
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help"], capture_output=True,
+                          text=True, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    assert time.perf_counter() - began < 3
+    for flag in f"{SHARED} {FLAGS[name]}".split():
+        assert re.search(rf"--{flag}\b", done.stdout), flag
+
+
+def test_short_published_flags():
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "sample_diffusion.py"), "--help"], cwd=ROOT,
+                          capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT)})
+    assert all(re.search(rf"(?<![-\w]){flag}\b", done.stdout) for flag in ("-r", "-n", "-e", "-v", "-l", "-c"))
