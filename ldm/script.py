@@ -110,8 +110,11 @@ def conditioner(setup: Setup) -> nn.Module:
 
     from ldm.util import instantiate_from_config
 
+    config = setup.config.model.params.get("cond_stage_config")
+    if isinstance(config, str):
+        raise BadInput(f"--config: a model without a conditioner of its own: its cond_stage_config is {config}")
     with blame("--config", (ValueError, OSError, TypeError, KeyError)), torch.device("meta"):
-        return instantiate_from_config(setup.config.model.params.get("cond_stage_config"))
+        return instantiate_from_config(config)
 
 
 def stacked(pictures: Mapping[str, Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from contracts import assert_golden, load_case, recipe_weights
-from script_runs import EMOJI64, Script, check_resume, tiny_model
+from script_runs import EMOJI64, ROOT, Script, check_resume, tiny_model
 from txt2img_model import load_script
 
 from ldm.generate import subject_items
@@ -128,6 +128,8 @@ def test_compare(script, capsys):
     (["--uncond_class", "-1"], "--uncond_class: expected a whole number >= 0"),
     (["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
      "--config: not a class-conditional model: its conditioner is BERTEmbedder"),
+    (["--config", str(ROOT / "models/ldm/celeba256/config.yaml")],
+     "--config: a model without a conditioner of its own: its cond_stage_config is __is_unconditional__"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
 def test_bad_arguments(script, tmp_path, capsys, arguments, why):
     (tmp_path / "NAMES").write_text("crane\ncrane, machine")
