@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
-from contracts import assert_golden, from_recipe, load_case
+from contracts import GOLDENS, assert_golden, from_recipe, load_case
+from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.ddpm import DDPM
+from ldm.models.diffusion.denoiser import Denoiser, Guided
 from ldm.models.diffusion.edits import Edit, prior_noise
-from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plan import load_plan
-from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
+from ldm.models.diffusion.loop import State, denoise
+from ldm.models.diffusion.plan import Plan, load_plan
+from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps
+from ldm.modules.diffusionmodules.features import Features
 
 SD_CASES = {
     "full_ddim50": "off",
@@ -49,24 +54,50 @@ def model(name: str) -> DDPM:
     return ddpm
 
 
-def recorded_run(ddpm, steps, plan, cond, uncond, scale, x_T, edits):
-    """Final latents; and per node what entered the update and what left it, before any edit of the latter."""
-    rule = DDIM(ddim_nodes(ddpm.alphas_cumprod, ddim_timesteps(steps)))
-    into, left = [], []
-    edits = [
-        Edit(lambda x, _: (left.append(x), x)[1], "update"),
-        *edits,
-        Edit(lambda x, _: (into.append(x), x)[1], "after"),
-    ]
-    *_, state = denoise(ddpm.denoiser(cond, uncond, scale), rule, plan, x_T, edits)
-    return state.x, into, left, rule.nodes
+@dataclass(frozen=True)
+class Run:
+    """What was recorded of a run.
+
+    final: the latents after the last node.
+    into:  per node, the latents that entered the update.
+    left:  per node, the latents that left it, before any edit of them.
+    eps:   per node, the guided noise that the update used.
+    nodes: of the solver.
+    """
+
+    final: Tensor
+    into: list[Tensor]
+    left: list[Tensor]
+    eps: list[Tensor]
+    nodes: tuple[Node, ...]
 
 
-def implied_eps(x, x_next, node):
-    """The eps that the deterministic DDIM update from x to x_next used."""
-    a, b = node.abar**0.5, node.abar_next**0.5
-    s, u = (1 - node.abar) ** 0.5, (1 - node.abar_next) ** 0.5
-    return (x_next.double() - b / a * x.double()) / (u - b * s / a)
+@dataclass(frozen=True)
+class Recording:
+    """A rule that keeps what goes through another one."""
+
+    rule: DDIM
+    run: Run
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return self.rule.nodes
+
+    def step(self, state: State, i: int, eps: Tensor) -> State:
+        after = self.rule.step(state, i, eps)
+        for record, value in ((self.run.into, state.x), (self.run.left, after.x), (self.run.eps, eps)):
+            record.append(value)
+        return after
+
+
+def recorded_run(
+    name: str, denoiser: Denoiser, steps: int, plan: Plan, x_T: Tensor, edits: Sequence[Edit] = ()
+) -> Run:
+    """A DDIM run on the schedule of the named model."""
+    nodes = ddim_nodes(model(name).alphas_cumprod, ddim_timesteps(steps))
+    run = Run(x_T, [], [], [], nodes)
+    *_, state = denoise(denoiser, Recording(DDIM(nodes), run), plan, x_T, edits)
+    return replace(run, final=state.x)
 
 
 @pytest.mark.parametrize(
@@ -81,62 +112,109 @@ def test_released_trajectories(name, parallel):
     case, tensors = load_case(f"propagation_{name}")
     x_T = tensors["latents"]
     order = "after" if case["mode"] == "parallel" else "before"
-    final, into, left, nodes = recorded_run(
-        model("propagation_unet"),
+    denoiser = model("propagation_unet").denoiser(
+        tensors["prompt_embeds"], tensors["negative_prompt_embeds"], case["guidance_scale"]
+    )
+    run = recorded_run(
+        "propagation_unet",
+        denoiser,
         case["S"],
         load_plan(SD_CASES[name], 50, parallel),
-        tensors["prompt_embeds"],
-        tensors["negative_prompt_embeds"],
-        case["guidance_scale"],
         x_T,
         [prior_noise(x_T, case["noise_alpha"], when=order)],
     )
-    assert [node.t for node in nodes] == tensors["scheduler_timesteps"].tolist()
+    assert [node.t for node in run.nodes] == tensors["scheduler_timesteps"].tolist()
     for j, i in enumerate(tensors["step_idx"].tolist()):
-        assert_golden(into[i], tensors["into_step"][j], case)
-        assert_golden(left[i], tensors["after_step"][j], case)
-    assert_golden(final, tensors["final"], case)
+        assert_golden(run.into[i], tensors["into_step"][j], case)
+        assert_golden(run.left[i], tensors["after_step"][j], case)
+        torch.testing.assert_close(run.eps[i], tensors["guided_eps"][j], rtol=1e-4, atol=2e-3)
+    assert_golden(run.final, tensors["final"], case)
 
 
-def test_released_predictions():
-    """The guided noise itself, at early nodes where it can be read off the update well."""
-    case, tensors = load_case("propagation_serial_50ls")
-    _, into, left, nodes = recorded_run(
-        model("propagation_unet"),
-        50,
-        load_plan("faster-diffusion", 50),
-        tensors["prompt_embeds"],
-        tensors["negative_prompt_embeds"],
-        7.5,
-        tensors["latents"],
-        [],
-    )
-    for j, i in enumerate(tensors["step_idx"].tolist()):
-        if i < 25:
-            eps = implied_eps(into[i], left[i], nodes[i])
-            torch.testing.assert_close(eps.float(), tensors["guided_eps"][j], rtol=0, atol=2e-3)
+FORK_PLANS = {"k48": "ldm250", "k19": "ldm250-demo"}  # as the cases name the key lists
+FORK_CASES = sorted(path.stem for path in GOLDENS.glob("fork_*_cfg*.json"))
 
 
-@pytest.mark.parametrize(
-    "name, plan, noise",
-    [("fork_parallel_k19_alpha1_cfg1.5", "ldm250-demo", 1.0), ("fork_serial_k48_cfg6.0", "ldm250", 0.0)],
-)
-def test_latent_diffusion_fork_trajectories(name, plan, noise):
+def fork_denoiser(case, tensors):
+    return model("fork_model").denoiser(tensors["c"], tensors["uc"], case["cfg_scale"])
+
+
+def fork_plan(case, parallel):
+    return load_plan(FORK_PLANS[case["key_list"]] if "key_list" in case else "off", 250, parallel)
+
+
+def fork_noise(x_T, weight):
+    return [prior_noise(x_T, weight, below=150, when="update")]
+
+
+@pytest.mark.parametrize("name", FORK_CASES)
+def test_latent_diffusion_fork_trajectories(name):
+    """`final` of a parallel case is the fork with the order of its conditioning corrected."""
     case, tensors = load_case(name)
-    x_T = tensors["x_T"]
-    final, into, _, _ = recorded_run(
-        model("fork_model"),
+    weight = case.get("noise_coefficient", 0.003) if case["noise_injection"] is True else 0.0
+    run = recorded_run(
+        "fork_model",
+        fork_denoiser(case, tensors),
         case["S"],
-        load_plan(plan, 250, parallel=8),
-        tensors["c"],
-        tensors["uc"],
-        case["cfg_scale"],
-        x_T,
-        [prior_noise(x_T, noise, below=150, when="update")],
+        fork_plan(case, parallel=1 if case["mode"] == "serial" else 250),
+        tensors["x_T"],
+        fork_noise(tensors["x_T"], weight),
     )
     for j, i in enumerate(tensors["step_idx"].tolist()):
-        assert_golden(into[i], tensors["x_in"][j], case)
-    assert_golden(final, tensors["final"], case)
+        assert_golden(run.into[i], tensors["x_in"][j], case)
+        assert_golden(run.eps[i], tensors["guided_eps"][j], {"tolerance": case["tolerance"]["guided_eps"]})
+    assert_golden(run.final, tensors["final"], case)
+
+
+@pytest.mark.parametrize("name", [name for name in FORK_CASES if "_serial_" in name])
+def test_prior_noise_in_a_serial_run_of_the_fork(name):
+    """The fork's serial mode ignores its noise flag; ours injects as its parallel mode does."""
+    case, tensors = load_case(name)
+    assert torch.equal(tensors["final_noise_flag_on"], tensors["final"])
+    x_T = tensors["x_T"]
+    denoiser = fork_denoiser(case, tensors)
+    run = recorded_run("fork_model", denoiser, 250, fork_plan(case, 1), x_T, fork_noise(x_T, 0.003))
+    assert_golden(run.final, tensors["final_injected"], case)
+
+
+class MisorderedContext:
+    """The fork's released parallel mode, for two pictures with guidance.
+
+    Its features go through the decoder as [uncond x n | cond x n], its context as [uncond, cond] x n: most
+    predictions of a group of n nodes see the wrong condition.
+    """
+
+    def __init__(self, guided: Guided):
+        self.guided, self.network = guided, guided.network
+        self.encode, self.to_eps = guided.encode, guided.to_eps
+
+    def decode(self, features: Features, ts: Sequence[float]) -> Sequence[Tensor]:
+        n, cond = len(ts), self.guided.denoiser.cond
+
+        def by_half(f: Tensor) -> Tensor:
+            return torch.cat([half.repeat(n, *[1] * (f.ndim - 1)) for half in f.chunk(2)])
+
+        ordered = Features(by_half(features.hidden), tuple(map(by_half, features.skips)))
+        t = torch.tensor(ts).repeat_interleave(len(features.hidden) // 2).repeat(2)
+        uncond, cond = self.network.decode(ordered, t, cond.tile(n)).chunk(2)
+        return (uncond + self.guided.scale * (cond - uncond)).chunk(n)
+
+
+@pytest.mark.parametrize("name", ["fork_parallel_k48_noise0_cfg6.0", "fork_parallel_k19_noise1_cfg1.5"])
+def test_what_the_forks_parallel_mode_does_differently(name):
+    """The released numbers are ours with the conditioning mis-ordered, and far from ours without."""
+    case, tensors = load_case(name)
+    x_T, released = tensors["x_T"], tensors["final_as_released"]
+    run = recorded_run(
+        "fork_model",
+        MisorderedContext(fork_denoiser(case, tensors)),
+        250,
+        fork_plan(case, 250),
+        x_T,
+        fork_noise(x_T, 0.003 if case["noise_injection"] else 0.0),
+    )
+    assert_golden(run.final, released, case)
+    assert (released - tensors["final"]).abs().max() > 1000 * case["tolerance"]["atol"]
 
 
 def test_the_two_orders_of_prior_noise_differ():
@@ -149,17 +227,9 @@ def test_the_two_orders_of_prior_noise_differ():
 def test_a_longer_hold_moves_further_from_the_plain_sampler():
     _, tensors = load_case("propagation_full_ddim50")
     plans = ["off", "uniform:2", "uniform:5", "0"]
+    denoiser = model("propagation_unet").denoiser(tensors["prompt_embeds"], tensors["negative_prompt_embeds"], 7.5)
     finals = [
-        recorded_run(
-            model("propagation_unet"),
-            20,
-            load_plan(plan, 20, 20),
-            tensors["prompt_embeds"],
-            tensors["negative_prompt_embeds"],
-            7.5,
-            tensors["latents"],
-            [],
-        )[0]
+        recorded_run("propagation_unet", denoiser, 20, load_plan(plan, 20, 20), tensors["latents"]).final
         for plan in plans
     ]
     distance = [(final - finals[0]).pow(2).mean().sqrt() for final in finals]
@@ -170,16 +240,11 @@ def test_an_image_does_not_depend_on_its_place_in_the_batch():
     case, tensors = load_case("propagation_full_ddim50")
 
     def run(index):
-        return recorded_run(
-            model("propagation_unet"),
-            10,
-            load_plan("faster-diffusion", 10, 4),
-            tensors["prompt_embeds"][index],
-            tensors["negative_prompt_embeds"][index],
-            7.5,
-            tensors["latents"][index],
-            [],
-        )[0]
+        denoiser = model("propagation_unet").denoiser(
+            tensors["prompt_embeds"][index], tensors["negative_prompt_embeds"][index], 7.5
+        )
+        plan = load_plan("faster-diffusion", 10, 4)
+        return recorded_run("propagation_unet", denoiser, 10, plan, tensors["latents"][index]).final
 
     together = run([0, 1])
     assert_golden(run([1, 0]), together[[1, 0]], case)
