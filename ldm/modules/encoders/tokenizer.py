@@ -91,3 +91,9 @@ def of_length(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     """Token ids (B, L), int64, of B texts; the empty text is one, too."""
     return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(texts))], dtype=torch.long)
+
+
+def check_ids(name: str, ids: Tensor, count: int) -> None:
+    """Raises ValueError unless all ids are in 0..count-1."""
+    if ids.numel() and not 0 <= ids.min().item() <= ids.max().item() < count:
+        raise ValueError(f"{name} must be in 0..{count - 1}; got {ids.min().item()}..{ids.max().item()}")
