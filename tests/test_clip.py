@@ -130,15 +130,29 @@ def test_embedders_of_retrieval_augmented_diffusion(folder, vocabulary):
 
 
 def test_what_clip_looks_at():
-    """Grey is 0.5; a picture of the right size stays as it is; smoothing changes a shrunk one."""
+    """Grey is 0.5; the right size and, unless smoothed, the corners stay as they are."""
     grey = clip_pixels(torch.zeros(1, 3, 30, 20), 8, antialias=False)
     torch.testing.assert_close(grey[0, :, 0, 0], torch.tensor([0.06904, 0.16139, 0.33284]), atol=1e-4, rtol=0)
     picture = torch.rand(1, 3, 32, 32) * 2 - 1
     same = clip_pixels(picture, 32, antialias=False)
     torch.testing.assert_close(same[:, 0] * 0.26862954 + 0.48145466, (picture[:, 0] + 1) / 2)
+    shrunk = clip_pixels(picture, 8, antialias=False)
+    torch.testing.assert_close(shrunk[..., ::7, ::7], clip_pixels(picture, 32, False)[..., ::31, ::31])
     assert not clip_pixels(picture, 8, True).allclose(clip_pixels(picture, 8, False), atol=0.1)
     with pytest.raises(ValueError, match="B, 3, H, W"):
         clip_pixels(torch.zeros(1, 4, 8, 8), 8, False)
+
+
+def test_published_settings_that_no_shape_shows():
+    with torch.device("meta"):
+        clip, text, image = FrozenCLIPEmbedder(), FrozenOpenCLIPEmbedder(), FrozenOpenCLIPImageEmbedder()
+    layer = clip.transformer["text_model"].encoder.layers[0]
+    assert layer.self_attn.num_heads == 12
+    x = torch.linspace(-3, 3, 50)
+    torch.testing.assert_close(layer.mlp.activation_fn(x), x * torch.sigmoid(1.702 * x))
+    for transformer in (text.model.transformer, image.model.visual.transformer):
+        assert transformer.resblocks[0].attn.num_heads == 16
+    assert image.model.visual.image_size == 224
 
 
 @pytest.mark.parametrize("build, why", [

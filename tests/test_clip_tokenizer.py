@@ -36,6 +36,10 @@ def test_a_text_does_not_depend_on_its_batch(tokenizer):
     assert tokenizer(prompts).tolist() == [tokenizer(p)[0].tolist() for p in prompts]
 
 
+def test_entities_are_mended_twice_over(tokenizer):
+    assert tokenizer("a < b &amp;amp; c").equal(tokenizer("a < b & c"))
+
+
 def test_a_shorter_context_cuts(vocabulary, tokenizer):
     short = ClipTokenizer(vocabulary, max_length=4)("a cat wearing sunglasses")
     assert short.tolist() == [[*tokenizer("a cat wearing sunglasses")[0, :3].tolist(), END]]
