@@ -8,6 +8,7 @@ from clip_vocabulary import write_vocabulary
 from contracts import recipe_weights
 from omegaconf import OmegaConf
 from test_clip import TINY_OPEN, TINY_TEXT
+from test_midas import TINY as TINY_DEPTH
 
 from ldm.checkpoint import load_model, save_weights
 from ldm.models.diffusion.ddim import DDIM
@@ -22,6 +23,10 @@ NOISING = {"linear_start": 0.0001, "linear_end": 0.02}
 OPENCLIP = {"target": f"{MODULES}.FrozenOpenCLIPEmbedder", "params": {"arch": TINY_OPEN, "layer": "penultimate"}}
 KINDS = {   # class -> conditioning key, channels of the UNet, how it takes y, further parameters
     "LatentInpaintDiffusion": ("hybrid", 9, {}, {"finetune_keys": None}),
+    "LatentDepth2ImageDiffusion": ("hybrid", 5, {}, {
+        "finetune_keys": None, "depth_stage_config": {
+            "target": "ldm.modules.midas.api.MiDaSInference",
+            "params": {"model_type": "dpt_hybrid", "settings": TINY_DEPTH}}}),
     "LatentUpscaleDiffusion": ("hybrid-adm", 7, {"num_classes": 1000}, {
         "low_scale_key": "lr", "low_scale_config": {
             "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
@@ -64,6 +69,8 @@ def given(kind: str) -> dict:
         mask = torch.zeros(2, 1, 16, 16)
         mask[:, :, 4:12, 6:10] = 1
         return {"image": picture, "mask": mask, "noise": noise}
+    if kind == "LatentDepth2ImageDiffusion":
+        return {"image": picture, "size": (8, 8)}
     levels = torch.tensor([0, 20])
     if kind == "LatentUpscaleDiffusion":
         return {"low": picture[..., ::2, ::2], "noise_level": levels, "noise": torch.randn(2, 3, 8, 8)}
@@ -107,6 +114,18 @@ def test_inpainting_is_told_the_mask_and_the_rest_but_not_what_is_masked():
 
 
 @torch.no_grad()
+def test_depth_is_told_in_each_pictures_own_range():
+    ldm, told = model("LatentDepth2ImageDiffusion"), given("LatentDepth2ImageDiffusion")
+    told["image"][1] = 0.1
+    concat = ldm.condition(torch.zeros(2, 5, 16), **told).concat
+    assert concat.shape == (2, 1, 8, 8) and concat.isfinite().all()
+    torch.testing.assert_close(concat.amin((1, 2, 3)), torch.full((2,), -1.0))
+    assert 0.9 < concat[0].max() <= 1
+    assert torch.equal(ldm.condition(torch.zeros(1, 5, 16), told["image"][:1], (8, 8)).concat.round(decimals=3),
+                       concat[:1].round(decimals=3))
+
+
+@torch.no_grad()
 def test_upscaling_is_told_the_noise_level():
     ldm, told = model("LatentUpscaleDiffusion"), given("LatentUpscaleDiffusion")
     condition = ldm.condition(torch.zeros(2, 5, 16), **told)
@@ -128,10 +147,11 @@ def test_variations_are_told_the_embedding_and_lose_some_in_training():
     assert 60 < kept.sum() < 140
 
 
-def test_unknown_parameters_of_a_kind_are_refused():
-    settings = config("LatentInpaintDiffusion", *KINDS["LatentInpaintDiffusion"])
+@pytest.mark.parametrize("kind", ["LatentInpaintDiffusion", "LatentDepth2ImageDiffusion"])
+def test_unknown_parameters_of_a_kind_are_refused(kind):
+    settings = config(kind, *KINDS[kind])
     settings["params"]["concat_key"] = "mask"
-    with pytest.raises(ConfigError, match="concat_key.*accepted: finetune_keys, first_stage_config"):
+    with pytest.raises(ConfigError, match="concat_key.*accepted: .*finetune_keys, first_stage_config"):
         instantiate_from_config(settings)
     settings["params"] |= {"finetune_keys": ["a"]}
     del settings["params"]["concat_key"]

@@ -25,7 +25,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [
         *(f"{M}/attention.py", f"{DM}/model.py", f"{DM}/upscaling.py", f"{M}/losses/*"),
-        *(f"{M}/encoders/clip.py", f"{M}/encoders/openclip.py"),
+        *(f"{M}/encoders/clip.py", f"{M}/encoders/openclip.py", f"{M}/midas/*"),
         *(f"{D}/denoiser.py", f"{D}/edits.py", f"{D}/levels.py", f"{D}/propagation.py"),
         *("ldm/checkpoint.py", "ldm/generate.py", "ldm/cost.py"),
     ],
@@ -46,7 +46,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["scripts/*", "evaluation/*", "main.py"],
 ]
 # Whose files may import each other.
-ROOMS = ("ldm/training", f"{M}/encoders", f"{D}/dpm_solver", "scripts", "evaluation")
+ROOMS = ("ldm/training", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts", "evaluation")
 FILES = sorted(
     str(path.relative_to(ROOT))
     for top in ("ldm", "scripts", "evaluation", "main.py")

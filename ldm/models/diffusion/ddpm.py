@@ -389,6 +389,35 @@ class LatentInpaintDiffusion(LatentDiffusion):
         return Conditioning(context, torch.cat([F.interpolate(painted, size=seen.shape[-2:]), seen], dim=1))
 
 
+class LatentDepth2ImageDiffusion(LatentDiffusion):
+    """Pictures of a given depth.
+
+    Args:
+        depth_stage_config: estimates the depth of a picture.
+        finetune_keys: null; widening the first layer of another model's weights is not supported.
+        rest: see `LatentDiffusion`.
+    """
+
+    def __init__(self, depth_stage_config: Mapping[str, Any], finetune_keys: Sequence[str] | None = None, **rest: Any):
+        if finetune_keys is not None:
+            raise ValueError(f"finetune_keys must be null; got {finetune_keys}")
+        super().__init__(**rest)
+        self.depth_model = instantiate_from_config(depth_stage_config)
+
+    def condition(self, context: Tensor, image: Tensor, size: tuple[int, int]) -> Conditioning:
+        """The condition of B pictures.
+
+        Args:
+            context: of their text, (B, L, D).
+            image: whose depth is taken, (B, 3, H, W) in [-1, 1].
+            size: height and width of the latents.
+        """
+        depth = F.interpolate(self.depth_model(image), size=size, mode="bicubic")          # (B, 1, h, w)
+        low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
+        # Each picture's own range to [-1, 1]; the published 0.001 keeps a flat one finite.
+        return Conditioning(context, 2 * (depth - low) / (high - low + 0.001) - 1)
+
+
 class LatentUpscaleDiffusion(LatentDiffusion):
     """Enlarges a picture; the network sees it, with some noise, beside the latents.
 
