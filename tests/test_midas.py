@@ -84,10 +84,18 @@ def test_positions_fit_their_own_grid_and_stretch_to_others():
 
 
 @pytest.mark.parametrize("size, at", [((384, 384), (384, 384)), ((512, 512), (384, 384)), ((512, 768), (384, 576)),
-                                      ((768, 512), (576, 384)), ((16, 16), (384, 384)), ((300, 600), (384, 768))])
+                                      ((768, 512), (576, 384)), ((16, 16), (384, 384)), ((300, 600), (384, 768)),
+                                      ((200, 300), (256, 384))])
 def test_size_of_the_estimate(size, at):
-    """The side that is nearer to 384 becomes 384; at 300 x 600 the factors are 1.28 and 0.64."""
+    """The side that is nearer to 384 becomes 384; the factors are 1.28 and 0.64 at 300 x 600, 1.92 and 1.28 at 200 x 300."""
     assert near_side(*size) == at
+
+
+def test_published_settings_that_no_shape_shows():
+    with torch.device("meta"):
+        network = MiDaSInference().model
+    assert network.pretrained.taps == (8, 11)
+    assert network.pretrained.model.blocks[0].attn.heads == 12
 
 
 def test_bad_input_says_why():

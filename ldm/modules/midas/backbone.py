@@ -15,13 +15,13 @@ from torch import Tensor, nn
 STEM, STAGES = 64, (256, 512, 1024)     # channels of the ResNet; each stage but the first halves the size
 
 
-def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
-    """Pad height and width so that a strided window gives ceil(size / stride), more at the right and bottom."""
+def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """Pad height and width with zeros so that a strided window gives ceil(size / stride), more at the right and bottom."""
     sides = []
     for size in (x.shape[-1], x.shape[-2]):
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
         sides += [total // 2, total - total // 2]
-    return F.pad(x, sides, value=value)
+    return F.pad(x, sides)
 
 
 class StandardConv(nn.Conv2d):
@@ -92,7 +92,8 @@ class ResNet(nn.Module):
             for before, after, depth, stride in zip((STEM, *STAGES), STAGES, depths, (1, 2, 2), strict=False))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = F.max_pool2d(pad_same(F.relu(self.stem(x)), 3, 2, value=-torch.inf), 3, stride=2)
+        # Nothing is below zero after the ReLU, so the padding never is the maximum that counts.
+        x = F.max_pool2d(pad_same(F.relu(self.stem(x)), 3, 2), 3, stride=2)
         maps = []
         for stage in self.stages:
             x = stage(x)
