@@ -87,7 +87,7 @@ def test_positions_fit_their_own_grid_and_stretch_to_others():
                                       ((768, 512), (576, 384)), ((16, 16), (384, 384)), ((300, 600), (384, 768)),
                                       ((200, 300), (256, 384))])
 def test_size_of_the_estimate(size, at):
-    """The side that is nearer to 384 becomes 384; the factors are 1.28 and 0.64 at 300 x 600, 1.92 and 1.28 at 200 x 300."""
+    """The side that is nearer to 384 becomes 384: 300 x 600 by 1.28 or 0.64, 200 x 300 by 1.92 or 1.28."""
     assert near_side(*size) == at
 
 

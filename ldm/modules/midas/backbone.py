@@ -16,7 +16,7 @@ STEM, STAGES = 64, (256, 512, 1024)     # channels of the ResNet; each stage but
 
 
 def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Pad height and width with zeros so that a strided window gives ceil(size / stride), more at the right and bottom."""
+    """Zeros around, the odd one at the right or bottom, so that a strided window gives ceil(size / stride)."""
     sides = []
     for size in (x.shape[-1], x.shape[-2]):
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
