@@ -194,6 +194,13 @@ def test_a_model_that_takes_no_text(refused, files, tmp_path):
     assert re.match("--config: not a text-to-image model: its conditioner ClassEmbedder takes no text", line)
 
 
+def test_a_text_encoder_without_its_vocabulary_says_so(refused, files, tmp_path):
+    params = tiny_params(files[0].parent)
+    del params["cond_stage_config"]["params"]["tokenizer"]
+    line = refused(config=config_file(tmp_path / "mute.yaml", params))
+    assert re.match("--config: text needs a tokenizer, .*set tokenizer to", line)
+
+
 def test_config_and_checkpoint_belong_together(files, capsys):
     for flag, other, path in (("--config", "--ckpt", files[0]), ("--ckpt", "--config", files[1])):
         assert main([flag, str(path)]) == 2

@@ -60,7 +60,7 @@ class Text(Condition):
         super().tokens(model)
         try:
             return self._embed(model, [""]).shape[1]
-        except (ValueError, TypeError, AttributeError) as error:
+        except (TypeError, AttributeError) as error:     # a ValueError says itself what a text encoder lacks
             raise ValueError(f"not {self.kind}: its conditioner {type(model.cond_stage_model).__name__} "
                              f"takes no text ({error})") from error
 
