@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from yaml import YAMLError
@@ -47,6 +47,7 @@ class _Callback:
     """Stands for the training callback that published checkpoints name as a mere dictionary key."""
 
 
+GROUP = 2 ** 28     # bytes of a safetensors file that are mapped, and let go of, together
 INERT = [(_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 
@@ -118,9 +119,25 @@ def _read_safetensors(path: Path, size: int, header: int) -> dict[str, Tensor]:
     if 8 + header > size:
         raise CheckpointError(f"{path}: truncated safetensors file: {size} bytes, header of {8 + header}")
     try:
-        return load_file(path)
+        return _map_safetensors(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or damaged safetensors file: {_one_line(error)}") from error
+
+
+def _map_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the file, in its order; none is read before it is used.
+
+    Each group of them has a mapping of its own. What was read of a mapping stays in memory as long as one of its
+    tensors lives, so with a single one a model cast from float16 would need the whole file beside it.
+    """
+    state, file = {}, safe_open(path, framework="pt")
+    room = GROUP
+    for key in file.offset_keys():
+        if room <= 0:
+            file, room = safe_open(path, framework="pt"), GROUP
+        state[key] = file.get_tensor(key)
+        room -= state[key].nbytes
+    return state
 
 
 def _read_pickle(path: Path, mmap: bool) -> Any:
@@ -216,10 +233,11 @@ def load_weights(module: nn.Module, path: str | Path, weights: str = "auto") -> 
     return report
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str) -> Report:
-    expected = module.state_dict()
-    averages = {average_of(key): value for key, value in state.items() if key.startswith("model.")}
-    state = state | {key: value for key, value in averages.items() if key in expected}
+def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str, assign: bool = False) -> Report:
+    """Fill `module` and use up `state`; with `assign` its tensors become the module's, which may be on meta."""
+    expected = module.state_dict(keep_vars=True)
+    averages = {average_of(key): key for key in state if key.startswith("model.")}
+    state |= {average: state[key] for average, key in averages.items() if average in expected}
     missing = {key for key in expected if key not in state and not _shared(key, expected)}
     unexpected = {key for key in state if key not in expected and not _copied(key, state)}
     copies = {key for key in state if key not in expected} - unexpected
@@ -231,7 +249,13 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str) ->
         problems = [f"{len(names)} {what}{_some(names)}" for what, names in faults.items() if names]
         raise CheckpointError(f"{path}: keys do not match the config (is it the config of another model?): "
                               f"{'; '.join(problems)}")
-    module.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)
+    for key in list(state):     # one after the other, so that a file in another dtype is let go of on the way
+        value = state.pop(key)
+        if key in expected:
+            state[key] = value.to(expected[key].dtype)
+    if assign:                  # what the file leaves out and the model never reads still needs a place
+        state |= {key: torch.zeros_like(expected[key], device="cpu") for key in absent if expected[key].is_meta}
+    module.load_state_dict(state, strict=False, assign=assign)
     return Report(path, used, tuple(sorted(ignored | copies)), tuple(sorted(absent)))
 
 
@@ -242,7 +266,7 @@ def _twin(key: str) -> str:
 def _shared(key: str, expected: Mapping[str, Tensor]) -> bool:
     """A module whose conditioner is its first stage lists the same tensors twice."""
     return (key.startswith("cond_stage_model.") and _twin(key) in expected
-            and expected[key].data_ptr() == expected[_twin(key)].data_ptr())
+            and expected[key] is expected[_twin(key)])
 
 
 def _copied(key: str, state: Mapping[str, Tensor]) -> bool:
@@ -251,15 +275,20 @@ def _copied(key: str, state: Mapping[str, Tensor]) -> bool:
             and torch.equal(state[key], state[_twin(key)]))
 
 
-class _NoInit(TorchFunctionMode):
-    """Skip the layers' random initialisation: the checkpoint brings the values."""
+class _Unmade(TorchFunctionMode):
+    """Layers get no memory and no random values: the checkpoint brings both.
 
-    RANDOM = {nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.kaiming_normal_}
+    Only what is made to be filled (`torch.empty`) goes to the meta device; buffers that a constructor computes,
+    such as the noise schedule, are made for real, since a file need not have them. A constructor that moves its
+    layers to a device moves nothing: that is for the caller to say.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in self.RANDOM:
-            return args[0] if args else kwargs["tensor"]
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        if func is Tensor.to and args[0].is_meta:
+            args = tuple("meta" if isinstance(arg, (str, torch.device)) else arg for arg in args)
         return func(*args, **kwargs)
 
 
@@ -281,24 +310,36 @@ def load_config(path: str | Path) -> Any:
     return config
 
 
+def unmade_model(config_path: str | Path) -> nn.Module:
+    """The model of a config without weights: they are on the meta device, buffers of its own (noise schedule) real.
+
+    It has no moving average: that is for training only.
+
+    Raises:
+        FileNotFoundError, ConfigError: see `load_config` and `instantiate_from_config`.
+    """
+    config = OmegaConf.to_container(load_config(config_path).model, resolve=True)
+    if config.get("params", {}).get("unet_config") is not None:
+        config["params"]["use_ema"] = False
+    with _Unmade():
+        return instantiate_from_config(config)
+
+
 def load_model(config_path: str | Path, ckpt_path: str | Path, device: str | torch.device = "cpu",
                weights: str = "auto") -> nn.Module:
     """The model of a config (a `LatentDiffusion`), filled from a checkpoint, ready to sample from.
 
-    It is in evaluation mode, without gradients and without a moving average of its own.
+    It is in evaluation mode, without gradients and without a moving average of its own. On a CPU its weights are
+    the file's, mapped into memory and read when first used, unless they are of another dtype (docs/loading.md);
+    so replace such a file (as `save_weights` does) rather than write into it.
 
     Raises:
-        FileNotFoundError, ConfigError, CheckpointError: see `load_config`, `instantiate_from_config`
-            and `load_weights`.
+        FileNotFoundError, ConfigError, CheckpointError: see `unmade_model` and `load_weights`.
     """
-    config = OmegaConf.to_container(load_config(config_path).model, resolve=True)
-    # The file, checked first: reading it is quick, building a large model is not.
+    load_config(config_path)        # what is quick to check comes first
     state, used = _choose(ckpt_path, read_checkpoint(ckpt_path), weights)
-    if config.get("params", {}).get("unet_config") is not None:
-        config["params"]["use_ema"] = False
-    with _NoInit():
-        model = instantiate_from_config(config)
-    log.info("%s", _fill(model, state, Path(ckpt_path), used))
+    model = unmade_model(config_path)
+    log.info("%s", _fill(model, state, Path(ckpt_path), used, assign=True))
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -28,6 +29,7 @@ from ldm.checkpoint import (
 )
 from ldm.util import ConfigError
 
+ROOT = Path(__file__).parents[1]
 CASE, TENSORS = load_case("ldm_tiny_checkpoint")
 STATE = {key.removeprefix("ckpt."): value for key, value in TENSORS.items() if key.startswith("ckpt.")}
 
@@ -271,6 +273,54 @@ def test_building_to_load_draws_no_random_numbers(tmp_path, config):
     before = torch.get_rng_state()
     load_model(config, write(tmp_path / "m.safetensors", STATE))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# Memory
+
+def test_a_loaded_model_has_every_weight_and_real_buffers(tmp_path, config):
+    model = load_model(config, write(tmp_path / "m.safetensors", STATE))
+    kept_out = set(dict(model.named_buffers())) - model.state_dict().keys()
+    assert kept_out and not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    assert model.logvar.eq(0).all() and model.lvlb_weights.gt(0).all()
+
+
+def test_what_the_file_leaves_out_and_nothing_reads_is_zero(tmp_path, monkeypatch):
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(2))
+            self.text_projection = nn.Parameter(torch.empty(2, 2))
+
+    monkeypatch.setattr(checkpoint, "instantiate_from_config", lambda config: Text())
+    (tmp_path / "c.yaml").write_text("model: {target: Text}")
+    model = load_model(tmp_path / "c.yaml", write(tmp_path / "m.safetensors", {"weight": torch.ones(2)}))
+    assert torch.equal(model.text_projection, torch.zeros(2, 2)) and model.weight.sum() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_file_is_let_go_of_while_it_is_cast(tmp_path, dtype):
+    """The process holds the weights once: the file's own pages, or the cast ones and a part of the file."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc, which only Linux has")
+    params = {"d_model": 1024, "nhead": 8, "num_encoder_layers": 2, "num_decoder_layers": 1, "batch_first": True}
+    config = {"model": {"target": "torch.nn.Transformer", "params": params}}        # 0.17 GB of weights in float32
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "c.yaml")
+    shapes = checkpoint.unmade_model(tmp_path / "c.yaml").state_dict()
+    write(tmp_path / "m.safetensors", {key: torch.ones(v.shape, dtype=dtype) for key, v in shapes.items()})
+    code = """if True:
+        from ldm import checkpoint
+        checkpoint.GROUP = 2 ** 22
+        peak = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
+        before = peak()
+        model = checkpoint.load_model("c.yaml", "m.safetensors")
+        weights = sum(p.nbytes for p in model.parameters())
+        assert sum(p.sum().item() for p in model.parameters()) == weights / 4
+        print((peak() - before) / weights)
+    """
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 1.2
 
 
 # Writing
