@@ -7,6 +7,7 @@ be harmless is reported in one line, and anything else that does not match is an
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from yaml import YAMLError
 
+from ldm.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, to_ldm
 from ldm.modules.ema import ema_name
 from ldm.util import ConfigError, atomic_write, instantiate_from_config
 
@@ -48,6 +50,10 @@ class _Callback:
 
 
 GROUP = 2 ** 28     # bytes of a safetensors file that are mapped, and let go of, together
+PART_FILES = {part: [f"{stem}{variant}{suffix}" for suffix, stem in stems.items() for variant in ("", ".fp16")]
+              for part, stems in {
+                  **dict.fromkeys(("unet", "vae"), dict.fromkeys((".safetensors", ".bin"), "diffusion_pytorch_model")),
+                  "text_encoder": {".safetensors": "model", ".bin": "pytorch_model"}}.items()}
 INERT = [(_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 
@@ -87,14 +93,19 @@ def _one_line(error: BaseException) -> str:
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a .safetensors file, or of a .ckpt / .pt / .pth one (bare or under 'state_dict').
 
+    A folder of the diffusers library (Stable Diffusion 1 or 2) is read as the CompVis checkpoint that it stands for,
+    see `ldm.conversion`.
+
     The format is told from the content, not from the name. Tensors are mapped from the file where the
     format allows it. Nothing in the file can run code.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file is empty, truncated, not a checkpoint, or asks to run code.
+        CheckpointError: the file is empty, truncated, not a checkpoint, or asks to run code; the folder lacks a part.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a .safetensors or .ckpt checkpoint")
     size = path.stat().st_size
@@ -113,6 +124,37 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: a PyTorch checkpoint under the wrong name; rename it to .ckpt")
         return _tensors(path, _read_pickle(path, mmap=head[:2] == b"PK"))
     raise CheckpointError(f"{path}: neither a safetensors file nor a PyTorch checkpoint")
+
+
+def _read_folder(path: Path) -> dict[str, Tensor]:
+    files = part_files(path)
+    settings = path / "text_encoder" / "config.json"
+    try:
+        activation = json.loads(settings.read_text(encoding="utf-8"))["hidden_act"]
+        openclip = {kind: which for which, kind in TEXT_ACTIVATIONS.items()}[activation]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{settings}: expected JSON with hidden_act {' or '.join(TEXT_ACTIVATIONS.values())}, "
+                              f"which tells CLIP from OpenCLIP; got {type(error).__name__} {error}") from error
+    try:
+        return to_ldm({part: read_checkpoint(file) for part, file in files.items()}, openclip)
+    except ConversionError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def part_files(path: Path) -> dict[str, Path]:
+    """The weights of each part of a diffusers folder.
+
+    Raises:
+        CheckpointError: a part is not there.
+    """
+    files = {}
+    for part, names in PART_FILES.items():
+        found = [file for file in (path / part / name for name in names) if file.is_file()]
+        if not found:
+            raise CheckpointError(f"{path}: a folder without {part}/{names[0]} (or {', '.join(names[1:])}); a "
+                                  f"diffusers folder needs {'/, '.join(PARTS)}/, anything else is a file")
+        files[part] = found[0]
+    return files
 
 
 def _read_safetensors(path: Path, size: int, header: int) -> dict[str, Tensor]:
@@ -359,9 +401,10 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor],
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file's content, hexadecimal: names the weights that made a picture."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
+    """SHA-256 of a file's content (of a diffusers folder's weights), hexadecimal: names what made a picture."""
+    path, digest = Path(path), hashlib.sha256()
+    for part in part_files(path).values() if path.is_dir() else [path]:
+        with part.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
     return digest.hexdigest()
