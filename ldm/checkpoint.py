@@ -6,7 +6,6 @@ be harmless is reported in one line, and anything else that does not match is an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -26,7 +25,7 @@ from yaml import YAMLError
 
 from ldm.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, to_ldm
 from ldm.modules.ema import ema_name
-from ldm.util import ConfigError, atomic_write, instantiate_from_config
+from ldm.util import ConfigError, atomic_write, file_sha256, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -402,9 +401,5 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor],
 
 def fingerprint(path: str | Path) -> str:
     """SHA-256 of a file's content (of a diffusers folder's weights), hexadecimal: names what made a picture."""
-    path, digest = Path(path), hashlib.sha256()
-    for part in part_files(path).values() if path.is_dir() else [path]:
-        with part.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    path = Path(path)
+    return file_sha256(*(part_files(path).values() if path.is_dir() else [path]))

@@ -1,6 +1,7 @@
 """Build objects from the `target:` and `params:` of a config; find the files a config names."""
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -109,6 +110,16 @@ def find_file(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(f"{path}: no such file, neither from {Path.cwd()} nor from {PROJECT_ROOT}")
+
+
+def file_sha256(*paths: str | Path) -> str:
+    """SHA-256 of the content of files, one after the other, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
