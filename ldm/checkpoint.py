@@ -48,6 +48,7 @@ class _Callback:
     """Stands for the training callback that published checkpoints name as a mere dictionary key."""
 
 
+ALIGNMENT = 64      # bytes, of the memory that PyTorch allocates
 GROUP = 2 ** 28     # bytes of a safetensors file that are mapped, and let go of, together
 PART_FILES = {part: [f"{stem}{variant}{suffix}" for suffix, stem in stems.items() for variant in ("", ".fp16")]
               for part, stems in {
@@ -169,7 +170,7 @@ def _map_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of the file, in its order; none is read before it is used.
 
     Each group of them has a mapping of its own. What was read of a mapping stays in memory as long as one of its
-    tensors lives, so with a single one a model cast from float16 would need the whole file beside it.
+    tensors lives, so with a single one a model copied from the file would need the whole file beside it.
     """
     state, file = {}, safe_open(path, framework="pt")
     room = GROUP
@@ -290,14 +291,22 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str, as
         problems = [f"{len(names)} {what}{_some(names)}" for what, names in faults.items() if names]
         raise CheckpointError(f"{path}: keys do not match the config (is it the config of another model?): "
                               f"{'; '.join(problems)}")
-    for key in list(state):     # one after the other, so that a file in another dtype is let go of on the way
+    for key in list(state):     # one after the other, so that the file is let go of on the way
         value = state.pop(key)
         if key in expected:
-            state[key] = value.to(expected[key].dtype)
+            state[key] = _aligned(value.to(expected[key].dtype))
     if assign:                  # what the file leaves out and the model never reads still needs a place
         state |= {key: torch.zeros_like(expected[key], device="cpu") for key in absent if expected[key].is_meta}
     module.load_state_dict(state, strict=False, assign=assign)
     return Report(path, used, tuple(sorted(ignored | copies)), tuple(sorted(absent)))
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """The tensor as PyTorch would allocate it: elsewhere the last digits of what is computed from it may differ.
+
+    So what a model computes depends on its weights, not on where they lie in a file.
+    """
+    return value if value.data_ptr() % ALIGNMENT == 0 else value.clone()
 
 
 def _twin(key: str) -> str:
@@ -370,9 +379,9 @@ def load_model(config_path: str | Path, ckpt_path: str | Path, device: str | tor
                weights: str = "auto") -> nn.Module:
     """The model of a config (a `LatentDiffusion`), filled from a checkpoint, ready to sample from.
 
-    It is in evaluation mode, without gradients and without a moving average of its own. On a CPU its weights are
-    the file's, mapped into memory and read when first used, unless they are of another dtype (docs/loading.md);
-    so replace such a file (as `save_weights` does) rather than write into it.
+    It is in evaluation mode, without gradients and without a moving average of its own. Its weights may be the
+    file's own, mapped into memory (docs/loading.md): replace such a file, as `save_weights` does, rather than write
+    into it.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: see `unmade_model` and `load_weights`.

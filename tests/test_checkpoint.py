@@ -284,6 +284,16 @@ def test_a_loaded_model_has_every_weight_and_real_buffers(tmp_path, config):
     assert model.logvar.eq(0).all() and model.lvlb_weights.gt(0).all()
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_the_layout_of_a_file_does_not_change_what_is_computed(tmp_path, config, suffix):
+    """Weights at an odd place of the file are moved to where PyTorch would have put them."""
+    for size in range(1, 5):            # shifts what comes after it
+        state = {key: value.float() for key, value in STATE.items()} | {"betas": torch.zeros(1000 + size)[size:]}
+        state["model_ema.decay"] = torch.zeros(size)
+        model = load_model(config, write(tmp_path / f"{size}{suffix}", state), weights="raw")
+        assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+
+
 def test_what_the_file_leaves_out_and_nothing_reads_is_zero(tmp_path, monkeypatch):
     class Text(nn.Module):
         def __init__(self):
