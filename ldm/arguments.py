@@ -116,7 +116,7 @@ def model_arguments(p: argparse.ArgumentParser, default: Files | None = None) ->
     note = f"default: {default[1].parent.relative_to(ROOT)}" if default else "no default"
     model = p.add_argument_group(f"the model ({note})")
     model.add_argument("--config", metavar="YAML", help="the model's config")
-    model.add_argument("--ckpt", metavar="FILE", help="its weights, .safetensors or .ckpt")
+    model.add_argument("--ckpt", metavar="FILE", help="its weights, .safetensors or .ckpt; or a diffusers folder")
     model.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto",
                        help="averaged or last weights of the UNet; auto = averaged if there are any")
     model.add_argument("--C", type=count, help="latent channels, to check the config (default: the model's)")

@@ -77,9 +77,10 @@ def model_files(args: argparse.Namespace, default: Files | None) -> Files:
     if args.config is None and default is None:
         raise BadInput("--config: needed, together with --ckpt: the files of the model")
     config, ckpt = (Path(args.config), Path(args.ckpt)) if args.config else default
-    for flag, path in (("--config", config), ("--ckpt", ckpt)):
-        if not path.is_file():
-            raise BadInput(f"{flag}: {path}: no such file")
+    if not config.is_file():
+        raise BadInput(f"--config: {config}: no such file")
+    if not ckpt.exists():
+        raise BadInput(f"--ckpt: {ckpt}: no such file, nor a diffusers folder")
     return config, ckpt
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_vocabulary import write_vocabulary
 from contracts import GOLDENS, recipe_tensor, recipe_weights
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from script_runs import Script, tiny_model
 from torch import Tensor, nn
 from txt2img_model import load_script
 
@@ -31,9 +33,11 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-PUBLISHED = json.loads(gzip.decompress((GOLDENS / "sd_layouts.json.gz").read_bytes()))
+MODELS = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
+PUBLISHED = ["sd_v1", "sd_v2_base"]
 LOST = {"sd_v1": {f"{CLIP}embeddings.position_ids"},
         "sd_v2_base": {f"{OPENCLIP}text_projection", f"{OPENCLIP}logit_scale"}}
+ROOT = Path(__file__).parents[1]
 convert = load_script("convert").main
 
 
@@ -45,8 +49,9 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module", params=PUBLISHED)
 def published(request) -> tuple[str, dict, dict[str, Tensor]]:
-    model = PUBLISHED[request.param]
-    return request.param, model["params"], {k: torch.empty(s, device="meta") for k, s in model["shapes"].items()}
+    model = MODELS[request.param]
+    params = OmegaConf.to_container(OmegaConf.load(ROOT / model["config"]).model.params)
+    return request.param, params, {k: torch.empty(shape, device="meta") for k, (shape, _) in model["keys"].items()}
 
 
 def test_every_published_key_has_its_place(published):
@@ -240,6 +245,31 @@ def test_older_names_and_files_are_read(converted, tmp_path):
         torch.save(state, tmp_path / part / f"{stem}.bin")
     assert_same_model(read_checkpoint(tmp_path), small)
     assert fingerprint(tmp_path) != fingerprint(folder)
+
+
+# A script on a folder
+
+@pytest.mark.parametrize("published, text", [
+    ("v1-inference", {"version": {"vocab_size": 49408, "hidden_size": 64, "intermediate_size": 64,
+                                  "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 77,
+                                  "hidden_act": "quick_gelu"}}),
+    ("v2-inference", {"arch": {"embed_dim": 64, "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64,
+                                                             "heads": 1, "layers": 3}}})])
+def test_a_script_takes_a_folder(tmp_path, published, text):
+    """The pictures are those of the checkpoint that the folder was made of."""
+    _, config, _, ckpt = files = tiny_model(
+        tmp_path / "m", f"configs/stable-diffusion/{published}.yaml", unet_config__params__context_dim=64,
+        **({} if published == "v1-inference" else {"unet_config__params__num_head_channels": 8}),
+        cond_stage_config__params=text | {"vocabulary": str(write_vocabulary(tmp_path))})
+    folder = tmp_path / "f"
+    assert convert([ckpt, "--to", "diffusers", "--config", config, "--out", str(folder)]) == 0
+    made = []
+    for name, weights in (("file", ckpt), ("folder", str(folder))):
+        script = Script("txt2img", tmp_path / name, *files[:2], "--ckpt", weights, "--prompt", "a cat", "--steps", "2",
+                        "--n_samples", "1")
+        (entry,) = script()
+        made.append(script.pixels(entry))
+    assert made[0].std() > 1 and (made[0] == made[1]).all()
 
 
 # Bad input
