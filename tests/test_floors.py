@@ -28,7 +28,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *(f"{M}/attention.py", f"{DM}/model.py", f"{DM}/upscaling.py", f"{M}/losses/*"),
         *(f"{M}/encoders/clip.py", f"{M}/encoders/openclip.py", f"{M}/midas/*"),
         *(f"{D}/denoiser.py", f"{D}/edits.py", f"{D}/levels.py", f"{D}/propagation.py"),
-        *("ldm/checkpoint.py", "ldm/generate.py", "ldm/cost.py"),
+        *("ldm/checkpoint.py", "ldm/diagnosis.py", "ldm/generate.py", "ldm/cost.py"),
     ],
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
