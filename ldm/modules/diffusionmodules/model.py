@@ -6,6 +6,7 @@ Module names and their order of use follow the published checkpoints (latent dif
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
         self.block = nn.ModuleList(ResnetBlock(a, b, dropout)
-                                   for a, b in zip(widths, widths[1:], strict=False))
+                                   for a, b in pairwise(widths))
         self.attn = nn.ModuleList(make_attn(out_channels, attn_type) for _ in self.block if attn_type)
 
     def forward(self, h: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Module names are those of the published checkpoints. Sources: vision transformer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ class ResNet(nn.Module):
         self.stem = ConvNorm(3, STEM, 7, 2)
         self.stages = nn.ModuleList(
             Stage(before, after, depth, stride)
-            for before, after, depth, stride in zip((STEM, *STAGES), STAGES, depths, (1, 2, 2), strict=False))
+            for (before, after), depth, stride in zip(pairwise((STEM, *STAGES)), depths, (1, 2, 2), strict=True))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         # Nothing is below zero after the ReLU, so the padding never is the maximum that counts.
