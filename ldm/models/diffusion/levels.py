@@ -119,7 +119,10 @@ class NoiseSchedule:
         return [begin, *map(float, [*between][1:-1]), end]
 
     def levels(self, steps: int, skip_type: str = "time_uniform") -> tuple[Level, ...]:
-        """The levels of a run from time 1 to the first training timestep; see `times`."""
+        """The levels of a run from time 1 to the first training timestep; see `times`.
+
+        As published; diffusers rounds the timesteps of DPM-Solver and UniPC to trained ones.
+        """
         return tuple(map(self.level, self.times(steps, skip_type)))
 
 
@@ -131,6 +134,8 @@ def interpolate(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
 
 def sigma_levels(alphas_cumprod: Tensor, steps: int) -> tuple[Level, ...]:
     """Timesteps evenly spaced from the last to 0, then clean; log noise_ratio is linear in between.
+
+    In diffusers it is noise_ratio itself that is linear there.
 
     Source: k-diffusion's grid for models with discrete timesteps.
     """
@@ -144,7 +149,9 @@ def sigma_levels(alphas_cumprod: Tensor, steps: int) -> tuple[Level, ...]:
 def karras_levels(alphas_cumprod: Tensor, steps: int, rho: float = 7.0) -> tuple[Level, ...]:
     """noise_ratio to the power 1 / rho evenly spaced over the trained range, then clean.
 
-    Source: Karras et al. (arXiv 2206.00364), eq. 5; the timestep by interpolation of log noise_ratio.
+    The timestep is found by interpolation of log noise_ratio; diffusers rounds it.
+
+    Source: Karras et al. (arXiv 2206.00364), eq. 5.
     """
     log_sigmas = _log_noise_ratios(alphas_cumprod)
     check_steps(steps, len(log_sigmas))
