@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from ldm.arguments import (
@@ -26,6 +27,7 @@ from ldm.cli import BadInput, Parser, blame, command, number
 from ldm.script import GO_ON, Setup, conditioner, make_pictures, make_setup, picture_size
 
 CIN256 = (ROOT / "configs/latent-diffusion/cin256-v2.yaml", ROOT / "models/ldm/cin256-v2/model.ckpt")
+NAMES = ROOT / "models/ldm/cin256-v2/classes.txt"
 IMAGENET = 1000                         # classes; where a model has one more, that one is their absence
 NOTEBOOK = ["25", "187", "448", "992"]  # the published example
 
@@ -35,9 +37,10 @@ def parser() -> argparse.ArgumentParser:
                formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
     what.add_argument("--classes", nargs="+", default=NOTEBOOK, metavar="CLASS",
-                      help=f"class indices, or names of --class-names (default: {' '.join(NOTEBOOK)})")
+                      help=f"class indices or names (default: {' '.join(NOTEBOOK)})")
     what.add_argument("--class-names", metavar="FILE",
-                      help="names of the classes, one line each from class 0, synonyms separated by commas; none ships")
+                      help="names of the classes, one line each from class 0, synonyms separated by commas "
+                           f"(default, for models of {IMAGENET} or {IMAGENET + 1} classes: {NAMES.relative_to(ROOT)})")
     what.add_argument("--n_samples", type=count, default=4, metavar="N",
                       help="pictures of each class (default: %(default)s)")
     batch_argument(what, 4)
@@ -63,30 +66,37 @@ def class_count(setup: Setup) -> int:
     return embedder.n_classes
 
 
-def read_names(path: str | None) -> dict[str, list[int]]:
+def read_names(path: str | None, classes: int) -> dict[str, list[int]]:
     """Class indices by name in lower case: of a whole line, and of each of its synonyms."""
-    if path is None:
+    if path is None and classes not in (IMAGENET, IMAGENET + 1):
         return {}
     with blame("--class-names"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path or NAMES).read_text(encoding="utf-8").splitlines()
     if not lines:
         raise BadInput(f"--class-names: {path} is empty; expected one name per line")
     names: dict[str, list[int]] = {}
     for index, line in enumerate(lines):
-        for name in dict.fromkeys([line, *line.split(",")]):
-            found = names.setdefault(name.strip().lower(), [])
-            found += [index] if index not in found else []
+        for name in {folded(part) for part in (line, *line.split(","))} - {""}:
+            names.setdefault(name, []).append(index)
     return names
+
+
+def folded(name: str) -> str:
+    return " ".join(name.lower().split())
 
 
 def find_class(text: str, names: dict[str, list[int]], classes: int) -> int:
     if text.lstrip("+-").isdigit():
         found = [int(text)]
     else:
-        found = names.get(text.strip().lower(), [])
+        found = names.get(folded(text), [])
+        if not found and not names:
+            raise BadInput(f"--classes: {text!r} is no number, and there are no names of this model's classes without "
+                           f"--class-names")
         if not found:
-            raise BadInput(f"--classes: {text!r} is " + ("in no line of --class-names" if names else
-                           "no number, and without --class-names there are no names"))
+            like = get_close_matches(folded(text), names)
+            raise BadInput(f"--classes: {text!r} is the name of no class"
+                           + (f"; there is {' or '.join(like)}" if like else ""))
         if len(found) > 1:
             raise BadInput(f"--classes: {text!r} names classes {', '.join(map(str, found))}; give the number")
     if not 0 <= found[0] < classes:
@@ -109,9 +119,9 @@ def absent_class(args: argparse.Namespace, classes: int) -> int | None:
 
 
 def run(args: argparse.Namespace) -> None:
-    names = read_names(args.class_names)
     setup = make_setup(args, CIN256)
     classes = class_count(setup)
+    names = read_names(args.class_names, classes)
     chosen = [find_class(text, names, classes) for text in args.classes]
     absent = absent_class(args, classes)
     size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)

@@ -110,6 +110,24 @@ def test_classes_by_name(script, tmp_path):
     assert script("--classes", "0", "0", "1", "4") == []             # the same pictures
 
 
+def test_the_names_of_imagenet_ship(script):
+    """One line for each class, in the order that its published uses have."""
+    names = (ROOT / "models/ldm/cin256-v2/classes.txt").read_text(encoding="utf-8").splitlines()
+    assert len(names) == 1000 and all(names)
+    known = {0: "tench, Tinca tinca", 134: "crane", 187: "Yorkshire terrier", 207: "golden retriever", 360: "otter",
+             517: "crane", 639: "maillot, tank suit", 999: "toilet tissue, toilet paper, bathroom tissue"}
+    assert {index: names[index] for index in known} == known
+    by_name = script("--classes", "golden retriever", "Tank  Suit", "toilet paper", "otter")
+    assert [entry["class"] for entry in by_name] == [207, 639, 999, 360]
+
+
+def test_a_model_of_other_classes_has_no_names(tmp_path, capsys):
+    ten = {"cond_stage_config__params__n_classes": 10}
+    model = tiny_model(tmp_path / "model", "configs/latent-diffusion/cin256-v2.yaml", **NARROW, **ten)
+    line = Script("class_conditional", tmp_path, *model).refusal(capsys, "--classes", "otter", "--scale", "1")
+    assert re.match("--classes: 'otter' is no number, and there are no names of this model's classes without", line)
+
+
 def test_compare(script, capsys):
     entries = script("--classes", "3", "--compare", "--plan", "0,3")
     assert [e["keys"] for e in entries] == [None, [0, 3]]
@@ -119,10 +137,13 @@ def test_compare(script, capsys):
 @pytest.mark.parametrize("arguments, why", [
     (["--classes", "1001"], "--classes: expected 0..1000, the classes of this model; got 1001"),
     (["--classes", "3", "-1"], "--classes: expected 0..1000.*got -1"),
-    (["--classes", "dog"], "--classes: 'dog' is no number, and without --class-names there are no names"),
+    (["--classes", "golden retreiver"], "--classes: 'golden retreiver' is the name of no class; there is golden ret"),
+    (["--classes", "crane"], "--classes: 'crane' names classes 134, 517; give the number"),
+    (["--classes", "Maillot"], "--classes: 'Maillot' names classes 638, 639; give the number"),
+    (["--classes", ""], "--classes: '' is the name of no class$"),
     (["--classes"], "--classes: expected at least one argument"),
     (["--classes", "crane", "--class-names", "NAMES"], "--classes: 'crane' names classes 0, 1; give the number"),
-    (["--classes", "dog", "--class-names", "NAMES"], "--classes: 'dog' is in no line of --class-names"),
+    (["--classes", "dog", "--class-names", "NAMES"], "--classes: 'dog' is the name of no class$"),
     (["--class-names", "EMPTY"], "--class-names: .*is empty"), (["--class-names", "nowhere"], "--class-names: "),
     (["--uncond_class", "1001"], "--uncond_class: expected 0..1000"),
     (["--uncond_class", "-1"], "--uncond_class: expected a whole number >= 0"),
