@@ -44,16 +44,8 @@ def open_picture(path: str | Path) -> Image.Image:
         FileNotFoundError: no such file.
         ValueError: not a picture, a damaged one, or one of more than 16 bits per level.
     """
-    image = _upright(path)
-    if image.mode.startswith("I"):
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"{path}: levels {levels.min()}..{levels.max()}; expected 8 or 16 bits per level")
-        image = Image.fromarray((levels / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError(f"{path}: levels that are not whole numbers; expected 8 or 16 bits per level")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+    image = _eight_bits(path)
+    if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
     return image.convert("RGB")
 
@@ -62,9 +54,13 @@ def open_mask(path: str | Path) -> Tensor:
     """A mask file as ones, where it is brighter than middle grey, and zeros; (1, H, W).
 
     Raises:
-        FileNotFoundError, ValueError: see `open_picture`.
+        FileNotFoundError, ValueError: see `open_picture`; also a mask with transparent parts, which may mean what
+            is to be painted as well as what is to stay.
     """
-    levels = torch.from_numpy(np.array(open_picture(path).convert("L")))                  # (H, W)
+    image = _eight_bits(path)
+    if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
+        raise ValueError(f"{path}: a mask with transparent parts; expected white where to paint, black elsewhere")
+    levels = torch.from_numpy(np.array(image.convert("L")))                               # (H, W)
     return (levels >= 128).float()[None]
 
 
@@ -79,6 +75,19 @@ def open_labels(path: str | Path) -> Tensor:
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise ValueError(f"{path}: a picture of mode {image.mode}; expected one number per pixel (L, P or 16-bit grey)")
     return torch.from_numpy(np.array(image).astype(np.int64))
+
+
+def _eight_bits(path: str | Path) -> Image.Image:
+    """A picture file as 8-bit RGB, or RGBA if it says what is transparent."""
+    image = _upright(path)
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"{path}: levels {levels.min()}..{levels.max()}; expected 8 or 16 bits per level")
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError(f"{path}: levels that are not whole numbers; expected 8 or 16 bits per level")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _upright(path: str | Path) -> Image.Image:

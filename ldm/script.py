@@ -175,11 +175,16 @@ def make_setup(args: argparse.Namespace, default: Files | None = None) -> Setup:
     device = find_device(args.device)
 
     from ldm.checkpoint import load_config
+    from ldm.diagnosis import stated_prediction
     from ldm.sampling.engine import Sizes
 
     with blame("--config"):
         config = load_config(config_path)
         sizes = Sizes.of(config.model)
+    says, stated = config.model.params.get("parameterization", "eps"), stated_prediction(ckpt)
+    if stated not in (None, says):
+        raise BadInput(f"--config: its parameterization is {says}; the network in {ckpt} predicts {stated}, its "
+                       f"scheduler says")
     for flag, given, real in (("--C", args.C, sizes.channels), ("--f", args.f, sizes.factor)):
         if given not in (None, real):
             raise BadInput(f"{flag}: this model's is {real}; got {given}")

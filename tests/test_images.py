@@ -146,7 +146,7 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, orientation):
-    shown = ramp().convert("RGB")
+    shown = ramp()
     undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
             4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
             7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
@@ -155,7 +155,10 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     exif[274] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
     opened = open_picture(tmp_path / "a.png")
-    assert opened.size == (8, 4) and opened.tobytes() == shown.tobytes()
+    assert opened.size == (8, 4) and opened.tobytes() == shown.convert("RGB").tobytes()
+    levels = np.asarray(shown)
+    assert open_labels(tmp_path / "a.png").tolist() == levels.tolist()
+    assert open_mask(tmp_path / "a.png")[0].tolist() == (levels >= 128).tolist()
 
 
 def test_what_is_transparent_becomes_white(tmp_path):
@@ -170,6 +173,19 @@ def test_masks_are_ones_and_zeros(tmp_path):
     Image.fromarray(np.array([[0, 127, 128, 255]], dtype=np.uint8)).save(tmp_path / "a.png")
     mask = open_mask(tmp_path / "a.png")
     assert mask.shape == (1, 1, 4) and mask.flatten().tolist() == [0, 0, 1, 1]
+
+
+def test_a_mask_must_not_be_transparent(tmp_path):
+    opaque = Image.new("RGBA", (2, 1), (255, 255, 255, 255))
+    opaque.save(tmp_path / "a.png")
+    assert open_mask(tmp_path / "a.png").flatten().tolist() == [1, 1]
+    opaque.putpixel((1, 0), (255, 255, 255, 254))
+    opaque.save(tmp_path / "a.png")
+    palette = Image.new("P", (2, 1))
+    palette.save(tmp_path / "p.png", transparency=0)
+    for name in ("a.png", "p.png"):
+        with pytest.raises(ValueError, match=f"{name}: a mask with transparent parts; expected white where to paint"):
+            open_mask(tmp_path / name)
 
 
 def test_labels_are_levels_or_palette_indices(tmp_path):

@@ -164,6 +164,11 @@ def broken(folder, fault: str) -> None:
         (folder / "a.png").unlink()
     elif fault == "no masks":
         (folder / "a_mask.png").unlink()
+    elif fault == "transparent":
+        Image.new("LA", (32, 32), (255, 0)).save(folder / "a_mask.png")
+    elif fault == "empty":
+        for path in folder.iterdir():
+            path.unlink()
     elif fault == "damaged":
         (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:60])
 
@@ -173,6 +178,8 @@ def broken(folder, fault: str) -> None:
     ("two sizes", "--indir: b.png has 64 x 32 pixels, a.png 32 x 32 pixels; expected one size"),
     ("no picture", "--indir: .*a.png: no such file; expected a picture"),
     ("no masks", "--indir: .* has no masks; expected pictures NAME.png with masks NAME_mask.png"),
+    ("empty", "--indir: .* has no masks; expected"),
+    ("transparent", "--indir: .*a_mask.png: a mask with transparent parts; expected white where to paint"),
     ("damaged", "--indir: .*a.png: a damaged picture"),
 ])
 def test_bad_folders(files, tmp_path, capsys, fault, why):
@@ -196,7 +203,7 @@ def test_bad_arguments(script, capsys, arguments, why):
 def test_masks_of_another_mode_mean_the_same(script):
     (first, _) = script()
     mask = Image.open(script.folder / "in" / "bird_mask.png")
-    for mode in ("1", "P", "RGB"):
+    for mode in ("1", "P", "RGB", "RGBA"):
         mask.convert(mode).save(script.folder / "in" / "bird_mask.png")
         again = [entry for entry in script() if entry["image"] == "bird.png"]
         assert len(again) == 1 and (script.pixels(again[0]) == script.pixels(first)).all()

@@ -135,6 +135,21 @@ def test_a_checkpoint_of_another_model(refused, tmp_path):
     assert re.match(r"--ckpt: .*another model.*missing \(.* more\); 2 unexpected \(encoder.bias", line)
 
 
+def test_a_folder_that_is_no_model(refused, tmp_path):
+    for part in ("unet", "vae"):
+        line = refused(ckpt=tmp_path)
+        assert re.match(rf"--ckpt: {tmp_path}: a folder without unet/diffusion_pytorch_model.safetensors", line)
+        (tmp_path / part).mkdir()
+
+
+def test_a_folder_whose_network_predicts_something_else(refused, tmp_path):
+    """Names and shapes do not tell; the folder's scheduler does."""
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    line = refused(ckpt=tmp_path)
+    assert re.match(f"--config: its parameterization is eps; the network in {tmp_path} predicts v, its scheduler", line)
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch hacked",)
