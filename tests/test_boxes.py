@@ -7,18 +7,18 @@ import pytest
 from ldm.modules.encoders.boxes import Box, box_tokens
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
-LAST = 89 * 90 + 89     # the bottom right corner of 90 x 90 points, the most that 8192 ids have room for
 
 
 def test_tokens_of_the_published_model():
-    """Category, corners on the grid; then absent boxes; then the crop."""
-    tokens = box_tokens([Box(17, 0, 0, 1, 1), Box(3, 0.5, 0.25, 0.5, 0.5)]).tolist()
-    middle, low = round(0.5 * 89), round(0.25 * 89)
-    assert tokens[:3] == [17, 0, LAST]
-    assert tokens[3:6] == [3, low * 90 + middle, round(0.75 * 89) * 90 + 89]
-    assert tokens[6:90] == [8191] * 84
-    assert tokens[90:] == [0, LAST]
-    assert len(tokens) == 92    # max_seq_len of its BERTEmbedder
+    """By hand: category, corners on 90 x 90 points, y * 90 + x; then absent boxes; then the crop. 92 in all."""
+    boxes = [Box(17, *WHOLE), Box(3, 0.5, 0.25, 0.5, 0.5), Box(0, 0.1, 0.9, 0.2, 0.1)]
+    tokens = box_tokens(boxes, crop=(0.125, 0, 0.75, 1)).tolist()
+    assert tokens[:3] == [17, 0, 8099]
+    assert tokens[3:6] == [3, 2024, 6119]       # (44, 22), since a half goes to the even point, and (89, 67)
+    assert tokens[6:9] == [0, 7209, 8037]       # (9, 80) and (27, 89)
+    assert tokens[9:90] == [8191] * 81
+    assert tokens[90:] == [11, 8088]            # (11, 0) and (78, 89)
+    assert box_tokens(boxes).tolist() == tokens[:90] + [0, 8099]
 
 
 def test_a_small_grid_can_be_read():
@@ -27,7 +27,9 @@ def test_a_small_grid_can_be_read():
 
 
 @pytest.mark.parametrize("build, why", [
-    (lambda: Box(-1, *WHOLE), "category must not be negative"),
+    (lambda: Box(-1, *WHOLE), "category must be a whole number >= 0; got -1"),
+    (lambda: Box(1.5, *WHOLE), "category must be a whole number >= 0; got 1.5"),
+    (lambda: Box("1", *WHOLE), "category must be a whole number >= 0; got '1'"),
     (lambda: Box(1, 0, 0, 0, 1), "width and height must be positive"),
     (lambda: Box(1, 0.5, 0, 0.6, 1), "must lie in the picture"),
     (lambda: Box(1, float("nan"), 0, 0.5, 1), "must lie in the picture"),

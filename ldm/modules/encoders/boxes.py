@@ -13,7 +13,8 @@ from torch import Tensor
 class Box:
     """An object and where it is; lengths are shares of the picture's width and height, 0..1.
 
-    category:      number of the object's class.
+    category:      number of the object's class. The published builder can make attributes part of it: the number of
+                   classes times (1 if a group + 2 if occluded + 4 if depicted + 8 if seen from inside) is added.
     x, y:          of the top left corner.
     width, height: of the box, which lies in the picture.
     """
@@ -25,8 +26,8 @@ class Box:
     height: float
 
     def __post_init__(self) -> None:
-        if self.category < 0:
-            raise ValueError(f"box: category must not be negative; got {self.category}")
+        if not isinstance(self.category, int) or self.category < 0:
+            raise ValueError(f"box: category must be a whole number >= 0; got {self.category!r}")
         if not (self.width > 0 and self.height > 0):
             raise ValueError(f"box: width and height must be positive; got {self.width} and {self.height}")
         edges = (self.x, self.y, self.x + self.width, self.y + self.height)
@@ -51,7 +52,7 @@ def box_tokens(boxes: Sequence[Box], max_boxes: int = 30, vocab_size: int = 8192
         ValueError: too many boxes, a category that is no id, or a crop that does not lie in the picture.
 
     Source: the conditional builder of taming-transformers, which layout-to-image diffusion uses
-        (arXiv 2112.10752, section 4.3.1), for objects without further attributes.
+        (arXiv 2112.10752, section 4.3.1). There the boxes come in random order.
     """
     none, side = vocab_size - 1, isqrt(vocab_size)
     if len(boxes) > max_boxes:
