@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
-from pathlib import Path
 
 from ldm.arguments import (
     ROOT,
@@ -23,6 +21,7 @@ from ldm.arguments import (
     seed_argument,
     size_arguments,
 )
+from ldm.class_names import Names, find_class, read_names
 from ldm.cli import BadInput, Parser, blame, command, number
 from ldm.script import GO_ON, Setup, conditioner, make_pictures, make_setup, picture_size
 
@@ -66,42 +65,12 @@ def class_count(setup: Setup) -> int:
     return embedder.n_classes
 
 
-def read_names(path: str | None, classes: int) -> dict[str, list[int]]:
-    """Class indices by name in lower case: of a whole line, and of each of its synonyms."""
+def class_names(path: str | None, classes: int) -> Names:
+    """Those that are given, else ImageNet's for a model of as many classes."""
     if path is None and classes not in (IMAGENET, IMAGENET + 1):
         return {}
     with blame("--class-names"):
-        lines = Path(path or NAMES).read_text(encoding="utf-8").splitlines()
-    if not lines:
-        raise BadInput(f"--class-names: {path} is empty; expected one name per line")
-    names: dict[str, list[int]] = {}
-    for index, line in enumerate(lines):
-        for name in {folded(part) for part in (line, *line.split(","))} - {""}:
-            names.setdefault(name, []).append(index)
-    return names
-
-
-def folded(name: str) -> str:
-    return " ".join(name.lower().split())
-
-
-def find_class(text: str, names: dict[str, list[int]], classes: int) -> int:
-    if text.lstrip("+-").isdigit():
-        found = [int(text)]
-    else:
-        found = names.get(folded(text), [])
-        if not found and not names:
-            raise BadInput(f"--classes: {text!r} is no number, and there are no names of this model's classes without "
-                           f"--class-names")
-        if not found:
-            like = get_close_matches(folded(text), names)
-            raise BadInput(f"--classes: {text!r} is the name of no class"
-                           + (f"; there is {' or '.join(like)}" if like else ""))
-        if len(found) > 1:
-            raise BadInput(f"--classes: {text!r} names classes {', '.join(map(str, found))}; give the number")
-    if not 0 <= found[0] < classes:
-        raise BadInput(f"--classes: expected 0..{classes - 1}, the classes of this model; got {found[0]}")
-    return found[0]
+        return read_names(path or NAMES)
 
 
 def absent_class(args: argparse.Namespace, classes: int) -> int | None:
@@ -121,8 +90,9 @@ def absent_class(args: argparse.Namespace, classes: int) -> int | None:
 def run(args: argparse.Namespace) -> None:
     setup = make_setup(args, CIN256)
     classes = class_count(setup)
-    names = read_names(args.class_names, classes)
-    chosen = [find_class(text, names, classes) for text in args.classes]
+    names = class_names(args.class_names, classes)
+    with blame("--classes"):
+        chosen = [find_class(text, names, classes) for text in args.classes]
     absent = absent_class(args, classes)
     size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
 
