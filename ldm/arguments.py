@@ -15,6 +15,8 @@ Files = tuple[Path, Path]           # a model's config and weights
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/emoji64/model.safetensors")
 NOISE_WEIGHT = 0.003
+# The names of ldm.models.diffusion.solvers.SOLVERS, which needs PyTorch; --help must answer at once.
+SAMPLERS = "ddim, plms, ddpm, dpm-solver, dpm-solver++, euler, euler-a, heun, dpm++2m-karras, unipc"
 
 count = number(int, 1, math.inf, "a whole number >= 1")
 finite = number(float, -sys.float_info.max, sys.float_info.max, "a finite number")
@@ -82,7 +84,7 @@ def sampling_arguments(p: argparse.ArgumentParser, steps: int = 50, eta: float =
     else:
         p.set_defaults(scale=1.0)
     sampler = how.add_mutually_exclusive_group()
-    sampler.add_argument("--sampler", default="ddim", help="name of the solver (default: %(default)s)")
+    sampler.add_argument("--sampler", default="ddim", help=f"the solver: {SAMPLERS} (default: %(default)s)")
     sampler.add_argument("--plms", action="store_true", help="the same as --sampler plms")
     sampler.add_argument("--dpm", action="store_true", help="the same as --sampler dpm-solver++")
     return sampler

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ def blame(flag: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)
     """Such errors inside the block are the fault of this argument."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except errors as error:
         raise BadInput(f"{flag}: {' '.join(str(error).split())}") from error
 
@@ -56,6 +59,10 @@ def command(name: str, run: Callable[[], None], stopped: str = "stopped") -> int
     """
     try:
         run()
+        sys.stdout.flush()
+    except BrokenPipeError:     # whoever reads the output has seen enough, such as head; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except BadInput as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2

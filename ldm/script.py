@@ -153,7 +153,7 @@ def sampler_name(args: argparse.Namespace) -> str:
         if getattr(args, published):
             flag, name = f"--{published}", meant
     if name not in SOLVERS:
-        raise BadInput(f"{flag}: sampler {name!r} is not built yet; accepted: {', '.join(SOLVERS)}")
+        raise BadInput(f"{flag}: there is no solver {name!r}; accepted: {', '.join(SOLVERS)}")
     return name
 
 
@@ -371,6 +371,6 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         report(results, items, settings | {label: e.settings() for label, e in engines.items()}, args, batch)
     fresh, total = (sum(getattr(r, name) for r in results) for name in ("fresh", "count"))
     where = "not saved" if args.skip_save else f"in {Path(args.outdir) / 'samples'}"
-    print(f"{total} pictures ({fresh} made, {total - fresh} found) {where}; "
+    print(f"{total} picture{'s' * (total != 1)} ({fresh} made, {total - fresh} found) {where}; "
           f"spent {time.perf_counter() - began:.1f} s, {sum(r.spent_macs for r in results) / 1e9:.1f} GMAC")
     return results

@@ -52,6 +52,8 @@ def verify(models: list[Published], root: Path, named: bool) -> list[str]:
     meaning = {"absent": "not here", "verified": "as published", "wrong": "NOT the published file; delete it and "
                "download it again", "unverifiable": "here; no published SHA-256 to hold it to"}
     wrong = []
+    if not named and all(model.status(root) == "absent" for model in models):
+        print("none of the published models is here; --list shows them")
     for model in models:
         status = model.status(root, verify=True)
         if status != "absent" or named:

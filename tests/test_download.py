@@ -231,6 +231,8 @@ def test_list_download_and_verify(manifest, capsys):
     assert lines[0].split()[:4] == ["good", "absent", "0.00", "GB"] and "size unknown" in lines[2]
     assert "MIT; m/good.ckpt; 127.0.0.1:" in lines[1]
 
+    assert call(manifest, "--verify") == 0
+    assert capsys.readouterr().out == "none of the published models is here; --list shows them\n"
     assert call(manifest, "good", "plain") == 0            # the first mirror of `good` has it no more
     out = capsys.readouterr().out
     assert "good.ckpt: as published" in out and "plain.ckpt: here; no published SHA-256" in out
@@ -244,6 +246,15 @@ def test_list_download_and_verify(manifest, capsys):
         file.write(b"?")
     assert call(manifest, "--verify") == 1
     assert "m/good.ckpt: NOT the published file" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough():
+    """As in --list | head: no traceback."""
+    command = [sys.executable, str(ROOT / "scripts" / "download_models.py"), "--list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
 
 
 def test_a_model_that_no_mirror_has(manifest, capsys):

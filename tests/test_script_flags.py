@@ -10,6 +10,9 @@ import time
 import pytest
 from script_runs import ROOT
 
+from ldm.arguments import SAMPLERS
+from ldm.models.diffusion.solvers import SOLVERS
+
 SHARED = "seed steps sampler plan parallel noise-weight noise-below noise-order compare config ckpt weights device " \
          "precision outdir"
 FLAGS = {
@@ -31,6 +34,10 @@ def test_help_answers_at_once(name):
     assert time.perf_counter() - began < 3
     for flag in f"{SHARED} {FLAGS[name]}".split():
         assert re.search(rf"--{flag}\b", done.stdout), flag
+
+
+def test_help_names_the_solvers():
+    assert SAMPLERS == ", ".join(SOLVERS)
 
 
 def test_short_published_flags():

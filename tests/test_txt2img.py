@@ -315,7 +315,7 @@ def test_the_command_as_a_user_runs_it(files, tmp_path):
                "--steps", "2", "--n_samples", "1", "--outdir", "out"]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, check=True)
-    assert "1 pictures (1 made, 0 found) in out/samples" in done.stdout
+    assert "1 picture (1 made, 0 found) in out/samples" in done.stdout
     assert "Traceback" not in done.stderr and json.loads((tmp_path / "out" / "manifest.jsonl").read_text())
 
 
