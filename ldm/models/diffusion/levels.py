@@ -121,7 +121,8 @@ class NoiseSchedule:
     def levels(self, steps: int, skip_type: str = "time_uniform") -> tuple[Level, ...]:
         """The levels of a run from time 1 to the first training timestep; see `times`.
 
-        As published; diffusers rounds the timesteps of DPM-Solver and UniPC to trained ones.
+        As published. diffusers rounds the timesteps of DPM-Solver and UniPC to trained ones, and without
+        final_sigmas_type 'sigma_min' the last step goes on to clean latents.
         """
         return tuple(map(self.level, self.times(steps, skip_type)))
 
@@ -135,7 +136,8 @@ def interpolate(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
 def sigma_levels(alphas_cumprod: Tensor, steps: int) -> tuple[Level, ...]:
     """Timesteps evenly spaced from the last to 0, then clean; log noise_ratio is linear in between.
 
-    In diffusers it is noise_ratio itself that is linear there.
+    In diffusers it is noise_ratio itself that is linear there, and a run begins from sigma / sqrt(1 + sigma^2)
+    times unit noise, not from unit noise.
 
     Source: k-diffusion's grid for models with discrete timesteps.
     """
