@@ -314,7 +314,7 @@ def check_output(flag: str, path: str | None) -> None:
 def load_maker(args: argparse.Namespace, side: int) -> Engine:
     """The model, ready to make pictures of the dataset's size."""
     from ldm.checkpoint import CheckpointError, load_config, load_model
-    from ldm.models.diffusion.plan import load_plan
+    from ldm.models.diffusion.plans import load_plan
     from ldm.models.diffusion.solvers import SOLVERS
     from ldm.sampling.conditions import Text
     from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes

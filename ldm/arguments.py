@@ -26,6 +26,13 @@ def parallel(text: str) -> int | None:
     return None if text == "auto" else number(int, 1, math.inf, "auto or a whole number >= 1")(text)
 
 
+def interval(text: str) -> tuple[float, float]:
+    low, comma, high = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"must be LOW,HIGH, two timesteps such as 200,800; got {text!r}")
+    return finite(low), finite(high)
+
+
 def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Prompts, and how many pictures of each."""
     what = p.add_argument_group("what to make")
@@ -81,8 +88,12 @@ def sampling_arguments(p: argparse.ArgumentParser, steps: int = 50, eta: float =
         default = "the model's, or 7.5" if scale is None else scale
         how.add_argument("--scale", type=finite, default=scale,
                          help=f"guidance scale, 1 = none (default: {default})")
+        how.add_argument("--guidance-interval", type=interval, metavar="LOW,HIGH",
+                         help="guide only from key steps at these training timesteps (default: all)")
+        how.add_argument("--guidance-reuse", action="store_true",
+                         help="between key steps add the key step's guidance to the conditional prediction alone")
     else:
-        p.set_defaults(scale=1.0)
+        p.set_defaults(scale=1.0, guidance_interval=None, guidance_reuse=False)
     sampler = how.add_mutually_exclusive_group()
     sampler.add_argument("--sampler", default="ddim", help=f"the solver: {SAMPLERS} (default: %(default)s)")
     sampler.add_argument("--plms", action="store_true", help="the same as --sampler plms")
@@ -95,9 +106,12 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
     """The plan and prior noise injection, with their defaults."""
     fast = p.add_argument_group("encoder propagation")
     fast.add_argument("--plan", default=plan,
-                      help="at which steps the UNet's encoder runs: off (all), faster-diffusion or another "
-                           "name in configs/plans, uniform:N, a list such as 0,1,2,5, or FILE.yaml "
-                           "(default: %(default)s)")
+                      help="what of the UNet runs at which steps: off (all), faster-diffusion or another name in "
+                           "configs/plans, uniform:N, pro, deepcache:N[:BRANCH], online:[time:]X, key steps such as "
+                           "0,1,2,5, or FILE.yaml; list prints them with their cost (default: %(default)s)")
+    fast.add_argument("--propagate", choices=("hold", "linear", "quadratic"),
+                      help="what the decoder gets between key steps: the last one's features, or those of the last "
+                           "two or three extrapolated (default: the plan file's, or hold)")
     fast.add_argument("--parallel", type=parallel, metavar="N|auto",
                       help="most decoder steps in one batch; changes speed and memory, not the pictures "
                            "(default: auto, all that share an encoder step; fewer large ones on a CPU)")

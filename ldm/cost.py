@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.plan import AnyPlan, Work
+from ldm.modules.diffusionmodules.features import Features
 from ldm.util import instantiate_from_config
 
 
@@ -22,20 +23,46 @@ class Macs:
     """MACs of one prediction of a batch: convolutions, linear layers, and both products of attention.
 
     encode: what a non-key node saves: input blocks, middle block and time embedding.
-    decode: what every node pays: output blocks, output layer and time embedding.
+    decode: what a key node and a decoder node pay: output blocks, output layer and time embedding.
+    outer:  [n]: the first n input blocks alone, with the time embedding; [0] = 0.
+    last:   [n]: the last n output blocks, with the output layer and the time embedding.
     """
 
     encode: int
     decode: int
+    outer: tuple[int, ...] = (0,)
+    last: tuple[int, ...] = ()
 
     @property
     def whole(self) -> int:
         """One prediction with nothing saved."""
         return self.encode + self.decode
 
-    def run(self, plan: Plan) -> int:
-        """All predictions of a run."""
-        return len(plan.keys) * self.encode + plan.num_nodes * self.decode
+    def node(self, work: Work, plan: AnyPlan) -> int:
+        """One prediction at a node of a plan."""
+        if work is Work.SHALLOW:
+            return self.outer[plan.branch] + self.last[plan.branch]
+        return self.whole if work is Work.FULL else self.decode + self.outer[plan.refresh]
+
+    def run(self, plan: AnyPlan, works: Sequence[Work] | None = None, images: Sequence[int] | None = None) -> int:
+        """All predictions of a run.
+
+        Args:
+            works: of every node, for a plan that decides on the way; None = the plan's.
+            images: how often the batch is predicted at each node, for guidance; None = once.
+        """
+        works = plan.works() if works is None else works
+        return sum(self.node(work, plan) * n for work, n in zip(works, images or [1] * len(works), strict=True))
+
+    def critical_path(self, plan: AnyPlan, works: Sequence[Work] | None = None) -> int:
+        """What has to be computed one after the other when all decoders that share features run at the same time.
+
+        Nodes after a key node wait for it alone, so they add nothing; shallow and refreshed nodes wait for the latent
+        before them.
+        """
+        works = plan.works() if works is None else works
+        waits = [work for work in works if work is not Work.DECODER or plan.refresh]
+        return sum(self.node(work, plan) for work in waits)
 
 
 def count_macs(call: Callable[[], Any]) -> int:
@@ -66,14 +93,24 @@ def unet_macs(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: i
             inputs["context"] = torch.zeros(batch, context_length, unet.context_dim)
         if unet.num_classes is not None:
             inputs["y"] = _label(unet, batch)
-        x = torch.zeros(batch, unet.in_channels, *size)
-        features = []
-        encode = count_macs(lambda: features.append(unet.encode(x, **inputs)))
-        decode = count_macs(lambda: unet.decode(features[0], **inputs))
-    return Macs(encode, decode)
+        return _count(unet, torch.zeros(batch, unet.in_channels, *size), inputs)
 
 
-def plan_macs(unet: nn.Module | Mapping[str, Any], plan: Plan, size: Sequence[int], batch: int = 1,
+def _count(unet: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Macs:
+    """Block by block, each from what the one before it left."""
+    time = count_macs(lambda: unet.embed(inputs["timesteps"], inputs["y"], len(x)))
+    kept: list[Features] = []
+    encode = count_macs(lambda: kept.append(unet.encode(x, **inputs)))
+    blocks = range(len(kept[0].skips))
+    outer = [0, *(count_macs(lambda n=n: unet.encode_outer(x, **inputs, blocks=n + 1)) for n in blocks)]
+    spent = [count_macs(lambda n=n: kept.append(unet.advance(kept[-1], **inputs, blocks=n))) - time
+             for n in reversed(blocks)]
+    end = count_macs(lambda: unet.decode(kept[-1], **inputs))
+    last = [end, *(end + total for total in accumulate(reversed(spent)))]
+    return Macs(encode, last[-1], tuple(outer), tuple(last))
+
+
+def plan_macs(unet: nn.Module | Mapping[str, Any], plan: AnyPlan, size: Sequence[int], batch: int = 1,
               context_length: int | None = None) -> int:
     """MACs of all of a run's predictions; arguments as for `unet_macs`."""
     return unet_macs(unet, size, batch, context_length).run(plan)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ldm.generate import Item, Made
-    from ldm.models.diffusion.plan import Plan
+    from ldm.models.diffusion.plan import AnyPlan
     from ldm.sampling.engine import Engine, Recipe, Sizes, Task
 
 PUBLISHED_SAMPLERS = {"plms": "plms", "dpm": "dpm-solver++"}
@@ -203,18 +203,20 @@ def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup) -
     if weight is None:
         weight = 0.0 if args.plan == "off" else NOISE_WEIGHT
     scale = setup.config.get("sampling", {}).get("scale", 7.5) if args.scale is None else args.scale
-    return Recipe(*size, sampler, args.steps, eta, scale,
-                  weight, args.noise_below, args.noise_order)
+    with blame("--guidance-interval"):
+        return Recipe(*size, sampler, args.steps, eta, scale, args.guidance_interval, args.guidance_reuse,
+                      weight, args.noise_below, args.noise_order)
 
 
-def make_plan(args: argparse.Namespace, nodes: int, positions: int, device: torch.device) -> Plan:
+def make_plan(args: argparse.Namespace, nodes: int, positions: int, device: torch.device,
+              run: dict[str, Any]) -> AnyPlan:
     """The run's plan; `positions` of all latents that the UNet gets at one node decide --parallel auto."""
-    from ldm.models.diffusion.plan import load_plan
+    from ldm.models.diffusion.plans import load_plan
 
     most = nodes if device.type != "cpu" else max(1, CPU_POSITIONS // positions)
     with blame("--plan"):
-        plan = load_plan(args.plan, nodes, args.parallel or most)
-    if args.compare and len(plan.keys) == nodes:
+        plan = load_plan(args.plan, nodes, args.parallel or most, args.propagate, run)
+    if args.compare and plan.plain:
         raise BadInput(f"--plan: {args.plan} skips no encoder, so --compare has nothing to compare; "
                        f"expected a plan such as faster-diffusion")
     return plan
@@ -326,6 +328,22 @@ def compare(plain: Result, fast: Result, items: Sequence[Item], settings: dict[s
     print(f"side by side: {path}")
 
 
+def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
+    """Print what plans would cost this model, which is built without its weights."""
+    import torch
+
+    from ldm.models.diffusion.plan import Plan
+    from ldm.plan_table import plan_table
+    from ldm.sampling.engine import Engine
+    from ldm.util import instantiate_from_config
+
+    with blame("--config", (ValueError, OSError, TypeError, KeyError)):
+        with torch.device("meta"):
+            model = instantiate_from_config(setup.config.model)
+        unit = Engine(model, setup.sizes, recipe, Plan(nodes, (0,)), task).unit
+    print("\n".join(plan_table(unit, nodes)))
+
+
 def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item], task: Task,
                   size: tuple[int, int], batch: int, keep: bool = False) -> list[Result]:
     """Load the model, make the pictures of one method or, to compare, two; report.
@@ -345,20 +363,24 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         num_nodes(recipe, timesteps)
     with blame("--strength"):
         nodes = num_nodes(recipe, timesteps, task.canvas.strength)
+    if args.plan == "list":
+        list_plans(setup, recipe, task, nodes)
+        return []
     latents = batch * (1 if recipe.scale == 1.0 else 2)
     positions = math.prod(sizes.whole(side) // sizes.factor for side in size)
-    plan = make_plan(args, nodes, latents * positions, setup.device)
+    settings = {"ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}", "weights": fingerprint(setup.ckpt)[:16],
+                "config": fingerprint(setup.config_path)[:16], "averaged": args.weights}
+    plan = make_plan(args, nodes, latents * positions, setup.device, settings | {"sampler": recipe.sampler})
     # A config that does not build a model may fail in any way that a constructor can.
     with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):
         model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)
 
     precision = args.precision or ("autocast" if setup.device.type == "cuda" else "full")
     build = partial(Engine, model, sizes, task=task, autocast=precision == "autocast", warm_up=args.compare)
-    settings = {"ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}", "weights": fingerprint(setup.ckpt)[:16],
-                "config": fingerprint(setup.config_path)[:16], "averaged": args.weights}
     methods = {"accelerated" if args.compare else "pictures": (recipe, plan)}
     if args.compare:
-        methods = {"plain": (replace(recipe, noise_weight=0.0), Plan(nodes, tuple(range(nodes)))), **methods}
+        plain = replace(recipe, noise_weight=0.0, guidance_interval=None, guidance_reuse=False)
+        methods = {"plain": (plain, Plan(nodes, tuple(range(nodes)))), **methods}
     with blame("--config"):
         engines = {label: build(*method) for label, method in methods.items()}
 

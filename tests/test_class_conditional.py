@@ -13,7 +13,7 @@ from txt2img_model import load_script
 
 from ldm.generate import subject_items
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.plan import load_plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.sampling.conditions import Classes
 from ldm.sampling.engine import Engine, Sizes, Task
 from ldm.script import make_recipe

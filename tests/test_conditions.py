@@ -14,7 +14,7 @@ from ldm.checkpoint import load_model, save_weights
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plan import load_plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
 from ldm.util import ConfigError, instantiate_from_config
 

@@ -13,7 +13,8 @@ from ldm.models.diffusion.ddim import DDIM, DDIMSampler
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.diffusion.edits import inpainting, prior_noise
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plan import Plan, load_plan
+from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps
 
 SHAPE = (4, 8, 8)

@@ -10,12 +10,14 @@ from test_plan import plans
 from torch import nn
 from toy import ABAR, CHANNELS, final, node_noise, toy_denoiser, toy_inputs, toy_network, toy_rule
 
-from ldm.models.diffusion.denoiser import TO_EPS, Conditional, Conditioning, Guided
+from ldm.models.diffusion.denoiser import TO_EPS, Conditional, Conditioning, Guidance, Guided, Prediction
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.loop import NonFiniteLatents, Rule, State, denoise, first_nonfinite_layer
-from ldm.models.diffusion.plan import Plan, load_plan
+from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps, diffuse
 from ldm.models.diffusion.solvers import SOLVERS, solver
+from ldm.modules.diffusionmodules.features import Features
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 any_run = {
@@ -51,7 +53,7 @@ def test_batched_decoding_changes_only_speed(data, **run):
     torch.testing.assert_close(final(denoiser, rule, plan, x, edits), one_by_one, **EXACT)
     images = len(x) * (1 if run["scale"] == 1 else 2)
     assert network.encoded == [images] * len(plan.keys)
-    assert network.decoded == [images * len(batch) for _, group in plan.batches() for batch in group]
+    assert network.decoded == [images * len(batch.nodes) for batch in plan.batches()]
 
 
 @settings(deadline=None)
@@ -108,9 +110,9 @@ def test_a_later_latent_reaches_a_non_key_node_only_through_the_solver():
     x, cond, uncond = toy_inputs(2)
     model = toy_denoiser(toy_network(), cond, uncond, 3.0)
     features = model.encode(x, 981)
-    batched = model.decode(features, [981, 961, 7])
+    batched = model.decode(Features.cat([features] * 3), [981, 961, 7])
     for t, prediction in zip([981, 961, 7], batched, strict=True):
-        torch.testing.assert_close(model.decode(features, [t])[0], prediction, **EXACT)
+        torch.testing.assert_close(model.decode(features, [t])[0].out, prediction.out, **EXACT)
 
 
 def test_fractional_timesteps_reach_the_network():
@@ -118,7 +120,8 @@ def test_fractional_timesteps_reach_the_network():
     model = Conditional(toy_network(), cond)
     features = model.encode(x, 500.25)
     assert not torch.allclose(features.hidden, model.encode(x, 500).hidden, atol=1e-6)
-    assert not torch.allclose(*model.decode(features, [500, 500.25]), atol=1e-6)
+    one, other = model.decode(Features.cat([features] * 2), [500, 500.25])
+    assert not torch.allclose(one.out, other.out, atol=1e-6)
 
 
 def test_states_are_yielded_after_every_node_with_the_estimate():
@@ -142,7 +145,7 @@ def test_predictions_become_the_noise(parameterization):
     node = Node(500, 0.3, 0.4)
     out = {"eps": eps, "x0": x0, "v": 0.3**0.5 * eps - 0.7**0.5 * x0}[parameterization]
     model = Conditional(toy_network(), toy_inputs(1)[1], parameterization)
-    torch.testing.assert_close(model.to_eps(out, diffuse(x0, eps, node.abar), node), eps, **EXACT)
+    torch.testing.assert_close(model.to_eps(Prediction(out), diffuse(x0, eps, node.abar), node), eps, **EXACT)
 
 
 def test_guidance_is_linear_in_the_raw_predictions():
@@ -150,11 +153,11 @@ def test_guidance_is_linear_in_the_raw_predictions():
     network = toy_network()
     outs = {}
     for scale in (0.0, 1.0, 5.0):
-        model = Guided(Conditional(network, Conditioning.cat(uncond, cond), "v"), scale)
-        outs[scale] = model.decode(model.encode(x, 300), [300])[0]
+        model = Guided(Conditional(network, Conditioning.cat(uncond, cond), "v"), Guidance(scale))
+        outs[scale] = model.decode(model.encode(x, 300), [300])[0].out
     for scale, alone in ((0.0, uncond), (1.0, cond)):
         model = Conditional(network, alone)
-        torch.testing.assert_close(outs[scale], model.decode(model.encode(x, 300), [300])[0], **EXACT)
+        torch.testing.assert_close(outs[scale], model.decode(model.encode(x, 300), [300])[0].out, **EXACT)
     torch.testing.assert_close(outs[5.0], outs[0.0] + 5 * (outs[1.0] - outs[0.0]), **EXACT)
 
 
@@ -173,12 +176,12 @@ class Poisoned(nn.Module):
 def test_non_finite_latents_name_node_and_layer():
     x, cond, uncond = toy_inputs(2)
     network = toy_network()
-    network.outward = poison = Poisoned(network.outward)
+    network.outward[1] = poison = Poisoned(network.outward[1])
     states = denoise(toy_denoiser(network, cond, uncond, 2.0), toy_rule(10), Plan(10, (0, 4), 3), x)
-    with pytest.raises(NonFiniteLatents, match=r"after node 7 of 10 \(t = 201\), first in layer outward$"):
+    with pytest.raises(NonFiniteLatents, match=r"after node 7 of 10 \(t = 201\), first in layer outward\.1$"):
         for i, _ in enumerate(states):
             poison.armed = i == 6
-    assert not network.outward._forward_hooks, "the hooks of the search are gone"
+    assert not network.outward[1]._forward_hooks, "the hooks of the search are gone"
 
 
 def test_a_solver_that_overflows_is_not_blamed_on_a_layer():

@@ -10,7 +10,7 @@ import torch
 
 from ldm.checkpoint import load_config, load_model, read_checkpoint
 from ldm.generate import prompt_items
-from ldm.models.diffusion.plan import load_plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 

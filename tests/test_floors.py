@@ -27,12 +27,12 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     [
         *(f"{M}/attention.py", f"{DM}/model.py", f"{DM}/upscaling.py", f"{M}/losses/*"),
         *(f"{M}/encoders/clip.py", f"{M}/encoders/openclip.py", f"{M}/midas/*"),
-        *(f"{D}/denoiser.py", f"{D}/edits.py", f"{D}/levels.py", f"{D}/propagation.py"),
+        *(f"{D}/denoiser.py", f"{D}/edits.py", f"{D}/levels.py", f"{D}/propagation.py", f"{D}/online.py"),
         *("ldm/checkpoint.py", "ldm/diagnosis.py", "ldm/generate.py", "ldm/cost.py"),
     ],
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
-        *(f"{D}/loop.py", f"{D}/ddpm.py"),
+        *(f"{D}/loop.py", f"{D}/ddpm.py", f"{D}/plans.py"),
     ],
     [f"{DM}/*", f"{D}/sampler.py"],
     [f"{D}/deterministic.py", f"{D}/exponential.py"],
@@ -42,7 +42,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [f"{D}/solvers.py"],
     [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
-    [f"{S}/engine.py"],
+    [f"{S}/engine.py", "ldm/plan_table.py"],
     ["ldm/script.py"],
     ["scripts/*", "evaluation/*", "main.py"],
 ]

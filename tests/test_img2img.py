@@ -14,7 +14,7 @@ from txt2img_model import write_model
 from ldm.checkpoint import load_model
 from ldm.images import from_pil, psnr, read_png
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plan import load_plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.schedule import diffuse
 from ldm.models.diffusion.solvers import SOLVERS
 from ldm.sampling.canvas import Picture, mean_latents
@@ -65,7 +65,7 @@ class Oracle:
     def encode(self, x, t):
         return None
 
-    def decode(self, features, ts):
+    def decode(self, features, ts, last):
         return [self.noise] * len(ts)
 
     def to_eps(self, out, x, node):

@@ -13,7 +13,7 @@ from script_runs import EMOJI64, Script, check_resume, tiny_model
 from ldm.checkpoint import load_config, load_model
 from ldm.generate import subject_items
 from ldm.images import from_pil, open_picture
-from ldm.models.diffusion.plan import load_plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.solvers import SOLVERS
 from ldm.sampling.canvas import Frame, MaskedFrame, mean_latents
 from ldm.sampling.conditions import Masked, Text

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.ddpm import DDPM
-from ldm.models.diffusion.denoiser import Denoiser, Guided
+from ldm.models.diffusion.denoiser import Denoiser, Guided, Prediction
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.loop import State, denoise
-from ldm.models.diffusion.plan import Plan, load_plan
+from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps
 from ldm.modules.diffusionmodules.features import Features
 
@@ -188,16 +189,14 @@ class MisorderedContext:
         self.guided, self.network = guided, guided.network
         self.encode, self.to_eps = guided.encode, guided.to_eps
 
-    def decode(self, features: Features, ts: Sequence[float]) -> Sequence[Tensor]:
-        n, cond = len(ts), self.guided.denoiser.cond
-
-        def by_half(f: Tensor) -> Tensor:
-            return torch.cat([half.repeat(n, *[1] * (f.ndim - 1)) for half in f.chunk(2)])
-
-        ordered = Features(by_half(features.hidden), tuple(map(by_half, features.skips)))
-        t = torch.tensor(ts).repeat_interleave(len(features.hidden) // 2).repeat(2)
+    def decode(self, features: Features, ts: Sequence[float], last: Prediction | None) -> list[Prediction]:
+        n, cond = len(ts), self.guided.both.cond
+        pictures = len(features) // (2 * n)
+        halves = [features.images(slice(i * pictures, (i + 1) * pictures)) for i in range(2 * n)]
+        ordered = Features.cat([*halves[::2], *halves[1::2]])
+        t = torch.tensor(ts).repeat_interleave(pictures).repeat(2)
         uncond, cond = self.network.decode(ordered, t, cond.tile(n)).chunk(2)
-        return (uncond + self.guided.scale * (cond - uncond)).chunk(n)
+        return [Prediction(out) for out in (uncond + self.guided.guidance.scale * (cond - uncond)).chunk(n)]
 
 
 @pytest.mark.parametrize("name", ["fork_parallel_k48_noise0_cfg6.0", "fork_parallel_k19_noise1_cfg1.5"])

@@ -23,7 +23,7 @@ from ldm.models.diffusion.dpm_solver.rules import (
 from ldm.models.diffusion.edits import prior_noise
 from ldm.models.diffusion.levels import NoiseSchedule, ddim_levels, log_snr, nodes_between
 from ldm.models.diffusion.loop import State, denoise
-from ldm.models.diffusion.plan import load_plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.plms import PLMS, PLMSSampler, plms_nodes
 from ldm.models.diffusion.schedule import Node, diffuse, predict_x0
 
@@ -144,7 +144,7 @@ def test_published_posterior(t):
     denoiser = model().denoiser(tensors["c"])
     x = tensors["x"]
     with torch.no_grad():
-        eps = denoiser.decode(denoiser.encode(x, t), [t])[0]
+        eps = denoiser.decode(denoiser.encode(x, t), [t])[0].out
     for clip in (False, True):
         mean = Ancestral((node,), lambda i, x: 0 * x, clip).step(State(x), 0, eps).x
         assert_golden(mean, tensors[f"t{t}.clip{clip:d}.mean"], case)

@@ -18,7 +18,7 @@ from txt2img_model import SCRIPT, main, write_model
 from ldm.checkpoint import load_config, load_model
 from ldm.generate import prompt_items, read_manifest
 from ldm.images import from_pil, psnr, read_png
-from ldm.models.diffusion.plan import load_plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 

@@ -83,7 +83,7 @@ def test_tiled_features_decode_as_one_by_one(changes):
     with torch.no_grad():
         features = unet.encode(x, key, context, y)
         single = torch.cat([unet.decode(features, t.expand(batch), context, y) for t in steps])
-        tiled = unet.decode(features.tile(3), steps.repeat_interleave(batch),
+        tiled = unet.decode(Features.cat([features] * 3), steps.repeat_interleave(batch),
                             None if context is None else context.repeat(3, 1, 1),
                             None if y is None else y.repeat(3))
     assert (single[:batch] - single[batch:2 * batch]).abs().max() > 1e-2
@@ -99,17 +99,46 @@ def test_decoder_uses_its_own_timestep_and_context():
         assert (unet.decode(features, t, -context) - out).abs().max() > 1e-3
 
 
-def test_tile_is_step_major_and_keeps_the_memory_format():
+def test_joined_features_are_step_major_and_keep_the_memory_format():
     hidden = torch.arange(2.0).view(2, 1, 1, 1)
     skip = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     features = Features(hidden, (skip,))
-    tiled = features.tile(3)
+    tiled = Features.cat([features] * 3)
     assert tiled.hidden.flatten().tolist() == [0, 1, 0, 1, 0, 1]
     assert torch.equal(tiled.skips[0], torch.cat([skip] * 3))
     assert tiled.skips[0].is_contiguous(memory_format=torch.channels_last)
-    assert features.tile(1) is features
-    with pytest.raises(ValueError, match="at least 1"):
-        features.tile(0)
+    assert Features.cat([features]) is features
+    with pytest.raises(ValueError, match="at least one"):
+        Features.cat([])
+
+
+def test_some_images_of_joined_features_are_a_view():
+    features = Features(torch.arange(4.0).view(4, 1, 1, 1), (torch.arange(8.0).view(4, 2, 1, 1),))
+    some = features.images(slice(1, 3))
+    assert some.hidden.flatten().tolist() == [1, 2] and some.skips[0].flatten().tolist() == [2, 3, 4, 5]
+    assert some.hidden.data_ptr() == features.hidden[1:].data_ptr()
+
+
+def test_an_advanced_decoder_ends_where_the_whole_one_does():
+    """And the outermost blocks alone give the skips that the encoder gives."""
+    unet, (x, t, context) = small_unet(), inputs()
+    with torch.no_grad():
+        features = unet.encode(x, t, context)
+        out = unet.decode(features, t, context)
+        for blocks in range(len(features.skips) + 1):
+            part = unet.advance(features, t, context, blocks=blocks)
+            assert len(part.skips) == blocks
+            torch.testing.assert_close(unet.decode(part, t, context), out)
+            if blocks:
+                outer = unet.encode_outer(x, t, context, blocks=blocks)
+                assert all(map(torch.equal, outer, features.skips[:blocks]))
+                fresh = part.without_skips().with_outer(outer)
+                torch.testing.assert_close(unet.decode(fresh, t, context), out)
+        for blocks in (0, len(features.skips) + 1):
+            with pytest.raises(ValueError, match=r"blocks must be 1\.\."):
+                unet.encode_outer(x, t, context, blocks=blocks)
+        with pytest.raises(ValueError, match="features must have 2"):
+            unet.advance(unet.advance(features, t, context, blocks=1), t, context, blocks=2)
 
 
 def gradients(unet: UNetModel) -> dict[str, Tensor]:

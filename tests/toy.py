@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.ddim import DDIM
-from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guided
+from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guidance, Guided
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
 from ldm.modules.diffusionmodules.features import Features
@@ -17,24 +17,44 @@ ABAR = torch.from_numpy(make_beta_schedule("linear", 1000, 0.00085, 0.012)).neg(
 
 
 class ToyNetwork(nn.Module):
-    """Depends nonlinearly on all that it is given; `encoded` and `decoded` list its batch sizes."""
+    """Two blocks on each side, nonlinear in all that they are given; the lists hold the batch size of every call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inward = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64)
-        self.outward = nn.Conv2d(2 * CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64)
+        self.inward = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64) for _ in "12")
+        self.outward = nn.ModuleList(nn.Conv2d(2 * CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64)
+                                     for _ in "12")
         self.encoded: list[int] = []
+        self.refreshed: list[int] = []
         self.decoded: list[int] = []
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        return torch.stack([torch.sin(t.double() / 500), torch.cos(t.double() / 500)], dim=1)
 
     def encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Features:
         self.encoded.append(len(x))
-        h = torch.tanh(self.inward(x) + shift(t, cond))
-        return Features(h, (x,))
+        skips = self._outer(x, t, cond, 2)
+        return Features(torch.tanh(2 * skips[-1]), skips)
+
+    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int) -> tuple[Tensor, ...]:
+        self.refreshed.append(len(x))
+        return self._outer(x, t, cond, blocks)
+
+    def _outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int) -> tuple[Tensor, ...]:
+        skips = [x]
+        for layer in self.inward[:blocks]:
+            skips.append(torch.tanh(layer(skips[-1]) + shift(t, cond)))
+        return tuple(skips[1:])
+
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int) -> Features:
+        h, skips = features.hidden, list(features.skips)
+        for layer in self.outward[2 - len(skips):2 - blocks]:
+            h = torch.tanh(layer(torch.cat([torch.sin(h + 2 * shift(t, cond)), skips.pop()], dim=1)))
+        return Features(h, tuple(skips))
 
     def decode(self, features: Features, t: Tensor, cond: Conditioning) -> Tensor:
         self.decoded.append(len(t))
-        h = torch.sin(features.hidden + 2 * shift(t, cond))
-        return torch.tanh(self.outward(torch.cat([h, features.skips[0]], dim=1)) + shift(t, cond))
+        return self.advance(features, t, cond, 0).hidden + shift(t, cond)
 
 
 def shift(t: Tensor, cond: Conditioning) -> Tensor:
@@ -56,13 +76,14 @@ def toy_inputs(batch: int) -> tuple[Tensor, Conditioning, Conditioning]:
     return draw(1, CHANNELS, 4, 4), Conditioning(draw(2, 2, CHANNELS)), Conditioning(draw(3, 2, CHANNELS))
 
 
-def toy_denoiser(
-    network: ToyNetwork, cond: Conditioning, uncond: Conditioning, scale: float, parameterization: str = "eps"
-) -> Denoiser:
+def toy_denoiser(network: ToyNetwork, cond: Conditioning, uncond: Conditioning, guidance: float | Guidance,
+                 parameterization: str = "eps") -> Denoiser:
     """Scale 1 leaves guidance out."""
-    if scale == 1:
-        return Conditional(network, cond, parameterization)
-    return Guided(Conditional(network, Conditioning.cat(uncond, cond), parameterization), scale)
+    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    conditional = Conditional(network, cond, parameterization)
+    if guidance.scale == 1:
+        return conditional
+    return Guided(Conditional(network, Conditioning.cat(uncond, cond), parameterization), guidance, conditional)
 
 
 def node_noise(i: int, x: Tensor) -> Tensor:

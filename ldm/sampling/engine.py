@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.cost import unet_macs
+from ldm.cost import Macs, unet_macs
 from ldm.generate import Item
 from ldm.images import to_pil
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.denoiser import Denoiser
+from ldm.models.diffusion.denoiser import Denoiser, Guidance
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.loop import Rule, denoise
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.plan import AnyPlan
 from ldm.models.diffusion.solvers import num_steps, solver
 from ldm.noise import ImageNoise
 from ldm.sampling.canvas import Canvas
@@ -73,6 +73,7 @@ class Recipe:
         cut off on the right and at the bottom.
     sampler, steps, eta: see `ldm.models.diffusion.solvers.solver`.
     scale: guidance scale; exactly 1 = none.
+    guidance_interval, guidance_reuse: see `Guidance`.
     noise_weight, noise_below, noise_order: prior noise injection, see `prior_noise`; weight 0 = none.
     """
 
@@ -82,6 +83,8 @@ class Recipe:
     steps: int = 50
     eta: float = 0.0
     scale: float = 7.5
+    guidance_interval: tuple[float, float] | None = None
+    guidance_reuse: bool = False
     noise_weight: float = 0.0
     noise_below: float = 500
     noise_order: str = "before"
@@ -97,6 +100,10 @@ class Recipe:
         if kept < 1:
             raise ValueError(f"strength {strength:g} of {total} steps leaves none")
         return solver(self.sampler, alphas_cumprod, self.steps, self.eta, noise, skip=total - kept)
+
+    @property
+    def guidance(self) -> Guidance:
+        return Guidance(self.scale, self.guidance_interval, self.guidance_reuse)
 
     def edits(self, x_T: Tensor) -> tuple[Edit, ...]:
         if self.noise_weight == 0:
@@ -140,7 +147,7 @@ class Engine:
         ValueError: the model does not take the task's condition.
     """
 
-    def __init__(self, model: LatentDiffusion, sizes: Sizes, recipe: Recipe, plan: Plan, task: Task,
+    def __init__(self, model: LatentDiffusion, sizes: Sizes, recipe: Recipe, plan: AnyPlan, task: Task,
                  autocast: bool = False, on_node: Callable[[], None] = lambda: None, warm_up: bool = False):
         self.model, self.recipe, self.plan, self.task = model, recipe, plan, task
         self.autocast, self.on_node, self.warm_up = autocast, on_node, warm_up
@@ -148,15 +155,13 @@ class Engine:
         self._tokens = task.condition.tokens(model)
 
     @cached_property
-    def macs(self) -> int:
-        """MACs of the UNet for one picture."""
-        guided = 1 if self.recipe.scale == 1.0 else 2
-        return unet_macs(self.model.model.diffusion_model, self.shape[1:], guided, self._tokens).run(self.plan)
+    def unit(self) -> Macs:
+        """What one prediction of one picture without guidance costs."""
+        return unet_macs(self.model.model.diffusion_model, self.shape[1:], 1, self._tokens)
 
     def settings(self) -> dict[str, Any]:
         """What pictures depend on beside weights and item, as JSON values."""
-        keys = None if len(self.plan.keys) == self.plan.num_nodes else list(self.plan.keys)
-        return (asdict(self.recipe) | {"keys": keys, "precision": "autocast" if self.autocast else "full"}
+        return (asdict(self.recipe) | self.plan.settings() | {"precision": "autocast" if self.autocast else "full"}
                 | self.task.condition.settings() | self.task.canvas.settings())
 
     def __call__(self, items: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
@@ -169,26 +174,35 @@ class Engine:
         if self.warm_up:
             self._warm_up(items)
         began = self._clock()
-        latents = self.latents(items)
+        latents, macs = self._sampled(items)
         sampled = self._clock()
         images = to_pil(self.task.canvas.finish(self.decode(latents), items))
         ended = self._clock()
         seconds, seconds_unet = (round((end - began) / len(items), 4) for end in (ended, sampled))
-        return images, {"seconds": seconds, "seconds_unet": seconds_unet, "unet_macs": self.macs,
+        return images, {"seconds": seconds, "seconds_unet": seconds_unet, "unet_macs": macs,
                         "batch": len(items), "parallel": self.plan.parallel, "device": self.model.device.type}
 
     def latents(self, items: Sequence[Item]) -> Tensor:
         """The items' sampled latents, (B, C, h, w)."""
+        return self._sampled(items)[0]
+
+    def _sampled(self, items: Sequence[Item]) -> tuple[Tensor, int]:
+        """The items' latents, and the UNet's MACs for one of them."""
+        if self.plan.per_picture and len(items) > 1:
+            parts = [self._sampled([item]) for item in items]
+            return torch.cat([x for x, _ in parts]), sum(macs for _, macs in parts) // len(parts)
         with self._precision():
             canvas, noise = self.task.canvas, ImageNoise([item.seed for item in items]).node
             rule = self.recipe.rule(self.model.alphas_cumprod, noise, canvas.strength)
             x_T = self._noise(items)
-            x = canvas.start(self.model, items, x_T, rule.nodes[0])
+            x, works = canvas.start(self.model, items, x_T, rule.nodes[0]), []
             edits = (*canvas.edits(self.model, items, rule.nodes), *self.recipe.edits(x_T))
             for state in denoise(self._denoiser(items), rule, self.plan, x, edits):
                 x = state.x
+                works.append(state.work)
                 self.on_node()
-        return x
+        images = self.recipe.guidance.images(works, [node.t for node in rule.nodes])
+        return x, self.unit.run(self.plan, works, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
@@ -205,9 +219,9 @@ class Engine:
         return ImageNoise([item.start for item in items]).start(self.shape).to(self.model.device)
 
     def _denoiser(self, items: Sequence[Item]) -> Denoiser:
-        condition, scale = self.task.condition, self.recipe.scale
-        uncond = None if scale == 1.0 else condition.none(self.model, len(items))
-        return self.model.denoiser(condition.of(self.model, items), uncond, scale)
+        condition, guidance = self.task.condition, self.recipe.guidance
+        uncond = None if guidance.scale == 1.0 else condition.none(self.model, len(items))
+        return self.model.denoiser(condition.of(self.model, items), uncond, guidance)
 
     def _warm_up(self, items: Sequence[Item]) -> None:
         """The first call of a network pays for memory and compiled kernels."""

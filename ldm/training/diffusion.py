@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.checkpoint import load_weights
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plan import load_plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.solvers import solver
 from ldm.modules.ema import LitEma
 from ldm.noise import ImageNoise

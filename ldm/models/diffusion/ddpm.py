@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guided
+from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guidance, Guided
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.process import ForwardProcess, at
 from ldm.modules.diffusionmodules.util import make_beta_schedule
@@ -64,14 +64,24 @@ class DiffusionWrapper(nn.Module):
                 raise ValueError(f"conditioning: conditioning_key {self.conditioning_key!r} "
                                  f"{'needs' if needed else 'takes no'} {part}")
 
+    def embed_time(self, t: Tensor) -> Tensor:
+        return self.diffusion_model.embed_time(t)
+
     def encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Features:
-        self.check(cond)
-        if cond.concat is not None:
-            x = torch.cat([x, cond.concat], dim=1)
-        return self.diffusion_model.encode(x, t, context=cond.context, y=cond.y)
+        return self.diffusion_model.encode(self._input(x, cond), t, context=cond.context, y=cond.y)
+
+    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int) -> tuple[Tensor, ...]:
+        return self.diffusion_model.encode_outer(self._input(x, cond), t, cond.context, cond.y, blocks)
+
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int) -> Features:
+        return self.diffusion_model.advance(features, t, cond.context, cond.y, blocks)
 
     def decode(self, features: Features, t: Tensor, cond: Conditioning) -> Tensor:
         return self.diffusion_model.decode(features, t, context=cond.context, y=cond.y)
+
+    def _input(self, x: Tensor, cond: Conditioning) -> Tensor:
+        self.check(cond)
+        return x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
 
     def forward(self, x: Tensor, t: Tensor, c_concat: Sequence[Tensor] | None = None,
                 c_crossattn: Sequence[Tensor] | None = None, c_adm: Tensor | None = None) -> Tensor:
@@ -233,22 +243,26 @@ class DDPM(ForwardProcess):
         cond = self.conditioning(cond)
         return self.model.decode(self.model.encode(x, t, cond), t, cond)
 
-    def denoiser(self, cond: ConditionLike = None, uncond: ConditionLike = None, scale: float = 1.0) -> Denoiser:
-        """The network under a condition, with classifier-free guidance (arXiv 2207.12598) unless scale is 1.
+    def denoiser(self, cond: ConditionLike = None, uncond: ConditionLike = None,
+                 guidance: Guidance | float = 1.0) -> Denoiser:
+        """The network under a condition, with classifier-free guidance (arXiv 2207.12598) unless its scale is 1.
 
         Args:
             cond, uncond: conditions of the same number of images, in any published form.
-            scale: eps = eps_uncond + scale * (eps_cond - eps_uncond).
+            guidance: eps = eps_uncond + scale * (eps_cond - eps_uncond); a `Guidance`, or its scale alone.
 
         Raises:
             ValueError: guidance is asked for without uncond.
         """
-        if scale == 1.0:
-            return Conditional(self.model, self.conditioning(cond), self.parameterization)
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        cond = self.conditioning(cond)
+        conditional = Conditional(self.model, cond, self.parameterization)
+        if guidance.scale == 1.0:
+            return conditional
         if uncond is None:
-            raise ValueError(f"uncond: guidance scale {scale} needs an unconditional conditioning; got None")
-        both = Conditioning.cat(self.conditioning(uncond), self.conditioning(cond))
-        return Guided(Conditional(self.model, both, self.parameterization), scale)
+            raise ValueError(f"uncond: guidance scale {guidance.scale} needs an unconditional conditioning; got None")
+        both = Conditioning.cat(self.conditioning(uncond), cond)
+        return Guided(Conditional(self.model, both, self.parameterization), guidance, conditional)
 
     @contextmanager
     def ema_scope(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ldm.models.diffusion.plan import Work
 from ldm.models.diffusion.schedule import Node
 from ldm.modules.diffusionmodules.features import Features
 
@@ -61,27 +62,61 @@ class Conditioning:
         return Conditioning(**{name: torch.cat([one[name], two[name]]) for name in one})
 
 
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a denoiser predicts at one node.
+
+    out:    raw, (B, C, H, W).
+    offset: conditional minus unconditional prediction, like out, where guidance is to use it again; else None.
+    """
+
+    out: Tensor
+    offset: Tensor | None = None
+
+
 class Denoiser(Protocol):
-    """What the denoising loop needs of a model, for a batch of B latents."""
+    """What the denoising loop needs of a model, for a batch of B latents.
+
+    Features of one node have the batch that `encode` gave them, which may be larger than B; those of n nodes are n
+    such batches one after the other.
+    """
 
     @property
     def network(self) -> nn.Module:
         """The module behind the predictions; the loop only uses it to name a layer in an error."""
 
+    def embed_time(self, ts: Sequence[float]) -> Tensor:
+        """What the network makes of each of n timesteps, (n, D)."""
+
     def encode(self, x: Tensor, t: float) -> Features:
         """Features of x, (B, C, H, W), at training timestep t."""
 
-    def decode(self, features: Features, ts: Sequence[float]) -> Sequence[Tensor]:
-        """The network's raw prediction at each timestep, each (B, C, H, W), computed as one batch."""
+    def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
+        """Features of one node with the outermost `blocks` skips made anew, of x at timestep t."""
 
-    def to_eps(self, out: Tensor, x: Tensor, node: Node) -> Tensor:
-        """The noise in x, (B, C, H, W), that the raw prediction `out` at `node` stands for."""
+    def advance(self, features: Features, ts: Sequence[float], blocks: int) -> Features:
+        """Features of n nodes, decoded at their timesteps until `blocks` blocks remain."""
+
+    def decode(self, features: Features, ts: Sequence[float], last: Prediction | None = None) -> list[Prediction]:
+        """The prediction at each of n timesteps, from features of n nodes, computed as one batch.
+
+        last: the prediction of the node before, if it is of the same key node.
+        """
+
+    def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
+        """The noise in x, (B, C, H, W), that the prediction at `node` stands for."""
 
 
 class ConditionedNetwork(Protocol):
     """A split network with its conditioning: `DiffusionWrapper` is one. t: (B,)."""
 
+    def embed_time(self, t: Tensor) -> Tensor: ...
+
     def encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Features: ...
+
+    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int) -> Sequence[Tensor]: ...
+
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int) -> Features: ...
 
     def decode(self, features: Features, t: Tensor, cond: Conditioning) -> Tensor: ...
 
@@ -127,49 +162,153 @@ class Conditional:
         self.cond = cond
         self._to_eps = TO_EPS[parameterization]
 
+    @property
+    def batch(self) -> int | None:
+        """How many latents the conditioning is for; None = any number."""
+        return next((len(part) for part in self.cond.parts().values()), None)
+
+    def embed_time(self, ts: Sequence[float]) -> Tensor:
+        device = next((p.device for p in self.network.parameters()), None)
+        return self.network.embed_time(torch.tensor(ts, device=device))
+
     def encode(self, x: Tensor, t: float) -> Features:
+        self._check(x)
+        return self.network.encode(x, self._times(x, [t]), self.cond)
+
+    def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
+        self._check(x)
+        return features.with_outer(self.network.encode_outer(x, self._times(x, [t]), self.cond, blocks))
+
+    def advance(self, features: Features, ts: Sequence[float], blocks: int) -> Features:
+        t = self._times(features.hidden, ts)
+        return self.network.advance(features, t, self.cond.tile(len(ts)), blocks)
+
+    def decode(self, features: Features, ts: Sequence[float], last: Prediction | None = None) -> list[Prediction]:
+        t = self._times(features.hidden, ts)
+        out = self.network.decode(features, t, self.cond.tile(len(ts)))                  # (n*B, C, H, W)
+        return [Prediction(part) for part in out.chunk(len(ts))]
+
+    def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
+        return self._to_eps(prediction.out, x, node.abar)
+
+    def _times(self, like: Tensor, ts: Sequence[float]) -> Tensor:
+        """A timestep for each of a batch of len(ts) nodes, (n*B,), step-major."""
+        return torch.tensor(ts, device=like.device).repeat_interleave(len(like) // len(ts))
+
+    def _check(self, x: Tensor) -> None:
         for name, part in self.cond.parts().items():
             if len(part) != len(x):
                 raise ValueError(
                     f"conditioning {name} is for a batch of {len(part)}, the latents are {len(x)}"
                 )
-        return self.network.encode(x, torch.full((len(x),), t, device=x.device), self.cond)
 
-    def decode(self, features: Features, ts: Sequence[float]) -> Sequence[Tensor]:
-        n, batch = len(ts), len(features.hidden)
-        t = torch.tensor(ts, device=features.hidden.device).repeat_interleave(batch)  # (n*B,), step-major
-        return self.network.decode(features.tile(n), t, self.cond.tile(n)).chunk(n)  # n of (B, C, H, W)
 
-    def to_eps(self, out: Tensor, x: Tensor, node: Node) -> Tensor:
-        return self._to_eps(out, x, node.abar)
+@dataclass(frozen=True)
+class Guidance:
+    """How classifier-free guidance is applied.
+
+    scale:    guidance scale; 1 is the conditional prediction alone.
+    interval: training timesteps (low, high) between which there is guidance, both included; a key node decides for
+        the nodes that use its features (Kynkaanniemi et al., arXiv 2404.07724).
+    reuse:    compute the unconditional prediction at key nodes only; the nodes that follow add the key node's
+        (scale - 1) * (conditional - unconditional) to their conditional prediction.
+    """
+
+    scale: float
+    interval: tuple[float, float] | None = None
+    reuse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.interval is not None and not self.interval[0] <= self.interval[1]:
+            raise ValueError(f"the guidance interval must be low,high; got {self.interval[0]:g},{self.interval[1]:g}")
+
+    def at(self, key_t: float) -> bool:
+        """Whether nodes that use the features of a key node at this timestep are guided."""
+        return self.scale != 1 and (self.interval is None or self.interval[0] <= key_t <= self.interval[1])
+
+    def images(self, works: Sequence[Work], ts: Sequence[float]) -> list[int]:
+        """How many predictions, 1 or 2, each node of a run makes for one image; ts are the nodes' timesteps."""
+        counts, guided = [], False
+        for work, t in zip(works, ts, strict=True):
+            guided = self.at(t) if work is Work.FULL else guided
+            counts.append(2 if guided and (work is Work.FULL or not self.reuse) else 1)
+        return counts
 
 
 class Guided:
     """Classifier-free guidance: uncond + scale * (cond - uncond), on the raw prediction.
 
     Args:
-        denoiser: predicts for the batch [uncond | cond], 2B; this class is a denoiser for B latents.
-        scale: guidance scale; 1 is the conditional prediction alone, at twice the cost.
+        both: predicts for the batch [uncond | cond], 2B; this class is a denoiser for B latents.
+        conditional: predicts for cond alone, B; needed where guidance is not computed at every node.
+        guidance: how.
+
+    Raises:
+        ValueError: `guidance` needs the conditional denoiser, or (in refresh and advance) its offset would be used
+            again at nodes that run more than the decoder.
 
     Source: Ho and Salimans (arXiv 2207.12598), in the convention of latent diffusion.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float) -> None:
-        self.denoiser = denoiser
-        self.scale = scale
+    def __init__(self, both: Conditional, guidance: Guidance, conditional: Conditional | None = None) -> None:
+        if conditional is None and (guidance.interval or guidance.reuse):
+            raise ValueError("conditional must be given for guidance with an interval or with reuse; got None")
+        self.both, self.conditional, self.guidance = both, conditional, guidance
 
     @property
     def network(self) -> nn.Module:
-        return self.denoiser.network
+        return self.both.network
+
+    def embed_time(self, ts: Sequence[float]) -> Tensor:
+        return self.both.embed_time(ts)
 
     def encode(self, x: Tensor, t: float) -> Features:
-        return self.denoiser.encode(torch.cat([x, x]), t)
+        return self.both.encode(torch.cat([x, x]), t) if self.guidance.at(t) else self.conditional.encode(x, t)
 
-    def decode(self, features: Features, ts: Sequence[float]) -> Sequence[Tensor]:
-        return [self._guide(*out.chunk(2)) for out in self.denoiser.decode(features, ts)]
+    def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
+        self._check_no_reuse()
+        if self._unguided(features, 1):
+            return self.conditional.refresh(features, x, t, blocks)
+        return self.both.refresh(features, torch.cat([x, x]), t, blocks)
 
-    def _guide(self, uncond: Tensor, cond: Tensor) -> Tensor:
-        return uncond + self.scale * (cond - uncond)
+    def advance(self, features: Features, ts: Sequence[float], blocks: int) -> Features:
+        self._check_no_reuse()
+        denoiser = self.conditional if self._unguided(features, len(ts)) else self.both
+        return denoiser.advance(features, ts, blocks)
 
-    def to_eps(self, out: Tensor, x: Tensor, node: Node) -> Tensor:
-        return self.denoiser.to_eps(out, x, node)
+    def decode(self, features: Features, ts: Sequence[float], last: Prediction | None = None) -> list[Prediction]:
+        if self._unguided(features, len(ts)):
+            return self.conditional.decode(features, ts)
+        if not self.guidance.reuse:
+            return [self._guide(*p.out.chunk(2)) for p in self.both.decode(features, ts)]
+        first, rest = self._split(features, len(ts), whole=0 if last else 1)
+        predictions = []
+        if last is None:
+            predictions = [self._guide(*p.out.chunk(2)) for p in self.both.decode(first, ts[:1])]
+            last, ts = predictions[0], ts[1:]
+        if ts:
+            push = (self.guidance.scale - 1) * last.offset
+            predictions += [Prediction(p.out + push, last.offset) for p in self.conditional.decode(rest, ts)]
+        return predictions
+
+    def _guide(self, uncond: Tensor, cond: Tensor) -> Prediction:
+        offset = cond - uncond
+        return Prediction(uncond + self.guidance.scale * offset, offset if self.guidance.reuse else None)
+
+    def _split(self, features: Features, n: int, whole: int) -> tuple[Features | None, Features | None]:
+        """Of n nodes: the first `whole` (0 or 1) as they are; the conditional halves of the others."""
+        size = len(features) // n
+        halves = [features.images(slice(i * size + size // 2, (i + 1) * size)) for i in range(whole, n)]
+        first = features.images(slice(0, size)) if whole else None
+        return first, Features.cat(halves) if halves else None
+
+    def _unguided(self, features: Features, n: int) -> bool:
+        return self.conditional is not None and len(features) == n * self.conditional.batch
+
+    def _check_no_reuse(self) -> None:
+        if self.guidance.reuse:
+            raise ValueError("reuse of the guidance offset needs decoder nodes only; the plan has shallow or refreshed "
+                             "nodes")
+
+    def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
+        return self.both.to_eps(prediction, x, node)

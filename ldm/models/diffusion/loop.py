@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.edits import Edit, Moment
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.plan import AnyPlan, Work
+from ldm.models.diffusion.propagation import Propagation
 from ldm.models.diffusion.schedule import Node
+from ldm.modules.diffusionmodules.features import Features
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +24,13 @@ class State:
     x:      the latents, (B, C, H, W).
     memory: what a rule keeps between nodes.
     x0:     the rule's estimate of the clean latents at the node just stepped, for previews; None at first.
+    work:   what of the network ran for the node just stepped; None at first.
     """
 
     x: Tensor
     memory: tuple[Tensor, ...] = ()
     x0: Tensor | None = None
+    work: Work | None = None
 
 
 class Rule(Protocol):
@@ -45,22 +49,23 @@ class NonFiniteLatents(ValueError):
 
 @torch.no_grad()
 def denoise(
-    model: Denoiser, rule: Rule, plan: Plan, x: Tensor, edits: Sequence[Edit] = ()
+    model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequence[Edit] = ()
 ) -> Iterator[State]:
     """Run a solver from x, yielding the state after every node; the last one holds the sample.
 
     Args:
-        model: encodes at the plan's key nodes, decodes at every node.
+        model: predicts at every node, with as much of the network as the plan says.
         rule: the solver.
-        plan: key nodes and decoder batches; every node a key node is the plain solver.
+        plan: see `Plan`; every node a key node is the plain solver.
         x: starting latents, (B, C, H, W).
         edits: changes of the latents, those of one moment in the order given.
 
-    In a group of nodes the decoder depends on the key node's features and its own t, never on a later latent:
+    At a decoder node the prediction depends on key nodes' features and its own t, never on a later latent:
     `plan.parallel` changes speed and memory, not the result.
 
     Raises:
-        ValueError: the plan is for another number of nodes, or x is not finite.
+        ValueError: the plan is for another number of nodes, or x is not finite; or a plan that goes by the latent
+            meets several at once.
         NonFiniteLatents: the latents are not finite after some node.
     """
     nodes = rule.nodes
@@ -68,21 +73,40 @@ def denoise(
         raise ValueError(f"the plan is for {plan.num_nodes} nodes, the solver has {len(nodes)}")
     if not torch.isfinite(x).all():
         raise ValueError("x, the starting latents, must be finite; they hold NaN or infinity")
+    if plan.per_picture and len(x) > 1:
+        raise ValueError(f"a plan that goes by the latent is for one picture at a time; got a batch of {len(x)}")
     state = _edited(State(x), nodes[0], edits, "before")
-    for key, batches in plan.batches():
-        key_x = state.x
-        features = model.encode(key_x, nodes[key].t)
-        for batch in batches:
-            predictions = model.decode(features, [nodes[i].t for i in batch])
-            for i, prediction in zip(batch, predictions, strict=True):
-                state = _edited(state, nodes[i], edits, "after")
-                eps = model.to_eps(prediction, state.x, nodes[i])
-                state = _edited(rule.step(state, i, eps), nodes[i], edits, "update")
-                if not torch.isfinite(state.x).all():
-                    raise NonFiniteLatents(_diagnosis(model, key_x, nodes, key, i))
-                yield state
-                if i + 1 < len(nodes):
-                    state = _edited(state, nodes[i + 1], edits, "before")
+    key_x, held, inner, last = x, Propagation.named(plan.propagate), None, None
+
+    def change(probe: str, i: int, key: int) -> float:
+        before, now = (key_x, state.x) if probe == "latent" else model.embed_time([nodes[key].t, nodes[i].t])
+        return float((now - before).norm() / before.norm())
+
+    for batch in plan.batches(change):
+        ts = [nodes[i].t for i in batch.nodes]
+        if batch.work is Work.FULL:
+            key_x, last = state.x, None
+            held = held.key(ts[0], model.encode(key_x, ts[0]))
+        if batch.work is Work.SHALLOW:
+            features = model.refresh(inner, state.x, ts[0], plan.branch)
+        else:
+            features = Features.cat([held.at(t) for t in ts])
+            if plan.refresh and batch.work is Work.DECODER:
+                features = model.refresh(features, state.x, ts[0], plan.refresh)
+            if plan.branch:
+                features = model.advance(features, ts, plan.branch)
+                inner = features.images(slice(-len(features) // len(ts), None)).without_skips()
+        predictions = model.decode(features, ts, last)
+        last = predictions[-1]
+        for i, work, prediction in zip(batch.nodes, batch.works(), predictions, strict=True):
+            state = _edited(state, nodes[i], edits, "after")
+            eps = model.to_eps(prediction, state.x, nodes[i])
+            state = _edited(replace(rule.step(state, i, eps), work=work), nodes[i], edits, "update")
+            if not torch.isfinite(state.x).all():
+                raise NonFiniteLatents(_diagnosis(model, key_x, nodes, ts[0], i))
+            yield state
+            if i + 1 < len(nodes):
+                state = _edited(state, nodes[i + 1], edits, "before")
 
 
 def _edited(state: State, node: Node, edits: Sequence[Edit], moment: Moment) -> State:
@@ -93,9 +117,9 @@ def _edited(state: State, node: Node, edits: Sequence[Edit], moment: Moment) -> 
     return replace(state, x=x)
 
 
-def _diagnosis(model: Denoiser, key_x: Tensor, nodes: Sequence[Node], key: int, i: int) -> str:
+def _diagnosis(model: Denoiser, key_x: Tensor, nodes: Sequence[Node], key_t: float, i: int) -> str:
     layer = first_nonfinite_layer(
-        model.network, lambda: model.decode(model.encode(key_x, nodes[key].t), [nodes[i].t])
+        model.network, lambda: model.decode(model.encode(key_x, key_t), [nodes[i].t])
     )
     cause = (
         f"first in layer {layer}" if layer else "though every layer's output is finite: the update overflowed"

@@ -1,44 +1,71 @@
-"""Which nodes of a run are key nodes, and how many decoders share a batch.
+"""Which parts of the network run at which node of a run, and how many decoders share a batch.
 
-A plan knows no solver and no tensor. The published key lists are in configs/plans/NAME.yaml:
-
-    source: where the list was published
-    note:   anything a user should know (optional)
-    steps:  {50: [0-3, 5, 10]}   key nodes of a run of that many nodes, a-b inclusive; or
-    every:  4                    every fourth node of any run; or
-    same_as: NAME                another plan's keys under a second published name
+A plan knows no solver and no tensor. How plans are named and read: `ldm.models.diffusion.plans`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise
-from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
-import yaml
 
-PLAN_DIR = Path(__file__).parents[3] / "configs" / "plans"
+class Work(Enum):
+    """How much of the network runs at a node."""
+
+    FULL = "full"           # all of it: a key node
+    DECODER = "decoder"     # the decoder, on the encoder's features of earlier key nodes
+    SHALLOW = "shallow"     # the outermost blocks of both, on the inner decoder's output of an earlier node
+
+
+PROPAGATIONS = {"hold": 0, "linear": 1, "quadratic": 2}     # degree in the timestep
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Nodes that are predicted together. Of a FULL batch the first is a key node, the others are decoded with it."""
+
+    nodes: range
+    work: Work
+
+    def works(self) -> Iterator[Work]:
+        """Of each node."""
+        for i in self.nodes:
+            yield Work.DECODER if self.work is Work.FULL and i > self.nodes.start else self.work
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Encoder propagation over the nodes 0..num_nodes-1 of one run.
+    """Which parts of the network run at the nodes 0..num_nodes-1 of one run, and what stands in for the others.
 
-    keys:     nodes where the encoder runs; node 0 must be one.
-    parallel: most decoder steps in one batch; 1 = same result, least memory.
+    keys:      nodes where the encoder runs; node 0 must be one.
+    parallel:  most decoder steps in one batch; 1 = same result, least memory.
+    shallow:   nodes where only the outermost `branch` blocks of encoder and decoder run (DeepCache,
+        arXiv 2312.00858); at the remaining nodes the whole decoder runs (Faster Diffusion, arXiv 2312.09608).
+    branch:    input blocks that run at a shallow node, and as many output blocks; 0 without such nodes.
+    propagate: what the decoder gets between key nodes: 'hold' = the last one's features (the paper); 'linear',
+        'quadratic' = those of the last two or three, extrapolated in the timestep.
+    refresh:   input blocks that run anew at every decoder node, for the outermost skips; their decoders wait for the
+        latent before them, so none share a batch. 0 = the paper.
     """
 
     num_nodes: int
     keys: tuple[int, ...]
     parallel: int = 1
+    shallow: tuple[int, ...] = ()
+    branch: int = 0
+    propagate: str = "hold"
+    refresh: int = 0
+    per_picture: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.keys or self.keys[0] != 0:
             raise ValueError(f"keys must start with node 0, which has no earlier features; got {self.keys}")
-        if any(b <= a for a, b in pairwise(self.keys)):
-            raise ValueError(f"keys must increase strictly; got {self.keys}")
+        for name, nodes in (("keys", self.keys), ("shallow", self.shallow)):
+            if any(b <= a for a, b in pairwise(nodes)):
+                raise ValueError(f"{name} must increase strictly; got {nodes}")
         if self.keys[-1] >= self.num_nodes:
             raise ValueError(
                 f"key {self.keys[-1]} is past the last node {self.num_nodes - 1}; "
@@ -46,114 +73,64 @@ class Plan:
             )
         if self.parallel < 1:
             raise ValueError(f"parallel must be at least 1 decoder step per batch; got {self.parallel}")
+        if self.shallow and (both := sorted({*self.keys} & {*self.shallow}) or self.shallow[-1] >= self.num_nodes):
+            raise ValueError(f"shallow nodes must be 1..{self.num_nodes - 1} and no key nodes; got {both}")
+        if bool(self.shallow) != (self.branch > 0) or self.branch < 0:
+            raise ValueError(f"branch must be at least 1 with shallow nodes and 0 without; got {self.branch}")
+        if self.propagate not in PROPAGATIONS:
+            raise ValueError(f"propagate must be one of {', '.join(PROPAGATIONS)}; got {self.propagate!r}")
+        if self.refresh < 0:
+            raise ValueError(f"refresh must be at least 0 input blocks; got {self.refresh}")
 
-    def batches(self) -> Iterator[tuple[int, list[range]]]:
-        """Yield (key, decoder batches); the batches cover key..next key - 1."""
-        for key, stop in pairwise((*self.keys, self.num_nodes)):
-            yield key, [range(i, min(i + self.parallel, stop)) for i in range(key, stop, self.parallel)]
+    @property
+    def plain(self) -> bool:
+        """Whether every node is a key node."""
+        return len(self.keys) == self.num_nodes
 
+    def works(self) -> tuple[Work, ...]:
+        """Of every node."""
+        return tuple(work for batch in self.batches() for work in batch.works())
 
-def plan_names() -> tuple[str, ...]:
-    """Names that `load_plan` knows besides the general forms, sorted."""
-    return tuple(sorted(path.stem for path in PLAN_DIR.glob("*.yaml")))
+    def batches(self, change: Change | None = None) -> Iterator[Batch]:
+        """The run's batches in order; together they cover every node once."""
+        keys, shallow = {*self.keys}, {*self.shallow}
+        most = 1 if self.refresh else self.parallel
+        i = 0
+        while i < self.num_nodes:
+            stop = i + 1
+            if i not in shallow:
+                while stop < min(i + most, self.num_nodes) and stop not in keys and stop not in shallow:
+                    stop += 1
+            yield Batch(range(i, stop), Work.FULL if i in keys else Work.SHALLOW if i in shallow else Work.DECODER)
+            i = stop
 
-
-def load_plan(spec: str, num_nodes: int, parallel: int = 1) -> Plan:
-    """The plan that `spec` names, for a run of `num_nodes` nodes.
-
-    Args:
-        spec: `off` (every node is a key node), a name of `plan_names()`, `uniform:N` (every N-th node),
-            key nodes such as `0,1,2,5` or `0-3,5`, or the path of a .yaml file in the format above.
-        num_nodes: network evaluations of the run; for DDIM the length of its timestep grid.
-        parallel: most decoder steps in one batch.
-
-    Named and file plans hold exactly at the run lengths they list. At other lengths the longest list is
-    scaled: key k of n becomes floor(k * num_nodes / n), repeats dropped. `every` and `uniform:N` are
-    not scaled.
-
-    Raises:
-        ValueError: unknown name, malformed spec or file, keys that do not start at 0, do not increase or are
-            past the end of the run.
-    """
-    if num_nodes < 1:
-        raise ValueError(f"num_nodes must be at least 1; got {num_nodes}")
-    return Plan(num_nodes, _keys(spec, num_nodes), parallel)
-
-
-def _keys(spec: str, num_nodes: int) -> tuple[int, ...]:
-    if spec == "off":
-        return tuple(range(num_nodes))
-    if uniform := re.fullmatch(r"uniform:(\d+)", spec):
-        return _every(int(uniform[1]), num_nodes)
-    if spec[:1].isdigit():
-        return _expand(spec.split(","))
-    if spec in plan_names():
-        return _read(PLAN_DIR / f"{spec}.yaml").keys(num_nodes)
-    if spec.endswith((".yaml", ".yml")):
-        return _read(Path(spec)).keys(num_nodes)
-    raise ValueError(
-        f"unknown plan {spec!r}; accepted: off, uniform:N, key nodes such as 0,1,2,5, a .yaml file, "
-        f"or one of {', '.join(plan_names())}"
-    )
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, as JSON values: all but `parallel`."""
+        if self.plain:
+            return {"keys": None}
+        return {"keys": [*self.keys], "propagate": self.propagate} | {
+            name: value for name, value in (("shallow", [*self.shallow]), ("branch", self.branch),
+                                            ("refresh", self.refresh)) if value}
 
 
-def _every(n: int, num_nodes: int) -> tuple[int, ...]:
-    if n < 1:
-        raise ValueError(f"a uniform plan needs a key node at least every 1 node; got {n}")
-    return tuple(range(0, num_nodes, n))
+class Change(Protocol):
+    """How much has changed since a key node, for a plan that decides on the way."""
+
+    def __call__(self, probe: str, i: int, key: int) -> float:
+        """Relative change of the probe from node `key`, the last key node, to node i, when all before i are done."""
 
 
-def _expand(entries: Iterable[int | str]) -> tuple[int, ...]:
-    """Key nodes from entries such as 7 or '0-3' (inclusive)."""
-    keys: list[int] = []
-    for entry in entries:
-        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", str(entry))
-        if span is None:
-            raise ValueError(f"key nodes must be numbers or ranges such as 0-3; got {str(entry)!r}")
-        first = int(span[1])
-        keys += range(first, int(span[2] or first) + 1)
-    return tuple(keys)
+class AnyPlan(Protocol):
+    """What the loop needs of a plan."""
 
+    num_nodes: int
+    parallel: int
+    branch: int
+    propagate: str
+    refresh: int
+    plain: bool             # every node is a key node
+    per_picture: bool       # what runs when depends on the picture
 
-@dataclass(frozen=True)
-class _PlanFile:
-    """The contents of one plan file; exactly one of steps, every and same_as is given."""
+    def batches(self, change: Change | None = None) -> Iterator[Batch]: ...
 
-    source: str
-    note: str = ""
-    steps: dict[int, list[int | str]] = field(default_factory=dict)
-    every: int | None = None
-    same_as: str | None = None
-
-    def __post_init__(self) -> None:
-        if sum(map(bool, (self.steps, self.every, self.same_as))) != 1:
-            raise ValueError("give exactly one of steps, every, same_as")
-        if not isinstance(self.steps, dict) or not all(
-            isinstance(keys, list) for keys in self.steps.values()
-        ):
-            raise ValueError(f"steps must be {{number of nodes: [key nodes]}}; got {self.steps!r}")
-        if not isinstance(self.every, int | None) or not isinstance(self.same_as, str | None):
-            raise ValueError(
-                f"every must be a number and same_as a name; got {self.every!r}, {self.same_as!r}"
-            )
-
-    def keys(self, num_nodes: int) -> tuple[int, ...]:
-        if self.same_as is not None:
-            return _keys(self.same_as, num_nodes)
-        if self.every is not None:
-            return _every(self.every, num_nodes)
-        if num_nodes in self.steps:
-            return _expand(self.steps[num_nodes])
-        longest = max(self.steps)
-        keys = _expand(self.steps[longest])
-        Plan(longest, keys)  # a faulty list is reported as written, before scaling can hide its fault
-        return tuple(sorted({k * num_nodes // longest for k in keys}))
-
-
-def _read(path: Path) -> _PlanFile:
-    try:
-        return _PlanFile(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"plan file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"plan file {path} is not a plan: {' '.join(str(error).split())}") from None
+    def settings(self) -> dict[str, Any]: ...

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.edits import Edit, inpainting
 from ldm.models.diffusion.loop import Rule, State, denoise
-from ldm.models.diffusion.plan import Plan, load_plan
+from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.schedule import Node
 from ldm.noise import ImageNoise
 
@@ -70,8 +71,8 @@ class Sampler:
         edits: Sequence[Edit] = (),
     ) -> Iterator[State]:
         """The loop's states under a plan given as a Plan, as a spec for `load_plan`, or not at all (off)."""
-        if not isinstance(plan, Plan):
-            plan = load_plan("off" if plan is None else plan, len(rule.nodes), parallel)
+        if plan is None or isinstance(plan, str):
+            plan = load_plan(plan or "off", len(rule.nodes), parallel)
         return denoise(denoiser, rule, plan, x, edits)
 
     def run(

@@ -1,33 +1,71 @@
 """What a network's encoder leaves for its decoder."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
-    """What the encoder leaves for the decoder at one key step.
+    """Where a decoder stands: what it has computed, and the skips that its remaining blocks will take.
 
-    hidden: output of the middle block, (B, C_mid, h, w).
-    skips:  output of every input block, first to last, each (B, C_i, H_i, W_i).
+    Fresh from the encoder, `hidden` is the output of the middle block and there is a skip for every output block.
+    With fewer skips, `hidden` is what goes into the block that takes the last of them.
+
+    hidden: (B, C, h, w).
+    skips:  outputs of the outermost input blocks, first to last, each (B, C_i, H_i, W_i).
     """
     hidden: Tensor
     skips: tuple[Tensor, ...]
 
-    def tile(self, n: int) -> Features:
-        """Repeat for n decoder steps, step-major: (B, ...) -> (n*B, ...), entry s*B + b is image b at step s.
+    def __len__(self) -> int:
+        """The batch size."""
+        return len(self.hidden)
 
-        Keeps the memory format; n = 1 copies nothing.
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.hidden, *self.skips
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Features:
+        """The inverse of `tensors`."""
+        hidden, *skips = tensors
+        return Features(hidden, tuple(skips))
+
+    @staticmethod
+    def cat(parts: Sequence[Features]) -> Features:
+        """Join batches in the order given; one alone is not copied. Keeps the memory format.
 
         Raises:
-            ValueError: n is not positive.
+            ValueError: there is nothing to join, or the parts have different numbers of skips.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1 decoder step; got {n}")
-        if n == 1:
-            return self
-        # cat keeps channels_last, which Tensor.repeat would lose.
-        return Features(torch.cat((self.hidden,) * n), tuple(torch.cat((skip,) * n) for skip in self.skips))
+        if not parts:
+            raise ValueError("parts must be at least one; got none")
+        if len(parts) == 1:
+            return parts[0]
+        return Features.of([torch.cat(same) for same in zip(*(part.tensors for part in parts), strict=True)])
+
+    def images(self, chosen: slice) -> Features:
+        """Some of the batch; a view."""
+        return Features.of([tensor[chosen] for tensor in self.tensors])
+
+    def without_skips(self) -> Features:
+        return Features(self.hidden, ())
+
+    def with_outer(self, skips: Sequence[Tensor]) -> Features:
+        """With the outermost skips replaced by these."""
+        return Features(self.hidden, (*skips, *self.skips[len(skips):]))
+
+    @staticmethod
+    def combine(parts: Sequence[Features], weights: Sequence[float]) -> Features:
+        """The weighted sum of features of the same shapes."""
+        def total(same: Sequence[Tensor]) -> Tensor:
+            out = same[0] * weights[0]
+            for tensor, weight in zip(same[1:], weights[1:], strict=True):
+                out.add_(tensor, alpha=weight)
+            return out
+
+        return Features.of([total(same) for same in zip(*(part.tensors for part in parts), strict=True)])

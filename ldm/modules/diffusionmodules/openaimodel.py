@@ -384,32 +384,59 @@ class UNetModel(nn.Module):
         self._check_input(x)
         context = self._checked_context(context, len(x))
         emb = self.embed(timesteps, y, len(x))                                  # (B, D)
+        skips = self._outer(x, emb, context, len(self.input_blocks))
+        h = self.middle_block(skips[-1], emb, context)                          # (B, C_mid, h, w)
+        return Features(hidden=h, skips=skips)
+
+    def encode_outer(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None,
+                     blocks: int = 1) -> tuple[Tensor, ...]:
+        """The outputs of the first `blocks` input blocks alone, each (B, C_i, H_i, W_i); arguments as for `encode`.
+
+        Raises:
+            ValueError: as `encode`, or blocks is not in 1..len(input_blocks).
+        """
+        if not 1 <= blocks <= len(self.input_blocks):
+            raise ValueError(f"blocks must be 1..{len(self.input_blocks)}, the input blocks; got {blocks}")
+        self._check_input(x)
+        context = self._checked_context(context, len(x))
+        return self._outer(x, self.embed(timesteps, y, len(x)), context, blocks)
+
+    def _outer(self, x: Tensor, emb: Tensor, context: Tensor | None, blocks: int) -> tuple[Tensor, ...]:
         h, skips = x.to(self.dtype), []                                         # (B, C_in, H, W)
-        for block in self.input_blocks:
+        for block in self.input_blocks[:blocks]:
             h = block(h, emb, context)                                          # (B, C_i, H_i, W_i)
             skips.append(h)
-        h = self.middle_block(h, emb, context)                                  # (B, C_mid, h, w)
-        return Features(hidden=h, skips=tuple(skips))
+        return tuple(skips)
+
+    def advance(self, features: Features, timesteps: Tensor, context: Tensor | None = None,
+                y: Tensor | None = None, blocks: int = 0) -> Features:
+        """Decode until `blocks` output blocks remain; arguments as for `decode`.
+
+        Raises:
+            ValueError: as `decode`, or fewer blocks than that remain already.
+        """
+        if not 0 <= blocks <= len(features.skips) <= len(self.output_blocks):
+            raise ValueError(f"features must have {max(blocks, 1)}..{len(self.output_blocks)} skips for this network; "
+                             f"got {len(features.skips)}")
+        h, skips = features.hidden, list(features.skips)                        # (B, C, h, w)
+        context = self._checked_context(context, len(h))
+        emb = self.embed(timesteps, y, len(h))                                  # (B, D): of this step
+        for block in self.output_blocks[len(self.output_blocks) - len(skips):len(self.output_blocks) - blocks]:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)         # (B, C_i, H_i, W_i)
+        return Features(h, tuple(skips))
 
     def decode(self, features: Features, timesteps: Tensor, context: Tensor | None = None,
                y: Tensor | None = None) -> Tensor:
         """The prediction (B, C_out, H, W) at `timesteps` from features of the same or an earlier step.
 
         Args:
-            features: of this network, of batch B (`Features.tile` them for several steps in one batch).
+            features: of this network, of batch B (`Features.cat` those of several steps for one batch).
             timesteps, context, y: as for `encode`, of this step, not of the key step.
 
         Raises:
             ValueError: as `encode`, or features of another network.
         """
-        if len(features.skips) != len(self.output_blocks):
-            raise ValueError(f"features must have {len(self.output_blocks)} skips for this network; "
-                             f"got {len(features.skips)}")
-        h = features.hidden                                                     # (B, C_mid, h, w)
-        context = self._checked_context(context, len(h))
-        emb = self.embed(timesteps, y, len(h))                                  # (B, D): of this step
-        for block, skip in zip(self.output_blocks, reversed(features.skips), strict=True):
-            h = block(torch.cat([h, skip], dim=1), emb, context)                # (B, C_i, H_i, W_i)
+        h = self.advance(features, timesteps, context, y).hidden
         return self.out(h) if self.id_predictor is None else self.id_predictor(h)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
@@ -417,12 +444,16 @@ class UNetModel(nn.Module):
         """`encode` and `decode` at the same timesteps: (B, C_in, H, W) -> (B, C_out, H, W)."""
         return self.decode(self.encode(x, timesteps, context, y), timesteps, context, y)
 
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Embedding of timesteps alone, (B,) -> (B, D)."""
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+
     def embed(self, timesteps: Tensor, y: Tensor | None, batch: int) -> Tensor:
         """Embedding (B, D) of timesteps and label, which every residual block is told."""
         if timesteps.shape != (batch,):
             raise ValueError(f"timesteps must have shape ({batch},), one for each sample; "
                              f"got {tuple(timesteps.shape)}")
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        emb = self.embed_time(timesteps)
         if self.num_classes is None:
             if y is not None:
                 raise ValueError("y must be None: this network has no num_classes")

@@ -1,0 +1,187 @@
+"""Plans by name, by rule and from files.
+
+The published key lists are in configs/plans/NAME.yaml:
+
+    source: where the list was published
+    note:   anything a user should know (optional)
+    steps:  {50: [0-3, 5, 10]}   key nodes of a run of that many nodes, a-b inclusive; or
+    every:  4                    every fourth node of any run; or
+    same_as: NAME                another plan's keys under a second published name
+
+and, optional, how a plan is to be run and for what it was made:
+
+    propagate: linear            see `Plan`
+    made_for: {sampler: ddim, weights: 0123456789abcdef}     other runs are refused
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm.models.diffusion.online import OnlinePlan
+from ldm.models.diffusion.plan import Plan
+
+PLAN_DIR = Path(__file__).parents[3] / "configs" / "plans"
+
+
+def plan_names() -> tuple[str, ...]:
+    """Names that `load_plan` knows besides the general forms, sorted."""
+    return tuple(sorted(path.stem for path in PLAN_DIR.glob("*.yaml")))
+
+
+def load_plan(spec: str, num_nodes: int, parallel: int = 1, propagate: str | None = None,
+              run: Mapping[str, Any] | None = None) -> Plan | OnlinePlan:
+    """The plan that `spec` names, for a run of `num_nodes` nodes.
+
+    Args:
+        spec: `off` (every node is a key node), a name of `plan_names()`, `uniform:N` (every N-th node), `pro` (gaps
+            that grow by one: 0, 2, 5, 9, ...), `deepcache:N` or `deepcache:N:BRANCH` (every N-th node in full, only the
+            outermost BRANCH blocks, by default 1, at the others), `online:X` or `online:time:X` (decided on the
+            way, at a relative change of X of the latent or of the embedded timestep), key nodes such as `0,1,2,5` or
+            `0-3,5`, or the path of a .yaml file in the format above.
+        num_nodes: network evaluations of the run; for DDIM the length of its timestep grid.
+        parallel: most decoder steps in one batch.
+        propagate: see `Plan`; None = as the plan's file says, or hold.
+        run: what is known of the run ("sampler", "weights", ...), to refuse a file that was made for another.
+
+    Named and file plans hold exactly at the run lengths they list. At other lengths the longest list is
+    scaled: key k of n becomes floor(k * num_nodes / n), repeats dropped. Rules (`every`, `uniform:N`, `pro`) are
+    not scaled, nor is a file that says what run it was made for.
+
+    Raises:
+        ValueError: unknown name, malformed spec or file, keys that do not start at 0, do not increase or are
+            past the end of the run; a plan made for another run; one that does not go with `propagate`.
+    """
+    if num_nodes < 1:
+        raise ValueError(f"num_nodes must be at least 1; got {num_nodes}")
+    plan = _online(spec, num_nodes) or _deepcache(spec, num_nodes) or _keyed(spec, num_nodes, run or {})
+    if propagate is not None:
+        if plan.shallow and propagate != "hold":
+            raise ValueError(f"{spec} decodes nothing between its key nodes that could be {propagate}; "
+                             f"accepted: hold")
+        plan = replace(plan, propagate=propagate)
+    return replace(plan, parallel=parallel)
+
+
+def _online(spec: str, num_nodes: int) -> OnlinePlan | None:
+    match = re.fullmatch(r"online:(?:(\w+):)?([^:]+)", spec)
+    if match is None:
+        return None
+    try:
+        threshold = float(match[2])
+    except ValueError:
+        raise ValueError(f"an online plan needs a threshold, as in online:0.1; got {spec!r}") from None
+    return OnlinePlan(num_nodes, threshold, match[1] or "latent")
+
+
+def _deepcache(spec: str, num_nodes: int) -> Plan | None:
+    match = re.fullmatch(r"deepcache:(\d+)(?::(\d+))?", spec)
+    if match is None:
+        return None
+    keys = _every(int(match[1]), num_nodes)
+    shallow = tuple(i for i in range(num_nodes) if i not in keys)
+    return Plan(num_nodes, keys, shallow=shallow, branch=int(match[2] or 1) if shallow else 0)
+
+
+def _keyed(spec: str, num_nodes: int, run: Mapping[str, Any]) -> Plan:
+    path = PLAN_DIR / f"{spec}.yaml" if spec in plan_names() else Path(spec)
+    if path.suffix in (".yaml", ".yml"):
+        file = _read(path)
+        file.check(path, num_nodes, run)
+        return Plan(num_nodes, file.keys(num_nodes), propagate=file.propagate)
+    return Plan(num_nodes, _keys(spec, num_nodes))
+
+
+def _keys(spec: str, num_nodes: int) -> tuple[int, ...]:
+    if spec == "off":
+        return tuple(range(num_nodes))
+    if spec == "pro":
+        return tuple(takewhile(lambda i: i < num_nodes, (m * (m + 3) // 2 for m in count())))
+    if uniform := re.fullmatch(r"uniform:(\d+)", spec):
+        return _every(int(uniform[1]), num_nodes)
+    if spec[:1].isdigit():
+        return _expand(spec.split(","))
+    raise ValueError(
+        f"unknown plan {spec!r}; accepted: off, uniform:N, pro, deepcache:N[:BRANCH], online:[time:]X, "
+        f"key nodes such as 0,1,2,5, a .yaml file, or one of {', '.join(plan_names())}"
+    )
+
+
+def _every(n: int, num_nodes: int) -> tuple[int, ...]:
+    if n < 1:
+        raise ValueError(f"a uniform plan needs a key node at least every 1 node; got {n}")
+    return tuple(range(0, num_nodes, n))
+
+
+def _expand(entries: Iterable[int | str]) -> tuple[int, ...]:
+    """Key nodes from entries such as 7 or '0-3' (inclusive)."""
+    keys: list[int] = []
+    for entry in entries:
+        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", str(entry))
+        if span is None:
+            raise ValueError(f"key nodes must be numbers or ranges such as 0-3; got {str(entry)!r}")
+        first = int(span[1])
+        keys += range(first, int(span[2] or first) + 1)
+    return tuple(keys)
+
+
+@dataclass(frozen=True)
+class _PlanFile:
+    """The contents of one plan file; exactly one of steps, every and same_as is given."""
+
+    source: str
+    note: str = ""
+    steps: dict[int, list[int | str]] = field(default_factory=dict)
+    every: int | None = None
+    same_as: str | None = None
+    propagate: str = "hold"
+    made_for: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.steps, self.every, self.same_as))) != 1:
+            raise ValueError("give exactly one of steps, every, same_as")
+        if not isinstance(self.steps, dict) or not all(
+            isinstance(keys, list) for keys in self.steps.values()
+        ):
+            raise ValueError(f"steps must be {{number of nodes: [key nodes]}}; got {self.steps!r}")
+        if not isinstance(self.every, int | None) or not isinstance(self.same_as, str | None):
+            raise ValueError(
+                f"every must be a number and same_as a name; got {self.every!r}, {self.same_as!r}"
+            )
+
+    def check(self, path: Path, num_nodes: int, run: Mapping[str, Any]) -> None:
+        """Raise ValueError if the plan was made for another run."""
+        for name, wanted in self.made_for.items():
+            if name in run and run[name] != wanted:
+                raise ValueError(f"plan file {path} was made for {name} {wanted}; this run's is {run[name]}")
+        if self.made_for and num_nodes not in self.steps:
+            raise ValueError(f"plan file {path} was made for {', '.join(map(str, self.steps))} nodes; this run has "
+                             f"{num_nodes}")
+
+    def keys(self, num_nodes: int) -> tuple[int, ...]:
+        if self.same_as is not None:
+            return _keyed(self.same_as, num_nodes, {}).keys
+        if self.every is not None:
+            return _every(self.every, num_nodes)
+        if num_nodes in self.steps:
+            return _expand(self.steps[num_nodes])
+        longest = max(self.steps)
+        keys = _expand(self.steps[longest])
+        Plan(longest, keys)  # a faulty list is reported as written, before scaling can hide its fault
+        return tuple(sorted({k * num_nodes // longest for k in keys}))
+
+
+def _read(path: Path) -> _PlanFile:
+    try:
+        return _PlanFile(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"plan file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"plan file {path} is not a plan: {' '.join(str(error).split())}") from None
