@@ -88,7 +88,7 @@ def test_samples_under_guidance_with_encoder_propagation(kind):
     x_T = torch.randn(2, 4, 8, 8)
 
     def final(told: dict) -> torch.Tensor:
-        denoiser = ldm.denoiser(ldm.condition(context, **told), ldm.condition(empty, **told), scale=3.0)
+        denoiser = ldm.denoiser(ldm.condition(context, **told), ldm.condition(empty, **told), guidance=3.0)
         *_, state = denoise(denoiser, rule, load_plan("uniform:2", 5, 2), x_T)
         return ldm.decode_first_stage(state.x)
 
