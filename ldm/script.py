@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ldm.generate import Item, Made
     from ldm.models.diffusion.plan import AnyPlan
+    from ldm.models.diffusion.plans import RunFacts
     from ldm.sampling.engine import Engine, Recipe, Sizes, Task
 
 PUBLISHED_SAMPLERS = {"plms": "plms", "dpm": "dpm-solver++"}
@@ -208,8 +209,17 @@ def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup) -
                       weight, args.noise_below, args.noise_order)
 
 
+def run_facts(setup: Setup, sampler: str) -> RunFacts:
+    """What plans and calibrations may have been made for."""
+    from ldm.checkpoint import fingerprint
+    from ldm.models.diffusion.plans import RunFacts
+
+    folder = setup.ckpt if setup.ckpt.is_dir() else setup.ckpt.parent
+    return RunFacts({"sampler": sampler, "weights": fingerprint(setup.ckpt)[:16]}, folder / "calibration")
+
+
 def make_plan(args: argparse.Namespace, nodes: int, positions: int, device: torch.device,
-              run: dict[str, Any]) -> AnyPlan:
+              run: RunFacts) -> AnyPlan:
     """The run's plan; `positions` of all latents that the UNet gets at one node decide --parallel auto."""
     from ldm.models.diffusion.plans import load_plan
 
@@ -370,7 +380,7 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
     positions = math.prod(sizes.whole(side) // sizes.factor for side in size)
     settings = {"ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}", "weights": fingerprint(setup.ckpt)[:16],
                 "config": fingerprint(setup.config_path)[:16], "averaged": args.weights}
-    plan = make_plan(args, nodes, latents * positions, setup.device, settings | {"sampler": recipe.sampler})
+    plan = make_plan(args, nodes, latents * positions, setup.device, run_facts(setup, recipe.sampler))
     # A config that does not build a model may fail in any way that a constructor can.
     with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):
         model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)

@@ -22,7 +22,7 @@ from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.dpm_solver.rules import DPMMultistep
 from ldm.models.diffusion.levels import Level, nodes_between, noise_ratio
 from ldm.models.diffusion.loop import Rule, denoise
-from ldm.models.diffusion.plan import load_plan
+from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.solvers import SOLVERS
 from ldm.models.diffusion.unipc import UniPC
 
@@ -108,7 +108,8 @@ def their_run(scheduler: Any, denoiser: Denoiser, x: Tensor) -> list[Tensor]:
     x, states = scales[0] * x, []
     for t, scale in zip(scheduler.timesteps, scales[1:], strict=True):
         features = denoiser.encode(scheduler.scale_model_input(x, t), float(t))
-        x = scheduler.step(*denoiser.decode(features, [float(t)]), t, x).prev_sample
+        (prediction,) = denoiser.decode(features, [float(t)])
+        x = scheduler.step(prediction.out, t, x).prev_sample
         states.append(x / scale)
     return states
 

@@ -32,8 +32,10 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
-        *(f"{D}/loop.py", f"{D}/ddpm.py", f"{D}/plans.py"),
+        *(f"{D}/loop.py", f"{D}/ddpm.py"),
     ],
+    [f"{D}/calibration.py"],
+    [f"{D}/plans.py"],
     [f"{DM}/*", f"{D}/sampler.py"],
     [f"{D}/deterministic.py", f"{D}/exponential.py"],
     [

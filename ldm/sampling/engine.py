@@ -186,6 +186,14 @@ class Engine:
         """The items' sampled latents, (B, C, h, w)."""
         return self._sampled(items)[0]
 
+    def plain_run(self, items: Sequence[Item]) -> tuple[Denoiser, Rule, Tensor]:
+        """What `denoise` needs for the items: the model with their conditions, the solver, the starting latents."""
+        noise = ImageNoise([item.seed for item in items]).node
+        with self._precision():
+            rule = self.recipe.rule(self.model.alphas_cumprod, noise, self.task.canvas.strength)
+            x = self.task.canvas.start(self.model, items, self._noise(items), rule.nodes[0])
+            return self._denoiser(items), rule, x
+
     def _sampled(self, items: Sequence[Item]) -> tuple[Tensor, int]:
         """The items' latents, and the UNet's MACs for one of them."""
         if self.plan.per_picture and len(items) > 1:

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from ldm.models.diffusion.calibration import Calibration, read_calibration
 from ldm.models.diffusion.online import OnlinePlan
 from ldm.models.diffusion.plan import Plan
 
@@ -36,20 +37,39 @@ def plan_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in PLAN_DIR.glob("*.yaml")))
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of the run that a plan is for.
+
+    facts:        "sampler", "weights" (digest), ...; a plan that was made for others is refused.
+    calibrations: folder with the model's tables, for plans `auto:...`.
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    calibrations: Path | None = None
+
+    def check(self, made_for: Mapping[str, Any], what: str) -> None:
+        """Raise ValueError if what was made for another run."""
+        for name, wanted in made_for.items():
+            if name in self.facts and self.facts[name] != wanted:
+                raise ValueError(f"{what} was made for {name} {wanted}; this run's is {self.facts[name]}")
+
+
 def load_plan(spec: str, num_nodes: int, parallel: int = 1, propagate: str | None = None,
-              run: Mapping[str, Any] | None = None) -> Plan | OnlinePlan:
+              run: RunFacts | None = None) -> Plan | OnlinePlan:
     """The plan that `spec` names, for a run of `num_nodes` nodes.
 
     Args:
         spec: `off` (every node is a key node), a name of `plan_names()`, `uniform:N` (every N-th node), `pro` (gaps
             that grow by one: 0, 2, 5, 9, ...), `deepcache:N` or `deepcache:N:BRANCH` (every N-th node in full, only the
             outermost BRANCH blocks, by default 1, at the others), `online:X` or `online:time:X` (decided on the
-            way, at a relative change of X of the latent or of the embedded timestep), key nodes such as `0,1,2,5` or
-            `0-3,5`, or the path of a .yaml file in the format above.
+            way, at a relative change of X of the latent or of the embedded timestep), `auto:K` or `auto:0.8` (the
+            best K key nodes, or as many as 0.8 of the plain run's MACs allow, by the model's calibration), key nodes
+            such as `0,1,2,5` or `0-3,5`, or the path of a .yaml file in the format above.
         num_nodes: network evaluations of the run; for DDIM the length of its timestep grid.
         parallel: most decoder steps in one batch.
-        propagate: see `Plan`; None = as the plan's file says, or hold.
-        run: what is known of the run ("sampler", "weights", ...), to refuse a file that was made for another.
+        propagate: see `Plan`; None = as the plan's file or calibration says, or hold.
+        run: what is known of the run, to refuse what was made for another.
 
     Named and file plans hold exactly at the run lengths they list. At other lengths the longest list is
     scaled: key k of n becomes floor(k * num_nodes / n), repeats dropped. Rules (`every`, `uniform:N`, `pro`) are
@@ -61,7 +81,9 @@ def load_plan(spec: str, num_nodes: int, parallel: int = 1, propagate: str | Non
     """
     if num_nodes < 1:
         raise ValueError(f"num_nodes must be at least 1; got {num_nodes}")
-    plan = _online(spec, num_nodes) or _deepcache(spec, num_nodes) or _keyed(spec, num_nodes, run or {})
+    run = run or RunFacts()
+    plan = (_online(spec, num_nodes) or _deepcache(spec, num_nodes) or _auto(spec, num_nodes, run)
+            or _keyed(spec, num_nodes, run))
     if propagate is not None:
         if plan.shallow and propagate != "hold":
             raise ValueError(f"{spec} decodes nothing between its key nodes that could be {propagate}; "
@@ -90,7 +112,29 @@ def _deepcache(spec: str, num_nodes: int) -> Plan | None:
     return Plan(num_nodes, keys, shallow=shallow, branch=int(match[2] or 1) if shallow else 0)
 
 
-def _keyed(spec: str, num_nodes: int, run: Mapping[str, Any]) -> Plan:
+def _auto(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
+    match = re.fullmatch(r"auto:(?:(\d+)|(0?\.\d+|1\.0*))", spec)
+    if match is None:
+        return None
+    calibration = _calibration(num_nodes, run)
+    return calibration.plan(int(match[1])) if match[1] else calibration.plan_within(float(match[2]))
+
+
+def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
+    """The model's own for this sampler and run length."""
+    folder, sampler = run.calibrations, run.facts.get("sampler")
+    there = sorted(folder.glob(f"{sampler}-*.json")) if folder and folder.is_dir() else []
+    found = {path: read_calibration(path) for path in there}
+    for path, calibration in found.items():
+        if calibration.num_nodes == num_nodes:
+            run.check(calibration.made_for, f"calibration {path.name}")
+            return calibration
+    lengths = ", ".join(str(calibration.num_nodes) for calibration in found.values()) or "none"
+    raise ValueError(f"auto plans need a calibration of this model for {sampler} with {num_nodes} nodes; there is "
+                     f"{lengths}: scripts/calibrate_plan.py makes one")
+
+
+def _keyed(spec: str, num_nodes: int, run: RunFacts) -> Plan:
     path = PLAN_DIR / f"{spec}.yaml" if spec in plan_names() else Path(spec)
     if path.suffix in (".yaml", ".yml"):
         file = _read(path)
@@ -109,8 +153,8 @@ def _keys(spec: str, num_nodes: int) -> tuple[int, ...]:
     if spec[:1].isdigit():
         return _expand(spec.split(","))
     raise ValueError(
-        f"unknown plan {spec!r}; accepted: off, uniform:N, pro, deepcache:N[:BRANCH], online:[time:]X, "
-        f"key nodes such as 0,1,2,5, a .yaml file, or one of {', '.join(plan_names())}"
+        f"unknown plan {spec!r}; accepted: off, uniform:N, pro, deepcache:N[:BRANCH], online:[time:]X, auto:K, "
+        f"auto:SHARE, key nodes such as 0,1,2,5, a .yaml file, or one of {', '.join(plan_names())}"
     )
 
 
@@ -156,18 +200,16 @@ class _PlanFile:
                 f"every must be a number and same_as a name; got {self.every!r}, {self.same_as!r}"
             )
 
-    def check(self, path: Path, num_nodes: int, run: Mapping[str, Any]) -> None:
+    def check(self, path: Path, num_nodes: int, run: RunFacts) -> None:
         """Raise ValueError if the plan was made for another run."""
-        for name, wanted in self.made_for.items():
-            if name in run and run[name] != wanted:
-                raise ValueError(f"plan file {path} was made for {name} {wanted}; this run's is {run[name]}")
+        run.check(self.made_for, f"plan file {path}")
         if self.made_for and num_nodes not in self.steps:
             raise ValueError(f"plan file {path} was made for {', '.join(map(str, self.steps))} nodes; this run has "
                              f"{num_nodes}")
 
     def keys(self, num_nodes: int) -> tuple[int, ...]:
         if self.same_as is not None:
-            return _keyed(self.same_as, num_nodes, {}).keys
+            return _keyed(self.same_as, num_nodes, RunFacts()).keys
         if self.every is not None:
             return _every(self.every, num_nodes)
         if num_nodes in self.steps:
