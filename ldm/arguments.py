@@ -42,6 +42,19 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return what
 
 
+def picture_arguments(p: argparse.ArgumentParser, strength: float) -> None:
+    """Prompts, the picture to begin with, how much of it is made anew, and the size of the results."""
+    what = text_arguments(p)
+    what.add_argument("--init-img", required=True, metavar="FILE",
+                      help="the picture to begin with; transparent parts become white")
+    what.add_argument("--strength", type=number(float, sys.float_info.min, 1, "a number above 0, up to 1"),
+                      default=strength,
+                      help="how much of the picture is made anew: the share of the steps that is run; a plan "
+                           "counts these (default: %(default)s)")
+    size_arguments(what, "the picture's, rounded down to what the model can make; the picture is scaled to "
+                         "cover it and cut off evenly")
+
+
 def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's") -> None:
     group.add_argument("--H", type=count, help=f"height in pixels (default: {default})")
     group.add_argument("--W", type=count, help=f"width in pixels (default: {default})")

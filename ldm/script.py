@@ -105,15 +105,33 @@ def picture_size(args: argparse.Namespace, sizes: Sizes, default: tuple[int, int
     return height, width
 
 
+def from_picture(args: argparse.Namespace, default: Files) -> tuple[Tensor, list[Item], Setup]:
+    """What `picture_arguments` ask for: the picture in the size of the results, (3, H, W); these; the model."""
+    from ldm.images import fit, from_pil, open_picture
+
+    with blame("--init-img"):
+        image = open_picture(args.init_img)
+        items = text_items(args, named(args.init_img, "init_img"))
+    setup = make_setup(args, default)
+    step = setup.sizes.multiple
+    height, width = (max(step, side // step * step) for side in (image.height, image.width))
+    return from_pil(fit(image, *picture_size(args, setup.sizes, (height, width)))), items, setup
+
+
 def conditioner(setup: Setup) -> nn.Module:
     """The model's conditioner without its weights, to see what it takes."""
+    config = setup.config.model.params.get("cond_stage_config")
+    if isinstance(config, str):
+        raise BadInput(f"--config: a model without a conditioner of its own: its cond_stage_config is {config}")
+    return without_weights(config)
+
+
+def without_weights(config: Any) -> nn.Module:
+    """A part of the model, built from its part of the config."""
     import torch
 
     from ldm.util import instantiate_from_config
 
-    config = setup.config.model.params.get("cond_stage_config")
-    if isinstance(config, str):
-        raise BadInput(f"--config: a model without a conditioner of its own: its cond_stage_config is {config}")
     with blame("--config", (ValueError, OSError, TypeError, KeyError)), torch.device("meta"):
         return instantiate_from_config(config)
 

@@ -42,7 +42,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [f"{D}/solvers.py"],
     [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
-    [f"{S}/engine.py"],
+    [f"{S}/engine.py", f"{S}/hybrid.py"],
     ["ldm/script.py"],
     ["scripts/*", "evaluation/*", "main.py"],
 ]

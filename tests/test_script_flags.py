@@ -15,6 +15,8 @@ SHARED = "seed steps sampler plan parallel noise-weight noise-below noise-order 
 FLAGS = {
     "img2img": "prompt init-img strength outdir skip_grid skip_save ddim_steps plms fixed_code ddim_eta n_iter C f "
                "n_samples n_rows scale from-file",
+    "depth2img": "prompt init-img strength outdir skip_grid skip_save ddim_steps fixed_code ddim_eta n_iter C f "
+                 "n_samples n_rows scale from-file",
     "inpaint": "indir outdir steps prompt scale",
     "sample_diffusion": "resume n_samples eta vanilla_sample logdir custom_steps batch_size npz",
     "class_conditional": "classes class-names uncond_class n_samples scale ddim_steps ddim_eta",

@@ -38,8 +38,8 @@ class Condition:
         """The condition of these items."""
         return None
 
-    def none(self, model: LatentDiffusion, count: int) -> ConditionLike:
-        """What guidance leads away from, for `count` pictures.
+    def none(self, model: LatentDiffusion, told: ConditionLike) -> ConditionLike:
+        """What guidance leads away from where the network is told this, a result of `of`.
 
         Raises:
             ValueError: the model has no such thing.
@@ -67,8 +67,8 @@ class Text(Condition):
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
         return self._embed(model, [item.subject["prompt"] for item in items])              # (B, L, D)
 
-    def none(self, model: LatentDiffusion, count: int) -> Tensor:
-        return self._embed(model, [""]).expand(count, -1, -1)
+    def none(self, model: LatentDiffusion, told: Tensor) -> Tensor:
+        return self._embed(model, [""]).expand_as(told)
 
     @torch.no_grad()
     def _embed(self, model: LatentDiffusion, prompts: list[str]) -> Tensor:
@@ -99,8 +99,8 @@ class Classes(Condition):
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
         return self._embed(model, [item.subject["class"] for item in items])               # (B, 1, D)
 
-    def none(self, model: LatentDiffusion, count: int) -> Tensor:
-        return super().none(model, count) if self.absent is None else self._embed(model, [self.absent] * count)
+    def none(self, model: LatentDiffusion, told: Tensor) -> Tensor:
+        return super().none(model, told) if self.absent is None else self._embed(model, [self.absent] * len(told))
 
     @torch.no_grad()
     def _embed(self, model: LatentDiffusion, classes: list[int]) -> Tensor:

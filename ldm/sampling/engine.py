@@ -206,8 +206,8 @@ class Engine:
 
     def _denoiser(self, items: Sequence[Item]) -> Denoiser:
         condition, scale = self.task.condition, self.recipe.scale
-        uncond = None if scale == 1.0 else condition.none(self.model, len(items))
-        return self.model.denoiser(condition.of(self.model, items), uncond, scale)
+        told = condition.of(self.model, items)
+        return self.model.denoiser(told, None if scale == 1.0 else condition.none(self.model, told), scale)
 
     def _warm_up(self, items: Sequence[Item]) -> None:
         """The first call of a network pays for memory and compiled kernels."""

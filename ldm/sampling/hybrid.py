@@ -1,0 +1,46 @@
+"""Text and something else that a network is told: the models of Stable Diffusion 2 that see more than a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from ldm.generate import Item
+from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion, LatentDiffusion
+from ldm.models.diffusion.denoiser import Conditioning
+from ldm.sampling.conditions import Text
+
+
+class Hybrid(Text):
+    """What they have in common: guidance leads away from the text alone, all else is told in both cases."""
+
+    key = "hybrid"
+    model_class: type[LatentDiffusion]
+
+    def tokens(self, model: LatentDiffusion) -> int:
+        self._need(isinstance(model, self.model_class),
+                   f"it is a {type(model).__name__}, expected a {self.model_class.__name__}")
+        return super().tokens(model)
+
+    def none(self, model: LatentDiffusion, told: Conditioning) -> Conditioning:
+        return replace(told, context=super().none(model, told.context))
+
+
+class Depth(Hybrid):
+    """The depth of one picture for all items, which the model's own network estimates.
+
+    Args:
+        picture: (3, H, W) in [-1, 1].
+        size: height and width of the latents.
+    """
+
+    kind, model_class = "a depth-to-image model", LatentDepth2ImageDiffusion
+
+    def __init__(self, picture: Tensor, size: tuple[int, int]):
+        self.picture, self.size = picture, size
+
+    def of(self, model: LatentDepth2ImageDiffusion, items: Sequence[Item]) -> Conditioning:
+        told = model.condition(super().of(model, items), self.picture[None].to(model.device), self.size)
+        return replace(told, concat=told.concat.expand(len(items), -1, -1, -1))            # (B, 1, h, w)
