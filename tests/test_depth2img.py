@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from script_runs import EMOJI64, Script, check_resume, tiny_text_model
+from test_inpaint import add
 from test_midas import TINY
 
 from ldm.checkpoint import load_model
@@ -118,6 +119,13 @@ def test_bad_arguments(script, capsys, arguments, why):
 def test_a_model_of_depth_is_no_text_to_image_model(files, tmp_path, capsys):
     line = Script("txt2img", tmp_path, *files).refusal(capsys)
     assert line == "--config: not a text-to-image model: its conditioning_key is 'hybrid', expected 'crossattn'"
+
+
+def test_a_model_of_depth_paints_no_masks(files, tmp_path, capsys):
+    add(tmp_path / "in", "a", (64, 64))
+    line = Script("inpaint", tmp_path, *files, "--indir", str(tmp_path / "in")).refusal(capsys, "--prompt", "a cat")
+    assert line == ("--config: not a model for inpainting from text: it is a LatentDepth2ImageDiffusion, "
+                    "expected a LatentInpaintDiffusion")
 
 
 def test_the_published_checkpoint_is_asked_for_by_its_place(script, capsys):

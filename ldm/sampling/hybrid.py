@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ldm.generate import Item
-from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion, LatentDiffusion
+from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion, LatentDiffusion, LatentInpaintDiffusion
 from ldm.models.diffusion.denoiser import Conditioning
 from ldm.sampling.conditions import Text
 
@@ -44,3 +45,24 @@ class Depth(Hybrid):
     def of(self, model: LatentDepth2ImageDiffusion, items: Sequence[Item]) -> Conditioning:
         told = model.condition(super().of(model, items), self.picture[None].to(model.device), self.size)
         return replace(told, concat=told.concat.expand(len(items), -1, -1, -1))            # (B, 1, h, w)
+
+
+class Surroundings(Hybrid):
+    """What is around the masked part of a picture, and the mask: inpainting by Stable Diffusion.
+
+    The first stage's mean encoding is taken where the published script draws from its posterior.
+
+    Args:
+        pictures: one for each prompt_index, (N, 3, H, W) in [-1, 1]; what is masked is not seen.
+        masks: 1 = to be painted, 0 = stays; (N, 1, H, W).
+    """
+
+    kind, model_class = "a model for inpainting from text", LatentInpaintDiffusion
+
+    def __init__(self, pictures: Tensor, masks: Tensor):
+        self.pictures, self.masks = pictures, masks
+
+    def of(self, model: LatentInpaintDiffusion, items: Sequence[Item]) -> Conditioning:
+        indices = [item.prompt_index for item in items]
+        pictures, masks = (part[indices].to(model.device) for part in (self.pictures, self.masks))
+        return model.condition(super().of(model, items), pictures, masks, noise=torch.zeros(()))
