@@ -71,27 +71,30 @@ def seed_argument(group: argparse._ArgumentGroup) -> None:
                             "(default: %(default)s)")
 
 
-def sampling_arguments(p: argparse.ArgumentParser, steps: int = 50, eta: float = 0.0, scale: float | None = None,
-                       guided: bool = True, steps_flags: Sequence[str] = ("--steps", "--ddim_steps"),
+def sampling_arguments(p: argparse.ArgumentParser, steps: int | None = 50, eta: float | None = 0.0,
+                       scale: float | None = None, guided: bool = True, unknown: str = "the model's, or 7.5",
+                       steps_flags: Sequence[str] = ("--steps", "--ddim_steps"),
                        eta_flags: Sequence[str] = ("--ddim_eta",)) -> argparse._MutuallyExclusiveGroup:
     """Steps, noise, guidance, solver; returns the group of the flags that name a solver.
 
     Args:
         steps, eta: their defaults; a solver that has no choice of eta is not held to that.
-        scale: default of the guidance scale; None = the model's.
+        scale: default of the guidance scale.
         guided: whether there is guidance at all.
+        unknown: what the help calls a default that is None, because it depends on the model.
         steps_flags, eta_flags: what the published script calls them.
     """
+    def default(value: float | None) -> str:
+        return f"(default: {unknown if value is None else value})"
+
     how = p.add_argument_group("how to sample")
     how.add_argument(*steps_flags, dest="steps", type=count, default=steps, metavar="N",
-                     help="sampling steps (default: %(default)s)")
+                     help=f"sampling steps {default(steps)}")
     how.add_argument(*eta_flags, dest="eta", type=number(float, 0, 1, "a number in 0..1"), metavar="ETA",
-                     help=f"of ddim: 0 = deterministic, 1 = ancestral sampling (default: {eta})")
+                     help=f"of ddim: 0 = deterministic, 1 = ancestral sampling {default(eta)}")
     p.set_defaults(default_eta=eta)
     if guided:
-        default = "the model's, or 7.5" if scale is None else scale
-        how.add_argument("--scale", type=finite, default=scale,
-                         help=f"guidance scale, 1 = none (default: {default})")
+        how.add_argument("--scale", type=finite, default=scale, help=f"guidance scale, 1 = none {default(scale)}")
     else:
         p.set_defaults(scale=1.0)
     sampler = how.add_mutually_exclusive_group()

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.generate import Item
-from ldm.models.diffusion.ddpm import LatentDepth2ImageDiffusion, LatentDiffusion, LatentInpaintDiffusion
+from ldm.models.diffusion.ddpm import (
+    LatentDepth2ImageDiffusion,
+    LatentDiffusion,
+    LatentInpaintDiffusion,
+    LatentUpscaleDiffusion,
+)
 from ldm.models.diffusion.denoiser import Conditioning
+from ldm.noise import ImageNoise
 from ldm.sampling.conditions import Text
+
+AUGMENTATION_STREAM = 2     # appended to an image's seed: the noise on its condition is not the solver's noise
 
 
 class Hybrid(Text):
@@ -66,3 +75,26 @@ class Surroundings(Hybrid):
         indices = [item.prompt_index for item in items]
         pictures, masks = (part[indices].to(model.device) for part in (self.pictures, self.masks))
         return model.condition(super().of(model, items), pictures, masks, noise=torch.zeros(()))
+
+
+class LowResolution(Hybrid):
+    """A small picture, noised by a known amount: the x4 upscaler. The noise belongs to the item.
+
+    Args:
+        pictures: one for each prompt_index, (N, 3, h, w) in [-1, 1], as high and wide as the latents.
+        noise_level: 0..max_noise_level-1 of the model's low-scale model; 0 = almost none.
+    """
+
+    kind, key, model_class = "an upscaler that reads text", "hybrid-adm", LatentUpscaleDiffusion
+
+    def __init__(self, pictures: Tensor, noise_level: int):
+        self.pictures, self.noise_level = pictures, noise_level
+
+    def settings(self) -> dict[str, Any]:
+        return {"noise_level": self.noise_level}
+
+    def of(self, model: LatentUpscaleDiffusion, items: Sequence[Item]) -> Conditioning:
+        low = self.pictures[[item.prompt_index for item in items]].to(model.device)
+        noise = ImageNoise([(*item.seed, AUGMENTATION_STREAM) for item in items]).start(low.shape[1:])
+        level = torch.full((len(items),), self.noise_level, device=model.device)
+        return model.condition(super().of(model, items), low, level, noise.to(model.device))
