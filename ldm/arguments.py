@@ -60,6 +60,12 @@ def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's")
     group.add_argument("--W", type=count, help=f"width in pixels (default: {default})")
 
 
+def class_names_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--class-names", metavar="FILE",
+                       help="names of the classes, one line each from class 0, synonyms separated by commas; "
+                            "none ships")
+
+
 def batch_argument(group: argparse._ArgumentGroup, default: int) -> None:
     group.add_argument("--batch_size", type=count, default=default, metavar="N",
                        help="pictures at a time; changes speed and memory, not the pictures (default: %(default)s)")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import NOISE_WEIGHT, Files
+from ldm.class_names import Names, read_names
 from ldm.cli import BadInput, blame
 
 # The library, and with it PyTorch, is imported where it is used: --help must answer at once.
@@ -55,6 +56,12 @@ def text_items(args: argparse.Namespace, extra: dict[str, Any] | None = None) ->
     subjects = [{"prompt": prompt} | (extra or {}) for prompt in read_prompts(args)]
     return subject_items(subjects, per_iteration * args.n_iter, args.seed,
                          share_start=per_iteration if args.fixed_code else None)
+
+
+def given_names(args: argparse.Namespace) -> Names:
+    """The names in --class-names; none without."""
+    with blame("--class-names"):
+        return {} if args.class_names is None else read_names(args.class_names)
 
 
 def find_device(name: str) -> torch.device:

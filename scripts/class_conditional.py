@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ldm.arguments import (
     ROOT,
     batch_argument,
+    class_names_argument,
     count,
     model_arguments,
     output_arguments,
@@ -22,8 +22,9 @@ from ldm.arguments import (
     seed_argument,
     size_arguments,
 )
+from ldm.class_names import find_class
 from ldm.cli import BadInput, Parser, blame, command, number
-from ldm.script import GO_ON, Setup, conditioner, make_pictures, make_setup, picture_size
+from ldm.script import GO_ON, Setup, conditioner, given_names, make_pictures, make_setup, picture_size
 
 CIN256 = (ROOT / "configs/latent-diffusion/cin256-v2.yaml", ROOT / "models/ldm/cin256-v2/model.ckpt")
 IMAGENET = 1000                         # classes; where a model has one more, that one is their absence
@@ -36,8 +37,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to make")
     what.add_argument("--classes", nargs="+", default=NOTEBOOK, metavar="CLASS",
                       help=f"class indices, or names of --class-names (default: {' '.join(NOTEBOOK)})")
-    what.add_argument("--class-names", metavar="FILE",
-                      help="names of the classes, one line each from class 0, synonyms separated by commas; none ships")
+    class_names_argument(what)
     what.add_argument("--n_samples", type=count, default=4, metavar="N",
                       help="pictures of each class (default: %(default)s)")
     batch_argument(what, 4)
@@ -63,37 +63,6 @@ def class_count(setup: Setup) -> int:
     return embedder.n_classes
 
 
-def read_names(path: str | None) -> dict[str, list[int]]:
-    """Class indices by name in lower case: of a whole line, and of each of its synonyms."""
-    if path is None:
-        return {}
-    with blame("--class-names"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    if not lines:
-        raise BadInput(f"--class-names: {path} is empty; expected one name per line")
-    names: dict[str, list[int]] = {}
-    for index, line in enumerate(lines):
-        for name in dict.fromkeys([line, *line.split(",")]):
-            found = names.setdefault(name.strip().lower(), [])
-            found += [index] if index not in found else []
-    return names
-
-
-def find_class(text: str, names: dict[str, list[int]], classes: int) -> int:
-    if text.lstrip("+-").isdigit():
-        found = [int(text)]
-    else:
-        found = names.get(text.strip().lower(), [])
-        if not found:
-            raise BadInput(f"--classes: {text!r} is " + ("in no line of --class-names" if names else
-                           "no number, and without --class-names there are no names"))
-        if len(found) > 1:
-            raise BadInput(f"--classes: {text!r} names classes {', '.join(map(str, found))}; give the number")
-    if not 0 <= found[0] < classes:
-        raise BadInput(f"--classes: expected 0..{classes - 1}, the classes of this model; got {found[0]}")
-    return found[0]
-
-
 def absent_class(args: argparse.Namespace, classes: int) -> int | None:
     """The class that guidance leads away from; None without guidance."""
     if args.scale == 1.0:
@@ -109,10 +78,11 @@ def absent_class(args: argparse.Namespace, classes: int) -> int | None:
 
 
 def run(args: argparse.Namespace) -> None:
-    names = read_names(args.class_names)
+    names = given_names(args)
     setup = make_setup(args, CIN256)
     classes = class_count(setup)
-    chosen = [find_class(text, names, classes) for text in args.classes]
+    with blame("--classes"):
+        chosen = [find_class(text, names, classes) for text in args.classes]
     absent = absent_class(args, classes)
     size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
 

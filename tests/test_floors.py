@@ -16,7 +16,7 @@ DM = f"{M}/diffusionmodules"
 FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["ldm/util.py", "ldm/cli.py", "*/__init__.py"],
     [
-        "ldm/arguments.py",
+        *("ldm/arguments.py", "ldm/class_names.py"),
         *(f"{DM}/features.py", f"{DM}/process.py", f"{DM}/util.py", f"{D}/schedule.py", f"{D}/plan.py"),
         *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py"),
         *("ldm/download.py", "ldm/published.py"),

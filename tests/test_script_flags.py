@@ -21,6 +21,7 @@ FLAGS = {
     "sample_diffusion": "resume n_samples eta vanilla_sample logdir custom_steps batch_size npz",
     "class_conditional": "classes class-names uncond_class n_samples scale ddim_steps ddim_eta",
     "superresolution": "images prompt noise_level n_samples ddim_steps ddim_eta scale",
+    "layout2img": "boxes class-names n_samples H W ddim_steps ddim_eta",
     "semantic2img": "maps n_samples ddim_steps ddim_eta",
 }
 

@@ -107,6 +107,30 @@ class Classes(Condition):
         return model.get_learned_conditioning(torch.tensor(classes))
 
 
+class Boxes(Condition):
+    """Classes and where they are, as token ids: layout to image.
+
+    Args:
+        ids: one row for each prompt_index, (N, L), see `box_tokens`.
+    """
+
+    kind, key = "a layout-to-image model", "crossattn"
+    told_of = "coordinates_bbox"        # the model's cond_stage_key
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids
+
+    def tokens(self, model: LatentDiffusion) -> int:
+        super().tokens(model)
+        self._need(model.cond_stage_key == self.told_of,
+                   f"its cond_stage_key is {model.cond_stage_key!r}, expected {self.told_of!r}")
+        return self.ids.shape[1]
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        with torch.no_grad():
+            return model.get_learned_conditioning(self.ids[[item.prompt_index for item in items]])   # (B, L, D)
+
+
 class Beside(Condition):
     """A picture beside the latents: low resolution for super-resolution.
 

@@ -1,0 +1,48 @@
+"""Classes as users name them: by number, or by a name from a list that they give with --class-names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Names = Mapping[str, Sequence[int]]     # class numbers by name in lower case
+
+
+def read_names(path: str | Path) -> Names:
+    """The classes that a whole line names, or one of its synonyms, which are separated by commas.
+
+    Args:
+        path: a text file, one line for each class from class 0.
+
+    Raises:
+        OSError, ValueError: the file can't be read, or is empty.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    if not lines:
+        raise ValueError(f"{path} is empty; expected one name per line")
+    names: dict[str, list[int]] = {}
+    for index, line in enumerate(lines):
+        for name in dict.fromkeys([line, *line.split(",")]):
+            found = names.setdefault(name.strip().lower(), [])
+            found += [index] if index not in found else []
+    return names
+
+
+def find_class(text: str, names: Names, classes: int) -> int:
+    """The class, 0..classes-1, that a number or a name stands for.
+
+    Raises:
+        ValueError: no such class, or more than one of this name.
+    """
+    if text.lstrip("+-").isdigit():
+        found: Sequence[int] = [int(text)]
+    else:
+        found = names.get(text.strip().lower(), [])
+        if not found:
+            raise ValueError(f"{text!r} is " + ("in no line of --class-names" if names else
+                             "no number, and without --class-names there are no names"))
+        if len(found) > 1:
+            raise ValueError(f"{text!r} names classes {', '.join(map(str, found))}; give the number")
+    if not 0 <= found[0] < classes:
+        raise ValueError(f"expected 0..{classes - 1}, the classes of this model; got {found[0]}")
+    return found[0]
