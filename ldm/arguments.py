@@ -133,7 +133,7 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                       help="make each picture plain and accelerated and save them side by side")
 
 
-def model_arguments(p: argparse.ArgumentParser, default: Files | None = None) -> None:
+def model_arguments(p: argparse.ArgumentParser, default: Files | None = None) -> argparse._ArgumentGroup:
     """The model's files and where it runs; `default` is the model that needs no flag."""
     note = f"default: {default[1].parent.relative_to(ROOT)}" if default else "no default"
     model = p.add_argument_group(f"the model ({note})")
@@ -147,6 +147,7 @@ def model_arguments(p: argparse.ArgumentParser, default: Files | None = None) ->
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     model.add_argument("--precision", choices=("full", "autocast"),
                        help="(default: autocast on cuda, else full)")
+    return model
 
 
 def output_arguments(p: argparse.ArgumentParser, outdir: str, flags: Sequence[str] = ("--outdir",),

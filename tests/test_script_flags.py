@@ -13,6 +13,8 @@ from script_runs import ROOT
 SHARED = "seed steps sampler plan parallel noise-weight noise-below noise-order compare config ckpt weights device " \
          "precision outdir"
 FLAGS = {
+    "txt2img": "prompt outdir skip_grid skip_save ddim_steps plms dpm laion400m fixed_code ddim_eta n_iter H W C f "
+               "n_samples n_rows scale from-file repeat",
     "img2img": "prompt init-img strength outdir skip_grid skip_save ddim_steps plms fixed_code ddim_eta n_iter C f "
                "n_samples n_rows scale from-file",
     "depth2img": "prompt init-img strength outdir skip_grid skip_save ddim_steps fixed_code ddim_eta n_iter C f "
