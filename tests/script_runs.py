@@ -12,7 +12,7 @@ from clip_vocabulary import write_vocabulary
 from contracts import recipe_weights
 from omegaconf import OmegaConf
 from PIL import Image
-from test_clip import TINY_OPEN, TINY_TEXT
+from tiny_clip import TINY_OPEN, TINY_TEXT
 from txt2img_model import load_script
 
 from ldm.checkpoint import save_weights
@@ -56,13 +56,14 @@ def tiny_model(folder: Path, published: str, latent: int = 8, **params: Any) -> 
 
 def tiny_text_model(folder: Path, published: str, **params: Any) -> list[str]:
     """The same of a model of Stable Diffusion 1 or 2, whose text encoder reads words of the golden prompts."""
-    vocabulary = str(write_vocabulary(folder))
-    kind = OmegaConf.load(ROOT / published).model.params.cond_stage_config.target.rpartition(".")[2]
-    encoder = {"FrozenCLIPEmbedder": {"version": TINY_TEXT}, "FrozenOpenCLIPEmbedder": {"arch": TINY_OPEN}}[kind]
-    heads = {"unet_config__params__num_head_channels": 16} if "num_head_channels" in (
-        OmegaConf.load(ROOT / published).model.params.unet_config.params) else {}
-    return tiny_model(folder, published, unet_config__params__context_dim=16,
-                      cond_stage_config__params={**encoder, "vocabulary": vocabulary}, **heads, **params)
+    model = OmegaConf.load(ROOT / published).model.params
+    open_clip = model.cond_stage_config.target.endswith("FrozenOpenCLIPEmbedder")
+    encoder = {"arch": TINY_OPEN} if open_clip else {"version": TINY_TEXT}
+    encoder["vocabulary"] = str(write_vocabulary(folder))
+    if "num_head_channels" in model.unet_config.params:
+        params["unet_config__params__num_head_channels"] = 16
+    return tiny_model(folder, published, unet_config__params__context_dim=16, cond_stage_config__params=encoder,
+                      **params)
 
 
 class Script:

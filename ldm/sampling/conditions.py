@@ -1,4 +1,4 @@
-"""What a network is told of each picture: nothing, text, a class, or pictures beside its latents."""
+"""What a network is told of each picture: nothing, text, a class, boxes, or pictures beside its latents."""
 
 from __future__ import annotations
 
