@@ -51,9 +51,28 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return what
 
 
+def picture_arguments(p: argparse.ArgumentParser, strength: float) -> None:
+    """Prompts, the picture to begin with, how much of it is made anew, and the size of the results."""
+    what = text_arguments(p)
+    what.add_argument("--init-img", required=True, metavar="FILE",
+                      help="the picture to begin with; transparent parts become white")
+    what.add_argument("--strength", type=number(float, sys.float_info.min, 1, "a number above 0, up to 1"),
+                      default=strength,
+                      help="how much of the picture is made anew: the share of the steps that is run; a plan "
+                           "counts these (default: %(default)s)")
+    size_arguments(what, "the picture's, rounded down to what the model can make; the picture is scaled to "
+                         "cover it and cut off evenly")
+
+
 def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's") -> None:
     group.add_argument("--H", type=count, help=f"height in pixels (default: {default})")
     group.add_argument("--W", type=count, help=f"width in pixels (default: {default})")
+
+
+def class_names_argument(group: argparse._ArgumentGroup, default: str = "none") -> None:
+    group.add_argument("--class-names", metavar="FILE",
+                       help="names of the classes, one line each from class 0, synonyms separated by commas "
+                            f"(default: {default})")
 
 
 def batch_argument(group: argparse._ArgumentGroup, default: int) -> None:
@@ -67,27 +86,30 @@ def seed_argument(group: argparse._ArgumentGroup) -> None:
                             "(default: %(default)s)")
 
 
-def sampling_arguments(p: argparse.ArgumentParser, steps: int = 50, eta: float = 0.0, scale: float | None = None,
-                       guided: bool = True, steps_flags: Sequence[str] = ("--steps", "--ddim_steps"),
+def sampling_arguments(p: argparse.ArgumentParser, steps: int | None = 50, eta: float | None = 0.0,
+                       scale: float | None = None, guided: bool = True, unknown: str = "the model's, or 7.5",
+                       steps_flags: Sequence[str] = ("--steps", "--ddim_steps"),
                        eta_flags: Sequence[str] = ("--ddim_eta",)) -> argparse._MutuallyExclusiveGroup:
     """Steps, noise, guidance, solver; returns the group of the flags that name a solver.
 
     Args:
         steps, eta: their defaults; a solver that has no choice of eta is not held to that.
-        scale: default of the guidance scale; None = the model's.
+        scale: default of the guidance scale.
         guided: whether there is guidance at all.
+        unknown: what the help calls a default that is None, because it depends on the model.
         steps_flags, eta_flags: what the published script calls them.
     """
+    def default(value: float | None) -> str:
+        return f"(default: {unknown if value is None else value})"
+
     how = p.add_argument_group("how to sample")
     how.add_argument(*steps_flags, dest="steps", type=count, default=steps, metavar="N",
-                     help="sampling steps (default: %(default)s)")
+                     help=f"sampling steps {default(steps)}")
     how.add_argument(*eta_flags, dest="eta", type=number(float, 0, 1, "a number in 0..1"), metavar="ETA",
-                     help=f"of ddim: 0 = deterministic, 1 = ancestral sampling (default: {eta})")
+                     help=f"of ddim: 0 = deterministic, 1 = ancestral sampling {default(eta)}")
     p.set_defaults(default_eta=eta)
     if guided:
-        default = "the model's, or 7.5" if scale is None else scale
-        how.add_argument("--scale", type=finite, default=scale,
-                         help=f"guidance scale, 1 = none (default: {default})")
+        how.add_argument("--scale", type=finite, default=scale, help=f"guidance scale, 1 = none {default(scale)}")
         how.add_argument("--guidance-interval", type=interval, metavar="LOW,HIGH",
                          help="guide only from key steps at these training timesteps (default: all)")
         how.add_argument("--guidance-reuse", action="store_true",
@@ -128,7 +150,7 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                       help="make each picture plain and accelerated and save them side by side")
 
 
-def model_arguments(p: argparse.ArgumentParser, default: Files | None = None) -> None:
+def model_arguments(p: argparse.ArgumentParser, default: Files | None = None) -> argparse._ArgumentGroup:
     """The model's files and where it runs; `default` is the model that needs no flag."""
     note = f"default: {default[1].parent.relative_to(ROOT)}" if default else "no default"
     model = p.add_argument_group(f"the model ({note})")
@@ -142,6 +164,7 @@ def model_arguments(p: argparse.ArgumentParser, default: Files | None = None) ->
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     model.add_argument("--precision", choices=("full", "autocast"),
                        help="(default: autocast on cuda, else full)")
+    return model
 
 
 def output_arguments(p: argparse.ArgumentParser, outdir: str, flags: Sequence[str] = ("--outdir",),

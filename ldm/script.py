@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import NOISE_WEIGHT, Files
+from ldm.class_names import Names, read_names
 from ldm.cli import BadInput, blame
 
 # The library, and with it PyTorch, is imported where it is used: --help must answer at once.
@@ -56,6 +57,13 @@ def text_items(args: argparse.Namespace, extra: dict[str, Any] | None = None) ->
     subjects = [{"prompt": prompt} | (extra or {}) for prompt in read_prompts(args)]
     return subject_items(subjects, per_iteration * args.n_iter, args.seed,
                          share_start=per_iteration if args.fixed_code else None)
+
+
+def given_names(args: argparse.Namespace, default: Path | None = None) -> Names:
+    """The names in --class-names, else in the default file; none without either."""
+    path = args.class_names or default
+    with blame("--class-names"):
+        return {} if path is None else read_names(path)
 
 
 def find_device(name: str) -> torch.device:
@@ -106,15 +114,33 @@ def picture_size(args: argparse.Namespace, sizes: Sizes, default: tuple[int, int
     return height, width
 
 
+def from_picture(args: argparse.Namespace, default: Files) -> tuple[Tensor, list[Item], Setup]:
+    """What `picture_arguments` ask for: the picture in the size of the results, (3, H, W); these; the model."""
+    from ldm.images import fit, from_pil, open_picture
+
+    with blame("--init-img"):
+        image = open_picture(args.init_img)
+        items = text_items(args, named(args.init_img, "init_img"))
+    setup = make_setup(args, default)
+    step = setup.sizes.multiple
+    height, width = (max(step, side // step * step) for side in (image.height, image.width))
+    return from_pil(fit(image, *picture_size(args, setup.sizes, (height, width)))), items, setup
+
+
 def conditioner(setup: Setup) -> nn.Module:
     """The model's conditioner without its weights, to see what it takes."""
+    config = setup.config.model.params.get("cond_stage_config")
+    if isinstance(config, str):
+        raise BadInput(f"--config: a model without a conditioner of its own: its cond_stage_config is {config}")
+    return without_weights(config)
+
+
+def without_weights(config: Any) -> nn.Module:
+    """A part of the model, built from its part of the config."""
     import torch
 
     from ldm.util import instantiate_from_config
 
-    config = setup.config.model.params.get("cond_stage_config")
-    if isinstance(config, str):
-        raise BadInput(f"--config: a model without a conditioner of its own: its cond_stage_config is {config}")
     with blame("--config", (ValueError, OSError, TypeError, KeyError)), torch.device("meta"):
         return instantiate_from_config(config)
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ldm.arguments import (
     ROOT,
     batch_argument,
+    class_names_argument,
     count,
     model_arguments,
     output_arguments,
@@ -21,9 +22,9 @@ from ldm.arguments import (
     seed_argument,
     size_arguments,
 )
-from ldm.class_names import Names, find_class, read_names
+from ldm.class_names import find_class
 from ldm.cli import BadInput, Parser, blame, command, number
-from ldm.script import GO_ON, Setup, conditioner, make_pictures, make_setup, picture_size
+from ldm.script import GO_ON, Setup, conditioner, given_names, make_pictures, make_setup, picture_size
 
 CIN256 = (ROOT / "configs/latent-diffusion/cin256-v2.yaml", ROOT / "models/ldm/cin256-v2/model.ckpt")
 NAMES = ROOT / "models/ldm/cin256-v2/classes.txt"
@@ -37,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to make")
     what.add_argument("--classes", nargs="+", default=NOTEBOOK, metavar="CLASS",
                       help=f"class indices or names (default: {' '.join(NOTEBOOK)})")
-    what.add_argument("--class-names", metavar="FILE",
-                      help="names of the classes, one line each from class 0, synonyms separated by commas "
-                           f"(default, for models of {IMAGENET} or {IMAGENET + 1} classes: {NAMES.relative_to(ROOT)})")
+    class_names_argument(what, f"{NAMES.relative_to(ROOT)} for models of {IMAGENET} or {IMAGENET + 1} classes")
     what.add_argument("--n_samples", type=count, default=4, metavar="N",
                       help="pictures of each class (default: %(default)s)")
     batch_argument(what, 4)
@@ -65,14 +64,6 @@ def class_count(setup: Setup) -> int:
     return embedder.n_classes
 
 
-def class_names(path: str | None, classes: int) -> Names:
-    """Those that are given, else ImageNet's for a model of as many classes."""
-    if path is None and classes not in (IMAGENET, IMAGENET + 1):
-        return {}
-    with blame("--class-names"):
-        return read_names(path or NAMES)
-
-
 def absent_class(args: argparse.Namespace, classes: int) -> int | None:
     """The class that guidance leads away from; None without guidance."""
     if args.scale == 1.0:
@@ -90,7 +81,7 @@ def absent_class(args: argparse.Namespace, classes: int) -> int | None:
 def run(args: argparse.Namespace) -> None:
     setup = make_setup(args, CIN256)
     classes = class_count(setup)
-    names = class_names(args.class_names, classes)
+    names = given_names(args, NAMES if classes in (IMAGENET, IMAGENET + 1) else None)
     with blame("--classes"):
         chosen = [find_class(text, names, classes) for text in args.classes]
     absent = absent_class(args, classes)

@@ -10,27 +10,17 @@ from ldm.arguments import (
     EMOJI64,
     model_arguments,
     output_arguments,
+    picture_arguments,
     propagation_arguments,
     sampling_arguments,
-    size_arguments,
-    text_arguments,
 )
-from ldm.cli import Parser, blame, command, number
-from ldm.script import GO_ON, make_pictures, make_setup, named, picture_size, text_items
-
-LEAST = sys.float_info.min
+from ldm.cli import Parser, command
+from ldm.script import GO_ON, from_picture, make_pictures
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="img2img.py", description=__doc__)
-    what = text_arguments(p)
-    what.add_argument("--init-img", required=True, metavar="FILE",
-                      help="the picture to begin with; transparent parts become white")
-    what.add_argument("--strength", type=number(float, LEAST, 1, "a number above 0, up to 1"), default=0.75,
-                      help="how much of the picture is made anew: the share of the steps that is run; a plan "
-                           "counts these (default: %(default)s)")
-    size_arguments(what, "the picture's, rounded down to what the model can make; the picture is scaled to "
-                         "cover it and cut off evenly")
+    picture_arguments(p, strength=0.75)
     sampling_arguments(p)
     propagation_arguments(p)
     model_arguments(p, EMOJI64)
@@ -39,22 +29,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.images import fit, from_pil, open_picture
-
-    with blame("--init-img"):
-        image = open_picture(args.init_img)
-        items = text_items(args, named(args.init_img, "init_img"))
-    setup = make_setup(args, EMOJI64)
-    step = setup.sizes.multiple
-    height, width = (max(step, side // step * step) for side in (image.height, image.width))
-    size = picture_size(args, setup.sizes, (height, width))
+    picture, items, setup = from_picture(args, EMOJI64)
 
     from ldm.sampling.canvas import Picture
     from ldm.sampling.conditions import Text
     from ldm.sampling.engine import Task
 
-    task = Task(Text(), Picture(from_pil(fit(image, *size)), args.strength))
-    make_pictures(args, setup, items, task, size, args.n_samples)
+    task = Task(Text(), Picture(picture, args.strength))
+    make_pictures(args, setup, items, task, tuple(picture.shape[1:]), args.n_samples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Masked parts of pictures painted anew, plain or with encoder propagation (Faster Diffusion).
 
 With --prompt any text-to-image model does it (the rest of the picture is put back, at the latents' noise level,
-before every step); without, a model that was trained for it and sees picture and mask. Every pixel outside of the
-mask stays as it is.
+before every step), and so does an inpainting model of Stable Diffusion, which sees picture and mask; without, the
+inpainting model of latent diffusion, which sees them, too. Every pixel outside of the mask stays as it is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to make")
     what.add_argument("--indir", required=True, metavar="DIR",
                       help=f"pictures NAME.png with masks NAME{MASK}, white where to paint; pictures of one size")
-    what.add_argument("--prompt", help="what to paint, for a text-to-image model")
+    what.add_argument("--prompt", help="what to paint, for a model that reads text")
     what.add_argument("--n_samples", type=count, default=1, metavar="N",
                       help="results for each picture (default: %(default)s)")
     batch_argument(what, 4)
@@ -99,12 +99,17 @@ def make_task(inputs: Inputs, setup: Setup, text: bool) -> Task:
     from ldm.sampling.canvas import Frame, MaskedFrame
     from ldm.sampling.conditions import Masked, Text
     from ldm.sampling.engine import Task
+    from ldm.sampling.hybrid import Surroundings
 
+    sees_both = setup.config.model.params.get("conditioning_key") == "hybrid"
+    if sees_both and not text:
+        raise BadInput("--prompt: needed, since this model reads text; '' leaves it free")
     whole = [setup.sizes.whole(side) for side in inputs.pictures.shape[-2:]]
     pictures, masks = pad(inputs.pictures, *whole), pad(inputs.masks, *whole)
-    if text:
+    if text and not sees_both:
         return Task(Text(), MaskedFrame(pictures, masks))
-    return Task(Masked(pictures, masks), Frame(pictures, masks))
+    condition = Surroundings if text else Masked
+    return Task(condition(pictures, masks), Frame(pictures, masks))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ldm.arguments import (
     EMOJI64,
+    ROOT,
     model_arguments,
     output_arguments,
     propagation_arguments,
@@ -18,20 +19,24 @@ from ldm.arguments import (
 from ldm.cli import Parser, command
 from ldm.script import GO_ON, make_pictures, make_setup, picture_size, text_items
 
+LAION400M = (ROOT / "configs/latent-diffusion/txt2img-1p4B-eval.yaml", ROOT / "models/ldm/text2img-large/model.ckpt")
+
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="txt2img.py", description=__doc__)
     size_arguments(text_arguments(p))
     sampling_arguments(p)
     propagation_arguments(p)
-    model_arguments(p, EMOJI64)
+    model_arguments(p, EMOJI64).add_argument(
+        "--laion400m", action="store_true",
+        help="without --config and --ckpt: latent diffusion trained on LAION-400M, models/ldm/text2img-large")
     output_arguments(p, "outputs/txt2img-samples")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
     items = text_items(args)
-    setup = make_setup(args, EMOJI64)
+    setup = make_setup(args, LAION400M if args.laion400m else EMOJI64)
     size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
 
     from ldm.sampling.conditions import Text

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clip_vocabulary import write_vocabulary
 from contracts import recipe_weights
 from omegaconf import OmegaConf
 from PIL import Image
+from tiny_clip import TINY_OPEN, TINY_TEXT
 from txt2img_model import load_script
 
 from ldm.checkpoint import save_weights
@@ -19,6 +21,7 @@ from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parents[1]
 CODEBOOK = "first_stage_model.quantize.embedding.weight"
+DEPTH_BIAS = "depth_model.model.scratch.output_conv.4.bias"
 EMOJI64 = ROOT / "models" / "ldm" / "emoji64"
 
 
@@ -45,8 +48,22 @@ def tiny_model(folder: Path, published: str, latent: int = 8, **params: Any) -> 
     state = weights.state_dict()
     if CODEBOOK in state:
         state[CODEBOOK] *= 10       # as wide as the latents of a random network, lest all become the same few codes
+    if DEPTH_BIAS in state:
+        state[DEPTH_BIAS] += 1      # the depth of a random network may be nowhere above 0, and is cut off there
     save_weights(folder / "model.safetensors", state)
     return ["--config", str(folder / "config.yaml"), "--ckpt", str(folder / "model.safetensors")]
+
+
+def tiny_text_model(folder: Path, published: str, **params: Any) -> list[str]:
+    """The same of a model of Stable Diffusion 1 or 2, whose text encoder reads words of the golden prompts."""
+    model = OmegaConf.load(ROOT / published).model.params
+    open_clip = model.cond_stage_config.target.endswith("FrozenOpenCLIPEmbedder")
+    encoder = {"arch": TINY_OPEN} if open_clip else {"version": TINY_TEXT}
+    encoder["vocabulary"] = str(write_vocabulary(folder))
+    if "num_head_channels" in model.unet_config.params:
+        params["unet_config__params__num_head_channels"] = 16
+    return tiny_model(folder, published, unet_config__params__context_dim=16, cond_stage_config__params=encoder,
+                      **params)
 
 
 class Script:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from clip_vocabulary import write_vocabulary
 from contracts import assert_golden, from_recipe, load_case, recipe_weights
+from tiny_clip import TINY_OPEN, TINY_TEXT, TINY_VISION
 from torch.nn import functional as F
 
 from ldm.modules.encoders.clip_image import clip_pixels
@@ -18,15 +19,6 @@ from ldm.modules.encoders.modules import (
     FrozenOpenCLIPEmbedder,
     FrozenOpenCLIPImageEmbedder,
 )
-
-TINY_TEXT = {"vocab_size": 49408, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "max_position_embeddings": 77, "projection_dim": 8,
-             "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
-TINY_VISION = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 128,
-               "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 8}
-TINY_OPEN = {"embed_dim": 8,
-             "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
-             "vision_cfg": {"image_size": 28, "patch_size": 14, "width": 32, "head_width": 8, "layers": 2}}
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import torch
 from clip_vocabulary import write_vocabulary
 from contracts import recipe_weights
 from omegaconf import OmegaConf
-from test_clip import TINY_OPEN, TINY_TEXT
 from test_midas import TINY as TINY_DEPTH
+from tiny_clip import TINY_OPEN, TINY_TEXT
 
 from ldm.checkpoint import load_model, save_weights
 from ldm.models.diffusion.ddim import DDIM

@@ -44,7 +44,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [f"{D}/solvers.py"],
     [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
-    [f"{S}/engine.py", "ldm/plan_table.py"],
+    [f"{S}/engine.py", f"{S}/hybrid.py", "ldm/plan_table.py"],
     ["ldm/script.py"],
     ["scripts/*", "evaluation/*", "main.py"],
 ]

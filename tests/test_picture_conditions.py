@@ -85,7 +85,9 @@ def test_small_sizes_that_the_network_can_not_halve(upscale, tmp_path):
     (["--images", "nowhere.png"], "--images: nowhere.png: no such file"),
     (["--images", "A", "B"], "--images: .*B has 8 x 4 pixels, .*A 8 x 8 pixels; expected one size"),
     (["--images", "A", "--f", "8"], "--f: this model's is 4; got 8"),
-    (["--images", "A", "--scale", "2"], "unrecognized arguments: --scale 2"),
+    (["--images", "A", "--scale", "2"], "--scale: only for an upscaler that reads text, such as x4-upscaling"),
+    (["--images", "A", "--prompt", "a cat"], "--prompt: only for an upscaler that reads text"),
+    (["--images", "A", "--noise_level", "5"], "--noise_level: only for an upscaler that reads text"),
     (["--images", "A", "--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
      "--config: not a super-resolution model: its conditioning_key is 'crossattn', expected 'concat'"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")

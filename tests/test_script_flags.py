@@ -16,12 +16,17 @@ from ldm.models.diffusion.solvers import SOLVERS
 SHARED = "seed steps sampler plan parallel noise-weight noise-below noise-order compare config ckpt weights device " \
          "precision outdir"
 FLAGS = {
+    "txt2img": "prompt outdir skip_grid skip_save ddim_steps plms dpm laion400m fixed_code ddim_eta n_iter H W C f "
+               "n_samples n_rows scale from-file repeat",
     "img2img": "prompt init-img strength outdir skip_grid skip_save ddim_steps plms fixed_code ddim_eta n_iter C f "
                "n_samples n_rows scale from-file",
+    "depth2img": "prompt init-img strength outdir skip_grid skip_save ddim_steps fixed_code ddim_eta n_iter C f "
+                 "n_samples n_rows scale from-file",
     "inpaint": "indir outdir steps prompt scale",
     "sample_diffusion": "resume n_samples eta vanilla_sample logdir custom_steps batch_size npz",
     "class_conditional": "classes class-names uncond_class n_samples scale ddim_steps ddim_eta",
-    "superresolution": "images n_samples ddim_steps ddim_eta",
+    "superresolution": "images prompt noise_level n_samples ddim_steps ddim_eta scale",
+    "layout2img": "boxes class-names n_samples H W ddim_steps ddim_eta",
     "semantic2img": "maps n_samples ddim_steps ddim_eta",
 }
 

@@ -220,6 +220,8 @@ def test_config_and_checkpoint_belong_together(files, capsys):
     for flag, other, path in (("--config", "--ckpt", files[0]), ("--ckpt", "--config", files[1])):
         assert main([flag, str(path)]) == 2
         assert f"error: {other}: needed together with {flag}" in capsys.readouterr().err
+    assert main(["--laion400m"]) == 2
+    assert re.search("error: --ckpt: .*text2img-large/model.ckpt: no such file", capsys.readouterr().err)
 
 
 # Output

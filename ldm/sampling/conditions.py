@@ -1,4 +1,4 @@
-"""What a network is told of each picture: nothing, text, a class, or pictures beside its latents."""
+"""What a network is told of each picture: nothing, text, a class, boxes, or pictures beside its latents."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Condition:
         """The condition of these items."""
         return None
 
-    def none(self, model: LatentDiffusion, count: int) -> ConditionLike:
-        """What guidance leads away from, for `count` pictures.
+    def none(self, model: LatentDiffusion, told: ConditionLike) -> ConditionLike:
+        """What guidance leads away from where the network is told this, a result of `of`.
 
         Raises:
             ValueError: the model has no such thing.
@@ -67,8 +67,8 @@ class Text(Condition):
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
         return self._embed(model, [item.subject["prompt"] for item in items])              # (B, L, D)
 
-    def none(self, model: LatentDiffusion, count: int) -> Tensor:
-        return self._embed(model, [""]).expand(count, -1, -1)
+    def none(self, model: LatentDiffusion, told: Tensor) -> Tensor:
+        return self._embed(model, [""]).expand_as(told)
 
     @torch.no_grad()
     def _embed(self, model: LatentDiffusion, prompts: list[str]) -> Tensor:
@@ -99,12 +99,36 @@ class Classes(Condition):
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
         return self._embed(model, [item.subject["class"] for item in items])               # (B, 1, D)
 
-    def none(self, model: LatentDiffusion, count: int) -> Tensor:
-        return super().none(model, count) if self.absent is None else self._embed(model, [self.absent] * count)
+    def none(self, model: LatentDiffusion, told: Tensor) -> Tensor:
+        return super().none(model, told) if self.absent is None else self._embed(model, [self.absent] * len(told))
 
     @torch.no_grad()
     def _embed(self, model: LatentDiffusion, classes: list[int]) -> Tensor:
         return model.get_learned_conditioning(torch.tensor(classes))
+
+
+class Boxes(Condition):
+    """Classes and where they are, as token ids: layout to image.
+
+    Args:
+        ids: one row for each prompt_index, (N, L), see `box_tokens`.
+    """
+
+    kind, key = "a layout-to-image model", "crossattn"
+    told_of = "coordinates_bbox"        # the model's cond_stage_key
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids
+
+    def tokens(self, model: LatentDiffusion) -> int:
+        super().tokens(model)
+        self._need(model.cond_stage_key == self.told_of,
+                   f"its cond_stage_key is {model.cond_stage_key!r}, expected {self.told_of!r}")
+        return self.ids.shape[1]
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        with torch.no_grad():
+            return model.get_learned_conditioning(self.ids[[item.prompt_index for item in items]])   # (B, L, D)
 
 
 class Beside(Condition):

@@ -228,8 +228,9 @@ class Engine:
 
     def _denoiser(self, items: Sequence[Item]) -> Denoiser:
         condition, guidance = self.task.condition, self.recipe.guidance
-        uncond = None if guidance.scale == 1.0 else condition.none(self.model, len(items))
-        return self.model.denoiser(condition.of(self.model, items), uncond, guidance)
+        told = condition.of(self.model, items)
+        uncond = None if guidance.scale == 1.0 else condition.none(self.model, told)
+        return self.model.denoiser(told, uncond, guidance)
 
     def _warm_up(self, items: Sequence[Item]) -> None:
         """The first call of a network pays for memory and compiled kernels."""

@@ -1,0 +1,57 @@
+"""Pictures from text and the depth of a picture, plain or with encoder propagation (Faster Diffusion).
+
+The depth is estimated from --init-img by the network in the model's checkpoint (MiDaS). The picture itself is where
+sampling begins, as in img2img.py; with --strength 1 only its depth is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ldm.arguments import (
+    ROOT,
+    model_arguments,
+    output_arguments,
+    picture_arguments,
+    propagation_arguments,
+    sampling_arguments,
+)
+from ldm.cli import Parser, command
+from ldm.script import GO_ON, from_picture, make_pictures
+
+DEPTH = (ROOT / "configs/stable-diffusion/v2-midas-inference.yaml",
+         ROOT / "models/ldm/stable-diffusion-v2/512-depth-ema.safetensors")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="depth2img.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    picture_arguments(p, strength=0.9)
+    sampling_arguments(p, scale=9.0)
+    propagation_arguments(p)
+    model_arguments(p, DEPTH)
+    output_arguments(p, "outputs/depth2img-samples")
+    return p
+
+
+def run(args: argparse.Namespace) -> None:
+    picture, items, setup = from_picture(args, DEPTH)
+
+    from ldm.sampling.canvas import Canvas, Picture
+    from ldm.sampling.engine import Task
+    from ldm.sampling.hybrid import Depth
+
+    height, width = picture.shape[1:]
+    depth = Depth(picture, (height // setup.sizes.factor, width // setup.sizes.factor))
+    canvas = Picture(picture, args.strength) if args.strength < 1 else Canvas()
+    make_pictures(args, setup, items, Task(depth, canvas), (height, width), args.n_samples)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command("depth2img.py", lambda: run(parser().parse_args(argv)), GO_ON)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
