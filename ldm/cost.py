@@ -54,15 +54,16 @@ class Macs:
         works = plan.works() if works is None else works
         return sum(self.node(work, plan) * n for work, n in zip(works, images or [1] * len(works), strict=True))
 
-    def critical_path(self, plan: AnyPlan, works: Sequence[Work] | None = None) -> int:
+    def critical_path(self, plan: AnyPlan, works: Sequence[Work] | None = None,
+                      images: Sequence[int] | None = None) -> int:
         """What has to be computed one after the other when all decoders that share features run at the same time.
 
         Nodes after a key node wait for it alone, so they add nothing; shallow and refreshed nodes wait for the latent
-        before them.
+        before them. Arguments as for `run`.
         """
         works = plan.works() if works is None else works
-        waits = [work for work in works if work is not Work.DECODER or plan.refresh]
-        return sum(self.node(work, plan) for work in waits)
+        return sum(self.node(work, plan) * n for work, n in zip(works, images or [1] * len(works), strict=True)
+                   if work is not Work.DECODER or plan.refresh)
 
 
 def count_macs(call: Callable[[], Any]) -> int:

@@ -129,6 +129,18 @@ class Task:
     canvas: Canvas = Canvas()
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What sampling one picture cost, in MACs of the UNet: in all, and on the critical path (`Macs.critical_path`)."""
+
+    macs: int
+    critical: int
+
+    @staticmethod
+    def mean(parts: Sequence[Spent]) -> Spent:
+        return Spent(sum(p.macs for p in parts) // len(parts), sum(p.critical for p in parts) // len(parts))
+
+
 class Engine:
     """Makes the pictures of a batch of items; a `make` for `ldm.generate.generate`.
 
@@ -174,17 +186,17 @@ class Engine:
         if self.warm_up:
             self._warm_up(items)
         began = self._clock()
-        latents, macs = self._sampled(items)
+        latents, spent = self.sampled(items)
         sampled = self._clock()
         images = to_pil(self.task.canvas.finish(self.decode(latents), items))
         ended = self._clock()
         seconds, seconds_unet = (round((end - began) / len(items), 4) for end in (ended, sampled))
-        return images, {"seconds": seconds, "seconds_unet": seconds_unet, "unet_macs": macs,
+        return images, {"seconds": seconds, "seconds_unet": seconds_unet, "unet_macs": spent.macs,
                         "batch": len(items), "parallel": self.plan.parallel, "device": self.model.device.type}
 
     def latents(self, items: Sequence[Item]) -> Tensor:
         """The items' sampled latents, (B, C, h, w)."""
-        return self._sampled(items)[0]
+        return self.sampled(items)[0]
 
     def plain_run(self, items: Sequence[Item]) -> tuple[Denoiser, Rule, Tensor]:
         """What `denoise` needs for the items: the model with their conditions, the solver, the starting latents."""
@@ -194,11 +206,11 @@ class Engine:
             x = self.task.canvas.start(self.model, items, self._noise(items), rule.nodes[0])
             return self._denoiser(items), rule, x
 
-    def _sampled(self, items: Sequence[Item]) -> tuple[Tensor, int]:
-        """The items' latents, and the UNet's MACs for one of them."""
+    def sampled(self, items: Sequence[Item]) -> tuple[Tensor, Spent]:
+        """The items' latents, (B, C, h, w), and what one of them cost."""
         if self.plan.per_picture and len(items) > 1:
-            parts = [self._sampled([item]) for item in items]
-            return torch.cat([x for x, _ in parts]), sum(macs for _, macs in parts) // len(parts)
+            parts = [self.sampled([item]) for item in items]
+            return torch.cat([x for x, _ in parts]), Spent.mean([spent for _, spent in parts])
         with self._precision():
             canvas, noise = self.task.canvas, ImageNoise([item.seed for item in items]).node
             rule = self.recipe.rule(self.model.alphas_cumprod, noise, canvas.strength)
@@ -210,7 +222,7 @@ class Engine:
                 works.append(state.work)
                 self.on_node()
         images = self.recipe.guidance.images(works, [node.t for node in rule.nodes])
-        return x, self.unit.run(self.plan, works, images)
+        return x, Spent(self.unit.run(self.plan, works, images), self.unit.critical_path(self.plan, works, images))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
