@@ -86,7 +86,7 @@ def from_folder(name: str, weights: str | Path | None) -> nn.Module:
         model, info = getattr(transformers(), name).from_pretrained(
             weights, local_files_only=True, use_safetensors=True, output_loading_info=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"weights: {weights}: not a CLIP model of transformers: "
+        raise ValueError(f"weights: {weights}: not a {name} of transformers: "
                          f"{' '.join(str(error).split())}") from error
     missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
     if missing:
