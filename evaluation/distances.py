@@ -9,7 +9,7 @@ from scipy.linalg import eigvalsh
 from scipy.special import log_softmax
 
 from evaluation.errors import PictureError
-from evaluation.statistics import Gaussian, Moments
+from evaluation.moments import Gaussian, Moments
 
 BLOCK = 4096        # rows of a matrix of distances that are in memory at a time
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from evaluation.clip import load_clip
+from evaluation.clip_models import load_clip
 from evaluation.errors import FeatureError, one_line
 from evaluation.resize import RECIPES, resize
 from ldm.download import DownloadError, fetch
@@ -200,7 +200,7 @@ class Clip(Network):
     """CLIP's embedding of a picture, made unit length.
 
     Raises:
-        FeatureError: see `evaluation.clip.load_clip`.
+        FeatureError: see `evaluation.clip_models.load_clip`.
     """
 
     name, usual = "clip", "clean"

@@ -115,11 +115,16 @@ def identity(fields: Mapping[str, Any]) -> str:
 
 # Files. mu and sigma are the names that published statistics have; `about` is ours.
 
-def save_statistics(path: str | Path, gaussian: Gaussian, about: Mapping[str, Any]) -> None:
+SPATIAL = ("mu_s", "sigma_s")
+
+
+def save_statistics(path: str | Path, gaussian: Gaussian, about: Mapping[str, Any],
+                    spatial: Gaussian | None = None) -> None:
     """Write mean and covariance, with JSON values that say what they are of; the file appears whole or not at all."""
+    more = {} if spatial is None else dict(zip(SPATIAL, (spatial.mean, spatial.covariance), strict=True))
     with atomic_write(path) as temporary:
         np.savez(temporary, mu=gaussian.mean, sigma=gaussian.covariance, n=np.int64(gaussian.n),
-                 about=np.array(json.dumps(dict(about), sort_keys=True)))
+                 about=np.array(json.dumps(dict(about), sort_keys=True)), **more)
 
 
 def load_statistics(path: str | Path, mean: str = "mu", covariance: str = "sigma"
