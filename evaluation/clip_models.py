@@ -31,11 +31,14 @@ TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers"}
 class ClipModel(nn.Module):
     """Pictures and texts to unit vectors.
 
-    weights: the file of the weights. size: pixels that the vision encoder looks at.
+    weights: the file of the weights.
+    size:    pixels that the vision encoder looks at.
+    shape:   its patch size, width and layers.
     """
 
     weights: Path
     size: int
+    shape: tuple[int, int, int]
 
     def __init__(self, tokenizer: ClipTokenizer) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class ClipModel(nn.Module):
         Raises:
             ValueError: the vocabulary is missing.
         """
-        return F.normalize(self.texts(self.tokenizer(texts)))
+        return F.normalize(self.texts(self.tokenizer(texts).to(next(self.parameters()).device)))
 
     def images(self, pixels: Tensor) -> Tensor:
         raise NotImplementedError
@@ -72,7 +75,9 @@ class TransformersClip(ClipModel):
         super().__init__(ClipTokenizer(vocabulary))
         self.vision = from_folder("CLIPVisionModelWithProjection", folder)
         self.text = from_folder("CLIPTextModelWithProjection", folder)
-        self.weights, self.size = folder / "model.safetensors", self.vision.config.image_size
+        config = self.vision.config
+        self.weights, self.size = folder / "model.safetensors", config.image_size
+        self.shape = config.patch_size, config.hidden_size, config.num_hidden_layers
 
     def images(self, pixels: Tensor) -> Tensor:
         return self.vision(pixel_values=pixels).image_embeds
@@ -91,7 +96,8 @@ class OpenClip(ClipModel):
         if self.weights is None:
             raise FeatureError(f"{folder}: none of {', '.join(OPEN_WEIGHTS)} is there")
         self.model = OpenCLIP("both", **settings)
-        self.size = self.model.visual.image_size
+        vision = settings["vision_cfg"]
+        self.size, self.shape = vision["image_size"], (vision["patch_size"], vision["width"], vision["layers"])
         try:
             self.model.load_state_dict(read_tensors(self.weights))
         except Exception as error:  # a file that is damaged or another network's can fail in any way

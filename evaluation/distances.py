@@ -69,6 +69,12 @@ def normal_interval(value: float, resampled: np.ndarray) -> list[float]:
     return [value - half, value + half]
 
 
+def mean_interval(values: np.ndarray) -> list[float]:
+    """95 % of the mean of independent values (N,), N > 1."""
+    half = 1.959964 * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return [float(np.mean(values)) - half, float(np.mean(values)) + half]
+
+
 def fid_infinity(features: np.ndarray, reference: Gaussian, points: int = 15, seed: int = 0) -> float:
     """The Fréchet distance extrapolated to infinitely many samples: a line through its values at several N, over 1/N.
 

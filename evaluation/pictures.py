@@ -105,6 +105,20 @@ class Folder:
     def sha256(self) -> str:
         return file_sha256(*self.files)
 
+    def keys(self) -> list[str]:
+        """What tells each picture from the others in every run: its noise and subject, if they are in the file, else
+        its name."""
+        settings = [settings_of(file) for file in self.files]
+        if any(s is None or not {"seed", "start"} <= s.keys() for s in settings):
+            return list(self.names)
+        return [json.dumps([s["seed"], s["start"], next(iter(s.values()))]) for s in settings]
+
+    def chosen(self, order: Sequence[int]) -> Folder:
+        """Some of the pictures, in this order."""
+        part = Folder(self.path)
+        part.files, part.names = ([of[i] for i in order] for of in (self.files, self.names))
+        return part
+
     def made_with(self) -> dict[str, Any]:
         for folder in (self.path, self.path.parent):
             if (folder / RUN_CARD).is_file():

@@ -1,0 +1,200 @@
+"""How far the pictures of an accelerated run are from those of the plain run from the same noise.
+
+Pictures are paired by the noise and subject that are in the files, else by name; arrays by place. Every value is named
+..._vs_plain: a distance from the plain run says how much the acceleration changes, not how good the pictures are;
+that is evaluation/fid.py's fid_real.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from evaluation.measure import add_network, array, check_output, load_network, network_of, open_samples
+from ldm.cli import BadInput, Parser, blame, command
+
+# What needs PyTorch is imported where it is used: --help must answer at once.
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from evaluation.features import Extractor
+    from evaluation.pictures import Pictures
+
+SHOWN = 3
+WINDOW = 11             # of SSIM, in pixels
+LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="paired.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("plain", metavar="PLAIN", help="pictures of the plain run: a folder, or an npz or npy file")
+    p.add_argument("accelerated", metavar="ACCELERATED", help="pictures of the other run")
+    p.add_argument("--lpips", action="store_true",
+                   help="perceptual distance LPIPS (AlexNet); needs torchvision and its weights")
+    add_network(p)
+    return p
+
+
+def pair(plain: Pictures, fast: Pictures) -> tuple[Pictures, Pictures]:
+    """Both sets in one order.
+
+    Raises:
+        PictureError: pictures without a partner, or several of the same noise and subject.
+    """
+    from evaluation.errors import PictureError
+    from evaluation.pictures import Folder
+
+    if not (isinstance(plain, Folder) and isinstance(fast, Folder)):
+        if len(plain.names) != len(fast.names):
+            raise PictureError(f"{plain.path} has {len(plain.names)} pictures, {fast.path} has {len(fast.names)}; "
+                               f"they are paired by place, so expected as many")
+        return plain, fast
+    keys = [pictures.keys() for pictures in (plain, fast)]
+    if set(keys[0]).isdisjoint(keys[1]):
+        keys = [list(plain.names), list(fast.names)]
+    places = [{key: i for i, key in enumerate(of)} for of in keys]
+    for pictures, of, place in zip((plain, fast), keys, places, strict=True):
+        if len(place) < len(of):
+            raise PictureError(f"{pictures.path}: {len(of) - len(place)} pictures share noise and subject with "
+                               f"another; are there several runs in the folder?")
+    for one, other, path in ((0, 1, plain.path), (1, 0, fast.path)):
+        alone = [(plain, fast)[one].names[i] for key, i in places[one].items() if key not in places[other]]
+        if alone:
+            raise PictureError(f"mismatched sets: {len(alone)} pictures of {path} have no partner, such as "
+                               f"{', '.join(alone[:SHOWN])}")
+    shared = sorted(places[0])
+    return plain.chosen([places[0][k] for k in shared]), fast.chosen([places[1][k] for k in shared])
+
+
+def together(plain: Pictures, fast: Pictures, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both pictures of each pair, (B, 3, H, W) each, in batches; with progress.
+
+    Raises:
+        PictureError: a pair of different sizes.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from evaluation.errors import PictureError
+
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for i, (a, b) in enumerate(tqdm(zip(plain, fast, strict=True), total=len(plain.names), desc="pairs", unit="pair",
+                                    disable=None)):
+        if a.shape != b.shape:
+            raise PictureError(f"{plain.names[i]} has {a.shape[2]} x {a.shape[1]} pixels, its partner "
+                               f"{fast.names[i]} has {b.shape[2]} x {b.shape[1]}")
+        waiting.append((a, b))
+        if len(waiting) == batch or i == len(plain.names) - 1:
+            yield torch.stack([a for a, _ in waiting]), torch.stack([b for _, b in waiting])
+            waiting = []
+
+
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """SSIM of each pair (B,), with the published window and constants. Source: Wang et al. (2004).
+
+    a, b: (B, 3, H, W) in [-1, 1]. Brightness counts in it, so they are moved to 0..1 first.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    found = structural_similarity_index_measure((a + 1) / 2, (b + 1) / 2, data_range=1.0, kernel_size=WINDOW,
+                                                reduction="none")
+    return found.reshape(-1)
+
+
+def load_lpips(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS of each pair (B,) with AlexNet, from torchmetrics. Source: arXiv 1801.03924.
+
+    Raises:
+        FeatureError: torchvision or the weights are missing.
+    """
+    from evaluation.errors import FeatureError, one_line
+
+    try:
+        from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+        measure = LearnedPerceptualImagePatchSimilarity("alex").to(device)
+    except Exception as error:  # a missing package, a package that does not fit PyTorch, a download that fails
+        raise FeatureError(f"LPIPS needs torchvision (one that fits the installed PyTorch) and its weights "
+                           f"{LPIPS_WEIGHTS} in torch.hub's folder checkpoints: {one_line(error)[:160]}") from error
+    return lambda a, b: measure.net(a.clamp(-1, 1), b.clamp(-1, 1)).reshape(-1)
+
+
+def measure(plain: Pictures, fast: Pictures, extract: Extractor, device: torch.device, batch: int,
+            lpips: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[dict[str, Any], int]:
+    """All values of the pairs, by explicit name; and how many features the network has."""
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
+    from evaluation.distances import frechet
+    from evaluation.moments import Moments, total
+    from ldm.images import psnr
+
+    each: dict[str, list[np.ndarray]] = {}
+    moments: tuple[list[Moments], list[Moments]] = ([], [])
+    for a, b in together(plain, fast, batch):
+        found = {"psnr": psnr(a, b), "ssim": similarity(a, b)}
+        if lpips is not None:
+            found["lpips"] = lpips(a.to(device), b.to(device))
+        seen = [torch.cat([extract.prepare(x[None]) for x in half]) for half in (a, b)]
+        one, other = (extract.see(half.to(device)).pooled.double().cpu() for half in seen)
+        found |= {"feature_distance": (one - other).norm(dim=1), "feature_cosine": F.cosine_similarity(one, other)}
+        for name, values in found.items():
+            each.setdefault(name, []).append(array(values))
+        for parts, features in zip(moments, (one, other), strict=True):
+            parts.append(Moments.of(features.numpy()))
+    ours, theirs = (total(parts).gaussian() for parts in moments)
+    result: dict[str, Any] = {"fid_vs_plain": frechet(theirs, ours)}
+    for name, parts in each.items():
+        result |= summary(f"{name}_vs_plain", np.concatenate(parts))
+    result["identical_pictures"] = int(np.isinf(np.concatenate(each["psnr"])).sum())
+    return result, len(ours.mean)
+
+
+def summary(name: str, values: np.ndarray) -> dict[str, Any]:
+    """Mean with its 95 % interval over pictures; equal pictures have no PSNR and are left out of its mean."""
+    import numpy as np
+
+    from evaluation.distances import mean_interval
+
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if len(finite) < 2:
+        return {name: float(finite.mean()) if len(finite) else None}
+    return {name: float(finite.mean()), f"{name}_interval": mean_interval(finite)}
+
+
+def run(args: argparse.Namespace) -> None:
+    # What is quick to check comes before what is slow to do.
+    check_output(args.out)
+    plain, fast = open_samples("PLAIN", args.plain), open_samples("ACCELERATED", args.accelerated)
+    from evaluation.distances import cautions
+    from evaluation.errors import FeatureError, PictureError
+    from evaluation.results import Result, publish
+
+    with blame("ACCELERATED", (PictureError,)):
+        plain, fast = pair(plain, fast)
+    smallest = min(next(iter(plain)).shape[1:])
+    if smallest < WINDOW or len(plain.names) < 2:
+        raise BadInput(f"PLAIN: expected at least 2 pictures of at least {WINDOW} x {WINDOW} pixels; got "
+                       f"{len(plain.names)} with a side of {smallest}")
+    extract, device = load_network(args)
+    with blame("--lpips", (FeatureError,)):
+        lpips = load_lpips(device) if args.lpips else None
+    with blame("ACCELERATED", (PictureError,)):
+        values, width = measure(plain, fast, extract, device, args.batch_size, lpips)
+    made, n = fast.made_with(), len(plain.names)
+    protocol = {"measure": "paired", **network_of(extract), "n": n, "plain": {"sha256": plain.sha256()},
+                "prompts": made.get("protocol_sha256")}
+    publish(Result(values, protocol, made, cautions(n, width, "fid_vs_plain")), args.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command("paired.py", lambda: run(parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
