@@ -188,14 +188,14 @@ def test_torch_fidelity_agrees():
 # Few pictures
 
 def test_extrapolation_takes_the_bias_of_few_pictures_away():
-    random = np.random.default_rng(3)
     truth = Gaussian(np.zeros(20), np.eye(20))
-    samples = random.standard_normal((400, 20))
-    plain, infinite = frechet(gaussian(samples), truth), fid_infinity(samples, truth)
-    assert plain > 0.3 and abs(infinite) < plain / 3
-    assert fid_infinity(samples, truth) == infinite
+    samples = [np.random.default_rng(seed).standard_normal((400, 20)) for seed in range(4)]
+    plain = np.mean([frechet(gaussian(x), truth) for x in samples])
+    infinite = [fid_infinity(x, truth) for x in samples]
+    assert plain > 0.25 and abs(np.mean(infinite)) < plain / 3
+    assert fid_infinity(samples[0], truth) == infinite[0]
     with pytest.raises(PictureError, match="at least 20 samples; got 19"):
-        fid_infinity(samples[:19], truth)
+        fid_infinity(samples[0][:19], truth)
 
 
 def test_bootstrap_covers_the_truth_and_pairs_sets():
