@@ -73,17 +73,16 @@ class TransformersClip(ClipModel):
         from ldm.modules.encoders.clip import from_folder
 
         super().__init__(ClipTokenizer(vocabulary))
-        self.vision = from_folder("CLIPVisionModelWithProjection", folder)
-        self.text = from_folder("CLIPTextModelWithProjection", folder)
-        config = self.vision.config
+        self.model = from_folder("CLIPModel", folder)
+        config = self.model.config.vision_config
         self.weights, self.size = folder / "model.safetensors", config.image_size
         self.shape = config.patch_size, config.hidden_size, config.num_hidden_layers
 
     def images(self, pixels: Tensor) -> Tensor:
-        return self.vision(pixel_values=pixels).image_embeds
+        return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
     def texts(self, tokens: Tensor) -> Tensor:
-        return self.text(input_ids=tokens).text_embeds
+        return self.model.text_projection(self.model.text_model(input_ids=tokens).pooler_output)
 
 
 class OpenClip(ClipModel):

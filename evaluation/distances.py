@@ -27,8 +27,8 @@ def frechet(samples: Gaussian, reference: Gaussian) -> float:
     """
     if samples.mean.shape != reference.mean.shape:
         raise PictureError(f"features of width {len(samples.mean)} and {len(reference.mean)} can't be compared")
-    product = reference.root.T @ samples.covariance @ reference.root                      # (D, D)
-    shared = eigvalsh((product + product.T) / 2)
+    product = reference.root.T @ samples.covariance @ reference.root          # (rank, rank)
+    shared = eigvalsh((product + product.T) / 2) if len(product) else np.zeros(0)
     noise = shared.max(initial=0) * len(shared) * np.finfo(np.float64).eps    # a zero that rounding moved
     cross = np.sqrt(shared[shared > noise]).sum()
     gap = samples.mean - reference.mean

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 from evaluation.errors import PictureError, one_line
+from evaluation.results import identity
 from ldm.util import atomic_write
 
 
@@ -89,9 +89,10 @@ class Gaussian:
 
     @cached_property
     def root(self) -> np.ndarray:
-        """(D, D), root @ root.T = covariance; directions that rounding made negative are dropped."""
+        """(D, rank), root @ root.T = covariance; what is 0 but for rounding is left out."""
         values, vectors = eigh(self.covariance)
-        return vectors * np.sqrt(values.clip(0))
+        kept = values > values.max() * len(values) * np.finfo(np.float64).eps
+        return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def total(parts: Iterable[Moments]) -> Moments:
@@ -106,11 +107,6 @@ def total(parts: Iterable[Moments]) -> Moments:
     if merged is None:
         raise PictureError("there are no features")
     return merged
-
-
-def identity(fields: Mapping[str, Any]) -> str:
-    """A hash of JSON values that does not depend on their order."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 # Files. mu and sigma are the names that published statistics have; `about` is ours.

@@ -100,8 +100,8 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    found = structural_similarity_index_measure((a + 1) / 2, (b + 1) / 2, data_range=1.0, kernel_size=WINDOW,
-                                                reduction="none")
+    a, b = ((x.double() + 1) / 2 for x in (a, b))
+    found = structural_similarity_index_measure(a, b, data_range=1.0, kernel_size=WINDOW, reduction="none")
     return found.reshape(-1)
 
 
