@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import add_network, check_output, load_network, look, network_of, open_samples
+from evaluation.measure import add_network, check_output, how_made, load_network, look, network_of, open_samples
 from ldm.cli import Parser, blame, command
 from ldm.util import file_sha256
 
@@ -118,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
     # What is quick to check comes before what is slow to do.
     check_output(args.out)
     pictures = open_samples("SAMPLES", args.samples)
+    made = how_made("SAMPLES", pictures)
     extract, device = load_network(args)
     from evaluation.distances import cautions
     from evaluation.errors import PictureError
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
     with blame("SAMPLES", (PictureError,)):
         seen = look(pictures, extract, args.batch_size, device, "samples", keep=True, spatial=True)
         found = values(seen, real)
-    n, made = len(pictures.names), pictures.made_with()
+    n = len(pictures.names)
     warnings = [*cautions(n, len(real.pooled.mean), "samples"),
                 *cautions(real.pooled.n, len(real.pooled.mean), "reference")]
     if real.seen is None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import RECIPES, add_run, check_output, open_samples
+from evaluation.measure import RECIPES, add_run, check_output, how_made, open_samples
 from ldm.cli import BadInput, Parser, blame, command
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -122,10 +122,11 @@ def run(args: argparse.Namespace) -> None:
     # What is quick to check comes before what is slow to do.
     check_output(args.out)
     pictures = open_samples("SAMPLES", args.samples)
+    made = how_made("SAMPLES", pictures)
     from evaluation.distances import mean_interval
     from evaluation.errors import PictureError
     from evaluation.prompts import prompts_of
-    from evaluation.results import Result, publish
+    from evaluation.results import Result, identity, publish
     from ldm.util import file_sha256
 
     with blame("--prompts", (PictureError,)):
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         cut = sum(model.tokenizer.cut([variant.prefix + prompt for prompt in prompts]))
     with blame("SAMPLES", (PictureError,)):
         each = measure(pictures, prompts, model, device, variant, args.resize, args.batch_size)
-    name, made = f"clip_score_{args.variant}", pictures.made_with()
+    name = f"clip_score_{args.variant}"
     values: dict[str, Any] = {name: float(each.mean())}
     if len(each) > 1:
         values[f"{name}_interval"] = mean_interval(each)
@@ -144,7 +145,8 @@ def run(args: argparse.Namespace) -> None:
     warnings = [f"{cut} of {len(prompts)} captions are longer than CLIP reads ({model.tokenizer.max_length} tokens) "
                 f"and lost their ends"] if cut else []
     protocol = {"measure": name, "features_sha256": file_sha256(model.weights), "resize": args.resize,
-                "size": model.size, "n": len(each), "prompts": made.get("protocol_sha256")}
+                "size": model.size, "n": len(each), "prompts": made.get("protocol_sha256"),
+                "captions_sha256": identity({"captions": prompts})}
     publish(Result(values, protocol, made, warnings), args.out)
 
 

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from evaluation.errors import PictureError
 from evaluation.moments import Gaussian, Moments
 
-BLOCK = 4096        # rows of a matrix of distances that are in memory at a time
+BLOCK = 1024        # rows of a matrix of distances that are in memory at a time
 
 
 def frechet(samples: Gaussian, reference: Gaussian) -> float:

@@ -18,6 +18,7 @@ from evaluation.measure import (
     add_network,
     cache_of,
     check_output,
+    how_made,
     load_network,
     look,
     network_of,
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if args.cmmd and args.extractor != "clip":
         raise BadInput(f"--cmmd: is defined for CLIP's embeddings: needs --extractor clip; got {args.extractor}")
     pictures = open_samples("SAMPLES", args.samples)
+    made = how_made("SAMPLES", pictures)
     extract, device = load_network(args)
     from evaluation.distances import cautions
     from evaluation.errors import PictureError
@@ -83,7 +85,6 @@ def run(args: argparse.Namespace) -> None:
         real = reference(args.reference, extract, args.batch_size, device, cache_of(args),
                          keep=args.kid or args.cmmd)
     with blame("SAMPLES", (PictureError,)):
-        made = pictures.made_with()
         keep = args.kid or args.cmmd or args.infinity or args.bootstrap > 1
         seen = look(pictures, extract, args.batch_size, device, "samples", keep)
         found = values(seen, real, args)

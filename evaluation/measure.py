@@ -225,3 +225,10 @@ def open_samples(argument: str, path: str, one_size: bool = True) -> Pictures:
         pictures.check(one_size)
         return pictures
 
+
+def how_made(argument: str, pictures: Pictures) -> dict[str, Any]:
+    """Plan, seeds, weights of the pictures, as far as they are known; found out before the work."""
+    from evaluation.errors import PictureError
+
+    with blame(argument, (PictureError,)):
+        return pictures.made_with()

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import add_network, array, check_output, load_network, network_of, open_samples
+from evaluation.measure import add_network, array, check_output, how_made, load_network, network_of, open_samples
 from ldm.cli import BadInput, Parser, blame, command
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -170,6 +170,7 @@ def run(args: argparse.Namespace) -> None:
     # What is quick to check comes before what is slow to do.
     check_output(args.out)
     plain, fast = open_samples("PLAIN", args.plain), open_samples("ACCELERATED", args.accelerated)
+    made = how_made("ACCELERATED", fast)
     from evaluation.distances import cautions
     from evaluation.errors import FeatureError, PictureError
     from evaluation.results import Result, publish
@@ -185,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
         lpips = load_lpips(device) if args.lpips else None
     with blame("ACCELERATED", (PictureError,)):
         values, width = measure(plain, fast, extract, device, args.batch_size, lpips)
-    made, n = fast.made_with(), len(plain.names)
+    n = len(plain.names)
     protocol = {"measure": "paired", **network_of(extract), "n": n, "plain": {"sha256": plain.sha256()},
                 "prompts": made.get("protocol_sha256")}
     publish(Result(values, protocol, made, cautions(n, width, "fid_vs_plain")), args.out)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import check_output, open_samples
+from evaluation.measure import check_output, how_made, open_samples
 from ldm.cli import Parser, blame, command
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -68,13 +68,14 @@ def run(args: argparse.Namespace) -> None:
     # What is quick to check comes before what is slow to do.
     check_output(args.out)
     pictures = open_samples("SAMPLES", args.samples)
+    made = how_made("SAMPLES", pictures)
     import numpy as np
     from tqdm import tqdm
 
     from evaluation.distances import mean_interval
     from evaluation.errors import FeatureError, PictureError
     from evaluation.prompts import prompts_of
-    from evaluation.results import Result, publish
+    from evaluation.results import Result, identity, publish
     from ldm.images import to_pil
 
     with blame("--prompts", (PictureError,)):
@@ -84,11 +85,12 @@ def run(args: argparse.Namespace) -> None:
     with blame("SAMPLES", (PictureError,)):
         each = np.array([judge(to_pil(picture[None])[0], prompt) for picture, prompt in
                          tqdm(zip(pictures, prompts, strict=True), total=len(prompts), desc=args.model, disable=None)])
-    name, made = args.model.replace("-", "_").replace(".", "_"), pictures.made_with()
+    name = args.model.replace("-", "_").replace(".", "_")
     values: dict[str, Any] = {name: float(each.mean())}
     if len(each) > 1:
         values[f"{name}_interval"] = mean_interval(each)
-    protocol = {"measure": name, "n": len(each), "prompts": made.get("protocol_sha256")}
+    protocol = {"measure": name, "n": len(each), "prompts": made.get("protocol_sha256"),
+                "captions_sha256": identity({"captions": prompts})}
     publish(Result(values, protocol, made), args.out)
 
 

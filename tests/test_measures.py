@@ -409,13 +409,15 @@ def assert_one_line(err: str, why: str) -> None:
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("bad")
-    for name in ("empty", "torn", "sizes"):
+    for name in ("empty", "torn", "sizes", "card"):
         (root / name).mkdir()
     draw(0).save(root / "torn" / "a.png")
     content = (root / "torn" / "a.png").read_bytes()
     (root / "torn" / "b.png").write_bytes(content[:len(content) // 2])
     (root / "torn" / "c.jpg").write_text("no picture")
     (root / "torn" / ".being-written.png").write_text("")
+    draw(0).save(root / "card" / "a.png")
+    (root / "card" / "run.json").write_text("{")
     draw(0).save(root / "sizes" / "a.png")
     draw(0, 40).save(root / "sizes" / "b.png")
     np.savez(root / "other.npz", labels=np.zeros(3))
@@ -433,6 +435,7 @@ def bad(tmp_path_factory) -> Path:
     ("empty", "an empty folder: no .png"),
     ("torn", "2 of 3 files are no pictures, or damaged: b.png, c.jpg$"),
     ("sizes", r"pictures of 2 sizes, expected one: 32 x 32 \(a.png\), 40 x 40 \(b.png\)"),
+    ("card", "run.json: not a run card"),
     ("other.npz", "has no array arr_0 with pictures"),
     ("grey.npz", r"expected pictures uint8 \(N, H, W, 3\), N > 0; got uint8 \(4, 8, 8\)"),
     ("float.npz", "got float32"),
@@ -441,9 +444,10 @@ def bad(tmp_path_factory) -> Path:
     ("missing.npz", "can't be read: .*No such file")])
 def test_bad_samples_are_one_line(call, bad, capsys, name, why):
     for module in (fid, adm, paired):
-        arguments = ("plain", str(bad / name))
-        assert call(module, *arguments) == 2
+        assert call(module, "plain", str(bad / name)) == 2
         assert_one_line(capsys.readouterr().err, why)
+    assert call(clip_score, str(bad / name), "--weights", "nowhere", network=False) == 2
+    assert_one_line(capsys.readouterr().err, why)
 
 
 @pytest.mark.parametrize("module, arguments, why", [
