@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from evaluation.measure import add_network, array, check_output, how_made, load_network, network_of, open_samples
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from evaluation.features import Extractor
     from evaluation.pictures import Pictures
 
+# Of pairs of pictures (B, 3, H, W) in [-1, 1]: a value each, (B,).
+Measure = Callable[["Tensor", "Tensor"], "Tensor"]
 SHOWN = 3
 WINDOW = 11             # of SSIM, in pixels
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
@@ -93,20 +96,29 @@ def together(plain: Pictures, fast: Pictures, batch: int) -> Iterator[tuple[Tens
             waiting = []
 
 
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM of each pair (B,), with the published window and constants. Source: Wang et al. (2004).
+def load_ssim() -> Measure:
+    """SSIM with the published window and constants, from torchmetrics. Source: Wang et al. (2004).
 
-    a, b: (B, 3, H, W) in [-1, 1]. Brightness counts in it, so they are moved to 0..1 first.
+    Raises:
+        FeatureError: torchmetrics is missing or can't be imported.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    from evaluation.errors import FeatureError, one_line
 
-    a, b = ((x.double() + 1) / 2 for x in (a, b))
-    found = structural_similarity_index_measure(a, b, data_range=1.0, kernel_size=WINDOW, reduction="none")
-    return found.reshape(-1)
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+    except Exception as error:  # a missing package; or a torchvision that does not fit PyTorch, which it imports
+        raise FeatureError(f"SSIM needs torchmetrics, which can't be imported here: {one_line(error)[:160]}; "
+                           f'pip install -e ".[eval]", and no torchvision rather than one that does not fit PyTorch'
+                           ) from error
+
+    def similarity(a: Tensor, b: Tensor) -> Tensor:
+        a, b = ((x.double() + 1) / 2 for x in (a, b))           # brightness counts in it, so 0..1
+        return ssim(a, b, data_range=1.0, kernel_size=WINDOW, reduction="none").reshape(-1)
+    return similarity
 
 
-def load_lpips(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS of each pair (B,) with AlexNet, from torchmetrics. Source: arXiv 1801.03924.
+def load_lpips(device: torch.device) -> Measure:
+    """LPIPS with AlexNet, from torchmetrics. Source: arXiv 1801.03924.
 
     Raises:
         FeatureError: torchvision or the weights are missing.
@@ -119,26 +131,26 @@ def load_lpips(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     except Exception as error:  # a missing package, a package that does not fit PyTorch, a download that fails
         raise FeatureError(f"LPIPS needs torchvision (one that fits the installed PyTorch) and its weights "
                            f"{LPIPS_WEIGHTS} in torch.hub's folder checkpoints: {one_line(error)[:160]}") from error
-    return lambda a, b: measure.net(a.clamp(-1, 1), b.clamp(-1, 1)).reshape(-1)
+    return lambda a, b: measure.net(a.to(device), b.to(device)).reshape(-1)
 
 
 def measure(plain: Pictures, fast: Pictures, extract: Extractor, device: torch.device, batch: int,
-            lpips: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[dict[str, Any], int]:
-    """All values of the pairs, by explicit name; and how many features the network has."""
+            measures: Mapping[str, Measure]) -> tuple[dict[str, Any], int]:
+    """All values of the pairs, by explicit name; and how many features the network has.
+
+    measures: of pictures, by name, beside the distances of their features.
+    """
     import numpy as np
     import torch
     from torch.nn import functional as F
 
     from evaluation.distances import frechet
     from evaluation.moments import Moments, total
-    from ldm.images import psnr
 
     each: dict[str, list[np.ndarray]] = {}
     moments: tuple[list[Moments], list[Moments]] = ([], [])
     for a, b in together(plain, fast, batch):
-        found = {"psnr": psnr(a, b), "ssim": similarity(a, b)}
-        if lpips is not None:
-            found["lpips"] = lpips(a.to(device), b.to(device))
+        found = {name: measured(a, b) for name, measured in measures.items()}
         seen = [torch.cat([extract.prepare(x[None]) for x in half]) for half in (a, b)]
         one, other = (extract.see(half.to(device)).pooled.double().cpu() for half in seen)
         found |= {"feature_distance": (one - other).norm(dim=1), "feature_cosine": F.cosine_similarity(one, other)}
@@ -174,6 +186,7 @@ def run(args: argparse.Namespace) -> None:
     from evaluation.distances import cautions
     from evaluation.errors import FeatureError, PictureError
     from evaluation.results import Result, publish
+    from ldm.images import psnr
 
     with blame("ACCELERATED", (PictureError,)):
         plain, fast = pair(plain, fast)
@@ -182,13 +195,18 @@ def run(args: argparse.Namespace) -> None:
         raise BadInput(f"PLAIN: expected at least 2 pictures of at least {WINDOW} x {WINDOW} pixels; got "
                        f"{len(plain.names)} with a side of {smallest}")
     extract, device = load_network(args)
-    with blame("--lpips", (FeatureError,)):
-        lpips = load_lpips(device) if args.lpips else None
+    with blame("packages", (FeatureError,)):
+        measures = {"psnr": psnr, "ssim": load_ssim()}
+    if args.lpips:
+        with blame("--lpips", (FeatureError,)):
+            measures["lpips"] = load_lpips(device)
     with blame("ACCELERATED", (PictureError,)):
-        values, width = measure(plain, fast, extract, device, args.batch_size, lpips)
+        values, width = measure(plain, fast, extract, device, args.batch_size, measures)
     n = len(plain.names)
     protocol = {"measure": "paired", **network_of(extract), "n": n, "plain": {"sha256": plain.sha256()},
                 "prompts": made.get("protocol_sha256")}
+    if args.lpips:
+        protocol["lpips"] = {"network": "alexnet", "torchmetrics": version("torchmetrics")}
     publish(Result(values, protocol, made, cautions(n, width, "fid_vs_plain")), args.out)
 
 

@@ -239,8 +239,9 @@ def test_pairs_are_of_the_same_noise(call, sets, tmp_path):
 def test_ssim_by_hand():
     """Of two flat pictures only brightness is left: (2ab + c) / (a^2 + b^2 + c), c = 0.01^2, on 0..1."""
     a, b = torch.full((1, 3, 16, 16), -0.6), torch.full((1, 3, 16, 16), 0.2)         # 0.2 and 0.6
-    assert paired.similarity(a, b).item() == pytest.approx((0.24 + 1e-4) / (0.4 + 1e-4), rel=1e-4)
-    assert paired.similarity(a, a).item() == pytest.approx(1)
+    ssim = paired.load_ssim()
+    assert ssim(a, b).item() == pytest.approx((0.24 + 1e-4) / (0.4 + 1e-4), rel=1e-5)
+    assert ssim(a, a).item() == pytest.approx(1)
     assert torch.isinf(psnr(a, a)).all()
 
 
@@ -458,11 +459,13 @@ def test_bad_samples_are_one_line(call, bad, capsys, name, why):
     (fid, ("real", "plain", "--out", "."), "--out: can't write"),
     (fid, ("real", "plain", "--device", "cuda:9"), "--device: cuda:9 is not there"),
     (paired, ("plain", "fast", "--lpips"), "--lpips: LPIPS needs torchvision .* alexnet-owt-7be5be79.pth"),
+    (paired, ("plain", "plain"), "packages: SSIM needs torchmetrics, which can't be imported here"),
     (adm, ("nowhere", "plain"), "REFERENCE: nowhere: neither a folder nor an npz file"),
 ])
 def test_bad_flags_are_one_line(call, capsys, monkeypatch, module, arguments, why):
-    if "--lpips" in arguments:
-        monkeypatch.setitem(sys.modules, "torchmetrics.image", None)
+    for words, package in (("LPIPS", "torchmetrics.image"), ("SSIM", "torchmetrics.functional.image")):
+        if words in why:
+            monkeypatch.setitem(sys.modules, package, None)
     assert call(module, *arguments, network="--device" not in arguments) == 2
     assert_one_line(capsys.readouterr().err, why)
 
