@@ -9,37 +9,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import add_network, check_output, how_made, load_network, look, network_of, open_samples
+from evaluation.measure import (
+    add_network,
+    check_output,
+    how_made,
+    load_network,
+    look,
+    network_of,
+    open_samples,
+    reference,
+)
 from ldm.cli import Parser, blame, command
-from ldm.util import file_sha256
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
-    import torch
-
-    from evaluation.features import Extractor
-    from evaluation.measure import Seen
-    from evaluation.moments import Gaussian
+    from evaluation.measure import Reference, Seen
 
 NEIGHBOURS = 3
-SPLIT = 5000                                            # pictures of one Inception Score
-PUBLISHED = {"extractor": "inception-2015", "resize": "tf1-bilinear"}    # what published statistics are of
-
-
-@dataclass(frozen=True)
-class Reference:
-    """pooled and spatial statistics; what they are of; seen: the pictures, None if the file has only statistics."""
-
-    pooled: Gaussian
-    spatial: Gaussian
-    about: dict[str, Any]
-    seen: Seen | None
+SPLIT = 5000            # pictures of one Inception Score
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,61 +41,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def arrays_in(path: str) -> set[str]:
-    """Names of the arrays in an npz file; none for a folder."""
-    from evaluation.errors import PictureError
-
-    if Path(path).is_dir():
-        return set()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise PictureError(f"{path}: neither a folder nor an npz file: {error}") from error
-
-
-def load_reference(path: str, extract: Extractor, batch: int, device: torch.device) -> Reference:
-    """Statistics from the file if they are of this network, else of its pictures.
-
-    Raises:
-        PictureError: neither can be had.
-    """
-    from evaluation.errors import PictureError
-    from evaluation.pictures import ARRAY, open_pictures
-
-    arrays = arrays_in(path)
-    stored = stored_statistics(path, extract) if {"mu", "sigma"} <= arrays else None
-    if stored is None and arrays and ARRAY not in arrays:
-        raise PictureError(f"{path}: has no pictures ({ARRAY}), and no statistics of {extract.name} with "
-                           f"{extract.resize}; it has: {', '.join(sorted(arrays))}")
-    seen = None
-    about: dict[str, Any] = {"n": None}
-    if not arrays or ARRAY in arrays:
-        pictures = open_pictures(path)
-        pictures.check(one_size=False)
-        seen = look(pictures, extract, batch, device, "reference", keep=True, spatial=True)
-        about = {"n": len(pictures.names), "sha256": pictures.sha256()}
-    if stored is None:
-        about["statistics"] = "of its pictures"
-        return Reference(seen.moments.gaussian(), seen.spatial.gaussian(), about, seen)
-    return Reference(*stored, about | {"sha256": file_sha256(path), "statistics": "in the file"}, seen)
-
-
-def stored_statistics(path: str, extract: Extractor) -> tuple[Gaussian, Gaussian] | None:
-    """Those of the file; None if they are of another network."""
-    from evaluation.moments import SPATIAL, load_statistics
-
-    pooled, about = load_statistics(path)
-    ours = network_of(extract)
-    if any(ours[key] != value for key, value in (about or PUBLISHED).items() if key in ours):
-        return None
-    return pooled, load_statistics(path, *SPATIAL)[0]
-
-
 def values(samples: Seen, real: Reference) -> dict[str, Any]:
     from evaluation.distances import frechet, inception_score, precision_recall
 
-    found: dict[str, Any] = {"fid_real": frechet(samples.moments.gaussian(), real.pooled),
+    found: dict[str, Any] = {"fid_real": frechet(samples.moments.gaussian(), real.gaussian),
                              "sfid_real": frechet(samples.spatial.gaussian(), real.spatial)}
     if samples.logits is not None:
         found["inception_score"], found["inception_score_std"] = inception_score(samples.logits, SPLIT)
@@ -126,16 +65,16 @@ def run(args: argparse.Namespace) -> None:
     from evaluation.results import Result, publish
 
     with blame("REFERENCE", (PictureError,)):
-        real = load_reference(args.reference, extract, args.batch_size, device)
+        real = reference(args.reference, extract, args.batch_size, device, keep=True, spatial=True)
     if args.save_statistics:
         with blame("--save-statistics", (OSError,)):
-            save_statistics(args.save_statistics, real.pooled, real.about | network_of(extract), real.spatial)
+            save_statistics(args.save_statistics, real.gaussian, real.about | network_of(extract), real.spatial)
     with blame("SAMPLES", (PictureError,)):
         seen = look(pictures, extract, args.batch_size, device, "samples", keep=True, spatial=True)
         found = values(seen, real)
     n = len(pictures.names)
-    warnings = [*cautions(n, len(real.pooled.mean), "samples"),
-                *cautions(real.pooled.n, len(real.pooled.mean), "reference")]
+    width = len(real.gaussian.mean)
+    warnings = [*cautions(n, width, "samples"), *cautions(real.gaussian.n, width, "reference"), *real.warnings]
     if real.seen is None:
         warnings.append("reference: has statistics but no pictures: no precision and recall")
     protocol = {"measure": "adm", **network_of(extract), "n": n, "reference": real.about, "neighbours": NEIGHBOURS,

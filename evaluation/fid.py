@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kid", action="store_true", help=f"kernel distance, {KID_SUBSETS} subsets of {KID_SIZE}")
     p.add_argument("--cmmd", action="store_true", help="CMMD; needs --extractor clip with ViT-L/14 at 336 px")
     p.add_argument("--infinity", action="store_true", help="extrapolate to infinitely many samples")
-    p.add_argument("--bootstrap", type=number(int, 0, math.inf, "a whole number >= 0"), default=0, metavar="N",
+    p.add_argument("--bootstrap", type=number(int, 2, math.inf, "a whole number >= 2"), metavar="N",
                    help="resample the samples N times for a 95 %% interval")
     p.add_argument("--seed", type=number(int, 0, 2**32 - 1, "0..2^32-1"), default=0, metavar="N",
                    help="of KID's subsets, FID-infinity and resampling")
@@ -56,16 +56,17 @@ def values(samples: Seen, real: Reference, args: argparse.Namespace) -> dict[str
     from evaluation.moments import Moments
 
     found: dict[str, Any] = {"fid_real": frechet(samples.moments.gaussian(), real.gaussian)}
-    if args.bootstrap > 1:
+    if args.bootstrap:
         again = bootstrap(samples.pooled, lambda f: frechet(Moments.of(f).gaussian(), real.gaussian),
                           args.bootstrap, args.seed)
         found["fid_real_interval"] = normal_interval(found["fid_real"], again)
     if args.infinity:
         found["fid_infinity_real"] = fid_infinity(samples.pooled, real.gaussian, POINTS, args.seed)
     if args.kid:
-        found["kid_real"], found["kid_real_std"] = kid(samples.pooled, real.pooled, KID_SUBSETS, KID_SIZE, args.seed)
+        found["kid_real"], found["kid_real_std"] = kid(samples.pooled, real.seen.pooled, KID_SUBSETS, KID_SIZE,
+                                                       args.seed)
     if args.cmmd:
-        found["cmmd_real"] = cmmd(samples.pooled, real.pooled)
+        found["cmmd_real"] = cmmd(samples.pooled, real.seen.pooled)
     return found
 
 
@@ -84,19 +85,22 @@ def run(args: argparse.Namespace) -> None:
     with blame("REFERENCE", (PictureError,)):
         real = reference(args.reference, extract, args.batch_size, device, cache_of(args),
                          keep=args.kid or args.cmmd)
+        if (args.kid or args.cmmd) and real.seen is None:
+            raise PictureError(f"{args.reference}: mean and covariance only; KID and CMMD need the pictures themselves")
     with blame("SAMPLES", (PictureError,)):
-        keep = args.kid or args.cmmd or args.infinity or args.bootstrap > 1
+        keep = bool(args.kid or args.cmmd or args.infinity or args.bootstrap)
         seen = look(pictures, extract, args.batch_size, device, "samples", keep)
         found = values(seen, real, args)
     n, width = len(pictures.names), len(real.gaussian.mean)
     protocol = {"measure": "fid", **network_of(extract), "n": n, "reference": real.about,
                 "prompts": made.get("protocol_sha256")}
     if args.kid:
-        protocol["kid"] = {"subsets": KID_SUBSETS, "size": min(KID_SIZE, n, len(real.pooled)), "seed": args.seed}
+        protocol["kid"] = {"subsets": KID_SUBSETS, "size": min(KID_SIZE, n, len(real.seen.pooled)), "seed": args.seed}
     if args.infinity:
         protocol["infinity"] = {"points": POINTS, "seed": args.seed}
     publish(Result(found, protocol, made, [*cautions(n, width, "samples"),
-                                           *cautions(real.gaussian.n, width, "reference")]), args.out)
+                                           *cautions(real.gaussian.n, width, "reference"),
+                                           *real.warnings]), args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

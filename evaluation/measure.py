@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import BadInput, blame, number
+from ldm.util import file_sha256
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 EXTRACTORS = ("inception-2015", "efficientnet-lite0", "dinov2", "clip")
 RECIPES = ("clean", "tf1-bilinear", "torch-bilinear", "torch-antialias", "clip-crop")
+PUBLISHED = {"extractor": "inception-2015", "resize": "tf1-bilinear"}    # what statistics that do not say it are of
+OF_PICTURES = "of its pictures"
 CACHE = Path.home() / ".cache" / "faster-diffusion-ldm" / "statistics"
 
 
@@ -103,69 +107,95 @@ def network_of(extract: Extractor) -> dict[str, Any]:
 class Reference:
     """What samples are compared with.
 
-    gaussian: of its features. about: what it is of, for a protocol.
-    pooled:   (M, D), if they were asked for.
+    gaussian: of its pooled features; spatial: of the spatial ones, if they were asked for.
+    about:    what it is of, for a protocol.
+    seen:     its pictures, if they were to be kept and are there.
+    warnings: what is not known of it, in words.
     """
 
     gaussian: Gaussian
     about: dict[str, Any]
-    pooled: np.ndarray | None = None
+    spatial: Gaussian | None = None
+    seen: Seen | None = None
+    warnings: tuple[str, ...] = ()
 
 
-def reference(path: str, extract: Extractor, batch: int, device: torch.device, cache: str | Path | None,
-              keep: bool = False) -> Reference:
-    """Statistics of reference pictures: from a statistics file, from the cache, or else computed and cached.
+def reference(path: str, extract: Extractor, batch: int, device: torch.device, cache: str | Path | None = None,
+              keep: bool = False, spatial: bool = False) -> Reference:
+    """Statistics of reference pictures: those in the file if they are of this network, else of its pictures.
+
+    Args:
+        path: a folder, an npy file, or an npz file with pictures, statistics or both.
+        cache: folder for statistics of pictures; None = none.
+        keep: the pictures' features are needed as well; spatial: see `look`.
 
     Raises:
-        PictureError: pictures or statistics that can't be used, or statistics of another network or resize.
+        PictureError: what can't be read, or statistics of another network or resize without pictures.
     """
     from evaluation.moments import cache_file, cached_statistics, save_statistics
-    from evaluation.pictures import open_pictures
+    from evaluation.pictures import ARRAY, open_pictures
 
-    if is_statistics(path):
-        return published(path, extract, keep)
+    arrays = arrays_in(path)
+    pictured = not arrays or ARRAY in arrays
+    stored = stored_statistics(path, extract, spatial, pictured) if "mu" in arrays else None
+    if stored is not None and not (keep and pictured):
+        return stored
     pictures = open_pictures(path)
-    about = {"sha256": pictures.sha256(), "n": len(pictures.names)}
+    about = {"sha256": pictures.sha256(), "n": len(pictures.names), "statistics": OF_PICTURES}
     wanted = about | network_of(extract)
-    found = None if keep else cached_statistics(cache, wanted)
+    found = None if keep or spatial else cached_statistics(cache, wanted)
     if found is not None:
         return Reference(found, about)
     pictures.check(one_size=False)
-    seen = look(pictures, extract, batch, device, "reference", keep)
+    seen = look(pictures, extract, batch, device, "reference", keep, spatial)
+    if stored is not None:
+        return replace(stored, seen=seen)
     gaussian = seen.moments.gaussian()
     if cache is not None:
         with blame("--cache", (OSError,)):
             save_statistics(cache_file(cache, wanted), gaussian, wanted)
-    return Reference(gaussian, about, seen.pooled)
+    return Reference(gaussian, about, seen.spatial.gaussian() if spatial else None, seen if keep else None)
 
 
-def is_statistics(path: str) -> bool:
-    """Whether this is an npz file that has mean and covariance but no pictures."""
-    import numpy as np
-
-    if Path(path).suffix != ".npz" or not Path(path).is_file():
-        return False
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return "mu" in file.files and "arr_0" not in file.files
-    except Exception:  # a damaged file fails later, with a message of its own
-        return False
-
-
-def published(path: str, extract: Extractor, keep: bool) -> Reference:
-    """A statistics file; if it says what network it is of, that must be this one."""
+def arrays_in(path: str) -> set[str]:
+    """Names of the arrays in an npz file; none of anything else."""
     from evaluation.errors import PictureError
-    from evaluation.moments import load_statistics
-    from ldm.util import file_sha256
 
-    if keep:
-        raise PictureError(f"{path}: holds mean and covariance only; KID and CMMD need the pictures themselves")
-    gaussian, about = load_statistics(path)
-    for key, value in network_of(extract).items():
-        if about is not None and about.get(key, value) != value:
-            raise PictureError(f"{path}: statistics of another {key}: {about[key]}; asked for is {value}")
-    return Reference(gaussian, {"sha256": file_sha256(path) if about is None else about.get("sha256"),
-                                "n": gaussian.n})
+    if Path(path).suffix != ".npz":
+        return set()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise PictureError(f"{path}: can't be read: {error}") from error
+
+
+def stored_statistics(path: str, extract: Extractor, spatial: bool, pictured: bool) -> Reference | None:
+    """Those of the file; None if they are of another network or resize but there are pictures.
+
+    Files of ours say what they are of. Published ones do not: they are of Inception, and if not of the ADM suite
+    perhaps with another resize, which the user must know.
+
+    Raises:
+        PictureError: they are of another network or resize and there are no pictures; or are no statistics.
+    """
+    from evaluation.errors import PictureError
+    from evaluation.moments import SPATIAL, load_statistics
+
+    gaussian, of = load_statistics(path)
+    ours, stated = network_of(extract), of or PUBLISHED
+    other = [key for key, value in ours.items() if stated.get(key, value) != value]
+    unsure = of is None and other == ["resize"] and not pictured
+    if other and not unsure:
+        if pictured:
+            return None
+        raise PictureError(f"{path}: statistics of another {other[0]}, {stated[other[0]]}, and no pictures; asked for "
+                           f"is {ours[other[0]]}")
+    maps = load_statistics(path, *SPATIAL)[0] if spatial else None
+    about = {"sha256": file_sha256(path), "n": gaussian.n, "statistics": "in the file"} if of is None else {
+        "sha256": of.get("sha256"), "n": gaussian.n, "statistics": OF_PICTURES}
+    warnings = (f"reference: a file that does not say its resize; taken for {extract.resize}",) if unsure else ()
+    return Reference(gaussian, about, maps, warnings=warnings)
 
 
 # Flags

@@ -136,6 +136,9 @@ def test_singular_covariances_give_a_finite_distance(scale):
     assert frechet(same, same) == pytest.approx(0, abs=1e-6 * scale ** 2)
     expected = ((x.mean(0) ** 2).sum() + np.trace(same.covariance))         # (2 - 1)^2 times each
     assert frechet(same, other) == pytest.approx(expected, rel=1e-6)
+    wide = gaussian(random.standard_normal((150, 200)) * scale)             # the product has the smaller rank
+    assert np.isfinite([frechet(same, wide), frechet(wide, same)]).all()
+    assert frechet(same, wide) == pytest.approx(frechet(wide, same), rel=1e-6)
     zero = Gaussian(np.zeros(200), np.zeros((200, 200)))
     assert frechet(zero, zero) == 0
 

@@ -20,7 +20,7 @@ from evaluation.clip_score import VARIANTS, scores
 from evaluation.errors import PictureError
 from evaluation.features import extractor
 from evaluation.measure import look
-from evaluation.moments import total
+from evaluation.moments import Gaussian, save_statistics, total
 from evaluation.pictures import Array, Folder, open_pictures
 from evaluation.prompts import prompts_of
 from evaluation.results import Result, ResultError, comparable, read_result
@@ -218,7 +218,8 @@ def test_published_statistics_are_not_taken_for_another_network(call, tmp_path, 
     pictures = np.stack([np.array(draw(i)) for i in range(5)])
     np.savez(tmp_path / "both.npz", arr_0=pictures, **statistics)
     assert call(adm, str(tmp_path / "only.npz"), "plain") == 2
-    assert "no statistics of efficientnet-lite0 with torch-antialias" in capsys.readouterr().err
+    assert_one_line(capsys.readouterr().err, "REFERENCE: .*only.npz: statistics of another extractor, inception-2015, "
+                                             "and no pictures; asked for is efficientnet-lite0")
     assert call(adm, str(tmp_path / "both.npz"), "plain", "--out", str(tmp_path / "a.json")) == 0
     assert load_json(tmp_path / "a.json")["protocol"]["reference"]["statistics"] == "of its pictures"
 
@@ -454,13 +455,13 @@ def test_bad_samples_are_one_line(call, bad, capsys, name, why):
 @pytest.mark.parametrize("module, arguments, why", [
     (fid, ("nowhere", "plain"), "REFERENCE: nowhere: no such folder"),
     (fid, ("real", "plain", "--cmmd"), "--cmmd: .* needs --extractor clip; got efficientnet-lite0"),
-    (fid, ("real", "plain", "--bootstrap", "-1"), "--bootstrap: expected a whole number >= 0; got '-1'"),
+    (fid, ("real", "plain", "--bootstrap", "1"), "--bootstrap: expected a whole number >= 2; got '1'"),
     (fid, ("real", "plain", "--resize", "nearest"), "--resize: invalid choice: 'nearest'"),
     (fid, ("real", "plain", "--out", "."), "--out: can't write"),
     (fid, ("real", "plain", "--device", "cuda:9"), "--device: cuda:9 is not there"),
     (paired, ("plain", "fast", "--lpips"), "--lpips: LPIPS needs torchvision .* alexnet-owt-7be5be79.pth"),
     (paired, ("plain", "plain"), "packages: SSIM needs torchmetrics, which can't be imported here"),
-    (adm, ("nowhere", "plain"), "REFERENCE: nowhere: neither a folder nor an npz file"),
+    (adm, ("nowhere", "plain"), "REFERENCE: nowhere: no such folder"),
 ])
 def test_bad_flags_are_one_line(call, capsys, monkeypatch, module, arguments, why):
     for words, package in (("LPIPS", "torchmetrics.image"), ("SSIM", "torchmetrics.functional.image")):
@@ -477,15 +478,33 @@ def test_plug_ins_that_are_not_installed_say_so(call, capsys, monkeypatch, sets)
         assert_one_line(capsys.readouterr().err, f"--model: {name} needs the package {package}, which is not installed")
 
 
-def test_statistics_can_not_give_a_kernel_distance(call, sets, tmp_path, capsys):
-    np.savez(tmp_path / "s.npz", mu=np.zeros(1280), sigma=np.eye(1280))
-    assert call(fid, str(tmp_path / "s.npz"), "plain", "--kid") == 2
-    assert_one_line(capsys.readouterr().err, "REFERENCE: .*holds mean and covariance only; KID and CMMD need the pict")
-    assert call(fid, str(tmp_path / "s.npz"), "plain") == 0
+def test_statistics_can_not_give_a_kernel_distance(call, lite0, tmp_path, capsys):
+    reference = tmp_path / "s.npz"
+    save_statistics(reference, Gaussian(np.zeros(1280), np.eye(1280), 9), measure.network_of(lite0) | {"sha256": "x"})
+    assert call(fid, str(reference), "plain", "--kid") == 2
+    assert_one_line(capsys.readouterr().err, "REFERENCE: .*mean and covariance only; KID and CMMD need the pictures")
+    assert fid_of(call, tmp_path / "a.json", str(reference), "plain")["protocol"]["reference"] == {
+        "sha256": "x", "n": 9, "statistics": "of its pictures"}
     capsys.readouterr()
-    np.savez(tmp_path / "s.npz", mu=np.zeros(1280), sigma=np.eye(1280), about=json.dumps({"resize": "clean"}))
-    assert call(fid, str(tmp_path / "s.npz"), "plain") == 2
-    assert_one_line(capsys.readouterr().err, "statistics of another resize: clean; asked for is torch-antialias")
+    save_statistics(reference, Gaussian(np.zeros(1280), np.eye(1280), 9), {"resize": "clean"})
+    assert call(fid, str(reference), "plain") == 2
+    assert_one_line(capsys.readouterr().err, "statistics of another resize, clean, and no pictures; asked for is torch")
+
+
+def test_statistics_that_do_not_say_what_they_are_of_are_inceptions(tmp_path):
+    class Network:
+        name, sha256, resize, size = "inception-2015", "x", "tf1-bilinear", 299
+
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4))
+    np.savez(tmp_path / "both.npz", mu=np.zeros(4), sigma=np.eye(4), arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    alone, both = str(tmp_path / "s.npz"), str(tmp_path / "both.npz")
+    for path in (alone, both):
+        found = measure.reference(path, Network(), 1, torch.device("cpu"))
+        assert found.about["statistics"] == "in the file" and found.warnings == ()
+    Network.resize = "clean"
+    assert measure.reference(alone, Network(), 1, torch.device("cpu")).warnings == (
+        "reference: a file that does not say its resize; taken for clean",)
+    assert measure.stored_statistics(both, Network(), False, pictured=True) is None
 
 
 @pytest.mark.parametrize("name", ["fid", "adm", "paired", "clip_score", "preference", "results"])
