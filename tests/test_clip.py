@@ -162,7 +162,7 @@ def test_bad_settings_say_why(build, why):
 
 
 def test_a_folder_that_is_no_model_is_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="not a CLIP model"):
+    with pytest.raises(ValueError, match="not a CLIPVisionModelWithProjection"):
         FrozenClipImageEmbedder(tmp_path)
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
     CLIPTextModelWithProjection(CLIPTextConfig(**TINY_TEXT)).save_pretrained(tmp_path)

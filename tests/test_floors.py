@@ -46,10 +46,14 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
     [f"{S}/engine.py", f"{S}/hybrid.py", "ldm/plan_table.py"],
     ["ldm/script.py"],
+    [*(f"evaluation/{name}.py" for name in ("errors", "resize", "inception", "results"))],
+    [*(f"evaluation/{name}.py" for name in ("moments", "pictures", "clip_models"))],
+    [*(f"evaluation/{name}.py" for name in ("distances", "features", "prompts"))],
+    ["evaluation/measure.py"],
     ["scripts/*", "evaluation/*", "main.py"],
 ]
 # Whose files may import each other.
-ROOMS = ("ldm/training", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts", "evaluation")
+ROOMS = ("ldm/training", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts")
 FILES = sorted(
     str(path.relative_to(ROOT))
     for top in ("ldm", "scripts", "evaluation", "main.py")

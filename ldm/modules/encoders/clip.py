@@ -82,11 +82,13 @@ def from_folder(name: str, weights: str | Path | None) -> nn.Module:
         raise ValueError(f"weights: {weights}: no such folder; the diffusion model's checkpoint does not hold this "
                          f"encoder: download config.json and model.safetensors of openai/clip-vit-large-patch14 "
                          f"into a folder and set weights to it")
+    library = transformers()
+    library.utils.logging.disable_progress_bar()        # it is quick, and the bar would go into files too
     try:
-        model, info = getattr(transformers(), name).from_pretrained(
+        model, info = getattr(library, name).from_pretrained(
             weights, local_files_only=True, use_safetensors=True, output_loading_info=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"weights: {weights}: not a CLIP model of transformers: "
+        raise ValueError(f"weights: {weights}: not a {name} of transformers: "
                          f"{' '.join(str(error).split())}") from error
     missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
     if missing:

@@ -123,6 +123,10 @@ class ClipTokenizer:
             raise ValueError(f"text must be a string or a list of strings; got {text!r}")
         return torch.tensor([encoding.ids for encoding in self.bpe.encode_batch([clean(t) for t in texts])])
 
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text whether it is longer than max_length and loses its end."""
+        return [bool(encoding.overflowing) for encoding in self.bpe.encode_batch([clean(t) for t in texts])]
+
 
 def clean(text: str) -> str:
     """Broken encodings and HTML entities mended, white space collapsed, lower case; as CLIP was trained.

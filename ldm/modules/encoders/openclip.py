@@ -24,6 +24,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "vision_cfg": {"image_size": 224, "patch_size": 14, "width": 1280, "head_width": 80, "layers": 32},
     },
 }
+TOWERS = {"text": ("text",), "vision": ("vision",), "both": ("text", "vision")}
 SKIPPED = {"last": 0, "penultimate": 1}     # blocks at the end of the text transformer that are left out
 
 
@@ -40,16 +41,31 @@ def architecture(arch: str | Mapping[str, Any]) -> Mapping[str, Any]:
     return ARCHITECTURES[arch]
 
 
-class ResidualBlock(nn.Module):
-    """Pre-norm attention and perceptron, (B, L, width) -> (B, L, width)."""
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), with which OpenAI's models were trained."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-norm attention and perceptron, (B, L, width) -> (B, L, width).
+
+    Args:
+        width, heads: of the attention.
+        mlp_ratio: width of the perceptron's hidden layer, relative to `width`.
+        quick_gelu: its activation, see `QuickGELU`.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, quick_gelu: bool = False) -> None:
         super().__init__()
+        hidden = int(width * mlp_ratio)
         self.ln_1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width)))
+            c_fc=nn.Linear(width, hidden), gelu=QuickGELU() if quick_gelu else nn.GELU(),
+            c_proj=nn.Linear(hidden, width)))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.ln_1(x)
@@ -60,9 +76,9 @@ class ResidualBlock(nn.Module):
 class Transformer(nn.Module):
     """Residual blocks one after the other, (B, L, width) -> (B, L, width)."""
 
-    def __init__(self, width: int, heads: int, layers: int) -> None:
+    def __init__(self, width: int, heads: int, layers: int, mlp_ratio: float = 4.0, quick_gelu: bool = False) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualBlock(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, mlp_ratio, quick_gelu) for _ in range(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, skip_last: int = 0) -> Tensor:
         for block in self.resblocks[:len(self.resblocks) - skip_last]:
@@ -78,10 +94,11 @@ class Vision(nn.Module):
         image_size, patch_size: in pixels.
         width, layers: of the transformer.
         head_width: of one attention head.
+        mlp_ratio, quick_gelu: see `ResidualBlock`.
     """
 
-    def __init__(self, embed_dim: int, image_size: int, patch_size: int, width: int, head_width: int,
-                 layers: int) -> None:
+    def __init__(self, embed_dim: int, image_size: int, patch_size: int, width: int, layers: int,
+                 head_width: int = 64, mlp_ratio: float = 4.0, quick_gelu: bool = False) -> None:
         super().__init__()
         self.image_size = image_size
         std = width ** -0.5
@@ -90,7 +107,7 @@ class Vision(nn.Module):
         self.proj = nn.Parameter(std * torch.randn(width, embed_dim))
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, width // head_width, layers)
+        self.transformer = Transformer(width, width // head_width, layers, mlp_ratio, quick_gelu)
         self.ln_post = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,11 +126,12 @@ class OpenCLIP(nn.Module):
 
     Args:
         embed_dim, text_cfg, vision_cfg: hyper-parameters, see `ARCHITECTURES`.
-        tower: "text" or "vision", the transformer that is there.
+        tower: "text", "vision" or "both": the transformers that are there.
+        quick_gelu: see `ResidualBlock`.
     """
 
     def __init__(self, tower: str, embed_dim: int, text_cfg: Mapping[str, int],
-                 vision_cfg: Mapping[str, int] | None = None) -> None:
+                 vision_cfg: Mapping[str, Any] | None = None, quick_gelu: bool = False) -> None:
         super().__init__()
         width = text_cfg["width"]
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(text_cfg["context_length"], width))
@@ -121,10 +139,10 @@ class OpenCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(100.0).log())
         self.token_embedding = nn.Embedding(text_cfg["vocab_size"], width)
         self.ln_final = nn.LayerNorm(width)
-        if tower == "text":
-            self.transformer = Transformer(width, text_cfg["heads"], text_cfg["layers"])
-        else:
-            self.visual = Vision(embed_dim, **vision_cfg)
+        if "text" in TOWERS[tower]:
+            self.transformer = Transformer(width, text_cfg["heads"], text_cfg["layers"], quick_gelu=quick_gelu)
+        if "vision" in TOWERS[tower]:
+            self.visual = Vision(embed_dim, **vision_cfg, quick_gelu=quick_gelu)
 
     def text(self, tokens: Tensor, skip_last: int) -> Tensor:
         """Token ids (B, L) -> (B, L, width), normalised, from all blocks but the last `skip_last`."""
@@ -132,6 +150,11 @@ class OpenCLIP(nn.Module):
         causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
         x = self.token_embedding(tokens) + self.positional_embedding[:length]
         return self.ln_final(self.transformer(x, causal, skip_last))
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L) -> embeddings (B, embed_dim): what the end token, of the highest id, has gathered."""
+        hidden = self.text(tokens, skip_last=0)
+        return hidden[torch.arange(len(tokens)), tokens.argmax(1)] @ self.text_projection
 
 
 class FrozenOpenCLIPEmbedder(ClipConditioner):

@@ -1,0 +1,112 @@
+"""Fréchet distance of samples from a reference, with KID, CMMD, FID-infinity and intervals on request.
+
+SAMPLES and REFERENCE are folders of pictures, or npz or npy files of pictures uint8 (N, H, W, 3); REFERENCE may be an
+npz file with statistics (mu, sigma). The reference is real pictures; for pictures of the plain run from the same
+noise there is evaluation/paired.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from evaluation.measure import (
+    add_cache,
+    add_network,
+    cache_of,
+    check_output,
+    how_made,
+    load_network,
+    look,
+    network_of,
+    open_samples,
+    reference,
+)
+from ldm.cli import BadInput, Parser, blame, command, number
+
+# What needs PyTorch is imported where it is used: --help must answer at once.
+if TYPE_CHECKING:
+    from evaluation.measure import Reference, Seen
+
+KID_SUBSETS, KID_SIZE, POINTS = 100, 1000, 15
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="fid.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("reference", metavar="REFERENCE", help="real pictures, or their statistics")
+    p.add_argument("samples", metavar="SAMPLES", help="pictures to measure")
+    p.add_argument("--kid", action="store_true", help=f"kernel distance, {KID_SUBSETS} subsets of {KID_SIZE}")
+    p.add_argument("--cmmd", action="store_true", help="CMMD; needs --extractor clip with ViT-L/14 at 336 px")
+    p.add_argument("--infinity", action="store_true", help="extrapolate to infinitely many samples")
+    p.add_argument("--bootstrap", type=number(int, 2, math.inf, "a whole number >= 2"), metavar="N",
+                   help="resample the samples N times for a 95 %% interval")
+    p.add_argument("--seed", type=number(int, 0, 2**32 - 1, "0..2^32-1"), default=0, metavar="N",
+                   help="of KID's subsets, FID-infinity and resampling")
+    add_network(p)
+    add_cache(p)
+    return p
+
+
+def values(samples: Seen, real: Reference, args: argparse.Namespace) -> dict[str, Any]:
+    """All that was asked for, by explicit name."""
+    from evaluation.distances import bootstrap, cmmd, fid_infinity, frechet, kid, normal_interval
+    from evaluation.moments import Moments
+
+    found: dict[str, Any] = {"fid_real": frechet(samples.moments.gaussian(), real.gaussian)}
+    if args.bootstrap:
+        again = bootstrap(samples.pooled, lambda f: frechet(Moments.of(f).gaussian(), real.gaussian),
+                          args.bootstrap, args.seed)
+        found["fid_real_interval"] = normal_interval(found["fid_real"], again)
+    if args.infinity:
+        found["fid_infinity_real"] = fid_infinity(samples.pooled, real.gaussian, POINTS, args.seed)
+    if args.kid:
+        found["kid_real"], found["kid_real_std"] = kid(samples.pooled, real.seen.pooled, KID_SUBSETS, KID_SIZE,
+                                                       args.seed)
+    if args.cmmd:
+        found["cmmd_real"] = cmmd(samples.pooled, real.seen.pooled)
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    # What is quick to check comes before what is slow to do.
+    check_output(args.out)
+    if args.cmmd and args.extractor != "clip":
+        raise BadInput(f"--cmmd: is defined for CLIP's embeddings: needs --extractor clip; got {args.extractor}")
+    pictures = open_samples("SAMPLES", args.samples)
+    made = how_made("SAMPLES", pictures)
+    extract, device = load_network(args)
+    from evaluation.distances import cautions
+    from evaluation.errors import PictureError
+    from evaluation.results import Result, publish
+
+    with blame("REFERENCE", (PictureError,)):
+        real = reference(args.reference, extract, args.batch_size, device, cache_of(args),
+                         keep=args.kid or args.cmmd)
+        if (args.kid or args.cmmd) and real.seen is None:
+            raise PictureError(f"{args.reference}: mean and covariance only; KID and CMMD need the pictures themselves")
+    with blame("SAMPLES", (PictureError,)):
+        keep = bool(args.kid or args.cmmd or args.infinity or args.bootstrap)
+        seen = look(pictures, extract, args.batch_size, device, "samples", keep)
+        found = values(seen, real, args)
+    n, width = len(pictures.names), len(real.gaussian.mean)
+    protocol = {"measure": "fid", **network_of(extract), "n": n, "reference": real.about,
+                "prompts": made.get("protocol_sha256")}
+    if args.kid:
+        protocol["kid"] = {"subsets": KID_SUBSETS, "size": min(KID_SIZE, n, len(real.seen.pooled)), "seed": args.seed}
+    if args.infinity:
+        protocol["infinity"] = {"points": POINTS, "seed": args.seed}
+    publish(Result(found, protocol, made, [*cautions(n, width, "samples"),
+                                           *cautions(real.gaussian.n, width, "reference"),
+                                           *real.warnings]), args.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command("fid.py", lambda: run(parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""What the measures' command lines share: pictures to features, reference statistics with a cache, flags."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import BadInput, blame, number
+from ldm.util import file_sha256
+
+# What needs PyTorch is imported where it is used: --help must answer at once.
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from evaluation.features import Extractor
+    from evaluation.moments import Gaussian, Moments
+    from evaluation.pictures import Pictures
+
+EXTRACTORS = ("inception-2015", "efficientnet-lite0", "dinov2", "clip")
+RECIPES = ("clean", "tf1-bilinear", "torch-bilinear", "torch-antialias", "clip-crop")
+PUBLISHED = {"extractor": "inception-2015", "resize": "tf1-bilinear"}    # what statistics that do not say it are of
+OF_PICTURES = "of its pictures"
+CACHE = Path.home() / ".cache" / "faster-diffusion-ldm" / "statistics"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a network saw in N pictures.
+
+    moments: of its pooled features. spatial: of the spatial ones, if they were asked for.
+    pooled:  (N, D) float32, if they were to be kept; logits: (N, classes), the same.
+    """
+
+    moments: Moments
+    spatial: Moments | None = None
+    pooled: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+
+def batches(pictures: Pictures, extract: Extractor, batch: int, label: str) -> Iterator[Tensor]:
+    """Pictures at the network's size, (B, 3, size, size), each resized on its own; with progress."""
+    import torch
+    from tqdm import tqdm
+
+    waiting: list[Tensor] = []
+    for picture in tqdm(pictures, total=len(pictures.names), desc=f"features: {label}", unit="image", disable=None):
+        waiting.append(extract.prepare(picture[None]))
+        if len(waiting) == batch:
+            yield torch.cat(waiting)
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting)
+
+
+def look(pictures: Pictures, extract: Extractor, batch: int, device: torch.device, label: str,
+         keep: bool = False, spatial: bool = False) -> Seen:
+    """Show all pictures to the network, once.
+
+    Args:
+        batch: pictures at a time; changes speed and memory only.
+        keep: keep features and logits of every picture, for measures that need more than moments.
+        spatial: take the moments of spatial features as well.
+
+    Raises:
+        PictureError: a picture can't be read, or the network has no spatial features.
+    """
+    import numpy as np
+
+    from evaluation.errors import PictureError
+    from evaluation.moments import Moments, total
+
+    pooled, maps, features, logits = [], [], [], []
+    for prepared in batches(pictures, extract, batch, label):
+        views = extract.see(prepared.to(device))
+        pooled.append(Moments.of(array(views.pooled)))
+        if spatial:
+            if views.spatial is None:
+                raise PictureError(f"{extract.name} has no spatial features")
+            maps.append(Moments.of(array(views.spatial)))
+        if keep:
+            features.append(array(views.pooled))
+            logits += [] if views.logits is None else [array(views.logits)]
+        pooled, maps = ([total(parts)] if parts else [] for parts in (pooled, maps))
+    return Seen(pooled[0], maps[0] if maps else None, np.concatenate(features) if features else None,
+                np.concatenate(logits) if logits else None)
+
+
+def array(features: Tensor) -> np.ndarray:
+    return features.float().cpu().numpy()
+
+
+def network_of(extract: Extractor) -> dict[str, Any]:
+    """The network and the resize, for a protocol."""
+    return {"extractor": extract.name, "features_sha256": extract.sha256, "resize": extract.resize,
+            "size": extract.size}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with.
+
+    gaussian: of its pooled features; spatial: of the spatial ones, if they were asked for.
+    about:    what it is of, for a protocol.
+    seen:     its pictures, if they were to be kept and are there.
+    warnings: what is not known of it, in words.
+    """
+
+    gaussian: Gaussian
+    about: dict[str, Any]
+    spatial: Gaussian | None = None
+    seen: Seen | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def reference(path: str, extract: Extractor, batch: int, device: torch.device, cache: str | Path | None = None,
+              keep: bool = False, spatial: bool = False) -> Reference:
+    """Statistics of reference pictures: those in the file if they are of this network, else of its pictures.
+
+    Args:
+        path: a folder, an npy file, or an npz file with pictures, statistics or both.
+        cache: folder for statistics of pictures; None = none.
+        keep: the pictures' features are needed as well; spatial: see `look`.
+
+    Raises:
+        PictureError: what can't be read, or statistics of another network or resize without pictures.
+    """
+    from evaluation.moments import cache_file, cached_statistics, save_statistics
+    from evaluation.pictures import ARRAY, open_pictures
+
+    arrays = arrays_in(path)
+    pictured = not arrays or ARRAY in arrays
+    stored = stored_statistics(path, extract, spatial, pictured) if "mu" in arrays else None
+    if stored is not None and not (keep and pictured):
+        return stored
+    pictures = open_pictures(path)
+    about = {"sha256": pictures.sha256(), "n": len(pictures.names), "statistics": OF_PICTURES}
+    wanted = about | network_of(extract)
+    found = None if keep or spatial else cached_statistics(cache, wanted)
+    if found is not None:
+        return Reference(found, about)
+    pictures.check(one_size=False)
+    seen = look(pictures, extract, batch, device, "reference", keep, spatial)
+    if stored is not None:
+        return replace(stored, seen=seen)
+    gaussian = seen.moments.gaussian()
+    if cache is not None:
+        with blame("--cache", (OSError,)):
+            save_statistics(cache_file(cache, wanted), gaussian, wanted)
+    return Reference(gaussian, about, seen.spatial.gaussian() if spatial else None, seen if keep else None)
+
+
+def arrays_in(path: str) -> set[str]:
+    """Names of the arrays in an npz file; none of anything else."""
+    from evaluation.errors import PictureError
+
+    if Path(path).suffix != ".npz":
+        return set()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise PictureError(f"{path}: can't be read: {error}") from error
+
+
+def stored_statistics(path: str, extract: Extractor, spatial: bool, pictured: bool) -> Reference | None:
+    """Those of the file; None if they are of another network or resize but there are pictures.
+
+    Files of ours say what they are of. Published ones do not: they are of Inception, and if not of the ADM suite
+    perhaps with another resize, which the user must know.
+
+    Raises:
+        PictureError: they are of another network or resize and there are no pictures; or are no statistics.
+    """
+    from evaluation.errors import PictureError
+    from evaluation.moments import SPATIAL, load_statistics
+
+    gaussian, of = load_statistics(path)
+    ours, stated = network_of(extract), of or PUBLISHED
+    other = [key for key, value in ours.items() if stated.get(key, value) != value]
+    unsure = of is None and other == ["resize"] and not pictured
+    if other and not unsure:
+        if pictured:
+            return None
+        raise PictureError(f"{path}: statistics of another {other[0]}, {stated[other[0]]}, and no pictures; asked for "
+                           f"is {ours[other[0]]}")
+    maps = load_statistics(path, *SPATIAL)[0] if spatial else None
+    about = {"sha256": file_sha256(path), "n": gaussian.n, "statistics": "in the file"} if of is None else {
+        "sha256": of.get("sha256"), "n": gaussian.n, "statistics": OF_PICTURES}
+    warnings = (f"reference: a file that does not say its resize; taken for {extract.resize}",) if unsure else ()
+    return Reference(gaussian, about, maps, warnings=warnings)
+
+
+# Flags
+
+def add_network(p: argparse.ArgumentParser, default: str = "inception-2015") -> None:
+    group = p.add_argument_group("network")
+    group.add_argument("--extractor", choices=EXTRACTORS, default=default, help="the network that looks at pictures")
+    group.add_argument("--weights", metavar="PATH", help="its weights: a file, or a folder for dinov2 and clip; "
+                                                         "default: where its package or download puts them")
+    group.add_argument("--resize", choices=RECIPES, help="how pictures come to its size; default: as is usual with it")
+    add_run(p)
+
+
+def add_run(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--batch-size", type=number(int, 1, math.inf, "a whole number >= 1"), default=50, metavar="N",
+                   help="pictures at a time; changes speed and memory only")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    p.add_argument("--out", metavar="JSON", help="write the result, with all that it depends on")
+
+
+def add_cache(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--cache", default=str(CACHE), metavar="DIR",
+                   help="where statistics of reference pictures are kept; 'none' = nowhere")
+
+
+def cache_of(args: argparse.Namespace) -> str | None:
+    return None if args.cache == "none" else args.cache
+
+
+def check_output(path: str | None) -> None:
+    """It must be possible to write the file; found out before the work."""
+    if path is None:
+        return
+    place = next(p for p in Path(path).absolute().parents if p.exists())
+    if Path(path).is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        raise BadInput(f"--out: can't write {path}; expected a file in a writable directory")
+
+
+def load_network(args: argparse.Namespace) -> tuple[Extractor, torch.device]:
+    """The network that the flags name, on its device."""
+    from evaluation.errors import FeatureError
+    from evaluation.features import extractor
+    from ldm.script import find_device
+
+    device = find_device(args.device)
+    with blame("--weights" if args.weights else "--extractor", (FeatureError,)):
+        return extractor(args.extractor, args.weights, args.resize).to(device), device
+
+
+def open_samples(argument: str, path: str, one_size: bool = True) -> Pictures:
+    """Pictures that are worth looking at, found out before the work."""
+    from evaluation.errors import PictureError
+    from evaluation.pictures import open_pictures
+
+    with blame(argument, (PictureError,)):
+        pictures = open_pictures(path)
+        pictures.check(one_size)
+        return pictures
+
+
+def how_made(argument: str, pictures: Pictures) -> dict[str, Any]:
+    """Plan, seeds, weights of the pictures, as far as they are known; found out before the work."""
+    from evaluation.errors import PictureError
+
+    with blame(argument, (PictureError,)):
+        return pictures.made_with()

@@ -1,0 +1,219 @@
+"""How far the pictures of an accelerated run are from those of the plain run from the same noise.
+
+Pictures are paired by the noise and subject that are in the files, else by name; arrays by place. Every value is named
+..._vs_plain: a distance from the plain run says how much the acceleration changes, not how good the pictures are;
+that is evaluation/fid.py's fid_real.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from evaluation.measure import add_network, array, check_output, how_made, load_network, network_of, open_samples
+from ldm.cli import BadInput, Parser, blame, command
+
+# What needs PyTorch is imported where it is used: --help must answer at once.
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from evaluation.features import Extractor
+    from evaluation.pictures import Pictures
+
+# Of pairs of pictures (B, 3, H, W) in [-1, 1]: a value each, (B,).
+Measure = Callable[["Tensor", "Tensor"], "Tensor"]
+SHOWN = 3
+WINDOW = 11             # of SSIM, in pixels
+LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="paired.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("plain", metavar="PLAIN", help="pictures of the plain run: a folder, or an npz or npy file")
+    p.add_argument("accelerated", metavar="ACCELERATED", help="pictures of the other run")
+    p.add_argument("--lpips", action="store_true",
+                   help="perceptual distance LPIPS (AlexNet); needs torchvision and its weights")
+    add_network(p)
+    return p
+
+
+def pair(plain: Pictures, fast: Pictures) -> tuple[Pictures, Pictures]:
+    """Both sets in one order.
+
+    Raises:
+        PictureError: pictures without a partner, or several of the same noise and subject.
+    """
+    from evaluation.errors import PictureError
+    from evaluation.pictures import Folder
+
+    if not (isinstance(plain, Folder) and isinstance(fast, Folder)):
+        if len(plain.names) != len(fast.names):
+            raise PictureError(f"{plain.path} has {len(plain.names)} pictures, {fast.path} has {len(fast.names)}; "
+                               f"they are paired by place, so expected as many")
+        return plain, fast
+    keys = [pictures.keys() for pictures in (plain, fast)]
+    if set(keys[0]).isdisjoint(keys[1]):
+        keys = [list(plain.names), list(fast.names)]
+    places = [{key: i for i, key in enumerate(of)} for of in keys]
+    for pictures, of, place in zip((plain, fast), keys, places, strict=True):
+        if len(place) < len(of):
+            raise PictureError(f"{pictures.path}: {len(of) - len(place)} pictures share noise and subject with "
+                               f"another; are there several runs in the folder?")
+    for one, other, path in ((0, 1, plain.path), (1, 0, fast.path)):
+        alone = [(plain, fast)[one].names[i] for key, i in places[one].items() if key not in places[other]]
+        if alone:
+            raise PictureError(f"mismatched sets: {len(alone)} pictures of {path} have no partner, such as "
+                               f"{', '.join(alone[:SHOWN])}")
+    shared = sorted(places[0])
+    return plain.chosen([places[0][k] for k in shared]), fast.chosen([places[1][k] for k in shared])
+
+
+def together(plain: Pictures, fast: Pictures, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both pictures of each pair, (B, 3, H, W) each, in batches; with progress.
+
+    Raises:
+        PictureError: a pair of different sizes.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from evaluation.errors import PictureError
+
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for i, (a, b) in enumerate(tqdm(zip(plain, fast, strict=True), total=len(plain.names), desc="pairs", unit="pair",
+                                    disable=None)):
+        if a.shape != b.shape:
+            raise PictureError(f"{plain.names[i]} has {a.shape[2]} x {a.shape[1]} pixels, its partner "
+                               f"{fast.names[i]} has {b.shape[2]} x {b.shape[1]}")
+        waiting.append((a, b))
+        if len(waiting) == batch or i == len(plain.names) - 1:
+            yield torch.stack([a for a, _ in waiting]), torch.stack([b for _, b in waiting])
+            waiting = []
+
+
+def load_ssim() -> Measure:
+    """SSIM with the published window and constants, from torchmetrics. Source: Wang et al. (2004).
+
+    Raises:
+        FeatureError: torchmetrics is missing or can't be imported.
+    """
+    from evaluation.errors import FeatureError, one_line
+
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+    except Exception as error:  # a missing package; or a torchvision that does not fit PyTorch, which it imports
+        raise FeatureError(f"SSIM needs torchmetrics, which can't be imported here: {one_line(error)[:160]}; "
+                           f'pip install -e ".[eval]", and no torchvision rather than one that does not fit PyTorch'
+                           ) from error
+
+    def similarity(a: Tensor, b: Tensor) -> Tensor:
+        a, b = ((x.double() + 1) / 2 for x in (a, b))           # brightness counts in it, so 0..1
+        return ssim(a, b, data_range=1.0, kernel_size=WINDOW, reduction="none").reshape(-1)
+    return similarity
+
+
+def load_lpips(device: torch.device) -> Measure:
+    """LPIPS with AlexNet, from torchmetrics. Source: arXiv 1801.03924.
+
+    Raises:
+        FeatureError: torchvision or the weights are missing.
+    """
+    from evaluation.errors import FeatureError, one_line
+
+    try:
+        from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+        measure = LearnedPerceptualImagePatchSimilarity("alex").to(device)
+    except Exception as error:  # a missing package, a package that does not fit PyTorch, a download that fails
+        raise FeatureError(f"LPIPS needs torchvision (one that fits the installed PyTorch) and its weights "
+                           f"{LPIPS_WEIGHTS} in torch.hub's folder checkpoints: {one_line(error)[:160]}") from error
+    return lambda a, b: measure.net(a.to(device), b.to(device)).reshape(-1)
+
+
+def measure(plain: Pictures, fast: Pictures, extract: Extractor, device: torch.device, batch: int,
+            measures: Mapping[str, Measure]) -> tuple[dict[str, Any], int]:
+    """All values of the pairs, by explicit name; and how many features the network has.
+
+    measures: of pictures, by name, beside the distances of their features.
+    """
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
+    from evaluation.distances import frechet
+    from evaluation.moments import Moments, total
+
+    each: dict[str, list[np.ndarray]] = {}
+    moments: tuple[list[Moments], list[Moments]] = ([], [])
+    for a, b in together(plain, fast, batch):
+        found = {name: measured(a, b) for name, measured in measures.items()}
+        seen = [torch.cat([extract.prepare(x[None]) for x in half]) for half in (a, b)]
+        one, other = (extract.see(half.to(device)).pooled.double().cpu() for half in seen)
+        found |= {"feature_distance": (one - other).norm(dim=1), "feature_cosine": F.cosine_similarity(one, other)}
+        for name, values in found.items():
+            each.setdefault(name, []).append(array(values))
+        for parts, features in zip(moments, (one, other), strict=True):
+            parts.append(Moments.of(features.numpy()))
+    ours, theirs = (total(parts).gaussian() for parts in moments)
+    result: dict[str, Any] = {"fid_vs_plain": frechet(theirs, ours)}
+    for name, parts in each.items():
+        result |= summary(f"{name}_vs_plain", np.concatenate(parts))
+    result["identical_pictures"] = int(np.isinf(np.concatenate(each["psnr"])).sum())
+    return result, len(ours.mean)
+
+
+def summary(name: str, values: np.ndarray) -> dict[str, Any]:
+    """Mean with its 95 % interval over pictures; equal pictures have no PSNR and are left out of its mean."""
+    import numpy as np
+
+    from evaluation.distances import mean_interval
+
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if len(finite) < 2:
+        return {name: float(finite.mean()) if len(finite) else None}
+    return {name: float(finite.mean()), f"{name}_interval": mean_interval(finite)}
+
+
+def run(args: argparse.Namespace) -> None:
+    # What is quick to check comes before what is slow to do.
+    check_output(args.out)
+    plain, fast = open_samples("PLAIN", args.plain), open_samples("ACCELERATED", args.accelerated)
+    made = how_made("ACCELERATED", fast)
+    from evaluation.distances import cautions
+    from evaluation.errors import FeatureError, PictureError
+    from evaluation.results import Result, publish
+    from ldm.images import psnr
+
+    with blame("ACCELERATED", (PictureError,)):
+        plain, fast = pair(plain, fast)
+    smallest = min(next(iter(plain)).shape[1:])
+    if smallest < WINDOW or len(plain.names) < 2:
+        raise BadInput(f"PLAIN: expected at least 2 pictures of at least {WINDOW} x {WINDOW} pixels; got "
+                       f"{len(plain.names)} with a side of {smallest}")
+    extract, device = load_network(args)
+    with blame("packages", (FeatureError,)):
+        measures = {"psnr": psnr, "ssim": load_ssim()}
+    if args.lpips:
+        with blame("--lpips", (FeatureError,)):
+            measures["lpips"] = load_lpips(device)
+    with blame("ACCELERATED", (PictureError,)):
+        values, width = measure(plain, fast, extract, device, args.batch_size, measures)
+    n = len(plain.names)
+    protocol = {"measure": "paired", **network_of(extract), "n": n, "plain": {"sha256": plain.sha256()},
+                "prompts": made.get("protocol_sha256")}
+    if args.lpips:
+        protocol["lpips"] = {"network": "alexnet", "torchmetrics": version("torchmetrics")}
+    publish(Result(values, protocol, made, cautions(n, width, "fid_vs_plain")), args.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return command("paired.py", lambda: run(parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Which text each measured picture was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from evaluation.errors import PictureError, one_line
+from evaluation.pictures import Folder, Pictures, settings_of
+
+FILE_KEYS, TEXT_KEYS = ("file", "file_name", "image"), ("prompt", "caption", "text")
+
+
+def prompts_of(pictures: Pictures, path: str | Path | None) -> list[str]:
+    """A text for each picture, in their order.
+
+    Args:
+        path: a text file with one prompt per line, in the order of the pictures; JSON lines with a file and a prompt
+            each (such as manifest.jsonl); a JSON object file -> prompt; None = what is in the pictures themselves.
+
+    Raises:
+        PictureError: no such file, pictures without a prompt, or as many lines as there are not pictures.
+    """
+    if path is None:
+        return from_settings(pictures)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if Path(path).suffix not in (".json", ".jsonl"):
+            return from_lines(text.splitlines(), pictures, path)
+        named = from_json(json.loads(text)) if Path(path).suffix == ".json" else from_json(
+            [json.loads(line) for line in text.splitlines() if line.strip()])
+    except PictureError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise PictureError(f"{path}: not prompts: {one_line(error)}") from error
+    missing = [name for name in pictures.names if Path(name).name not in named]
+    if missing:
+        raise PictureError(f"{path}: no prompt for {len(missing)} of {len(pictures.names)} pictures, such as "
+                           f"{missing[0]}")
+    return [named[Path(name).name] for name in pictures.names]
+
+
+def from_lines(lines: list[str], pictures: Pictures, path: str | Path) -> list[str]:
+    lines = [line.strip() for line in lines if line.strip()]
+    if len(lines) != len(pictures.names):
+        raise PictureError(f"{path}: has {len(lines)} prompts for {len(pictures.names)} pictures in {pictures.path}; "
+                           f"expected one line for each")
+    return lines
+
+
+def from_json(content: Any) -> dict[str, str]:
+    """Names of files, without their folders -> prompts."""
+    if isinstance(content, dict):
+        pairs = content.items()
+    else:
+        pairs = ((first(entry, FILE_KEYS), first(entry, TEXT_KEYS)) for entry in content)
+    named = {Path(file).name: text for file, text in pairs}
+    if not all(isinstance(text, str) for text in named.values()):
+        raise ValueError("expected a text for every file")
+    return named
+
+
+def first(entry: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    found = next((entry[key] for key in keys if key in entry), None)
+    if found is None:
+        raise ValueError(f"an entry without {' or '.join(keys)}: it has {', '.join(entry)}")
+    return found
+
+
+def from_settings(pictures: Pictures) -> list[str]:
+    files = pictures.files if isinstance(pictures, Folder) else []
+    prompts = [(settings_of(file) or {}).get("prompt") for file in files]
+    if not prompts or None in prompts:
+        raise PictureError(f"{pictures.path}: pictures that don't say their prompt; name a file with the prompts")
+    return prompts
