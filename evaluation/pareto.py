@@ -4,8 +4,9 @@
 
 Each row of --rows makes one picture of each of --count captions, from the same noise for all rows. Quality is the
 distance from the plain run of the row's own sampler with 50 steps (latents, PSNR, SSIM, features), and, against the
-dataset, the Fréchet distance and concept retrieval. Costs are the UNet's MACs, and those on the critical path (what must be
-computed one after the other when decoders that share features run at the same time), as shares of the plain run.
+dataset, the Fréchet distance and concept retrieval. Costs are the UNet's MACs, and those on the critical path (what
+must be computed one after the other when decoders that share features run at the same time), as shares of the plain
+run's.
 Rows that are done are kept in OUT.json: a run that was stopped goes on. Writes OUT.json, OUT.md, OUT.svg and OUT.png.
 """
 
@@ -88,7 +89,8 @@ def read_rows(path: str) -> list[Row]:
             names = [name for name in LISTS if name in entry]
             rows += [Row(**entry | dict(zip(names, values, strict=True))) for values in product(*lists)]
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: expected rows as in evaluation/pareto.yaml; {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected rows as in evaluation/pareto.yaml; {reason}") from None
     return rows
 
 
@@ -229,16 +231,17 @@ def show(measured: dict[str, dict[str, Any]], out: str, caption: str) -> None:
 
 def make_bench(args: argparse.Namespace) -> Bench:
     from evaluation.features import extractor
-    from evaluation.recognition import Asked, RealSet
+    from evaluation.recognition import SPLITS, Asked, RealSet
     from ldm.checkpoint import fingerprint, load_config, load_model
     from ldm.data.emoji import EmojiPictures
     from ldm.generate import prompt_items
 
     with blame("--data", (ValueError, OSError)):
         asked = Asked.of(EmojiPictures(args.data, split="train", max_tier=1), args.count, args.seed)
-        real = [EmojiPictures(args.data, split=split, max_tier=2) for split in ("train", "heldout_pair", "heldout_concept")]
-    return Bench(load_model(*EMOJI64, "cpu", "auto"), load_config(EMOJI64[0]), prompt_items(asked.captions, 1, args.seed),
-                 asked, RealSet.of(real, extractor("efficientnet-lite0"), BATCH), fingerprint(EMOJI64[1])[:16])
+        real = [EmojiPictures(args.data, split=split, max_tier=2) for split in SPLITS]
+    items = prompt_items(asked.captions, 1, args.seed)
+    return Bench(load_model(*EMOJI64, "cpu", "auto"), load_config(EMOJI64[0]), items, asked,
+                 RealSet.of(real, extractor("efficientnet-lite0"), BATCH), fingerprint(EMOJI64[1])[:16])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -258,8 +261,8 @@ def run(args: argparse.Namespace) -> None:
     whole = bench.engine(Row("plain")).unit.whole * STEPS * 2
     for values in measured.values():
         values |= {"macs_share": values["macs"] / whole, "critical_share": values["critical"] / whole}
-    show(measured, args.out, f"emoji64 (weights {bench.weights}), {len(bench.items)} captions, seed {args.seed}, guidance "
-                             f"{SCALE:g}; quality against the plain {STEPS}-step run of the same sampler")
+    show(measured, args.out, f"emoji64 (weights {bench.weights}), {len(bench.items)} captions, seed {args.seed}, "
+                             f"guidance {SCALE:g}; distances from the plain {STEPS}-step run of the same sampler")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -158,7 +158,7 @@ class TimestepModel:
         self.seen.append(t)
         return x
 
-    def decode(self, features, ts):
+    def decode(self, features, ts, last):
         return [torch.full_like(features, t / 1000) for t in ts]
 
     def to_eps(self, out, x, node):

@@ -85,7 +85,7 @@ def test_a_condition_of_the_wrong_kind_says_what_is_needed():
 def test_guidance_without_an_unconditional_condition_is_refused():
     model = tiny(load_case("train_l2_v")[0]["unet_kwargs"])
     with pytest.raises(ValueError, match="uncond"):
-        model.denoiser(torch.randn(1, 5, 24), scale=2.0)
+        model.denoiser(torch.randn(1, 5, 24), guidance=2.0)
 
 
 @pytest.mark.parametrize("change, why", [({"parameterization": "mu"}, "parameterization"),

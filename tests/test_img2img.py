@@ -17,6 +17,7 @@ from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.schedule import diffuse
 from ldm.models.diffusion.solvers import SOLVERS
+from ldm.modules.diffusionmodules.features import Features
 from ldm.sampling.canvas import Picture, mean_latents
 from ldm.sampling.engine import Recipe
 
@@ -63,7 +64,7 @@ class Oracle:
         self.noise = noise
 
     def encode(self, x, t):
-        return None
+        return Features(x, ())
 
     def decode(self, features, ts, last):
         return [self.noise] * len(ts)
