@@ -55,6 +55,10 @@ class Row:
     noise_weight: float = 0.0
     guidance_reuse: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, str):
+            raise TypeError(f"plan must be text, 'off' in quotes, which YAML takes for no; got {self.plan!r}")
+
     def __str__(self) -> str:
         parts = [f"{self.sampler} {self.steps}"] + [self.plan] * (self.plan != "off")
         parts += [self.propagate] * (self.propagate is not None) + ["guidance reused"] * self.guidance_reuse

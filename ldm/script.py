@@ -390,7 +390,7 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         keep: the caller needs the pictures of the results.
     """
     from ldm.checkpoint import CheckpointError, fingerprint, load_model
-    from ldm.models.diffusion.plan import Plan
+    from ldm.models.diffusion.plan import Plan, check_blocks
     from ldm.sampling.engine import Engine, num_nodes
 
     sizes, recipe = setup.sizes, make_recipe(args, size, setup)
@@ -411,6 +411,8 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
     with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):
         model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)
 
+    with blame("--plan"):
+        check_blocks(plan, len(model.model.diffusion_model.output_blocks))
     precision = args.precision or ("autocast" if setup.device.type == "cuda" else "full")
     build = partial(Engine, model, sizes, task=task, autocast=precision == "autocast", warm_up=args.compare)
     methods = {"accelerated" if args.compare else "pictures": (recipe, plan)}

@@ -113,6 +113,13 @@ class Plan:
                                             ("refresh", self.refresh)) if value}
 
 
+def check_blocks(plan: AnyPlan, blocks: int) -> None:
+    """Raise ValueError if a plan asks for more blocks than a network has on each side."""
+    if max(plan.branch, plan.refresh) > blocks:
+        raise ValueError(f"{max(plan.branch, plan.refresh)} blocks are to run anew; this network has {blocks} on each "
+                         f"side")
+
+
 class Change(Protocol):
     """How much has changed since a key node, for a plan that decides on the way."""
 
