@@ -23,6 +23,7 @@ from evaluation.distances import (
     mean_interval,
     normal_interval,
     precision_recall,
+    squared_distances,
 )
 from evaluation.errors import PictureError
 from evaluation.moments import Gaussian, Moments, cached_statistics, load_statistics, save_statistics, total
@@ -261,8 +262,12 @@ def test_precision_and_recall_of_known_cases(samples, real, k, precision, recall
 
 
 def test_equal_pictures_lie_on_each_other_in_many_dimensions():
-    x = np.random.default_rng(0).standard_normal((1, 300)).repeat(6, 0) * 1000
-    assert precision_recall(x, np.concatenate([x, x + 1]), 3) == (1.0, 0.5)
+    """Whatever the rounding of long sums: a radius of 0 must hold what lies at its centre."""
+    x = np.random.default_rng(0).standard_normal((50, 333)) * 1000
+    distances = np.concatenate(list(squared_distances(x, x)))
+    assert (np.diag(distances) == 0).all() and (distances + np.eye(50) > 0).all()
+    same = x[:1].repeat(6, 0)
+    assert precision_recall(same, np.concatenate([same, same + 1]), 3) == (1.0, 0.5)
 
 
 def test_neighbours_are_needed():
