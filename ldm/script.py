@@ -404,8 +404,9 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         return []
     latents = batch * (1 if recipe.scale == 1.0 else 2)
     positions = math.prod(sizes.whole(side) // sizes.factor for side in size)
-    settings = {"ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}", "weights": fingerprint(setup.ckpt)[:16],
-                "config": fingerprint(setup.config_path)[:16], "averaged": args.weights}
+    with blame("--ckpt", (CheckpointError,)):
+        settings = {"ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}", "weights": fingerprint(setup.ckpt)[:16],
+                    "config": fingerprint(setup.config_path)[:16], "averaged": args.weights}
     plan = make_plan(args, nodes, latents * positions, setup.device, run_facts(setup, recipe.sampler))
     # A config that does not build a model may fail in any way that a constructor can.
     with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):

@@ -96,7 +96,7 @@ def test_sizes_compare_and_the_example(script, capsys):
     ([[{"box": CAT["box"]}]], "--boxes: picture 1, box 1: expected {"),
     ([[CAT | {"class": 1.5}]], "--boxes: picture 1, box 1: class: expected a number or a name; got 1.5"),
     ([[CAT | {"class": True}]], "--boxes: picture 1, box 1: class: expected a number or a name; got true"),
-    ([[CAT | {"class": "cat"}]], "--boxes: picture 1, box 1: 'cat' is no number, and without --class-names"),
+    ([[CAT | {"class": "cat"}]], "--boxes: picture 1, box 1: 'cat' is no number, and there are no names"),
     ([[CAT | {"class": -1}]], "--boxes: picture 1, box 1: expected 0..8190, the classes of this model; got -1"),
     ([[CAT | {"class": 8191}]], "--boxes: picture 1, box 1: expected 0..8190, the classes of this model; got 8191"),
     ([[CAT | {"box": [0, 0, 1]}]], r"--boxes: picture 1, box 1: box: expected four numbers.*; got \[0, 0, 1\]"),

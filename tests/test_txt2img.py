@@ -288,9 +288,11 @@ def test_how_many_decoder_steps_share_a_batch(call, tmp_path):
 
 
 def test_macs_of_a_run_are_those_of_its_plan(text_to_image):
-    plain, fast, single = text_to_image("off"), text_to_image("0,3"), text_to_image("off", scale=1.0)
-    assert plain.macs == 2 * single.macs
+    makers = text_to_image("off"), text_to_image("0,3"), text_to_image("off", scale=1.0)
+    plain, fast, single = (maker.sampled(ITEMS[:1])[1] for maker in makers)
+    assert plain.macs == plain.critical == 2 * single.macs
     assert 0 < plain.macs - fast.macs < plain.macs * 3 / 5
+    assert fast.critical * len(makers[0].plan.keys) == 2 * plain.critical
 
 
 # The model that ships

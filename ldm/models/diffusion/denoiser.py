@@ -224,13 +224,13 @@ class Guidance:
 
     def at(self, key_t: float) -> bool:
         """Whether nodes that use the features of a key node at this timestep are guided."""
-        return self.scale != 1 and (self.interval is None or self.interval[0] <= key_t <= self.interval[1])
+        return self.interval is None or self.interval[0] <= key_t <= self.interval[1]
 
     def images(self, works: Sequence[Work], ts: Sequence[float]) -> list[int]:
         """How many predictions, 1 or 2, each node of a run makes for one image; ts are the nodes' timesteps."""
         counts, guided = [], False
         for work, t in zip(works, ts, strict=True):
-            guided = self.at(t) if work is Work.FULL else guided
+            guided = self.scale != 1 and self.at(t) if work is Work.FULL else guided
             counts.append(2 if guided and (work is Work.FULL or not self.reuse) else 1)
         return counts
 
