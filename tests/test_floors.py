@@ -50,7 +50,8 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     [*(f"evaluation/{name}.py" for name in ("moments", "pictures", "clip_models"))],
     [*(f"evaluation/{name}.py" for name in ("distances", "features", "prompts"))],
     ["evaluation/measure.py"],
-    ["scripts/*", "evaluation/*", "main.py"],
+    ["scripts/*", "evaluation/recognition.py", "evaluation/paired.py", "main.py"],
+    ["evaluation/*"],
 ]
 # Whose files may import each other.
 ROOMS = ("ldm/training", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts")
