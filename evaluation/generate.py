@@ -52,7 +52,7 @@ def parser() -> Parser:
     model_arguments(p, note="default: the protocol's")
     where = p.add_argument_group("one machine or many")
     where.add_argument("--devices", type=count, metavar="N",
-                       help="processes on each machine, with a device each (default: what torchrun or SLURM says, or 1)")
+                       help="processes on each machine, one device each (default: what torchrun or SLURM says, or 1)")
     where.add_argument("--num_nodes", type=count, metavar="N",
                        help="machines (default: what torchrun or SLURM says, or 1)")
     where.add_argument("--strategy", choices=("auto", "ddp"), default="auto",
