@@ -241,6 +241,8 @@ def run(argv: Sequence[str] | None) -> None:
         folder = RunFolder.open(outdir, card, prompts, str(process))
     if card["captions_cut"] and not process.rank:
         print(f"{card['captions_cut']} of {len(prompts)} captions are longer than the model reads and cut off")
+    if folder.card["versions"] != card["versions"] and not process.rank:
+        print(f"begun with other versions, so last digits may differ: {folder.card['versions']}")
     with blame("--out", (OSError,)), blame("--precision" if engine.autocast else "--ckpt", (ValueError,)):
         fresh, found = make(folder, engine, process, batch)
     with blame("--out", (OSError,)):
