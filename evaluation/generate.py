@@ -243,12 +243,15 @@ def run(argv: Sequence[str] | None) -> None:
         print(f"{card['captions_cut']} of {len(prompts)} captions are longer than the model reads and cut off")
     if folder.card["versions"] != card["versions"] and not process.rank:
         print(f"begun with other versions, so last digits may differ: {folder.card['versions']}")
-    with blame("--out", (OSError,)), blame("--precision" if engine.autocast else "--ckpt", (ValueError,)):
-        fresh, found = make(folder, engine, process, batch)
-    with blame("--out", (OSError,)):
+    try:
+        with blame("--precision" if engine.autocast else "--ckpt", (ValueError,)):
+            fresh, found = make(folder, engine, process, batch)
         complete = folder.finish()
         if complete and args.npz and not (outdir / NPZ).is_file() and (fresh or not process.rank):
             print(f"arrays: {folder.write_npz()}")
+    except OSError as error:
+        raise BadInput(f"--out: can't write to {outdir}: {error.strerror or error}; what is there stays, and the same "
+                       f"command goes on from there") from error
     state = "complete" if complete else f"{folder.done()} of {len(folder.items)} pictures there"
     print(f"{process}: {fresh} made, {found} found in {time.perf_counter() - began:.1f} s; {outdir}: {state}")
 

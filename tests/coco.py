@@ -17,7 +17,7 @@ def captions(images: int) -> dict[str, Any]:
     """Two captions of each image; ids in no order."""
     entries = [{"id": 900 - 7 * k, "file_name": f"{k:012d}.jpg", "height": 20, "width": 24} for k in range(images)]
     notes = [{"id": 5000 - 11 * (2 * k + turn), "image_id": image["id"],
-              "caption": f" a {WORDS[k % 7]} {WORDS[turn]}, number {k}\n" + " red" * 9 * ((2 * k + turn) % LONG == 0)}
+              "caption": f" a {WORDS[k % 7]} {WORDS[turn]} {k}\n" + " red" * 9 * ((2 * k + turn) % LONG == 0)}
              for k, image in enumerate(entries) for turn in range(2)]
     return {"info": {}, "images": entries, "annotations": notes}
 

@@ -107,7 +107,7 @@ def test_captions_of_chosen_images_with_their_white_space_mended():
         image["split"] = "train" if image["id"] > 890 else "val"
     assert {p.image for p in coco_prompts(content, {"split": "train"})} == {900, 893}
     assert len(list(coco_prompts(content, {"split": ["train", "val"]}))) == 8
-    assert PROMPTS[1] == Prompt(4989, 900, {"prompt": "a red green, number 0", "image_id": 900})
+    assert PROMPTS[1] == Prompt(4989, 900, {"prompt": "a red green 0", "image_id": 900})
 
 
 @pytest.mark.parametrize("select, why", [
