@@ -8,7 +8,6 @@ comparison is about; it is kept beside.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,17 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evaluation.protocol import identity
 from ldm.cli import BadInput, Parser, blame, command
 from ldm.util import atomic_write
 
 
 class ResultError(ValueError):
     """Results that can't be read, or can't be compared."""
-
-
-def identity(fields: Mapping[str, Any]) -> str:
-    """A hash of JSON values that does not depend on their order."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,8 @@ def sampling_arguments(p: argparse.ArgumentParser, steps: int | None = 50, eta: 
 
 
 def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffusion", below: float = 500.0,
-                          order: str = "before") -> None:
-    """The plan and prior noise injection, with their defaults."""
+                          order: str = "before", compare: bool = True) -> None:
+    """The plan and prior noise injection, with their defaults; `compare`: whether both methods can be run at once."""
     fast = p.add_argument_group("encoder propagation")
     fast.add_argument("--plan", default=plan,
                       help="what of the UNet runs at which steps: off (all), faster-diffusion or another name in "
@@ -146,13 +146,17 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
     fast.add_argument("--noise-order", choices=("before", "after", "update"), default=order,
                       help="inject before the prediction, after it, or after the solver's step "
                            "(default: %(default)s)")
-    fast.add_argument("--compare", action="store_true",
-                      help="make each picture plain and accelerated and save them side by side")
+    if compare:
+        fast.add_argument("--compare", action="store_true",
+                          help="make each picture plain and accelerated and save them side by side")
+    else:
+        p.set_defaults(compare=False)
 
 
-def model_arguments(p: argparse.ArgumentParser, default: Files | None = None) -> argparse._ArgumentGroup:
-    """The model's files and where it runs; `default` is the model that needs no flag."""
-    note = f"default: {default[1].parent.relative_to(ROOT)}" if default else "no default"
+def model_arguments(p: argparse.ArgumentParser, default: Files | None = None,
+                    note: str = "no default") -> argparse._ArgumentGroup:
+    """The model's files and where it runs; `default` is the model that needs no flag, `note` says if another is."""
+    note = f"default: {default[1].parent.relative_to(ROOT)}" if default else note
     model = p.add_argument_group(f"the model ({note})")
     model.add_argument("--config", metavar="YAML", help="the model's config")
     model.add_argument("--ckpt", metavar="FILE", help="its weights, .safetensors or .ckpt; or a diffusers folder")

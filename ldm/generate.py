@@ -12,13 +12,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
 from ldm.images import read_png, save_png
 
 Settings = Mapping[str, Any]
+Make = Callable[[Sequence["Item"]], tuple[Sequence[Image.Image], Settings]]
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,14 @@ class Item:
 class Made:
     """One finished picture.
 
+    image: None if it was found by a store that does not read what it finds.
     path:  its file; None if it was not to be saved.
     fresh: made now, not found.
     run:   how it was made: seconds, device, ...
     """
 
     item: Item
-    image: Image.Image
+    image: Image.Image | None
     path: Path | None
     fresh: bool
     run: Settings
@@ -86,19 +88,46 @@ def digest(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def generate(items: Sequence[Item], make: Callable[[Sequence[Item]], tuple[Sequence[Image.Image], Settings]],
-             settings: Settings, outdir: str | Path | None, batch: int = 1, rank: int = 0,
-             world_size: int = 1) -> Iterator[Made]:
+class Store(Protocol):
+    """Where finished pictures are kept."""
+
+    def find(self, item: Item) -> Made | None:
+        """The item's picture, if an earlier run left it."""
+
+    def save(self, item: Item, image: Image.Image, run: Settings) -> Made:
+        """Keep a picture; it is there whole or not at all."""
+
+
+def generate(items: Sequence[Item], make: Make, settings: Settings, outdir: str | Path | None, batch: int = 1,
+             rank: int = 0, world_size: int = 1) -> Iterator[Made]:
     """Yield this rank's pictures: first those already there, then the missing ones as they are made.
+
+    Args:
+        items, make, batch, rank, world_size: see `fill`.
+        settings: what the pictures depend on beside their item: model, sampler, ... (JSON values).
+        outdir: gets samples/SEED-SUBJECT-SAMPLE-DIGEST.png and one line per picture in manifest.jsonl;
+            None = pictures are not saved.
+
+    Raises:
+        ValueError: see `fill`.
+    """
+    store = _Unsaved() if outdir is None else _Folder(Path(outdir), settings)
+    return fill(store, items, make, batch, rank, world_size)
+
+
+def fill(store: Store, items: Sequence[Item], make: Make, batch: int = 1, rank: int = 0,
+         world_size: int = 1) -> Iterator[Made]:
+    """Yield this rank's pictures: first those that the store has, then the missing ones as they are made.
+
+    Batches are cut from the whole list before anything else is known. One of which a picture is missing is made again
+    as a whole, and only the missing are saved: the last digits of what a network computes depend on what else is in
+    the batch, and so neither a stopped run nor the number of machines changes them.
 
     Args:
         items: the pictures of the whole run, the same list on every rank.
         make: makes the pictures of a batch of items; also returns how (JSON values, for each of them).
-        settings: what the pictures depend on beside their item: model, sampler, ... (JSON values).
-        outdir: gets samples/SEED-SUBJECT-SAMPLE-DIGEST.png and one line per picture in manifest.jsonl;
-            None = pictures are not saved.
         batch: most items per call of `make`.
-        rank, world_size: this is machine `rank` of 0..world_size-1 and makes every world_size-th item.
+        rank, world_size: this is machine `rank` of 0..world_size-1 and makes every world_size-th batch.
 
     Raises:
         ValueError: batch < 1, or rank and world_size do not fit.
@@ -107,19 +136,28 @@ def generate(items: Sequence[Item], make: Callable[[Sequence[Item]], tuple[Seque
         raise ValueError(f"batch must be at least 1 picture; got {batch}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..world_size-1; got rank {rank}, world_size {world_size}")
-    folder = None if outdir is None else _Folder(Path(outdir), settings)
-    missing = []
-    for item in items[rank::world_size]:
-        found = folder.find(item) if folder else None
-        if found:
-            yield found
-        else:
-            missing.append(item)
-    for first in range(0, len(missing), batch):
-        chunk = missing[first:first + batch]
+    unfinished = []
+    for first in range(rank * batch, len(items), world_size * batch):
+        chunk = items[first:first + batch]
+        found = [store.find(item) for item in chunk]
+        yield from (made for made in found if made is not None)
+        if missing := [item for item, made in zip(chunk, found, strict=True) if made is None]:
+            unfinished.append((chunk, missing))
+    for chunk, missing in unfinished:
         images, run = make(chunk)
         for item, image in zip(chunk, images, strict=True):
-            yield folder.save(item, image, run) if folder else Made(item, image, None, True, run)
+            if item in missing:
+                yield store.save(item, image, run)
+
+
+class _Unsaved:
+    """Keeps nothing."""
+
+    def find(self, item: Item) -> None:
+        return None
+
+    def save(self, item: Item, image: Image.Image, run: Settings) -> Made:
+        return Made(item, image, None, True, run)
 
 
 class _Folder:
@@ -154,14 +192,19 @@ class _Folder:
         file = path.relative_to(self.outdir).as_posix()
         if file in self.listed:
             return
-        line = json.dumps({"file": file, **settings, **run}).encode() + b"\n"
-        with self.manifest.open("a+b") as stream:
-            if stream.tell() > 0:
-                stream.seek(-1, 2)
-                # A line that a crash cut off must not swallow this one.
-                line = line if stream.read(1) == b"\n" else b"\n" + line
-            stream.write(line)
+        append_line(self.manifest, {"file": file, **settings, **run})
         self.listed.add(file)
+
+
+def append_line(path: Path, entry: Settings) -> None:
+    """Add a line to a file of JSON lines."""
+    line = json.dumps(entry).encode() + b"\n"
+    with path.open("a+b") as stream:
+        if stream.tell() > 0:
+            stream.seek(-1, 2)
+            # A line that a crash cut off must not swallow this one.
+            line = line if stream.read(1) == b"\n" else b"\n" + line
+        stream.write(line)
 
 
 def read_manifest(path: str | Path) -> list[dict[str, Any]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -123,14 +124,22 @@ def file_sha256(*paths: str | Path) -> str:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name `path` only if the block succeeds."""
+def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the name `path` only if the block succeeds.
+
+    Args:
+        keep: a file of that name stays what it is, so that of several writers one wins.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two writers apart; the suffix stays, because writers choose a format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # Random, for writers on several machines; the suffix stays, because writers choose a format by it.
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        if keep:
+            with suppress(FileExistsError):
+                os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -72,7 +72,8 @@ def test_a_killed_run_resumes_to_the_same_files(tmp_path_factory, stop, first, s
     kept = state(folder)
     _, maker = run(folder, batch=second)
     run(whole)
-    assert sum(map(len, maker.batches)) == max(0, 9 - stop * first)
+    # A batch of which a picture is missing is made whole.
+    assert sum(map(len, maker.batches)) == (9 - stop * first // second * second if stop * first < 9 else 0)
     pictures = [{n: b for n, (_, b) in state(f).items() if n != "manifest.jsonl"} for f in (folder, whole)]
     assert pictures[0] == pictures[1]
     assert all(state(folder)[n] == kept[n] for n in kept if n != "manifest.jsonl")
@@ -124,6 +125,34 @@ def test_another_prompt_in_the_same_place_is_another_picture(tmp_path):
     run(tmp_path, items=prompt_items(["a cat"], 1, 42))
     _, maker = run(tmp_path, items=prompt_items(["a dog"], 1, 42))
     assert len(maker.batches) == 1 and len(list((tmp_path / "samples").iterdir())) == 2
+
+
+@settings(deadline=None, max_examples=25)
+@given(stops=st.lists(st.integers(0, 4), max_size=4), batch=st.integers(1, 5), world_size=st.integers(1, 4))
+def test_every_picture_is_made_among_the_same_others(tmp_path_factory, stops, batch, world_size):
+    """Whatever was stopped, and over however many machines: what a batched network's last digits depend on."""
+    folder, batches = tmp_path_factory.mktemp("shared"), []
+    for rank, stop in [*enumerate(stops), *((rank, 10**6) for rank in range(world_size))]:
+        maker = Maker(stop)
+        try:
+            run(folder, maker=maker, batch=batch, rank=rank % world_size, world_size=world_size)
+        except KeyboardInterrupt:
+            pass
+        batches += maker.batches
+    whole = [ITEMS[first:first + batch] for first in range(0, 9, batch)]
+    assert all(b in whole for b in batches) and all(b in batches for b in whole)
+    assert len(read_manifest(folder / "manifest.jsonl")) == 9
+
+
+def test_of_a_batch_that_is_made_again_only_the_missing_are_saved(tmp_path):
+    made, _ = run(tmp_path, batch=3)
+    made[4].path.unlink()
+    before = state(tmp_path)
+    again, maker = run(tmp_path, batch=3)
+    assert maker.batches == [ITEMS[3:6]]
+    assert [m.item for m in again if m.fresh] == [ITEMS[4]] and len(again) == 9
+    after = state(tmp_path)
+    assert all(after[name] == before[name] for name in before if name != "manifest.jsonl")
 
 
 @given(world_size=st.integers(1, 12))

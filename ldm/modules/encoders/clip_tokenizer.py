@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.encoders.tokenizer import check_ids
+from ldm.modules.encoders.tokenizer import check_ids, cut
 from ldm.util import find_file
 
 if TYPE_CHECKING:
@@ -124,8 +124,12 @@ class ClipTokenizer:
         return torch.tensor([encoding.ids for encoding in self.bpe.encode_batch([clean(t) for t in texts])])
 
     def cut(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text whether it is longer than max_length and loses its end."""
-        return [bool(encoding.overflowing) for encoding in self.bpe.encode_batch([clean(t) for t in texts])]
+        """Of each text whether its end is cut off, because it has more than max_length tokens.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        return cut(self.bpe, [clean(text) for text in texts])
 
 
 def clean(text: str) -> str:
@@ -176,6 +180,10 @@ class ClipConditioner(nn.Module):
             raise ValueError(f"tokens must be at most {self.context_length} long; got {tokens.shape[1]}")
         check_ids("tokens", tokens, self.vocab_size)
         return tokens.to(next(self.parameters()).device)
+
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """See `ClipTokenizer.cut`."""
+        return self.tokenizer.cut(texts)
 
     def encode(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """The same as calling it."""

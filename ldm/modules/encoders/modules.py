@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.modules.diffusionmodules.upscaling import CLIPEmbeddingNoiseAugmentation
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder, FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPImageEmbedder
-from ldm.modules.encoders.tokenizer import check_ids, load_tokenizer, tokenize
+from ldm.modules.encoders.tokenizer import check_ids, cut, load_tokenizer, tokenize
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 if TYPE_CHECKING:
@@ -128,11 +128,22 @@ class BERTEmbedder(TransformerEmbedder):
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(t, str) for t in texts):
             raise ValueError(f"text must be a string or a list of strings; got {text!r}")
+        return tokenize(self._tokenizer(), texts)
+
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text whether its end is cut off, because it has more than max_seq_len tokens.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        return cut(self._tokenizer(), texts)
+
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError("text needs a tokenizer, which this model was built without: set tokenizer to a "
                              "JSON file of the tokenizers library (for the published BERT models: the "
                              "tokenizer.json of bert-base-uncased), or pass token ids")
-        return tokenize(self.tokenizer, texts)
+        return self.tokenizer
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """Text (B strings), or token ids (B, L), -> embeddings (B, L, D)."""

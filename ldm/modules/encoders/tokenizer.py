@@ -93,6 +93,11 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(texts))], dtype=torch.long)
 
 
+def cut(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bool]:
+    """Of each text whether its end is cut off, because it is longer than what is encoded."""
+    return [bool(encoding.overflowing) for encoding in tokenizer.encode_batch(list(texts))]
+
+
 def check_ids(name: str, ids: Tensor, count: int) -> None:
     """Raises ValueError unless all ids are in 0..count-1."""
     if ids.numel() and not 0 <= ids.min().item() <= ids.max().item() < count:

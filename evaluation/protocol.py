@@ -1,0 +1,162 @@
+"""Protocols: what is asked of every method alike, so that their numbers can be set beside each other.
+
+evaluation/protocols/NAME.yaml:
+
+    about:      what is known of it, and what is our reading
+    data:       what prompts are from, by `kind`:
+                captions (COCO's annotations): file; optional: pictures (the real ones), where: {field: value or list}
+                prompts (a prompt per line, or JSON lines): file
+                classes: classes, how many there are
+    select:     count (default: all), per_image (default: 1), captions: drawn or first, seed; see `evaluation.selection`
+    repeats:    pictures of each prompt (default: 1)
+    seed:       of the pictures' noise (default: 0)
+    size:       height and width in pixels
+    guidance:   its scale
+    sampling:   sampler, steps, eta: what a run does unless it is told otherwise
+    metrics:    the variants that are reported under this protocol, by name
+    defaults:   of the command line: config, ckpt, data (a folder), noise_below, noise_order
+
+What pictures of different methods must have in common to be compared is `Protocol.asked`. The sampler and its steps
+are not in it, since they are what comparisons are about; nor are metrics, since each result names its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PROTOCOL_DIR = Path(__file__).parent / "protocols"
+DATA = {"captions": ({"file"}, {"pictures", "where"}), "prompts": ({"file"}, set()), "classes": ({"classes"}, set())}
+DEFAULTS = {"config", "ckpt", "data", "noise_below", "noise_order"}
+SEEDS = range(2 ** 32)
+
+
+def identity(content: Any) -> str:
+    """SHA-256 of JSON values, whatever the order of their keys, hexadecimal."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def whole(name: str, value: Any, low: int = 0) -> None:
+    """Raises ValueError unless it is a whole number from low to 2^32-1."""
+    if type(value) is not int or value not in SEEDS or value < low:
+        raise ValueError(f"{name} must be a whole number >= {low}; got {value!r}")
+
+
+def known(name: str, content: Any, needed: set[str], optional: set[str]) -> None:
+    """Raises ValueError unless content is a mapping with these keys."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name} must be a mapping; got {content!r}")
+    if missing := needed - content.keys():
+        raise ValueError(f"{name} has no {', '.join(sorted(missing))}; needed: {', '.join(sorted(needed))}")
+    if strange := content.keys() - needed - optional:
+        raise ValueError(f"{name} has {', '.join(sorted(map(str, strange)))}; "
+                         f"accepted: {', '.join(sorted(needed | optional))}")
+
+
+@dataclass(frozen=True)
+class Select:
+    """Which of the data's prompts are taken.
+
+    count:     how many; None = all that there are.
+    per_image: most captions of one image.
+    captions:  which of an image's: `drawn` at random, or the `first` by id.
+    seed:      of what is drawn.
+    """
+
+    count: int | None = None
+    per_image: int = 1
+    captions: str = "drawn"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole("select.count", 1 if self.count is None else self.count, 1)
+        whole("select.per_image", self.per_image, 1)
+        whole("select.seed", self.seed)
+        if self.captions not in ("drawn", "first"):
+            raise ValueError(f"select.captions must be drawn or first; got {self.captions!r}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The solver, its steps, and eta (None = the solver's own)."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        whole("sampling.steps", self.steps, 1)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A named file's content; see above.
+
+    Raises:
+        ValueError: a value that is not what it should be.
+    """
+
+    data: Mapping[str, Any]
+    size: int
+    guidance: float
+    select: Select = Select()
+    sampling: Sampling = Sampling()
+    repeats: int = 1
+    seed: int = 0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        whole("size", self.size, 1)
+        whole("repeats", self.repeats, 1)
+        whole("seed", self.seed)
+        if not isinstance(self.guidance, (int, float)) or not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number; got {self.guidance!r}")
+        kind = self.data.get("kind")
+        if kind not in DATA:
+            raise ValueError(f"data.kind must be one of {', '.join(DATA)}; got {kind!r}")
+        needed, optional = DATA[kind]
+        known("data", self.data, {"kind"} | needed, optional)
+        if "classes" in needed:
+            whole("data.classes", self.data["classes"], 1)
+        known("defaults", self.defaults, set(), DEFAULTS)
+
+    def asked(self) -> dict[str, Any]:
+        """What pictures have in common that can be compared, as JSON values; see above."""
+        return {"data": dict(self.data), "select": asdict(self.select), "repeats": self.repeats, "seed": self.seed,
+                "size": self.size, "guidance": float(self.guidance)}
+
+
+def protocol_names() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in PROTOCOL_DIR.glob("*.yaml")))
+
+
+def load_protocol(name: str) -> Protocol:
+    """The protocol of a name in evaluation/protocols, or of a .yaml file.
+
+    Raises:
+        ValueError: there is none, or it is not a protocol.
+    """
+    path = PROTOCOL_DIR / f"{name}.yaml" if name in protocol_names() else Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"unknown protocol {name!r}; accepted: {', '.join(protocol_names())}, or FILE.yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known("the file", content, {"data", "size", "guidance"}, {f.name for f in fields(Protocol)} - {"name"})
+        for part, kind in (("select", Select), ("sampling", Sampling)):
+            known(part, content.get(part, {}), set(), {f.name for f in fields(kind)})
+            content[part] = kind(**content.get(part, {}))
+        return Protocol(**content, name=path.stem)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a protocol: {' '.join(str(error).split())}") from None

@@ -1,0 +1,171 @@
+"""The folder of a run: nothing missing, double or half-written, wherever a process is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from processes import Child
+
+import evaluation.run_folder
+from evaluation.protocol import identity
+from evaluation.run_folder import FolderError, RunFolder, prompts_sha256
+from evaluation.selection import Prompt
+from ldm.generate import fill
+from ldm.images import read_png
+
+PROMPTS = [Prompt(number, number, {"prompt": f"näive {number}", "image_id": 3}) for number in (7, 2, 9)]
+
+
+def card(**changes):
+    protocol = {"seed": 5, "repeats": 2, "size": 4, "prompts_sha256": prompts_sha256(PROMPTS)} | changes
+    return {"name": "test", "protocol_sha256": identity(protocol), "protocol": protocol, "weights": "w", "plan": "off",
+            "method": {"steps": 4, "interval": (1, 2)}, "batch": 2, "versions": {"torch": "1"}}
+
+
+def colour(items):
+    """Pictures whose colour is their seed."""
+    return [Image.new("RGB", (4, 4), item.seed) for item in items], {"seconds": 0.5}
+
+
+def run(path: Path, rank: int = 0, world_size: int = 1) -> bool:
+    folder = RunFolder.open(path, card(), PROMPTS, f"{rank}-of-{world_size}")
+    list(fill(folder, folder.items, colour, 2, rank, world_size))
+    return folder.finish()
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """All files but the journals, which say who did what."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*")
+            if file.is_file() and file.parent.name != "journal"}
+
+
+@pytest.fixture
+def whole(tmp_path) -> Path:
+    assert run(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def test_what_a_run_leaves(whole):
+    folder = RunFolder(whole)
+    names = [f"samples/{number:08d}-{repeat:03d}.png" for number in (7, 2, 9) for repeat in range(2)]
+    assert sorted(content(whole)) == sorted([*names, "manifest.jsonl", "prompts.jsonl", "run.json"])
+    manifest = [json.loads(line) for line in (whole / "manifest.jsonl").read_text("utf-8").splitlines()]
+    assert [entry["file"] for entry in manifest] == names
+    assert manifest[3].items() >= {"prompt": "näive 2", "id": 2, "sample": 1, "seed": [5, 2, 1]}.items()
+    image, settings, _ = read_png(whole / names[3])
+    assert image.getpixel((0, 0)) == (5, 2, 1) and settings.items() >= {"prompt": "näive 2", "steps": 4}.items()
+    assert folder.faults() == []
+
+
+def killed_at(path: Path, number: int, log: Path) -> bool:
+    """Run until the file system is changed for the number-th time, and be killed there; whether it came to that."""
+    def work() -> int:
+        calls = iter(range(number + 1))
+
+        def counted(call):
+            def wrapper(*arguments, **options):
+                if next(calls) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*arguments, **options)
+            return wrapper
+
+        def torn(journal, entry):
+            if next(calls) == number:
+                with journal.open("ab") as stream:      # half a line
+                    stream.write(json.dumps(entry).encode()[:20])
+                    stream.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            append_line(journal, entry)
+
+        append_line = evaluation.run_folder.append_line
+        os.replace, os.link, Path.unlink = counted(os.replace), counted(os.link), counted(Path.unlink)
+        Image.Image.save, evaluation.run_folder.append_line = counted(Image.Image.save), torn
+        return 0 if run(path) else 1
+
+    return Child(work, log).end() == -signal.SIGKILL
+
+
+def test_a_process_may_be_killed_at_any_change_of_the_folder(tmp_path, whole):
+    expected, number = content(whole), 0
+    while killed_at(tmp_path / f"{number}", number, tmp_path / "log"):
+        path = tmp_path / f"{number}"
+        # Then again in the middle of what is left, and then by others in other shares.
+        killed_at(path, 3, tmp_path / "log")
+        assert not {*content(path)} - {*expected} - {name for name in content(path) if "/." in f"/{name}"}
+        parts = [run(path, rank, 3) for rank in range(3)]
+        assert parts[-1] and content(path) == expected | {
+            name: data for name, data in content(path).items() if name.startswith(".")}
+        assert RunFolder(path).faults() == []
+        number += 1
+    assert number > 20
+
+
+def test_parts_need_not_know_of_each_other(tmp_path, whole):
+    path = tmp_path / "parts"
+    assert [run(path, rank, 3) for rank in (2, 0, 1)] == [False, False, True]
+    assert content(path) == content(whole)
+
+
+def test_damage_is_found_and_mended(whole):
+    before = content(whole)
+    first, second, third, fourth, *_ = sorted((whole / "samples").iterdir())
+    first.write_bytes(first.read_bytes()[:-30])
+    second.unlink()
+    third.write_bytes(fourth.read_bytes())
+    (whole / "samples" / "stray.png").touch()
+    faults = RunFolder(whole).faults()
+    assert sorted(fault.split(": ")[1] for fault in faults) == [
+        "missing", "no picture of this run", "not the file that manifest.jsonl lists",
+        "not the file that manifest.jsonl lists"]
+    (whole / "samples" / "stray.png").unlink()
+    assert run(whole) and content(whole) == before and RunFolder(whole).faults() == []
+
+
+def test_pictures_missing_from_an_unfinished_run_are_counted(tmp_path):
+    run(tmp_path / "part", 0, 3)
+    assert RunFolder(tmp_path / "part").faults() == ["unfinished: no manifest.jsonl, 4 of 6 pictures missing"]
+
+
+def test_another_run_is_refused_by_the_fields_that_differ(whole):
+    before = content(whole)
+    other = card(seed=6) | {"batch": 3, "weights": "w"}
+    with pytest.raises(FolderError, match=r"holds another run; different: protocol_sha256 .*; protocol.seed \(5 there, "
+                                          r"6 given\); batch \(2 there, 3 given\); choose another folder"):
+        RunFolder.open(whole, other, PROMPTS)
+    RunFolder.open(whole, card() | {"versions": {"torch": "2"}, "name": "other"}, PROMPTS)
+    assert content(whole) == before
+
+
+def test_files_that_were_changed_are_refused(whole, tmp_path):
+    (whole / "prompts.jsonl").write_bytes((whole / "prompts.jsonl").read_bytes().replace(b"7", b"8"))
+    with pytest.raises(FolderError, match="prompts.jsonl: not the prompts of run.json"):
+        RunFolder(whole)
+    text = (whole / "run.json").read_text()
+    for changed, why in ((text.replace('"size": 4', '"size": 5'), "its protocol is not the one that its hash names"),
+                         (text[:40], "not a run card"), ("{}", "not a run card"), ("[]", "not a run card")):
+        (whole / "run.json").write_text(changed)
+        with pytest.raises(FolderError, match=f"run.json: {why}"):
+            RunFolder(whole)
+    with pytest.raises(FolderError, match="run.json: No such file.*expected the folder of a run"):
+        RunFolder(tmp_path / "nowhere")
+
+
+def test_pictures_of_another_kind_are_not_mixed_in(tmp_path):
+    (tmp_path / "samples").mkdir()
+    with pytest.raises(FolderError, match="has samples/ but no run.json"):
+        RunFolder.open(tmp_path, card(), PROMPTS)
+
+
+def test_all_pictures_in_one_array(whole):
+    path = RunFolder(whole).write_npz()
+    first = path.read_bytes()
+    array = np.load(path)["arr_0"]
+    assert array.shape == (6, 4, 4, 3) and array.dtype == np.uint8
+    assert array[:, 0, 0].tolist() == [[5, number, repeat] for number in (7, 2, 9) for repeat in range(2)]
+    assert RunFolder(whole).write_npz().read_bytes() == first
