@@ -350,6 +350,7 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
     """
     from ldm.checkpoint import CheckpointError, fingerprint, load_model
     from ldm.models.diffusion.plan import Plan
+    from ldm.modules.packed import pack
     from ldm.sampling.engine import Engine, num_nodes
 
     sizes, recipe = setup.sizes, make_recipe(args, size, setup)
@@ -371,6 +372,8 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)
 
     precision = args.precision or ("autocast" if setup.device.type == "cuda" else "full")
+    if precision == "full":
+        pack(model.model)
     build = partial(Engine, model, sizes, task=task, autocast=precision == "autocast", warm_up=args.compare)
     methods = {"accelerated" if args.compare else "pictures": (recipe, plan)}
     if args.compare:
