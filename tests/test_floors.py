@@ -21,6 +21,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py"),
         *("ldm/download.py", "ldm/published.py"),
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
+        f"{M}/packed.py",
         *(f"{M}/encoders/tokenizer.py", f"{M}/encoders/clip_tokenizer.py", f"{M}/encoders/clip_image.py"),
         *(f"{M}/encoders/boxes.py", "ldm/lr_scheduler.py", "ldm/data/*"),
     ],
