@@ -14,7 +14,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 from evaluation.errors import PictureError, one_line
-from evaluation.results import identity
+from evaluation.protocol import identity
 from ldm.util import atomic_write
 
 
