@@ -77,12 +77,13 @@ def peak_memory(call: Callable[[], Any]) -> int:
     Memory that the process has freed but not given back is hidden from it: call it in a fresh process.
     """
     CLEAR.write_text("5")           # the peak starts again from now
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     call()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Bytes of this process in memory now (VmRSS) or at their peak (VmHWM); Linux only."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 
