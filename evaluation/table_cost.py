@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.cost import read_unet
 from evaluation.generate import default_model, make_engine, parse, select_prompts
-from evaluation.protocol import Protocol, load_protocol
+from evaluation.protocol import Protocol
 from evaluation.table_file import Row
 from ldm.cli import BadInput, blame
 from ldm.script import make_setup
@@ -48,11 +48,11 @@ def unit_of(config: Path, data: str, size: int, guided: bool) -> Macs:
     return unet_macs(unet, (side, side), 2 if guided else 1, context, "paper")
 
 
-def gflops(row: Row, name: str, config: str | None, root: Path) -> float | None:
+def gflops(row: Row, protocol: Protocol, config: str | None, root: Path) -> float | None:
     """GMACs of the UNet for one picture, as the paper counts them; None for a plan that decides on the way.
 
     Args:
-        name: the protocol. config: of the model; None = the protocol's.
+        config: of the model; None = the protocol's, relative to `root`.
 
     Raises:
         ValueError: a plan, sampler or config that can't be used.
@@ -61,7 +61,6 @@ def gflops(row: Row, name: str, config: str | None, root: Path) -> float | None:
     from ldm.models.diffusion.plans import load_plan
     from ldm.sampling.engine import Recipe, num_nodes
 
-    protocol: Protocol = load_protocol(name)
     usual = protocol.sampling
     recipe = Recipe(protocol.size, protocol.size, row.sampler or usual.sampler, row.steps or usual.steps)
     plan = load_plan(row.plan, num_nodes(recipe), propagate=row.propagate)
