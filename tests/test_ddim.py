@@ -158,8 +158,8 @@ class TimestepModel:
         self.seen.append(t)
         return x
 
-    def decode(self, features, ts):
-        return [torch.full_like(features, t / 1000) for t in ts]
+    def decode(self, features, ts, last):
+        return [torch.full_like(x, t / 1000) for x, t in zip(features, ts, strict=True)]
 
     def to_eps(self, out, x, node):
         return out
