@@ -44,6 +44,6 @@ class Spread(Wrapper):
             raise ValueError("reuse of the guidance offset does not go with decoders spread over processes")
         mine = torch.stack([prediction.out for prediction in predictions])              # (<= share, B, C, H, W)
         mine = torch.cat([mine, mine[-1:].expand(share - len(mine), *mine.shape[1:])])  # (share, B, C, H, W)
-        everyone = mine.new_empty(self.size * share, *mine.shape[1:])
-        dist.all_gather_into_tensor(everyone, mine.contiguous(), group=self.group)
-        return [Prediction(out) for out in everyone[:n]]
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self.group)
+        return [Prediction(out) for part in parts for out in part][:n]
