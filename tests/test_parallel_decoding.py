@@ -25,6 +25,7 @@ from ldm.models.diffusion.plan import Plan
 from ldm.models.diffusion.spread import Spread
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.processes import Processes
 
 UNET = dict(image_size=8, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1, channel_mult=[1, 2],
             attention_resolutions=[1, 2], num_heads=2, use_spatial_transformer=True, context_dim=16)
@@ -168,6 +169,22 @@ def test_spread_decoders_give_what_one_process_gives(size):
     # Latents of every call: 2 images, both halves of the guidance, for ceil(n / size) nodes at most.
     shares = {2: [[1, 1, 4], [1, 1, 3]], 3: [[1, 1, 3], [1, 1, 3], [1, 1, 1]]}[size]
     assert [decoded for _, decoded in answers] == [[4 * n for n in share] for share in shares]
+
+
+def test_processes_agree_on_the_batch_and_follow_the_leader():
+    def work(rank: int) -> tuple[int, list[object]]:
+        processes = Processes.of_run()
+        with processes.joined(torch.device("cpu")):
+            least = processes.least(7 - rank)
+            if processes.rank > 0:
+                return least, [*processes.orders()]
+            for order in (("plain", [1, 2]), ("accelerated", [3]), None):
+                processes.tell(order)
+        return least, []
+
+    followed = (5, [("plain", [1, 2]), ("accelerated", [3])])
+    assert in_processes(3, work) == [(5, []), followed, followed]
+    assert Processes.of_run() == Processes() and Processes().least(4) == 4
 
 
 @pytest.fixture(scope="module")
