@@ -258,7 +258,7 @@ def with_memory(plan: AnyPlan, parallel: int | None, each: int, positions: int, 
     if parallel is None:
         if setup.device.type == "cpu":
             fit = min(fit, CPU_POSITIONS // positions)
-        return replace(plan, parallel=min(plan.num_nodes, processes.size * processes.least(max(1, fit))))
+        return replace(plan, parallel=processes.size * processes.least(max(1, fit)))
     # A GPU that runs out of memory says so, and the batch is halved; a CPU's system kills the process.
     longest = max(len(batch.nodes) for batch in plan.batches()) if isinstance(plan, Plan) else plan.parallel
     share = -(-longest // processes.size)
