@@ -75,7 +75,7 @@ def count_macs(call: Callable[[], Any]) -> int:
 
 
 def unet_macs(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int = 1,
-              context_length: int | None = None) -> Macs:
+              context_length: int | None = None, tome: float = 0.0) -> Macs:
     """MACs of one encode and one decode of a UNet.
 
     Args:
@@ -83,18 +83,25 @@ def unet_macs(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: i
         size: height and width of the latent, multiples of the UNet's `downsampling`.
         batch: latents per prediction; guidance doubles it.
         context_length: tokens of the context, for a UNet with cross-attention.
+        tome: share of tokens merged for self-attention; the product that finds similar ones is counted too.
 
     Source of the convention: Faster Diffusion (arXiv 2312.09608), table 1, counts MACs too, but leaves out
     the product of queries and keys.
     """
     with torch.device("meta"), torch.no_grad():
-        unet = instantiate_from_config(unet) if isinstance(unet, Mapping) else _on_meta(unet)
-        inputs = {"timesteps": torch.zeros(batch), "context": None, "y": None}
-        if context_length is not None:
-            inputs["context"] = torch.zeros(batch, context_length, unet.context_dim)
-        if unet.num_classes is not None:
-            inputs["y"] = _label(unet, batch)
-        return _count(unet, torch.zeros(batch, unet.in_channels, *size), inputs)
+        return _count(*meta_unet(unet, size, batch, context_length, tome))
+
+
+def meta_unet(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int, context_length: int | None,
+              tome: float) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    """The UNet without data, an x for it, and the other arguments of its `encode`; to be called on the meta device."""
+    unet = instantiate_from_config(unet) if isinstance(unet, Mapping) else _on_meta(unet)
+    inputs = {"timesteps": torch.zeros(batch), "context": None, "y": None, "tome": tome}
+    if context_length is not None:
+        inputs["context"] = torch.zeros(batch, context_length, unet.context_dim)
+    if unet.num_classes is not None:
+        inputs["y"] = _label(unet, batch)
+    return unet, torch.zeros(batch, unet.in_channels, *size), inputs
 
 
 def _count(unet: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Macs:
@@ -112,9 +119,9 @@ def _count(unet: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Macs:
 
 
 def plan_macs(unet: nn.Module | Mapping[str, Any], plan: AnyPlan, size: Sequence[int], batch: int = 1,
-              context_length: int | None = None) -> int:
+              context_length: int | None = None, tome: float = 0.0) -> int:
     """MACs of all of a run's predictions; arguments as for `unet_macs`."""
-    return unet_macs(unet, size, batch, context_length).run(plan)
+    return unet_macs(unet, size, batch, context_length, tome).run(plan)
 
 
 def _label(unet: nn.Module, batch: int) -> Tensor:

@@ -16,9 +16,9 @@ DM = f"{M}/diffusionmodules"
 FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["ldm/util.py", "ldm/cli.py", "*/__init__.py"],
     [
-        *("ldm/arguments.py", "ldm/class_names.py"),
+        *("ldm/arguments.py", "ldm/class_names.py", "ldm/processes.py"),
         *(f"{DM}/features.py", f"{DM}/process.py", f"{DM}/util.py", f"{D}/schedule.py", f"{D}/plan.py"),
-        *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py"),
+        *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py", f"{M}/token_merging.py"),
         *("ldm/download.py", "ldm/published.py"),
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
         *(f"{M}/encoders/tokenizer.py", f"{M}/encoders/clip_tokenizer.py", f"{M}/encoders/clip_image.py"),
@@ -32,7 +32,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
-        *(f"{D}/loop.py", f"{D}/ddpm.py"),
+        *(f"{D}/loop.py", f"{D}/ddpm.py", f"{D}/memory.py", f"{D}/spread.py", "ldm/memory.py"),
     ],
     [f"{D}/calibration.py"],
     [f"{D}/plans.py"],
