@@ -22,7 +22,7 @@ from evaluation.processes import Process, join, shard
 from evaluation.protocol import Protocol, identity, load_protocol, protocol_names
 from ldm.arguments import ROOT, count, model_arguments, propagation_arguments
 from ldm.cli import BadInput, Parser, blame, command, number
-from ldm.script import GO_ON, Setup, make_plan, make_recipe, make_setup
+from ldm.script import GO_ON, Setup, make_plan, make_recipe, make_setup, run_facts
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:
 
 def make_engine(args: argparse.Namespace, protocol: Protocol, setup: Setup, batch: int) -> Engine:
     """The model, ready to make the protocol's pictures."""
-    from ldm.checkpoint import CheckpointError, fingerprint, load_model
+    from ldm.checkpoint import CheckpointError, load_model
     from ldm.sampling.engine import Engine, num_nodes
 
     sizes, size = setup.sizes, (protocol.size,) * 2
@@ -130,8 +130,9 @@ def make_engine(args: argparse.Namespace, protocol: Protocol, setup: Setup, batc
     with blame("--steps"):
         nodes = num_nodes(recipe, setup.config.model.params.get("timesteps", 1000))
     positions = batch * (1 if recipe.scale == 1.0 else 2) * math.prod(side // sizes.factor for side in size)
-    plan = make_plan(args, nodes, positions, setup.device,
-                     {"weights": fingerprint(setup.ckpt)[:16], "sampler": recipe.sampler})
+    with blame("--ckpt", (CheckpointError,)):
+        facts = run_facts(setup, recipe.sampler)
+    plan = make_plan(args, nodes, positions, setup.device, facts)
     with blame("--config", (ValueError, OSError, TypeError, KeyError)):
         with blame("--ckpt", (CheckpointError,)):
             model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)

@@ -302,6 +302,20 @@ def diffusers_configs(params: Mapping[str, Any], parts: Mapping[str, Mapping[str
                 "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[params.get("parameterization", "eps")]}}
 
 
+def diffusers_unet(params: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights of a folder's UNet alone.
+
+    Args:
+        params: of a `LatentDiffusion` config.
+        state: of its `UNetModel`.
+
+    Raises:
+        ConversionError, KeyError: not a UNet of Stable Diffusion 1 or 2.
+    """
+    weights = _unet_to_diffusers(state)
+    return _unet_config(params, params["unet_config"]["params"], weights), weights
+
+
 def _unet_config(params: Mapping[str, Any], unet: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
     channels = [unet["model_channels"] * m for m in unet["channel_mult"]]
     levels = len(channels)

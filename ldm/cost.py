@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
+from math import prod
 from typing import Any
 
 import torch
@@ -66,16 +68,53 @@ class Macs:
                    if work is not Work.DECODER or plan.refresh)
 
 
-def count_macs(call: Callable[[], Any]) -> int:
-    """MACs of everything that call() does on tensors (1 MAC = 2 FLOPs)."""
+def _one_product(queries: Sequence[int], keys: Sequence[int], *rest: Any, **more: Any) -> int:
+    """Of the two matrix products of attention, which cost the same, half of each: together, one."""
+    return prod(queries) * keys[-1]
+
+
+def _norm(x: Sequence[int], *rest: Any, **more: Any) -> int:
+    return 2 * 5 * prod(x)
+
+
+def _upsampling(*rest: Any, out_shape: Sequence[int], **more: Any) -> int:
+    return 2 * prod(out_shape)
+
+
+def _linear(x: Sequence[int], weight: Sequence[int], *rest: Any, **more: Any) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+def _convolution(x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: Sequence[int], **more: Any) -> int:
+    return 2 * prod(weight[1:]) * prod(out_shape)
+
+
+# What operations cost, in FLOPs, where PyTorch's counter knows nothing or a convention differs from it.
+PACKED = {torch.ops.mkldnn._linear_pointwise: _linear, torch.ops.mkldnn._convolution_pointwise: _convolution}
+CONVENTIONS: dict[str, dict[Any, Callable[..., int]]] = {
+    "exact": PACKED,
+    # Nearest upsampling is an indexing on the meta device; a UNet has no other.
+    "paper": PACKED | {torch.ops.aten.bmm: _one_product, torch.ops.aten.native_group_norm: _norm,
+                       torch.ops.aten.native_layer_norm: _norm, torch.ops.aten._unsafe_index: _upsampling}}
+
+
+def count_macs(call: Callable[[], Any], convention: str = "exact") -> int:
+    """MACs of everything that call() does on tensors (1 MAC = 2 FLOPs).
+
+    Args:
+        convention: 'exact' counts convolutions, linear layers and both products of attention. 'paper' is how the
+            numbers of Faster Diffusion (arXiv 2312.09608, appendix A.5) come out: one product of attention only, 5
+            for each element that is normalised, 1 for each that nearest upsampling puts out.
+    """
     # Fused attention, counted as a whole on some devices only, is taken apart into its two products.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=CONVENTIONS[convention]) as counter, \
+            sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops() // 2
 
 
 def unet_macs(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int = 1,
-              context_length: int | None = None, tome: float = 0.0) -> Macs:
+              context_length: int | None = None, tome: float = 0.0, convention: str = "exact") -> Macs:
     """MACs of one encode and one decode of a UNet.
 
     Args:
@@ -84,12 +123,10 @@ def unet_macs(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: i
         batch: latents per prediction; guidance doubles it.
         context_length: tokens of the context, for a UNet with cross-attention.
         tome: share of tokens merged for self-attention; the product that finds similar ones is counted too.
-
-    Source of the convention: Faster Diffusion (arXiv 2312.09608), table 1, counts MACs too, but leaves out
-    the product of queries and keys.
+        convention: see `count_macs`.
     """
     with torch.device("meta"), torch.no_grad():
-        return _count(*meta_unet(unet, size, batch, context_length, tome))
+        return _count(*meta_unet(unet, size, batch, context_length, tome), partial(count_macs, convention=convention))
 
 
 def meta_unet(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int, context_length: int | None,
@@ -104,16 +141,16 @@ def meta_unet(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: i
     return unet, torch.zeros(batch, unet.in_channels, *size), inputs
 
 
-def _count(unet: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Macs:
+def _count(unet: nn.Module, x: Tensor, inputs: dict[str, Any], count: Callable[[Callable[[], Any]], int]) -> Macs:
     """Block by block, each from what the one before it left."""
-    time = count_macs(lambda: unet.embed(inputs["timesteps"], inputs["y"], len(x)))
+    time = count(lambda: unet.embed(inputs["timesteps"], inputs["y"], len(x)))
     kept: list[Features] = []
-    encode = count_macs(lambda: kept.append(unet.encode(x, **inputs)))
+    encode = count(lambda: kept.append(unet.encode(x, **inputs)))
     blocks = range(len(kept[0].skips))
-    outer = [0, *(count_macs(lambda n=n: unet.encode_outer(x, **inputs, blocks=n + 1)) for n in blocks)]
-    spent = [count_macs(lambda n=n: kept.append(unet.advance(kept[-1], **inputs, blocks=n))) - time
+    outer = [0, *(count(lambda n=n: unet.encode_outer(x, **inputs, blocks=n + 1)) for n in blocks)]
+    spent = [count(lambda n=n: kept.append(unet.advance(kept[-1], **inputs, blocks=n))) - time
              for n in reversed(blocks)]
-    end = count_macs(lambda: unet.decode(kept[-1], **inputs))
+    end = count(lambda: unet.decode(kept[-1], **inputs))
     last = [end, *(end + total for total in accumulate(reversed(spent)))]
     return Macs(encode, last[-1], tuple(outer), tuple(last))
 
@@ -133,6 +170,8 @@ def _label(unet: nn.Module, batch: int) -> Tensor:
 def _on_meta(module: nn.Module) -> nn.Module:
     """A copy of the module without its data."""
     tensors = chain(module.parameters(), module.buffers())
-    memo = {id(t): nn.Parameter(t.detach().to("meta"), requires_grad=False) if isinstance(t, nn.Parameter)
-            else t.detach().to("meta") for t in tensors}
+    memo = {}
+    for tensor in tensors:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo)

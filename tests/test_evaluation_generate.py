@@ -105,6 +105,11 @@ def test_a_picture_belongs_to_its_caption_not_to_its_place(runs, whole, tmp_path
     assert pictures(tmp_path / "few") == 7
 
 
+def test_plans_by_name(runs, tmp_path):
+    assert runs(tmp_path / "out", "--count", "1", "--plan", "faster-diffusion") == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["method"]["keys"] == [0, 1, 2]
+
+
 # One process or many
 
 def torchrun(rank: int, port: int) -> dict[str, str]:

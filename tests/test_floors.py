@@ -21,6 +21,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py", f"{M}/token_merging.py"),
         *("ldm/download.py", "ldm/published.py"),
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
+        f"{M}/packed.py",
         *(f"{M}/encoders/tokenizer.py", f"{M}/encoders/clip_tokenizer.py", f"{M}/encoders/clip_image.py"),
         *(f"{M}/encoders/boxes.py", "ldm/lr_scheduler.py", "ldm/data/*"),
     ],
@@ -48,10 +49,12 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["ldm/script.py"],
     [*(f"evaluation/{name}.py" for name in ("errors", "resize", "inception", "protocol", "processes"))],
     ["evaluation/results.py"],
-    [*(f"evaluation/{name}.py" for name in ("moments", "pictures", "clip_models", "selection"))],
-    [*(f"evaluation/{name}.py" for name in ("distances", "features", "prompts", "run_folder"))],
+    [*(f"evaluation/{name}.py" for name in ("moments", "pictures", "clip_models", "selection", "table_file"))],
+    [*(f"evaluation/{name}.py" for name in ("distances", "features", "prompts", "run_folder", "table_text"))],
     ["evaluation/measure.py"],
     ["scripts/*", "evaluation/recognition.py", "evaluation/paired.py", "main.py"],
+    [*(f"evaluation/{name}.py" for name in ("generate", "fid", "adm", "clip_score", "cost"))],
+    ["evaluation/table_cost.py", "evaluation/table_quality.py"],
     ["evaluation/*"],
 ]
 # Whose files may import each other.

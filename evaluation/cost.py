@@ -1,0 +1,136 @@
+"""What a run of a model's UNet costs in multiply-accumulates (MACs), per kind of node and in all.
+
+    python evaluation/cost.py --config configs/stable-diffusion/v1-inference.yaml --steps 50 20
+
+Two counts: "exact" has both matrix products of attention; "paper" is how the numbers of Faster Diffusion
+(arXiv 2312.09608) come out, see `ldm.cost.count_macs`. The critical path is what has to be computed one after the other
+when all decoders that share features run at the same time. Nothing is computed, and no weights are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import BadInput, Parser, blame, command, number
+
+# What needs PyTorch is imported where it is used: --help must answer at once.
+if TYPE_CHECKING:
+    from ldm.cost import Macs
+    from ldm.models.diffusion.plan import Plan
+
+SD_V1 = Path(__file__).resolve().parents[1] / "configs" / "stable-diffusion" / "v1-inference.yaml"
+# Tables 1 and 5, "GFLOPs/image" of Stable Diffusion v1.5, by steps and number of key steps.
+PUBLISHED = {(50, 50): 37050, (50, 9): 27350, (20, 20): 14821, (20, 7): 11743, (50, 25): 31011, (50, 5): 26370}
+PUBLISHED_SIZE, PUBLISHED_BATCH = [64, 64], 2
+AGREES = 0.001
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    at_least_1 = number(int, 1, math.inf, "a whole number from 1")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="YAML", help="of the model")
+    parser.add_argument("--plan", nargs="+", default=["off", "faster-diffusion"], metavar="PLAN",
+                        help="as of the sampling scripts (default: off faster-diffusion)")
+    parser.add_argument("--steps", nargs="+", type=at_least_1, default=[50], metavar="N",
+                        help="network evaluations of a run (default: 50)")
+    parser.add_argument("--size", nargs=2, type=at_least_1, metavar=("H", "W"),
+                        help="of the latents (default: the config's)")
+    parser.add_argument("--batch", type=at_least_1, default=2,
+                        help="latents per evaluation; guidance makes 2 of one picture (default: 2)")
+    parser.add_argument("--tokens", type=at_least_1, default=77,
+                        help="of the context, for a UNet that takes one (default: 77)")
+    return parser.parse_args(argv)
+
+
+def read_unet(path: str | Path) -> tuple[dict[str, Any], int]:
+    """The UNet's config, and the side of the latents that the model was trained with."""
+    from omegaconf import OmegaConf
+
+    from ldm.checkpoint import load_config
+
+    params = OmegaConf.to_container(load_config(path).model, resolve=True).get("params") or {}
+    if "unet_config" not in params:
+        raise ValueError(f"{path}: not the config of a diffusion model: no unet_config")
+    return params["unet_config"], params.get("image_size", 0)
+
+
+def counts(unet: Mapping[str, Any], size: Sequence[int], batch: int, tokens: int) -> dict[str, Macs]:
+    """Of one evaluation, by convention."""
+    from ldm.cost import CONVENTIONS, unet_macs
+
+    length = tokens if unet["params"].get("context_dim") is not None else None
+    return {name: unet_macs(unet, size, batch, length, name) for name in CONVENTIONS}
+
+
+def published(unet: Mapping[str, Any], size: Sequence[int], batch: int, plan: Plan) -> int | None:
+    """The paper's GMACs for this run, if it has such a row."""
+    from ldm.models.diffusion.plan import Work
+
+    same = (unet, list(size), batch) == (read_unet(SD_V1)[0], PUBLISHED_SIZE, PUBLISHED_BATCH)
+    known = same and not plan.refresh and Work.SHALLOW not in plan.works()
+    return PUBLISHED.get((plan.num_nodes, len(plan.keys))) if known else None
+
+
+def node_table(units: Mapping[str, Macs], plans: Mapping[str, Plan]) -> Iterator[str]:
+    """Lines: what one evaluation costs at each kind of node that the plans have."""
+    yield f"{'one evaluation, GMAC':<34}" + "".join(f"{name:>12}" for name in units)
+    seen = set()
+    for plan in plans.values():
+        for work in dict.fromkeys(plan.works()):
+            depth = plan.branch or plan.refresh if work.value != "full" else 0
+            label = f"{work.value} node" + (f", {depth} outer blocks" if depth else "")
+            if label not in seen:
+                seen.add(label)
+                yield f"{label:<34}" + "".join(f"{unit.node(work, plan) / 1e9:>12.2f}" for unit in units.values())
+
+
+def run_table(units: Mapping[str, Macs], plans: Mapping[str, Plan], paper: Mapping[str, int | None]) -> Iterator[str]:
+    """Lines: what whole runs cost, with the paper's number beside where there is one."""
+    yield (f"{'run, GMAC':<26}{'keys':>5}" + "".join(f"{name:>12}{'share':>8}" for name in units)
+           + f"{'critical path':>15}{'in the paper':>14}")
+    for label, plan in plans.items():
+        cells = "".join(f"{unit.run(plan) / 1e9:>12.1f}{unit.run(plan) / (plan.num_nodes * unit.whole):>8.1%}"
+                        for unit in units.values())
+        line = f"{label:<26}{len(plan.keys):>5}{cells}{units['exact'].critical_path(plan) / 1e9:>15.1f}"
+        if paper[label] is None:
+            yield line
+        else:
+            off = units["paper"].run(plan) / 1e9 / paper[label] - 1
+            yield f"{line}{paper[label]:>14}  {off:+.2%}" + ("" if abs(off) < AGREES else " DIFFERS")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ldm.models.diffusion.plan import Plan
+    from ldm.models.diffusion.plans import load_plan
+
+    plans: dict[str, Plan] = {}
+    with blame("--plan"):
+        for steps in args.steps:
+            for spec in args.plan:
+                plan = load_plan(spec, steps)
+                if not isinstance(plan, Plan):
+                    raise BadInput(f"--plan: {spec} decides during a run; its cost is not known before")
+                plans[f"{spec}, {steps} steps"] = plan
+    with blame("--config"):
+        unet, side = read_unet(args.config)
+    size = args.size or [side, side]
+    with blame("--config, --size", (ValueError, TypeError, KeyError)):
+        units = counts(unet, size, args.batch, args.tokens)
+    print(f"{args.config}: UNet on {args.batch} latents of {size[0]} x {size[1]}\n")
+    print("\n".join(node_table(units, plans)), end="\n\n")
+    paper = {label: published(unet, size, args.batch, plan) for label, plan in plans.items()}
+    print("\n".join(run_table(units, plans, paper)))
+    print("\nshare: of a run with every node in full. Critical path: exact count.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command("cost.py", lambda: run(arguments(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""What a row of a table costs: counted from the config alone, and timed one picture at a time."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluation.cost import read_unet
+from evaluation.generate import default_model, make_engine, parse, select_prompts
+from evaluation.protocol import Protocol, load_protocol
+from evaluation.table_file import Row
+from ldm.cli import BadInput, blame
+from ldm.script import make_setup
+
+if TYPE_CHECKING:
+    from ldm.cost import Macs
+
+WARM_UP = 2             # as the released code: two calls before the one that is timed
+CLASS_TOKENS, TEXT_TOKENS = 1, 77
+
+
+# Counted
+
+@lru_cache
+def unit_of(config: Path, data: str, size: int, guided: bool) -> Macs:
+    """MACs of one prediction of a picture, in the paper's count.
+
+    Args:
+        data: kind of the protocol's data. size: of the picture, in pixels.
+        guided: the network sees every latent twice.
+    """
+    from ldm.checkpoint import load_config
+    from ldm.cost import unet_macs
+    from ldm.sampling.engine import Sizes
+
+    model = load_config(config).model
+    text = (model.params.get("cond_stage_config") or {}).get("params") or {}
+    tokens = CLASS_TOKENS if data == "classes" else text.get("max_length", text.get("max_seq_len", TEXT_TOKENS))
+    unet, side = read_unet(config)[0], size // Sizes.of(model).factor
+    context = None if unet["params"].get("context_dim") is None else tokens
+    return unet_macs(unet, (side, side), 2 if guided else 1, context, "paper")
+
+
+def gflops(row: Row, name: str, config: str | None, root: Path) -> float | None:
+    """GMACs of the UNet for one picture, as the paper counts them; None for a plan that decides on the way.
+
+    Args:
+        name: the protocol. config: of the model; None = the protocol's.
+
+    Raises:
+        ValueError: a plan, sampler or config that can't be used.
+    """
+    from ldm.models.diffusion.plan import Plan
+    from ldm.models.diffusion.plans import load_plan
+    from ldm.sampling.engine import Recipe, num_nodes
+
+    protocol: Protocol = load_protocol(name)
+    usual = protocol.sampling
+    recipe = Recipe(protocol.size, protocol.size, row.sampler or usual.sampler, row.steps or usual.steps)
+    plan = load_plan(row.plan, num_nodes(recipe), propagate=row.propagate)
+    if not isinstance(plan, Plan):
+        return None
+    file = Path(config) if config else root / protocol.defaults["config"]
+    return unit_of(file, protocol.data["kind"], protocol.size, protocol.guidance != 1).run(plan) / 1e9
+
+
+# Timed
+
+def timed(argv: Sequence[str], pictures: int, out: Path) -> dict[str, Any]:
+    """Seconds of each picture and peak memory, kept in `out`; measured in a process of its own if it is not there.
+
+    Args:
+        argv: of evaluation/generate.py.
+        pictures: how many are timed, one at a time.
+    """
+    if not out.is_file():
+        from ldm.util import atomic_write
+
+        # What earlier rows left in memory must not count.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            measured = fresh.submit(time_pictures, [*argv], pictures).result()
+        with blame("--runs", (OSError,)), atomic_write(out) as temporary:
+            temporary.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    try:
+        return json.loads(out.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"--runs: {out}: not a timing: {error}; without the file it is measured again") from error
+
+
+def time_pictures(argv: Sequence[str], pictures: int) -> dict[str, Any]:
+    """Time pictures one by one, after some that are not timed.
+
+    memory: bytes at the peak while pictures are made. On a GPU what PyTorch allocated; on a CPU what the process has
+    in memory beyond what it had before the model came; None where that is not known.
+    """
+    import torch
+
+    from evaluation.run_folder import make_items
+    from ldm.checkpoint import fingerprint
+    from ldm.measure.timing import STATUS, machine, resident
+    from ldm.modules.packed import pack
+
+    args, protocol = parse(argv)
+    items = make_items([prompt.line() for prompt in select_prompts(args, protocol)], protocol.seed, 1)
+    setup = make_setup(args, default_model(protocol))
+    before = resident("VmRSS") if STATUS.exists() else 0
+    engine = make_engine(args, protocol, setup, batch=1)
+    if not engine.autocast:
+        pack(engine.model.model)        # as the sampling scripts do
+    for _ in range(WARM_UP):
+        engine(items[:1])
+    start_peak(setup.device)
+    spent = [engine([items[k % len(items)]])[1] for k in range(pictures)]
+    gpu = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else None
+    memory = torch.cuda.max_memory_allocated(setup.device) if gpu else (
+        resident("VmHWM") - before if STATUS.exists() else None)
+    return {"seconds": [s["seconds"] for s in spent], "seconds_unet": [s["seconds_unet"] for s in spent],
+            "memory": memory, "parallel": engine.plan.parallel, "precision": engine.settings()["precision"],
+            "weights": fingerprint(setup.ckpt), "machine": gpu or machine()["processor"],
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+
+
+def start_peak(device: Any) -> None:
+    """Peaks of memory are of what comes now."""
+    import torch
+
+    from ldm.measure.timing import CLEAR
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR.exists():
+        CLEAR.write_text("5")
+
+
+def costs(measured: dict[str, Any]) -> dict[str, float]:
+    """The columns of a timing: medians, and gigabytes."""
+    found = {name: statistics.median(measured[name]) for name in ("seconds", "seconds_unet")}
+    return found | ({} if measured["memory"] is None else {"memory": measured["memory"] / 1e9})

@@ -1,0 +1,188 @@
+"""The paper's tables as files: which rows there are, how each is run, and what the paper says of it.
+
+evaluation/tables/NAME.yaml:
+
+    title:    the table's head
+    source:   where its numbers were published, and of what
+    note:     what to bear in mind when it is read (optional)
+    columns:  names of `COLUMNS`, in order
+    protocol: {coco: NAME, emoji: NAME}   of each world in which there is such a table
+    rows:     a list, in order:
+        label:      of the row; with `group`, what several rows have in common (optional)
+        plain:      true: the rows below, up to the next such row, are compared with this one
+        sampler, steps, plan, propagate, eta, noise_weight, noise_below, noise_order: as evaluation/generate.py takes
+                    them; default: the protocol's
+        parallel:   decoder steps in one batch; moves time and memory only (default: auto)
+        protocol:   other protocols than the table's, by world; null = the row is not in that world
+        paper:      {column: number}, what the paper says
+        missing:    why the row can't be run: the paper's numbers stand alone
+        costs_only: why only its cost can be had
+
+A row that is run in the `coco` world is run with published models: Stable Diffusion, cin256-v2. The `emoji` world is
+the model that ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from evaluation.protocol import known, whole
+
+TABLE_DIR = Path(__file__).parent / "tables"
+WORLDS = ("coco", "emoji")
+Cell = tuple[float, list[float] | None]     # a value, and its 95 % interval if there is one
+HOW = ("sampler", "steps", "plan", "propagate", "eta", "noise_weight", "noise_below", "noise_order")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One quantity.
+
+    head:   what it is, with the unit; in the emoji world `emoji_head`, if it is another one there.
+    digits: after the point.
+    kind:   `quality` is measured of a row's pictures, `cost` is timed, `count` is counted, `derived` from the others.
+    share:  changes are shares of the plain row's value.
+    """
+
+    head: str
+    digits: int
+    kind: str
+    share: bool = False
+    emoji_head: str | None = None
+
+    def title(self, world: str) -> str:
+        return self.emoji_head if world == "emoji" and self.emoji_head else self.head
+
+
+LITE = "EfficientNet-lite0"
+COLUMNS = {
+    "fid": Column("FID", 2, "quality", emoji_head=f"Fréchet distance ({LITE})"),
+    "clip_score": Column("CLIP-score", 3, "quality", emoji_head="concept retrieval R@5"),
+    "sfid": Column("sFID", 2, "quality", emoji_head=f"spatial Fréchet distance ({LITE})"),
+    "inception_score": Column("IS", 2, "quality", emoji_head=f"class score ({LITE})"),
+    "precision": Column("precision", 3, "quality", emoji_head=f"precision ({LITE})"),
+    "recall": Column("recall", 3, "quality", emoji_head=f"recall ({LITE})"),
+    "gflops": Column("GFLOPs/image", 1, "count", share=True),
+    "seconds_unet": Column("s/image UNet", 2, "cost", share=True),
+    "seconds": Column("s/image whole", 2, "cost", share=True),
+    "memory": Column("peak GB", 2, "cost", share=True),
+    "ftc": Column("FTC = FID × s / CLIP", 1, "derived", share=True, emoji_head="distance × s / R@5"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; see above.
+
+    Raises:
+        ValueError: a value that is not what it should be.
+    """
+
+    label: str
+    group: str = ""
+    plain: bool = False
+    sampler: str | None = None
+    steps: int | None = None
+    plan: str = "off"
+    propagate: str | None = None
+    eta: float | None = None
+    noise_weight: float | None = None
+    noise_below: float | None = None
+    noise_order: str | None = None
+    parallel: int | None = None
+    protocol: Mapping[str, str | None] = field(default_factory=dict)
+    paper: Mapping[str, float] = field(default_factory=dict)
+    missing: str | None = None
+    costs_only: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.label, str) or not self.label:
+            raise ValueError(f"label must be text; got {self.label!r}")
+        if not isinstance(self.plan, str):
+            raise ValueError(f"{self.name}: plan must be text, 'off' in quotes, which YAML takes for no; "
+                             f"got {self.plan!r}")
+        for name in ("steps", "parallel"):
+            if getattr(self, name) is not None:
+                whole(f"{self.name}: {name}", getattr(self, name), 1)
+        known(f"{self.name}: protocol", self.protocol, set(), set(WORLDS))
+        known(f"{self.name}: paper", self.paper, set(), set(COLUMNS))
+        if bad := [name for name, value in self.paper.items() if type(value) not in (int, float)]:
+            raise ValueError(f"{self.name}: paper.{bad[0]} must be a number; got {self.paper[bad[0]]!r}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}: {self.label}" if self.group else self.label
+
+    def flags(self) -> list[str]:
+        """What evaluation/generate.py is told of it, without the protocol."""
+        given = {name: getattr(self, name) for name in HOW if getattr(self, name) is not None}
+        return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file's content; see above.
+
+    Raises:
+        ValueError: a value that is not what it should be.
+    """
+
+    name: str
+    title: str
+    source: str
+    columns: list[str]
+    protocol: Mapping[str, str]
+    rows: list[Row]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if strange := [name for name in self.columns if name not in COLUMNS]:
+            raise ValueError(f"there is no column {strange[0]!r}; accepted: {', '.join(COLUMNS)}")
+        known("protocol", self.protocol, set(), set(WORLDS))
+        if not self.rows:
+            raise ValueError("it has no rows")
+        names = [row.name for row in self.rows]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two rows are called {twice[0]!r}")
+        for row in self.rows:
+            if unshown := row.paper.keys() - {*self.columns}:
+                raise ValueError(f"{row.name}: paper has {', '.join(sorted(unshown))}, which is not among the columns")
+
+    def protocol_of(self, row: Row, world: str) -> str | None:
+        """The name of the protocol that the row is run under; None = the row is not in this world."""
+        return {**self.protocol, **row.protocol}.get(world)
+
+    def rows_in(self, world: str) -> list[Row]:
+        return [row for row in self.rows if self.protocol_of(row, world) is not None]
+
+
+def table_names() -> tuple[str, ...]:
+    names = (path.stem for path in TABLE_DIR.glob("*.yaml"))
+    return tuple(sorted(names, key=lambda name: (len(name), name)))
+
+
+def load_table(name: str) -> Table:
+    """The table of a name in evaluation/tables, or of a .yaml file.
+
+    Raises:
+        ValueError: there is none, or it is not a table.
+    """
+    path = TABLE_DIR / f"{name}.yaml" if name in table_names() else Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"unknown table {name!r}; accepted: {', '.join(table_names())}, or FILE.yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known("the file", content, {"title", "source", "columns", "protocol", "rows"}, {"note"})
+        accepted = {f.name for f in fields(Row)}
+        for number, entry in enumerate(content["rows"], 1):
+            known(f"row {number}", entry, {"label"}, accepted)
+        rows = [Row(**entry) for entry in content["rows"]]
+        return Table(**{**content, "rows": rows}, name=path.stem)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a table: {' '.join(str(error).split())}") from None

@@ -1,0 +1,232 @@
+"""How good a row's pictures are: the measures of its protocol on the folder of its run, each kept there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluation import adm, clip_score, fid
+from evaluation.protocol import Protocol
+from evaluation.results import Result, ResultError, read_result
+from evaluation.table_file import Cell
+from ldm.cli import BadInput, blame
+
+if TYPE_CHECKING:
+    from evaluation.recognition import RealSet
+
+ADM = ("sfid", "inception_score", "precision", "recall")       # columns that only the ADM suite has
+RESAMPLES = 100         # for intervals of Fréchet distances
+REAL_TIER, RANK = 2, 5
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What measures need beside pictures.
+
+    protocol:  of the pictures. data: the folder of its data.
+    shared:    a folder for what all runs of the protocol share.
+    inception, clip: weights, where the protocol's measures need them.
+    """
+
+    protocol: Protocol
+    data: Path
+    shared: Path
+    inception: str | None = None
+    clip: str | None = None
+    device: str = "auto"
+
+    @property
+    def of_emoji(self) -> bool:
+        """There is no CLIP-score of this protocol, but its data say what each picture shows."""
+        return "clip_score" not in self.protocol.metrics
+
+    def network(self) -> list[str]:
+        """Flags that name the network of Fréchet distances."""
+        metrics = self.protocol.metrics
+        extractor, resize = (metrics.get("adm") or metrics["fid"])[0].split("/")
+        weights = ["--weights", self.inception] if self.inception and extractor == "inception-2015" else []
+        return ["--extractor", extractor, "--resize", resize, "--device", self.device, *weights]
+
+    def reference(self) -> Path:
+        """The real pictures, or their statistics."""
+        if "reference" in self.protocol.metrics:
+            return self.data / self.protocol.metrics["reference"]
+        path = self.data / self.protocol.data["pictures"]
+        return chosen(path, self.protocol, self.data, self.shared) if path.suffix == ".npy" else path
+
+    def measures(self, columns: list[str]) -> dict[str, Callable[[Path, Path], None]]:
+        """By name, what writes a result of a folder of pictures (first argument) into a file (second)."""
+        found: dict[str, Callable[[Path, Path], None]] = {}
+        if any(name in columns for name in ADM):
+            found["adm"] = self._adm
+        elif "fid" in columns:
+            found["fid"] = self._fid
+        if "clip_score" in columns:
+            found["retrieval" if self.of_emoji else "clip_score"] = self._retrieval if self.of_emoji else self._clip
+        return found
+
+    def cells(self, columns: list[str], run: Path, missing: bool) -> tuple[dict[str, Cell], dict[str, Result]]:
+        """The columns' values of a run that is complete, and the results that they are of.
+
+        Args:
+            missing: measure what is not in the run's folder; else it is left out.
+        """
+        results = {}
+        for name, measure in self.measures(columns).items():
+            out = run / f"{name}.json"
+            if missing and not out.is_file():
+                with quietly():
+                    measure(run / "samples", out)
+            if out.is_file():
+                with blame("--runs", (ResultError,)):
+                    results[name] = read_result(out)
+        values = {key: value for result in results.values() for key, value in result.values.items()}
+        named = {"fid": "fid_real", "sfid": "sfid_real", "clip_score": "R@5" if self.of_emoji else self._score(),
+                 **{name: name for name in ADM[1:]}}
+        return {name: (values[named[name]], values.get(f"{named[name]}_interval")) for name in columns
+                if values.get(named.get(name)) is not None}, results
+
+    def check(self, columns: list[str]) -> None:
+        """What measures need must be there, found out before pictures are made."""
+        from evaluation.errors import FeatureError
+        from evaluation.features import extractor
+
+        wanted = self.measures(columns)
+        if "fid" in wanted or "adm" in wanted:
+            args = fid.parser().parse_args(["", "", *self.network()])
+            if "reference" in self.protocol.metrics:
+                need(self.reference(), self)
+            with blame("--inception", (FeatureError,)):
+                extractor(args.extractor, args.weights, args.resize)
+        if "clip_score" in wanted:
+            if self.clip is None:
+                raise BadInput(f"--clip: needed for CLIP-score: a folder with config.json and weights of "
+                               f"{clip_score.VARIANTS[self._variant].model}, from huggingface.co")
+            with renamed({"--weights": "--clip"}):
+                clip_score.load_model(clip_score.parser().parse_args(self._clip_flags("")))
+
+    # The measures
+
+    def _fid(self, pictures: Path, out: Path) -> None:
+        self._run(fid, [str(self.reference()), str(pictures), *self.network(), "--bootstrap", str(RESAMPLES),
+                        "--cache", str(self.shared), "--out", str(out)])
+
+    def _adm(self, pictures: Path, out: Path) -> None:
+        self._run(adm, [str(self.reference()), str(pictures), *self.network(), "--out", str(out)])
+
+    def _clip(self, pictures: Path, out: Path) -> None:
+        self._run(clip_score, [*self._clip_flags(str(pictures)), "--out", str(out)])
+
+    def _run(self, measure: Any, argv: list[str]) -> None:
+        with renamed({"--weights": "--clip" if measure is clip_score else "--inception", "REFERENCE": "--data",
+                      "SAMPLES": "--runs", "--out": "--runs"}):
+            measure.run(measure.parser().parse_args(argv))
+
+    @property
+    def _variant(self) -> str:
+        return self.protocol.metrics["clip_score"][0]
+
+    def _score(self) -> str:
+        return f"clip_score_{self._variant}"
+
+    def _clip_flags(self, pictures: str) -> list[str]:
+        return [pictures, "--variant", self._variant, "--weights", str(self.clip), "--device", self.device]
+
+    def _retrieval(self, pictures: Path, out: Path) -> None:
+        """Concept retrieval: see evaluation/recognition.py; against real pictures of tiers 1 and 2."""
+        from evaluation.measure import how_made, network_of, open_samples
+        from evaluation.recognition import DEFINITION, share
+        from ldm.generate import read_manifest
+        from ldm.images import open_picture
+        from ldm.util import file_sha256
+
+        real = real_set(self.data)
+        lines = read_manifest(pictures.parent / "manifest.jsonl")
+        entries = entries_by_id(self.data)
+        images = [open_picture(pictures.parent / line["file"]) for line in lines]
+        verdict = real.judge(images, [entries[line["image_id"]] for line in lines], "samples")
+        found = share(verdict.hits[RANK])
+        made = how_made("--runs", open_samples("--runs", str(pictures)))
+        protocol = {"measure": f"R@{RANK}", "definition": DEFINITION, "real_tier": REAL_TIER, "n": len(lines),
+                    "real": file_sha256(self.data / "pictures.npy"), "prompts": made.get("protocol_sha256"),
+                    **network_of(real.extract)}
+        with blame("--runs", (OSError,)):
+            Result({f"R@{RANK}": found["share"], f"R@{RANK}_interval": found["interval"]}, protocol, made).write(out)
+
+
+# The data
+
+HOW_TO_GET = {
+    "val2017": "val2017.zip of https://cocodataset.org/#download, unpacked there",
+    "val2014": "val2014.zip of https://cocodataset.org/#download, unpacked there",
+    "captions_val2017.json": "annotations_trainval2017.zip of https://cocodataset.org/#download, unpacked there",
+    "captions_val2014.json": "annotations_trainval2014.zip of https://cocodataset.org/#download, unpacked there",
+    "VIRTUAL_imagenet256_labeled.npz": "the reference batch of ImageNet 256 x 256 that is published with "
+                                       "github.com/openai/guided-diffusion",
+    "captions.json": "python scripts/prepare_emoji.py --out data/emoji64 makes it",
+    "pictures.npy": "python scripts/prepare_emoji.py --out data/emoji64 makes it",
+}
+
+
+def need(path: Path, quality: Quality) -> None:
+    """A file or folder of the protocol's data must be there."""
+    if not path.exists():
+        raise BadInput(f"--data: {path} is not there, which {quality.protocol.name} needs: "
+                       f"{HOW_TO_GET.get(path.name, 'named by the protocol')}")
+
+
+def entries_by_id(data: Path) -> dict[int, dict[str, Any]]:
+    """The images of the data's captions, by id."""
+    content = json.loads((data / "captions.json").read_text(encoding="utf-8"))
+    return {image["id"]: image for image in content["images"]}
+
+
+def chosen(path: Path, protocol: Protocol, data: Path, shared: Path) -> Path:
+    """An array of those of the data's pictures that the protocol asks for, by the fields of their captions."""
+    import numpy as np
+
+    from ldm.util import atomic_write
+
+    out = shared / "real.npy"
+    if not out.is_file():
+        where = protocol.data.get("where", {})
+        rows = [number for number, image in sorted(entries_by_id(data).items())
+                if all(image[name] in (value if isinstance(value, list) else [value]) for name, value in where.items())]
+        with blame("--runs", (OSError,)), atomic_write(out) as temporary, temporary.open("wb") as stream:
+            np.save(stream, np.load(path, mmap_mode="r")[rows])
+    return out
+
+
+@lru_cache(maxsize=1)
+def real_set(data: Path) -> RealSet:
+    """What retrieval finds: seen once by the network, for all rows."""
+    from evaluation.recognition import SPLITS, RealSet, load_extractor
+    from ldm.data.emoji import EmojiPictures
+
+    with blame("--data"):
+        return RealSet.of([EmojiPictures(data, split, REAL_TIER) for split in SPLITS], load_extractor(), 50)
+
+
+# Other command lines, used from here
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """What other command lines print is no part of a table."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+@contextmanager
+def renamed(flags: dict[str, str]) -> Iterator[None]:
+    """Their flags under the names that they have here."""
+    try:
+        yield
+    except BadInput as error:
+        flag, colon, rest = str(error).partition(":")
+        raise BadInput(f"{flags.get(flag, flag)}{colon}{rest}") from error

@@ -1,0 +1,154 @@
+"""A filled table as Markdown, CSV and LaTeX: ours beside the paper's, and what each row changes against its plain row.
+
+The difference from the paper's number stands there only where both are of the same thing, in the coco world. Where
+model and measure are others, only the changes can be set beside each other.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from evaluation.table_file import COLUMNS, Cell, Column, Row, Table
+
+# Of what LaTeX gives a meaning, or old versions can't set.
+ESCAPED = {"\\": r"\textbackslash{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "×": r"$\times$", "−": "$-$",
+           "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A row with what is known of it: `cells` by column, and in words why some are empty."""
+
+    row: Row
+    cells: Mapping[str, Cell] = field(default_factory=dict)
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table for one world, ready to be shown.
+
+    columns: those that are shown, of the table's.
+    notes:   in words, what the numbers are of.
+    """
+
+    table: Table
+    world: str
+    columns: Sequence[str]
+    rows: Sequence[Filled]
+    notes: Sequence[str] = ()
+
+    def plain_of(self, filled: Filled) -> Filled | None:
+        """The row that this one is compared with: the last plain one above; None for plain rows."""
+        above = self.rows[:self.rows.index(filled)]
+        return None if filled.row.plain else next((other for other in reversed(above) if other.row.plain), None)
+
+
+def number(value: float | None, column: Column) -> str:
+    """Whole numbers, which only the paper has, as they are."""
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.{column.digits}f}"
+
+
+def cell(found: Cell | None, column: Column) -> str:
+    if found is None:
+        return ""
+    value, interval = found
+    around = f" ({number(interval[0], column)} to {number(interval[1], column)})" if interval else ""
+    return number(value, column) + around
+
+
+def change(value: float | None, base: float | None, column: Column, digits: int = 0) -> str:
+    """By how much a value differs, as a share where the column's are; nothing if one is not known."""
+    if value is None or base is None or (column.share and base == 0):
+        return ""
+    return f"{value / base - 1:+.{digits}%}" if column.share else f"{value - base:+.{column.digits}f}"
+
+
+def known(filled: Filled, name: str) -> float | None:
+    return filled.cells[name][0] if name in filled.cells else None
+
+
+def values(sheet: Sheet) -> list[list[str]]:
+    """Head and rows: each quantity ours and the paper's, with the difference in the coco world."""
+    compared = sheet.world == "coco"
+    titles = {name: COLUMNS[name].title(sheet.world) for name in sheet.columns}
+    head = ["row"]
+    for name, title in titles.items():
+        theirs = "paper" if title == COLUMNS[name].head else f"paper ({COLUMNS[name].head})"
+        head += [title, theirs, *(["difference"] if compared else [])]
+    body = []
+    for filled in sheet.rows:
+        line = [filled.row.name]
+        for name in sheet.columns:
+            column, paper = COLUMNS[name], filled.row.paper.get(name)
+            line += [cell(filled.cells.get(name), column), number(paper, column)]
+            line += [change(known(filled, name), paper, column, 2)] if compared else []
+        body.append([*line, filled.remark])
+    return [[*head, "remark"], *body]
+
+
+def changes(sheet: Sheet) -> list[list[str]]:
+    """Head and rows: what each accelerated row changes against its plain row, ours and the paper's."""
+    head = ["change against the plain row"]
+    for name in sheet.columns:
+        head += [COLUMNS[name].title(sheet.world), "paper"]
+    body = []
+    for filled in sheet.rows:
+        plain = sheet.plain_of(filled)
+        if plain is None:
+            continue
+        line = [filled.row.name]
+        for name in sheet.columns:
+            line += [change(known(filled, name), known(plain, name), COLUMNS[name]),
+                     change(filled.row.paper.get(name), plain.row.paper.get(name), COLUMNS[name])]
+        body.append(line)
+    return [head, *body]
+
+
+def markdown(sheet: Sheet) -> str:
+    parts = [f"### {sheet.table.title}, {sheet.world}"]
+    for (head, *body) in (values(sheet), changes(sheet)):
+        lines = [head, ["---"] * len(head), *body]
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join([*parts, *notes(sheet)]) + "\n"
+
+
+def notes(sheet: Sheet) -> list[str]:
+    return [text for text in (f"The paper's numbers: {sheet.table.source.strip()}.", sheet.table.note.strip(),
+                              *sheet.notes) if text]
+
+
+def latex(sheet: Sheet) -> str:
+    lines = []
+    for (head, *body) in (values(sheet), changes(sheet)):
+        rows = [" & ".join(map(escape, line)) + r" \\" for line in [head, *body]]
+        lines += [rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\hline", rows[0], r"\hline", *rows[1:],
+                  r"\hline", r"\end{tabular}", ""]
+    return "\n".join([f"% {sheet.table.title}, {sheet.world}", *lines, *(f"% {note}" for note in notes(sheet))]) + "\n"
+
+
+def escape(text: str) -> str:
+    return "".join(ESCAPED.get(sign, sign) for sign in text)
+
+
+def csv_text(sheet: Sheet) -> str:
+    """One line per row; numbers in full; for each column its value, interval, the paper's, and the plain row's name."""
+    out = io.StringIO()
+    parts = ("", "_low", "_high", "_paper", "_difference")
+    heads = ["table", "world", "row", "compared_with", *(f"{name}{part}" for name in sheet.columns for part in parts),
+             "remark"]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(heads)
+    for filled in sheet.rows:
+        plain, line = sheet.plain_of(filled), []
+        for name in sheet.columns:
+            value, interval = filled.cells.get(name, (None, None))
+            paper = filled.row.paper.get(name)
+            same = sheet.world == "coco" and None not in (value, paper)
+            line += [value, *(interval or (None, None)), paper, value - paper if same else None]
+        writer.writerow([sheet.table.name, sheet.world, filled.row.name, plain.row.name if plain else "", *line,
+                         filled.remark])
+    return out.getvalue()

@@ -1,0 +1,58 @@
+"""evaluation/cost.py: the paper's column of GFLOPs, and what a user sees."""
+
+from __future__ import annotations
+
+import pytest
+
+from evaluation.cost import SD_V1, counts, main, published, read_unet
+from ldm.models.diffusion.plans import load_plan
+
+EMOJI = "models/ldm/emoji64/config.yaml"
+
+
+@pytest.fixture(scope="module")
+def sd():
+    unet, side = read_unet(SD_V1)
+    return unet, counts(unet, (side, side), 2, 77)
+
+
+@pytest.mark.parametrize("steps, plan, gflops", [(50, "off", 37050), (50, "faster-diffusion", 27350),
+                                                 (20, "off", 14821), (20, "faster-diffusion", 11743)])
+def test_table_1_of_the_paper_within_a_tenth_of_a_percent(sd, steps, plan, gflops):
+    unet, units = sd
+    plan = load_plan(plan, steps)
+    assert units["paper"].run(plan) / 1e9 == pytest.approx(gflops, rel=0.001)
+    assert published(unet, (64, 64), 2, plan) == gflops
+
+
+def test_one_skipped_encoder_in_both_counts(sd):
+    _, units = sd
+    assert units["paper"].encode / 1e9 == pytest.approx(236.491 + 0.004, abs=0.002)       # fvcore; time embedding
+    assert units["paper"].whole / 1e9 == pytest.approx(741.053 + 0.004, abs=0.002)
+    assert units["exact"].encode / 1e9 == pytest.approx(261.440, abs=0.001)
+
+
+def test_prints_where_the_paper_differs(capsys):
+    assert main(["--config", str(SD_V1), "--plan", "off", "uniform-1", "deepcache:5", "--steps", "50"]) == 0
+    plain, uniform, deepcache = capsys.readouterr().out.partition("run, GMAC")[2].splitlines()[1:4]
+    assert plain.split()[-2:] == ["37050", "+0.01%"]
+    assert uniform.endswith("DIFFERS") and " 31011 " in uniform
+    assert "37050" not in deepcache and not deepcache.endswith("%")
+
+
+def test_another_model_has_no_row_in_the_paper(capsys):
+    assert main(["--config", EMOJI, "--plan", "off", "deepcache:3:2", "--steps", "50"]) == 0
+    printed = capsys.readouterr().out
+    assert "37050" not in printed and "shallow node, 2 outer blocks" in printed
+
+
+@pytest.mark.parametrize("args, why", [
+    (["--config", "none.yaml"], "--config: none.yaml: no such file"),
+    (["--config", EMOJI, "--plan", "fast"], "--plan: unknown plan 'fast'"),
+    (["--config", EMOJI, "--plan", "online:0.1"], "--plan: online:0.1 decides during a run"),
+    (["--config", EMOJI, "--size", "7", "7"], "--config, --size: x must have height and width that are multiples"),
+    (["--config", EMOJI, "--steps", "0"], "--steps: expected a whole number from 1")])
+def test_bad_input(capsys, args, why):
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert why in error and error.count("\n") == 1
