@@ -43,12 +43,12 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [f"{D}/solvers.py"],
     [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
-    [f"{S}/engine.py", "ldm/plan_table.py"],
+    [f"{S}/engine.py", "ldm/plan_table.py", "ldm/measure/*"],
     ["ldm/script.py"],
     ["scripts/*", "evaluation/*", "main.py"],
 ]
 # Whose files may import each other.
-ROOMS = ("ldm/training", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts", "evaluation")
+ROOMS = ("ldm/training", "ldm/measure", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts", "evaluation")
 FILES = sorted(
     str(path.relative_to(ROOT))
     for top in ("ldm", "scripts", "evaluation", "main.py")
