@@ -49,7 +49,7 @@ def alternate(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str,
 def matrix_product() -> tuple[Callable[[], Any], int]:
     """A float32 matrix product that fills the machine for a moment, and its floating-point operations."""
     a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
-    times = 4
+    times = 2
 
     def call() -> None:
         for _ in range(times):
