@@ -45,7 +45,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [f"{D}/solvers.py"],
     [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
-    [f"{S}/engine.py", f"{S}/hybrid.py", "ldm/plan_table.py"],
+    [f"{S}/engine.py", f"{S}/hybrid.py", "ldm/plan_table.py", "ldm/measure/*"],
     ["ldm/script.py"],
     [*(f"evaluation/{name}.py" for name in ("errors", "resize", "inception", "protocol", "processes"))],
     ["evaluation/results.py"],
@@ -58,7 +58,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["evaluation/*"],
 ]
 # Whose files may import each other.
-ROOMS = ("ldm/training", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts")
+ROOMS = ("ldm/training", "ldm/measure", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts")
 FILES = sorted(
     str(path.relative_to(ROOT))
     for top in ("ldm", "scripts", "evaluation", "main.py")
