@@ -64,7 +64,7 @@ def counts(unet: Mapping[str, Any], size: Sequence[int], batch: int, tokens: int
     from ldm.cost import CONVENTIONS, unet_macs
 
     length = tokens if unet["params"].get("context_dim") is not None else None
-    return {name: unet_macs(unet, size, batch, length, name) for name in CONVENTIONS}
+    return {name: unet_macs(unet, size, batch, length, convention=name) for name in CONVENTIONS}
 
 
 def published(unet: Mapping[str, Any], size: Sequence[int], batch: int, plan: Plan) -> int | None:

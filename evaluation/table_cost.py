@@ -45,7 +45,7 @@ def unit_of(config: Path, data: str, size: int, guided: bool) -> Macs:
     tokens = CLASS_TOKENS if data == "classes" else text.get("max_length", text.get("max_seq_len", TEXT_TOKENS))
     unet, side = read_unet(config)[0], size // Sizes.of(model).factor
     context = None if unet["params"].get("context_dim") is None else tokens
-    return unet_macs(unet, (side, side), 2 if guided else 1, context, "paper")
+    return unet_macs(unet, (side, side), 2 if guided else 1, context, convention="paper")
 
 
 def gflops(row: Row, protocol: Protocol, config: str | None, root: Path) -> float | None:

@@ -137,7 +137,10 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                            "two or three extrapolated (default: the plan file's, or hold)")
     fast.add_argument("--parallel", type=parallel, metavar="N|auto",
                       help="most decoder steps in one batch; changes speed and memory, not the pictures "
-                           "(default: auto, all that share an encoder step; fewer large ones on a CPU)")
+                           "(default: auto, what memory allows; fewer large ones on a CPU)")
+    fast.add_argument("--tome", type=number(float, 0, 0.75, "a number in 0..0.75"), default=0.0, metavar="R",
+                      help="merge this share of the tokens for self-attention at the UNet's finest level (ToMe; "
+                           "its authors' share is 0.5; default: 0, none)")
     fast.add_argument("--noise-weight", type=number(float, 0, sys.float_info.max, "a number >= 0"),
                       metavar="X",
                       help=f"prior noise injection; 0 = off (default: {NOISE_WEIGHT}, with --plan off 0)")

@@ -114,7 +114,7 @@ def count_macs(call: Callable[[], Any], convention: str = "exact") -> int:
 
 
 def unet_macs(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int = 1,
-              context_length: int | None = None, convention: str = "exact") -> Macs:
+              context_length: int | None = None, tome: float = 0.0, convention: str = "exact") -> Macs:
     """MACs of one encode and one decode of a UNet.
 
     Args:
@@ -122,17 +122,23 @@ def unet_macs(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: i
         size: height and width of the latent, multiples of the UNet's `downsampling`.
         batch: latents per prediction; guidance doubles it.
         context_length: tokens of the context, for a UNet with cross-attention.
+        tome: share of tokens merged for self-attention; the product that finds similar ones is counted too.
         convention: see `count_macs`.
     """
     with torch.device("meta"), torch.no_grad():
-        unet = instantiate_from_config(unet) if isinstance(unet, Mapping) else _on_meta(unet)
-        inputs = {"timesteps": torch.zeros(batch), "context": None, "y": None}
-        if context_length is not None:
-            inputs["context"] = torch.zeros(batch, context_length, unet.context_dim)
-        if unet.num_classes is not None:
-            inputs["y"] = _label(unet, batch)
-        count = partial(count_macs, convention=convention)
-        return _count(unet, torch.zeros(batch, unet.in_channels, *size), inputs, count)
+        return _count(*meta_unet(unet, size, batch, context_length, tome), partial(count_macs, convention=convention))
+
+
+def meta_unet(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int, context_length: int | None,
+              tome: float) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    """The UNet without data, an x for it, and the other arguments of its `encode`; to be called on the meta device."""
+    unet = instantiate_from_config(unet) if isinstance(unet, Mapping) else _on_meta(unet)
+    inputs = {"timesteps": torch.zeros(batch), "context": None, "y": None, "tome": tome}
+    if context_length is not None:
+        inputs["context"] = torch.zeros(batch, context_length, unet.context_dim)
+    if unet.num_classes is not None:
+        inputs["y"] = _label(unet, batch)
+    return unet, torch.zeros(batch, unet.in_channels, *size), inputs
 
 
 def _count(unet: nn.Module, x: Tensor, inputs: dict[str, Any], count: Callable[[Callable[[], Any]], int]) -> Macs:
@@ -150,9 +156,9 @@ def _count(unet: nn.Module, x: Tensor, inputs: dict[str, Any], count: Callable[[
 
 
 def plan_macs(unet: nn.Module | Mapping[str, Any], plan: AnyPlan, size: Sequence[int], batch: int = 1,
-              context_length: int | None = None) -> int:
+              context_length: int | None = None, tome: float = 0.0) -> int:
     """MACs of all of a run's predictions; arguments as for `unet_macs`."""
-    return unet_macs(unet, size, batch, context_length).run(plan)
+    return unet_macs(unet, size, batch, context_length, tome).run(plan)
 
 
 def _label(unet: nn.Module, batch: int) -> Tensor:

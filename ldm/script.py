@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.arguments import NOISE_WEIGHT, Files
 from ldm.class_names import Names, read_names
 from ldm.cli import BadInput, blame
+from ldm.processes import Processes
 
 # The library, and with it PyTorch, is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -66,9 +67,11 @@ def given_names(args: argparse.Namespace, default: Path | None = None) -> Names:
         return {} if path is None else read_names(path)
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, processes: Processes) -> torch.device:
     import torch
 
+    if processes.several:
+        return _own_device(name, processes)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     present = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
     if name == "auto":
@@ -76,6 +79,21 @@ def find_device(name: str) -> torch.device:
     if name not in (*present, *(["cuda"] if gpus else [])):
         raise BadInput(f"--device: {name} is not there; on this machine: auto, {', '.join(present)}")
     return torch.device(name)
+
+
+def _own_device(name: str, processes: Processes) -> torch.device:
+    """This process's, where there are several: the CPU for all, or a GPU for each."""
+    import torch
+
+    if name not in ("auto", "cuda", "cpu"):
+        raise BadInput(f"--device: {name} is one device, and there are {processes.size} processes; accepted: auto, "
+                       f"cuda, cpu")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if processes.local >= gpus:
+        raise BadInput(f"--device: process {processes.rank} has no GPU of its own; this machine has {gpus}")
+    return torch.device("cuda", processes.local)
 
 
 def model_files(args: argparse.Namespace, default: Files | None) -> Files:
@@ -193,13 +211,18 @@ class Setup:
     config: Any
     sizes: Sizes
     device: torch.device
+    processes: Processes
 
 
 def make_setup(args: argparse.Namespace, default: Files | None = None) -> Setup:
     """What is quick to check comes before what is slow to load."""
     config_path, ckpt = model_files(args, default)
     check_outdir(Path(args.outdir))
-    device = find_device(args.device)
+    processes = Processes.of_run()
+    device = find_device(args.device, processes)
+    if processes.several and args.guidance_reuse:
+        raise BadInput("--guidance-reuse: needs the key step's guidance at every later step, so it does not go with "
+                       "several processes")
 
     from ldm.checkpoint import load_config
     from ldm.diagnosis import stated_prediction
@@ -215,7 +238,7 @@ def make_setup(args: argparse.Namespace, default: Files | None = None) -> Setup:
     for flag, given, real in (("--C", args.C, sizes.channels), ("--f", args.f, sizes.factor)):
         if given not in (None, real):
             raise BadInput(f"{flag}: this model's is {real}; got {given}")
-    return Setup(config_path, ckpt, config, sizes, device)
+    return Setup(config_path, ckpt, config, sizes, device, processes)
 
 
 def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup) -> Recipe:
@@ -232,7 +255,7 @@ def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup) -
     scale = setup.config.get("sampling", {}).get("scale", 7.5) if args.scale is None else args.scale
     with blame("--guidance-interval"):
         return Recipe(*size, sampler, args.steps, eta, scale, args.guidance_interval, args.guidance_reuse,
-                      weight, args.noise_below, args.noise_order)
+                      args.tome, weight, args.noise_below, args.noise_order)
 
 
 def run_facts(setup: Setup, sampler: str) -> RunFacts:
@@ -244,17 +267,45 @@ def run_facts(setup: Setup, sampler: str) -> RunFacts:
     return RunFacts({"sampler": sampler, "weights": fingerprint(setup.ckpt)[:16]}, folder / "calibration")
 
 
-def make_plan(args: argparse.Namespace, nodes: int, positions: int, device: torch.device,
-              run: RunFacts) -> AnyPlan:
-    """The run's plan; `positions` of all latents that the UNet gets at one node decide --parallel auto."""
+def make_plan(args: argparse.Namespace, nodes: int, run: RunFacts) -> AnyPlan:
+    """The run's plan, with all decoders that can share a batch in one where --parallel is auto."""
     from ldm.models.diffusion.plans import load_plan
 
-    most = nodes if device.type != "cpu" else max(1, CPU_POSITIONS // positions)
     with blame("--plan"):
-        plan = load_plan(args.plan, nodes, args.parallel or most, args.propagate, run)
-    if args.compare and plan.plain:
+        plan = load_plan(args.plan, nodes, args.parallel or nodes, args.propagate, run)
+    if args.compare and plan.plain and not args.tome:
         raise BadInput(f"--plan: {args.plan} skips no encoder, so --compare has nothing to compare; "
-                       f"expected a plan such as faster-diffusion")
+                       f"expected a plan such as faster-diffusion, or --tome")
+    return plan
+
+
+def with_memory(plan: AnyPlan, parallel: int | None, each: int, positions: int, setup: Setup) -> AnyPlan:
+    """The plan with decoder batches that this machine has memory for.
+
+    Args:
+        plan: as asked for.
+        parallel: --parallel; None = auto.
+        each: bytes that one decoder node needs.
+        positions: of all latents that the UNet gets at one node.
+
+    Several processes share each batch, so they take as many times more.
+    """
+    from ldm.memory import decoders_that_fit, free_bytes
+    from ldm.models.diffusion.plan import Plan
+
+    processes, free = setup.processes, free_bytes(setup.device)
+    fit = decoders_that_fit(free, each)
+    fit = plan.num_nodes if fit is None else fit
+    if parallel is None:
+        if setup.device.type == "cpu":
+            fit = min(fit, CPU_POSITIONS // positions)
+        return replace(plan, parallel=processes.size * processes.least(max(1, fit)))
+    # A GPU that runs out of memory says so, and the batch is halved; a CPU's system kills the process.
+    longest = max(len(batch.nodes) for batch in plan.batches()) if isinstance(plan, Plan) else plan.parallel
+    share = -(-longest // processes.size)
+    if setup.device.type == "cpu" and share > max(1, fit):
+        raise BadInput(f"--parallel: {share} decoder steps need about {share * each / 1e6:.0f} MB, {free / 1e6:.0f} MB "
+                       f"are free; expected auto or at most {max(1, fit) * processes.size}")
     return plan
 
 
@@ -295,8 +346,8 @@ class Result:
 
 
 def make_all(label: str, engine: Engine, items: Sequence[Item], settings: dict[str, Any],
-             args: argparse.Namespace, batch: int, keep: bool) -> Result:
-    """All pictures of one method, with progress over images and steps."""
+             args: argparse.Namespace, batch: int, keep: bool, processes: Processes) -> Result:
+    """All pictures of one method, with progress over images and steps; other processes are told to help."""
     from tqdm import tqdm
 
     from ldm.generate import generate
@@ -309,9 +360,13 @@ def make_all(label: str, engine: Engine, items: Sequence[Item], settings: dict[s
                 steps.reset()
             steps.update()
 
+        def make(chunk: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
+            processes.tell((label, chunk))
+            return engine(chunk)
+
         engine.on_node = on_node
         outdir = None if args.skip_save else args.outdir
-        for made in generate(items, engine, result.settings, outdir, batch):
+        for made in generate(items, make, result.settings, outdir, batch):
             result.add(made, keep)
             images.update()
     return result
@@ -376,7 +431,9 @@ def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
     with blame("--config", (ValueError, OSError, TypeError, KeyError)):
         with torch.device("meta"):
             model = instantiate_from_config(setup.config.model)
-        unit = Engine(model, setup.sizes, recipe, Plan(nodes, (0,)), task).unit
+        engine = Engine(model, setup.sizes, recipe, Plan(nodes, (0,)), task)
+    with blame("--tome"):
+        unit = engine.unit
     print("\n".join(plan_table(unit, nodes)))
 
 
@@ -389,6 +446,8 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         batch: most pictures at a time.
         keep: the caller needs the pictures of the results.
     """
+    import torch
+
     from ldm.checkpoint import CheckpointError, fingerprint, load_model
     from ldm.models.diffusion.plan import Plan, check_blocks
     from ldm.modules.packed import pack
@@ -401,38 +460,59 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
     with blame("--strength"):
         nodes = num_nodes(recipe, timesteps, task.canvas.strength)
     if args.plan == "list":
-        list_plans(setup, recipe, task, nodes)
+        if setup.processes.rank == 0:
+            list_plans(setup, recipe, task, nodes)
         return []
     latents = batch * (1 if recipe.scale == 1.0 else 2)
     positions = math.prod(sizes.whole(side) // sizes.factor for side in size)
     with blame("--ckpt", (CheckpointError,)):
         settings = {"ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}", "weights": fingerprint(setup.ckpt)[:16],
                     "config": fingerprint(setup.config_path)[:16], "averaged": args.weights}
-    plan = make_plan(args, nodes, latents * positions, setup.device, run_facts(setup, recipe.sampler))
+    plan = make_plan(args, nodes, run_facts(setup, recipe.sampler))
     # A config that does not build a model may fail in any way that a constructor can.
     with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):
         model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)
+    with blame("--tome"):
+        model.model.diffusion_model.check_merging(recipe.tome)
 
     with blame("--plan"):
         check_blocks(plan, len(model.model.diffusion_model.output_blocks))
     precision = args.precision or ("autocast" if setup.device.type == "cuda" else "full")
     if precision == "full":
         pack(model.model)
-    build = partial(Engine, model, sizes, task=task, autocast=precision == "autocast", warm_up=args.compare)
+    build = partial(Engine, model, sizes, task=task, autocast=precision == "autocast", warm_up=args.compare,
+                    spread=setup.processes.several)
     methods = {"accelerated" if args.compare else "pictures": (recipe, plan)}
     if args.compare:
-        plain = replace(recipe, noise_weight=0.0, guidance_interval=None, guidance_reuse=False)
+        plain = replace(recipe, noise_weight=0.0, guidance_interval=None, guidance_reuse=False, tome=0.0)
         methods = {"plain": (plain, Plan(nodes, tuple(range(nodes)))), **methods}
     with blame("--config"):
         engines = {label: build(*method) for label, method in methods.items()}
 
+    with setup.processes.joined(setup.device):
+        for engine in engines.values():
+            if not engine.plan.plain and engine.plan.parallel > 1:
+                engine.plan = with_memory(engine.plan, args.parallel, engine.decoder_bytes(latents),
+                                          latents * positions, setup)
+        suspect = "--precision" if precision == "autocast" else "--ckpt"
+        with (blame("--outdir", (OSError,)), blame(suspect, (ValueError,)),
+              blame("--device", (torch.OutOfMemoryError,))):
+            if setup.processes.rank > 0:
+                for label, chunk in setup.processes.orders():
+                    engines[label].latents(chunk)
+                return []
+            return lead(args, setup, items, engines, settings, batch, keep)
+
+
+def lead(args: argparse.Namespace, setup: Setup, items: Sequence[Item], engines: Mapping[str, Engine],
+         settings: dict[str, Any], batch: int, keep: bool) -> list[Result]:
+    """Make, save and report the pictures of every engine; the other processes follow."""
     began = time.perf_counter()
-    suspect = "--precision" if precision == "autocast" else "--ckpt"
     keep = keep or args.compare or not args.skip_grid
-    with blame("--outdir", (OSError,)), blame(suspect, (ValueError,)):
-        results = [make_all(label, engine, items, settings, args, batch, keep)
-                   for label, engine in engines.items()]
-        report(results, items, settings | {label: e.settings() for label, e in engines.items()}, args, batch)
+    results = [make_all(label, engine, items, settings, args, batch, keep, setup.processes)
+               for label, engine in engines.items()]
+    setup.processes.tell(None)
+    report(results, items, settings | {label: e.settings() for label, e in engines.items()}, args, batch)
     fresh, total = (sum(getattr(r, name) for r in results) for name in ("fresh", "count"))
     where = "not saved" if args.skip_save else f"in {Path(args.outdir) / 'samples'}"
     print(f"{total} picture{'s' * (total != 1)} ({fresh} made, {total - fresh} found) {where}; "

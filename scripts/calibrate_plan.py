@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     seed_argument(what)
     sampling_arguments(p)
     model_arguments(p, EMOJI64)
-    p.set_defaults(outdir=".", plan="off", noise_weight=0.0, noise_below=500.0, noise_order="before", compare=False)
+    p.set_defaults(outdir=".", plan="off", noise_weight=0.0, noise_below=500.0, noise_order="before", compare=False,
+                   tome=0.0)
     return p
 
 

@@ -58,19 +58,21 @@ def test_every_node_a_key_node_is_plain_in_every_mode(guidance, propagate):
     torch.testing.assert_close(final(model, rule, load_plan("off", 8, propagate=propagate), x), plain, **EXACT)
 
 
-def test_shallow_nodes_are_deepcache_by_hand():
+@pytest.mark.parametrize("tome", [0.0, 0.4])
+def test_shallow_nodes_are_deepcache_by_hand(tome):
     x, cond, uncond = toy_inputs(1)
     network, rule = toy_network(), toy_rule(4)
-    model = toy_denoiser(network, cond, uncond, 1.0)
+    model = toy_denoiser(network, cond, uncond, 1.0, tome=tome)
     state = State(x)
     for i, node in enumerate(rule.nodes):
         t = torch.tensor([node.t])
         if i == 0:
-            features = network.encode(x, t, cond)
-            inner = network.advance(features, t, cond, 1)
-            out = network.decode(inner, t, cond)
+            features = network.encode(x, t, cond, tome)
+            inner = network.advance(features, t, cond, 1, tome)
+            out = network.decode(inner, t, cond, tome)
         else:
-            out = network.decode(Features(inner.hidden, network.encode_outer(state.x, t, cond, 1)), t, cond)
+            outer = network.encode_outer(state.x, t, cond, 1, tome)
+            out = network.decode(Features(inner.hidden, outer), t, cond, tome)
         state = rule.step(state, i, out)
     torch.testing.assert_close(final(model, rule, load_plan("deepcache:4", 4), x), state.x, **EXACT)
 
@@ -134,10 +136,10 @@ def test_the_offset_of_the_key_node_is_used_again():
     whole, reuse = (toy_denoiser(network, cond, uncond, g) for g in (3.0, GUIDANCE["reuse"]))
     features, ts = whole.encode(x, 900), (900, 700)
     alone = toy_denoiser(network, cond, uncond, 1.0)
-    first, second = reuse.decode(Features.cat([features] * 2), ts)
-    torch.testing.assert_close(first.out, whole.decode(features, [900])[0].out, **EXACT)
-    conditional = alone.decode(features.images(slice(2, 4)), [700])[0].out
-    offset = (first.out - alone.decode(features.images(slice(2, 4)), [900])[0].out) / 2
+    first, second = reuse.decode([features] * 2, ts)
+    torch.testing.assert_close(first.out, whole.decode([features], [900])[0].out, **EXACT)
+    conditional = alone.decode([features.images(slice(2, 4))], [700])[0].out
+    offset = (first.out - alone.decode([features.images(slice(2, 4))], [900])[0].out) / 2
     torch.testing.assert_close(second.out, conditional + 2 * offset, **EXACT)
     assert len(rule.nodes) == 2
 

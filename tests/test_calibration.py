@@ -49,8 +49,8 @@ def test_the_measured_error_is_that_of_one_wrong_node():
     xs = [x, *(state.x for state in denoise(model, rule, load_plan("off", 10), x))]
     for i, j in ((0, 1), (3, 7), (2, 9)):
         held = model.encode(xs[i], rule.nodes[i].t)
-        wrong = model.to_eps(model.decode(held, [rule.nodes[j].t])[0], xs[j], rule.nodes[j])
-        right = model.to_eps(model.decode(model.encode(xs[j], rule.nodes[j].t), [rule.nodes[j].t])[0], xs[j],
+        wrong = model.to_eps(model.decode([held], [rule.nodes[j].t])[0], xs[j], rule.nodes[j])
+        right = model.to_eps(model.decode([model.encode(xs[j], rule.nodes[j].t)], [rule.nodes[j].t])[0], xs[j],
                              rule.nodes[j])
         with torch.no_grad():
             moved = rule.eta == 0 and (xs[j + 1] - stepped(rule, xs[j], j, wrong)).square().mean()

@@ -159,7 +159,7 @@ class TimestepModel:
         return x
 
     def decode(self, features, ts, last):
-        return [torch.full_like(features, t / 1000) for t in ts]
+        return [torch.full_like(x, t / 1000) for x, t in zip(features, ts, strict=True)]
 
     def to_eps(self, out, x, node):
         return out

@@ -17,7 +17,6 @@ from ldm.models.diffusion.plan import Plan
 from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps, diffuse
 from ldm.models.diffusion.solvers import SOLVERS, solver
-from ldm.modules.diffusionmodules.features import Features
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 any_run = {
@@ -64,7 +63,7 @@ def test_every_node_a_key_node_is_the_plain_sampler(**run):
     twin = any_rule(run["name"], run["steps"], run["eta"])
     state = State(x)
     for i, node in enumerate(rule.nodes):
-        eps = denoiser.to_eps(denoiser.decode(denoiser.encode(state.x, node.t), [node.t])[0], state.x, node)
+        eps = denoiser.to_eps(denoiser.decode([denoiser.encode(state.x, node.t)], [node.t])[0], state.x, node)
         given, kept = (state.x, eps, *state.memory), [t.clone() for t in (state.x, eps, *state.memory)]
         once, again = rule.step(state, i, eps), twin.step(state, i, eps)
         assert all(map(torch.equal, given, kept)), "a step changes nothing in place"
@@ -80,7 +79,7 @@ def test_the_loop_with_ddim_is_the_papers_formula(**run):
     _, denoiser, rule, x, _ = guided_run(**run)
     expected = x
     for i, node in enumerate(rule.nodes):
-        prediction = denoiser.decode(denoiser.encode(expected, node.t), [node.t])[0]
+        prediction = denoiser.decode([denoiser.encode(expected, node.t)], [node.t])[0]
         sigma = rule.eta * ((1 - node.abar_next) / (1 - node.abar) * (1 - node.abar / node.abar_next)) ** 0.5
         eps = denoiser.to_eps(prediction, expected, node)
         x0 = (expected - (1 - node.abar) ** 0.5 * eps) / node.abar**0.5
@@ -110,9 +109,9 @@ def test_a_later_latent_reaches_a_non_key_node_only_through_the_solver():
     x, cond, uncond = toy_inputs(2)
     model = toy_denoiser(toy_network(), cond, uncond, 3.0)
     features = model.encode(x, 981)
-    batched = model.decode(Features.cat([features] * 3), [981, 961, 7])
+    batched = model.decode([features] * 3, [981, 961, 7])
     for t, prediction in zip([981, 961, 7], batched, strict=True):
-        torch.testing.assert_close(model.decode(features, [t])[0].out, prediction.out, **EXACT)
+        torch.testing.assert_close(model.decode([features], [t])[0].out, prediction.out, **EXACT)
 
 
 def test_fractional_timesteps_reach_the_network():
@@ -120,7 +119,7 @@ def test_fractional_timesteps_reach_the_network():
     model = Conditional(toy_network(), cond)
     features = model.encode(x, 500.25)
     assert not torch.allclose(features.hidden, model.encode(x, 500).hidden, atol=1e-6)
-    one, other = model.decode(Features.cat([features] * 2), [500, 500.25])
+    one, other = model.decode([features] * 2, [500, 500.25])
     assert not torch.allclose(one.out, other.out, atol=1e-6)
 
 
@@ -154,10 +153,10 @@ def test_guidance_is_linear_in_the_raw_predictions():
     outs = {}
     for scale in (0.0, 1.0, 5.0):
         model = Guided(Conditional(network, Conditioning.cat(uncond, cond), "v"), Guidance(scale))
-        outs[scale] = model.decode(model.encode(x, 300), [300])[0].out
+        outs[scale] = model.decode([model.encode(x, 300)], [300])[0].out
     for scale, alone in ((0.0, uncond), (1.0, cond)):
         model = Conditional(network, alone)
-        torch.testing.assert_close(outs[scale], model.decode(model.encode(x, 300), [300])[0].out, **EXACT)
+        torch.testing.assert_close(outs[scale], model.decode([model.encode(x, 300)], [300])[0].out, **EXACT)
     torch.testing.assert_close(outs[5.0], outs[0.0] + 5 * (outs[1.0] - outs[0.0]), **EXACT)
 
 

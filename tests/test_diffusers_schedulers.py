@@ -108,7 +108,7 @@ def their_run(scheduler: Any, denoiser: Denoiser, x: Tensor) -> list[Tensor]:
     x, states = scales[0] * x, []
     for t, scale in zip(scheduler.timesteps, scales[1:], strict=True):
         features = denoiser.encode(scheduler.scale_model_input(x, t), float(t))
-        (prediction,) = denoiser.decode(features, [float(t)])
+        (prediction,) = denoiser.decode([features], [float(t)])
         x = scheduler.step(prediction.out, t, x).prev_sample
         states.append(x / scale)
     return states

@@ -43,7 +43,7 @@ def test_what_a_moment_reaches(when, encoder_sees, update_sees):
     edited = final(Conditional(network, cond), rule, plan, x, [Edit(lambda x, _: x + 1, when)])
     model = Conditional(network, cond)
     node = rule.nodes[0]
-    eps = model.decode(model.encode(x + encoder_sees, node.t), [node.t])[0].out
+    eps = model.decode([model.encode(x + encoder_sees, node.t)], [node.t])[0].out
     x0 = (x + update_sees - (1 - node.abar) ** 0.5 * eps) / node.abar**0.5
     expected = node.abar_next**0.5 * x0 + (1 - node.abar_next) ** 0.5 * eps + (not update_sees)
     torch.testing.assert_close(edited, expected, rtol=0, atol=1e-9)

@@ -16,9 +16,9 @@ DM = f"{M}/diffusionmodules"
 FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["ldm/util.py", "ldm/cli.py", "*/__init__.py"],
     [
-        *("ldm/arguments.py", "ldm/class_names.py"),
+        *("ldm/arguments.py", "ldm/class_names.py", "ldm/processes.py"),
         *(f"{DM}/features.py", f"{DM}/process.py", f"{DM}/util.py", f"{D}/schedule.py", f"{D}/plan.py"),
-        *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py"),
+        *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py", f"{M}/token_merging.py"),
         *("ldm/download.py", "ldm/published.py"),
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
         f"{M}/packed.py",
@@ -33,7 +33,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
-        *(f"{D}/loop.py", f"{D}/ddpm.py"),
+        *(f"{D}/loop.py", f"{D}/ddpm.py", f"{D}/memory.py", f"{D}/spread.py", "ldm/memory.py"),
     ],
     [f"{D}/calibration.py"],
     [f"{D}/plans.py"],
@@ -45,7 +45,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [f"{D}/solvers.py"],
     [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
-    [f"{S}/engine.py", f"{S}/hybrid.py", "ldm/plan_table.py"],
+    [f"{S}/engine.py", f"{S}/hybrid.py", "ldm/plan_table.py", "ldm/measure/*"],
     ["ldm/script.py"],
     [*(f"evaluation/{name}.py" for name in ("errors", "resize", "inception", "protocol", "processes"))],
     ["evaluation/results.py"],
@@ -58,7 +58,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["evaluation/*"],
 ]
 # Whose files may import each other.
-ROOMS = ("ldm/training", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts")
+ROOMS = ("ldm/training", "ldm/measure", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts")
 FILES = sorted(
     str(path.relative_to(ROOT))
     for top in ("ldm", "scripts", "evaluation", "main.py")

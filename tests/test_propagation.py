@@ -189,10 +189,11 @@ class MisorderedContext:
         self.guided, self.network = guided, guided.network
         self.encode, self.to_eps = guided.encode, guided.to_eps
 
-    def decode(self, features: Features, ts: Sequence[float], last: Prediction | None) -> list[Prediction]:
+    def decode(self, features: Sequence[Features], ts: Sequence[float],
+               last: Prediction | None) -> list[Prediction]:
         n, cond = len(ts), self.guided.both.cond
-        pictures = len(features) // (2 * n)
-        halves = [features.images(slice(i * pictures, (i + 1) * pictures)) for i in range(2 * n)]
+        pictures = len(features[0]) // 2
+        halves = [half for node in features for half in node.chunk(2)]
         ordered = Features.cat([*halves[::2], *halves[1::2]])
         t = torch.tensor(ts).repeat_interleave(pictures).repeat(2)
         uncond, cond = self.network.decode(ordered, t, cond.tile(n)).chunk(2)

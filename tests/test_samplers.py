@@ -144,7 +144,7 @@ def test_published_posterior(t):
     denoiser = model().denoiser(tensors["c"])
     x = tensors["x"]
     with torch.no_grad():
-        eps = denoiser.decode(denoiser.encode(x, t), [t])[0].out
+        eps = denoiser.decode([denoiser.encode(x, t)], [t])[0].out
     for clip in (False, True):
         mean = Ancestral((node,), lambda i, x: 0 * x, clip).step(State(x), 0, eps).x
         assert_golden(mean, tensors[f"t{t}.clip{clip:d}.mean"], case)

@@ -17,7 +17,10 @@ ABAR = torch.from_numpy(make_beta_schedule("linear", 1000, 0.00085, 0.012)).neg(
 
 
 class ToyNetwork(nn.Module):
-    """Two blocks on each side, nonlinear in all that they are given; the lists hold the batch size of every call."""
+    """Two blocks on each side, nonlinear in all that they are given; the lists hold the batch size of every call.
+
+    tome has no meaning here; like everything else it changes what comes out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,30 +34,32 @@ class ToyNetwork(nn.Module):
     def embed_time(self, t: Tensor) -> Tensor:
         return torch.stack([torch.sin(t.double() / 500), torch.cos(t.double() / 500)], dim=1)
 
-    def encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Features:
+    def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Features:
         self.encoded.append(len(x))
-        skips = self._outer(x, t, cond, 2)
+        skips = self._outer(x, t, cond, 2, tome)
         return Features(torch.tanh(2 * skips[-1]), skips)
 
-    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int) -> tuple[Tensor, ...]:
+    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int,
+                     tome: float = 0.0) -> tuple[Tensor, ...]:
         self.refreshed.append(len(x))
-        return self._outer(x, t, cond, blocks)
+        return self._outer(x, t, cond, blocks, tome)
 
-    def _outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int) -> tuple[Tensor, ...]:
+    def _outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> tuple[Tensor, ...]:
         skips = [x]
         for layer in self.inward[:blocks]:
-            skips.append(torch.tanh(layer(skips[-1]) + shift(t, cond)))
+            skips.append(torch.tanh(layer(skips[-1]) + shift(t, cond) + tome))
         return tuple(skips[1:])
 
-    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int) -> Features:
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int,
+                tome: float = 0.0) -> Features:
         h, skips = features.hidden, list(features.skips)
         for layer in self.outward[2 - len(skips):2 - blocks]:
-            h = torch.tanh(layer(torch.cat([torch.sin(h + 2 * shift(t, cond)), skips.pop()], dim=1)))
+            h = torch.tanh(layer(torch.cat([torch.sin(h + 2 * shift(t, cond) + tome), skips.pop()], dim=1)))
         return Features(h, tuple(skips))
 
-    def decode(self, features: Features, t: Tensor, cond: Conditioning) -> Tensor:
+    def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Tensor:
         self.decoded.append(len(t))
-        return self.advance(features, t, cond, 0).hidden + shift(t, cond)
+        return self.advance(features, t, cond, 0, tome).hidden + shift(t, cond)
 
 
 def shift(t: Tensor, cond: Conditioning) -> Tensor:
@@ -77,13 +82,14 @@ def toy_inputs(batch: int) -> tuple[Tensor, Conditioning, Conditioning]:
 
 
 def toy_denoiser(network: ToyNetwork, cond: Conditioning, uncond: Conditioning, guidance: float | Guidance,
-                 parameterization: str = "eps") -> Denoiser:
+                 parameterization: str = "eps", tome: float = 0.0) -> Denoiser:
     """Scale 1 leaves guidance out."""
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    conditional = Conditional(network, cond, parameterization)
+    conditional = Conditional(network, cond, parameterization, tome)
     if guidance.scale == 1:
         return conditional
-    return Guided(Conditional(network, Conditioning.cat(uncond, cond), parameterization), guidance, conditional)
+    both = Conditional(network, Conditioning.cat(uncond, cond), parameterization, tome)
+    return Guided(both, guidance, conditional)
 
 
 def node_noise(i: int, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import DiffusionWrapper
-from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guided, Guidance
+from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guidance, Guided
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.plan import AnyPlan
 from ldm.models.diffusion.solvers import solver
@@ -70,7 +70,8 @@ def random_network(params: Mapping[str, Any]) -> DiffusionWrapper:
     Raises:
         ValueError: it takes more than latents and tokens.
     """
-    key = params.get("conditioning_key") or ("crossattn" if params["unet_config"]["params"].get("context_dim") else None)
+    takes_tokens = params["unet_config"]["params"].get("context_dim") is not None
+    key = params.get("conditioning_key") or ("crossattn" if takes_tokens else None)
     if key not in (None, "crossattn"):
         raise ValueError(f"only networks that take latents, or latents and tokens, can be measured; this one's "
                          f"conditioning_key is {key}")

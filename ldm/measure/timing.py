@@ -7,13 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
 MATRIX = 2048
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # By what stands in an operator's name; the first that fits counts.
 KINDS = {"conv": "convolution", "scaled_dot_product": "attention", "linear": "linear", "addmm": "linear",
          "mm": "linear", "norm": "norm"}
@@ -36,21 +36,20 @@ class Seconds:
 
 
 def alternate(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Seconds]:
-    """Time every call in turn, `repeats` times round, after one untimed round; so drifts meet all of them."""
+    """Time every call in turn, `repeats` times round, so that drifts meet all of them; warm them up before."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(repeats + 1):
+    for _ in range(repeats):
         for name, call in calls.items():
             began = time.perf_counter()
             call()
-            if i > 0:
-                taken[name].append(time.perf_counter() - began)
+            taken[name].append(time.perf_counter() - began)
     return {name: Seconds(tuple(values)) for name, values in taken.items()}
 
 
 def matrix_product() -> tuple[Callable[[], Any], int]:
     """A float32 matrix product that fills the machine for a moment, and its floating-point operations."""
     a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
-    times = 4
+    times = 2
 
     def call() -> None:
         for _ in range(times):
@@ -72,20 +71,15 @@ def shares(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """Bytes by which call() raises the resident memory of this process at its peak; Linux only.
+    """Most bytes that tensors made during call() held at one time.
 
-    Memory that the process has freed but not given back is hidden from it: call it in a fresh process.
+    What was there before does not count, nor what libraries allocate past PyTorch.
     """
-    CLEAR.write_text("5")           # the peak starts again from now
-    before = resident("VmRSS")
-    call()
-    return resident("VmHWM") - before
-
-
-def resident(name: str) -> int:
-    """Bytes of this process in memory now (VmRSS) or at their peak (VmHWM); Linux only."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes, initial=0))
 
 
 def machine() -> dict[str, Any]:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
+from ldm.modules.token_merging import Merging
 
 
 class GEGLU(nn.Module):
@@ -89,12 +90,15 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, N, dim), (B, L, context_dim) -> (B, N, dim)."""
-        return checkpoint(self._forward, x, context, enabled=self.checkpoint)
+    def forward(self, x: Tensor, context: Tensor | None = None, merging: Merging | None = None) -> Tensor:
+        """(B, N, dim), (B, L, context_dim) -> (B, N, dim); self-attention is among merged tokens, if so told."""
+        return checkpoint(self._forward, x, context, merging, enabled=self.checkpoint)
 
-    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
+    def _forward(self, x: Tensor, context: Tensor | None, merging: Merging | None) -> Tensor:
+        if merging is None or self.disable_self_attn:
+            x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
+        else:
+            x = x + merging.unmerge(self.attn1(merging.merge(self.norm1(x))))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -130,15 +134,15 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(
             nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), (B, L, context_dim) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, context: Tensor | None = None, tome: float = 0.0) -> Tensor:
+        """(B, C, H, W), (B, L, context_dim) -> (B, C, H, W); tome: share of tokens to merge for self-attention."""
         h = self.norm(x)                                                        # (B, C, H, W)
         if self.use_linear:
             h = self.proj_in(to_tokens(h))                                      # (B, H * W, inner)
         else:
             h = to_tokens(self.proj_in(h))                                      # (B, H * W, inner)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context, Merging.of(h, x.shape[2:], tome) if tome else None)
         if self.use_linear:
             return x + to_map(self.proj_out(h), x)
         return x + self.proj_out(to_map(h, x))

@@ -16,12 +16,15 @@ from torch import Tensor
 from ldm.cost import Macs, unet_macs
 from ldm.generate import Item
 from ldm.images import to_pil
+from ldm.memory import decoder_bytes
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import Denoiser, Guidance
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.loop import Rule, denoise
+from ldm.models.diffusion.memory import Halving
 from ldm.models.diffusion.plan import AnyPlan
 from ldm.models.diffusion.solvers import num_steps, solver
+from ldm.models.diffusion.spread import Spread
 from ldm.noise import ImageNoise
 from ldm.sampling.canvas import Canvas
 from ldm.sampling.conditions import Condition
@@ -74,6 +77,7 @@ class Recipe:
     sampler, steps, eta: see `ldm.models.diffusion.solvers.solver`.
     scale: guidance scale; exactly 1 = none.
     guidance_interval, guidance_reuse: see `Guidance`.
+    tome: share of the UNet's finest tokens merged for self-attention, see `Merging`; 0 = none.
     noise_weight, noise_below, noise_order: prior noise injection, see `prior_noise`; weight 0 = none.
     """
 
@@ -85,6 +89,7 @@ class Recipe:
     scale: float = 7.5
     guidance_interval: tuple[float, float] | None = None
     guidance_reuse: bool = False
+    tome: float = 0.0
     noise_weight: float = 0.0
     noise_below: float = 500
     noise_order: str = "before"
@@ -154,22 +159,30 @@ class Engine:
         autocast: run the networks in the device's lower precision.
         on_node: called after every node of every batch, for progress.
         warm_up: before the first batch make one untimed prediction, for timings that are to be compared.
+        spread: share decoders with the other processes of the run, see `Spread`; each must make the same pictures.
 
     Raises:
         ValueError: the model does not take the task's condition.
     """
 
     def __init__(self, model: LatentDiffusion, sizes: Sizes, recipe: Recipe, plan: AnyPlan, task: Task,
-                 autocast: bool = False, on_node: Callable[[], None] = lambda: None, warm_up: bool = False):
+                 autocast: bool = False, on_node: Callable[[], None] = lambda: None, warm_up: bool = False,
+                 spread: bool = False):
         self.model, self.recipe, self.plan, self.task = model, recipe, plan, task
-        self.autocast, self.on_node, self.warm_up = autocast, on_node, warm_up
+        self.autocast, self.on_node, self.warm_up, self.spread = autocast, on_node, warm_up, spread
+        self._most: int | None = None       # decoders in a batch, if memory has run out
         self.shape = (sizes.channels, *(sizes.whole(side) // sizes.factor for side in (recipe.height, recipe.width)))
         self._tokens = task.condition.tokens(model)
 
     @cached_property
     def unit(self) -> Macs:
         """What one prediction of one picture without guidance costs."""
-        return unet_macs(self.model.model.diffusion_model, self.shape[1:], 1, self._tokens)
+        return unet_macs(self.model.model.diffusion_model, self.shape[1:], 1, self._tokens, self.recipe.tome)
+
+    def decoder_bytes(self, batch: int) -> int:
+        """What one decoder node of `batch` predictions needs; see `ldm.memory`."""
+        unet = self.model.model.diffusion_model
+        return decoder_bytes(unet, self.shape[1:], batch, self._tokens, self.recipe.tome)
 
     def settings(self) -> dict[str, Any]:
         """What pictures depend on beside weights and item, as JSON values."""
@@ -192,7 +205,8 @@ class Engine:
         ended = self._clock()
         seconds, seconds_unet = (round((end - began) / len(items), 4) for end in (ended, sampled))
         return images, {"seconds": seconds, "seconds_unet": seconds_unet, "unet_macs": spent.macs,
-                        "batch": len(items), "parallel": self.plan.parallel, "device": self.model.device.type}
+                        "batch": len(items), "parallel": min(self.plan.parallel, self._most or self.plan.parallel),
+                        "device": self.model.device.type}
 
     def latents(self, items: Sequence[Item]) -> Tensor:
         """The items' sampled latents, (B, C, h, w)."""
@@ -217,10 +231,12 @@ class Engine:
             x_T = self._noise(items)
             x, works = canvas.start(self.model, items, x_T, rule.nodes[0]), []
             edits = (*canvas.edits(self.model, items, rule.nodes), *self.recipe.edits(x_T))
-            for state in denoise(self._denoiser(items), rule, self.plan, x, edits):
+            halving = Halving(self._denoiser(items), self._most)
+            for state in denoise(Spread(halving) if self.spread else halving, rule, self.plan, x, edits):
                 x = state.x
                 works.append(state.work)
                 self.on_node()
+            self._most = halving.most
         images = self.recipe.guidance.images(works, [node.t for node in rule.nodes])
         return x, Spent(self.unit.run(self.plan, works, images), self.unit.critical_path(self.plan, works, images))
 
@@ -242,13 +258,13 @@ class Engine:
         condition, guidance = self.task.condition, self.recipe.guidance
         told = condition.of(self.model, items)
         uncond = None if guidance.scale == 1.0 else condition.none(self.model, told)
-        return self.model.denoiser(told, uncond, guidance)
+        return self.model.denoiser(told, uncond, guidance, self.recipe.tome)
 
     def _warm_up(self, items: Sequence[Item]) -> None:
         """The first call of a network pays for memory and compiled kernels."""
         with self._precision():
             x, denoiser = self._noise(items), self._denoiser(items)
-            denoiser.decode(denoiser.encode(x, 1.0), [1.0])
+            denoiser.decode([denoiser.encode(x, 1.0)], [1.0])
         self.decode(x)
         self.warm_up = False
 

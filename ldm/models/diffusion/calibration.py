@@ -134,13 +134,13 @@ def measure(model: Denoiser, rule: Rule, x: Tensor) -> tuple[list[list[float]], 
     plain = Plan(len(nodes), tuple(range(len(nodes))))
     xs = [x, *(state.x for state in denoise(model, rule, plan=plain, x=x))]
     held = [model.encode(xs[i], node.t) for i, node in enumerate(nodes)]
-    right = [model.to_eps(model.decode(held[j], [node.t])[0], xs[j], node) for j, node in enumerate(nodes)]
+    right = [model.to_eps(model.decode([held[j]], [node.t])[0], xs[j], node) for j, node in enumerate(nodes)]
     eps_table, feature_table = [], []
     for i in range(len(nodes)):
         errors = []
         for start in range(i, len(nodes), DECODERS):
             js = range(start, min(start + DECODERS, len(nodes)))
-            predictions = model.decode(Features.cat([held[i]] * len(js)), [nodes[j].t for j in js])
+            predictions = model.decode([held[i]] * len(js), [nodes[j].t for j in js])
             for j, prediction in zip(js, predictions, strict=True):
                 eps = model.to_eps(prediction, xs[j], nodes[j])
                 weight = eps_weight(nodes[j].abar, nodes[j].abar_next) ** 2

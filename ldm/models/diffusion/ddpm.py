@@ -67,17 +67,18 @@ class DiffusionWrapper(nn.Module):
     def embed_time(self, t: Tensor) -> Tensor:
         return self.diffusion_model.embed_time(t)
 
-    def encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Features:
-        return self.diffusion_model.encode(self._input(x, cond), t, context=cond.context, y=cond.y)
+    def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Features:
+        return self.diffusion_model.encode(self._input(x, cond), t, cond.context, cond.y, tome)
 
-    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int) -> tuple[Tensor, ...]:
-        return self.diffusion_model.encode_outer(self._input(x, cond), t, cond.context, cond.y, blocks)
+    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int,
+                     tome: float = 0.0) -> tuple[Tensor, ...]:
+        return self.diffusion_model.encode_outer(self._input(x, cond), t, cond.context, cond.y, blocks, tome)
 
-    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int) -> Features:
-        return self.diffusion_model.advance(features, t, cond.context, cond.y, blocks)
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0) -> Features:
+        return self.diffusion_model.advance(features, t, cond.context, cond.y, blocks, tome)
 
-    def decode(self, features: Features, t: Tensor, cond: Conditioning) -> Tensor:
-        return self.diffusion_model.decode(features, t, context=cond.context, y=cond.y)
+    def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Tensor:
+        return self.diffusion_model.decode(features, t, cond.context, cond.y, tome)
 
     def _input(self, x: Tensor, cond: Conditioning) -> Tensor:
         self.check(cond)
@@ -244,25 +245,26 @@ class DDPM(ForwardProcess):
         return self.model.decode(self.model.encode(x, t, cond), t, cond)
 
     def denoiser(self, cond: ConditionLike = None, uncond: ConditionLike = None,
-                 guidance: Guidance | float = 1.0) -> Denoiser:
+                 guidance: Guidance | float = 1.0, tome: float = 0.0) -> Denoiser:
         """The network under a condition, with classifier-free guidance (arXiv 2207.12598) unless its scale is 1.
 
         Args:
             cond, uncond: conditions of the same number of images, in any published form.
             guidance: eps = eps_uncond + scale * (eps_cond - eps_uncond); a `Guidance`, or its scale alone.
+            tome: share of tokens that the network merges for self-attention; see `UNetModel.encode`.
 
         Raises:
             ValueError: guidance is asked for without uncond.
         """
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         cond = self.conditioning(cond)
-        conditional = Conditional(self.model, cond, self.parameterization)
+        conditional = Conditional(self.model, cond, self.parameterization, tome)
         if guidance.scale == 1.0:
             return conditional
         if uncond is None:
             raise ValueError(f"uncond: guidance scale {guidance.scale} needs an unconditional conditioning; got None")
         both = Conditioning.cat(self.conditioning(uncond), cond)
-        return Guided(Conditional(self.model, both, self.parameterization), guidance, conditional)
+        return Guided(Conditional(self.model, both, self.parameterization, tome), guidance, conditional)
 
     @contextmanager
     def ema_scope(self) -> Iterator[None]:

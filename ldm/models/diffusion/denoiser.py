@@ -77,8 +77,7 @@ class Prediction:
 class Denoiser(Protocol):
     """What the denoising loop needs of a model, for a batch of B latents.
 
-    Features of one node have the batch that `encode` gave them, which may be larger than B; those of n nodes are n
-    such batches one after the other.
+    Features of a node have the batch that `encode` gave them, which may be larger than B.
     """
 
     @property
@@ -94,11 +93,12 @@ class Denoiser(Protocol):
     def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
         """Features of one node with the outermost `blocks` skips made anew, of x at timestep t."""
 
-    def advance(self, features: Features, ts: Sequence[float], blocks: int) -> Features:
-        """Features of n nodes, decoded at their timesteps until `blocks` blocks remain."""
+    def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
+        """The features of each of n nodes, decoded at its timestep until `blocks` blocks remain."""
 
-    def decode(self, features: Features, ts: Sequence[float], last: Prediction | None = None) -> list[Prediction]:
-        """The prediction at each of n timesteps, from features of n nodes, computed as one batch.
+    def decode(self, features: Sequence[Features], ts: Sequence[float],
+               last: Prediction | None = None) -> list[Prediction]:
+        """The prediction at each of n timesteps, from the features of each, computed as one batch.
 
         last: the prediction of the node before, if it is of the same key node.
         """
@@ -108,17 +108,17 @@ class Denoiser(Protocol):
 
 
 class ConditionedNetwork(Protocol):
-    """A split network with its conditioning: `DiffusionWrapper` is one. t: (B,)."""
+    """A split network with its conditioning: `DiffusionWrapper` is one. t: (B,); tome: see `UNetModel.encode`."""
 
     def embed_time(self, t: Tensor) -> Tensor: ...
 
-    def encode(self, x: Tensor, t: Tensor, cond: Conditioning) -> Features: ...
+    def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float) -> Features: ...
 
-    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int) -> Sequence[Tensor]: ...
+    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Sequence[Tensor]: ...
 
-    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int) -> Features: ...
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Features: ...
 
-    def decode(self, features: Features, t: Tensor, cond: Conditioning) -> Tensor: ...
+    def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float) -> Tensor: ...
 
 
 def eps_from_eps(out: Tensor, x: Tensor, abar: float) -> Tensor:
@@ -145,21 +145,23 @@ class Conditional:
     """A network with its conditioning.
 
     Args:
-        network: offers encode(x, t, cond) and decode(features, t, cond), t: (B,).
+        network: what predicts.
         cond: conditioning of the whole batch.
         parameterization: what the network predicts: 'eps', 'x0' or 'v'.
+        tome: share of tokens that the network merges for self-attention.
 
     Raises:
         ValueError: unknown parameterization, or (in encode) cond is for another batch size than x.
     """
 
     def __init__(
-        self, network: ConditionedNetwork, cond: Conditioning, parameterization: str = "eps"
+        self, network: ConditionedNetwork, cond: Conditioning, parameterization: str = "eps", tome: float = 0.0
     ) -> None:
         if parameterization not in TO_EPS:
             raise ValueError(f"parameterization must be one of {', '.join(TO_EPS)}; got {parameterization!r}")
         self.network = network
         self.cond = cond
+        self.tome = tome
         self._to_eps = TO_EPS[parameterization]
 
     @property
@@ -173,19 +175,22 @@ class Conditional:
 
     def encode(self, x: Tensor, t: float) -> Features:
         self._check(x)
-        return self.network.encode(x, self._times(x, [t]), self.cond)
+        return self.network.encode(x, self._times(x, [t]), self.cond, self.tome)
 
     def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
         self._check(x)
-        return features.with_outer(self.network.encode_outer(x, self._times(x, [t]), self.cond, blocks))
+        return features.with_outer(self.network.encode_outer(x, self._times(x, [t]), self.cond, blocks, self.tome))
 
-    def advance(self, features: Features, ts: Sequence[float], blocks: int) -> Features:
-        t = self._times(features.hidden, ts)
-        return self.network.advance(features, t, self.cond.tile(len(ts)), blocks)
+    def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
+        joined = Features.cat(features)                                                  # n*B
+        t = self._times(joined.hidden, ts)
+        return self.network.advance(joined, t, self.cond.tile(len(ts)), blocks, self.tome).chunk(len(ts))
 
-    def decode(self, features: Features, ts: Sequence[float], last: Prediction | None = None) -> list[Prediction]:
-        t = self._times(features.hidden, ts)
-        out = self.network.decode(features, t, self.cond.tile(len(ts)))                  # (n*B, C, H, W)
+    def decode(self, features: Sequence[Features], ts: Sequence[float],
+               last: Prediction | None = None) -> list[Prediction]:
+        joined = Features.cat(features)                                                  # n*B
+        t = self._times(joined.hidden, ts)
+        out = self.network.decode(joined, t, self.cond.tile(len(ts)), self.tome)         # (n*B, C, H, W)
         return [Prediction(part) for part in out.chunk(len(ts))]
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
@@ -267,43 +272,37 @@ class Guided:
 
     def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
         self._check_no_reuse()
-        if self._unguided(features, 1):
+        if self._unguided(features):
             return self.conditional.refresh(features, x, t, blocks)
         return self.both.refresh(features, torch.cat([x, x]), t, blocks)
 
-    def advance(self, features: Features, ts: Sequence[float], blocks: int) -> Features:
+    def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
         self._check_no_reuse()
-        denoiser = self.conditional if self._unguided(features, len(ts)) else self.both
+        denoiser = self.conditional if self._unguided(features[0]) else self.both
         return denoiser.advance(features, ts, blocks)
 
-    def decode(self, features: Features, ts: Sequence[float], last: Prediction | None = None) -> list[Prediction]:
-        if self._unguided(features, len(ts)):
+    def decode(self, features: Sequence[Features], ts: Sequence[float],
+               last: Prediction | None = None) -> list[Prediction]:
+        if self._unguided(features[0]):
             return self.conditional.decode(features, ts)
         if not self.guidance.reuse:
             return [self._guide(*p.out.chunk(2)) for p in self.both.decode(features, ts)]
-        first, rest = self._split(features, len(ts), whole=0 if last else 1)
         predictions = []
         if last is None:
-            predictions = [self._guide(*p.out.chunk(2)) for p in self.both.decode(first, ts[:1])]
-            last, ts = predictions[0], ts[1:]
+            predictions = [self._guide(*p.out.chunk(2)) for p in self.both.decode(features[:1], ts[:1])]
+            last, features, ts = predictions[0], features[1:], ts[1:]
         if ts:
             push = (self.guidance.scale - 1) * last.offset
-            predictions += [Prediction(p.out + push, last.offset) for p in self.conditional.decode(rest, ts)]
+            conditional = [f.images(slice(len(f) // 2, None)) for f in features]
+            predictions += [Prediction(p.out + push, last.offset) for p in self.conditional.decode(conditional, ts)]
         return predictions
 
     def _guide(self, uncond: Tensor, cond: Tensor) -> Prediction:
         offset = cond - uncond
         return Prediction(uncond + self.guidance.scale * offset, offset if self.guidance.reuse else None)
 
-    def _split(self, features: Features, n: int, whole: int) -> tuple[Features | None, Features | None]:
-        """Of n nodes: the first `whole` (0 or 1) as they are; the conditional halves of the others."""
-        size = len(features) // n
-        halves = [features.images(slice(i * size + size // 2, (i + 1) * size)) for i in range(whole, n)]
-        first = features.images(slice(0, size)) if whole else None
-        return first, Features.cat(halves) if halves else None
-
-    def _unguided(self, features: Features, n: int) -> bool:
-        return self.conditional is not None and len(features) == n * self.conditional.batch
+    def _unguided(self, features: Features) -> bool:
+        return self.conditional is not None and len(features) == self.conditional.batch
 
     def _check_no_reuse(self) -> None:
         if self.guidance.reuse:
@@ -312,3 +311,33 @@ class Guided:
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
         return self.both.to_eps(prediction, x, node)
+
+
+class Wrapper:
+    """A denoiser that is another one in all that a subclass does not change."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.inner = denoiser
+
+    @property
+    def network(self) -> nn.Module:
+        return self.inner.network
+
+    def embed_time(self, ts: Sequence[float]) -> Tensor:
+        return self.inner.embed_time(ts)
+
+    def encode(self, x: Tensor, t: float) -> Features:
+        return self.inner.encode(x, t)
+
+    def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
+        return self.inner.refresh(features, x, t, blocks)
+
+    def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
+        return self.inner.advance(features, ts, blocks)
+
+    def decode(self, features: Sequence[Features], ts: Sequence[float],
+               last: Prediction | None = None) -> list[Prediction]:
+        return self.inner.decode(features, ts, last)
+
+    def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
+        return self.inner.to_eps(prediction, x, node)

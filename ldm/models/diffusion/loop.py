@@ -14,7 +14,6 @@ from ldm.models.diffusion.edits import Edit, Moment
 from ldm.models.diffusion.plan import AnyPlan, Work
 from ldm.models.diffusion.propagation import Propagation
 from ldm.models.diffusion.schedule import Node
-from ldm.modules.diffusionmodules.features import Features
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +87,14 @@ def denoise(
             key_x, last = state.x, None
             held = held.key(ts[0], model.encode(key_x, ts[0]))
         if batch.work is Work.SHALLOW:
-            features = model.refresh(inner, state.x, ts[0], plan.branch)
+            features = [model.refresh(inner, state.x, ts[0], plan.branch)]
         else:
-            features = Features.cat([held.at(t) for t in ts])
+            features = [held.at(t) for t in ts]
             if plan.refresh and batch.work is Work.DECODER:
-                features = model.refresh(features, state.x, ts[0], plan.refresh)
+                features = [model.refresh(features[0], state.x, ts[0], plan.refresh)]
             if plan.branch:
                 features = model.advance(features, ts, plan.branch)
-                inner = features.images(slice(-len(features) // len(ts), None)).without_skips()
+                inner = features[-1].without_skips()
         predictions = model.decode(features, ts, last)
         last = predictions[-1]
         for i, work, prediction in zip(batch.nodes, batch.works(), predictions, strict=True):
@@ -119,7 +118,7 @@ def _edited(state: State, node: Node, edits: Sequence[Edit], moment: Moment) -> 
 
 def _diagnosis(model: Denoiser, key_x: Tensor, nodes: Sequence[Node], key_t: float, i: int) -> str:
     layer = first_nonfinite_layer(
-        model.network, lambda: model.decode(model.encode(key_x, key_t), [nodes[i].t])
+        model.network, lambda: model.decode([model.encode(key_x, key_t)], [nodes[i].t])
     )
     cause = (
         f"first in layer {layer}" if layer else "though every layer's output is finite: the update overflowed"

@@ -52,6 +52,10 @@ class Features:
         """Some of the batch; a view."""
         return Features.of([tensor[chosen] for tensor in self.tensors])
 
+    def chunk(self, n: int) -> list[Features]:
+        """Views of n equal batches, the inverse of `cat`."""
+        return [Features.of(same) for same in zip(*(tensor.chunk(n) for tensor in self.tensors), strict=True)]
+
     def without_skips(self) -> Features:
         return Features(self.hidden, ())
 

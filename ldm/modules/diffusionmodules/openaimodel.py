@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, timestep_embedding, zero_module
+from ldm.modules.token_merging import check_ratio
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -138,14 +139,14 @@ class AttentionBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """Layers in a row, each given what it takes of the timestep embedding and the context."""
+    """Layers in a row, each given what it takes of the timestep embedding, the context and token merging."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, tome: float = 0.0) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
+                x = layer(x, context, tome)
             else:
                 x = layer(x)
         return x
@@ -348,6 +349,8 @@ class UNetModel(nn.Module):
         self.context_dim = context_dim
         self.use_fp16 = use_fp16
         self.downsampling = 2 ** (len(levels) - 1)
+        self.finest = levels[0].res_blocks + 1      # blocks of the finest level, on each side
+        self.merges_tokens = use_spatial_transformer and levels[0].attention_blocks > 0 and not levels[0].context_only
 
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
@@ -369,7 +372,7 @@ class UNetModel(nn.Module):
         return self.time_embed[0].weight.dtype
 
     def encode(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
-               y: Tensor | None = None) -> Features:
+               y: Tensor | None = None, tome: float = 0.0) -> Features:
         """The part that encoder propagation skips: input blocks and middle block.
 
         Args:
@@ -377,19 +380,22 @@ class UNetModel(nn.Module):
             timesteps: (B,), training timesteps 0..T-1, integer or fractional.
             context: (B, L, context_dim), with spatial transformers.
             y: (B,) class index, or (B, 1), (B, adm_in_channels) by num_classes.
+            tome: share of the finest level's tokens that are merged for self-attention, 0..0.75; see `Merging`.
 
         Raises:
-            ValueError: a shape that does not fit, or context or y missing or superfluous.
+            ValueError: a shape that does not fit, context or y missing or superfluous, or tokens to merge where
+                there are none.
         """
         self._check_input(x)
+        self.check_merging(tome)
         context = self._checked_context(context, len(x))
         emb = self.embed(timesteps, y, len(x))                                  # (B, D)
-        skips = self._outer(x, emb, context, len(self.input_blocks))
+        skips = self._outer(x, emb, context, len(self.input_blocks), tome)
         h = self.middle_block(skips[-1], emb, context)                          # (B, C_mid, h, w)
         return Features(hidden=h, skips=skips)
 
     def encode_outer(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None,
-                     blocks: int = 1) -> tuple[Tensor, ...]:
+                     blocks: int = 1, tome: float = 0.0) -> tuple[Tensor, ...]:
         """The outputs of the first `blocks` input blocks alone, each (B, C_i, H_i, W_i); arguments as for `encode`.
 
         Raises:
@@ -398,18 +404,19 @@ class UNetModel(nn.Module):
         if not 1 <= blocks <= len(self.input_blocks):
             raise ValueError(f"blocks must be 1..{len(self.input_blocks)}, the input blocks; got {blocks}")
         self._check_input(x)
+        self.check_merging(tome)
         context = self._checked_context(context, len(x))
-        return self._outer(x, self.embed(timesteps, y, len(x)), context, blocks)
+        return self._outer(x, self.embed(timesteps, y, len(x)), context, blocks, tome)
 
-    def _outer(self, x: Tensor, emb: Tensor, context: Tensor | None, blocks: int) -> tuple[Tensor, ...]:
+    def _outer(self, x: Tensor, emb: Tensor, context: Tensor | None, blocks: int, tome: float) -> tuple[Tensor, ...]:
         h, skips = x.to(self.dtype), []                                         # (B, C_in, H, W)
-        for block in self.input_blocks[:blocks]:
-            h = block(h, emb, context)                                          # (B, C_i, H_i, W_i)
+        for i, block in enumerate(self.input_blocks[:blocks]):
+            h = block(h, emb, context, tome if i < self.finest else 0.0)        # (B, C_i, H_i, W_i)
             skips.append(h)
         return tuple(skips)
 
     def advance(self, features: Features, timesteps: Tensor, context: Tensor | None = None,
-                y: Tensor | None = None, blocks: int = 0) -> Features:
+                y: Tensor | None = None, blocks: int = 0, tome: float = 0.0) -> Features:
         """Decode until `blocks` output blocks remain; arguments as for `decode`.
 
         Raises:
@@ -418,25 +425,27 @@ class UNetModel(nn.Module):
         if not 0 <= blocks <= len(features.skips) <= len(self.output_blocks):
             raise ValueError(f"features must have {max(blocks, 1)}..{len(self.output_blocks)} skips for this network; "
                              f"got {len(features.skips)}")
+        self.check_merging(tome)
         h, skips = features.hidden, list(features.skips)                        # (B, C, h, w)
         context = self._checked_context(context, len(h))
         emb = self.embed(timesteps, y, len(h))                                  # (B, D): of this step
         for block in self.output_blocks[len(self.output_blocks) - len(skips):len(self.output_blocks) - blocks]:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)         # (B, C_i, H_i, W_i)
+            share = tome if len(skips) <= self.finest else 0.0
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, share)  # (B, C_i, H_i, W_i)
         return Features(h, tuple(skips))
 
     def decode(self, features: Features, timesteps: Tensor, context: Tensor | None = None,
-               y: Tensor | None = None) -> Tensor:
+               y: Tensor | None = None, tome: float = 0.0) -> Tensor:
         """The prediction (B, C_out, H, W) at `timesteps` from features of the same or an earlier step.
 
         Args:
             features: of this network, of batch B (`Features.cat` those of several steps for one batch).
-            timesteps, context, y: as for `encode`, of this step, not of the key step.
+            timesteps, context, y, tome: as for `encode`, of this step, not of the key step.
 
         Raises:
             ValueError: as `encode`, or features of another network.
         """
-        h = self.advance(features, timesteps, context, y).hidden
+        h = self.advance(features, timesteps, context, y, tome=tome).hidden
         return self.out(h) if self.id_predictor is None else self.id_predictor(h)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
@@ -463,6 +472,13 @@ class UNetModel(nn.Module):
             raise ValueError(f"y must have shape {(batch, *width)} for num_classes={self.num_classes!r}; "
                              f"got {None if y is None else tuple(y.shape)}")
         return emb + self.label_emb(y.to(self.dtype) if width else y)
+
+    def check_merging(self, tome: float) -> None:
+        """Raise ValueError unless that share of tokens can be merged in this network."""
+        check_ratio(tome)
+        if tome and not self.merges_tokens:
+            raise ValueError("this network has no self-attention in spatial transformers at its finest level, so there "
+                             f"are no tokens to merge; accepted: 0; got {tome:g}")
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 2 + self.dims or x.shape[1] != self.in_channels:

@@ -1,0 +1,217 @@
+"""Time plans of one model side by side, with random weights: plain, the paper's, DeepCache, any combination.
+
+    python scripts/benchmark.py --config configs/stable-diffusion/v1-inference.yaml --size 32 32 --steps 4
+    python scripts/benchmark.py --config configs/stable-diffusion/v1-inference.yaml --against diffusers
+
+A row is PLAN, PLAN+PROPAGATE, PLAN@PARALLEL or all of it: faster-diffusion, deepcache:3, uniform:4+linear@8. All
+rows run in one process, in turn, after one untimed round, so that what else the machine does meets all of them. Time is
+that of the UNet and the solver, without text encoder and first stage. Peak memory is that of the run's tensors, beside
+the model; it is taken in the untimed round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import BadInput, Parser, blame, command, number
+
+# What needs PyTorch is imported where it is used: --help must answer at once.
+if TYPE_CHECKING:
+    from ldm.measure.timing import Seconds
+    from ldm.models.diffusion.plan import Plan
+
+EMOJI = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64" / "config.yaml"
+ROWS = ["off", "faster-diffusion", "faster-diffusion@8", "deepcache:3"]
+MATRIX, PEER = "matrix product", "diffusers"
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    whole = number(int, 1, math.inf, "a whole number from 1")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(EMOJI), metavar="YAML", help="of the model (default: emoji64)")
+    parser.add_argument("--size", nargs=2, type=whole, metavar=("H", "W"), help="of latents (default: the config's)")
+    parser.add_argument("--tokens", type=whole, default=77, help="of the context, if there is one (default: 77)")
+    parser.add_argument("--batch", nargs="+", type=whole, default=[1], metavar="N",
+                        help="pictures at a time; guidance doubles them (default: 1)")
+    parser.add_argument("--steps", type=whole, default=10, help="of DDIM (default: 10)")
+    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"(default: {' '.join(ROWS)})")
+    parser.add_argument("--against", choices=(PEER,), help="the plain run by this library, on the same weights")
+    parser.add_argument("--repeats", type=whole, default=3, metavar="N", help="timed rounds (default: 3)")
+    parser.add_argument("--threads", type=whole, metavar="N", help="(default: PyTorch's)")
+    parser.add_argument("--json", metavar="FILE", help="also write what was measured")
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; per picture.
+
+    seconds, spread: of a run, and half the range as a share.
+    macs, critical_path: of the UNet.
+    saved: of the plain run's time, as a share of what the MACs say; None for the plain run.
+    peak: bytes of its tensors.
+    """
+
+    name: str
+    batch: int
+    seconds: float
+    spread: float
+    macs: int | None
+    critical_path: int | None
+    saved: float | None
+    peak: int
+
+
+def read_row(text: str, steps: int) -> Plan:
+    """The plan of a row's name."""
+    from ldm.models.diffusion.plan import Plan
+    from ldm.models.diffusion.plans import load_plan
+
+    name, _, parallel = text.partition("@")
+    spec, _, propagate = name.partition("+")
+    if parallel and not parallel.isdigit():
+        raise ValueError(f"the number of decoder steps in a batch follows the @; got {text!r}")
+    plan = load_plan(spec, steps, int(parallel or 1), propagate or None)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"{spec} decides during a run; its cost is not known before")
+    return plan
+
+
+def read_params(path: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    from ldm.checkpoint import load_config
+
+    params = OmegaConf.to_container(load_config(path).model, resolve=True).get("params") or {}
+    if "unet_config" not in params:
+        raise ValueError(f"{path}: not the config of a diffusion model: no unet_config")
+    return params
+
+
+def latent_size(args: argparse.Namespace, params: Mapping[str, Any]) -> tuple[int, int]:
+    return tuple(args.size or [params["image_size"]] * 2)
+
+
+def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> dict[str, Any]:
+    """All rows for one batch size, with what belongs to them."""
+    from ldm.cost import unet_macs
+    from ldm.measure.peer import diffusers_peer, fastest
+    from ldm.measure.subject import Subject, random_network
+    from ldm.measure.timing import alternate, matrix_product, peak_memory, shares
+    from ldm.modules.packed import pack
+
+    params = read_params(args.config)
+    size, network = latent_size(args, params), random_network(params)
+    unet = diffusers_peer(params, network) if args.against else None
+    pack(network)
+    subject = Subject.of(params, network, size, batch, args.tokens, args.steps)
+    tokens = None if subject.context is None else args.tokens
+    unit = unet_macs(network.diffusion_model, size, 2, tokens)
+
+    product, operations = matrix_product()
+    calls = {MATRIX: product} | {name: lambda plan=plan: subject.run(plan) for name, plan in plans.items()}
+    result: dict[str, Any] = {"batch": batch}
+    if unet is not None:
+        peer = fastest(unet, subject)
+        difference = (peer.run(subject) - subject.run(plain_plan(args.steps))).abs().max()
+        result |= {"peer": peer.setting, "difference": float(difference)}
+        calls[PEER] = lambda: peer.run(subject)
+    peaks = {name: peak_memory(call) for name, call in calls.items()}
+    taken = alternate(calls, args.repeats)
+    rate = operations / taken.pop(MATRIX).median
+    rows = [row(name, batch, seconds, plans.get(name), taken, unit, peaks[name], args.steps)
+            for name, seconds in taken.items()]
+    one = plain_plan(1)
+    single = Subject(params, network, subject.x, subject.context, 1)
+    plain = 2 * batch * args.steps * unit.whole / taken["off"].median if "off" in taken else None
+    return result | {"matmul_flops": rate, "plain_flops": plain, "shares": shares(lambda: single.run(one)),
+                     "rows": [asdict(r) for r in rows]}
+
+
+def plain_plan(steps: int) -> Plan:
+    from ldm.models.diffusion.plans import load_plan
+
+    return load_plan("off", steps)
+
+
+def row(name: str, batch: int, seconds: Seconds, plan: Plan | None, taken: Mapping[str, Seconds], unit: Any,
+        peak: int, steps: int) -> Row:
+    each, spread = seconds.median / batch, seconds.spread
+    if plan is None:
+        return Row(name, batch, each, spread, None, None, None, peak)
+    share, saved = unit.run(plan) / (steps * unit.whole), None
+    if "off" in taken and share < 1:
+        saved = (1 - seconds.median / taken["off"].median) / (1 - share)
+    return Row(name, batch, each, spread, unit.run(plan), unit.critical_path(plan), saved, peak)
+
+
+def table(result: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for one batch size."""
+    yield (f"batch {result['batch']:<20}{'s/picture':>10}{'spread':>8}{'GMAC':>9}{'critical':>10}"
+           f"{'saved/MACs':>12}{'peak MB':>9}")
+    for r in result["rows"]:
+        cells = [f"{r['seconds']:>10.3f}{r['spread']:>8.1%}"]
+        for value, form in ((r["macs"] and r["macs"] / 1e9, ">9.1f"),
+                            (r["critical_path"] and r["critical_path"] / 1e9, ">10.1f"), (r["saved"], ">12.1%"),
+                            (r["peak"] and r["peak"] / 2**20, ">9.0f")):
+            cells.append(f"{'':{form.split('.')[0]}}" if value is None else f"{value:{form}}")
+        yield f"{r['name']:<26}" + "".join(cells)
+    rate = result["matmul_flops"]
+    yield f"float32 matrix product: {rate / 1e9:.1f} GFLOP/s"
+    if result["plain_flops"]:
+        yield f"plain run: {result['plain_flops'] / 1e9:.1f} GFLOP/s, {result['plain_flops'] / rate:.0%} of that"
+    yield "time of a plain step: " + ", ".join(f"{kind} {share:.1%}" for kind, share in result["shares"].items())
+    if "peer" in result:
+        seconds = {r["name"]: r["seconds"] for r in result["rows"]}
+        ratio = f"; plain / diffusers: {seconds['off'] / seconds[PEER]:.2f}" if "off" in seconds else ""
+        yield (f"diffusers: {result['peer']}; largest difference of the latents {result['difference']:.1e}{ratio}")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from ldm.conversion import ConversionError
+    from ldm.measure.timing import machine
+    from ldm.util import atomic_write
+
+    with blame("--rows"):
+        plans = {name: read_row(name, args.steps) for name in args.rows}
+    with blame("--config"):
+        size = latent_size(args, read_params(args.config))
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise BadInput(f"--json: {Path(args.json).absolute().parent}: no such directory")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    about = machine() | {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "config": args.config,
+                         "size": list(size), "steps": args.steps, "repeats": args.repeats,
+                         "command": shlex.join(sys.argv)}
+    if args.against:
+        with blame("--against", (ImportError,)):
+            import diffusers
+        about["diffusers"] = diffusers.__version__
+    print(f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; {args.config}, latents "
+          f"{size[0]} x {size[1]}, {args.steps} DDIM steps, guided, float32, random weights; median of {args.repeats}")
+    results = []
+    with blame("--config, --size", (ValueError, TypeError, KeyError)), blame("--against", (ConversionError,)):
+        for batch in args.batch:
+            results.append(measure(args, batch, plans))
+            print("\n" + "\n".join(table(results[-1])), flush=True)
+    if args.json:
+        with blame("--json", (OSError,)), atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command("benchmark.py", lambda: run(arguments(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
