@@ -22,7 +22,8 @@ from evaluation.processes import Process, join, shard
 from evaluation.protocol import Protocol, identity, load_protocol, protocol_names
 from ldm.arguments import ROOT, count, model_arguments, propagation_arguments
 from ldm.cli import BadInput, Parser, blame, command, number
-from ldm.script import GO_ON, Setup, make_plan, make_recipe, make_setup, run_facts
+from ldm.processes import ALONE  # each process makes pictures of its own
+from ldm.script import CPU_POSITIONS, GO_ON, Setup, make_plan, make_recipe, make_setup, run_facts
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ def make_engine(args: argparse.Namespace, protocol: Protocol, setup: Setup, batc
     positions = batch * (1 if recipe.scale == 1.0 else 2) * math.prod(side // sizes.factor for side in size)
     with blame("--ckpt", (CheckpointError,)):
         facts = run_facts(setup, recipe.sampler)
-    plan = make_plan(args, nodes, positions, setup.device, facts)
+    plan = make_plan(args, nodes, facts)
+    if args.parallel is None and setup.device.type == "cpu":    # not by free memory: last digits depend on it
+        plan = replace(plan, parallel=max(1, CPU_POSITIONS // positions))
     with blame("--config", (ValueError, OSError, TypeError, KeyError)):
         with blame("--ckpt", (CheckpointError,)):
             model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)
@@ -219,7 +222,7 @@ def run(argv: Sequence[str] | None) -> None:
         return verify(Path(args.outdir))
     # What is quick to check comes before other processes start, and before what is slow to load.
     prompts = select_prompts(args, protocol)
-    setup = make_setup(args, default_model(protocol))
+    setup = make_setup(args, default_model(protocol), ALONE)
     if protocol.size % setup.sizes.multiple:
         raise BadInput(f"--protocol: its pictures have {protocol.size} px; this model's must be a multiple of "
                        f"{setup.sizes.multiple}")

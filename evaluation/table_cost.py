@@ -17,6 +17,7 @@ from evaluation.generate import default_model, make_engine, parse, select_prompt
 from evaluation.protocol import Protocol
 from evaluation.table_file import Row
 from ldm.cli import BadInput, blame
+from ldm.processes import ALONE
 from ldm.script import make_setup
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def time_pictures(argv: Sequence[str], pictures: int) -> dict[str, Any]:
 
     args, protocol = parse(argv)
     items = make_items([prompt.line() for prompt in select_prompts(args, protocol)], protocol.seed, 1)
-    setup = make_setup(args, default_model(protocol))
+    setup = make_setup(args, default_model(protocol), ALONE)
     before = resident("VmRSS") if STATUS.exists() else 0
     engine = make_engine(args, protocol, setup, batch=1)
     if not engine.autocast:

@@ -88,3 +88,6 @@ class Processes:
             if told[0] is None:
                 return
             yield told[0]
+
+
+ALONE = Processes()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.arguments import NOISE_WEIGHT, Files
 from ldm.class_names import Names, read_names
 from ldm.cli import BadInput, blame
-from ldm.processes import Processes
+from ldm.processes import ALONE, Processes
 
 # The library, and with it PyTorch, is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def given_names(args: argparse.Namespace, default: Path | None = None) -> Names:
         return {} if path is None else read_names(path)
 
 
-def find_device(name: str, processes: Processes) -> torch.device:
+def find_device(name: str, processes: Processes = ALONE) -> torch.device:
     import torch
 
     if processes.several:
@@ -214,11 +214,14 @@ class Setup:
     processes: Processes
 
 
-def make_setup(args: argparse.Namespace, default: Files | None = None) -> Setup:
-    """What is quick to check comes before what is slow to load."""
+def make_setup(args: argparse.Namespace, default: Files | None = None, processes: Processes | None = None) -> Setup:
+    """What is quick to check comes before what is slow to load.
+
+    processes: that make each picture together; None = those that torchrun has started.
+    """
     config_path, ckpt = model_files(args, default)
     check_outdir(Path(args.outdir))
-    processes = Processes.of_run()
+    processes = Processes.of_run() if processes is None else processes
     device = find_device(args.device, processes)
     if processes.several and args.guidance_reuse:
         raise BadInput("--guidance-reuse: needs the key step's guidance at every later step, so it does not go with "

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")     # of this process, on Linux
+
 MATRIX = 2048
 # By what stands in an operator's name; the first that fits counts.
 KINDS = {"conv": "convolution", "scaled_dot_product": "attention", "linear": "linear", "addmm": "linear",
@@ -80,6 +82,12 @@ def peak_memory(call: Callable[[], Any]) -> int:
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(accumulate(changes, initial=0))
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in memory now (VmRSS) or at their peak (VmHWM); Linux only."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 def machine() -> dict[str, Any]:
