@@ -30,12 +30,12 @@ CLASS_TOKENS, TEXT_TOKENS = 1, 77
 # Counted
 
 @lru_cache
-def unit_of(config: Path, data: str, size: int, guided: bool) -> Macs:
+def unit_of(config: Path, data: str, size: int, guided: bool, tome: float) -> Macs:
     """MACs of one prediction of a picture, in the paper's count.
 
     Args:
         data: kind of the protocol's data. size: of the picture, in pixels.
-        guided: the network sees every latent twice.
+        guided: the network sees every latent twice. tome: share of tokens merged.
     """
     from ldm.checkpoint import load_config
     from ldm.cost import unet_macs
@@ -46,7 +46,7 @@ def unit_of(config: Path, data: str, size: int, guided: bool) -> Macs:
     tokens = CLASS_TOKENS if data == "classes" else text.get("max_length", text.get("max_seq_len", TEXT_TOKENS))
     unet, side = read_unet(config)[0], size // Sizes.of(model).factor
     context = None if unet["params"].get("context_dim") is None else tokens
-    return unet_macs(unet, (side, side), 2 if guided else 1, context, convention="paper")
+    return unet_macs(unet, (side, side), 2 if guided else 1, context, tome, "paper")
 
 
 def gflops(row: Row, protocol: Protocol, config: str | None, root: Path) -> float | None:
@@ -68,7 +68,8 @@ def gflops(row: Row, protocol: Protocol, config: str | None, root: Path) -> floa
     if not isinstance(plan, Plan):
         return None
     file = Path(config) if config else root / protocol.defaults["config"]
-    return unit_of(file, protocol.data["kind"], protocol.size, protocol.guidance != 1).run(plan) / 1e9
+    guided = protocol.guidance != 1
+    return unit_of(file, protocol.data["kind"], protocol.size, guided, row.tome or 0.0).run(plan) / 1e9
 
 
 # Timed
