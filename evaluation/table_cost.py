@@ -49,11 +49,8 @@ def unit_of(config: Path, data: str, size: int, guided: bool, tome: float) -> Ma
     return unet_macs(unet, (side, side), 2 if guided else 1, context, tome, "paper")
 
 
-def gflops(row: Row, protocol: Protocol, config: str | None, root: Path) -> float | None:
+def gflops(row: Row, protocol: Protocol, config: Path) -> float | None:
     """GMACs of the UNet for one picture, as the paper counts them; None for a plan that decides on the way.
-
-    Args:
-        config: of the model; None = the protocol's, relative to `root`.
 
     Raises:
         ValueError: a plan, sampler or config that can't be used.
@@ -67,9 +64,8 @@ def gflops(row: Row, protocol: Protocol, config: str | None, root: Path) -> floa
     plan = load_plan(row.plan, num_nodes(recipe), propagate=row.propagate)
     if not isinstance(plan, Plan):
         return None
-    file = Path(config) if config else root / protocol.defaults["config"]
     guided = protocol.guidance != 1
-    return unit_of(file, protocol.data["kind"], protocol.size, guided, row.tome or 0.0).run(plan) / 1e9
+    return unit_of(config, protocol.data["kind"], protocol.size, guided, row.tome or 0.0).run(plan) / 1e9
 
 
 # Timed

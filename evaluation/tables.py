@@ -87,8 +87,18 @@ class Job:
         return folder if folder.is_absolute() or folder.exists() else ROOT / folder
 
     @property
+    def config(self) -> Path:
+        return self._file("config")
+
+    @property
     def ckpt(self) -> Path:
-        return Path(self.args.ckpt) if self.args.ckpt else ROOT / self.protocol.defaults["ckpt"]
+        return self._file("ckpt")
+
+    def _file(self, name: str) -> Path:
+        given, default = getattr(self.args, name), self.protocol.defaults.get(name)
+        if given is None and default is None:
+            raise BadInput(f"--{name}: needed: protocol {self.protocol.name} names no model")
+        return Path(given) if given is not None else ROOT / default
 
     @property
     def shared(self) -> Path:
@@ -110,7 +120,7 @@ class Job:
     def argv(self) -> list[str]:
         """Of evaluation/generate.py. `parallel` is not among them: it does not change the pictures."""
         given = {"--data": self.data if self.protocol.data["kind"] != "classes" else None, "--count": self.args.count,
-                 "--config": self.args.config, "--ckpt": self.args.ckpt, "--device": self.args.device}
+                 "--config": self.config, "--ckpt": self.ckpt, "--device": self.args.device}
         options = [str(part) for flag, value in given.items() if value is not None for part in (flag, value)]
         return ["--protocol", self.named, *self.row.flags(), *options, "--out", str(self.folder)]
 
@@ -126,8 +136,8 @@ def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
     from ldm.published import load_manifest
 
     for job in {job.protocol.name: job for job in jobs}.values():
-        judged = any(not other.row.costs_only for other in jobs if other.protocol.name == job.protocol.name)
-        wanted = qualities(columns) if judged else []
+        pictured = any(not other.row.costs_only for other in jobs if other.protocol.name == job.protocol.name)
+        wanted = qualities(columns) if pictured else []
         if not job.ckpt.exists():
             names = [entry.name for entry in load_manifest().values() if entry.file().resolve() == job.ckpt.resolve()]
             how = f"python scripts/download_models.py {names[0]} fetches it" if names else "no such file"
@@ -162,39 +172,49 @@ def make(job: Job) -> None:
 
 def fill(job: Job, columns: Sequence[str], make_it: bool) -> tuple[Filled, dict[str, Result]]:
     """The row with all that is there, made first if it is to be made."""
-    from evaluation.run_folder import MANIFEST
-    from evaluation.table_cost import costs, gflops, timed
     from evaluation.table_text import Filled
 
-    row, args, cells, results = job.row, job.args, {}, {}
+    row = job.row
     if row.missing:
         return Filled(row, remark=row.missing), {}
-    if "gflops" in columns:
-        with blame("TABLE" if args.config is None else "--config", (ValueError, OSError, KeyError, TypeError)):
-            macs = gflops(row, job.protocol, args.config, ROOT)
-        cells |= {} if macs is None else {"gflops": (macs, None)}
-    if args.gflops_only:
+    cells = counted(job) if "gflops" in columns else {}
+    if job.args.gflops_only:
         return Filled(row, cells, row.costs_only or ""), {}
-    wanted = [] if row.costs_only else qualities(columns)
-    if wanted and make_it:
-        make(job)
-    if (job.folder / MANIFEST).is_file() and wanted:
-        quality, results = job.quality().cells(wanted, job.folder, make_it)
-        cells |= quality
-    if any(COLUMNS[name].kind == "cost" for name in columns):
-        if make_it and args.timed:
-            flags = [] if row.parallel is None else ["--parallel", str(row.parallel)]
-            cells |= cost_cells(costs(timed([*job.argv(), *flags], args.timed, job.timing)), columns)
-        elif job.timing.is_file():
-            cells |= cost_cells(costs(timed([], 0, job.timing)), columns)
+    quality, results = judged(job, columns, make_it)
+    cells |= quality | timed_cells(job, columns, make_it)
     if {"fid", "clip_score", "seconds"} <= cells.keys() and "ftc" in columns and cells["clip_score"][0]:
         cells["ftc"] = (cells["fid"][0] * cells["seconds"][0] / cells["clip_score"][0], None)
     ran = any(COLUMNS[name].kind != "count" for name in cells)
     return Filled(row, cells, row.costs_only or ("" if ran else NOT_RUN)), results
 
 
-def cost_cells(found: dict[str, float], columns: Sequence[str]) -> dict[str, Cell]:
-    return {name: (value, None) for name, value in found.items() if name in columns}
+def counted(job: Job) -> dict[str, Cell]:
+    from evaluation.table_cost import gflops
+
+    with blame("TABLE" if job.args.config is None else "--config", (ValueError, OSError, KeyError, TypeError)):
+        macs = gflops(job.row, job.protocol, job.config)
+    return {} if macs is None else {"gflops": (macs, None)}
+
+
+def judged(job: Job, columns: Sequence[str], make_it: bool) -> tuple[dict[str, Cell], dict[str, Result]]:
+    from evaluation.run_folder import MANIFEST
+
+    wanted = [] if job.row.costs_only else qualities(columns)
+    if wanted and make_it:
+        make(job)
+    there = wanted and (job.folder / MANIFEST).is_file()
+    return job.quality().cells(wanted, job.folder, make_it) if there else ({}, {})
+
+
+def timed_cells(job: Job, columns: Sequence[str], make_it: bool) -> dict[str, Cell]:
+    from evaluation.table_cost import costs, timed
+
+    wanted = [name for name in columns if COLUMNS[name].kind == "cost"]
+    if not wanted or not (job.timing.is_file() or (make_it and job.args.timed)):
+        return {}
+    flags = [] if job.row.parallel is None else ["--parallel", str(job.row.parallel)]
+    found = costs(timed([*job.argv(), *flags], job.args.timed, job.timing))
+    return {name: (found[name], None) for name in wanted if name in found}
 
 
 def compare(results: dict[str, dict[str, Result]], jobs: Sequence[Job]) -> None:

@@ -11,7 +11,7 @@ import yaml
 from coco import write_coco
 from tiny_data import write_data
 
-from evaluation import table_cost, tables
+from evaluation import table_cost, table_quality, tables
 from evaluation.protocol import load_protocol
 from evaluation.table_file import COLUMNS, Row, load_table, table_names
 from evaluation.table_text import Filled, Sheet, csv_text, latex, markdown
@@ -95,17 +95,18 @@ def test_faulty_tables_say_why(tmp_path, capfd, change, why):
 def test_gflops_of_stable_diffusion_are_the_papers():
     rows = [row for row in load_table("table1").rows if not row.missing and not row.tome]
     protocol = load_protocol("coco2017-10k")
+    config = ROOT / protocol.defaults["config"]
     for row in rows:
-        assert table_cost.gflops(row, protocol, None, ROOT) == pytest.approx(row.paper["gflops"], rel=1e-3)
+        assert table_cost.gflops(row, protocol, config) == pytest.approx(row.paper["gflops"], rel=1e-3)
     assert len(rows) == 6
 
 
 def test_gflops_only_needs_no_weights(tmp_path, capfd):
-    assert tables.main(["table1", "--world", "coco", "--gflops-only", "--runs", str(tmp_path)]) == 0
+    assert tables.main(["table4", "--world", "coco", "--gflops-only", "--runs", str(tmp_path)]) == 0
     out = capfd.readouterr().out
-    assert "| SD v1.5: DDIM + ours | 27356.5 | 27350 | +0.02% |  |" in out
-    assert "| DeepFloyd-IF: DDPM 225 |  | 734825 |  | DeepFloyd-IF is not supported yet |" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"table1-coco-gflops.{x}" for x in ("csv", "md", "tex")]
+    assert "| DreamBooth: + ours | 27356.5 | 27350 | +0.02% | an SD v1.5 with other weights; " in out
+    assert "| ControlNet (edges): plain |  | 49500 |  | ControlNet is not supported yet |" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"table4-coco-gflops.{x}" for x in ("csv", "md", "tex")]
 
 
 # How a table is shown
@@ -168,7 +169,9 @@ def made(tmp_path_factory) -> tuple[list[str], str]:
     write_data(folder / "data", side=64)
     argv = [str(file), "--world", "emoji", "--data", str(folder / "data"), "--runs", str(folder / "runs"), "--count",
             "2", "--device", "cpu"]
-    assert tables.main([*argv, "--timed", "0"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_quality, "RESAMPLES", 3)
+        assert tables.main([*argv, "--timed", "0"]) == 0
     return argv, (folder / "runs" / "two-emoji.md").read_text()
 
 
@@ -210,7 +213,7 @@ def test_results_of_different_protocols_are_refused(made, capfd):
 
 
 def test_pictures_are_timed_one_by_one(made, tmp_path):
-    argv = ["--protocol", "emoji64", "--steps", "2", "--plan", "0", "--data", made[0][4], "--device", "cpu", "--out",
+    argv = ["--protocol", "emoji64", "--steps", "2", "--plan", "0", "--count", "2", "--data", made[0][4], "--device", "cpu", "--out",
             str(tmp_path / "run"), "--parallel", "1"]
     found = table_cost.time_pictures(argv, 2)
     assert len(found["seconds"]) == 2 and all(0 < u < s for u, s in zip(found["seconds_unet"], found["seconds"],
