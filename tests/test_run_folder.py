@@ -165,6 +165,7 @@ def test_pictures_of_another_kind_are_not_mixed_in(tmp_path):
 def test_all_pictures_in_one_array(whole):
     path = RunFolder(whole).write_npz()
     first = path.read_bytes()
+    path.unlink()
     array = np.load(path)["arr_0"]
     assert array.shape == (6, 4, 4, 3) and array.dtype == np.uint8
     assert array[:, 0, 0].tolist() == [[5, number, repeat] for number in (7, 2, 9) for repeat in range(2)]
