@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.cost import read_unet
 from evaluation.generate import default_model, make_engine, parse, select_prompts
-from evaluation.protocol import Protocol, load_protocol
+from evaluation.protocol import Protocol
 from evaluation.table_file import Row
 from ldm.cli import BadInput, blame
 from ldm.processes import ALONE
@@ -30,12 +30,12 @@ CLASS_TOKENS, TEXT_TOKENS = 1, 77
 # Counted
 
 @lru_cache
-def unit_of(config: Path, data: str, size: int, guided: bool) -> Macs:
+def unit_of(config: Path, data: str, size: int, guided: bool, tome: float) -> Macs:
     """MACs of one prediction of a picture, in the paper's count.
 
     Args:
         data: kind of the protocol's data. size: of the picture, in pixels.
-        guided: the network sees every latent twice.
+        guided: the network sees every latent twice. tome: share of tokens merged.
     """
     from ldm.checkpoint import load_config
     from ldm.cost import unet_macs
@@ -46,14 +46,14 @@ def unit_of(config: Path, data: str, size: int, guided: bool) -> Macs:
     tokens = CLASS_TOKENS if data == "classes" else text.get("max_length", text.get("max_seq_len", TEXT_TOKENS))
     unet, side = read_unet(config)[0], size // Sizes.of(model).factor
     context = None if unet["params"].get("context_dim") is None else tokens
-    return unet_macs(unet, (side, side), 2 if guided else 1, context, convention="paper")
+    return unet_macs(unet, (side, side), 2 if guided else 1, context, tome, "paper")
 
 
-def gflops(row: Row, name: str, config: str | None, root: Path) -> float | None:
+def gflops(row: Row, protocol: Protocol, config: str | None, root: Path) -> float | None:
     """GMACs of the UNet for one picture, as the paper counts them; None for a plan that decides on the way.
 
     Args:
-        name: the protocol. config: of the model; None = the protocol's.
+        config: of the model; None = the protocol's, relative to `root`.
 
     Raises:
         ValueError: a plan, sampler or config that can't be used.
@@ -62,14 +62,14 @@ def gflops(row: Row, name: str, config: str | None, root: Path) -> float | None:
     from ldm.models.diffusion.plans import load_plan
     from ldm.sampling.engine import Recipe, num_nodes
 
-    protocol: Protocol = load_protocol(name)
     usual = protocol.sampling
     recipe = Recipe(protocol.size, protocol.size, row.sampler or usual.sampler, row.steps or usual.steps)
     plan = load_plan(row.plan, num_nodes(recipe), propagate=row.propagate)
     if not isinstance(plan, Plan):
         return None
     file = Path(config) if config else root / protocol.defaults["config"]
-    return unit_of(file, protocol.data["kind"], protocol.size, protocol.guidance != 1).run(plan) / 1e9
+    guided = protocol.guidance != 1
+    return unit_of(file, protocol.data["kind"], protocol.size, guided, row.tome or 0.0).run(plan) / 1e9
 
 
 # Timed

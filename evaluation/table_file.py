@@ -10,8 +10,8 @@ evaluation/tables/NAME.yaml:
     rows:     a list, in order:
         label:      of the row; with `group`, what several rows have in common (optional)
         plain:      true: the rows below, up to the next such row, are compared with this one
-        sampler, steps, plan, propagate, eta, noise_weight, noise_below, noise_order: as evaluation/generate.py takes
-                    them; default: the protocol's
+        sampler, steps, plan, propagate, tome, eta, noise_weight, noise_below, noise_order: as evaluation/generate.py
+                    takes them; default: the protocol's
         parallel:   decoder steps in one batch; moves time and memory only (default: auto)
         protocol:   other protocols than the table's, by world; null = the row is not in that world
         paper:      {column: number}, what the paper says
@@ -35,7 +35,7 @@ from evaluation.protocol import known, whole
 TABLE_DIR = Path(__file__).parent / "tables"
 WORLDS = ("coco", "emoji")
 Cell = tuple[float, list[float] | None]     # a value, and its 95 % interval if there is one
-HOW = ("sampler", "steps", "plan", "propagate", "eta", "noise_weight", "noise_below", "noise_order")
+HOW = ("sampler", "steps", "plan", "propagate", "tome", "eta", "noise_weight", "noise_below", "noise_order")
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Row:
     steps: int | None = None
     plan: str = "off"
     propagate: str | None = None
+    tome: float | None = None
     eta: float | None = None
     noise_weight: float | None = None
     noise_below: float | None = None

@@ -74,9 +74,10 @@ def row_numbers(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Job:
-    """One row to be filled, under its protocol."""
+    """One row to be filled, under its protocol; `named` is how the table names that."""
 
     row: Row
+    named: str
     protocol: Protocol
     args: argparse.Namespace
 
@@ -109,7 +110,7 @@ class Job:
         given = {"--data": self.data if self.protocol.data["kind"] != "classes" else None, "--count": self.args.count,
                  "--config": self.args.config, "--ckpt": self.args.ckpt, "--device": self.args.device}
         options = [str(part) for flag, value in given.items() if value is not None for part in (flag, value)]
-        return ["--protocol", self.protocol.name, *self.row.flags(), *options, "--out", str(self.folder)]
+        return ["--protocol", self.named, *self.row.flags(), *options, "--out", str(self.folder)]
 
     def quality(self) -> Quality:
         from evaluation.table_quality import Quality
@@ -168,7 +169,7 @@ def fill(job: Job, columns: Sequence[str], make_it: bool) -> tuple[Filled, dict[
         return Filled(row, remark=f"not supported: {row.missing}"), {}
     if "gflops" in columns:
         with blame("TABLE" if args.config is None else "--config", (ValueError, OSError, KeyError, TypeError)):
-            macs = gflops(row, job.protocol.name, args.config, ROOT)
+            macs = gflops(row, job.protocol, args.config, ROOT)
         cells |= {} if macs is None else {"gflops": (macs, None)}
     if args.gflops_only:
         return Filled(row, cells, row.costs_only or ""), {}
@@ -247,7 +248,8 @@ def jobs_of(table: Table, args: argparse.Namespace) -> list[Job]:
     if args.rows and max(args.rows) > len(rows):
         raise BadInput(f"--rows: {table.name} has {len(rows)} rows in the {args.world} world; got {max(args.rows)}")
     with blame("TABLE"):
-        return [Job(row, load_protocol(table.protocol_of(row, args.world)), args) for row in rows]
+        named = [table.protocol_of(row, args.world) for row in rows]
+        return [Job(row, name, load_protocol(name), args) for row, name in zip(rows, named, strict=True)]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,0 +1,263 @@
+"""The paper's tables: the files, the GFLOPs, how a table is shown, and two rows made by the shipped model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import pytest
+import yaml
+from coco import write_coco
+from tiny_data import write_data
+
+from evaluation import table_cost, tables
+from evaluation.protocol import load_protocol
+from evaluation.table_file import COLUMNS, Row, load_table, table_names
+from evaluation.table_text import Filled, Sheet, csv_text, latex, markdown
+from ldm.arguments import ROOT
+
+ALL = ("table1", "table3", "table4", "table5", "table6", "table8", "table11", "table14")
+NUMBERS = {name: {row.name: row.paper for row in load_table(name).rows} for name in ALL}
+
+
+def refused(capfd, argv: list[str]) -> str:
+    assert tables.main(argv) == 2
+    output = capfd.readouterr()
+    (line,) = output.err.splitlines()
+    assert output.out == "" and line.startswith("tables.py: error: ")
+    return line.removeprefix("tables.py: error: ")
+
+
+# The files
+
+def test_every_table_is_there():
+    assert table_names() == tuple(sorted(ALL, key=lambda name: (len(name), name)))
+    counts = {name: len(NUMBERS[name]) for name in ALL}
+    assert counts == {"table1": 12, "table3": 9, "table4": 12, "table5": 8, "table6": 3, "table8": 34, "table11": 12,
+                      "table14": 5}
+
+
+@pytest.mark.parametrize("table, row, numbers", [
+    ("table1", "DeepFloyd-IF: DDPM 225 + ours", [23.73, 0.782, 626523, 25.61, 26.27]),
+    ("table1", "SD v1.5: DDIM + ToMe", [22.32, 0.782, 35123, 2.07, 2.26]),
+    ("table3", "DiT-XL/2 512: DDPM 250 + ours", [3.25, 5.05, 245.13, 0.83, 0.51, 17.35]),
+    ("table3", "LDM cin256-v2: guidance 6 + ours", [4.09, 5.99, 207.49, 0.848, 0.482, 3.373]),
+    ("table4", "ControlNet (scribble): + ours", [16.42, 0.775, 35990, 1.83, 1.93]),
+    ("table4", "VideoFusion: plain", [0.700, 224700, 16.71 / 16, 17.93 / 16]),
+    ("table5", "non-uniform II (9)", [35.25, 0.742, 27350, 1.25, 1.42, 67.4]),
+    ("table6", "propagation without z_T", [21.71, 0.779]),
+    ("table8", "ControlNet (edges): parallel", [1.52, 5.09]), ("table8", "VideoFusion: serial", [12.27, 11.98]),
+    ("table11", "DDIM: 9 steps with z_T", [27.63, 0.736]), ("table14", "encoder and decoder dropped", [199.48, 0.679]),
+])
+def test_the_papers_numbers(table, row, numbers):
+    assert list(NUMBERS[table][row].values()) == numbers
+
+
+def test_numbers_of_several_tables_agree():
+    plain, ours = (NUMBERS["table1"][f"SD v1.5: {name}"] for name in ("DDIM", "DDIM + ours"))
+    pairs = {"table5": ("plain", "non-uniform IV (9), the paper's"), "table6": ("plain", "propagation with z_T"),
+             "table11": ("DDIM: 50 steps", "DDIM: 50 steps + ours"),
+             "table14": ("nothing (plain)", "encoder (the paper's)"),
+             "table8": ("SD v1.5 DDIM-50: plain", "SD v1.5 DDIM-50: parallel")}
+    for table, names in pairs.items():
+        for name, expected in zip(names, (plain, ours), strict=True):
+            shared = NUMBERS[table][name].keys() & expected.keys()
+            assert shared and {key: NUMBERS[table][name][key] for key in shared} == {key: expected[key]
+                                                                                      for key in shared}
+    for row in NUMBERS["table5"].values():
+        assert row["fid"] * row["seconds"] / row["clip_score"] == pytest.approx(row["ftc"], abs=0.3)
+
+
+@pytest.mark.parametrize("change, why", [
+    ({"rows": []}, "it has no rows"), ({"columns": ["fud"]}, "there is no column 'fud'; accepted: fid, clip_score"),
+    ({"rows": [{"label": "a", "plan": False}]}, "a: plan must be text, 'off' in quotes"),
+    ({"rows": [{"label": "a", "stepz": 3}]}, "row 1 has stepz"), ({"rows": [{"steps": 3}]}, "row 1 has no label"),
+    ({"rows": [{"label": "a"}, {"label": "a"}]}, "two rows are called 'a'"),
+    ({"rows": [{"label": "a", "paper": {"recall": 3}}]}, "a: paper has recall, which is not among the columns"),
+    ({"rows": [{"label": "a", "paper": {"fid": "low"}}]}, "a: paper.fid must be a number; got 'low'"),
+    ({"protocol": {"moon": "emoji64"}}, "protocol has moon; accepted: coco, emoji"),
+    ({"rows": [{"label": "a", "steps": 0}]}, "a: steps must be a whole number >= 1"), ({"rows": 3}, "not a table"),
+], ids=str)
+def test_faulty_tables_say_why(tmp_path, capfd, change, why):
+    file = tmp_path / "t.yaml"
+    good = {"title": "t", "source": "s", "columns": ["fid"], "protocol": {"emoji": "emoji64"},
+            "rows": [{"label": "a", "steps": 3}]}
+    file.write_text(yaml.safe_dump(good))
+    assert load_table(str(file)).rows == [Row("a", steps=3)]
+    file.write_text(yaml.safe_dump(good | change))
+    line = refused(capfd, [str(file), "--world", "emoji"])
+    assert line.startswith(f"TABLE: {file}: not a table: ") and why in line
+
+
+# GFLOPs
+
+def test_gflops_of_stable_diffusion_are_the_papers():
+    rows = [row for row in load_table("table1").rows if not row.missing and not row.tome]
+    protocol = load_protocol("coco2017-10k")
+    for row in rows:
+        assert table_cost.gflops(row, protocol, None, ROOT) == pytest.approx(row.paper["gflops"], rel=1e-3)
+    assert len(rows) == 6
+
+
+def test_gflops_only_needs_no_weights(tmp_path, capfd):
+    assert tables.main(["table1", "--world", "coco", "--gflops-only", "--runs", str(tmp_path)]) == 0
+    out = capfd.readouterr().out
+    assert "| SD v1.5: DDIM + ours | 27356.5 | 27350 | +0.02% |  |" in out
+    assert "| DeepFloyd-IF: DDPM 225 |  | 734825 |  | not supported: DeepFloyd-IF is not built |" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"table1-coco-gflops.{x}" for x in ("csv", "md", "tex")]
+
+
+# How a table is shown
+
+def sheet(world: str) -> Sheet:
+    table = load_table("table6")
+    plain, without, injected = table.rows
+    rows = [Filled(plain, {"fid": (20.0, [19.5, 20.5]), "clip_score": (0.75, None)}),
+            Filled(without, {"fid": (21.5, None)}), Filled(injected, remark="not supported: 100 % & more")]
+    return Sheet(table, world, table.columns, rows, ["A note."])
+
+
+def test_markdown():
+    lines = markdown(sheet("coco")).splitlines()
+    assert lines[0] == "### Prior noise injection (Table 6), coco"
+    assert lines[2:6] == [
+        "| row | FID | paper | difference | CLIP-score | paper | difference | remark |", "|" + " --- |" * 8,
+        "| plain | 20.00 (19.50 to 20.50) | 21.75 | -1.75 | 0.750 | 0.773 | -0.023 |  |",
+        "| propagation without z_T | 21.50 | 21.71 | -0.21 |  | 0.779 |  |  |"]
+    assert "| propagation without z_T | +1.50 | -0.04 |  | +0.006 |" in lines
+    assert lines[-1] == "A note." and all(line.count("|") in (0, 6, 9) for line in lines)
+
+
+def test_another_model_is_not_set_against_the_papers_numbers():
+    text = markdown(sheet("emoji"))
+    assert "difference" not in text and "concept retrieval R@5 | paper (CLIP-score)" in text
+    assert "| propagation without z_T | +1.50 | -0.04 |" in text
+
+
+def test_csv():
+    first, second, third = csv.DictReader(csv_text(sheet("coco")).splitlines())
+    assert [first[key] for key in ("fid", "fid_low", "fid_high", "fid_paper", "compared_with")] == [
+        "20.0", "19.5", "20.5", "21.75", ""]
+    assert float(first["fid_difference"]) == -1.75 and second["compared_with"] == "plain"
+    assert (third["fid"], third["fid_paper"], third["remark"]) == ("", "21.08", "not supported: 100 % & more")
+
+
+def test_latex():
+    text = latex(sheet("coco"))
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    assert r"propagation without z\_T & 21.50 & 21.71" in text and r"not supported: 100 \% \& more \\" in text
+    for line in text.splitlines():
+        assert line.count("&") - line.count(r"\&") in (0, 4, 7), line
+
+
+# Two rows, end to end
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[list[str], str]:
+    """The command that made a table of two rows that run and one that can't, and what it printed."""
+    folder = tmp_path_factory.mktemp("tables")
+    file = folder / "two.yaml"
+    how = {"sampler": "ddim", "steps": 4}
+    file.write_text(yaml.safe_dump({
+        "title": "Two", "source": "nowhere", "columns": ["fid", "clip_score", "gflops"],
+        "protocol": {"emoji": "emoji64"}, "rows": [
+            {"label": "plain", "plain": True, **how, "plan": "off", "paper": {"gflops": 9}},
+            {"label": "ours", **how, "plan": "0,2", "parallel": 1}, {"label": "other", "missing": "no such model"}]}))
+    (folder / "data").mkdir()
+    write_data(folder / "data", side=64)
+    argv = [str(file), "--world", "emoji", "--data", str(folder / "data"), "--runs", str(folder / "runs"), "--count",
+            "2", "--device", "cpu"]
+    assert tables.main([*argv, "--timed", "0"]) == 0
+    return argv, (folder / "runs" / "two-emoji.md").read_text()
+
+
+def test_two_rows_of_the_shipped_model(made, capfd):
+    argv, text = made
+    plain, ours, other = text.splitlines()[4:7]
+    distance, share = r"\d+\.\d\d \(-?\d+\.\d\d to \d+\.\d\d\)", r"\d\.\d{3} \(0\.\d{3} to \d\.\d{3}\)"
+    for name, line in (("plain", plain), ("ours", ours)):
+        assert re.match(rf"\| {name} \| {distance} \|  \| {share} \|  \| \d", line)
+    assert other.endswith("| not supported: no such model |") and "R@5: N = 2 pictures of emoji64/model" in text
+    runs = [path.parent for path in sorted((tables.Path(argv[6]) / "emoji64-2").rglob("manifest.jsonl"))]
+    assert [path.name for path in runs] == ["ddim_4_0,2", "ddim_4_off"]
+    result = json.loads((runs[0] / "retrieval.json").read_text())
+    assert result["protocol"]["n"] == 2 and result["samples"]["plan"] == "0,2"
+    # MACs of an emoji64 prediction are as the timed runs count them: 2 of 4 encoders are saved.
+    whole, fast = (float(line.split("|")[6]) for line in (plain, ours))
+    assert 0.8 < fast / whole < 0.9
+
+
+def test_what_is_done_is_not_made_again(made, capfd):
+    argv, text = made
+    before = {path: path.stat().st_mtime_ns for path in (tables.Path(argv[6]) / "emoji64-2").rglob("*")}
+    assert tables.main([*argv, "--timed", "0"]) == tables.main([*argv, "--show"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert capfd.readouterr().out.count(text) == 2
+
+
+def test_results_of_different_protocols_are_refused(made, capfd):
+    argv, _ = made
+    path = tables.Path(argv[6]) / "emoji64-2" / "ddim_4_off" / "fid.json"
+    kept = path.read_text()
+    from evaluation.results import Result, read_result
+
+    found = read_result(path)
+    Result(found.values, {**found.protocol, "resize": "clean"}, found.samples).write(path)
+    line = refused(capfd, [*argv, "--show"])
+    path.write_text(kept)
+    assert line.startswith("--runs: different protocols can't be compared") and "resize (plain: clean, ours: " in line
+
+
+def test_pictures_are_timed_one_by_one(made, tmp_path):
+    argv = ["--protocol", "emoji64", "--steps", "2", "--plan", "0", "--data", made[0][4], "--device", "cpu", "--out",
+            str(tmp_path / "run"), "--parallel", "1"]
+    found = table_cost.time_pictures(argv, 2)
+    assert len(found["seconds"]) == 2 and all(0 < u < s for u, s in zip(found["seconds_unet"], found["seconds"],
+                                                                        strict=True))
+    assert found["parallel"] == 1 and found["memory"] > 1e6 and not (tmp_path / "run").exists()
+    kept = tmp_path / "cost.json"
+    kept.write_text(json.dumps(found | {"seconds": [3.0, 1.0, 2.0]}))
+    assert table_cost.costs(table_cost.timed(argv, 3, kept))["seconds"] == 2.0
+
+
+# Bad input
+
+@pytest.mark.parametrize("argv, why", [
+    (["table2", "--world", "emoji"], "TABLE: unknown table 'table2'; accepted: table1, table3, table4, "),
+    (["table1"], "the following arguments are required: --world"), (["table1", "--world", "moon"], "--world: invalid"),
+    (["table6", "--world", "emoji", "--gflops-only"], "--gflops-only: table6 has no GFLOPs; it has fid, clip_score"),
+    (["table1", "--world", "emoji", "--rows", "0"], "--rows: expected row numbers from 1"),
+    (["table1", "--world", "emoji", "--rows", "13"], "--rows: table1 has 12 rows in the emoji world; got 13"),
+    (["table1", "--world", "coco", "--ckpt", "gone"], "--ckpt: gone is not there: no such file; --gflops"),
+    (["table4", "--world", "emoji"], "TABLE: no row of table4 is finished in .*: not supported: "),
+    (["table6", "--world", "emoji", "--show"], "TABLE: no row of table6 is finished in .*: not run$"),
+], ids=" ".join)
+def test_bad_arguments(tmp_path, capfd, argv, why):
+    assert re.match(why, refused(capfd, [*argv, "--runs", str(tmp_path / "runs")]))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_papers_data_need(tmp_path, capfd):
+    """Each file in turn, with how to get it, before anything is made."""
+    runs, ckpt = ["--runs", str(tmp_path / "runs")], tmp_path / "model.safetensors"
+    usual = refused(capfd, ["table1", "--world", "coco", *runs])
+    assert re.match(r"--ckpt: .*v1-5-pruned-emaonly.safetensors is not there: python scripts/download_models.py "
+                    r"sd-v1-5 fetches it; --gflops-only needs no weights", usual)
+    ckpt.write_bytes(b"")
+    coco = tmp_path / "coco"
+    argv = ["table1", "--world", "coco", *runs, "--ckpt", str(ckpt), "--data", str(coco)]
+    assert re.match(r"--data: .*/annotations/captions_val2017.json is not there, which coco2017-10k needs: "
+                    r"annotations_trainval2017.zip of https://cocodataset.org/#download", refused(capfd, argv))
+    write_coco(coco)
+    (coco / "val2017").rename(coco / "elsewhere")
+    assert re.match(r"--data: .*/val2017 is not there, .*: val2017.zip of https", refused(capfd, argv))
+    (coco / "elsewhere").rename(coco / "val2017")
+    assert refused(capfd, [*argv, "--inception", str(tmp_path / "gone.pth")]).startswith("--inception: ")
+    line = refused(capfd, ["table3", "--world", "coco", *runs, "--ckpt", str(ckpt), "--data", str(coco)])
+    assert re.match(r"--data: .*/VIRTUAL_imagenet256_labeled.npz is not there, .*guided-diffusion", line)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_column_has_a_head():
+    assert all(column.title(world) for column in COLUMNS.values() for world in ("coco", "emoji"))
