@@ -98,8 +98,10 @@ class Job:
     @property
     def folder(self) -> Path:
         """Of the run: rows that make the same pictures have the same one."""
-        values = self.row.flags()[1::2]
-        return self.shared / "_".join(value.replace(":", "-").replace("/", "-") for value in values)
+        flags = self.row.flags()
+        parts = (value if flag in ("--sampler", "--steps", "--plan") else f"{flag.strip('-')}-{value}"
+                 for flag, value in zip(flags[::2], flags[1::2], strict=True))
+        return self.shared / "_".join(part.replace(":", "-").replace("/", "-") for part in parts)
 
     @property
     def timing(self) -> Path:
@@ -166,7 +168,7 @@ def fill(job: Job, columns: Sequence[str], make_it: bool) -> tuple[Filled, dict[
 
     row, args, cells, results = job.row, job.args, {}, {}
     if row.missing:
-        return Filled(row, remark=f"not supported: {row.missing}"), {}
+        return Filled(row, remark=row.missing), {}
     if "gflops" in columns:
         with blame("TABLE" if args.config is None else "--config", (ValueError, OSError, KeyError, TypeError)):
             macs = gflops(row, job.protocol, args.config, ROOT)
