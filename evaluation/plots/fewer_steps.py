@@ -1,0 +1,43 @@
+"""Fewer steps against encoder propagation, with and without prior noise (figures 7, 13 and 14, table 11)."""
+
+from __future__ import annotations
+
+import argparse
+
+from evaluation.plots.drawing import CELL, COLOURS, MARKERS, Drawing, canvas, picture_rows
+from evaluation.plots.scene import Scene
+from ldm.arguments import NOISE_WEIGHT
+from ldm.images import psnr
+
+METHODS = {"plain": ("off", 0.0), "plain, prior noise": ("off", NOISE_WEIGHT),
+           "encoder propagation": ("faster-diffusion", 0.0),
+           "encoder propagation, prior noise": ("faster-diffusion", NOISE_WEIGHT)}
+SAMPLERS = ("ddim", "dpm-solver++")
+
+
+def make(scene: Scene, args: argparse.Namespace) -> Drawing:
+    counts = sorted(set(args.step_counts), reverse=True)
+    figure = canvas(1.6 + 2 * CELL * len(counts), 2.9 + CELL * len(METHODS))
+    upper, lower = figure.subfigures(2, 1, height_ratios=[CELL * len(METHODS) + 0.5, 2.4])
+    parts, charts = upper.subfigures(1, 2), lower.subplots(1, 2, sharey=True)
+    values: dict[str, dict[str, list[float | None]]] = {}
+    for sampler, part, axes in zip(SAMPLERS, parts, charts, strict=True):
+        reference = scene.pictures(scene.engine(sampler, args.steps))
+        rows, values[sampler] = {}, {}
+        for (method, (plan, noise)), colour, marker in zip(METHODS.items(), COLOURS, MARKERS, strict=False):
+            made = [scene.pictures(scene.engine(sampler, steps, plan, noise)) for steps in counts]
+            rows[method] = [pictures[0] for pictures in made]
+            distance = [float(psnr(pictures, reference).mean()) for pictures in made]
+            values[sampler][method] = [d if d < float("inf") else None for d in distance]
+            axes.plot(counts, distance, color=colour, marker=marker, markersize=4, label=method)
+        picture_rows(part, rows if part is parts[0] else {" " * k: row for k, row in enumerate(rows.values())},
+                     [f"{steps}" for steps in counts])
+        part.suptitle(f"{sampler}, steps:", fontsize=8)
+        axes.set_xlabel(f"{sampler} steps")
+        axes.invert_xaxis()
+    charts[0].set_ylabel(f"PSNR to the plain\n{args.steps} steps (dB)")
+    charts[1].legend(fontsize=7)
+    return Drawing(figure, f"Pictures: “{scene.names[0]}”. Key steps of the paper, scaled to each number of "
+                           f"steps; prior noise {NOISE_WEIGHT:g} in every step below t = 500. PSNR to the plain "
+                           f"run of the same sampler with {args.steps} steps, mean over the pictures.",
+                   {"steps": counts, "psnr": values})
