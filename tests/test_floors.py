@@ -51,7 +51,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     [*(f"evaluation/{name}.py" for name in ("distances", "features", "prompts"))],
     ["evaluation/measure.py"],
     [f"evaluation/plots/{name}.py" for name in ("scene", "drawing", "blocks")],
-    ["evaluation/plots/*"],
+    ["evaluation/plots/*", "evaluation/paired.py", "evaluation/recognition.py"],
     ["scripts/*", "evaluation/*", "main.py"],
 ]
 # Whose files may import each other.

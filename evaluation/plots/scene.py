@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ldm.arguments import EMOJI64
-from ldm.checkpoint import CheckpointError, fingerprint, load_model
+from ldm.checkpoint import CheckpointError, load_model
 from ldm.cli import BadInput, blame
 from ldm.generate import Item, subject_items
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.plan import AnyPlan
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.plans import RunFacts, load_plan
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.sampling.conditions import Classes, Condition, Text
 from ldm.sampling.engine import Engine, Recipe, Task, num_nodes
@@ -59,6 +59,11 @@ class Scene:
         """Loaded when it is first needed."""
         with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):
             return load_model(self.setup.config_path, self.setup.ckpt, self.setup.device, self.averaged)
+
+    @cached_property
+    def facts(self) -> RunFacts:
+        """Of any run. Kept, because the digest of large weights takes a while."""
+        return run_facts(self.setup, "ddim")
 
     @cached_property
     def classes(self) -> int | None:
@@ -104,7 +109,7 @@ class Scene:
         nodes = num_nodes(self._recipe(sampler, steps, 0.0), self.setup.config.model.params.get("timesteps", 1000))
         positions = 2 * BATCH * self.setup.config.model.params["image_size"] ** 2
         most = nodes if self.setup.device.type != "cpu" else max(1, CPU_POSITIONS // positions)
-        return load_plan(spec, nodes, most, run=run_facts(self.setup, sampler))
+        return load_plan(spec, nodes, most, run=replace(self.facts, facts={**self.facts.facts, "sampler": sampler}))
 
     def engine(self, sampler: str, steps: int, plan: str | AnyPlan = "off", noise_weight: float = 0.0) -> Engine:
         """Ready to run the items.
@@ -141,7 +146,7 @@ class Scene:
 
     def settings(self, pictured: bool = True) -> dict[str, Any]:
         """What a figure of this scene depends on, with its pictures or without any."""
-        facts = {"model": self.setup.ckpt.parent.name, "weights": fingerprint(self.setup.ckpt)[:16]}
+        facts = {"model": self.setup.ckpt.parent.name, "weights": self.facts.facts["weights"]}
         return facts | ({"pictures": self.count, "seed": self.seed, "guidance": self.guidance} if pictured else {})
 
 

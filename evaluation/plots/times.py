@@ -36,7 +36,8 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     return Drawing(figure, f"Median of {args.repeats} runs of {scene.count} pictures in one batch, the three methods "
                            f"in turn; lines: fastest and slowest. Device {scene.setup.device.type}, "
                            f"{torch.get_num_threads()} threads; load of the machine before: {load:.1f} on "
-                           f"{os.cpu_count()} cores (what else runs makes timings worthless).", {"seconds": found, "load": load})
+                           f"{os.cpu_count()} cores (what else runs makes timings worthless).",
+                   {"seconds": found, "load": load})
 
 
 def methods(scene: Scene, sampler: str, steps: int) -> dict[str, Engine]:
