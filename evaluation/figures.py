@@ -75,7 +75,7 @@ KINDS = {
     "maps": Kind("feature maps as colours, by block and step (figures 2, 10)", None),
     "variants": Kind("encoder, decoder, both or neither propagated (figure 16)", 4),
     "fewer-steps": Kind("fewer steps, with and without propagation and noise (figures 7, 13, 14)", 4, step_counts),
-    "placement": Kind("number and placement of the key steps (table 5, figure 9)", 8),
+    "placement": Kind("number and placement of the key steps (table 5, figure 9)", 4),
     "samplers": Kind("plain and accelerated pictures of several samplers (figures 18 to 24)", 5, gallery),
     "prior-noise": Kind("prior noise and the frequencies of the pictures (figure 6)", 8),
     "timeline": Kind("which parts of the UNet run at which step", None, plans),

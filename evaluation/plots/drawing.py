@@ -96,7 +96,8 @@ def picture_rows(part: Figure | SubFigure, rows: Mapping[str, Sequence[Tensor | 
             bare(axes)
             if picture is not None:
                 show_picture(axes, picture)
-        line[0].set_ylabel(textwrap.fill(label, 17), rotation=0, ha="right", va="center", fontsize=7)
+        wrapped = "\n".join(textwrap.fill(part, 17) for part in label.split("\n"))
+        line[0].set_ylabel(wrapped, rotation=0, ha="right", va="center", fontsize=7)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column, fontsize=7)
     return grid

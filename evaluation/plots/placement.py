@@ -11,7 +11,9 @@ from evaluation.plots.drawing import CELL, COLOURS, Drawing, canvas, picture_row
 from evaluation.plots.scene import Scene
 from ldm.images import psnr
 
-STRATEGIES = ("uniform-1", "uniform-2", "uniform-3", "nonuniform-1", "nonuniform-2", "nonuniform-3", "nonuniform-4")
+STRATEGIES = {"uniform-1": "uniform I", "uniform-2": "uniform II", "uniform-3": "uniform III",
+              "nonuniform-1": "non-uniform I", "nonuniform-2": "non-uniform II", "nonuniform-3": "non-uniform III",
+              "nonuniform-4": "non-uniform IV"}        # by plan, as table 5 calls them
 UNIFORM = ("uniform:2", "uniform:3", "uniform:4", "uniform:6", "uniform:8", "uniform:12")
 CALIBRATED = ("auto:5", "auto:7", "auto:9", "auto:13", "auto:18", "auto:25")
 SHOWN = 3       # pictures beside the curves
@@ -29,7 +31,7 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
         error = (latents - plain).square().flatten(1).mean(1).cpu().numpy()
         found[spec] = {"keys": len(engine.plan.keys), "mse": error, "psnr": psnr(made, pictures).mean()}
         if spec in STRATEGIES:
-            rows[f"{spec.replace('nonuniform', 'non-uniform')}\n{found[spec]['psnr']:.1f} dB"] = list(made[:SHOWN])
+            rows[f"{STRATEGIES[spec]}\n{found[spec]['psnr']:.1f} dB"] = list(made[:SHOWN])
     figure = canvas(5.4 + CELL * 0.85 * min(SHOWN, scene.count), 0.5 + CELL * 0.72 * len(rows))
     left, right = figure.subfigures(1, 2, width_ratios=[4.3, 1.2 + CELL * 0.85 * min(SHOWN, scene.count)])
     axes = left.subplots()
@@ -39,10 +41,11 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
                                                    lambda m: args.steps * (1 - (1 - m / 100) / share)))
     above.set_xlabel("MACs of the UNet, % of the plain run")
     picture_rows(right, rows, [""] * min(SHOWN, scene.count))
+    shown = "”, “".join(scene.names[:SHOWN])
     return Drawing(figure, f"Strategies for the key steps of {args.steps} DDIM steps, without prior noise; labels are "
-                           "those of the paper's table 5, non-uniform IV is its own. Marks: mean over the pictures; "
-                           f"bars: its 95 % interval.{missing} Pictures: “{'”, “'.join(scene.names[:SHOWN])}”, with "
-                           "the mean PSNR to the plain run.", found)
+                           "those of the paper's table 5 (u: uniform, n: non-uniform); n IV is its own. Marks: mean "
+                           f"over the pictures; bars: its 95 % interval.{missing} Pictures: “{shown}”, with the mean "
+                           "PSNR to the plain run.", found)
 
 
 def usable(scene: Scene, steps: int) -> tuple[tuple[str, ...], str]:
@@ -69,10 +72,10 @@ def chart(axes: Axes, found: dict[str, dict[str, object]], calibrated: tuple[str
         lower = np.minimum(errors, 0.9 * np.asarray(means))     # the axis has no place for 0
         axes.errorbar(keys, means, yerr=[lower, errors], fmt=marker, color=colour, label=label, markersize=4,
                       elinewidth=0.7)
-    numerals = dict(zip(STRATEGIES, ("u I", "u II", "u III", "n I", "n II", "n III", "n IV"), strict=True))
-    for spec, label in numerals.items():
-        axes.annotate(label, (found[spec]["keys"], np.mean(found[spec]["mse"])), xytext=(5, 3),
-                      textcoords="offset points", fontsize=7)
+    for spec, label in STRATEGIES.items():
+        place = found[spec]["keys"], np.mean(found[spec]["mse"])
+        axes.annotate(f"{label[0]} {label.rpartition(' ')[2]}", place, xytext=(5, 3), textcoords="offset points",
+                      fontsize=7)
     axes.set_yscale("log")
     axes.set_xlabel("key steps")
     axes.set_ylabel("latents' mean squared error to the plain run")

@@ -11,8 +11,10 @@ from ldm.images import psnr
 
 
 def make(scene: Scene, args: argparse.Namespace) -> Drawing:
-    figure = canvas(1.4 + 2.1 * CELL * len(args.samplers), 0.9 + CELL * scene.count)
-    parts = figure.subfigures(1, len(args.samplers), squeeze=False)[0]
+    width = 2.1 * CELL
+    figure = canvas(1.2 + width * len(args.samplers), 0.9 + CELL * scene.count)
+    parts = figure.subfigures(1, len(args.samplers), squeeze=False,
+                              width_ratios=[1.2 + width, *[width] * (len(args.samplers) - 1)])[0]
     values = {}
     for k, ((sampler, steps), part) in enumerate(zip(args.samplers, parts, strict=True)):
         plain = scene.pictures(scene.engine(sampler, steps))

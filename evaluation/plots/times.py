@@ -19,10 +19,10 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     load = os.getloadavg()[0]
     found = {f"{sampler}, {steps}": measure(methods(scene, sampler, steps), scene, args.repeats)
              for sampler, steps in args.samplers}
-    figure = canvas(1.6 + 1.5 * len(found), 3.2)
+    figure = canvas(2.8 + 1.5 * len(found), 3.4)
     axes = figure.subplots()
     names = list(next(iter(found.values())))
-    for k, (name, colour) in enumerate(zip(names, (COLOURS[6], COLOURS[5], COLOURS[0]), strict=True)):
+    for k, (name, colour) in enumerate(zip(names, ("#999999", COLOURS[5], COLOURS[0]), strict=True)):
         runs = [found[sampler][name] for sampler in found]
         middle = np.array([np.median(seconds) for seconds in runs])
         spread = [middle - [min(seconds) for seconds in runs], [max(seconds) for seconds in runs] - middle]
@@ -32,10 +32,10 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     axes.set_xticks(range(len(found)), [f"{name} steps" for name in found])
     axes.grid(False, axis="x")
     axes.set_ylabel("seconds per picture, with the first stage")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(names))
     return Drawing(figure, f"Median of {args.repeats} runs of {scene.count} pictures in one batch, the three methods "
                            f"in turn; lines: fastest and slowest. Device {scene.setup.device.type}, "
-                           f"{torch.get_num_threads()} threads; load of the machine before: {load:.1f} on "
+                           f"threads: {torch.get_num_threads()}; load of the machine before: {load:.1f} on "
                            f"{os.cpu_count()} cores (what else runs makes timings worthless).",
                    {"seconds": found, "load": load})
 
