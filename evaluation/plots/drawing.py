@@ -68,14 +68,8 @@ def _rounded(values: np.ndarray | Tensor | np.generic) -> Any:
 
 
 def show_picture(axes: Axes, picture: Tensor) -> None:
-    """A picture (3, H, W) in -1..1 (or (H, W), grey, in 0..1), every pixel sharp."""
-    pixels = (picture.permute(1, 2, 0) + 1) / 2 if picture.ndim == 3 else picture
-    axes.imshow(pixels.clamp(0, 1).numpy(), interpolation="none", cmap="gray", vmin=0, vmax=1)
-    bare(axes)
-
-
-def bare(axes: Axes) -> None:
-    """Without ticks and frame."""
+    """A picture, (3, H, W) in -1..1, every pixel sharp, without ticks and frame."""
+    axes.imshow(((picture.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="none")
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -83,24 +77,18 @@ def bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def picture_rows(part: Figure | SubFigure, rows: Mapping[str, Sequence[Tensor | None]],
-                 columns: Sequence[str]) -> np.ndarray:
-    """A grid of pictures (see `show_picture`; None = an empty place) with labels on the left and above.
-
-    Returns:
-        The axes, (rows, columns).
-    """
+def picture_rows(part: Figure | SubFigure, rows: Sequence[Sequence[Tensor]], columns: Sequence[str],
+                 labels: Sequence[str] = ()) -> None:
+    """A grid of pictures (see `show_picture`) with a label above each column and, if given, left of each row."""
     grid = part.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
-    for line, (label, pictures) in zip(grid, rows.items(), strict=True):
+    for line, pictures in zip(grid, rows, strict=True):
         for axes, picture in zip(line, pictures, strict=True):
-            bare(axes)
-            if picture is not None:
-                show_picture(axes, picture)
-        wrapped = "\n".join(textwrap.fill(part, 17) for part in label.split("\n"))
-        line[0].set_ylabel(wrapped, rotation=0, ha="right", va="center", fontsize=7)
+            show_picture(axes, picture)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column, fontsize=7)
-    return grid
+    for axes, label in zip(grid[:, 0], labels, strict=bool(labels)):
+        wrapped = "\n".join(textwrap.fill(line, 17) for line in label.split("\n"))
+        axes.set_ylabel(wrapped, rotation=0, ha="right", va="center", fontsize=7)
 
 
 def canvas(width: float, height: float) -> Figure:

@@ -25,15 +25,14 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     values: dict[str, dict[str, list[float | None]]] = {}
     for sampler, part, axes in zip(SAMPLERS, parts, charts, strict=True):
         reference = scene.pictures(scene.engine(sampler, args.steps))
-        rows, values[sampler] = {}, {}
+        rows, values[sampler] = [], {}
         for (method, (plan, noise)), colour, marker in zip(METHODS.items(), COLOURS, MARKERS, strict=False):
             made = [scene.pictures(scene.engine(sampler, steps, plan, noise)) for steps in counts]
-            rows[method] = [pictures[0] for pictures in made]
+            rows.append([pictures[0] for pictures in made])
             distance = [float(psnr(pictures, reference).mean()) for pictures in made]
             values[sampler][method] = [d if d < float("inf") else None for d in distance]
             axes.plot(counts, distance, "--" if noise else "-", color=colour, marker=marker, markersize=4, label=method)
-        picture_rows(part, rows if part is parts[0] else {" " * k: row for k, row in enumerate(rows.values())},
-                     [f"{steps}" for steps in counts])
+        picture_rows(part, rows, [f"{steps}" for steps in counts], [*METHODS] if part is parts[0] else ())
         part.suptitle(f"{sampler}, steps:", fontsize=8)
         axes.set_xlabel(f"{sampler} steps")
         axes.set_xscale("log")

@@ -34,7 +34,7 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     clean = torch.cat([state.x0 for i, state in enumerate(states) if i in shown])
     rows["picture expected"] = scene.decode(engine, clean)
     figure = canvas(1.3 + CELL * len(shown) * 0.8, 0.5 + CELL * 0.8 * len(rows))
-    picture_rows(figure, rows, [f"step {i}" for i in shown])
+    picture_rows(figure, [*rows.values()], [f"step {i}" for i in shown], [*rows])
     share = ", ".join(f"{name} {100 * part:.0f} %" for name, part in explained.items())
     return Drawing(figure, f"The three leading principal components of each block's output as red, green and blue, one "
                            f"basis for all steps of a row; size of the maps in brackets. “{scene.names[0]}”, plain run "

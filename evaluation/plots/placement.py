@@ -40,7 +40,7 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     above = axes.secondary_xaxis("top", functions=(lambda k: 100 * (1 - share * (1 - k / args.steps)),
                                                    lambda m: args.steps * (1 - (1 - m / 100) / share)))
     above.set_xlabel("MACs of the UNet, % of the plain run")
-    picture_rows(right, rows, [""] * min(SHOWN, scene.count))
+    picture_rows(right, [*rows.values()], [""] * min(SHOWN, scene.count), [*rows])
     shown = "”, “".join(scene.names[:SHOWN])
     return Drawing(figure, f"Strategies for the key steps of {args.steps} DDIM steps, without prior noise; labels are "
                            "those of the paper's table 5 (u: uniform, n: non-uniform); n IV is its own. Marks: mean "

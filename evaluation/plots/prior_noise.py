@@ -19,15 +19,15 @@ CONTRAST = 2.0  # of the high frequencies, which are faint
 
 def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     made = {name: scene.pictures(scene.engine("ddim", args.steps, *how)) for name, how in METHODS.items()}
-    rows = {}
-    for name, pictures in made.items():
+    rows = []
+    for pictures in made.values():
         low = below(pictures[:2], CUT)
         high = CONTRAST * (pictures[:2] - low)
-        rows[name] = [part[k] for k in range(len(low)) for part in (pictures, low, high)]
+        rows.append([part[k] for k in range(len(low)) for part in (pictures, low, high)])
     columns = ["picture", "low frequencies", "high frequencies"] * min(2, scene.count)
     figure = canvas(1.5 + CELL * len(columns), 3.2 + CELL * len(rows))
     upper, lower = figure.subfigures(2, 1, height_ratios=[CELL * len(rows) + 0.3, 2.6])
-    picture_rows(upper, rows, columns)
+    picture_rows(upper, rows, columns, [*made])
     absolute, ratio = lower.subplots(1, 2)
     spectra = {name: spectrum(pictures) for name, pictures in made.items()}
     for (name, (frequencies, amplitudes)), colour, line in zip(spectra.items(), COLOURS, ("-", "--", "-."),

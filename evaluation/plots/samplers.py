@@ -21,8 +21,7 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
         fast = scene.pictures(engine := scene.engine(sampler, steps, "faster-diffusion", NOISE_WEIGHT))
         distance = psnr(fast, plain).mean()
         values[f"{sampler}:{steps}"] = {"psnr": distance, "keys": engine.plan.keys}
-        labels = scene.names if k == 0 else [" " * i for i in range(scene.count)]
-        picture_rows(part, dict(zip(labels, zip(plain, fast, strict=True), strict=True)), ["plain", "accelerated"])
+        picture_rows(part, [*zip(plain, fast, strict=True)], ["plain", "accelerated"], scene.names if k == 0 else ())
         part.suptitle(f"{sampler}, {steps} steps\n{len(engine.plan.keys)} of {engine.plan.num_nodes} key, "
                       f"{distance:.1f} dB", fontsize=8)
     return Drawing(figure, "Plain and with encoder propagation (the paper's key steps, scaled where it lists none for "

@@ -96,8 +96,7 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     distance = {name: psnr(made, pictures["plain"]).mean() for name, made in pictures.items() if name != "plain"}
     figure = canvas(1.5 + CELL * len(pictures), 0.5 + CELL * scene.count)
     columns = [name + (f"\n{distance[name]:.1f} dB" if name in distance else "\n") for name in pictures]
-    rows = {name: [made[k] for made in pictures.values()] for k, name in enumerate(scene.names)}
-    picture_rows(figure, rows, columns)
+    picture_rows(figure, [*zip(*pictures.values(), strict=True)], columns, scene.names)
     return Drawing(figure, f"What is propagated from the key steps {', '.join(map(str, plan.keys))} of {args.steps} "
                            "DDIM steps, without prior noise. Numbers: PSNR to the plain run, mean over the pictures. "
                            "Decoder: only its finest resolution runs at the other steps; both: the key step's "
