@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -43,13 +44,9 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
 
 def curves(axes: Axes, found: Mapping[str, np.ndarray]) -> None:
     """Mean and band over the pictures of (nodes - 1, B) from node 1 on."""
+    # Networks may have more blocks than there are colours.
     for (name, values), colour, marker in zip(found.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
         nodes = np.arange(1, len(values) + 1)
         axes.fill_between(nodes, *np.percentile(values, BAND, axis=1), color=colour, alpha=0.15, linewidth=0)
         axes.plot(nodes, values.mean(1), color=colour, marker=marker, markevery=max(1, len(nodes) // 8), markersize=4,
                   label=name)
-
-
-def cycle(choices: Sequence[str], most: int = 32) -> list[str]:
-    """Again and again, for networks of more blocks than there are colours."""
-    return [choices[k % len(choices)] for k in range(most)]
