@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
                    {"variance_shown": explained, "steps": shown})
 
 
-def colours(maps: Tensor) -> tuple[Sequence[Tensor], float]:
+def colours(maps: Tensor) -> tuple[Tensor, float]:
     """Maps of several steps (T, C, h, w) -> pictures (T, 3, h, w) in -1..1, and the share of the variance they show.
 
     The sign of a component is fixed by its largest weight being positive.
