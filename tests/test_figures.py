@@ -85,10 +85,10 @@ def wrapped_unet() -> tuple[UNetModel, Any]:
             super().__init__()
             self.unet = UNetModel(8, 3, 32, 3, 1, [], channel_mult=(1, 2), num_heads=1).eval()
 
-        def encode(self, x, t, cond):
+        def encode(self, x, t, cond, tome):
             return self.unet.encode(x, t)
 
-        def advance(self, features, t, cond, blocks):
+        def advance(self, features, t, cond, blocks, tome):
             return self.unet.advance(features, t, blocks=blocks)
 
     network = Network()
@@ -180,10 +180,10 @@ def test_variants_do_not_depend_on_how_many_decoders_share_a_batch(variant, toy)
 def test_dropping_decodes_zeros(toy):
     model, rule, x = toy
     features = model.encode(x, 900.0)
-    key, other = Dropping(model).decode(Features.cat([features] * 2), [900.0, 800.0])
+    key, other = Dropping(model).decode([features] * 2, [900.0, 800.0])
     zeros = Features.of([torch.zeros_like(part) for part in features.tensors])
-    torch.testing.assert_close(key.out, model.decode(features, [900.0])[0].out, **EXACT)
-    torch.testing.assert_close(other.out, model.decode(zeros, [800.0])[0].out, **EXACT)
+    torch.testing.assert_close(key.out, model.decode([features], [900.0])[0].out, **EXACT)
+    torch.testing.assert_close(other.out, model.decode([zeros], [800.0])[0].out, **EXACT)
 
 
 def test_both_predicts_what_the_key_step_predicted(toy):
@@ -191,7 +191,7 @@ def test_both_predicts_what_the_key_step_predicted(toy):
     state = State(x)
     for i, node in enumerate(rule.nodes):
         if i in (0, 3):
-            eps = model.decode(model.encode(state.x, node.t), [node.t])[0].out
+            eps = model.decode([model.encode(state.x, node.t)], [node.t])[0].out
         state = rule.step(state, i, eps)
     torch.testing.assert_close(final(Both(model), rule, Plan(5, (0, 3)), x), state.x, **EXACT)
 

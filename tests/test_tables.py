@@ -211,7 +211,7 @@ def test_results_of_different_protocols_are_refused(made, capfd):
 
 def test_pictures_are_timed_one_by_one(made, tmp_path):
     argv = ["--protocol", "emoji64", "--steps", "2", "--plan", "0", "--data", made[0][4], "--device", "cpu", "--out",
-            str(tmp_path / "run"), "--parallel", "1"]
+            str(tmp_path / "run"), "--parallel", "1", "--count", "2"]
     found = table_cost.time_pictures(argv, 2)
     assert len(found["seconds"]) == 2 and all(0 < u < s for u, s in zip(found["seconds_unet"], found["seconds"],
                                                                         strict=True))

@@ -42,7 +42,7 @@ def block_outputs(model: Denoiser, x: Tensor, t: float) -> Outputs:
     outputs = {f"E{size}": features.skips[i] for i, size in encoder_ends(sizes)}
     outputs["B"] = features.hidden
     for remaining, size in decoder_ends(sizes):
-        features = model.advance(features, [t], remaining)
+        (features,) = model.advance([features], [t], remaining)
         outputs[f"D{size}"] = features.hidden
     return outputs
 

@@ -6,54 +6,31 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaluation.plots.drawing import CELL, Drawing, canvas, picture_rows
 from evaluation.plots.scene import Scene
 from ldm.images import psnr
-from ldm.models.diffusion.denoiser import Denoiser, Prediction
+from ldm.models.diffusion.denoiser import Prediction, Wrapper
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.schedule import Node
 from ldm.modules.diffusionmodules.features import Features
 
 
-@dataclass(frozen=True)
-class KeyNodesOnly:
+class KeyNodesOnly(Wrapper):
     """A denoiser that uses another one at key nodes; what it predicts between them is for its kinds to say."""
 
-    inner: Denoiser
-
-    @property
-    def network(self) -> nn.Module:
-        return self.inner.network
-
-    def embed_time(self, ts: Sequence[float]) -> Tensor:
-        return self.inner.embed_time(ts)
-
-    def encode(self, x: Tensor, t: float) -> Features:
-        return self.inner.encode(x, t)
-
-    def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
-        return self.inner.refresh(features, x, t, blocks)
-
-    def advance(self, features: Features, ts: Sequence[float], blocks: int) -> Features:
-        return self.inner.advance(features, ts, blocks)
-
-    def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
-        return self.inner.to_eps(prediction, x, node)
-
-    def decode(self, features: Features, ts: Sequence[float], last: Prediction | None = None) -> list[Prediction]:
+    def decode(self, features: Sequence[Features], ts: Sequence[float],
+               last: Prediction | None = None) -> list[Prediction]:
         if last is not None:
             return self.between(features, ts, last)
-        size = len(features) // len(ts)
-        first = self.inner.decode(features.images(slice(0, size)), ts[:1])
-        return first + (self.between(features.images(slice(size, None)), ts[1:], first[0]) if ts[1:] else [])
+        first = self.inner.decode(features[:1], ts[:1])
+        return first + (self.between(features[1:], ts[1:], first[0]) if ts[1:] else [])
 
-    def between(self, features: Features, ts: Sequence[float], last: Prediction) -> list[Prediction]:
+    def between(self, features: Sequence[Features], ts: Sequence[float], last: Prediction) -> list[Prediction]:
         """The predictions at nodes that are no key nodes, from the key node's features and the prediction before."""
         raise NotImplementedError
 
@@ -61,15 +38,15 @@ class KeyNodesOnly:
 class Both(KeyNodesOnly):
     """Encoder and decoder propagated: the key node's prediction is used again."""
 
-    def between(self, features: Features, ts: Sequence[float], last: Prediction) -> list[Prediction]:
+    def between(self, features: Sequence[Features], ts: Sequence[float], last: Prediction) -> list[Prediction]:
         return [last] * len(ts)
 
 
 class Dropping(KeyNodesOnly):
     """Nothing propagated: the decoder gets zeros for all that the encoder would have left."""
 
-    def between(self, features: Features, ts: Sequence[float], last: Prediction) -> list[Prediction]:
-        return self.inner.decode(Features.of([torch.zeros_like(part) for part in features.tensors]), ts)
+    def between(self, features: Sequence[Features], ts: Sequence[float], last: Prediction) -> list[Prediction]:
+        return self.inner.decode([Features.of([torch.zeros_like(t) for t in f.tensors]) for f in features], ts)
 
 
 def decoder_plan(plan: Plan, skips: Sequence[Tensor]) -> Plan:
