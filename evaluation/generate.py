@@ -179,26 +179,45 @@ def versions(setup: Setup) -> dict[str, str]:
     return found | {"machine": gpu or platform.machine()}
 
 
-def folder_batch(outdir: Path) -> int:
-    """The batch size of the run that is there, or else the usual one."""
+def batch_size(args: argparse.Namespace) -> int:
+    """As asked for, or of the run that is there, or else the usual one."""
     from evaluation.run_folder import CARD, read_card
 
-    return read_card(outdir)["batch"] if (outdir / CARD).is_file() else BATCH
+    there = Path(args.outdir)
+    return args.batch_size or (read_card(there)["batch"] if (there / CARD).is_file() else BATCH)
 
 
 # The run
 
-def make(folder: RunFolder, engine: Engine, process: Process, batch: int) -> tuple[int, int]:
+def begin(args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Prompt], setup: Setup,
+          process: Process) -> tuple[RunFolder, Engine]:
+    """The folder, new or gone on with, and the model."""
+    from evaluation.run_folder import RunFolder
+
+    with blame("--out"):
+        batch = batch_size(args)
+    engine = make_engine(args, protocol, setup, batch)
+    with blame("--out"):
+        card = run_card(args, protocol, prompts, setup, engine, batch)
+        folder = RunFolder.open(Path(args.outdir), card, prompts, str(process))
+    if card["captions_cut"] and not process.rank:
+        print(f"{card['captions_cut']} of {len(prompts)} captions are longer than the model reads and cut off")
+    if folder.card["versions"] != card["versions"] and not process.rank:
+        print(f"begun with other versions, so last digits may differ: {folder.card['versions']}")
+    return folder, engine
+
+
+def make(folder: RunFolder, engine: Engine, process: Process) -> tuple[int, int]:
     """This process's share of the pictures: how many were made, and how many were there."""
     from tqdm import tqdm
 
     from ldm.generate import fill
 
     fresh = found = 0
-    share = sum(len(folder.items[k:k + batch]) for k in range(process.rank * batch, len(folder.items),
-                                                              process.world_size * batch))
+    items, batch = folder.items, folder.card["batch"]
+    share = sum(len(items[k:k + batch]) for k in range(process.rank * batch, len(items), process.world_size * batch))
     with tqdm(total=share, desc=str(process), unit="image", disable=True if process.rank else None) as bar:
-        for made in fill(folder, folder.items, engine, batch, process.rank, process.world_size):
+        for made in fill(folder, items, engine, batch, process.rank, process.world_size):
             fresh, found = fresh + made.fresh, found + (not made.fresh)
             bar.update()
     return fresh, found
@@ -226,38 +245,27 @@ def run(argv: Sequence[str] | None) -> None:
     if protocol.size % setup.sizes.multiple:
         raise BadInput(f"--protocol: its pictures have {protocol.size} px; this model's must be a multiple of "
                        f"{setup.sizes.multiple}")
-    outdir = Path(args.outdir)
-    with blame("--out"):
-        batch = args.batch_size or folder_batch(outdir)
     process = join(args)
     setup = replace(setup, device=process.device)
 
     import torch
 
-    from evaluation.run_folder import NPZ, RunFolder
-
     if setup.device.type == "cpu":
         torch.set_num_threads(CPU_THREADS)
     began = time.perf_counter()
-    engine = make_engine(args, protocol, setup, batch)
-    with blame("--out"):
-        card = run_card(args, protocol, prompts, setup, engine, batch)
-        folder = RunFolder.open(outdir, card, prompts, str(process))
-    if card["captions_cut"] and not process.rank:
-        print(f"{card['captions_cut']} of {len(prompts)} captions are longer than the model reads and cut off")
-    if folder.card["versions"] != card["versions"] and not process.rank:
-        print(f"begun with other versions, so last digits may differ: {folder.card['versions']}")
+    folder, engine = begin(args, protocol, prompts, setup, process)
     try:
         with blame("--precision" if engine.autocast else "--ckpt", (ValueError,)):
-            fresh, found = make(folder, engine, process, batch)
+            fresh, found = make(folder, engine, process)
         complete = folder.finish()
-        if complete and args.npz and not (outdir / NPZ).is_file() and (fresh or not process.rank):
+        # Of several processes that find all there, those that made nothing leave it to the first.
+        if complete and args.npz and (fresh or not process.rank):
             print(f"arrays: {folder.write_npz()}")
     except OSError as error:
-        raise BadInput(f"--out: can't write to {outdir}: {error.strerror or error}; what is there stays, and the same "
-                       f"command goes on from there") from error
+        raise BadInput(f"--out: can't write to {folder.path}: {error.strerror or error}; what is there stays, and the "
+                       f"same command goes on from there") from error
     state = "complete" if complete else f"{folder.done()} of {len(folder.items)} pictures there"
-    print(f"{process}: {fresh} made, {found} found in {time.perf_counter() - began:.1f} s; {outdir}: {state}")
+    print(f"{process}: {fresh} made, {found} found in {time.perf_counter() - began:.1f} s; {folder.path}: {state}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

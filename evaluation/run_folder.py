@@ -218,6 +218,8 @@ class RunFolder:
     def write_npz(self) -> Path:
         """All pictures as `arr_0`, (N, H, W, 3) uint8, in the order of the manifest; one in memory at a time."""
         path = self.path / NPZ
+        if path.is_file():      # whole, and a folder holds one run
+            return path
         with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
                 side = self.card["protocol"]["size"]

@@ -22,7 +22,7 @@ from ldm.models.diffusion.denoiser import Denoiser, Guidance
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.memory import Halving
-from ldm.models.diffusion.plan import AnyPlan
+from ldm.models.diffusion.plan import AnyPlan, Work
 from ldm.models.diffusion.solvers import num_steps, solver
 from ldm.models.diffusion.spread import Spread
 from ldm.noise import ImageNoise
@@ -209,8 +209,10 @@ class Engine:
                         "device": self.model.device.type}
 
     def latents(self, items: Sequence[Item]) -> Tensor:
-        """The items' sampled latents, (B, C, h, w)."""
-        return self.sampled(items)[0]
+        """The items' sampled latents, (B, C, h, w); what they cost is not counted."""
+        if self.plan.per_picture and len(items) > 1:
+            return torch.cat([self.latents([item]) for item in items])
+        return self._run(items)[0]
 
     def plain_run(self, items: Sequence[Item]) -> tuple[Denoiser, Rule, Tensor]:
         """What `denoise` needs for the items: the model with their conditions, the solver, the starting latents."""
@@ -225,6 +227,12 @@ class Engine:
         if self.plan.per_picture and len(items) > 1:
             parts = [self.sampled([item]) for item in items]
             return torch.cat([x for x, _ in parts]), Spent.mean([spent for _, spent in parts])
+        x, works, ts = self._run(items)
+        images = self.recipe.guidance.images(works, ts)
+        return x, Spent(self.unit.run(self.plan, works, images), self.unit.critical_path(self.plan, works, images))
+
+    def _run(self, items: Sequence[Item]) -> tuple[Tensor, list[Work], list[float]]:
+        """The items' latents; what ran at each node, and its timestep."""
         with self._precision():
             canvas, noise = self.task.canvas, ImageNoise([item.seed for item in items]).node
             rule = self.recipe.rule(self.model.alphas_cumprod, noise, canvas.strength)
@@ -237,8 +245,7 @@ class Engine:
                 works.append(state.work)
                 self.on_node()
             self._most = halving.most
-        images = self.recipe.guidance.images(works, [node.t for node in rule.nodes])
-        return x, Spent(self.unit.run(self.plan, works, images), self.unit.critical_path(self.plan, works, images))
+        return x, works, [node.t for node in rule.nodes]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""

@@ -1,0 +1,1 @@
+"""The figures of evaluation/figures.py, one module for each kind."""

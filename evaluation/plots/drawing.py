@@ -1,0 +1,108 @@
+"""How figures look, and how they are written: vector, PNG, and the numbers behind them."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from torch import Tensor
+
+from ldm.cli import blame
+from ldm.util import atomic_write
+
+# Okabe and Ito's colours, told apart by the colour-blind; the markers and lines tell them apart without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = "osD^vP*X"
+DPI = 130
+STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.linewidth": 0.3, "grid.alpha": 0.6, "legend.frameon": False, "lines.linewidth": 1.2,
+         "svg.hashsalt": "figure"}     # without the salt, two files of the same figure differ
+CELL = 0.95     # inches, of a small picture
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A finished figure.
+
+    notes:    what its caption says beside the model, the pictures and the seed.
+    values:   the numbers that are drawn, as JSON values.
+    pictured: pictures were made for it.
+    """
+
+    figure: Figure
+    notes: str
+    values: Mapping[str, Any]
+    pictured: bool = True
+
+    def save(self, out: str, caption: str, settings: Mapping[str, Any]) -> list[str]:
+        """Write out.svg, out.png and out.json; their names.
+
+        Raises:
+            BadInput: they can't be written.
+        """
+        width = int(self.figure.get_size_inches()[0] * 19)      # characters of this size in the figure's width
+        self.figure.supxlabel(textwrap.fill(f"{self.notes} {caption}", width), fontsize=6.5, color="#333333")
+        record = {"caption": f"{self.notes} {caption}", **settings, "values": self.values}
+        with blame("--out", (OSError,)), matplotlib.rc_context(STYLE):
+            for suffix in ("svg", "png"):
+                with atomic_write(f"{out}.{suffix}") as part:
+                    self.figure.savefig(part, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None)
+            with atomic_write(f"{out}.json") as part:
+                part.write_text(json.dumps(record, indent=1, default=_rounded) + "\n", encoding="utf-8")
+        return [f"{out}.{suffix}" for suffix in ("svg", "png", "json")]
+
+
+def _rounded(values: np.ndarray | Tensor | np.generic) -> Any:
+    """Four digits, which is more than a figure shows; what is not finite has no JSON value."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim:
+        return [_rounded(value) for value in values]
+    return float(f"{values:.4g}") if np.isfinite(values) else None
+
+
+def show_picture(axes: Axes, picture: Tensor) -> None:
+    """A picture, (3, H, W) in -1..1, every pixel sharp, without ticks and frame."""
+    axes.imshow(((picture.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="none")
+    axes.grid(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def picture_rows(part: Figure | SubFigure, rows: Sequence[Sequence[Tensor]], columns: Sequence[str],
+                 labels: Sequence[str] = ()) -> None:
+    """A grid of pictures (see `show_picture`) with a label above each column and, if given, left of each row."""
+    grid = part.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
+    for line, pictures in zip(grid, rows, strict=True):
+        for axes, picture in zip(line, pictures, strict=True):
+            show_picture(axes, picture)
+    for axes, column in zip(grid[0], columns, strict=True):
+        axes.set_title(column, fontsize=7)
+    for axes, label in zip(grid[:, 0], labels, strict=bool(labels)):
+        wrapped = "\n".join(textwrap.fill(line, 17) for line in label.split("\n"))
+        axes.set_ylabel(wrapped, rotation=0, ha="right", va="center", fontsize=7)
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure in the house's style; sizes in inches. Call it, and what draws on it, inside `house_style`."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def house_style() -> Any:
+    """The context in which figures are drawn."""
+    return matplotlib.rc_context(STYLE)
+
+
+def thin_out(choices: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, evenly spread, with the first and the last."""
+    if len(choices) <= most:
+        return list(choices)
+    return [choices[round(k * (len(choices) - 1) / (most - 1))] for k in range(most)]

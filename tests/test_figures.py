@@ -1,0 +1,302 @@
+"""The figures: the numbers behind them on cases that can be checked by hand, and every command from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy import final, toy_denoiser, toy_inputs, toy_network, toy_rule
+from txt2img_model import WORDS, write_model
+
+from evaluation.figures import KINDS, main
+from evaluation.plots.blocks import (
+    block_outputs,
+    change,
+    changes,
+    decoder_ends,
+    encoder_ends,
+    frobenius,
+    norms,
+    plain_outputs,
+)
+from evaluation.plots.drawing import thin_out
+from evaluation.plots.maps import colours
+from evaluation.plots.prior_noise import below, spectrum
+from evaluation.plots.timeline import shares, together
+from evaluation.plots.variants import Both, Dropping, decoder_plan
+from ldm.models.diffusion.denoiser import Conditional, Conditioning
+from ldm.models.diffusion.loop import State, denoise
+from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.plans import load_plan
+from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+EXACT = {"rtol": 0, "atol": 1e-9}
+
+
+# Features along a run
+
+def test_change_is_equation_2_by_hand():
+    now, before = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
+    now[1, 0, 0, 0], before[1, 2, 1, 1] = 3.0, 1.0
+    np.testing.assert_allclose(change(now, before), [0, (9 + 1) / (3 * 2 * 2)])     # 1 / (d s^2) times the square
+
+
+def test_frobenius_is_of_the_channels_mean():
+    output = torch.stack([torch.full((2, 2), 1.0), torch.full((2, 2), 5.0)])[None]
+    np.testing.assert_allclose(frobenius(output), [math.sqrt(4 * 3 ** 2)])
+
+
+def test_what_does_not_change_has_no_evolution():
+    outputs = {"E8": torch.rand(2, 3, 4, 4), "D8": torch.rand(2, 3, 4, 4)}
+    found = changes(iter([outputs] * 5))
+    assert all((values == 0).all() and values.shape == (4, 2) for values in found.absolute.values())
+    assert all((values == 0).all() for values in found.relative.values())
+    assert all(np.ptp(values, axis=0).max() == 0 for values in norms(iter([outputs] * 5)).values())
+
+
+def test_relative_change_does_not_know_the_scale():
+    run = [{"B": torch.rand(1, 2, 3, 3)} for _ in range(3)]
+    one, ten = changes(iter(run)), changes({"B": 10 * o["B"]} for o in run)
+    np.testing.assert_allclose(ten.absolute["B"], 100 * one.absolute["B"], rtol=1e-5)
+    np.testing.assert_allclose(ten.relative["B"], one.relative["B"], rtol=1e-5)
+
+
+def test_one_step_is_no_evolution():
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        changes(iter([{"B": torch.zeros(1, 1, 1, 1)}]))
+
+
+def test_blocks_end_where_the_resolution_changes():
+    sizes = [64, 64, 64, 32, 32, 32, 16, 16]        # two residual blocks a level, then the layer that halves
+    assert encoder_ends(sizes) == [(3, 64), (6, 32), (7, 16)]
+    assert decoder_ends(sizes) == [(6, 16), (3, 32), (0, 64)]
+    assert encoder_ends([8, 8]) == [(1, 8)] and decoder_ends([8, 8]) == [(0, 8)]
+
+
+def wrapped_unet() -> tuple[UNetModel, Any]:
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = UNetModel(8, 3, 32, 3, 1, [], channel_mult=(1, 2), num_heads=1).eval()
+
+        def encode(self, x, t, cond, tome):
+            return self.unet.encode(x, t)
+
+        def advance(self, features, t, cond, blocks, tome):
+            return self.unet.advance(features, t, blocks=blocks)
+
+    network = Network()
+    return network.unet, Conditional(network, Conditioning())
+
+
+def test_block_outputs_are_what_the_modules_put_out():
+    unet, model = wrapped_unet()
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name, module):
+        return module.register_forward_hook(lambda m, i, output: seen.__setitem__(name, output))
+
+    handles = [watch(f"in{i}", block) for i, block in enumerate(unet.input_blocks)]
+    handles += [watch(f"out{i}", block) for i, block in enumerate(unet.output_blocks)]
+    handles.append(watch("mid", unet.middle_block))
+    x = torch.rand(2, 3, 8, 8)
+    unet(x, torch.tensor([5.0, 5.0]))
+    for handle in handles:
+        handle.remove()
+    outputs = block_outputs(model, x, 5.0)
+    assert [*outputs] == ["E8", "E4", "B", "D4", "D8"]
+    for name, module in zip(outputs, ("in2", "in3", "mid", "out1", "out3"), strict=True):
+        torch.testing.assert_close(outputs[name], seen[module], rtol=0, atol=1e-6)
+
+
+def test_the_run_is_the_plain_run_and_its_conditional_half():
+    x, cond, uncond = toy_inputs(2)
+    network, rule = toy_network(), toy_rule(4)
+    guided, plain = toy_denoiser(network, cond, uncond, 3.0), load_plan("off", 4)
+    *_, last = plain_outputs(guided, rule, x)
+    *_, state, _ = (State(x), *denoise(guided, rule, plain, x))
+    conditional = block_outputs(toy_denoiser(network, cond, uncond, 1.0), state.x, rule.nodes[-1].t)
+    for name, output in conditional.items():
+        torch.testing.assert_close(last[name], output, **EXACT)
+
+
+# Feature maps
+
+def test_three_components_of_three_channels_are_all():
+    maps = torch.rand(4, 3, 5, 5)
+    shown, share = colours(maps)
+    assert shown.shape == (4, 3, 5, 5) and share == pytest.approx(1)
+    assert float(shown.min()) == -1 and float(shown.max()) == 1
+
+
+def test_the_first_component_is_where_the_variance_is():
+    maps = torch.zeros(2, 6, 4, 4)
+    maps[:, 4] = torch.linspace(-1, 1, 32).view(2, 4, 4)
+    maps[:, 1] = 1e-3 * torch.rand(2, 4, 4)
+    shown, share = colours(maps)
+    red = torch.corrcoef(torch.stack([shown[:, 0].flatten(), maps[:, 4].flatten()]))[0, 1]
+    assert red > 0.99 and share > 0.999             # and of the right sign
+
+
+def test_constant_maps_are_one_colour():
+    shown, share = colours(torch.ones(2, 5, 3, 3))
+    assert share == 1 and torch.isfinite(shown).all() and (shown == shown[:1, :, :1, :1]).all()
+
+
+def test_thinning_keeps_both_ends():
+    assert thin_out(range(50), 10)[0] == 0 and thin_out(range(50), 10)[-1] == 49
+    assert thin_out(range(3), 10) == [0, 1, 2]
+
+
+# What is propagated
+
+@pytest.fixture
+def toy() -> tuple[Any, Any, torch.Tensor]:
+    x, cond, uncond = toy_inputs(2)
+    return toy_denoiser(toy_network(), cond, uncond, 3.0), toy_rule(5), x
+
+
+@pytest.mark.parametrize("variant", [Both, Dropping])
+def test_variants_are_plain_where_every_step_is_a_key_step(variant, toy):
+    model, rule, x = toy
+    plain = load_plan("off", 5)
+    torch.testing.assert_close(final(variant(model), rule, plain, x), final(model, rule, plain, x), **EXACT)
+
+
+@pytest.mark.parametrize("variant", [Both, Dropping])
+def test_variants_do_not_depend_on_how_many_decoders_share_a_batch(variant, toy):
+    model, rule, x = toy
+    runs = [final(variant(model), rule, Plan(5, (0, 1, 3), parallel), x) for parallel in (1, 2, 5)]
+    for run in runs[1:]:
+        torch.testing.assert_close(run, runs[0], **EXACT)
+
+
+def test_dropping_decodes_zeros(toy):
+    model, rule, x = toy
+    features = model.encode(x, 900.0)
+    key, other = Dropping(model).decode([features] * 2, [900.0, 800.0])
+    zeros = Features.of([torch.zeros_like(part) for part in features.tensors])
+    torch.testing.assert_close(key.out, model.decode([features], [900.0])[0].out, **EXACT)
+    torch.testing.assert_close(other.out, model.decode([zeros], [800.0])[0].out, **EXACT)
+
+
+def test_both_predicts_what_the_key_step_predicted(toy):
+    model, rule, x = toy
+    state = State(x)
+    for i, node in enumerate(rule.nodes):
+        if i in (0, 3):
+            eps = model.decode([model.encode(state.x, node.t)], [node.t])[0].out
+        state = rule.step(state, i, eps)
+    torch.testing.assert_close(final(Both(model), rule, Plan(5, (0, 3)), x), state.x, **EXACT)
+
+
+def test_decoder_variant_runs_the_finest_resolution():
+    skips = [torch.zeros(1, 1, size, size) for size in (8, 8, 4, 4)]
+    plan = decoder_plan(Plan(6, (0, 3)), skips)
+    assert (plan.keys, plan.shallow, plan.branch) == ((0, 3), (1, 2, 4, 5), 2)
+    assert decoder_plan(load_plan("off", 3), skips) == load_plan("off", 3)
+
+
+# Spectra
+
+@pytest.mark.parametrize("cycles", [1, 3, 8])
+def test_spectrum_of_a_wave_is_at_its_frequency(cycles):
+    wave = torch.cos(2 * math.pi * cycles * torch.arange(16) / 16).expand(1, 3, 16, 16)
+    frequencies, amplitudes = spectrum(wave)
+    assert int(amplitudes.argmax()) == cycles - 1 and float(frequencies[cycles - 1]) == pytest.approx(cycles / 16)
+    assert float(amplitudes.sum() - amplitudes.max()) < 1e-6
+
+
+def test_spectrum_of_a_wave_has_its_amplitude():
+    """The ring at 1/16 has the four coefficients (+-1, 0), (0, +-1) and the corners at distance sqrt 2."""
+    wave = 0.8 * torch.cos(2 * math.pi * torch.arange(16) / 16).expand(1, 3, 16, 16)
+    assert float(spectrum(wave)[1][0]) == pytest.approx(2 * 0.4 / 8)
+
+
+def test_low_frequencies_keep_slow_waves_and_lose_fast_ones():
+    slow, fast = (torch.cos(2 * math.pi * cycles * torch.arange(16) / 16).expand(1, 3, 16, 16) for cycles in (1, 4))
+    torch.testing.assert_close(below(1 + slow + fast, 0.125), 1 + slow, rtol=0, atol=1e-5)
+
+
+# Timelines
+
+def test_timeline_of_a_plan():
+    plan = Plan(5, (0, 3))
+    assert together(plan) == [(0, 3), (3, 5)]
+    assert shares(plan) == [(1, 1), (0, 1), (0, 1), (1, 1), (0, 1)]
+    assert together(load_plan("deepcache:2", 3)) == [(0, 1), (1, 2), (2, 3)]
+
+
+# The commands
+
+SMALLEST = {"samplers": ["--samplers", "dpm-solver++:3"], "times": ["--samplers", "ddim:3", "--repeats", "2"],
+            "fewer-steps": ["--step-counts", "2"], "timeline": ["--plans", "uniform:2"]}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("tiny")
+    config, ckpt = write_model(folder)
+    (folder / "prompts.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    return ["--config", str(config), "--ckpt", str(ckpt), "--prompts", str(folder / "prompts.txt")]
+
+
+def smallest(kind: str) -> list[str]:
+    return [kind, "--steps", "3", *(["--count", "1"] if KINDS[kind].count else []), *SMALLEST.get(kind, [])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_draws_any_model(kind, tiny, tmp_path):
+    assert main([*smallest(kind), *tiny, "--out", str(tmp_path / "figure")]) == 0
+    assert Image.open(tmp_path / "figure.png").width > 300
+    assert "<svg" in (tmp_path / "figure.svg").read_text(encoding="utf-8")
+    record = json.loads((tmp_path / "figure.json").read_text(encoding="utf-8"))
+    assert record["weights"] in record["caption"] and record["values"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.json", "figure.png", "figure.svg"]
+
+
+def test_the_model_that_ships_needs_no_flag_and_gives_the_same_figure_twice(tmp_path):
+    for name in "ab":
+        assert main(["evolution", "--steps", "2", "--count", "1", "--out", str(tmp_path / name)]) == 0
+    for suffix in ("svg", "png", "json"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+    values = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["values"]
+    assert [*values] == ["E8", "E4", "E2", "B", "D2", "D4", "D8"]
+
+
+def test_all_draws_what_is_not_left_out(tiny, tmp_path):
+    left_out = [kind for kind in KINDS if kind not in ("norms", "timeline")]
+    assert main(["all", "--steps", "2", "--count", "1", "--without", *left_out, *tiny, "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["norms.json", "timeline.json"]
+
+
+@pytest.mark.parametrize("arguments, wrong", [
+    (["pie"], "KIND: invalid choice: 'pie'"),
+    (["evolution", "--steps", "1"], "--steps: a change from step to step needs at least 2 steps; got 1"),
+    (["evolution", "--steps", "5000"], "--steps: "),
+    (["norms", "--count", "41"], "--count: "),
+    (["norms", "--prompts", "missing.txt"], "--prompts: "),
+    (["samplers", "--samplers", "ddim"], "--samplers: expected SAMPLER:STEPS"),
+    (["samplers", "--samplers", "magic:5"], "--samplers: expected SAMPLER:STEPS"),
+    (["timeline", "--plans", "online:0.1"], "--plans: online:0.1 decides during the run"),
+    (["timeline", "--plans", "nothing"], "--plans: unknown plan 'nothing'"),
+    (["norms", "--ckpt", "missing.ckpt"], "--config: needed together with --ckpt"),
+])
+def test_bad_input_is_one_line(arguments, wrong, tmp_path, capsys):
+    out = [] if arguments[0] == "pie" else ["--out", str(tmp_path / "figure")]
+    assert main([*arguments, *out]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"figures.py: error: {wrong}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_is_found_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["norms", "--out", str(tmp_path / "file" / "figure")]) == 2
+    assert capsys.readouterr().err.startswith("figures.py: error: --out: ")
