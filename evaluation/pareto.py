@@ -239,13 +239,11 @@ def make_bench(args: argparse.Namespace) -> Bench:
     from ldm.checkpoint import fingerprint, load_config, load_model
     from ldm.data.emoji import EmojiPictures
     from ldm.generate import prompt_items
-    from ldm.modules.packed import pack
 
     with blame("--data", (ValueError, OSError)):
         asked = Asked.of(EmojiPictures(args.data, split="train", max_tier=1), args.count, args.seed)
         real = [EmojiPictures(args.data, split=split, max_tier=2) for split in SPLITS]
     items, model = prompt_items(asked.captions, 1, args.seed), load_model(*EMOJI64, "cpu", "auto")
-    pack(model.model)       # as the sampling scripts do
     return Bench(model, load_config(EMOJI64[0]), items, asked,
                  RealSet.of(real, extractor("efficientnet-lite0"), BATCH), fingerprint(EMOJI64[1])[:16])
 

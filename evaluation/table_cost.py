@@ -102,15 +102,12 @@ def time_pictures(argv: Sequence[str], pictures: int) -> dict[str, Any]:
     from evaluation.run_folder import make_items
     from ldm.checkpoint import fingerprint
     from ldm.measure.timing import STATUS, machine, resident
-    from ldm.modules.packed import pack
 
     args, protocol = parse(argv)
     items = make_items([prompt.line() for prompt in select_prompts(args, protocol)], protocol.seed, 1)
     setup = make_setup(args, default_model(protocol), ALONE)
     before = resident("VmRSS") if STATUS.exists() else 0
     engine = make_engine(args, protocol, setup, batch=1)
-    if not engine.autocast:
-        pack(engine.model.model)        # as the sampling scripts do
     for _ in range(WARM_UP):
         engine(items[:1])
     start_peak(setup.device)

@@ -453,7 +453,6 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
 
     from ldm.checkpoint import CheckpointError, fingerprint, load_model
     from ldm.models.diffusion.plan import Plan, check_blocks
-    from ldm.modules.packed import pack
     from ldm.sampling.engine import Engine, num_nodes
 
     sizes, recipe = setup.sizes, make_recipe(args, size, setup)
@@ -481,8 +480,6 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
     with blame("--plan"):
         check_blocks(plan, len(model.model.diffusion_model.output_blocks))
     precision = args.precision or ("autocast" if setup.device.type == "cuda" else "full")
-    if precision == "full":
-        pack(model.model)
     build = partial(Engine, model, sizes, task=task, autocast=precision == "autocast", warm_up=args.compare,
                     spread=setup.processes.several)
     methods = {"accelerated" if args.compare else "pictures": (recipe, plan)}
