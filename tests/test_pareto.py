@@ -1,4 +1,4 @@
-"""Quality against both costs, and timelines: on the shipped model with a small dataset of its size."""
+"""Quality against both costs: on the shipped model with a small dataset of its size."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import json
 import pytest
 from tiny_data import write_data
 
-from evaluation import pareto, timeline
-from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import load_plan
+from evaluation import pareto
 
 
 def test_lists_in_a_row_are_rows(tmp_path):
@@ -55,22 +53,3 @@ def test_a_table_and_a_plot_with_both_costs(tmp_path, capsys):
     capsys.readouterr()
     assert pareto.main([*arguments, "--seed", "1"]) == 2
     assert "--out: " in (error := capsys.readouterr().err) and "is of another run" in error
-
-
-def test_what_a_timeline_shows():
-    plan = load_plan("0,2", 5)
-    assert timeline.shares(plan) == [(1, 1), (0, 1), (1, 1), (0, 1), (0, 1)]
-    assert timeline.together(plan) == [(0, 2), (2, 5)]
-    cached = load_plan("deepcache:2:3", 4)
-    assert timeline.shares(cached) == [(1, 1), (0.25, 0.25)] * 2
-    assert timeline.together(cached) == [(0, 1), (1, 2), (2, 3), (3, 4)]
-    assert timeline.together(Plan(3, (0,), refresh=1)) == [(0, 1), (1, 2), (2, 3)]
-
-
-def test_timelines_are_drawn_and_plans_that_decide_later_are_not(tmp_path, capsys):
-    out = tmp_path / "new" / "line"
-    assert timeline.main(["--plans", "off", "faster-diffusion", "auto:5", "--out", str(out)]) == 0
-    assert (tmp_path / "new/line.png").exists() and "faster-diffusion" in (tmp_path / "new/line.svg").read_text()
-    for plan, why in (("online:0.1", "decides during the run"), ("fast", "unknown plan"), ("0,70", "past the last")):
-        assert timeline.main(["--plans", plan, "--out", str(out)]) == 2
-        assert why in capsys.readouterr().err
