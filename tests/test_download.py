@@ -56,6 +56,8 @@ def handler(site: Site) -> type[BaseHTTPRequestHandler]:
             if content is None:
                 self.send_error(404)
                 return
+            # taken before the answer begins: the client may ask again while this thread is still sending
+            stop = site.breaks.pop(0) if site.breaks else len(content)
             start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and site.ranges else 0
             self.send_response(206 if start else 200)
             if start:
@@ -65,7 +67,6 @@ def handler(site: Site) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Type", site.type)
             self.send_header("ETag", site.etag)
             self.end_headers()
-            stop = site.breaks.pop(0) if site.breaks else len(content)
             try:
                 self.wfile.write(content[start:start + stop])
             except OSError:                     # the client has seen enough
