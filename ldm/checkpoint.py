@@ -31,10 +31,12 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = ("auto", "ema", "raw")
 EMA_BOOKKEEPING = ("model_ema.decay", "model_ema.num_updates")
-OPTIONAL = re.compile(
+SCHEDULE = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod"
-    r"|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])"
-    r"|lvlb_weights|logvar"
+    r"|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights")
+OPTIONAL = re.compile(
+    SCHEDULE.pattern +
+    r"|logvar"
     r"|model_ema\..+"
     r"|(.+\.)?(position_ids|logit_scale|text_projection)"
     r"|(first_stage_model\.)?loss\..+")
@@ -280,10 +282,13 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str, as
     expected = module.state_dict(keep_vars=True)
     averages = {average_of(key): key for key in state if key.startswith("model.")}
     state |= {average: state[key] for average, key in averages.items() if average in expected}
+    rounded = {key for key, value in state.items() if key in expected and _rounded(key, value, expected[key])}
+    for key in rounded:
+        del state[key]
     missing = {key for key in expected if key not in state and not _shared(key, expected)}
     unexpected = {key for key in state if key not in expected and not _copied(key, state)}
     copies = {key for key in state if key not in expected} - unexpected
-    absent, ignored = ({key for key in keys if OPTIONAL.fullmatch(key)} for keys in (missing, unexpected))
+    absent, ignored = ({key for key in keys if OPTIONAL.fullmatch(key)} for keys in (missing, unexpected | rounded))
     shapes = {f"{key} {tuple(value.shape)}, config {tuple(expected[key].shape)}"
               for key, value in state.items() if key in expected and value.shape != expected[key].shape}
     faults = {"missing": missing - absent, "unexpected": unexpected - ignored, "of another shape": shapes}
@@ -298,7 +303,15 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str, as
     if assign:                  # what the file leaves out and the model never reads still needs a place
         state |= {key: torch.zeros_like(expected[key], device="cpu") for key in absent if expected[key].is_meta}
     module.load_state_dict(state, strict=False, assign=assign)
-    return Report(path, used, tuple(sorted(ignored | copies)), tuple(sorted(absent)))
+    return Report(path, used, tuple(sorted(ignored | copies)), tuple(sorted(absent - rounded)))
+
+
+def _rounded(key: str, value: Tensor, own: Tensor) -> bool:
+    """A noise schedule that was stored in half precision, as in checkpoints converted as a whole.
+
+    The config gives it exactly. Rounded, the first steps of a fine schedule have no noise at all.
+    """
+    return bool(SCHEDULE.fullmatch(key)) and value.itemsize < own.itemsize
 
 
 def _aligned(value: Tensor) -> Tensor:

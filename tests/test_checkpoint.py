@@ -294,6 +294,13 @@ def test_the_layout_of_a_file_does_not_change_what_is_computed(tmp_path, config,
         assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
 
 
+def test_a_schedule_in_half_precision_is_left_to_the_config(tmp_path, config):
+    halved = {key: value.half() if value.is_floating_point() else value for key, value in STATE.items()}
+    model = load_model(config, write(tmp_path / "m.safetensors", halved))
+    torch.testing.assert_close(model.alphas_cumprod, STATE["alphas_cumprod"], rtol=1e-6, atol=0)
+    assert not torch.allclose(halved["alphas_cumprod"].float(), STATE["alphas_cumprod"], rtol=1e-6, atol=0)
+
+
 def test_what_the_file_leaves_out_and_nothing_reads_is_zero(tmp_path, monkeypatch):
     class Text(nn.Module):
         def __init__(self):
