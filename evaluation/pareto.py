@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from ldm.sampling.engine import Engine
 
 STEPS = 50      # of the plain runs that quality is measured against
-SCALE = 4.0
 BATCH = 25
 LISTS = ("sampler", "steps", "plan", "propagate")       # what may be a list in a row: one row for each
 # Okabe and Ito's colours and some markers, in the order of the families.
@@ -114,10 +113,10 @@ class Bench:
     def engine(self, row: Row) -> Engine:
         from ldm.models.diffusion.plans import RunFacts, load_plan
         from ldm.sampling.conditions import Text
-        from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+        from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes, usual_scale
 
         sizes = Sizes.of(self.config.model)
-        recipe = Recipe(sizes.default, sizes.default, row.sampler, row.steps, scale=SCALE,
+        recipe = Recipe(sizes.default, sizes.default, row.sampler, row.steps, scale=usual_scale(self.config),
                         guidance_reuse=row.guidance_reuse, noise_weight=row.noise_weight)
         run = RunFacts({"sampler": row.sampler, "weights": self.weights}, EMOJI64[1].parent / "calibration")
         plan = load_plan(row.plan, num_nodes(recipe), STEPS, row.propagate, run)
@@ -249,11 +248,13 @@ def make_bench(args: argparse.Namespace) -> Bench:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ldm.sampling.engine import usual_scale
+
     with blame("--rows"):
         rows = read_rows(args.rows)
     save = Path(f"{args.out}.json")
     bench = make_bench(args)
-    head = {"weights": bench.weights, "count": len(bench.items), "seed": args.seed, "scale": SCALE}
+    head = {"weights": bench.weights, "count": len(bench.items), "seed": args.seed, "scale": usual_scale(bench.config)}
     kept: dict[str, dict[str, Any]] = {}
     if save.exists():
         found = json.loads(save.read_text(encoding="utf-8"))
@@ -266,7 +267,8 @@ def run(args: argparse.Namespace) -> None:
     for values in measured.values():
         values |= {"macs_share": values["macs"] / whole, "critical_share": values["critical"] / whole}
     show(measured, args.out, f"emoji64 (weights {bench.weights}), {len(bench.items)} captions, seed {args.seed}, "
-                             f"guidance {SCALE:g}; distances from the plain {STEPS}-step run of the same sampler")
+                             f"guidance {head['scale']:g}; distances from the plain {STEPS}-step run of the same "
+                             "sampler")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

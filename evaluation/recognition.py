@@ -288,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
                    help="real pictures of tiers 1 to this, at least --max-tier; the more, the harder")
     p.add_argument("--steps", type=count, default=25, metavar="N", help="sampling steps")
     p.add_argument("--scale", type=number(float, -sys.float_info.max, sys.float_info.max, "a finite number"),
-                   default=4.0, metavar="X", help="guidance scale, 1 = none")
+                   metavar="X", help="guidance scale, 1 = none; None: the model's, or 7.5")
     p.add_argument("--plan", default="off", help="encoder propagation, as scripts/txt2img.py takes it, but "
                                                  "without prior noise injection")
     p.add_argument("--sampler", default="ddim", help="name of the solver")
@@ -317,7 +317,7 @@ def load_maker(args: argparse.Namespace, side: int) -> Engine:
     from ldm.models.diffusion.plans import load_plan
     from ldm.models.diffusion.solvers import SOLVERS
     from ldm.sampling.conditions import Text
-    from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+    from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes, usual_scale
 
     with blame("--config"):
         config = load_config(args.config)
@@ -326,7 +326,8 @@ def load_maker(args: argparse.Namespace, side: int) -> Engine:
         raise BadInput(f"--config: this model's pictures have {sizes.default} px; the dataset's have {side}")
     if args.sampler not in SOLVERS:
         raise BadInput(f"--sampler: {args.sampler!r} is not one of {', '.join(SOLVERS)}")
-    recipe = Recipe(side, side, args.sampler, args.steps, scale=args.scale)
+    scale = usual_scale(config) if args.scale is None else args.scale
+    recipe = Recipe(side, side, args.sampler, args.steps, scale=scale)
     with blame("--steps"):
         nodes = num_nodes(recipe, config.model.params.get("timesteps", 1000))
     with blame("--plan"):

@@ -247,7 +247,7 @@ def make_setup(args: argparse.Namespace, default: Files | None = None, processes
 def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup) -> Recipe:
     """How pictures of this height and width are sampled."""
     from ldm.models.diffusion.solvers import SOLVERS
-    from ldm.sampling.engine import Recipe
+    from ldm.sampling.engine import Recipe, usual_scale
 
     sampler, eta = sampler_name(args), args.eta
     if eta is None:
@@ -255,7 +255,7 @@ def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup) -
     weight = args.noise_weight
     if weight is None:
         weight = 0.0 if args.plan == "off" else NOISE_WEIGHT
-    scale = setup.config.get("sampling", {}).get("scale", 7.5) if args.scale is None else args.scale
+    scale = usual_scale(setup.config) if args.scale is None else args.scale
     with blame("--guidance-interval"):
         return Recipe(*size, sampler, args.steps, eta, scale, args.guidance_interval, args.guidance_reuse,
                       args.tome, weight, args.noise_below, args.noise_order)

@@ -125,7 +125,7 @@ def test_a_text_model_paints_what_the_prompt_says(tmp_path):
     mask.save(tmp_path / "in" / "a_mask.png")
     script = Script("inpaint", tmp_path, "--indir", str(tmp_path / "in"), "--steps", "15", "--skip_grid")
     red, green = (script("--prompt", f"a {colour} heart, noto style")[0] for colour in ("red", "green"))
-    assert red["prompt"] == "a red heart, noto style" and red["scale"] == 4.0
+    assert red["prompt"] == "a red heart, noto style" and red["scale"] == 2.0
     for entry, channel in ((red, 0), (green, 1)):
         shown = script.pixels(entry)
         assert (shown[:8] == 255).all()

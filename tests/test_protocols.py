@@ -16,7 +16,7 @@ from evaluation.selection import Prompt, choose, coco_prompts, read_prompts
 
 HASHES = {      # of what each shipped protocol asks for: another number here is another protocol
     "coco2014-30k": "305fa56e3666", "coco2017-10k": "e4888c973695", "coco2017-5k": "2e9afe2b7b38",
-    "emoji64": "49696e219822", "emoji64-heldout": "0eb1061a0785", "emoji64-prompts": "c4141edb5592",
+    "emoji64": "58412a7a9c68", "emoji64-heldout": "db72777dcaaa", "emoji64-prompts": "1801f1fcaa5f",
     "imagenet256-50k": "ac3bc32613c3", "imagenet256-50k-g6": "47bef17e1c6f"}
 
 

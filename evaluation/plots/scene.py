@@ -21,7 +21,7 @@ from ldm.models.diffusion.plan import AnyPlan
 from ldm.models.diffusion.plans import RunFacts, load_plan
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.sampling.conditions import Classes, Condition, Text
-from ldm.sampling.engine import Engine, Recipe, Task, num_nodes
+from ldm.sampling.engine import Engine, Recipe, Task, num_nodes, usual_scale
 from ldm.script import CPU_POSITIONS, Setup, make_setup, run_facts
 
 BATCH = 8       # pictures at a time
@@ -98,7 +98,7 @@ class Scene:
             return self.scale
         if self.model.model.conditioning_key is None or (self.classes and self.classes != 1001):
             return 1.0
-        return self.setup.config.get("sampling", {}).get("scale", 7.5)
+        return usual_scale(self.setup.config)
 
     def plan(self, spec: str, sampler: str, steps: int) -> AnyPlan:
         """The plan of that name for a run.

@@ -68,6 +68,11 @@ class Sizes:
                              f"with params {', '.join(params)}") from error
 
 
+def usual_scale(config: Mapping[str, Any]) -> float:
+    """The guidance scale that a model's config recommends (`sampling.scale`); if it does not, 7.5."""
+    return config.get("sampling", {}).get("scale", 7.5)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How pictures are sampled, whatever the model, the task and the plan.
