@@ -29,7 +29,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *(f"{M}/attention.py", f"{DM}/model.py", f"{DM}/upscaling.py", f"{M}/losses/*"),
         *(f"{M}/encoders/clip.py", f"{M}/encoders/openclip.py", f"{M}/midas/*"),
         *(f"{D}/denoiser.py", f"{D}/edits.py", f"{D}/levels.py", f"{D}/propagation.py", f"{D}/online.py"),
-        *("ldm/checkpoint.py", "ldm/diagnosis.py", "ldm/generate.py", "ldm/cost.py"),
+        *("ldm/checkpoint/*", "ldm/diagnosis.py", "ldm/generate.py", "ldm/cost.py"),
     ],
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
@@ -59,7 +59,10 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["evaluation/*"],
 ]
 # Whose files may import each other.
-ROOMS = ("ldm/training", "ldm/measure", f"{M}/encoders", f"{M}/midas", f"{D}/ddpm", f"{D}/dpm_solver", "scripts")
+ROOMS = (
+    *("ldm/checkpoint", "ldm/training", "ldm/measure", f"{M}/encoders", f"{M}/midas"),
+    *(f"{D}/ddpm", f"{D}/dpm_solver", "scripts"),
+)
 FILES = sorted(
     str(path.relative_to(ROOT))
     for top in ("ldm", "scripts", "evaluation", "main.py")
