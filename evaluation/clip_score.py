@@ -86,7 +86,7 @@ def load_model(args: argparse.Namespace) -> tuple[ClipModel, torch.device]:
     """The model, which must be the one that the variant is defined with."""
     from evaluation.clip_models import load_clip
     from evaluation.errors import FeatureError
-    from ldm.script import find_device
+    from ldm.devices import find_device
 
     device, variant = find_device(args.device), VARIANTS[args.variant]
     with blame("--weights", (FeatureError,)):

@@ -238,7 +238,7 @@ def load_network(args: argparse.Namespace) -> tuple[Extractor, torch.device]:
     """The network that the flags name, on its device."""
     from evaluation.errors import FeatureError
     from evaluation.features import extractor
-    from ldm.script import find_device
+    from ldm.devices import find_device
 
     device = find_device(args.device)
     with blame("--weights" if args.weights else "--extractor", (FeatureError,)):

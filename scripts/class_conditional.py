@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     with blame("--classes"):
         chosen = [find_class(text, names, classes) for text in args.classes]
     absent = absent_class(args, classes)
-    size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
+    size = picture_size(args, setup.sizes)
 
     from ldm.generate import subject_items
     from ldm.sampling.conditions import Classes

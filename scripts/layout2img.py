@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         layouts = read_layouts(args.boxes)
     setup = make_setup(args, LAYOUT)
     ids, length = vocabulary(setup)
-    size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
+    size = picture_size(args, setup.sizes)
 
     import torch
 

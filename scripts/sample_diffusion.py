@@ -85,7 +85,7 @@ def save_npz(args: argparse.Namespace, result: Result, items: Sequence[Item]) ->
 def run(args: argparse.Namespace) -> None:
     find_model(args)
     setup = make_setup(args)
-    size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
+    size = picture_size(args, setup.sizes)
 
     from ldm.generate import subject_items
     from ldm.sampling.conditions import Condition

@@ -29,7 +29,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *(f"{M}/attention.py", f"{DM}/model.py", f"{DM}/upscaling.py", f"{M}/losses/*"),
         *(f"{M}/encoders/clip.py", f"{M}/encoders/openclip.py", f"{M}/midas/*"),
         *(f"{D}/denoiser.py", f"{D}/edits.py", f"{D}/levels.py", f"{D}/propagation.py", f"{D}/online.py"),
-        *("ldm/checkpoint/*", "ldm/diagnosis.py", "ldm/generate.py", "ldm/cost.py"),
+        *("ldm/checkpoint/*", "ldm/diagnosis.py", "ldm/generate.py", "ldm/cost.py", "ldm/devices.py"),
     ],
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
@@ -46,7 +46,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     [f"{D}/solvers.py"],
     [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
     [f"{S}/engine.py", f"{S}/hybrid.py", "ldm/plan_table.py", "ldm/measure/*"],
-    ["ldm/script.py"],
+    ["ldm/script/*"],
     [*(f"evaluation/{name}.py" for name in ("errors", "resize", "inception", "protocol", "processes"))],
     ["evaluation/results.py"],
     [*(f"evaluation/{name}.py" for name in ("moments", "pictures", "clip_models", "selection", "table_file"))],
@@ -60,7 +60,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
 ]
 # Whose files may import each other.
 ROOMS = (
-    *("ldm/checkpoint", "ldm/training", "ldm/measure", f"{M}/encoders", f"{M}/midas"),
+    *("ldm/checkpoint", "ldm/script", "ldm/training", "ldm/measure", f"{M}/encoders", f"{M}/midas"),
     *(f"{D}/ddpm", f"{D}/dpm_solver", "scripts"),
 )
 FILES = sorted(
