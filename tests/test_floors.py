@@ -51,7 +51,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["evaluation/results.py"],
     [*(f"evaluation/{name}.py" for name in ("moments", "pictures", "clip_models", "selection", "table_file"))],
     [*(f"evaluation/{name}.py" for name in ("distances", "features", "prompts", "run_folder", "table_text"))],
-    ["evaluation/measure.py"],
+    ["evaluation/measure.py", "evaluation/retrieval.py"],
     [f"evaluation/plots/{name}.py" for name in ("scene", "drawing", "blocks")],
     ["evaluation/plots/*", "scripts/*", "evaluation/recognition.py", "evaluation/paired.py", "main.py"],
     [*(f"evaluation/{name}.py" for name in ("generate", "fid", "adm", "clip_score", "cost"))],
