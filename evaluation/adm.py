@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     pictures = open_samples("SAMPLES", args.samples)
     made = how_made("SAMPLES", pictures)
     extract, device = load_network(args)
-    from evaluation.distances import cautions
+    from evaluation.distances import doubts
     from evaluation.errors import PictureError
     from evaluation.moments import save_statistics
     from evaluation.results import Result, publish
@@ -73,8 +73,7 @@ def run(args: argparse.Namespace) -> None:
         seen = look(pictures, extract, args.batch_size, device, "samples", keep=True, spatial=True)
         found = values(seen, real)
     n = len(pictures.names)
-    width = len(real.gaussian.mean)
-    warnings = [*cautions(n, width, "samples"), *cautions(real.gaussian.n, width, "reference"), *real.warnings]
+    warnings = [*doubts(n, real.gaussian), *real.warnings]
     if real.seen is None:
         warnings.append("reference: has statistics but no pictures: no precision and recall")
     protocol = {"measure": "adm", **network_of(extract), "n": n, "reference": real.about, "neighbours": NEIGHBOURS,

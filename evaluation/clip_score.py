@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evaluation.measure import RECIPES, add_run, check_output, how_made, open_samples
 from ldm.cli import BadInput, Parser, blame, command
@@ -86,7 +86,7 @@ def load_model(args: argparse.Namespace) -> tuple[ClipModel, torch.device]:
     """The model, which must be the one that the variant is defined with."""
     from evaluation.clip_models import load_clip
     from evaluation.errors import FeatureError
-    from ldm.script import find_device
+    from ldm.devices import find_device
 
     device, variant = find_device(args.device), VARIANTS[args.variant]
     with blame("--weights", (FeatureError,)):
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.out)
     pictures = open_samples("SAMPLES", args.samples)
     made = how_made("SAMPLES", pictures)
-    from evaluation.distances import mean_interval
+    from evaluation.distances import mean_of
     from evaluation.errors import PictureError
     from evaluation.prompts import prompts_of
     from evaluation.results import Result, identity, publish
@@ -138,10 +138,7 @@ def run(args: argparse.Namespace) -> None:
     with blame("SAMPLES", (PictureError,)):
         each = measure(pictures, prompts, model, device, variant, args.resize, args.batch_size)
     name = f"clip_score_{args.variant}"
-    values: dict[str, Any] = {name: float(each.mean())}
-    if len(each) > 1:
-        values[f"{name}_interval"] = mean_interval(each)
-    values["captions_cut"] = cut
+    values = mean_of(name, each) | {"captions_cut": cut}
     warnings = [f"{cut} of {len(prompts)} captions are longer than CLIP reads ({model.tokenizer.max_length} tokens) "
                 f"and lost their ends"] if cut else []
     protocol = {"measure": name, "features_sha256": file_sha256(model.weights), "resize": args.resize,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from scipy.linalg import eigvalsh
@@ -46,6 +47,12 @@ def cautions(n: int | None, width: int, what: str) -> list[str]:
             f"with the same N, or use FID-infinity or KID"]
 
 
+def doubts(samples: int, real: Gaussian) -> list[str]:
+    """The cautions of so many samples and of the reference that they are compared with."""
+    width = len(real.mean)
+    return [*cautions(samples, width, "samples"), *cautions(real.n, width, "reference")]
+
+
 def resamples(n: int, count: int, seed: int) -> Iterator[np.ndarray]:
     """`count` draws of n out of n pictures with replacement, (n,) indices; the same for the same n and seed."""
     random = np.random.default_rng(seed)
@@ -73,6 +80,13 @@ def mean_interval(values: np.ndarray) -> list[float]:
     """95 % of the mean of independent values (N,), N > 1."""
     half = 1.959964 * float(np.std(values, ddof=1)) / len(values) ** 0.5
     return [float(np.mean(values)) - half, float(np.mean(values)) + half]
+
+
+def mean_of(name: str, values: np.ndarray) -> dict[str, Any]:
+    """The mean of values (N,) by that name (of none: None), and its 95 % interval over pictures if N > 1."""
+    if len(values) < 2:
+        return {name: float(values.mean()) if len(values) else None}
+    return {name: float(values.mean()), f"{name}_interval": mean_interval(values)}
 
 
 def fid_infinity(features: np.ndarray, reference: Gaussian, points: int = 15, seed: int = 0) -> float:

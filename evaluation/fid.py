@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     pictures = open_samples("SAMPLES", args.samples)
     made = how_made("SAMPLES", pictures)
     extract, device = load_network(args)
-    from evaluation.distances import cautions
+    from evaluation.distances import doubts
     from evaluation.errors import PictureError
     from evaluation.results import Result, publish
 
@@ -91,16 +91,14 @@ def run(args: argparse.Namespace) -> None:
         keep = bool(args.kid or args.cmmd or args.infinity or args.bootstrap)
         seen = look(pictures, extract, args.batch_size, device, "samples", keep)
         found = values(seen, real, args)
-    n, width = len(pictures.names), len(real.gaussian.mean)
+    n = len(pictures.names)
     protocol = {"measure": "fid", **network_of(extract), "n": n, "reference": real.about,
                 "prompts": made.get("protocol_sha256")}
     if args.kid:
         protocol["kid"] = {"subsets": KID_SUBSETS, "size": min(KID_SIZE, n, len(real.seen.pooled)), "seed": args.seed}
     if args.infinity:
         protocol["infinity"] = {"points": POINTS, "seed": args.seed}
-    publish(Result(found, protocol, made, [*cautions(n, width, "samples"),
-                                           *cautions(real.gaussian.n, width, "reference"),
-                                           *real.warnings]), args.out)
+    publish(Result(found, protocol, made, [*doubts(n, real.gaussian), *real.warnings]), args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,17 @@ from evaluation.protocol import Protocol, identity, load_protocol, protocol_name
 from ldm.arguments import ROOT, count, model_arguments, propagation_arguments
 from ldm.cli import BadInput, Parser, blame, command, number
 from ldm.processes import ALONE  # each process makes pictures of its own
-from ldm.script import CPU_POSITIONS, GO_ON, Setup, make_plan, make_recipe, make_setup, run_facts
+from ldm.script import (
+    CPU_POSITIONS,
+    GO_ON,
+    Setup,
+    count_nodes,
+    make_plan,
+    make_recipe,
+    make_setup,
+    run_facts,
+    uses_autocast,
+)
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -123,24 +133,21 @@ def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:
 
 def make_engine(args: argparse.Namespace, protocol: Protocol, setup: Setup, batch: int) -> Engine:
     """The model, ready to make the protocol's pictures."""
-    from ldm.checkpoint import CheckpointError, load_model
-    from ldm.sampling.engine import Engine, num_nodes
+    from ldm.checkpoint import CheckpointError
+    from ldm.sampling.engine import Engine
 
     sizes, size = setup.sizes, (protocol.size,) * 2
     recipe = make_recipe(args, size, setup)
-    with blame("--steps"):
-        nodes = num_nodes(recipe, setup.config.model.params.get("timesteps", 1000))
+    nodes = count_nodes(recipe, setup)
     positions = batch * (1 if recipe.scale == 1.0 else 2) * math.prod(side // sizes.factor for side in size)
     with blame("--ckpt", (CheckpointError,)):
         facts = run_facts(setup, recipe.sampler)
     plan = make_plan(args, nodes, facts)
     if args.parallel is None and setup.device.type == "cpu":    # not by free memory: last digits depend on it
         plan = replace(plan, parallel=max(1, CPU_POSITIONS // positions))
+    model = setup.load(args.weights)
     with blame("--config", (ValueError, OSError, TypeError, KeyError)):
-        with blame("--ckpt", (CheckpointError,)):
-            model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)
-        autocast = (args.precision or ("autocast" if setup.device.type == "cuda" else "full")) == "autocast"
-        return Engine(model, sizes, recipe, plan, task_of(protocol, model), autocast)
+        return Engine(model, sizes, recipe, plan, task_of(protocol, model), uses_autocast(args, setup.device))
 
 
 def run_card(args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Prompt], setup: Setup, engine: Engine,

@@ -225,20 +225,20 @@ def cache_of(args: argparse.Namespace) -> str | None:
     return None if args.cache == "none" else args.cache
 
 
-def check_output(path: str | None) -> None:
+def check_output(path: str | None, flag: str = "--out") -> None:
     """It must be possible to write the file; found out before the work."""
     if path is None:
         return
     place = next(p for p in Path(path).absolute().parents if p.exists())
     if Path(path).is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
-        raise BadInput(f"--out: can't write {path}; expected a file in a writable directory")
+        raise BadInput(f"{flag}: can't write {path}; expected a file in a writable directory")
 
 
 def load_network(args: argparse.Namespace) -> tuple[Extractor, torch.device]:
     """The network that the flags name, on its device."""
     from evaluation.errors import FeatureError
     from evaluation.features import extractor
-    from ldm.script import find_device
+    from ldm.devices import find_device
 
     device = find_device(args.device)
     with blame("--weights" if args.weights else "--extractor", (FeatureError,)):

@@ -144,7 +144,7 @@ def measure(plain: Pictures, fast: Pictures, extract: Extractor, device: torch.d
     import torch
     from torch.nn import functional as F
 
-    from evaluation.distances import frechet
+    from evaluation.distances import frechet, mean_of
     from evaluation.moments import Moments, total
 
     each: dict[str, list[np.ndarray]] = {}
@@ -161,21 +161,11 @@ def measure(plain: Pictures, fast: Pictures, extract: Extractor, device: torch.d
     ours, theirs = (total(parts).gaussian() for parts in moments)
     result: dict[str, Any] = {"fid_vs_plain": frechet(theirs, ours)}
     for name, parts in each.items():
-        result |= summary(f"{name}_vs_plain", np.concatenate(parts))
+        values = np.concatenate(parts)
+        # Equal pictures have no PSNR and are left out of its mean.
+        result |= mean_of(f"{name}_vs_plain", values[np.isfinite(values)].astype(np.float64))
     result["identical_pictures"] = int(np.isinf(np.concatenate(each["psnr"])).sum())
     return result, len(ours.mean)
-
-
-def summary(name: str, values: np.ndarray) -> dict[str, Any]:
-    """Mean with its 95 % interval over pictures; equal pictures have no PSNR and are left out of its mean."""
-    import numpy as np
-
-    from evaluation.distances import mean_interval
-
-    finite = values[np.isfinite(values)].astype(np.float64)
-    if len(finite) < 2:
-        return {name: float(finite.mean()) if len(finite) else None}
-    return {name: float(finite.mean()), f"{name}_interval": mean_interval(finite)}
 
 
 def run(args: argparse.Namespace) -> None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
-    from evaluation.recognition import Asked, RealSet
+    from evaluation.recognition import Asked
+    from evaluation.retrieval import RealSet
     from ldm.generate import Item
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.sampling.engine import Engine
@@ -147,7 +148,7 @@ def measure(bench: Bench, row: Row, plain: tuple[Tensor, Tensor]) -> dict[str, A
     from evaluation.distances import frechet
     from evaluation.moments import Moments
     from evaluation.paired import load_ssim
-    from evaluation.recognition import features_of
+    from evaluation.retrieval import features_of
     from ldm.images import psnr, to_pil
 
     x, pictures, costs = bench.made(row)
@@ -234,7 +235,8 @@ def show(measured: dict[str, dict[str, Any]], out: str, caption: str) -> None:
 
 def make_bench(args: argparse.Namespace) -> Bench:
     from evaluation.features import extractor
-    from evaluation.recognition import SPLITS, Asked, RealSet
+    from evaluation.recognition import Asked
+    from evaluation.retrieval import SPLITS, RealSet
     from ldm.checkpoint import fingerprint, load_config, load_model
     from ldm.data.emoji import EmojiPictures
     from ldm.generate import prompt_items

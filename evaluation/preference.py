@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from evaluation.distances import mean_interval
+    from evaluation.distances import mean_of
     from evaluation.errors import FeatureError, PictureError
     from evaluation.prompts import prompts_of
     from evaluation.results import Result, identity, publish
@@ -86,9 +86,7 @@ def run(args: argparse.Namespace) -> None:
         each = np.array([judge(to_pil(picture[None])[0], prompt) for picture, prompt in
                          tqdm(zip(pictures, prompts, strict=True), total=len(prompts), desc=args.model, disable=None)])
     name = args.model.replace("-", "_").replace(".", "_")
-    values: dict[str, Any] = {name: float(each.mean())}
-    if len(each) > 1:
-        values[f"{name}_interval"] = mean_interval(each)
+    values = mean_of(name, each)
     protocol = {"measure": name, "n": len(each), "prompts": made.get("protocol_sha256"),
                 "captions_sha256": identity({"captions": prompts})}
     publish(Result(values, protocol, made), args.out)

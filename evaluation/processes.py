@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm.cli import BadInput, blame
-from ldm.script import find_device
+from ldm.devices import find_device
 
 if TYPE_CHECKING:
     import torch

@@ -30,34 +30,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from evaluation.yaml_file import find_file, known, names_in, reading, whole
 
 PROTOCOL_DIR = Path(__file__).parent / "protocols"
 DATA = {"captions": ({"file"}, {"pictures", "where"}), "prompts": ({"file"}, set()), "classes": ({"classes"}, set())}
 DEFAULTS = {"config", "ckpt", "data", "noise_below", "noise_order"}
-SEEDS = range(2 ** 32)
 
 
 def identity(content: Any) -> str:
     """SHA-256 of JSON values, whatever the order of their keys, hexadecimal."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def whole(name: str, value: Any, low: int = 0) -> None:
-    """Raises ValueError unless it is a whole number from low to 2^32-1."""
-    if type(value) is not int or value not in SEEDS or value < low:
-        raise ValueError(f"{name} must be a whole number >= {low}; got {value!r}")
-
-
-def known(name: str, content: Any, needed: set[str], optional: set[str]) -> None:
-    """Raises ValueError unless content is a mapping with these keys."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{name} must be a mapping; got {content!r}")
-    if missing := needed - content.keys():
-        raise ValueError(f"{name} has no {', '.join(sorted(missing))}; needed: {', '.join(sorted(needed))}")
-    if strange := content.keys() - needed - optional:
-        raise ValueError(f"{name} has {', '.join(sorted(map(str, strange)))}; "
-                         f"accepted: {', '.join(sorted(needed | optional))}")
 
 
 @dataclass(frozen=True)
@@ -137,7 +119,7 @@ class Protocol:
 
 
 def protocol_names() -> tuple[str, ...]:
-    return tuple(sorted(path.stem for path in PROTOCOL_DIR.glob("*.yaml")))
+    return tuple(sorted(names_in(PROTOCOL_DIR)))
 
 
 def load_protocol(name: str) -> Protocol:
@@ -146,17 +128,10 @@ def load_protocol(name: str) -> Protocol:
     Raises:
         ValueError: there is none, or it is not a protocol.
     """
-    path = PROTOCOL_DIR / f"{name}.yaml" if name in protocol_names() else Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"unknown protocol {name!r}; accepted: {', '.join(protocol_names())}, or FILE.yaml")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path = find_file("protocol", name, PROTOCOL_DIR, protocol_names())
+    with reading("protocol", path) as content:
         known("the file", content, {"data", "size", "guidance"}, {f.name for f in fields(Protocol)} - {"name"})
         for part, kind in (("select", Select), ("sampling", Sampling)):
             known(part, content.get(part, {}), set(), {f.name for f in fields(kind)})
             content[part] = kind(**content.get(part, {}))
         return Protocol(**content, name=path.stem)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a protocol: {' '.join(str(error).split())}") from None

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.protocol import SEEDS, Protocol, Select
+from evaluation.protocol import Protocol, Select
+from evaluation.yaml_file import SEEDS
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import yaml
-
-from evaluation.protocol import known, whole
+from evaluation.yaml_file import find_file, known, names_in, reading, whole
 
 TABLE_DIR = Path(__file__).parent / "tables"
 WORLDS = ("coco", "emoji")
@@ -162,8 +160,7 @@ class Table:
 
 
 def table_names() -> tuple[str, ...]:
-    names = (path.stem for path in TABLE_DIR.glob("*.yaml"))
-    return tuple(sorted(names, key=lambda name: (len(name), name)))
+    return tuple(sorted(names_in(TABLE_DIR), key=lambda name: (len(name), name)))
 
 
 def load_table(name: str) -> Table:
@@ -172,18 +169,11 @@ def load_table(name: str) -> Table:
     Raises:
         ValueError: there is none, or it is not a table.
     """
-    path = TABLE_DIR / f"{name}.yaml" if name in table_names() else Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"unknown table {name!r}; accepted: {', '.join(table_names())}, or FILE.yaml")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path = find_file("table", name, TABLE_DIR, table_names())
+    with reading("table", path) as content:
         known("the file", content, {"title", "source", "columns", "protocol", "rows"}, {"note"})
         accepted = {f.name for f in fields(Row)}
         for number, entry in enumerate(content["rows"], 1):
             known(f"row {number}", entry, {"label"}, accepted)
         rows = [Row(**entry) for entry in content["rows"]]
         return Table(**{**content, "rows": rows}, name=path.stem)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a table: {' '.join(str(error).split())}") from None

@@ -18,7 +18,7 @@ from evaluation.table_file import Cell
 from ldm.cli import BadInput, blame
 
 if TYPE_CHECKING:
-    from evaluation.recognition import RealSet
+    from evaluation.retrieval import RealSet
 
 ADM = ("sfid", "inception_score", "precision", "recall")       # columns that only the ADM suite has
 RESAMPLES = 100         # for intervals of Fréchet distances
@@ -141,7 +141,7 @@ class Quality:
     def _retrieval(self, pictures: Path, out: Path) -> None:
         """Concept retrieval: see evaluation/recognition.py; against real pictures of tiers 1 and 2."""
         from evaluation.measure import how_made, network_of, open_samples
-        from evaluation.recognition import DEFINITION, share
+        from evaluation.retrieval import DEFINITION, share
         from ldm.generate import read_manifest
         from ldm.images import open_picture
         from ldm.util import file_sha256
@@ -206,7 +206,7 @@ def chosen(path: Path, protocol: Protocol, data: Path, shared: Path) -> Path:
 @lru_cache(maxsize=1)
 def real_set(data: Path) -> RealSet:
     """What retrieval finds: seen once by the network, for all rows."""
-    from evaluation.recognition import SPLITS, RealSet, load_extractor
+    from evaluation.retrieval import SPLITS, RealSet, load_extractor
     from ldm.data.emoji import EmojiPictures
 
     with blame("--data"):

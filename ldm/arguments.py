@@ -75,9 +75,20 @@ def class_names_argument(group: argparse._ArgumentGroup, default: str = "none") 
                             f"(default: {default})")
 
 
-def batch_argument(group: argparse._ArgumentGroup, default: int) -> None:
-    group.add_argument("--batch_size", type=count, default=default, metavar="N",
+def count_arguments(group: argparse._ArgumentGroup, samples: int, batch: int, what: str,
+                      flags: Sequence[str] = ("--n_samples",)) -> None:
+    """How many pictures, at most how many at a time, and the seed of their noise.
+
+    Args:
+        samples, batch: the defaults.
+        what: pictures of what, for the help.
+        flags: what the published script calls their number.
+    """
+    group.add_argument(*flags, dest="n_samples", type=count, default=samples, metavar="N",
+                       help=f"{what} (default: %(default)s)")
+    group.add_argument("--batch_size", type=count, default=batch, metavar="N",
                        help="pictures at a time; changes speed and memory, not the pictures (default: %(default)s)")
+    seed_argument(group)
 
 
 def seed_argument(group: argparse._ArgumentGroup) -> None:

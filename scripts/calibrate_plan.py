@@ -51,18 +51,15 @@ def parser() -> argparse.ArgumentParser:
 
 def make_engine(args: argparse.Namespace) -> tuple[Engine, dict[str, Any], Path]:
     """The model ready for plain runs, what its runs are known by, and where its calibrations lie."""
-    from ldm.checkpoint import CheckpointError, load_model
     from ldm.models.diffusion.plans import load_plan
     from ldm.sampling.conditions import Text
-    from ldm.sampling.engine import Engine, Task, num_nodes
-    from ldm.script import make_recipe, make_setup, run_facts
+    from ldm.sampling.engine import Engine, Task
+    from ldm.script import count_nodes, make_recipe, make_setup, run_facts
 
     setup = make_setup(args, EMOJI64)
     recipe = make_recipe(args, (setup.sizes.default,) * 2, setup)
-    with blame("--steps"):
-        plan = load_plan("off", num_nodes(recipe, setup.config.model.params.get("timesteps", 1000)))
-    with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):
-        model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)
+    plan = load_plan("off", count_nodes(recipe, setup))
+    model = setup.load(args.weights)
     facts = run_facts(setup, recipe.sampler)
     with blame("--config"):
         return Engine(model, setup.sizes, recipe, plan, Task(Text())), dict(facts.facts), facts.calibrations
@@ -75,9 +72,9 @@ def calibrate(args: argparse.Namespace, engine: Engine, made_for: dict[str, Any]
 
     from ldm.generate import subject_items
     from ldm.models.diffusion.calibration import Calibration, measure
-    from ldm.script import read_prompts
+    from ldm.script import prompts_in
 
-    prompts = read_prompts(argparse.Namespace(prompt=None, from_file=args.from_file, repeat=1))[:args.n_samples]
+    prompts = prompts_in(args.from_file)[:args.n_samples]
     items = subject_items([{"prompt": prompt} for prompt in prompts], 1, args.seed)
     tables = []
     for item in tqdm(items, desc="measuring", unit="picture", disable=None):
@@ -118,12 +115,12 @@ def run(args: argparse.Namespace) -> None:
 
     from ldm.generate import subject_items
     from ldm.plan_table import spans
-    from ldm.script import read_prompts
+    from ldm.script import prompts_in
 
     calibration = calibrate(args, engine, made_for)
     with blame("--macs" if args.macs else "--keys"):
         plan = calibration.plan_within(args.macs) if args.macs else calibration.plan(args.keys)
-    prompts = read_prompts(argparse.Namespace(prompt=None, from_file=args.from_file, repeat=1))[:args.n_samples]
+    prompts = prompts_in(args.from_file)[:args.n_samples]
     errors = try_propagations(engine, plan, subject_items([{"prompt": p} for p in prompts], 1, args.seed))
     best = min(errors, key=errors.get)
     calibration, plan = (replace(part, propagate=best) for part in (calibration, plan))

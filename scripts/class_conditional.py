@@ -12,14 +12,12 @@ from collections.abc import Sequence
 
 from ldm.arguments import (
     ROOT,
-    batch_argument,
     class_names_argument,
-    count,
+    count_arguments,
     model_arguments,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
-    seed_argument,
     size_arguments,
 )
 from ldm.class_names import find_class
@@ -39,10 +37,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--classes", nargs="+", default=NOTEBOOK, metavar="CLASS",
                       help=f"class indices or names (default: {' '.join(NOTEBOOK)})")
     class_names_argument(what, f"{NAMES.relative_to(ROOT)} for models of {IMAGENET} or {IMAGENET + 1} classes")
-    what.add_argument("--n_samples", type=count, default=4, metavar="N",
-                      help="pictures of each class (default: %(default)s)")
-    batch_argument(what, 4)
-    seed_argument(what)
+    count_arguments(what, 4, 4, "pictures of each class")
     size_arguments(what)
     sampling_arguments(p, 250, scale=1.5)
     p.add_argument("--uncond_class", type=number(int, 0, sys.maxsize, "a whole number >= 0"), metavar="CLASS",
@@ -85,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     with blame("--classes"):
         chosen = [find_class(text, names, classes) for text in args.classes]
     absent = absent_class(args, classes)
-    size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
+    size = picture_size(args, setup.sizes)
 
     from ldm.generate import subject_items
     from ldm.sampling.conditions import Classes

@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 from ldm.arguments import (
     EMOJI64,
     ROOT,
-    batch_argument,
-    count,
+    count_arguments,
     model_arguments,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
-    seed_argument,
 )
 from ldm.cli import BadInput, Parser, blame, command
 from ldm.script import GO_ON, Setup, make_pictures, make_setup, named, pixels, stacked
@@ -43,10 +41,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--indir", required=True, metavar="DIR",
                       help=f"pictures NAME.png with masks NAME{MASK}, white where to paint; pictures of one size")
     what.add_argument("--prompt", help="what to paint, for a model that reads text")
-    what.add_argument("--n_samples", type=count, default=1, metavar="N",
-                      help="results for each picture (default: %(default)s)")
-    batch_argument(what, 4)
-    seed_argument(what)
+    count_arguments(what, 1, 4, "results for each picture")
     sampling_arguments(p)
     propagation_arguments(p)
     model_arguments(p)

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import (
     ROOT,
-    batch_argument,
     class_names_argument,
-    count,
+    count_arguments,
     model_arguments,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
-    seed_argument,
     size_arguments,
 )
 from ldm.class_names import Names, find_class
@@ -42,10 +40,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to make")
     what.add_argument("--boxes", required=True, metavar="FILE", help="the pictures' boxes, see above")
     class_names_argument(what)
-    what.add_argument("--n_samples", type=count, default=1, metavar="N",
-                      help="pictures of each list of boxes (default: %(default)s)")
-    batch_argument(what, 4)
-    seed_argument(what)
+    count_arguments(what, 1, 4, "pictures of each list of boxes")
     size_arguments(what)
     sampling_arguments(p, guided=False)
     propagation_arguments(p)
@@ -113,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         layouts = read_layouts(args.boxes)
     setup = make_setup(args, LAYOUT)
     ids, length = vocabulary(setup)
-    size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
+    size = picture_size(args, setup.sizes)
 
     import torch
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.arguments import (
-    batch_argument,
-    count,
+    count_arguments,
     model_arguments,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
-    seed_argument,
     size_arguments,
 )
 from ldm.cli import BadInput, Parser, blame, command
@@ -31,10 +29,7 @@ WEIGHTS = ("model.safetensors", "model.ckpt")
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="sample_diffusion.py", description=__doc__)
     what = p.add_argument_group("what to make")
-    what.add_argument("-n", "--n_samples", type=count, default=50000, metavar="N",
-                      help="how many pictures (default: %(default)s)")
-    batch_argument(what, 10)
-    seed_argument(what)
+    count_arguments(what, 50000, 10, "how many pictures", ("-n", "--n_samples"))
     size_arguments(what)
     solvers = sampling_arguments(p, 50, eta=1.0, guided=False, steps_flags=("-c", "--custom_steps", "--steps"),
                                  eta_flags=("-e", "--eta"))
@@ -85,7 +80,7 @@ def save_npz(args: argparse.Namespace, result: Result, items: Sequence[Item]) ->
 def run(args: argparse.Namespace) -> None:
     find_model(args)
     setup = make_setup(args)
-    size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
+    size = picture_size(args, setup.sizes)
 
     from ldm.generate import subject_items
     from ldm.sampling.conditions import Condition

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 
 from ldm.arguments import (
     ROOT,
-    batch_argument,
-    count,
+    count_arguments,
     model_arguments,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
-    seed_argument,
 )
 from ldm.cli import BadInput, Parser, blame, command
 from ldm.script import GO_ON, Setup, conditioner, make_pictures, make_setup, named, stacked
@@ -29,10 +27,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--maps", nargs="+", required=True, metavar="FILE",
                       help="maps of one size, whose grey levels or palette indices are the labels; the pictures "
                            "are as large")
-    what.add_argument("--n_samples", type=count, default=1, metavar="N",
-                      help="pictures of each map (default: %(default)s)")
-    batch_argument(what, 1)
-    seed_argument(what)
+    count_arguments(what, 1, 1, "pictures of each map")
     sampling_arguments(p, guided=False)
     propagation_arguments(p)
     model_arguments(p, SYNTHESIS)

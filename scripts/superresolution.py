@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 
 from ldm.arguments import (
     ROOT,
-    batch_argument,
-    count,
+    count_arguments,
     model_arguments,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
-    seed_argument,
 )
 from ldm.cli import BadInput, Parser, blame, command, number
 from ldm.script import GO_ON, Setup, make_pictures, make_setup, named, stacked, without_weights
@@ -43,10 +41,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--noise_level", type=number(int, 0, sys.maxsize, "a whole number >= 0"), metavar="N",
                       help="noise on the small picture, for the x4 upscaler: the timestep of its schedule; with "
                            "more it invents more (default: see above)")
-    what.add_argument("--n_samples", type=count, default=1, metavar="N",
-                      help="results for each picture (default: %(default)s)")
-    batch_argument(what, 1)
-    seed_argument(what)
+    count_arguments(what, 1, 1, "results for each picture")
     sampling_arguments(p, None, None, unknown="see above")
     propagation_arguments(p)
     model_arguments(p, BSR_SR)

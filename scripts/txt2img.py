@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     items = text_items(args)
     setup = make_setup(args, LAION400M if args.laion400m else EMOJI64)
-    size = picture_size(args, setup.sizes, (setup.sizes.default,) * 2)
+    size = picture_size(args, setup.sizes)
 
     from ldm.sampling.conditions import Text
     from ldm.sampling.engine import Task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,17 @@ class Script:
         start = f"{self.name}.py: error: "
         assert line.startswith(start)
         return line.removeprefix(start)
+
+
+def check_batches(script: Script, one: Sequence[str], other: Sequence[str]) -> list[np.ndarray]:
+    """Two calls that differ in their batches alone make the same pictures, to a level; these."""
+    shown = [script.pixels(entry) for entry in script(*one)]
+    for path in (script.out / "samples").iterdir():
+        path.unlink()
+    script(*other)
+    for entry, before in zip(script.entries(), shown, strict=True):
+        assert np.abs(script.pixels(entry) - before).max() <= 1
+    return shown
 
 
 def check_resume(script: Script, capsys: pytest.CaptureFixture, *arguments: str) -> None:

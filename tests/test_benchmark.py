@@ -54,7 +54,7 @@ def test_peak_memory_is_what_was_held_at_one_time():
 
 
 def test_a_serial_propagated_run_needs_no_more_than_plain_and_the_features():
-    """(Bar 5 of the issue) In a plain run, too, the features of the node before are still there."""
+    """In a plain run, too, the features of the node before are still there."""
     run = subject()
     features = sum(tensor.nbytes for tensor in run.denoiser.encode(run.x, 500.0).tensors)
     plain, held, linear = (peak_memory(lambda plan=plan: run.run(plan)) for plan in (

@@ -308,7 +308,7 @@ def test_what_the_file_leaves_out_and_nothing_reads_is_zero(tmp_path, monkeypatc
             self.weight = nn.Parameter(torch.empty(2))
             self.text_projection = nn.Parameter(torch.empty(2, 2))
 
-    monkeypatch.setattr(checkpoint, "instantiate_from_config", lambda config: Text())
+    monkeypatch.setattr(checkpoint.model, "instantiate_from_config", lambda config: Text())
     (tmp_path / "c.yaml").write_text("model: {target: Text}")
     model = load_model(tmp_path / "c.yaml", write(tmp_path / "m.safetensors", {"weight": torch.ones(2)}))
     assert torch.equal(model.text_projection, torch.zeros(2, 2)) and model.weight.sum() == 2
@@ -326,7 +326,7 @@ def test_a_file_is_let_go_of_while_it_is_cast(tmp_path, dtype):
     write(tmp_path / "m.safetensors", {key: torch.ones(v.shape, dtype=dtype) for key, v in shapes.items()})
     code = """if True:
         from ldm import checkpoint
-        checkpoint.GROUP = 2 ** 22
+        checkpoint.file.GROUP = 2 ** 22
         peak = lambda: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
         before = peak()
         model = checkpoint.load_model("c.yaml", "m.safetensors")
@@ -361,7 +361,7 @@ def test_a_failed_save_keeps_the_old_weights(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(checkpoint.file, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
         save_weights(tmp_path / "m.safetensors", {"a": torch.zeros(2)})
     monkeypatch.undo()

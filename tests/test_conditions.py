@@ -161,7 +161,7 @@ def test_unknown_parameters_of_a_kind_are_refused(kind):
 
 @torch.no_grad()
 def test_a_checkpoint_brings_the_text_encoder(tmp_path):
-    """Saved with today's keys and with those of an earlier transformers; loaded without a network."""
+    """Saved with the keys of the installed transformers and of its older versions; loaded without a network."""
     conditioner = {"target": f"{MODULES}.FrozenCLIPEmbedder", "params": {
         "version": TINY_TEXT, "vocabulary": str(write_vocabulary(tmp_path))}}
     settings = config("LatentDiffusion", conditioner=conditioner)

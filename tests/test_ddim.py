@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 
 import pytest
 import torch
-from contracts import assert_golden, from_recipe, load_case
+from contracts import assert_golden, load_case
+from golden_sampler import SHAPE, model
 
 from ldm.models.diffusion.ddim import DDIM, DDIMSampler
-from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.diffusion.edits import inpainting, prior_noise
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.plan import Plan
 from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps
-
-SHAPE = (4, 8, 8)
-
-
-@cache
-def model(parameterization: str = "eps") -> DDPM:
-    case, tensors = load_case("sampler_unet")
-    ddpm = DDPM(
-        {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": case["kwargs"]},
-        linear_start=0.00085,
-        linear_end=0.012,
-        use_ema=False,
-        conditioning_key="crossattn",
-        parameterization=parameterization,
-    )
-    from_recipe(ddpm.model.diffusion_model, case, tensors)
-    return ddpm
 
 
 def guidance(case, tensors):

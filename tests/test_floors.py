@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 D, M, S = "ldm/models/diffusion", "ldm/modules", "ldm/sampling"
 DM = f"{M}/diffusionmodules"
 FLOORS = [  # lowest first; a file belongs to the first floor that names it
-    ["ldm/util.py", "ldm/cli.py", "*/__init__.py"],
+    ["ldm/util.py", "ldm/cli.py"],
     [
         *("ldm/arguments.py", "ldm/class_names.py", "ldm/processes.py"),
         *(f"{DM}/features.py", f"{DM}/process.py", f"{DM}/util.py", f"{D}/schedule.py", f"{D}/plan.py"),
@@ -29,11 +29,11 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *(f"{M}/attention.py", f"{DM}/model.py", f"{DM}/upscaling.py", f"{M}/losses/*"),
         *(f"{M}/encoders/clip.py", f"{M}/encoders/openclip.py", f"{M}/midas/*"),
         *(f"{D}/denoiser.py", f"{D}/edits.py", f"{D}/levels.py", f"{D}/propagation.py", f"{D}/online.py"),
-        *("ldm/checkpoint.py", "ldm/diagnosis.py", "ldm/generate.py", "ldm/cost.py"),
+        *("ldm/checkpoint/*", "ldm/diagnosis.py", "ldm/generate.py", "ldm/cost.py", "ldm/devices.py"),
     ],
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
-        *(f"{D}/loop.py", f"{D}/ddpm.py", f"{D}/memory.py", f"{D}/spread.py", "ldm/memory.py"),
+        *(f"{D}/loop.py", f"{D}/ddpm/*", f"{D}/memory.py", f"{D}/spread.py", "ldm/memory.py"),
     ],
     [f"{D}/calibration.py"],
     [f"{D}/plans.py"],
@@ -46,12 +46,13 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     [f"{D}/solvers.py"],
     [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
     [f"{S}/engine.py", f"{S}/hybrid.py", "ldm/plan_table.py", "ldm/measure/*"],
-    ["ldm/script.py"],
-    [*(f"evaluation/{name}.py" for name in ("errors", "resize", "inception", "protocol", "processes"))],
+    ["ldm/script/*"],
+    [*(f"evaluation/{name}.py" for name in ("errors", "resize", "inception", "yaml_file", "processes"))],
+    ["evaluation/protocol.py"],
     ["evaluation/results.py"],
     [*(f"evaluation/{name}.py" for name in ("moments", "pictures", "clip_models", "selection", "table_file"))],
     [*(f"evaluation/{name}.py" for name in ("distances", "features", "prompts", "run_folder", "table_text"))],
-    ["evaluation/measure.py"],
+    ["evaluation/measure.py", "evaluation/retrieval.py"],
     [f"evaluation/plots/{name}.py" for name in ("scene", "drawing", "blocks")],
     ["evaluation/plots/*", "scripts/*", "evaluation/recognition.py", "evaluation/paired.py", "main.py"],
     [*(f"evaluation/{name}.py" for name in ("generate", "fid", "adm", "clip_score", "cost"))],
@@ -59,12 +60,15 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["evaluation/*"],
 ]
 # Whose files may import each other.
-ROOMS = ("ldm/training", "ldm/measure", f"{M}/encoders", f"{M}/midas", f"{D}/dpm_solver", "scripts")
+ROOMS = (
+    *("ldm/checkpoint", "ldm/script", "ldm/training", "ldm/measure", f"{M}/encoders", f"{M}/midas"),
+    *(f"{D}/ddpm", f"{D}/dpm_solver", "scripts"),
+)
 FILES = sorted(
     str(path.relative_to(ROOT))
     for top in ("ldm", "scripts", "evaluation", "main.py")
     for path in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))
-    if path.exists()
+    if path.exists() and (path.name != "__init__.py" or "__all__" in path.read_text(encoding="utf-8"))
 )
 HEAVY = ("pytorch_lightning", "lightning", "torchvision", "transformers", "open_clip", "tokenizers")
 
@@ -85,7 +89,8 @@ def imported(file: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: import by full name"
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name.replace(".", "/") + ".py" for name in names} & set(FILES)
+    paths = {name.replace(".", "/") for name in names}
+    return {path + end for path in paths for end in (".py", "/__init__.py")} & set(FILES)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -98,6 +103,7 @@ def test_imports_go_down(file):
 def test_the_walk_sees_imports():
     assert f"{D}/loop.py" in imported(f"{D}/sampler.py")
     assert f"{DM}/features.py" in imported(f"{D}/denoiser.py")
+    assert f"{D}/ddpm/__init__.py" in imported(f"{S}/engine.py")
 
 
 def test_sampling_imports_nothing_heavy():

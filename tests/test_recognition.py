@@ -19,7 +19,8 @@ from txt2img_model import write_model
 
 from evaluation import recognition
 from evaluation.features import FeatureError, extractor
-from evaluation.recognition import main, nearest, retrieval, share, spread, standardise
+from evaluation.recognition import main, spread
+from evaluation.retrieval import nearest, retrieval, share, standardise
 from ldm.data.emoji import EmojiPictures
 from ldm.images import from_pil
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 
 import pytest
 import torch
-from contracts import assert_golden, from_recipe, load_case
+from contracts import assert_golden, load_case
+from golden_sampler import SHAPE, model
 
 from ldm.models.diffusion.ancestral import Ancestral
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.dpm_solver.rules import (
     DPMMultistep,
@@ -27,7 +26,6 @@ from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.plms import PLMS, PLMSSampler, plms_nodes
 from ldm.models.diffusion.schedule import Node, diffuse, predict_x0
 
-SHAPE = (4, 8, 8)
 DPM_RULES = [
     "ms2_eps",
     "ms2_x0",
@@ -38,21 +36,6 @@ DPM_RULES = [
     "ssfixed2_eps",
     "ssfixed3_eps",
 ]
-
-
-@cache
-def model(parameterization: str = "eps") -> DDPM:
-    case, tensors = load_case("sampler_unet")
-    ddpm = DDPM(
-        {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": case["kwargs"]},
-        linear_start=0.00085,
-        linear_end=0.012,
-        use_ema=False,
-        conditioning_key="crossattn",
-        parameterization=parameterization,
-    )
-    from_recipe(ddpm.model.diffusion_model, case, tensors)
-    return ddpm
 
 
 def sample(sampler, case, tensors, **kwargs):

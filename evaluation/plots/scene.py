@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ldm.arguments import EMOJI64
-from ldm.checkpoint import CheckpointError, load_model
 from ldm.cli import BadInput, blame
 from ldm.generate import Item, subject_items
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -22,7 +21,7 @@ from ldm.models.diffusion.plans import RunFacts, load_plan
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.sampling.conditions import Classes, Condition, Text
 from ldm.sampling.engine import Engine, Recipe, Task, num_nodes, usual_scale
-from ldm.script import CPU_POSITIONS, Setup, make_setup, run_facts
+from ldm.script import CPU_POSITIONS, Setup, make_setup, run_facts, uses_autocast
 
 BATCH = 8       # pictures at a time
 
@@ -51,14 +50,13 @@ class Scene:
     @staticmethod
     def of(args: argparse.Namespace) -> Scene:
         setup = make_setup(args, EMOJI64)
-        precision = args.precision or ("autocast" if setup.device.type == "cuda" else "full")
-        return Scene(setup, args.weights, precision == "autocast", args.prompts, args.count, args.seed, args.scale)
+        return Scene(setup, args.weights, uses_autocast(args, setup.device), args.prompts, args.count, args.seed,
+                     args.scale)
 
     @cached_property
     def model(self) -> LatentDiffusion:
         """Loaded when it is first needed."""
-        with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):
-            return load_model(self.setup.config_path, self.setup.ckpt, self.setup.device, self.averaged)
+        return self.setup.load(self.averaged)
 
     @cached_property
     def facts(self) -> RunFacts:

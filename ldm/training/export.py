@@ -33,7 +33,7 @@ def normalized_first_stage(config: DictConfig, weights: Mapping[str, Tensor]) ->
     The statistics over the training pictures of `config` are folded into the two 1x1 convolutions around the
     latents, so that nothing else changes: reconstructions stay the same and no model needs to know of it.
     Each channel is divided by the geometric mean of its own and the average deviation: channels of fine detail
-    stay smaller than those of shape and colour, but less so than before.
+    stay smaller than those of shape and colour, but less so than in the given weights.
     """
     model = instantiate_from_config(config.model)
     model.load_state_dict(dict(weights))

@@ -1,0 +1,14 @@
+"""Diffusion models under their published names: the network with its condition, and what surrounds it."""
+
+from ldm.models.diffusion.ddpm.diffusion import DDPM, ConditionLike
+from ldm.models.diffusion.ddpm.latent import LatentDiffusion
+from ldm.models.diffusion.ddpm.network import DiffusionWrapper
+from ldm.models.diffusion.ddpm.stable_diffusion_2 import (
+    ImageEmbeddingConditionedLatentDiffusion,
+    LatentDepth2ImageDiffusion,
+    LatentInpaintDiffusion,
+    LatentUpscaleDiffusion,
+)
+
+__all__ = ["ConditionLike", "DDPM", "DiffusionWrapper", "ImageEmbeddingConditionedLatentDiffusion",
+           "LatentDepth2ImageDiffusion", "LatentDiffusion", "LatentInpaintDiffusion", "LatentUpscaleDiffusion"]

@@ -1,0 +1,209 @@
+"""A diffusion process with its network (DDPM), as a plain module: noise schedule, training loss, denoiser.
+
+Sources: DDPM (arXiv 2006.11239), v-prediction (arXiv 2202.00512). Buffers and sub-modules carry the names of the
+published checkpoints. Sampling is in `ldm.models.diffusion.ddim` and its neighbours, training in `ldm.training`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.models.diffusion.ddpm.network import DiffusionWrapper
+from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guidance, Guided
+from ldm.modules.diffusionmodules.process import ForwardProcess, at
+from ldm.modules.diffusionmodules.util import make_beta_schedule
+from ldm.modules.ema import LitEma
+
+PARAMETERIZATIONS = ("eps", "x0", "v")
+ConditionLike = Conditioning | Tensor | Sequence[Tensor] | Mapping[str, Any] | None
+
+
+class DDPM(ForwardProcess):
+    """A diffusion process with its network.
+
+    Args:
+        unet_config: the network, `target` and `params`.
+        timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas: the noise schedule, see
+            `make_beta_schedule`; given_betas replaces the rest.
+        v_posterior: 0..1, weight of beta against the exact posterior variance.
+        parameterization: what the network predicts: "eps", "x0" or "v".
+        conditioning_key: see `DiffusionWrapper`.
+        use_ema: keep a moving average of the network's weights.
+        first_stage_key, image_size, channels: name and size of what is diffused.
+        loss_type, original_elbo_weight, l_simple_weight, learn_logvar, logvar_init: training loss, see
+            `p_losses`.
+        scheduler_config, ckpt_path: learning-rate schedule and starting weights of a training.
+        monitor, log_every_t: logging of the trainer.
+    """
+
+    def __init__(self, unet_config: Mapping[str, Any], timesteps: int = 1000, beta_schedule: str = "linear",
+                 loss_type: str = "l2", monitor: str | None = None, use_ema: bool = True,
+                 first_stage_key: str = "image", image_size: int = 256, channels: int = 3,
+                 log_every_t: int = 100, linear_start: float = 1e-4, linear_end: float = 2e-2,
+                 cosine_s: float = 8e-3, given_betas: Sequence[float] | None = None,
+                 original_elbo_weight: float = 0.0, v_posterior: float = 0.0, l_simple_weight: float = 1.0,
+                 conditioning_key: str | None = None, parameterization: str = "eps",
+                 scheduler_config: Mapping[str, Any] | None = None, learn_logvar: bool = False,
+                 logvar_init: float = 0.0, ckpt_path: str | None = None):
+        betas = np.asarray(given_betas if given_betas is not None else make_beta_schedule(
+            beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s), np.float64)
+        super().__init__(betas)
+        if parameterization not in PARAMETERIZATIONS:
+            raise ValueError(f"parameterization {parameterization!r} is not one of {PARAMETERIZATIONS}")
+        if loss_type not in ("l1", "l2"):
+            raise ValueError(f"loss_type {loss_type!r} is not one of ('l1', 'l2')")
+        self.parameterization, self.loss_type = parameterization, loss_type
+        self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
+        self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
+        self.monitor, self.log_every_t = monitor, log_every_t
+        self.scheduler_config, self.ckpt_path = scheduler_config, ckpt_path
+        self.model = DiffusionWrapper(unet_config, conditioning_key)
+        self.model_ema = LitEma(self.model) if use_ema else None
+        self.register_posterior(betas, v_posterior)
+        logvar = torch.full((self.num_timesteps,), logvar_init)
+        self.learn_logvar = learn_logvar
+        if learn_logvar:
+            self.logvar = nn.Parameter(logvar)
+        else:
+            self.register_buffer("logvar", logvar, persistent=False)
+
+    def register_posterior(self, betas: np.ndarray, v_posterior: float) -> None:
+        """Register the buffers of q(x_{t-1} | x_t, x_0) and of the variational bound; computed in float64."""
+        alphas = 1.0 - betas
+        abar = np.cumprod(alphas)
+        abar_prev = np.append(1.0, abar[:-1])
+        variance = (1 - v_posterior) * betas * (1.0 - abar_prev) / (1.0 - abar) + v_posterior * betas
+        # The bound's weights in float32 throughout, as published: they differ in the last digits otherwise.
+        f_betas, f_variance, f_alphas, f_abar = (v.astype(np.float32) for v in (betas, variance, alphas, abar))
+        if self.parameterization == "x0":
+            weights = 0.5 * np.sqrt(f_abar) / (2 - f_abar)
+        elif self.parameterization == "v":
+            weights = np.ones_like(f_betas)
+        else:
+            with np.errstate(divide="ignore"):      # the first variance is 0; its weight is replaced below
+                weights = f_betas ** 2 / (2 * f_variance * f_alphas * (1 - f_abar))
+        weights[0] = weights[1]
+        for name, values in {
+            "posterior_variance": variance,
+            "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),     # the first is 0
+            "posterior_mean_coef1": betas * np.sqrt(abar_prev) / (1.0 - abar),
+            "posterior_mean_coef2": (1.0 - abar_prev) * np.sqrt(alphas) / (1.0 - abar),
+        }.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+        self.register_buffer("lvlb_weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
+
+    # The process
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return (at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
+                - at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise)
+
+    def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        return at(self.sqrt_alphas_cumprod, t, x_t) * x_t - at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+
+    def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        return at(self.sqrt_alphas_cumprod, t, x_t) * v + at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
+
+    def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v = sqrt(abar) noise - sqrt(1 - abar) x (arXiv 2202.00512, appendix D)."""
+        return at(self.sqrt_alphas_cumprod, t, x) * noise - at(self.sqrt_one_minus_alphas_cumprod, t, x) * x
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (DDPM, equation 7)."""
+        mean = at(self.posterior_mean_coef1, t, x_t) * x_start + at(self.posterior_mean_coef2, t, x_t) * x_t
+        return mean, at(self.posterior_variance, t, x_t), at(self.posterior_log_variance_clipped, t, x_t)
+
+    # The training loss
+
+    def prediction_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should output for x_t = q_sample(x_start, t, noise)."""
+        if self.parameterization == "v":
+            return self.get_v(x_start, noise, t)
+        return noise if self.parameterization == "eps" else x_start
+
+    def loss_per_image(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Mean l1 or l2 error of each image, (B,)."""
+        error = prediction - target
+        return (error.abs() if self.loss_type == "l1" else error.square()).flatten(1).mean(1)
+
+    def p_losses(self, x_start: Tensor, cond: ConditionLike, t: Tensor,
+                 noise: Tensor | None = None) -> dict[str, Tensor]:
+        """The published training loss at timesteps t.
+
+        loss = l_simple_weight * mean(L / exp(s_t) + s_t) + original_elbo_weight * mean(w_t L)
+
+        with L the loss per image, s the log-variance `logvar` and w the weights of the variational bound.
+
+        Returns:
+            scalars "loss", "loss_simple", "loss_vlb" and, where logvar is learned, "loss_gamma", "logvar".
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        prediction = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        simple = self.loss_per_image(prediction, self.prediction_target(x_start, noise, t))
+        logvar = self.logvar[t]
+        gamma = simple / logvar.exp() + logvar
+        vlb = (self.lvlb_weights[t] * simple).mean()
+        losses = {"loss": self.l_simple_weight * gamma.mean() + self.original_elbo_weight * vlb,
+                  "loss_simple": simple.mean(), "loss_vlb": vlb}
+        if self.learn_logvar:
+            losses |= {"loss_gamma": gamma.mean(), "logvar": self.logvar.mean()}
+        return losses
+
+    # The network
+
+    def conditioning(self, cond: ConditionLike) -> Conditioning:
+        """A `Conditioning` from any of the published forms: tensor, list of tensors, dict of lists, None."""
+        if isinstance(cond, Conditioning):
+            return cond
+        if cond is None:
+            return Conditioning()
+        if isinstance(cond, Mapping):
+            unknown = set(cond) - {"c_concat", "c_crossattn", "c_adm"}
+            if unknown:
+                raise ValueError(f"conditioning: keys {sorted(unknown)} are not c_concat, c_crossattn or c_adm")
+            return self.model.conditioning(**cond)
+        parts = [cond] if isinstance(cond, Tensor) else list(cond)
+        name = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
+        return self.model.conditioning(**{name: parts})
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: ConditionLike = None) -> Tensor:
+        """Raw prediction for x, (B, C, H, W), at timesteps t, (B,)."""
+        cond = self.conditioning(cond)
+        return self.model.decode(self.model.encode(x, t, cond), t, cond)
+
+    def denoiser(self, cond: ConditionLike = None, uncond: ConditionLike = None,
+                 guidance: Guidance | float = 1.0, tome: float = 0.0) -> Denoiser:
+        """The network under a condition, with classifier-free guidance (arXiv 2207.12598) unless its scale is 1.
+
+        Args:
+            cond, uncond: conditions of the same number of images, in any published form.
+            guidance: eps = eps_uncond + scale * (eps_cond - eps_uncond); a `Guidance`, or its scale alone.
+            tome: share of tokens that the network merges for self-attention; see `UNetModel.encode`.
+
+        Raises:
+            ValueError: guidance is asked for without uncond.
+        """
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        cond = self.conditioning(cond)
+        conditional = Conditional(self.model, cond, self.parameterization, tome)
+        if guidance.scale == 1.0:
+            return conditional
+        if uncond is None:
+            raise ValueError(f"uncond: guidance scale {guidance.scale} needs an unconditional conditioning; got None")
+        both = Conditioning.cat(self.conditioning(uncond), cond)
+        return Guided(Conditional(self.model, both, self.parameterization, tome), guidance, conditional)
+
+    @contextmanager
+    def ema_scope(self) -> Iterator[None]:
+        """The network holds its averaged weights inside the block (if there are any)."""
+        if self.model_ema is None:
+            yield
+        else:
+            with self.model_ema.applied_to(self.model):
+                yield

@@ -1,0 +1,107 @@
+"""Diffusion on the latents of a first stage (arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.ddpm.diffusion import DDPM
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import instantiate_from_config
+
+
+class LatentDiffusion(DDPM):
+    """A diffusion on the latents of a first stage, under a condition from a conditioning stage.
+
+    Args:
+        first_stage_config: the autoencoder; always frozen.
+        cond_stage_config: the conditioner; "__is_first_stage__" encodes the condition with the first stage,
+            "__is_unconditional__" means there is none.
+        cond_stage_key: name of the condition in a batch.
+        cond_stage_trainable: the conditioner is trained together with the network.
+        concat_mode: meaning of conditioning_key None with a conditioner: "concat", else "crossattn".
+        scale_factor: latents are the first stage's times this.
+        scale_by_std: the scale factor is a buffer, measured by the training on its first batch.
+        num_timesteps_cond: 1; shortened conditioning schedules are not supported.
+        The rest: see `DDPM`.
+    """
+
+    def __init__(self, first_stage_config: Mapping[str, Any], cond_stage_config: Mapping[str, Any] | str,
+                 unet_config: Mapping[str, Any], num_timesteps_cond: int = 1, cond_stage_key: str = "image",
+                 cond_stage_trainable: bool = False, concat_mode: bool = True,
+                 conditioning_key: str | None = None, scale_factor: float = 1.0, scale_by_std: bool = False,
+                 timesteps: int = 1000, beta_schedule: str = "linear", loss_type: str = "l2",
+                 monitor: str | None = None, use_ema: bool = True, first_stage_key: str = "image",
+                 image_size: int = 256, channels: int = 3, log_every_t: int = 100, linear_start: float = 1e-4,
+                 linear_end: float = 2e-2, cosine_s: float = 8e-3, given_betas: Sequence[float] | None = None,
+                 original_elbo_weight: float = 0.0, v_posterior: float = 0.0, l_simple_weight: float = 1.0,
+                 parameterization: str = "eps", scheduler_config: Mapping[str, Any] | None = None,
+                 learn_logvar: bool = False, logvar_init: float = 0.0, ckpt_path: str | None = None):
+        if num_timesteps_cond != 1:
+            raise ValueError(f"num_timesteps_cond must be 1; got {num_timesteps_cond}")
+        if conditioning_key is None and cond_stage_config != "__is_unconditional__":
+            conditioning_key = "concat" if concat_mode else "crossattn"
+        super().__init__(
+            unet_config, timesteps=timesteps, beta_schedule=beta_schedule, loss_type=loss_type, monitor=monitor,
+            use_ema=use_ema, first_stage_key=first_stage_key, image_size=image_size, channels=channels,
+            log_every_t=log_every_t, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s,
+            given_betas=given_betas, original_elbo_weight=original_elbo_weight, v_posterior=v_posterior,
+            l_simple_weight=l_simple_weight, conditioning_key=conditioning_key,
+            parameterization=parameterization, scheduler_config=scheduler_config, learn_logvar=learn_logvar,
+            logvar_init=logvar_init, ckpt_path=ckpt_path)
+        self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
+        self.scale_by_std = scale_by_std
+        if scale_by_std:
+            self.register_buffer("scale_factor", torch.tensor(scale_factor))
+        else:
+            self.scale_factor = scale_factor
+        self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
+        if cond_stage_config == "__is_unconditional__":
+            self.cond_stage_model = None
+        elif cond_stage_config == "__is_first_stage__":
+            self.cond_stage_model = self.first_stage_model
+        else:
+            self.cond_stage_model = instantiate_from_config(cond_stage_config)
+            if not cond_stage_trainable:
+                self.cond_stage_model.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        """Frozen stages stay in evaluation mode."""
+        super().train(mode)
+        self.first_stage_model.eval()
+        if self.cond_stage_model is not None and not self.cond_stage_trainable:
+            self.cond_stage_model.eval()
+        return self
+
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """The conditioner's output for a raw condition (prompts, labels, pictures, …).
+
+        Raises:
+            ValueError: the model has no conditioner.
+        """
+        if self.cond_stage_model is None:
+            raise ValueError("c: this model is unconditional, it takes no condition")
+        encode = getattr(self.cond_stage_model, "encode", self.cond_stage_model)
+        c = encode(c)
+        return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> what the first stage encodes them to, not yet scaled."""
+        return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(self, encoded: DiagonalGaussianDistribution | Tensor,
+                                 noise: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w): a sample of the posterior (with `noise` if given), or the code, scaled."""
+        z = encoded.sample(noise) if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        return self.scale_factor * z
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Latents (B, C, h, w) -> pictures (B, 3, f*h, f*w), about [-1, 1], not clamped."""
+        z = z / self.scale_factor
+        return self.first_stage_model.decode(z, force_not_quantize=True) if force_not_quantize \
+            else self.first_stage_model.decode(z)

@@ -1,0 +1,88 @@
+"""What the arguments of a sampling script picture: prompts, classes by name, pictures that are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.arguments import Files
+from ldm.class_names import Names, read_names
+from ldm.cli import BadInput, blame
+from ldm.script.setup import Setup, make_setup, picture_size
+
+# PyTorch and what needs it are imported where they are used: --help must answer at once.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.generate import Item
+
+
+def prompts_in(path: str | Path) -> list[str]:
+    """The prompts in the file of --from-file, one per line."""
+    with blame("--from-file"):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise BadInput(f"--from-file: {path} is empty; expected one prompt per line")
+    return prompts
+
+
+def text_items(args: argparse.Namespace, extra: dict[str, Any] | None = None) -> list[Item]:
+    """The pictures that `text_arguments` ask for; `extra` is what else of each is to be remembered."""
+    from ldm.generate import subject_items
+
+    # As published: a batch is n_samples pictures of the prompt, or n_samples lines of the file.
+    per_iteration = 1 if args.from_file else args.n_samples
+    prompts = [args.prompt] if args.from_file is None else prompts_in(args.from_file)
+    subjects = [{"prompt": prompt} | (extra or {}) for prompt in prompts for _ in range(args.repeat)]
+    return subject_items(subjects, per_iteration * args.n_iter, args.seed,
+                         share_start=per_iteration if args.fixed_code else None)
+
+
+def given_names(args: argparse.Namespace, default: Path | None = None) -> Names:
+    """The names in --class-names, else in the default file; none without either."""
+    path = args.class_names or default
+    with blame("--class-names"):
+        return {} if path is None else read_names(path)
+
+
+def from_picture(args: argparse.Namespace, default: Files) -> tuple[Tensor, list[Item], Setup]:
+    """What `picture_arguments` ask for: the picture in the size of the results, (3, H, W); these; the model."""
+    from ldm.images import fit, from_pil, open_picture
+
+    with blame("--init-img"):
+        image = open_picture(args.init_img)
+        items = text_items(args, named(args.init_img, "init_img"))
+    setup = make_setup(args, default)
+    step = setup.sizes.multiple
+    height, width = (max(step, side // step * step) for side in (image.height, image.width))
+    return from_pil(fit(image, *picture_size(args, setup.sizes, (height, width)))), items, setup
+
+
+def stacked(pictures: Mapping[str, Tensor]) -> Tensor:
+    """Pictures (..., H, W) by name as a batch.
+
+    Raises:
+        ValueError: they are not of one size.
+    """
+    import torch
+
+    (first, one), *others = pictures.items()
+    for name, other in others:
+        if other.shape != one.shape:
+            raise ValueError(f"{name} has {pixels(other)}, {first} {pixels(one)}; expected one size, so run each "
+                             f"size by itself")
+    return torch.stack(list(pictures.values()))
+
+
+def pixels(picture: Tensor) -> str:
+    return f"{picture.shape[-1]} x {picture.shape[-2]} pixels"
+
+
+def named(path: str | Path, role: str) -> dict[str, str]:
+    """How a picture remembers an input file: by name and content."""
+    from ldm.checkpoint import fingerprint
+
+    return {role: Path(path).name, f"{role}_sha256": fingerprint(path)[:16]}

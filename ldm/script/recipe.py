@@ -1,0 +1,119 @@
+"""How the pictures of a run are sampled: solver, steps, guidance, plan, decoder batches."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ldm.arguments import NOISE_WEIGHT
+from ldm.cli import BadInput, blame
+from ldm.script.setup import Setup
+
+# PyTorch and what needs it are imported where they are used: --help must answer at once.
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.models.diffusion.plan import AnyPlan
+    from ldm.models.diffusion.plans import RunFacts
+    from ldm.sampling.engine import Engine, Recipe
+
+PUBLISHED_SAMPLERS = {"plms": "plms", "dpm": "dpm-solver++"}
+CPU_POSITIONS = 16384   # latent positions in one decoder batch on a CPU, where memory soon outweighs speed
+
+
+def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup) -> Recipe:
+    """How pictures of this height and width are sampled."""
+    from ldm.models.diffusion.solvers import SOLVERS
+    from ldm.sampling.engine import Recipe, usual_scale
+
+    sampler, eta = sampler_name(args), args.eta
+    if eta is None:
+        eta = args.default_eta if SOLVERS[sampler].takes_eta else 0.0
+    weight = args.noise_weight
+    if weight is None:
+        weight = 0.0 if args.plan == "off" else NOISE_WEIGHT
+    scale = usual_scale(setup.config) if args.scale is None else args.scale
+    with blame("--guidance-interval"):
+        return Recipe(*size, sampler, args.steps, eta, scale, args.guidance_interval, args.guidance_reuse,
+                      args.tome, weight, args.noise_below, args.noise_order)
+
+
+def sampler_name(args: argparse.Namespace) -> str:
+    from ldm.models.diffusion.solvers import SOLVERS
+
+    flag, name = "--sampler", args.sampler
+    for published, meant in PUBLISHED_SAMPLERS.items():
+        if getattr(args, published):
+            flag, name = f"--{published}", meant
+    if name not in SOLVERS:
+        raise BadInput(f"{flag}: there is no solver {name!r}; accepted: {', '.join(SOLVERS)}")
+    return name
+
+
+def count_nodes(recipe: Recipe, setup: Setup, strength: float = 1.0) -> int:
+    """How many predictions a run of the last `strength` (0..1) of the steps makes, which is what its plan counts."""
+    from ldm.sampling.engine import num_nodes
+
+    timesteps = setup.config.model.params.get("timesteps", 1000)
+    with blame("--steps"):
+        num_nodes(recipe, timesteps)
+    with blame("--strength"):
+        return num_nodes(recipe, timesteps, strength)
+
+
+def uses_autocast(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether the networks run in the device's lower precision, from --precision."""
+    return (args.precision or ("autocast" if device.type == "cuda" else "full")) == "autocast"
+
+
+def run_facts(setup: Setup, sampler: str) -> RunFacts:
+    """What plans and calibrations may have been made for."""
+    from ldm.checkpoint import fingerprint
+    from ldm.models.diffusion.plans import RunFacts
+
+    folder = setup.ckpt if setup.ckpt.is_dir() else setup.ckpt.parent
+    return RunFacts({"sampler": sampler, "weights": fingerprint(setup.ckpt)[:16]}, folder / "calibration")
+
+
+def make_plan(args: argparse.Namespace, nodes: int, run: RunFacts) -> AnyPlan:
+    """The run's plan, with all decoders that can share a batch in one where --parallel is auto."""
+    from ldm.models.diffusion.plans import load_plan
+
+    with blame("--plan"):
+        plan = load_plan(args.plan, nodes, args.parallel or nodes, args.propagate, run)
+    if args.compare and plan.plain and not args.tome:
+        raise BadInput(f"--plan: {args.plan} skips no encoder, so --compare has nothing to compare; "
+                       f"expected a plan such as faster-diffusion, or --tome")
+    return plan
+
+
+def with_memory(engine: Engine, parallel: int | None, batch: int, setup: Setup) -> AnyPlan:
+    """The engine's plan with decoder batches that this machine has memory for.
+
+    Args:
+        parallel: --parallel; None = auto.
+        batch: most pictures at a time.
+
+    Several processes share each batch, so they take as many times more.
+    """
+    from ldm.memory import decoders_that_fit, free_bytes
+    from ldm.models.diffusion.plan import Plan
+
+    latents = batch * (1 if engine.recipe.scale == 1.0 else 2)      # that the UNet gets at one node
+    each = engine.decoder_bytes(latents)
+    plan, processes, free = engine.plan, setup.processes, free_bytes(setup.device)
+    fit = decoders_that_fit(free, each)
+    fit = plan.num_nodes if fit is None else fit
+    if parallel is None:
+        if setup.device.type == "cpu":
+            fit = min(fit, CPU_POSITIONS // (latents * math.prod(engine.shape[1:])))
+        return replace(plan, parallel=processes.size * processes.least(max(1, fit)))
+    # A GPU that runs out of memory says so, and the batch is halved; a CPU's system kills the process.
+    longest = max(len(batch.nodes) for batch in plan.batches()) if isinstance(plan, Plan) else plan.parallel
+    share = -(-longest // processes.size)
+    if setup.device.type == "cpu" and share > max(1, fit):
+        raise BadInput(f"--parallel: {share} decoder steps need about {share * each / 1e6:.0f} MB, {free / 1e6:.0f} MB "
+                       f"are free; expected auto or at most {max(1, fit) * processes.size}")
+    return plan

@@ -1,0 +1,161 @@
+"""The run of a sampling script: the model is loaded, the pictures are made and reported."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import blame
+from ldm.processes import Processes
+from ldm.script.recipe import count_nodes, make_plan, make_recipe, run_facts, uses_autocast, with_memory
+from ldm.script.report import Result, report
+from ldm.script.setup import Setup
+
+# PyTorch and what needs it are imported where they are used: --help must answer at once.
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.generate import Item
+    from ldm.models.diffusion.plan import AnyPlan
+    from ldm.sampling.engine import Engine, Recipe, Task
+
+GO_ON = "stopped; the same command goes on from here"
+
+
+def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item], task: Task,
+                  size: tuple[int, int], batch: int, keep: bool = False) -> list[Result]:
+    """Load the model, make the pictures of one method or, to compare, two; report.
+
+    Args:
+        size: height and width of the pictures.
+        batch: most pictures at a time.
+        keep: the caller needs the pictures of the results.
+    """
+    import torch
+
+    from ldm.checkpoint import CheckpointError
+
+    recipe = make_recipe(args, size, setup)
+    nodes = count_nodes(recipe, setup, task.canvas.strength)
+    if args.plan == "list":
+        if setup.processes.rank == 0:
+            list_plans(setup, recipe, task, nodes)
+        return []
+    with blame("--ckpt", (CheckpointError,)):
+        settings = weights_of(setup, args.weights)
+    plan = make_plan(args, nodes, run_facts(setup, recipe.sampler))
+    engines = load_engines(args, setup, recipe, plan, task)
+
+    with setup.processes.joined(setup.device):
+        for engine in engines.values():
+            if not engine.plan.plain and engine.plan.parallel > 1:
+                engine.plan = with_memory(engine, args.parallel, batch, setup)
+        suspect = "--precision" if uses_autocast(args, setup.device) else "--ckpt"
+        with (blame("--outdir", (OSError,)), blame(suspect, (ValueError,)),
+              blame("--device", (torch.OutOfMemoryError,))):
+            if setup.processes.rank > 0:
+                follow(engines, setup.processes)
+                return []
+            return lead(args, setup, items, engines, settings, batch, keep)
+
+
+def weights_of(setup: Setup, which: str) -> dict[str, str]:
+    """What a picture remembers of its model's files."""
+    from ldm.checkpoint import fingerprint
+
+    return {"ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}", "weights": fingerprint(setup.ckpt)[:16],
+            "config": fingerprint(setup.config_path)[:16], "averaged": which}
+
+
+def load_engines(args: argparse.Namespace, setup: Setup, recipe: Recipe, plan: AnyPlan,
+                 task: Task) -> dict[str, Engine]:
+    """The methods of the run by name, on one model: the one asked for, and to compare the plain one before it."""
+    from ldm.models.diffusion.plan import Plan, check_blocks
+    from ldm.sampling.engine import Engine
+
+    model = setup.load(args.weights)
+    unet = model.model.diffusion_model
+    with blame("--tome"):
+        unet.check_merging(recipe.tome)
+    with blame("--plan"):
+        check_blocks(plan, len(unet.output_blocks))
+    methods = {"accelerated" if args.compare else "pictures": (recipe, plan)}
+    if args.compare:
+        plain = replace(recipe, noise_weight=0.0, guidance_interval=None, guidance_reuse=False, tome=0.0)
+        methods = {"plain": (plain, Plan(plan.num_nodes, tuple(range(plan.num_nodes)))), **methods}
+    build = partial(Engine, model, setup.sizes, task=task, autocast=uses_autocast(args, setup.device),
+                    warm_up=args.compare, spread=setup.processes.several)
+    with blame("--config"):
+        return {label: build(*method) for label, method in methods.items()}
+
+
+def follow(engines: Mapping[str, Engine], processes: Processes) -> None:
+    """Compute with the leading process what it says."""
+    for label, chunk in processes.orders():
+        engines[label].latents(chunk)
+
+
+def lead(args: argparse.Namespace, setup: Setup, items: Sequence[Item], engines: Mapping[str, Engine],
+         settings: dict[str, Any], batch: int, keep: bool) -> list[Result]:
+    """Make, save and report the pictures of every engine; the other processes follow."""
+    began = time.perf_counter()
+    keep = keep or args.compare or not args.skip_grid
+    results = [make_all(label, engine, items, settings, args, batch, keep, setup.processes)
+               for label, engine in engines.items()]
+    setup.processes.tell(None)
+    report(results, items, settings | {label: e.settings() for label, e in engines.items()}, args, batch)
+    fresh, total = (sum(getattr(r, name) for r in results) for name in ("fresh", "count"))
+    where = "not saved" if args.skip_save else f"in {Path(args.outdir) / 'samples'}"
+    print(f"{total} picture{'s' * (total != 1)} ({fresh} made, {total - fresh} found) {where}; "
+          f"spent {time.perf_counter() - began:.1f} s, {sum(r.spent_macs for r in results) / 1e9:.1f} GMAC")
+    return results
+
+
+def make_all(label: str, engine: Engine, items: Sequence[Item], settings: dict[str, Any],
+             args: argparse.Namespace, batch: int, keep: bool, processes: Processes) -> Result:
+    """All pictures of one method, with progress over images and steps; other processes are told to help."""
+    from tqdm import tqdm
+
+    from ldm.generate import generate
+
+    result, nodes = Result(label, settings | engine.settings()), engine.plan.num_nodes
+    with (tqdm(total=len(items), desc=label, unit="image", disable=None) as images,
+          tqdm(total=nodes, desc="steps", unit="step", leave=False, disable=None) as steps):
+        def on_node() -> None:
+            if steps.n >= nodes:
+                steps.reset()
+            steps.update()
+
+        def make(chunk: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
+            processes.tell((label, chunk))
+            return engine(chunk)
+
+        engine.on_node = on_node
+        outdir = None if args.skip_save else args.outdir
+        for made in generate(items, make, result.settings, outdir, batch):
+            result.add(made, keep)
+            images.update()
+    return result
+
+
+def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
+    """Print what plans would cost this model, which is built without its weights."""
+    import torch
+
+    from ldm.models.diffusion.plan import Plan
+    from ldm.plan_table import plan_table
+    from ldm.sampling.engine import Engine
+    from ldm.util import instantiate_from_config
+
+    with blame("--config", (ValueError, OSError, TypeError, KeyError)):
+        with torch.device("meta"):
+            model = instantiate_from_config(setup.config.model)
+        engine = Engine(model, setup.sizes, recipe, Plan(nodes, (0,)), task)
+    with blame("--tome"):
+        unit = engine.unit
+    print("\n".join(plan_table(unit, nodes)))

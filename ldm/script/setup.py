@@ -1,0 +1,131 @@
+"""The model of a run, from its files' names and its config: all that can be known before a slow load."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.arguments import Files
+from ldm.cli import BadInput, blame
+from ldm.devices import find_device
+from ldm.processes import Processes
+
+# PyTorch and what needs it are imported where they are used: --help must answer at once.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.sampling.engine import Sizes
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model to use, from its files' names and its config: all that can be known before it is loaded."""
+
+    config_path: Path
+    ckpt: Path
+    config: Any
+    sizes: Sizes
+    device: torch.device
+    processes: Processes
+
+    def load(self, weights: str) -> LatentDiffusion:
+        """The model on the run's device; `weights` as `load_model` takes them.
+
+        Raises:
+            BadInput: the files do not make a model.
+        """
+        from ldm.checkpoint import CheckpointError, load_model
+
+        # A config that does not build a model may fail in any way that a constructor can.
+        with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):
+            return load_model(self.config_path, self.ckpt, self.device, weights)
+
+
+def make_setup(args: argparse.Namespace, default: Files | None = None, processes: Processes | None = None) -> Setup:
+    """What is quick to check comes before what is slow to load.
+
+    processes: that make each picture together; None = those that torchrun has started.
+    """
+    config_path, ckpt = model_files(args, default)
+    check_outdir(Path(args.outdir))
+    processes = Processes.of_run() if processes is None else processes
+    device = find_device(args.device, processes)
+    if processes.several and args.guidance_reuse:
+        raise BadInput("--guidance-reuse: needs the key step's guidance at every later step, so it does not go with "
+                       "several processes")
+
+    from ldm.checkpoint import load_config
+    from ldm.diagnosis import stated_prediction
+    from ldm.sampling.engine import Sizes
+
+    with blame("--config"):
+        config = load_config(config_path)
+        sizes = Sizes.of(config.model)
+    says, stated = config.model.params.get("parameterization", "eps"), stated_prediction(ckpt)
+    if stated not in (None, says):
+        raise BadInput(f"--config: its parameterization is {says}; the network in {ckpt} predicts {stated}, its "
+                       f"scheduler says")
+    for flag, given, real in (("--C", args.C, sizes.channels), ("--f", args.f, sizes.factor)):
+        if given not in (None, real):
+            raise BadInput(f"{flag}: this model's is {real}; got {given}")
+    return Setup(config_path, ckpt, config, sizes, device, processes)
+
+
+def model_files(args: argparse.Namespace, default: Files | None) -> Files:
+    if (args.config is None) != (args.ckpt is None):
+        given, other = ("--config", "--ckpt") if args.ckpt is None else ("--ckpt", "--config")
+        without = f"; without both the model is {default[1].parent.name}" if default else ""
+        raise BadInput(f"{other}: needed together with {given}{without}")
+    if args.config is None and default is None:
+        raise BadInput("--config: needed, together with --ckpt: the files of the model")
+    config, ckpt = (Path(args.config), Path(args.ckpt)) if args.config else default
+    if not config.is_file():
+        raise BadInput(f"--config: {config}: no such file")
+    if not ckpt.exists():
+        raise BadInput(f"--ckpt: {ckpt}: no such file, nor a diffusers folder")
+    return config, ckpt
+
+
+def check_outdir(outdir: Path) -> None:
+    """It must be possible to write there; nothing is left behind by finding out."""
+    place = next(p for p in (outdir, *outdir.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise BadInput(f"--outdir: {place} is a file; expected a directory")
+    try:
+        with tempfile.TemporaryDirectory(dir=place):
+            pass
+    except OSError as error:
+        raise BadInput(f"--outdir: can't write to {outdir}: {error.strerror}") from error
+
+
+def picture_size(args: argparse.Namespace, sizes: Sizes, default: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width of the pictures, from --H and --W; default: the model's."""
+    height, width = default or (sizes.default, sizes.default)
+    height, width = args.H or height, args.W or width
+    for flag, value in (("--H", height), ("--W", width)):
+        if value % sizes.multiple:
+            raise BadInput(f"{flag}: must be a multiple of {sizes.multiple} for this model; got {value}")
+    return height, width
+
+
+def conditioner(setup: Setup) -> nn.Module:
+    """The model's conditioner without its weights, to see what it takes."""
+    config = setup.config.model.params.get("cond_stage_config")
+    if isinstance(config, str):
+        raise BadInput(f"--config: a model without a conditioner of its own: its cond_stage_config is {config}")
+    return without_weights(config)
+
+
+def without_weights(config: Any) -> nn.Module:
+    """A part of the model, built from its part of the config."""
+    import torch
+
+    from ldm.util import instantiate_from_config
+
+    with blame("--config", (ValueError, OSError, TypeError, KeyError)), torch.device("meta"):
+        return instantiate_from_config(config)
