@@ -140,7 +140,9 @@ def make_engine(args: argparse.Namespace, protocol: Protocol, setup: Setup, batc
         with blame("--ckpt", (CheckpointError,)):
             model = load_model(setup.config_path, setup.ckpt, setup.device, args.weights)
         autocast = (args.precision or ("autocast" if setup.device.type == "cuda" else "full")) == "autocast"
-        return Engine(model, sizes, recipe, plan, task_of(protocol, model), autocast)
+        engine = Engine(model, sizes, recipe, plan, task_of(protocol, model), autocast)
+    engine.pack()
+    return engine
 
 
 def run_card(args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Prompt], setup: Setup, engine: Engine,

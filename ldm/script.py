@@ -488,6 +488,7 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         methods = {"plain": (plain, Plan(nodes, tuple(range(nodes)))), **methods}
     with blame("--config"):
         engines = {label: build(*method) for label, method in methods.items()}
+    engines[next(iter(engines))].pack()     # they share the model
 
     with setup.processes.joined(setup.device):
         for engine in engines.values():

@@ -112,9 +112,9 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     params = read_params(args.config)
     size, network = latent_size(args, params), random_network(params)
     unet = diffusers_peer(params, network) if args.against else None
-    pack(network)
+    tokens = None if network.diffusion_model.context_dim is None else args.tokens
+    pack(network.diffusion_model, size, tokens)
     subject = Subject.of(params, network, size, batch, args.tokens, args.steps)
-    tokens = None if subject.context is None else args.tokens
     unit = unet_macs(network.diffusion_model, size, 2, tokens)
 
     product, operations = matrix_product()
