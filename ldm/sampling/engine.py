@@ -261,7 +261,7 @@ class Engine:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=self.autocast):
+        with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=self.autocast):
             yield
 
     def _noise(self, items: Sequence[Item]) -> Tensor:
