@@ -147,7 +147,9 @@ def make_engine(args: argparse.Namespace, protocol: Protocol, setup: Setup, batc
         plan = replace(plan, parallel=max(1, CPU_POSITIONS // positions))
     model = setup.load(args.weights)
     with blame("--config", (ValueError, OSError, TypeError, KeyError)):
-        return Engine(model, sizes, recipe, plan, task_of(protocol, model), uses_autocast(args, setup.device))
+        engine = Engine(model, sizes, recipe, plan, task_of(protocol, model), uses_autocast(args, setup.device))
+    engine.pack()
+    return engine
 
 
 def run_card(args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Prompt], setup: Setup, engine: Engine,

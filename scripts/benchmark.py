@@ -12,12 +12,13 @@ the model; it is taken in the untimed round.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 EMOJI = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64" / "config.yaml"
 ROWS = ["off", "faster-diffusion", "faster-diffusion@8", "deepcache:3"]
 MATRIX, PEER = "matrix product", "diffusers"
+COMPILED = ", compiled"     # after the name of a row
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -45,6 +47,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=whole, default=10, help="of DDIM (default: 10)")
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"(default: {' '.join(ROWS)})")
     parser.add_argument("--against", choices=(PEER,), help="the plain run by this library, on the same weights")
+    parser.add_argument("--compile", action="store_true",
+                        help="every row also with encoder and decoder compiled by PyTorch, which takes minutes")
     parser.add_argument("--repeats", type=whole, default=3, metavar="N", help="timed rounds (default: 3)")
     parser.add_argument("--threads", type=whole, metavar="N", help="(default: PyTorch's)")
     parser.add_argument("--json", metavar="FILE", help="also write what was measured")
@@ -106,20 +110,27 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     from ldm.cost import unet_macs
     from ldm.measure.peer import diffusers_peer, fastest
     from ldm.measure.subject import Subject, random_network
-    from ldm.measure.timing import alternate, matrix_product, peak_memory, shares
+    from ldm.measure.timing import alternate, matrix_product, peak_memory, seconds_of, shares
+    from ldm.models.diffusion.compiled import Compiled
     from ldm.modules.packed import pack
 
     params = read_params(args.config)
     size, network = latent_size(args, params), random_network(params)
     unet = diffusers_peer(params, network) if args.against else None
-    pack(network)
+    tokens = None if network.diffusion_model.context_dim is None else args.tokens
+    compiled = Compiled(copy.deepcopy(network)) if args.compile else None
+    pack(network.diffusion_model, size, tokens)
     subject = Subject.of(params, network, size, batch, args.tokens, args.steps)
-    tokens = None if subject.context is None else args.tokens
     unit = unet_macs(network.diffusion_model, size, 2, tokens)
 
     product, operations = matrix_product()
     calls = {MATRIX: product} | {name: lambda plan=plan: subject.run(plan) for name, plan in plans.items()}
     result: dict[str, Any] = {"batch": batch}
+    if compiled is not None:
+        other = replace(subject, network=compiled)
+        calls |= {name + COMPILED: lambda plan=plan: other.run(plan) for name, plan in plans.items()}
+        plans = {**plans, **{name + COMPILED: plan for name, plan in plans.items()}}
+        result["compile_seconds"] = sum(seconds_of(calls[name]) for name in plans if name.endswith(COMPILED))
     if unet is not None:
         peer = fastest(unet, subject)
         difference = (peer.run(subject) - subject.run(plain_plan(args.steps))).abs().max()
@@ -149,8 +160,9 @@ def row(name: str, batch: int, seconds: Seconds, plan: Plan | None, taken: Mappi
     if plan is None:
         return Row(name, batch, each, spread, None, None, None, peak)
     share, saved = unit.run(plan) / (steps * unit.whole), None
-    if "off" in taken and share < 1:
-        saved = (1 - seconds.median / taken["off"].median) / (1 - share)
+    plain = "off" + COMPILED if name.endswith(COMPILED) else "off"
+    if plain in taken and share < 1:
+        saved = (1 - seconds.median / taken[plain].median) / (1 - share)
     return Row(name, batch, each, spread, unit.run(plan), unit.critical_path(plan), saved, peak)
 
 
@@ -170,6 +182,8 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
     if result["plain_flops"]:
         yield f"plain run: {result['plain_flops'] / 1e9:.1f} GFLOP/s, {result['plain_flops'] / rate:.0%} of that"
     yield "time of a plain step: " + ", ".join(f"{kind} {share:.1%}" for kind, share in result["shares"].items())
+    if "compile_seconds" in result:
+        yield f"compiling, with the first runs: {result['compile_seconds']:.0f} s"
     if "peer" in result:
         seconds = {r["name"]: r["seconds"] for r in result["rows"]}
         ratio = f"; plain / diffusers: {seconds['off'] / seconds[PEER]:.2f}" if "off" in seconds else ""
@@ -193,6 +207,11 @@ def run(args: argparse.Namespace) -> None:
     about = machine() | {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "config": args.config,
                          "size": list(size), "steps": args.steps, "repeats": args.repeats,
                          "command": shlex.join(sys.argv)}
+    if args.compile:
+        from ldm.models.diffusion.compiled import check_compiler
+
+        with blame("--compile"):
+            check_compiler()
     if args.against:
         with blame("--against", (ImportError,)):
             import diffusers

@@ -66,7 +66,7 @@ def test_a_serial_propagated_run_needs_no_more_than_plain_and_the_features():
 
 def test_shares_are_of_the_kinds_that_ran():
     run = subject(1)
-    for prepare in (lambda: None, lambda: pack(run.network)):
+    for prepare in (lambda: None, lambda: pack(run.network.diffusion_model, (16, 16), 5)):
         prepare()
         found = shares(lambda: run.run(Plan(1, (0,))))
         assert sum(found.values()) == pytest.approx(1)

@@ -21,7 +21,6 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py", f"{M}/token_merging.py"),
         *("ldm/download.py", "ldm/published.py"),
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
-        f"{M}/packed.py",
         *(f"{M}/encoders/tokenizer.py", f"{M}/encoders/clip_tokenizer.py", f"{M}/encoders/clip_image.py"),
         *(f"{M}/encoders/boxes.py", "ldm/lr_scheduler.py", "ldm/data/*"),
     ],
@@ -34,6 +33,8 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
         *(f"{D}/loop.py", f"{D}/ddpm/*", f"{D}/memory.py", f"{D}/spread.py", "ldm/memory.py"),
+        f"{D}/compiled.py",
+        f"{M}/packed.py",
     ],
     [f"{D}/calibration.py"],
     [f"{D}/plans.py"],

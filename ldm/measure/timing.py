@@ -42,10 +42,15 @@ def alternate(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str,
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - began)
+            taken[name].append(seconds_of(call))
     return {name: Seconds(tuple(values)) for name, values in taken.items()}
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def matrix_product() -> tuple[Callable[[], Any], int]:

@@ -91,7 +91,9 @@ def load_engines(args: argparse.Namespace, setup: Setup, recipe: Recipe, plan: A
     build = partial(Engine, model, setup.sizes, task=task, autocast=uses_autocast(args, setup.device),
                     warm_up=args.compare, spread=setup.processes.several)
     with blame("--config"):
-        return {label: build(*method) for label, method in methods.items()}
+        engines = {label: build(*method) for label, method in methods.items()}
+    engines[next(iter(engines))].pack()     # they share the model
+    return engines
 
 
 def follow(engines: Mapping[str, Engine], processes: Processes) -> None:
