@@ -94,7 +94,7 @@ def run_table(units: Mapping[str, Macs], plans: Mapping[str, Plan], paper: Mappi
     yield (f"{'run, GMAC':<26}{'keys':>5}" + "".join(f"{name:>12}{'share':>8}" for name in units)
            + f"{'critical path':>15}{'in the paper':>14}")
     for label, plan in plans.items():
-        cells = "".join(f"{unit.run(plan) / 1e9:>12.1f}{unit.run(plan) / (plan.num_nodes * unit.whole):>8.1%}"
+        cells = "".join(f"{unit.run(plan) / 1e9:>12.1f}{unit.run(plan) / unit.plain(plan.num_nodes):>8.1%}"
                         for unit in units.values())
         line = f"{label:<26}{len(plan.keys):>5}{cells}{units['exact'].critical_path(plan) / 1e9:>15.1f}"
         if paper[label] is None:

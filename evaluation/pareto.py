@@ -265,7 +265,7 @@ def run(args: argparse.Namespace) -> None:
             raise BadInput(f"--out: {save} is of another run ({found}); this one is {head}")
     with blame("--rows"):
         measured = dict(zip(map(str, rows), results(bench, rows, kept, save, head), strict=True))
-    whole = bench.engine(Row("plain")).unit.whole * STEPS * 2
+    whole = bench.engine(Row("plain")).unit.plain(STEPS) * 2
     for values in measured.values():
         values |= {"macs_share": values["macs"] / whole, "critical_share": values["critical"] / whole}
     show(measured, args.out, f"emoji64 (weights {bench.weights}), {len(bench.items)} captions, seed {args.seed}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
 from math import prod
@@ -28,17 +28,23 @@ class Macs:
     decode: what a key node and a decoder node pay: output blocks, output layer and time embedding.
     outer:  [n]: the first n input blocks alone, with the time embedding; [0] = 0.
     last:   [n]: the last n output blocks, with the output layer and the time embedding.
+    once:   what is computed once for all steps of a run: keys and values of the context.
     """
 
     encode: int
     decode: int
     outer: tuple[int, ...] = (0,)
     last: tuple[int, ...] = ()
+    once: int = 0
 
     @property
     def whole(self) -> int:
-        """One prediction with nothing saved."""
+        """One prediction with nothing saved, without what a run computes once."""
         return self.encode + self.decode
+
+    def plain(self, nodes: int) -> int:
+        """A run of so many nodes with nothing saved."""
+        return self.once + nodes * self.whole
 
     def node(self, work: Work, plan: AnyPlan) -> int:
         """One prediction at a node of a plan."""
@@ -54,7 +60,9 @@ class Macs:
             images: how often the batch is predicted at each node, for guidance; None = once.
         """
         works = plan.works() if works is None else works
-        return sum(self.node(work, plan) * n for work, n in zip(works, images or [1] * len(works), strict=True))
+        images = images or [1] * len(works)
+        return self.once * max(images) + sum(
+            self.node(work, plan) * n for work, n in zip(works, images, strict=True))
 
     def critical_path(self, plan: AnyPlan, works: Sequence[Work] | None = None,
                       images: Sequence[int] | None = None) -> int:
@@ -64,8 +72,10 @@ class Macs:
         before them. Arguments as for `run`.
         """
         works = plan.works() if works is None else works
-        return sum(self.node(work, plan) * n for work, n in zip(works, images or [1] * len(works), strict=True)
-                   if work is not Work.DECODER or plan.refresh)
+        images = images or [1] * len(works)
+        return self.once * max(images) + sum(
+            self.node(work, plan) * n for work, n in zip(works, images, strict=True)
+            if work is not Work.DECODER or plan.refresh)
 
 
 def _one_product(queries: Sequence[int], keys: Sequence[int], *rest: Any, **more: Any) -> int:
@@ -123,10 +133,16 @@ def unet_macs(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: i
         batch: latents per prediction; guidance doubles it.
         context_length: tokens of the context, for a UNet with cross-attention.
         tome: share of tokens merged for self-attention; the product that finds similar ones is counted too.
-        convention: see `count_macs`.
+        convention: see `count_macs`. The paper's counts keys and values of the context at every step, as the networks
+            do that it was measured with.
     """
     with torch.device("meta"), torch.no_grad():
-        return _count(*meta_unet(unet, size, batch, context_length, tome), partial(count_macs, convention=convention))
+        unet, x, inputs = meta_unet(unet, size, batch, context_length, tome)
+        count, once = partial(count_macs, convention=convention), 0
+        if convention == "exact" and context_length is not None:
+            context = inputs["context"]
+            once = count(lambda: inputs.update(context=unet.project(context)))
+        return replace(_count(unet, x, inputs, count), once=once)
 
 
 def meta_unet(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int, context_length: int | None,

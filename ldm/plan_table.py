@@ -28,7 +28,7 @@ def plan_table(unit: Macs, nodes: int, more: Sequence[str] = ()) -> Iterator[str
         nodes: of the run.
         more: specs to list beside the named ones.
     """
-    plain = nodes * unit.whole
+    plain = unit.plain(nodes)
     yield f"{'plan':<18}{'MACs':>7}{'latency':>9}  key nodes of {nodes}"
     for name in (*RULES, *more, *plan_names()):
         plan = load_plan(name, nodes)

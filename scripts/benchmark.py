@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
             for name, seconds in taken.items()]
     one = plain_plan(1)
     single = Subject(params, network, subject.x, subject.context, 1)
-    plain = 2 * batch * args.steps * unit.whole / taken["off"].median if "off" in taken else None
+    plain = 2 * batch * unit.plain(args.steps) / taken["off"].median if "off" in taken else None
     return result | {"matmul_flops": rate, "plain_flops": plain, "shares": shares(lambda: single.run(one)),
                      "rows": [asdict(r) for r in rows]}
 
@@ -159,7 +159,7 @@ def row(name: str, batch: int, seconds: Seconds, plan: Plan | None, taken: Mappi
     each, spread = seconds.median / batch, seconds.spread
     if plan is None:
         return Row(name, batch, each, spread, None, None, None, peak)
-    share, saved = unit.run(plan) / (steps * unit.whole), None
+    share, saved = unit.run(plan) / unit.plain(steps), None
     plain = "off" + COMPILED if name.endswith(COMPILED) else "off"
     if plain in taken and share < 1:
         saved = (1 - seconds.median / taken[plain].median) / (1 - share)

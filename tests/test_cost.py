@@ -12,6 +12,9 @@ SD_V1 = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params
     num_res_blocks=2, channel_mult=[1, 2, 4, 4], num_heads=8, use_spatial_transformer=True,
     transformer_depth=1, context_dim=768, legacy=False)}
 # Counted on the published network, guidance batch of 2, 64 x 64 latents, 77 tokens.
+# Keys and values of 2 x 77 tokens of width 768, in the encoder with the middle block and in the decoder.
+ENCODER_ONCE, DECODER_ONCE = (2 * 2 * 77 * 768 * width for width in (2 * 320 + 2 * 640 + 3 * 1280,
+                                                                     3 * 320 + 3 * 640 + 3 * 1280))
 ENCODER, MIDDLE, DECODER, OUT, TIME = 249335971840, 12099584000, 541739417600, 94371840, 4096000
 KEYS_50 = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 TINY = dict(image_size=8, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1,
@@ -20,10 +23,11 @@ TINY = dict(image_size=8, in_channels=4, out_channels=4, model_channels=32, num_
 
 def test_stable_diffusion_v1_to_the_last_mac():
     macs = unet_macs(SD_V1, (64, 64), batch=2, context_length=77)
-    assert macs.encode == ENCODER + MIDDLE + TIME
-    assert macs.decode == DECODER + OUT + TIME
+    assert macs.encode == ENCODER + MIDDLE + TIME - ENCODER_ONCE
+    assert macs.decode == DECODER + OUT + TIME - DECODER_ONCE
+    assert macs.once == ENCODER_ONCE + DECODER_ONCE
     assert round(ENCODER / 1e9 + MIDDLE / 1e9, 2) == 261.44
-    assert round((macs.whole - TIME) / 1e9, 2) == 803.27
+    assert round((macs.plain(1) - TIME) / 1e9, 2) == 803.27
     assert unet_macs(SD_V1, (64, 64), batch=1, context_length=77).whole * 2 == macs.whole
 
 
@@ -32,6 +36,13 @@ def test_a_run_pays_the_encoder_at_key_nodes_only():
     assert macs.run(Plan(50, KEYS_50)) == 9 * 30 + 50 * 70
     assert macs.run(Plan(50, tuple(range(50)))) == 50 * macs.whole
     assert macs.run(Plan(50, KEYS_50, parallel=20)) == macs.run(Plan(50, KEYS_50))
+
+
+def test_keys_and_values_are_paid_once_for_the_most_predictions_of_a_node():
+    macs, plan = Macs(encode=30, decode=70, once=5), Plan(4, (0, 2))
+    assert macs.run(plan) == 5 + 2 * 30 + 4 * 70 and macs.critical_path(plan) == 5 + 2 * 100
+    assert macs.run(plan, images=[2, 1, 2, 1]) == 2 * 5 + 2 * 2 * 100 + 2 * 70
+    assert macs.plain(4) == 5 + 4 * 100
 
 
 def test_both_products_of_attention_are_counted():
@@ -58,5 +69,5 @@ def test_a_living_network_is_counted_as_its_config_and_left_alone(options):
     y = labels.get(options.get("num_classes"))
     context = torch.zeros(3, 5, 16) if length else None
     with torch.no_grad():
-        assert macs.whole == count_macs(lambda: unet(x, t, context=context, y=y))
-    assert plan_macs(unet, Plan(4, (0, 2)), (8, 8), 3, length) == 2 * macs.encode + 4 * macs.decode
+        assert macs.plain(1) == count_macs(lambda: unet(x, t, context=context, y=y))
+    assert plan_macs(unet, Plan(4, (0, 2)), (8, 8), 3, length) == macs.once + 2 * macs.encode + 4 * macs.decode

@@ -99,6 +99,30 @@ def test_decoder_uses_its_own_timestep_and_context():
         assert (unet.decode(features, t, -context) - out).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("changes", [{}, {"disable_self_attentions": [True, True]}], ids=str)
+def test_a_projected_context_predicts_as_its_tokens_do(changes):
+    unet, (x, t, context) = small_unet(**changes), inputs(batch=2)
+    projected = unet.project(context)
+    expected = unet(x, t, context)
+    assert torch.equal(unet(x, t, projected), expected)
+    assert (unet(x, t, unet.project(context.flip(0))) - expected).abs().max() > 1e-4
+    features = unet.encode(x, t, projected)
+    three = unet.decode(Features.cat([features] * 3), t.repeat(3), projected.tile(3))
+    torch.testing.assert_close(three, expected.repeat(3, 1, 1, 1), rtol=1e-5, atol=1e-5)
+    last = slice(1, None)
+    torch.testing.assert_close(unet(x[last], t[last], projected.images(last)), expected[last], rtol=1e-5, atol=1e-5)
+
+
+def test_a_projected_context_of_another_batch_or_network_says_so():
+    unet, (x, t, context) = small_unet(), inputs(batch=2)
+    with pytest.raises(ValueError, match="context must be for 2 samples; got one projected for 6"):
+        unet(x, t, unet.project(context).tile(3))
+    with pytest.raises(ValueError, match="projected by another network"):
+        unet(x, t, small_unet().project(context))
+    with pytest.raises(ValueError, match="context must have shape"):
+        unet.project(context[..., :-1])
+
+
 def test_joined_features_are_step_major_and_keep_the_memory_format():
     hidden = torch.arange(2.0).view(2, 1, 1, 1)
     skip = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)

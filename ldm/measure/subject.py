@@ -54,7 +54,7 @@ class Subject:
     @property
     def denoiser(self) -> Denoiser:
         parameterization = self.params.get("parameterization", "eps")
-        both = Conditional(self.network, Conditioning(self.context), parameterization)
+        both = Conditional(self.network, self.network.project(Conditioning(self.context)), parameterization)
         return Guided(both, Guidance(SCALE))
 
     def run(self, plan: AnyPlan) -> Tensor:

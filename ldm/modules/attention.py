@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.context import Context, ProjectedContext
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
 from ldm.modules.token_merging import Merging
 
@@ -56,13 +57,21 @@ class CrossAttention(nn.Module):
         """(B, L, heads * dim_head) -> (B, heads, L, dim_head), a view."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, N, query_dim), (B, L, context_dim) -> (B, N, query_dim)."""
-        context = x if context is None else context
-        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
-        if x.device.type == "cpu":
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, context_dim) -> keys and values, both (B, heads, L, dim_head)."""
+        k, v = self._split(self.to_k(context)), self._split(self.to_v(context))
+        if context.device.type == "cpu":
             # Its kernel reads keys and values once for every block of queries, faster head by head.
-            k, v = k.contiguous(), v.contiguous()                               # (B, heads, L, dim_head)
+            k, v = k.contiguous(), v.contiguous()
+        return k, v
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """(B, N, query_dim), (B, L, context_dim) -> (B, N, query_dim)."""
+        q = self._split(self.to_q(x))                                           # (B, heads, N, dim_head)
+        if isinstance(context, ProjectedContext):
+            k, v = context.of(self)                                             # (B, heads, L, dim_head)
+        else:
+            k, v = self.keys_values(x if context is None else context)
         attended = F.scaled_dot_product_attention(q, k, v)                      # (B, heads, N, dim_head)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
@@ -93,11 +102,17 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, merging: Merging | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None,
+                merging: Merging | None = None) -> Tensor:
         """(B, N, dim), (B, L, context_dim) -> (B, N, dim); self-attention is among merged tokens, if so told."""
         return checkpoint(self._forward, x, context, merging, enabled=self.checkpoint)
 
-    def _forward(self, x: Tensor, context: Tensor | None, merging: Merging | None) -> Tensor:
+    def projections(self, context: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """Keys and values of the layers that attend to the context, by layer; see `ProjectedContext`."""
+        layers = [self.attn1, self.attn2] if self.disable_self_attn else [self.attn2]
+        return {layer: layer.keys_values(context) for layer in layers}
+
+    def _forward(self, x: Tensor, context: Context | None, merging: Merging | None) -> Tensor:
         if merging is None or self.disable_self_attn:
             x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
         else:
@@ -137,7 +152,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(
             nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, tome: float = 0.0) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None, tome: float = 0.0) -> Tensor:
         """(B, C, H, W), (B, L, context_dim) -> (B, C, H, W); tome: share of tokens to merge for self-attention."""
         h = self.norm(x)                                                        # (B, C, H, W)
         if self.use_linear:

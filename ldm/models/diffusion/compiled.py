@@ -40,6 +40,9 @@ class Compiled(nn.Module):
                            options={"freezing": True} if backend == "inductor" else None)
         self._encode, self._decode = compiled(self._encode_tensors), compiled(self._decode_tensors)
 
+    def project(self, cond: Conditioning) -> Conditioning:
+        return cond     # the compiled functions take tensors; keys and values are computed at every step
+
     def embed_time(self, t: Tensor) -> Tensor:
         return self.inner.embed_time(t)
 

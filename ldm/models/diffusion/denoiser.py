@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.plan import Work
 from ldm.models.diffusion.schedule import Node
+from ldm.modules.context import Context, ProjectedContext
 from ldm.modules.diffusionmodules.features import Features
 
 
@@ -23,25 +24,36 @@ from ldm.modules.diffusionmodules.features import Features
 class Conditioning:
     """What a network is conditioned on; a part that the model does not use is None.
 
-    context: tokens for cross-attention, (B, L, D).
+    context: tokens for cross-attention, (B, L, D); or what a network has made of them for all steps.
     concat:  image-like input beside the latent, (B, C', H, W).
     y:       class label (B,) or embedding (B, D) added to the time embedding.
     """
 
-    context: Tensor | None = None
+    context: Context | None = None
     concat: Tensor | None = None
     y: Tensor | None = None
 
-    def parts(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Context]:
         """The parts that are given, by name."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: part for name, part in named.items() if part is not None}
+
+    @property
+    def batch(self) -> int | None:
+        """How many images it is for; None = any number."""
+        return next((len(part) for part in self.parts().values()), None)
 
     def tile(self, n: int) -> Conditioning:
         """Repeat for n decoder steps, step-major: (B, ...) -> (n*B, ...)."""
         if n == 1:
             return self
-        return Conditioning(**{name: p.repeat(n, *[1] * (p.ndim - 1)) for name, p in self.parts().items()})
+        return Conditioning(**{name: p.tile(n) if isinstance(p, ProjectedContext) else p.repeat(n, *[1] * (p.ndim - 1))
+                               for name, p in self.parts().items()})
+
+    def images(self, which: slice) -> Conditioning:
+        """Of some images of the batch."""
+        return Conditioning(**{name: p.images(which) if isinstance(p, ProjectedContext) else p[which]
+                               for name, p in self.parts().items()})
 
     @staticmethod
     def cat(first: Conditioning, second: Conditioning) -> Conditioning:
@@ -167,7 +179,7 @@ class Conditional:
     @property
     def batch(self) -> int | None:
         """How many latents the conditioning is for; None = any number."""
-        return next((len(part) for part in self.cond.parts().values()), None)
+        return self.cond.batch
 
     def embed_time(self, ts: Sequence[float]) -> Tensor:
         device = next((p.device for p in self.network.parameters()), None)

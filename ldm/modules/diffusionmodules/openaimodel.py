@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import SpatialTransformer
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from ldm.modules.context import Context, ProjectedContext
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, timestep_embedding, zero_module
 from ldm.modules.token_merging import check_ratio
@@ -141,7 +142,7 @@ class AttentionBlock(nn.Module):
 class TimestepEmbedSequential(nn.Sequential):
     """Layers in a row, each given what it takes of the timestep embedding, the context and token merging."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, tome: float = 0.0) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None, tome: float = 0.0) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -371,14 +372,27 @@ class UNetModel(nn.Module):
         """Precision of the weights, to which inputs are cast."""
         return self.time_embed[0].weight.dtype
 
-    def encode(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
+    def project(self, context: Tensor) -> ProjectedContext:
+        """Keys and values of a context (B, L, context_dim), which are the same at every step.
+
+        Raises:
+            ValueError: a shape that does not fit, or this network takes no context.
+        """
+        context = self._checked_context(context, len(context))
+        projections = {}
+        for block in self.modules():
+            if isinstance(block, BasicTransformerBlock):
+                projections |= block.projections(context)
+        return ProjectedContext(projections, len(context))
+
+    def encode(self, x: Tensor, timesteps: Tensor, context: Context | None = None,
                y: Tensor | None = None, tome: float = 0.0) -> Features:
         """The part that encoder propagation skips: input blocks and middle block.
 
         Args:
             x: (B, C_in, H, W); H and W multiples of `downsampling`.
             timesteps: (B,), training timesteps 0..T-1, integer or fractional.
-            context: (B, L, context_dim), with spatial transformers.
+            context: (B, L, context_dim), with spatial transformers; or what `project` made of it.
             y: (B,) class index, or (B, 1), (B, adm_in_channels) by num_classes.
             tome: share of the finest level's tokens that are merged for self-attention, 0..0.75; see `Merging`.
 
@@ -394,7 +408,7 @@ class UNetModel(nn.Module):
         h = self.middle_block(skips[-1], emb, context)                          # (B, C_mid, h, w)
         return Features(hidden=h, skips=skips)
 
-    def encode_outer(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None,
+    def encode_outer(self, x: Tensor, timesteps: Tensor, context: Context | None = None, y: Tensor | None = None,
                      blocks: int = 1, tome: float = 0.0) -> tuple[Tensor, ...]:
         """The outputs of the first `blocks` input blocks alone, each (B, C_i, H_i, W_i); arguments as for `encode`.
 
@@ -408,14 +422,14 @@ class UNetModel(nn.Module):
         context = self._checked_context(context, len(x))
         return self._outer(x, self.embed(timesteps, y, len(x)), context, blocks, tome)
 
-    def _outer(self, x: Tensor, emb: Tensor, context: Tensor | None, blocks: int, tome: float) -> tuple[Tensor, ...]:
+    def _outer(self, x: Tensor, emb: Tensor, context: Context | None, blocks: int, tome: float) -> tuple[Tensor, ...]:
         h, skips = x.to(self.dtype), []                                         # (B, C_in, H, W)
         for i, block in enumerate(self.input_blocks[:blocks]):
             h = block(h, emb, context, tome if i < self.finest else 0.0)        # (B, C_i, H_i, W_i)
             skips.append(h)
         return tuple(skips)
 
-    def advance(self, features: Features, timesteps: Tensor, context: Tensor | None = None,
+    def advance(self, features: Features, timesteps: Tensor, context: Context | None = None,
                 y: Tensor | None = None, blocks: int = 0, tome: float = 0.0) -> Features:
         """Decode until `blocks` output blocks remain; arguments as for `decode`.
 
@@ -434,7 +448,7 @@ class UNetModel(nn.Module):
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context, share)  # (B, C_i, H_i, W_i)
         return Features(h, tuple(skips))
 
-    def decode(self, features: Features, timesteps: Tensor, context: Tensor | None = None,
+    def decode(self, features: Features, timesteps: Tensor, context: Context | None = None,
                y: Tensor | None = None, tome: float = 0.0) -> Tensor:
         """The prediction (B, C_out, H, W) at `timesteps` from features of the same or an earlier step.
 
@@ -448,7 +462,7 @@ class UNetModel(nn.Module):
         h = self.advance(features, timesteps, context, y, tome=tome).hidden
         return self.out(h) if self.id_predictor is None else self.id_predictor(h)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
+    def forward(self, x: Tensor, timesteps: Tensor, context: Context | None = None,
                 y: Tensor | None = None) -> Tensor:
         """`encode` and `decode` at the same timesteps: (B, C_in, H, W) -> (B, C_out, H, W)."""
         return self.decode(self.encode(x, timesteps, context, y), timesteps, context, y)
@@ -489,11 +503,15 @@ class UNetModel(nn.Module):
             raise ValueError(f"x must have height and width that are multiples of {self.downsampling}; "
                              f"got {tuple(x.shape)}")
 
-    def _checked_context(self, context: Tensor | None, batch: int) -> Tensor | None:
+    def _checked_context(self, context: Context | None, batch: int) -> Context | None:
         if self.context_dim is None:
             if context is not None:
                 raise ValueError("context must be None: this network has no spatial transformers")
             return None
+        if isinstance(context, ProjectedContext):
+            if len(context) != batch:
+                raise ValueError(f"context must be for {batch} samples; got one projected for {len(context)}")
+            return context
         if context is None or context.ndim != 3 or context.shape[::2] != (batch, self.context_dim):
             raise ValueError(f"context must have shape ({batch}, L, {self.context_dim}); "
                              f"got {None if context is None else tuple(context.shape)}")

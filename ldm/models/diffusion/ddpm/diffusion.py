@@ -191,13 +191,14 @@ class DDPM(ForwardProcess):
         """
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         cond = self.conditioning(cond)
-        conditional = Conditional(self.model, cond, self.parameterization, tome)
         if guidance.scale == 1.0:
-            return conditional
+            return Conditional(self.model, self.model.project(cond), self.parameterization, tome)
         if uncond is None:
             raise ValueError(f"uncond: guidance scale {guidance.scale} needs an unconditional conditioning; got None")
-        both = Conditioning.cat(self.conditioning(uncond), cond)
-        return Guided(Conditional(self.model, both, self.parameterization, tome), guidance, conditional)
+        both = self.model.project(Conditioning.cat(self.conditioning(uncond), cond))
+        conditional = both.images(slice(both.batch // 2, None))
+        return Guided(Conditional(self.model, both, self.parameterization, tome), guidance,
+                      Conditional(self.model, conditional, self.parameterization, tome))
 
     @contextmanager
     def ema_scope(self) -> Iterator[None]:

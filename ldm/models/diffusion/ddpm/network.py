@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ class DiffusionWrapper(nn.Module):
             if (getattr(cond, part) is not None) != needed:
                 raise ValueError(f"conditioning: conditioning_key {self.conditioning_key!r} "
                                  f"{'needs' if needed else 'takes no'} {part}")
+
+    def project(self, cond: Conditioning) -> Conditioning:
+        """The condition with the network's keys and values in the place of its context, for all steps of a run."""
+        self.check(cond)
+        return cond if cond.context is None else replace(cond, context=self.diffusion_model.project(cond.context))
 
     def embed_time(self, t: Tensor) -> Tensor:
         return self.diffusion_model.embed_time(t)
