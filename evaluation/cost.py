@@ -87,6 +87,9 @@ def node_table(units: Mapping[str, Macs], plans: Mapping[str, Plan]) -> Iterator
             if label not in seen:
                 seen.add(label)
                 yield f"{label:<34}" + "".join(f"{unit.node(work, plan) / 1e9:>12.2f}" for unit in units.values())
+    if any(unit.once for unit in units.values()):
+        yield f"{'keys and values of the text, once':<34}" + "".join(
+            f"{unit.once / 1e9:>12.2f}" for unit in units.values())
 
 
 def run_table(units: Mapping[str, Macs], plans: Mapping[str, Plan], paper: Mapping[str, int | None]) -> Iterator[str]:
