@@ -44,8 +44,10 @@ def test_a_table_and_a_plot_with_both_costs(tmp_path, capsys):
     assert {name: measured[name] for name in first} == first
     plain, few, reused = measured.values()
     assert plain["mse_latents"] == 0 and plain["psnr"] is None and plain["ssim"] == pytest.approx(1)
-    assert few["macs"] * 10 == few["critical"] * 10 == plain["macs"] == plain["critical"]
-    assert reused["critical"] * 50 == 3 * plain["critical"] and 0.3 < reused["macs"] / plain["macs"] < 0.6
+    assert few["macs"] == few["critical"] and plain["macs"] == plain["critical"]
+    assert few["macs"] * 10 == pytest.approx(plain["macs"], rel=0.01)   # keys and values once in each
+    assert reused["critical"] * 50 == pytest.approx(3 * plain["critical"], rel=0.02)
+    assert 0.3 < reused["macs"] / plain["macs"] < 0.6
     assert 0 < few["mse_latents"] and 0 < reused["mse_latents"] and few["fid_real"] > 0
     table = (tmp_path / "out.md").read_text().splitlines()
     assert len([line for line in table if line.startswith("| ddim")]) == 3 and "100%" in table[-3]

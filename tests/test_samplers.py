@@ -184,8 +184,11 @@ def test_plan_mask_and_edits_reach_the_loop(sampler):
 )
 @pytest.mark.parametrize("sampler", [PLMSSampler, DPMSolverSampler])
 def test_bad_arguments_say_why(sampler, arguments, why):
+    ddpm = model()
+    usual = {"S": 5, "batch_size": 2, "shape": SHAPE, "verbose": False,
+             "conditioning": torch.zeros(2, 5, ddpm.model.diffusion_model.context_dim)}
     with pytest.raises(ValueError, match=why):
-        sampler(model()).sample(**{"S": 5, "batch_size": 2, "shape": SHAPE, "verbose": False, **arguments})
+        sampler(ddpm).sample(**usual | arguments)
 
 
 NODES = (Node(500, 0.3, 0.6), Node(200, 0.6, 0.9))
