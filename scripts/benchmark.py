@@ -3,10 +3,11 @@
     python scripts/benchmark.py --config configs/stable-diffusion/v1-inference.yaml --size 32 32 --steps 4
     python scripts/benchmark.py --config configs/stable-diffusion/v1-inference.yaml --against diffusers
 
-A row is PLAN, PLAN+PROPAGATE, PLAN@PARALLEL or all of it: faster-diffusion, deepcache:3, uniform:4+linear@8. All
-rows run in one process, in turn, after one untimed round, so that what else the machine does meets all of them. Time is
-that of the UNet and the solver, without text encoder and first stage. Peak memory is that of the run's tensors, beside
-the model; it is taken in the untimed round.
+A row is PLAN, PLAN+PROPAGATE, PLAN@PARALLEL or all of it: faster-diffusion, deepcache:3, uniform:4+linear@8; auto:9
+needs the model's calibration for that number of steps (emoji64 has one for 50). All rows run in one process, in turn,
+after one untimed round, so that what else the machine does meets all of them. Time is that of the UNet and the solver,
+without text encoder and first stage. Peak memory is that of the run's tensors, beside the model; it is taken in the
+untimed round.
 """
 
 from __future__ import annotations
@@ -75,16 +76,16 @@ class Row:
     peak: int
 
 
-def read_row(text: str, steps: int) -> Plan:
-    """The plan of a row's name."""
+def read_row(text: str, steps: int, calibrations: Path) -> Plan:
+    """The plan of a row's name; calibrations: the folder with the model's own, for `auto:K`."""
     from ldm.models.diffusion.plan import Plan
-    from ldm.models.diffusion.plans import load_plan
+    from ldm.models.diffusion.plans import RunFacts, load_plan
 
     name, _, parallel = text.partition("@")
     spec, _, propagate = name.partition("+")
     if parallel and not parallel.isdigit():
         raise ValueError(f"the number of decoder steps in a batch follows the @; got {text!r}")
-    plan = load_plan(spec, steps, int(parallel or 1), propagate or None)
+    plan = load_plan(spec, steps, int(parallel or 1), propagate or None, RunFacts({"sampler": "ddim"}, calibrations))
     if not isinstance(plan, Plan):
         raise ValueError(f"{spec} decides during a run; its cost is not known before")
     return plan
@@ -198,7 +199,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.util import atomic_write
 
     with blame("--rows"):
-        plans = {name: read_row(name, args.steps) for name in args.rows}
+        plans = {name: read_row(name, args.steps, Path(args.config).parent / "calibration") for name in args.rows}
     with blame("--config"):
         size = latent_size(args, read_params(args.config))
     if args.json and not Path(args.json).absolute().parent.is_dir():

@@ -19,7 +19,7 @@ from ldm.models.diffusion.plans import load_plan
 from ldm.modules.packed import pack
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from benchmark import main, read_row  # noqa: E402
+from benchmark import EMOJI, main, read_row  # noqa: E402
 
 PARAMS = dict(linear_start=0.00085, linear_end=0.012, image_size=16, channels=4, conditioning_key="crossattn",
               unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": dict(
@@ -75,8 +75,10 @@ def test_shares_are_of_the_kinds_that_ran():
 
 
 def test_rows_are_plans_with_their_propagation_and_batch():
-    assert read_row("uniform:4+linear@3", 8) == Plan(8, (0, 4), 3, propagate="linear")
-    assert read_row("off", 3) == load_plan("off", 3)
+    assert read_row("uniform:4+linear@3", 8, Path("none")) == Plan(8, (0, 4), 3, propagate="linear")
+    assert read_row("off", 3, Path("none")) == load_plan("off", 3)
+    calibrated = read_row("auto:9@3", 50, EMOJI.parent / "calibration")
+    assert len(calibrated.keys) == 9 and (calibrated.parallel, calibrated.propagate) == (3, "quadratic")
 
 
 @pytest.mark.parametrize("against", [[], ["--against", "diffusers"]], ids=["alone", "against diffusers"])
