@@ -13,12 +13,11 @@ untimed round.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +27,7 @@ from ldm.cli import BadInput, Parser, blame, command, number
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
+    from ldm.measure.subject import Subject
     from ldm.measure.timing import Seconds
     from ldm.models.diffusion.plan import Plan
 
@@ -49,7 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"(default: {' '.join(ROWS)})")
     parser.add_argument("--against", choices=(PEER,), help="the plain run by this library, on the same weights")
     parser.add_argument("--compile", action="store_true",
-                        help="every row also with encoder and decoder compiled by PyTorch, which takes minutes")
+                        help="every row also compiled by PyTorch, which takes minutes")
     parser.add_argument("--repeats", type=whole, default=3, metavar="N", help="timed rounds (default: 3)")
     parser.add_argument("--threads", type=whole, metavar="N", help="(default: PyTorch's)")
     parser.add_argument("--json", metavar="FILE", help="also write what was measured")
@@ -108,10 +108,9 @@ def latent_size(args: argparse.Namespace, params: Mapping[str, Any]) -> tuple[in
 
 def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> dict[str, Any]:
     """All rows for one batch size, with what belongs to them."""
-    import torch
 
     from ldm.cost import unet_macs
-    from ldm.measure.peer import diffusers_peer, fastest
+    from ldm.measure.peer import diffusers_peer
     from ldm.measure.subject import Subject, random_network
     from ldm.measure.timing import alternate, matrix_product, peak_memory, seconds_of, shares
     from ldm.models.diffusion.compiled import Compiled
@@ -121,8 +120,6 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     size, network = latent_size(args, params), random_network(params)
     unet = diffusers_peer(params, network) if args.against else None
     tokens = None if network.diffusion_model.context_dim is None else args.tokens
-    # In the other memory format PyTorch's compiled convolutions take half as long again.
-    compiled = Compiled(copy.deepcopy(network).to(memory_format=torch.channels_last)) if args.compile else None
     pack(network.diffusion_model, size, tokens)
     subject = Subject.of(params, network, size, batch, args.tokens, args.steps)
     unit = unet_macs(network.diffusion_model, size, 2, tokens)
@@ -130,16 +127,14 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     product, operations = matrix_product()
     calls = {MATRIX: product} | {name: lambda plan=plan: subject.run(plan) for name, plan in plans.items()}
     result: dict[str, Any] = {"batch": batch}
-    if compiled is not None:
-        other = replace(subject, network=compiled)
+    if args.compile:
+        other = replace(subject, network=Compiled(network))
         calls |= {name + COMPILED: lambda plan=plan: other.run(plan) for name, plan in plans.items()}
         plans = {**plans, **{name + COMPILED: plan for name, plan in plans.items()}}
         result["compile_seconds"] = sum(seconds_of(calls[name]) for name in plans if name.endswith(COMPILED))
     if unet is not None:
-        peer = fastest(unet, subject)
-        difference = (peer.run(subject) - subject.run(plain_plan(args.steps))).abs().max()
-        result |= {"peer": peer.setting, "difference": float(difference)}
-        calls[PEER] = lambda: peer.run(subject)
+        others, facts = against(unet, subject, args.compile)
+        calls, result = calls | others, result | facts
     peaks = {name: peak_memory(call) for name, call in calls.items()}
     taken = alternate(calls, args.repeats)
     rate = operations / taken.pop(MATRIX).median
@@ -150,6 +145,21 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     plain = 2 * batch * unit.plain(args.steps) / taken["off"].median if "off" in taken else None
     return result | {"matmul_flops": rate, "plain_flops": plain, "shares": shares(lambda: single.run(one)),
                      "rows": [asdict(r) for r in rows]}
+
+
+def against(unet: Any, subject: Subject, compile: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """The plain run by diffusers, as it is fastest, and what to tell of it."""
+    from ldm.measure.peer import fastest
+    from ldm.measure.timing import seconds_of
+
+    peer = fastest(unet, subject)
+    difference = (peer.run(subject) - subject.run(plain_plan(subject.steps))).abs().max()
+    calls, facts = {PEER: lambda: peer.run(subject)}, {"peer": peer.setting, "difference": float(difference)}
+    if compile:
+        compiled = peer.compiled()
+        calls[PEER + COMPILED] = lambda: compiled.run(subject)
+        facts["peer_compile_seconds"] = seconds_of(calls[PEER + COMPILED])
+    return calls, facts
 
 
 def plain_plan(steps: int) -> Plan:
@@ -189,9 +199,11 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
     if "compile_seconds" in result:
         yield f"compiling, with the first runs: {result['compile_seconds']:.0f} s"
     if "peer" in result:
+        yield f"diffusers: {result['peer']}; largest difference of the latents {result['difference']:.1e}"
         seconds = {r["name"]: r["seconds"] for r in result["rows"]}
-        ratio = f"; plain / diffusers: {seconds['off'] / seconds[PEER]:.2f}" if "off" in seconds else ""
-        yield (f"diffusers: {result['peer']}; largest difference of the latents {result['difference']:.1e}{ratio}")
+        for kind in ("", COMPILED):
+            if {"off" + kind, PEER + kind} <= {*seconds}:
+                yield f"plain / diffusers{kind}: {seconds['off' + kind] / seconds[PEER + kind]:.2f}"
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import torch
 from ldm.measure.subject import Subject, random_network
 from ldm.models.diffusion.compiled import Compiled, check_compiler
 from ldm.models.diffusion.plan import Plan
+from ldm.modules.packed import pack
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import benchmark  # noqa: E402
@@ -32,6 +33,22 @@ def test_whole_runs_are_the_same_and_each_part_is_one_graph():
     for plan in (Plan(4, (0, 1, 2, 3)), Plan(4, (0, 2))):
         torch.testing.assert_close(compiled.run(plan), subject.run(plan), rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_are_constants_of_the_graphs(packed):
+    """Else PyTorch could not lay them out for the processor, and would refuse packed ones."""
+    network, inputs = random_network(PARAMS), []
+    if packed:
+        pack(network.diffusion_model, (8, 8), 5)
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        inputs.append([node.name for node in graph.graph.nodes if node.op == "placeholder"])
+        return graph
+
+    subject = Subject.of(PARAMS, network, (8, 8), 1, 5, 1)
+    replace(subject, network=Compiled(network, backend)).run(Plan(1, (0,)))
+    assert len(inputs) == 2 and not any("weight" in name or "bias" in name for names in inputs for name in names)
 
 
 def test_without_a_compiler_the_error_says_so(monkeypatch, capsys):

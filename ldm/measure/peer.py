@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.conversion import diffusers_unet
 from ldm.measure.subject import SCALE, Subject
+from ldm.models.diffusion.compiled import compiled
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 PROCESSORS = {"fused attention": "AttnProcessor2_0", "plain attention": "AttnProcessor"}
@@ -21,8 +22,12 @@ PROCESSORS = {"fused attention": "AttnProcessor2_0", "plain attention": "AttnPro
 class Peer:
     """A diffusers UNet, as it is fastest: `setting` says how."""
 
-    unet: nn.Module
+    unet: Callable[..., Any]
     setting: str
+
+    def compiled(self) -> Peer:
+        """The same, compiled by PyTorch as ours is."""
+        return Peer(compiled(self.unet), self.setting)
 
     @torch.inference_mode()
     def run(self, subject: Subject) -> Tensor:

@@ -4,44 +4,68 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
 from ldm.modules.diffusionmodules.features import Features
 
 COMPILERS = ("g++", "clang++")
+Backend = str | Callable[..., Any]
 
 
-class Compiled(nn.Module):
-    """A `ConditionedNetwork` that computes what another one does, with compiled `encode` and `decode`.
+def compiled(function: Callable[..., Any], backend: Backend = "inductor") -> Callable[..., Any]:
+    """What `torch.compile` makes of a function or network for inference, in one graph, the weights as constants.
 
-    Each is compiled at its first call, and anew for every other shape: PyTorch does so eight times and then goes on
-    without. So decoders are best run one by one. Weights are taken as constants, so that they can be laid out for the
-    processor; they must not change. Parts of the encoder or decoder (`encode_outer`, `advance`) are not compiled.
+    It is compiled at the first call, and anew for every other shape: PyTorch does so eight times and then goes on
+    without. Weights must not change afterwards. Call it without gradients.
 
     Args:
-        network: in evaluation mode, its layers not packed.
+        function: what computes.
         backend: of `torch.compile`; all but "inductor" are for finding faults.
 
     Raises:
         ValueError: there is no C++ compiler.
     """
+    if backend == "inductor":
+        check_compiler()
+    traced = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
-    def __init__(self, network: ConditionedNetwork, backend: str = "inductor") -> None:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # As an option of torch.compile freezing doesn't reach the tracing: weights would be inputs of the graph, not be
+        # laid out for the processor (twice the time), and packed ones be refused.
+        with inductor.patch(freezing=True):
+            return traced(*args, **kwargs)
+
+    return call
+
+
+class Compiled(nn.Module):
+    """A `ConditionedNetwork` that computes what another one does, with compiled `encode` and `decode`.
+
+    Decoders are best run one by one: batches of another size are compiled anew. Parts of the encoder or decoder
+    (`encode_outer`, `advance`) are not compiled.
+
+    Args:
+        network: in evaluation mode; its layers may be packed, which is faster.
+        backend: see `compiled`.
+
+    Raises:
+        ValueError: there is no C++ compiler.
+    """
+
+    def __init__(self, network: ConditionedNetwork, backend: Backend = "inductor") -> None:
         super().__init__()
-        if backend == "inductor":
-            check_compiler()
         self.inner = network
-        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend,
-                           options={"freezing": True} if backend == "inductor" else None)
-        self._encode, self._decode = compiled(self._encode_tensors), compiled(self._decode_tensors)
+        self._encode = compiled(self._encode_tensors, backend)
+        self._decode = compiled(self._decode_tensors, backend)
 
     def project(self, cond: Conditioning) -> Conditioning:
-        return cond     # the compiled functions take tensors; keys and values are computed at every step
+        return self.inner.project(cond)
 
     def embed_time(self, t: Tensor) -> Tensor:
         return self.inner.embed_time(t)
