@@ -140,12 +140,12 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
     fast = p.add_argument_group("encoder propagation")
     fast.add_argument("--plan", default=plan,
                       help="what of the UNet runs at which steps: off (all), faster-diffusion or another name in "
-                           "configs/plans, uniform:N, pro, deepcache:N[:BRANCH], online:[time:]X, auto:K or auto:SHARE "
-                           "(by calibration), key steps such as 0,1,2,5, or FILE.yaml; list prints them with their "
-                           "cost (default: %(default)s)")
-    fast.add_argument("--propagate", choices=("hold", "linear", "quadratic"),
-                      help="what the decoder gets between key steps: the last one's features, or those of the last "
-                           "two or three extrapolated (default: the plan file's, or hold)")
+                           "configs/plans, uniform:N, pro, deepcache:N[:BRANCH], deepcache:NAME[:BRANCH], "
+                           "online:[time:]X, auto:K or auto:SHARE (by calibration), key steps such as 0,1,2,5, or "
+                           "FILE.yaml; list prints them with their cost (default: %(default)s)")
+    fast.add_argument("--propagate", choices=("hold", "linear", "quadratic", "zeros"),
+                      help="what the decoder gets between key steps: the last one's features, those of the last two or "
+                           "three extrapolated, or nothing, for comparison (default: the plan file's, or hold)")
     fast.add_argument("--parallel", type=parallel, metavar="N|auto",
                       help="most decoder steps in one batch; changes speed and memory, not the pictures "
                            "(default: auto, what memory allows; fewer large ones on a CPU)")

@@ -49,7 +49,7 @@ class Macs:
     def node(self, work: Work, plan: AnyPlan) -> int:
         """One prediction at a node of a plan."""
         if work is Work.SHALLOW:
-            return self.outer[plan.branch] + self.last[plan.branch]
+            return self.outer[plan.branch] + self.last[plan.branch] if plan.branch else 0
         return self.whole if work is Work.FULL else self.decode + self.outer[plan.refresh]
 
     def run(self, plan: AnyPlan, works: Sequence[Work] | None = None, images: Sequence[int] | None = None) -> int:

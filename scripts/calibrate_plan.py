@@ -97,11 +97,11 @@ def try_propagations(engine: Engine, plan: Plan, items: Sequence[Any]) -> dict[s
         *_, state = denoise(model, rule, replace(candidate, parallel=8), x)
         return state.x
 
-    errors = dict.fromkeys(PROPAGATIONS, 0.0)
+    errors = {name: 0.0 for name, degree in PROPAGATIONS.items() if degree >= 0}
     for item in items:
         model, rule, x = engine.plain_run([item])
         plain = final(engine.plan)
-        for name in PROPAGATIONS:
+        for name in errors:
             errors[name] += float((final(replace(plan, propagate=name)) - plain).square().mean()) / len(items)
     return errors
 

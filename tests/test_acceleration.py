@@ -29,7 +29,7 @@ def family(draw, num_nodes: int, decoders_only: bool) -> Plan:
     kinds[0] = "k"
     keys, shallow = (tuple(i for i, kind in enumerate(kinds) if kind == wanted) for wanted in "ks")
     return Plan(num_nodes, keys, draw(st.integers(1, num_nodes + 1)), shallow,
-                draw(st.integers(1, 2)) if shallow else 0, draw(st.sampled_from([*PROPAGATIONS])),
+                draw(st.integers(0, 2)) if shallow else 0, draw(st.sampled_from([*PROPAGATIONS])),
                 0 if decoders_only else draw(st.integers(0, 2)))
 
 
@@ -77,7 +77,40 @@ def test_shallow_nodes_are_deepcache_by_hand(tome):
     torch.testing.assert_close(final(model, rule, load_plan("deepcache:4", 4), x), state.x, **EXACT)
 
 
-@pytest.mark.parametrize("propagate, degree", PROPAGATIONS.items())
+def test_with_no_block_between_key_nodes_their_prediction_is_used_again():
+    x, cond, uncond = toy_inputs(1)
+    network, rule = toy_network(), toy_rule(5)
+    model = toy_denoiser(network, cond, uncond, 3.0)
+    state = State(x)
+    for i, node in enumerate(rule.nodes):
+        if i in (0, 3):
+            out = model.decode([model.encode(state.x, node.t)], [node.t])[0].out
+        state = rule.step(state, i, out)
+    torch.testing.assert_close(final(model, rule, load_plan("deepcache:3:0", 5), x), state.x, **EXACT)
+
+
+def test_deepcache_takes_the_key_nodes_of_another_plan():
+    published, plan = load_plan("faster-diffusion", 50), load_plan("deepcache:faster-diffusion:2", 50)
+    assert plan.keys == published.keys and plan.branch == 2 and len(plan.keys) + len(plan.shallow) == 50
+    with pytest.raises(ValueError, match="unknown plan 'nobody'"):
+        load_plan("deepcache:nobody", 50)
+
+
+def test_zeros_reach_the_decoder_between_key_nodes_only():
+    x, cond, uncond = toy_inputs(1)
+    network, rule = toy_network(), toy_rule(5)
+    model = toy_denoiser(network, cond, uncond, 3.0)
+    state = State(x)
+    for i, node in enumerate(rule.nodes):
+        features = model.encode(state.x, node.t)
+        if i not in (0, 3):
+            features = Features.of([torch.zeros_like(part) for part in features.tensors])
+        state = rule.step(state, i, model.decode([features], [node.t])[0].out)
+    plan = load_plan("uniform:3", 5, parallel=3, propagate="zeros")
+    torch.testing.assert_close(final(model, rule, plan, x), state.x, **EXACT)
+
+
+@pytest.mark.parametrize("propagate, degree", [pair for pair in PROPAGATIONS.items() if pair[1] >= 0])
 def test_extrapolation_is_exact_for_polynomials_of_its_degree(propagate, degree):
     """(Property of Lagrange's polynomial) Features that are linear in t are met exactly by 'linear', and so on."""
     coefficients = torch.randn(degree + 1, 2, 3, 4, 4, dtype=torch.float64)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy import final, toy_denoiser, toy_inputs, toy_network, toy_rule
+from toy import toy_denoiser, toy_inputs, toy_network, toy_rule
 from txt2img_model import WORDS, write_model
 
 from evaluation.figures import KINDS, main
@@ -28,12 +28,10 @@ from evaluation.plots.drawing import thin_out
 from evaluation.plots.maps import colours
 from evaluation.plots.prior_noise import below, spectrum
 from evaluation.plots.timeline import shares, together
-from evaluation.plots.variants import Both, Dropping, decoder_plan
 from ldm.models.diffusion.denoiser import Conditional, Conditioning
 from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.plan import Plan
 from ldm.models.diffusion.plans import load_plan
-from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -152,55 +150,6 @@ def test_constant_maps_are_one_colour():
 def test_thinning_keeps_both_ends():
     assert thin_out(range(50), 10)[0] == 0 and thin_out(range(50), 10)[-1] == 49
     assert thin_out(range(3), 10) == [0, 1, 2]
-
-
-# What is propagated
-
-@pytest.fixture
-def toy() -> tuple[Any, Any, torch.Tensor]:
-    x, cond, uncond = toy_inputs(2)
-    return toy_denoiser(toy_network(), cond, uncond, 3.0), toy_rule(5), x
-
-
-@pytest.mark.parametrize("variant", [Both, Dropping])
-def test_variants_are_plain_where_every_step_is_a_key_step(variant, toy):
-    model, rule, x = toy
-    plain = load_plan("off", 5)
-    torch.testing.assert_close(final(variant(model), rule, plain, x), final(model, rule, plain, x), **EXACT)
-
-
-@pytest.mark.parametrize("variant", [Both, Dropping])
-def test_variants_do_not_depend_on_how_many_decoders_share_a_batch(variant, toy):
-    model, rule, x = toy
-    runs = [final(variant(model), rule, Plan(5, (0, 1, 3), parallel), x) for parallel in (1, 2, 5)]
-    for run in runs[1:]:
-        torch.testing.assert_close(run, runs[0], **EXACT)
-
-
-def test_dropping_decodes_zeros(toy):
-    model, rule, x = toy
-    features = model.encode(x, 900.0)
-    key, other = Dropping(model).decode([features] * 2, [900.0, 800.0])
-    zeros = Features.of([torch.zeros_like(part) for part in features.tensors])
-    torch.testing.assert_close(key.out, model.decode([features], [900.0])[0].out, **EXACT)
-    torch.testing.assert_close(other.out, model.decode([zeros], [800.0])[0].out, **EXACT)
-
-
-def test_both_predicts_what_the_key_step_predicted(toy):
-    model, rule, x = toy
-    state = State(x)
-    for i, node in enumerate(rule.nodes):
-        if i in (0, 3):
-            eps = model.decode([model.encode(state.x, node.t)], [node.t])[0].out
-        state = rule.step(state, i, eps)
-    torch.testing.assert_close(final(Both(model), rule, Plan(5, (0, 3)), x), state.x, **EXACT)
-
-
-def test_decoder_variant_runs_the_finest_resolution():
-    skips = [torch.zeros(1, 1, size, size) for size in (8, 8, 4, 4)]
-    plan = decoder_plan(Plan(6, (0, 3)), skips)
-    assert (plan.keys, plan.shallow, plan.branch) == ((0, 3), (1, 2, 4, 5), 2)
-    assert decoder_plan(load_plan("off", 3), skips) == load_plan("off", 3)
 
 
 # Spectra

@@ -87,7 +87,7 @@ def denoise(
             key_x, last = state.x, None
             held = held.key(ts[0], model.encode(key_x, ts[0]))
         if batch.work is Work.SHALLOW:
-            features = [model.refresh(inner, state.x, ts[0], plan.branch)]
+            features = [model.refresh(inner, state.x, ts[0], plan.branch)] if plan.branch else []
         else:
             features = [held.at(t) for t in ts]
             if plan.refresh and batch.work is Work.DECODER:
@@ -95,7 +95,7 @@ def denoise(
             if plan.branch:
                 features = model.advance(features, ts, plan.branch)
                 inner = features[-1].without_skips()
-        predictions = model.decode(features, ts, last)
+        predictions = model.decode(features, ts, last) if features else [last]
         last = predictions[-1]
         for i, work, prediction in zip(batch.nodes, batch.works(), predictions, strict=True):
             state = _edited(state, nodes[i], edits, "after")

@@ -17,10 +17,10 @@ class Work(Enum):
 
     FULL = "full"           # all of it: a key node
     DECODER = "decoder"     # the decoder, on the encoder's features of earlier key nodes
-    SHALLOW = "shallow"     # the outermost blocks of both, on the inner decoder's output of an earlier node
+    SHALLOW = "shallow"     # the outermost blocks of both (or none), on the inner decoder's output of an earlier node
 
 
-PROPAGATIONS = {"hold": 0, "linear": 1, "quadratic": 2}     # degree in the timestep
+PROPAGATIONS = {"hold": 0, "linear": 1, "quadratic": 2, "zeros": -1}    # degree in the timestep
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class Plan:
     parallel:  most decoder steps in one batch; 1 = same result, least memory.
     shallow:   nodes where only the outermost `branch` blocks of encoder and decoder run (DeepCache,
         arXiv 2312.00858); at the remaining nodes the whole decoder runs (Faster Diffusion, arXiv 2312.09608).
-    branch:    input blocks that run at a shallow node, and as many output blocks; 0 without such nodes.
+    branch:    input blocks that run at a shallow node, and as many output blocks; 0 = none, and the prediction before
+        is used again.
     propagate: what the decoder gets between key nodes: 'hold' = the last one's features (the paper); 'linear',
-        'quadratic' = those of the last two or three, extrapolated in the timestep.
+        'quadratic' = those of the last two or three, extrapolated in the timestep; 'zeros' = none (the paper's
+        table 14, where it is to show that features are needed).
     refresh:   input blocks that run anew at every decoder node, for the outermost skips; their decoders wait for the
         latent before them, so none share a batch. 0 = the paper.
     """
@@ -75,8 +77,8 @@ class Plan:
             raise ValueError(f"parallel must be at least 1 decoder step per batch; got {self.parallel}")
         if self.shallow and (both := sorted({*self.keys} & {*self.shallow}) or self.shallow[-1] >= self.num_nodes):
             raise ValueError(f"shallow nodes must be 1..{self.num_nodes - 1} and no key nodes; got {both}")
-        if bool(self.shallow) != (self.branch > 0) or self.branch < 0:
-            raise ValueError(f"branch must be at least 1 with shallow nodes and 0 without; got {self.branch}")
+        if self.branch < 0 or (self.branch and not self.shallow):
+            raise ValueError(f"branch must be at least 0, and 0 without shallow nodes; got {self.branch}")
         if self.propagate not in PROPAGATIONS:
             raise ValueError(f"propagate must be one of {', '.join(PROPAGATIONS)}; got {self.propagate!r}")
         if self.refresh < 0:

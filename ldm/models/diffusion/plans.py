@@ -61,11 +61,12 @@ def load_plan(spec: str, num_nodes: int, parallel: int = 1, propagate: str | Non
 
     Args:
         spec: `off` (every node is a key node), a name of `plan_names()`, `uniform:N` (every N-th node), `pro` (gaps
-            that grow by one: 0, 2, 5, 9, ...), `deepcache:N` or `deepcache:N:BRANCH` (every N-th node in full, only the
-            outermost BRANCH blocks, by default 1, at the others), `online:X` or `online:time:X` (decided on the
-            way, at a relative change of X of the latent or of the embedded timestep), `auto:K` or `auto:0.8` (the
-            best K key nodes, or as many as 0.8 of the plain run's MACs allow, by the model's calibration), key nodes
-            such as `0,1,2,5` or `0-3,5`, or the path of a .yaml file in the format above.
+            that grow by one: 0, 2, 5, 9, ...), `deepcache:N`, `deepcache:NAME` or either with `:BRANCH` (every N-th
+            node in full, or the key nodes of another plan; at the others only the outermost BRANCH blocks, by default
+            1; with 0 none, and the prediction before is used again), `online:X` or `online:time:X` (decided on the way,
+            at a relative change of X of the latent or of the embedded timestep), `auto:K` or `auto:0.8` (the best K key
+            nodes, or as many as 0.8 of the plain run's MACs allow, by the model's calibration), key nodes such as
+            `0,1,2,5` or `0-3,5`, or the path of a .yaml file in the format above.
         num_nodes: network evaluations of the run; for DDIM the length of its timestep grid.
         parallel: most decoder steps in one batch.
         propagate: see `Plan`; None = as the plan's file or calibration says, or hold.
@@ -82,7 +83,7 @@ def load_plan(spec: str, num_nodes: int, parallel: int = 1, propagate: str | Non
     if num_nodes < 1:
         raise ValueError(f"num_nodes must be at least 1; got {num_nodes}")
     run = run or RunFacts()
-    plan = (_online(spec, num_nodes) or _deepcache(spec, num_nodes) or _auto(spec, num_nodes, run)
+    plan = (_online(spec, num_nodes) or _deepcache(spec, num_nodes, run) or _auto(spec, num_nodes, run)
             or _keyed(spec, num_nodes, run))
     if propagate is not None:
         if plan.shallow and propagate != "hold":
@@ -103,11 +104,11 @@ def _online(spec: str, num_nodes: int) -> OnlinePlan | None:
     return OnlinePlan(num_nodes, threshold, match[1] or "latent")
 
 
-def _deepcache(spec: str, num_nodes: int) -> Plan | None:
-    match = re.fullmatch(r"deepcache:(\d+)(?::(\d+))?", spec)
+def _deepcache(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
+    match = re.fullmatch(r"deepcache:([^:]+)(?::(\d+))?", spec)
     if match is None:
         return None
-    keys = _every(int(match[1]), num_nodes)
+    keys = _every(int(match[1]), num_nodes) if match[1].isdecimal() else _keyed(match[1], num_nodes, run).keys
     shallow = tuple(i for i in range(num_nodes) if i not in keys)
     return Plan(num_nodes, keys, shallow=shallow, branch=int(match[2] or 1) if shallow else 0)
 
@@ -153,8 +154,9 @@ def _keys(spec: str, num_nodes: int) -> tuple[int, ...]:
     if spec[:1].isdigit():
         return _expand(spec.split(","))
     raise ValueError(
-        f"unknown plan {spec!r}; accepted: off, uniform:N, pro, deepcache:N[:BRANCH], online:[time:]X, auto:K, "
-        f"auto:SHARE, key nodes such as 0,1,2,5, a .yaml file, or one of {', '.join(plan_names())}"
+        f"unknown plan {spec!r}; accepted: off, uniform:N, pro, deepcache:N[:BRANCH], deepcache:NAME[:BRANCH], "
+        f"online:[time:]X, auto:K, auto:SHARE, key nodes such as 0,1,2,5, a .yaml file, or one of "
+        f"{', '.join(plan_names())}"
     )
 
 
