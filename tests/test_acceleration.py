@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from test_denoise import EXACT, any_rule
 from toy import final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
 from ldm.models.diffusion.denoiser import Guidance
-from ldm.models.diffusion.loop import State, denoise
+from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.online import OnlinePlan
 from ldm.models.diffusion.plan import PROPAGATIONS, Plan, Work
 from ldm.models.diffusion.plans import load_plan
@@ -77,16 +79,25 @@ def test_shallow_nodes_are_deepcache_by_hand(tome):
     torch.testing.assert_close(final(model, rule, load_plan("deepcache:4", 4), x), state.x, **EXACT)
 
 
-def test_with_no_block_between_key_nodes_their_prediction_is_used_again():
-    x, cond, uncond = toy_inputs(1)
-    network, rule = toy_network(), toy_rule(5)
-    model = toy_denoiser(network, cond, uncond, 3.0)
+def by_hand(rule: Rule, x: torch.Tensor, predict: Callable[[torch.Tensor, float, bool], torch.Tensor]) -> torch.Tensor:
+    """A run whose noise is predict(x, t, whether the node is a key node), with key nodes 0 and 3."""
     state = State(x)
     for i, node in enumerate(rule.nodes):
-        if i in (0, 3):
-            out = model.decode([model.encode(state.x, node.t)], [node.t])[0].out
-        state = rule.step(state, i, out)
-    torch.testing.assert_close(final(model, rule, load_plan("deepcache:3:0", 5), x), state.x, **EXACT)
+        state = rule.step(state, i, predict(state.x, node.t, i in (0, 3)))
+    return state.x
+
+
+def test_with_no_block_between_key_nodes_their_prediction_is_used_again():
+    x, cond, uncond = toy_inputs(1)
+    rule, model, kept = toy_rule(5), toy_denoiser(toy_network(), cond, uncond, 3.0), []
+
+    def predict(x: torch.Tensor, t: float, key: bool) -> torch.Tensor:
+        if key:
+            kept.append(model.decode([model.encode(x, t)], [t])[0].out)
+        return kept[-1]
+
+    made = final(model, rule, load_plan("deepcache:3:0", 5), x)
+    torch.testing.assert_close(made, by_hand(rule, x, predict), **EXACT)
 
 
 def test_deepcache_takes_the_key_nodes_of_another_plan():
@@ -98,16 +109,15 @@ def test_deepcache_takes_the_key_nodes_of_another_plan():
 
 def test_zeros_reach_the_decoder_between_key_nodes_only():
     x, cond, uncond = toy_inputs(1)
-    network, rule = toy_network(), toy_rule(5)
-    model = toy_denoiser(network, cond, uncond, 3.0)
-    state = State(x)
-    for i, node in enumerate(rule.nodes):
-        features = model.encode(state.x, node.t)
-        if i not in (0, 3):
-            features = Features.of([torch.zeros_like(part) for part in features.tensors])
-        state = rule.step(state, i, model.decode([features], [node.t])[0].out)
-    plan = load_plan("uniform:3", 5, parallel=3, propagate="zeros")
-    torch.testing.assert_close(final(model, rule, plan, x), state.x, **EXACT)
+    rule, model = toy_rule(5), toy_denoiser(toy_network(), cond, uncond, 3.0)
+
+    def predict(x: torch.Tensor, t: float, key: bool) -> torch.Tensor:
+        features = model.encode(x, t)
+        given = features if key else Features.of([torch.zeros_like(part) for part in features.tensors])
+        return model.decode([given], [t])[0].out
+
+    made = final(model, rule, load_plan("uniform:3", 5, parallel=3, propagate="zeros"), x)
+    torch.testing.assert_close(made, by_hand(rule, x, predict), **EXACT)
 
 
 @pytest.mark.parametrize("propagate, degree", [pair for pair in PROPAGATIONS.items() if pair[1] >= 0])
