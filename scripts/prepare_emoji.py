@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -359,6 +360,8 @@ def prepare(out: Path, cache: Path) -> dict:
 
 
 def run(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("resvg_py") is None:    # before anything is fetched
+        raise BadInput('the package resvg-py is needed to draw SVG pictures: pip install -e ".[train]", or ".[eval]"')
     try:
         images = prepare(args.out, args.cache or args.out / "packages")["images"]
     except OSError as error:

@@ -147,6 +147,12 @@ def run(tmp_path, path):
                           env={"PATH": str(path)}, capture_output=True, text=True)
 
 
+def test_without_the_package_for_svg_nothing_is_fetched(prepare, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    assert prepare.main(["--out", str(tmp_path / "out")]) == 2
+    assert "resvg-py is needed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_without_npm_one_line_and_exit_2(tmp_path):
     done = run(tmp_path, tmp_path)
     assert done.returncode == 2 and "npm is not installed" in done.stderr and done.stderr.count("\n") == 1
