@@ -34,7 +34,7 @@ def refused(capfd, argv: list[str]) -> str:
 def test_every_table_is_there():
     assert table_names() == tuple(sorted(ALL, key=lambda name: (len(name), name)))
     counts = {name: len(NUMBERS[name]) for name in ALL}
-    assert counts == {"table1": 12, "table3": 9, "table4": 12, "table5": 8, "table6": 3, "table8": 34, "table11": 12,
+    assert counts == {"table1": 12, "table3": 9, "table4": 12, "table5": 10, "table6": 3, "table8": 34, "table11": 12,
                       "table14": 5}
 
 
@@ -65,7 +65,7 @@ def test_numbers_of_several_tables_agree():
             shared = NUMBERS[table][name].keys() & expected.keys()
             assert shared and {key: NUMBERS[table][name][key] for key in shared} == {key: expected[key]
                                                                                       for key in shared}
-    for row in NUMBERS["table5"].values():
+    for row in filter(None, NUMBERS["table5"].values()):
         assert row["fid"] * row["seconds"] / row["clip_score"] == pytest.approx(row["ftc"], abs=0.3)
 
 
