@@ -18,7 +18,7 @@ from evaluation.protocol import Protocol
 from evaluation.table_file import Row
 from ldm.cli import BadInput, blame
 from ldm.processes import ALONE
-from ldm.script import make_setup
+from ldm.script import calibrations_of, make_setup
 
 if TYPE_CHECKING:
     from ldm.cost import Macs
@@ -49,19 +49,23 @@ def unit_of(config: Path, data: str, size: int, guided: bool, tome: float) -> Ma
     return unet_macs(unet, (side, side), 2 if guided else 1, context, tome, "paper")
 
 
-def gflops(row: Row, protocol: Protocol, config: Path) -> float | None:
+def gflops(row: Row, protocol: Protocol, config: Path, ckpt: Path) -> float | None:
     """GMACs of the UNet for one picture, as the paper counts them; None for a plan that decides on the way.
+
+    Args:
+        ckpt: the model's weights, which need not be there: calibrations for `auto:K` lie beside them.
 
     Raises:
         ValueError: a plan, sampler or config that can't be used.
     """
     from ldm.models.diffusion.plan import Plan
-    from ldm.models.diffusion.plans import load_plan
+    from ldm.models.diffusion.plans import RunFacts, load_plan
     from ldm.sampling.engine import Recipe, num_nodes
 
     usual = protocol.sampling
     recipe = Recipe(protocol.size, protocol.size, row.sampler or usual.sampler, row.steps or usual.steps)
-    plan = load_plan(row.plan, num_nodes(recipe), propagate=row.propagate)
+    run = RunFacts({"sampler": recipe.sampler}, calibrations_of(ckpt))
+    plan = load_plan(row.plan, num_nodes(recipe), propagate=row.propagate, run=run)
     if not isinstance(plan, Plan):
         return None
     guided = protocol.guidance != 1

@@ -192,7 +192,7 @@ def counted(job: Job) -> dict[str, Cell]:
     from evaluation.table_cost import gflops
 
     with blame("TABLE" if job.args.config is None else "--config", (ValueError, OSError, KeyError, TypeError)):
-        macs = gflops(job.row, job.protocol, job.config)
+        macs = gflops(job.row, job.protocol, job.config, job.ckpt)
     return {} if macs is None else {"gflops": (macs, None)}
 
 

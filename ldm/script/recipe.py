@@ -13,6 +13,8 @@ from ldm.script.setup import Setup
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from ldm.models.diffusion.plan import AnyPlan
@@ -73,8 +75,12 @@ def run_facts(setup: Setup, sampler: str) -> RunFacts:
     from ldm.checkpoint import fingerprint
     from ldm.models.diffusion.plans import RunFacts
 
-    folder = setup.ckpt if setup.ckpt.is_dir() else setup.ckpt.parent
-    return RunFacts({"sampler": sampler, "weights": fingerprint(setup.ckpt)[:16]}, folder / "calibration")
+    return RunFacts({"sampler": sampler, "weights": fingerprint(setup.ckpt)[:16]}, calibrations_of(setup.ckpt))
+
+
+def calibrations_of(ckpt: Path) -> Path:
+    """Where a model's calibrations lie: beside its weights."""
+    return (ckpt if ckpt.is_dir() else ckpt.parent) / "calibration"
 
 
 def make_plan(args: argparse.Namespace, nodes: int, run: RunFacts) -> AnyPlan:
