@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.conversion import diffusers_unet
 from ldm.measure.subject import SCALE, Subject
-from ldm.models.diffusion.compiled import compiled
+from ldm.models.diffusion.compiled import Backend, compiled
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 PROCESSORS = {"fused attention": "AttnProcessor2_0", "plain attention": "AttnProcessor"}
@@ -25,9 +25,9 @@ class Peer:
     unet: Callable[..., Any]
     setting: str
 
-    def compiled(self) -> Peer:
+    def compiled(self, backend: Backend = "inductor") -> Peer:
         """The same, compiled by PyTorch as ours is."""
-        return Peer(compiled(self.unet), self.setting)
+        return Peer(compiled(self.unet, backend), self.setting)
 
     @torch.inference_mode()
     def run(self, subject: Subject) -> Tensor:
