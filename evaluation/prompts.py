@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ def prompts_of(pictures: Pictures, path: str | Path | None) -> list[str]:
     Args:
         path: a text file with one prompt per line, in the order of the pictures; JSON lines with a file and a prompt
             each (such as manifest.jsonl); a JSON object file -> prompt; None = what is in the pictures themselves.
+            A file is a path in the pictures' folder, or another with the same name if only one has it.
 
     Raises:
-        PictureError: no such file, pictures without a prompt, or as many lines as there are not pictures.
+        PictureError: no such file, pictures without a prompt, a file named twice, a name that fits several, or as
+            many lines as there are not pictures.
     """
     if path is None:
         return from_settings(pictures)
@@ -28,17 +32,31 @@ def prompts_of(pictures: Pictures, path: str | Path | None) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix not in (".json", ".jsonl"):
             return from_lines(text.splitlines(), pictures, path)
-        named = from_json(json.loads(text)) if Path(path).suffix == ".json" else from_json(
-            [json.loads(line) for line in text.splitlines() if line.strip()])
+        named = from_json(json.loads(text, object_pairs_hook=unrepeated)) if Path(path).suffix == ".json" else \
+            from_json([json.loads(line) for line in text.splitlines() if line.strip()])
     except PictureError:
         raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise PictureError(f"{path}: not prompts: {one_line(error)}") from error
-    missing = [name for name in pictures.names if Path(name).name not in named]
+    return matched(named, pictures, path)
+
+
+def matched(named: dict[str, str], pictures: Pictures, path: str | Path) -> list[str]:
+    """By path, and where that is not there by name, since a folder may have been moved."""
+    others: dict[str, list[str]] = {}
+    for file in named.keys() - {*pictures.names}:
+        others.setdefault(Path(file).name, []).append(file)
+    alike = Counter(Path(name).name for name in pictures.names if name not in named)
+    found = {name: [name] if name in named else others.get(Path(name).name, []) for name in pictures.names}
+    missing = [name for name, files in found.items() if not files]
     if missing:
         raise PictureError(f"{path}: no prompt for {len(missing)} of {len(pictures.names)} pictures, such as "
                            f"{missing[0]}")
-    return [named[Path(name).name] for name in pictures.names]
+    for name, files in found.items():
+        if name not in named and (len(files) > 1 or alike[Path(name).name] > 1):
+            raise PictureError(f"{path}: {', '.join(sorted(files)[:2])}: by name fits several, such as {name}; "
+                               "expected paths in the folder of the pictures")
+    return [named[files[0]] for files in found.values()]
 
 
 def from_lines(lines: list[str], pictures: Pictures, path: str | Path) -> list[str]:
@@ -50,15 +68,24 @@ def from_lines(lines: list[str], pictures: Pictures, path: str | Path) -> list[s
 
 
 def from_json(content: Any) -> dict[str, str]:
-    """Names of files, without their folders -> prompts."""
+    """Files -> prompts."""
     if isinstance(content, dict):
         pairs = content.items()
     else:
         pairs = ((first(entry, FILE_KEYS), first(entry, TEXT_KEYS)) for entry in content)
-    named = {Path(file).name: text for file, text in pairs}
+    named = unrepeated((Path(file).as_posix(), text) for file, text in pairs)
     if not all(isinstance(text, str) for text in named.values()):
         raise ValueError("expected a text for every file")
     return named
+
+
+def unrepeated(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is there twice; expected each once")
+        found[name] = value
+    return found
 
 
 def first(entry: dict[str, Any], keys: tuple[str, ...]) -> Any:

@@ -10,7 +10,11 @@ import pytest
 from coco import captions, write_coco, write_protocol
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from evaluation.errors import PictureError
+from evaluation.pictures import Folder
+from evaluation.prompts import prompts_of
 from evaluation.protocol import Select, identity, load_protocol, protocol_names
 from evaluation.selection import Prompt, choose, coco_prompts, read_prompts
 
@@ -71,6 +75,30 @@ def test_names_that_are_no_protocol(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="the file must be a mapping"):
         load_protocol(str(tmp_path / "list.yaml"))
+
+
+# Prompts of measured pictures
+
+def test_pictures_of_one_name_in_two_folders_have_their_own_prompts(tmp_path):
+    for name in ("a/0.png", "b/0.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "set" / name)
+    (tmp_path / "p.json").write_text('{"b/0.png": "two", "a/0.png": "one"}')
+    assert prompts_of(Folder(tmp_path / "set"), tmp_path / "p.json") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name, content, why", [
+    ("p.json", '{"x/0.png": "one", "y/0.png": "two"}', "x/0.png, y/0.png: by name fits several, such as a/0.png"),
+    ("p.json", '{"0.png": "one"}', "0.png: by name fits several"),
+    ("p.json", '{"a/0.png": "one", "a/0.png": "two"}', "a/0.png is there twice"),
+    ("p.jsonl", '{"file": "a/0.png", "prompt": "x"}\n{"file": "a/0.png", "prompt": "y"}', "a/0.png is there twice")])
+def test_prompts_that_could_be_of_several_pictures_are_refused(tmp_path, name, content, why):
+    for part in "ab":
+        (tmp_path / "set" / part).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "set" / part / "0.png")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PictureError, match=f"{name}: .*{why}"):
+        prompts_of(Folder(tmp_path / "set"), tmp_path / name)
 
 
 # Selection
