@@ -202,6 +202,8 @@ class RunFolder:
         for item, name in zip(self.items, names, strict=True):
             faults += self._faults_of(item, name, listed.get(name))
         strays = {f"{SAMPLES}/{path.name}" for path in (self.path / SAMPLES).iterdir()} - {*names}
+        if (self.path / NPZ).exists() and not self._npz_is_whole():
+            faults.append(f"{NPZ}: not the whole pictures of this run; delete it, --npz writes it anew")
         return faults + [f"{stray}: no picture of this run" for stray in sorted(strays)]
 
     def _faults_of(self, item: Item, name: str, sha256: str | None) -> list[str]:
@@ -218,16 +220,28 @@ class RunFolder:
     def write_npz(self) -> Path:
         """All pictures as `arr_0`, (N, H, W, 3) uint8, in the order of the manifest; one in memory at a time."""
         path = self.path / NPZ
-        if path.is_file():      # whole, and a folder holds one run
+        if self._npz_is_whole():
             return path
         with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
-                side = self.card["protocol"]["size"]
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.items), side, side, 3)}
+                header = {"descr": "|u1", "fortran_order": False, "shape": self._npz_shape()}
                 np.lib.format.write_array_header_1_0(stream, header)
                 for levels in self._levels():
                     stream.write(levels.tobytes())
         return path
+
+    def _npz_shape(self) -> tuple[int, int, int, int]:
+        side = self.card["protocol"]["size"]
+        return len(self.items), side, side, 3
+
+    def _npz_is_whole(self) -> bool:
+        try:
+            with zipfile.ZipFile(self.path / NPZ) as archive, archive.open("arr_0.npy") as stream:
+                np.lib.format.read_magic(stream)
+                shape, _, levels = np.lib.format.read_array_header_1_0(stream)
+                return (shape, levels) == (self._npz_shape(), np.uint8) and archive.testzip() is None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return False
 
     def _levels(self) -> Iterator[np.ndarray]:
         for item in self.items:

@@ -137,6 +137,17 @@ def test_damage_is_found_and_mended(whole):
     assert run(whole) and content(whole) == before and RunFolder(whole).faults() == []
 
 
+def test_arrays_that_are_not_whole_are_found_and_written_anew(whole):
+    folder, path = RunFolder(whole), whole / "samples.npz"
+    good = folder.write_npz().read_bytes()
+    assert folder.faults() == [] and np.load(path)["arr_0"].shape == (6, 4, 4, 3)
+    np.savez(path, arr_0=np.zeros((5, 4, 4, 3), np.uint8))
+    for bad in (b"x", good[:-30], good.replace(bytes([5, 7, 0]), bytes([5, 7, 9]), 1), path.read_bytes()):
+        path.write_bytes(bad)
+        assert [fault.split(":")[0] for fault in folder.faults()] == ["samples.npz"]
+        assert folder.write_npz().read_bytes() == good
+
+
 def test_pictures_missing_from_an_unfinished_run_are_counted(tmp_path):
     run(tmp_path / "part", 0, 3)
     assert RunFolder(tmp_path / "part").faults() == ["unfinished: no manifest.jsonl, 4 of 6 pictures missing"]
