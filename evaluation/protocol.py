@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from evaluation.yaml_file import find_file, known, names_in, reading, whole
+from evaluation.yaml_file import find_file, known, names_in, reading, whole, words
 
 PROTOCOL_DIR = Path(__file__).parent / "protocols"
 DATA = {"captions": ({"file"}, {"pictures", "where"}), "prompts": ({"file"}, set()), "classes": ({"classes"}, set())}
@@ -103,14 +103,21 @@ class Protocol:
         whole("seed", self.seed)
         if not isinstance(self.guidance, (int, float)) or not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number; got {self.guidance!r}")
+        for name in ("data", "metrics"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a mapping; got {getattr(self, name)!r}")
         kind = self.data.get("kind")
         if kind not in DATA:
             raise ValueError(f"data.kind must be one of {', '.join(DATA)}; got {kind!r}")
         needed, optional = DATA[kind]
         known("data", self.data, {"kind"} | needed, optional)
+        for name in {"file", "pictures"} & self.data.keys():
+            words(f"data.{name}", self.data[name])
         if "classes" in needed:
             whole("data.classes", self.data["classes"], 1)
         known("defaults", self.defaults, set(), DEFAULTS)
+        for name in {"config", "ckpt", "data"} & self.defaults.keys():
+            words(f"defaults.{name}", self.defaults[name])
 
     def asked(self) -> dict[str, Any]:
         """What pictures have in common that can be compared, as JSON values; see above."""

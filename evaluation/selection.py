@@ -63,6 +63,8 @@ def read_prompts(protocol: Protocol, folder: Path) -> list[Prompt]:
         raise ValueError(f"{path}: not JSON: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if not prompts:
+        raise ValueError(f"{path}: has no prompts that {protocol.name} could take")
     if len({prompt.id for prompt in prompts}) < len(prompts):
         raise ValueError(f"{path}: has two prompts of one id")
     return prompts
@@ -99,7 +101,10 @@ def json_prompts(text: str) -> Iterator[Prompt]:
         if not line.strip():
             continue
         place = f"line {number + 1}"
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place}, column {error.colno}: not JSON: {error.msg}") from error
         if not isinstance(entry, Mapping) or not {"prompt", "caption"} & entry.keys():
             raise ValueError(f"{place} has no prompt or caption; got {line.strip()[:80]}")
         own = integer({"id": number, **entry}, "id", place)

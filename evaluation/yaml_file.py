@@ -49,6 +49,12 @@ def whole(name: str, value: Any, low: int = 0) -> None:
         raise ValueError(f"{name} must be a whole number >= {low}; got {value!r}")
 
 
+def words(name: str, value: Any) -> None:
+    """Raises ValueError unless it is a text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be a text; got {value!r}")
+
+
 def known(name: str, content: Any, needed: set[str], optional: set[str]) -> None:
     """Raises ValueError unless content is a mapping with these keys."""
     if not isinstance(content, Mapping):

@@ -60,6 +60,10 @@ def test_the_forks_two_rows_differ_in_guidance_alone():
     ({"sampling__steps": 0}, "sampling.steps"), ({"repeats": True}, "repeats must be a whole number"),
     ({"seed": -1}, "seed must be"), ({"defaults": {"colour": 1}}, "defaults has colour"),
     ({"select": 3}, "select must be a mapping"),
+    ({"data__file": 3}, "data.file must be a text; got 3"), ({"metrics": 3}, "metrics must be a mapping; got 3"),
+    ({"metrics": ["fid"]}, "metrics must be a mapping"), ({"data": 3}, "data must be a mapping"),
+    ({"defaults": {"data": 3}}, "defaults.data must be a text; got 3"),
+    ({"defaults": {"config": 3}}, "defaults.config must be a text; got 3"),
 ], ids=str)
 def test_files_that_are_no_protocol_say_why(tmp_path, changes, why):
     path = write_protocol(tmp_path / "p.yaml", **changes)
@@ -159,6 +163,15 @@ def test_lists_of_prompts(tmp_path):
         path = write_protocol(tmp_path / "p.yaml", data={"kind": "prompts", "file": name})
         found[name] = [(p.id, p.subject["prompt"]) for p in read_prompts(load_protocol(str(path)), tmp_path)]
     assert found == {"list.txt": [(0, "a red heart"), (2, "an owl")], "list.jsonl": [(9, "a red heart"), (2, "an owl")]}
+
+
+@pytest.mark.parametrize("text, why", [
+    ('{"prompt": "an owl"}\n{"prompt":}\n', "line 2, column 11: not JSON"), ("\n", "has no prompts that p could take")])
+def test_lists_that_are_broken_say_where(tmp_path, text, why):
+    (tmp_path / "list.jsonl").write_text(text)
+    protocol = write_protocol(tmp_path / "p.yaml", data={"kind": "prompts", "file": "list.jsonl"})
+    with pytest.raises(ValueError, match=f"list.jsonl: {why}"):
+        read_prompts(load_protocol(str(protocol)), tmp_path)
 
 
 def broken(change):
