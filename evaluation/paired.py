@@ -1,7 +1,7 @@
 """How far the pictures of an accelerated run are from those of the plain run from the same noise.
 
-Pictures are paired by the noise and subject that are in the files, else by name; arrays by place. Every value is named
-..._vs_plain: a distance from the plain run says how much the acceleration changes, not how good the pictures are;
+Pictures are paired by the noise and subject that are in the files, else by name; two arrays by place. Every value is
+named ..._vs_plain: a distance from the plain run says how much the acceleration changes, not how good the pictures are;
 that is evaluation/fid.py's fid_real.
 """
 
@@ -46,18 +46,26 @@ def pair(plain: Pictures, fast: Pictures) -> tuple[Pictures, Pictures]:
     """Both sets in one order.
 
     Raises:
-        PictureError: pictures without a partner, or several of the same noise and subject.
+        PictureError: a folder and an array, whose orders differ; runs from different noise; pictures without a
+            partner, or several of the same noise and subject.
     """
     from evaluation.errors import PictureError
     from evaluation.pictures import Folder
 
-    if not (isinstance(plain, Folder) and isinstance(fast, Folder)):
+    folders = [isinstance(pictures, Folder) for pictures in (plain, fast)]
+    if any(folders) and not all(folders):
+        raise PictureError(f"can't pair {plain.path} with {fast.path}: a folder is in the order of its names, an array "
+                           f"is not; expected two folders or two arrays")
+    if not all(folders):
         if len(plain.names) != len(fast.names):
             raise PictureError(f"{plain.path} has {len(plain.names)} pictures, {fast.path} has {len(fast.names)}; "
                                f"they are paired by place, so expected as many")
         return plain, fast
     keys = [pictures.keys() for pictures in (plain, fast)]
     if set(keys[0]).isdisjoint(keys[1]):
+        if all(of != list(pictures.names) for of, pictures in zip(keys, (plain, fast), strict=True)):
+            raise PictureError(f"different noise or subjects: no picture of {plain.path} has a partner in {fast.path}; "
+                               f"[noise, start, subject] is {min(keys[0])} there and {min(keys[1])} here")
         keys = [list(plain.names), list(fast.names)]
     places = [{key: i for i, key in enumerate(of)} for of in keys]
     for pictures, of, place in zip((plain, fast), keys, places, strict=True):

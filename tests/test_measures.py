@@ -249,10 +249,14 @@ def test_ssim_by_hand():
 @pytest.mark.parametrize("plain, fast, why", [
     ("real", "plain", "ACCELERATED|PLAIN"),
     ("plain", "short", "mismatched sets: 2 pictures of .*plain have no partner, such as"),
+    ("plain", "noise", r"different noise or subjects: .*\[\[7, 0, 0\], .* there and \[\[8, 0, 0\], .* here"),
+    ("plain", "array.npy", "can't pair .*plain with .*array.npy: .*expected two folders or two arrays"),
     ("twice", "plain", "1 pictures share noise and subject with another; are there several runs"),
 ])
 def test_sets_that_do_not_match_are_refused(call, sets, capsys, plain, fast, why):
+    np.save(sets / "array.npy", np.stack([np.array(draw(i)) for i in range(N)]))
     for i in range(N):
+        save_png(sets / "noise" / f"{i:02}-a.png", draw(i), settings(i, None) | {"seed": [8, i, 0]})
         if i > 1:
             save_png(sets / "short" / f"{i}.png", draw(i), settings(i, None))
         save_png(sets / "twice" / f"{i}.png", draw(i), settings(max(i, 1), None))
