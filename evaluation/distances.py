@@ -82,6 +82,17 @@ def mean_interval(values: np.ndarray) -> list[float]:
     return [float(np.mean(values)) - half, float(np.mean(values)) + half]
 
 
+def share_interval(hits: int, n: int) -> list[float]:
+    """95 % of a share: `hits` of `n` independent cases.
+
+    Source: Wilson's score interval (1927).
+    """
+    z2 = 1.959964 ** 2
+    middle = (hits + z2 / 2) / (n + z2)
+    half = (z2 * (hits * (n - hits) / n + z2 / 4)) ** 0.5 / (n + z2)
+    return [middle - half, middle + half]
+
+
 def mean_of(name: str, values: np.ndarray) -> dict[str, Any]:
     """The mean of values (N,) by that name (of none: None), and its 95 % interval over pictures if N > 1."""
     if len(values) < 2:

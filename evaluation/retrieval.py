@@ -82,14 +82,11 @@ def retrieval(features: Tensor, concepts: Sequence[str], real_features: Tensor, 
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:
-    """The share of hits with its binomial 95 % interval, as JSON values.
+    """The share of hits with its binomial 95 % interval, as JSON values."""
+    from evaluation.distances import share_interval
 
-    Source: Wilson's score interval (1927).
-    """
-    n, hit, z2 = len(hits), int(sum(hits)), 1.959964 ** 2
-    middle = (hit + z2 / 2) / (n + z2)
-    half = math.sqrt(z2 * (hit * (n - hit) / n + z2 / 4)) / (n + z2)
-    return {"share": round(hit / n, 4), "interval": [round(middle - half, 4), round(middle + half, 4)]}
+    n, hit = len(hits), int(sum(hits))
+    return {"share": round(hit / n, 4), "interval": [round(end, 4) for end in share_interval(hit, n)]}
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ class Quality:
                         "--cache", str(self.shared), "--out", str(out)])
 
     def _adm(self, pictures: Path, out: Path) -> None:
-        self._run(adm, [str(self.reference()), str(pictures), *self.network(), "--out", str(out)])
+        self._run(adm, [str(self.reference()), str(pictures), *self.network(), "--bootstrap", str(RESAMPLES),
+                        "--out", str(out)])
 
     def _clip(self, pictures: Path, out: Path) -> None:
         self._run(clip_score, [*self._clip_flags(str(pictures)), "--out", str(out)])

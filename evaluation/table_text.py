@@ -42,8 +42,8 @@ class Sheet:
     notes: Sequence[str] = ()
 
     def plain_of(self, filled: Filled) -> Filled | None:
-        """The row that this one is compared with: the last plain one above; None for plain rows."""
-        above = self.rows[:self.rows.index(filled)]
+        """The row that this one is compared with: the last plain one above in its group; None for plain rows."""
+        above = [other for other in self.rows[:self.rows.index(filled)] if other.row.group == filled.row.group]
         return None if filled.row.plain else next((other for other in reversed(above) if other.row.plain), None)
 
 

@@ -236,8 +236,9 @@ def remarks(jobs: Sequence[Job], results: dict[str, dict[str, Result]], columns:
     for result in (result for found in results.values() for result in found.values()):
         of = f"{result.samples.get('ckpt')} ({result.samples.get('weights', '')[:8]})"
         said.append(f"{result.protocol['measure']}: N = {result.protocol['n']} pictures of {of}, protocol "
-                    f"{result.samples.get('name')} ({(result.samples.get('protocol_sha256') or '')[:8]}); "
-                    f"parentheses: 95 % intervals.")
+                    f"{result.samples.get('name')} ({(result.samples.get('protocol_sha256') or '')[:8]})"
+                    + ("; parentheses: 95 % intervals." if any(name.endswith("_interval") for name in result.values)
+                       else "."))
         said += [f"Warning: {warning}." for warning in result.warnings]
     for job in jobs:
         if any(COLUMNS[name].kind == "cost" for name in columns) and job.timing.is_file():

@@ -211,6 +211,14 @@ def test_adm_reads_the_published_formats(call, sets, tmp_path, capsys):
     assert call(adm, real, str(sets / "plain"), "--batch-size", "5", "--out", str(tmp_path / "c.json")) == 0
     assert load_json(tmp_path / "c.json")["values"] == {key: pytest.approx(v, rel=1e-4) for key, v in whole.items()}
 
+    assert call(adm, real, plain, "--bootstrap", "5", "--out", str(tmp_path / "d.json")) == 0
+    found = load_json(tmp_path / "d.json")["values"]
+    for name in ("fid_real", "inception_score", "precision", "recall"):
+        low, high = found.pop(f"{name}_interval")
+        # Wilson's interval of 0 begins at 0, but for rounding.
+        assert low - 1e-9 <= found[name] <= high + 1e-9 and high > low
+    assert found == whole
+
 
 def test_published_statistics_are_not_taken_for_another_network(call, tmp_path, capsys):
     statistics = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}

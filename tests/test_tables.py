@@ -90,6 +90,16 @@ def test_faulty_tables_say_why(tmp_path, capfd, change, why):
     assert line.startswith(f"TABLE: {file}: not a table: ") and why in line
 
 
+def test_rows_are_compared_with_the_plain_row_of_their_group():
+    table = load_table("table3")
+    sheet = Sheet(table, "coco", ("fid",), [Filled(row) for row in table.rows])
+    found = {filled.row.name: plain and plain.row.name for filled in sheet.rows if (plain := sheet.plain_of(filled))}
+    assert found == {"DiT-XL/2 256: DDPM 250 + ours": "DiT-XL/2 256: DDPM 250",
+                     "DiT-XL/2 512: DDPM 250 + ours": "DiT-XL/2 512: DDPM 250",
+                     "LDM cin256-v2: guidance 1.5 + ours (not in the fork)": "LDM cin256-v2: guidance 1.5",
+                     "LDM cin256-v2: guidance 6 + ours": "LDM cin256-v2: guidance 6 (not in the fork)"}
+
+
 # GFLOPs
 
 def test_gflops_of_stable_diffusion_are_the_papers():
@@ -241,7 +251,7 @@ def test_pictures_are_timed_one_by_one(made, tmp_path):
     (["table1", "--world", "emoji", "--rows", "0"], "--rows: expected row numbers from 1"),
     (["table1", "--world", "emoji", "--rows", "13"], "--rows: table1 has 12 rows in the emoji world; got 13"),
     (["table1", "--world", "coco", "--ckpt", "gone"], "--ckpt: gone is not there: no such file; --gflops"),
-    (["table4", "--world", "emoji"], "TABLE: no row of table4 is finished in .*: not supported yet; Con"),
+    (["table4", "--world", "emoji"], "--world: table4 is not in the emoji world"),
     (["table6", "--world", "emoji", "--show"], "TABLE: no row of table6 is finished in .*: not run$"),
 ], ids=" ".join)
 def test_bad_arguments(tmp_path, capfd, argv, why):
@@ -272,7 +282,7 @@ def test_what_the_papers_data_need(tmp_path, capfd):
 
 def test_rows_share_a_folder_only_if_their_pictures_are_the_same():
     folders: dict[str, set[tuple]] = {}
-    for name in ALL:
+    for name in (name for name in ALL if name != "table4"):     # which is not in this world
         args = tables.parser().parse_args([name, "--world", "emoji"])
         for job in tables.jobs_of(load_table(name), args):
             if not job.row.missing:
