@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -79,20 +79,36 @@ def timed(argv: Sequence[str], pictures: int, out: Path) -> dict[str, Any]:
 
     Args:
         argv: of evaluation/generate.py.
-        pictures: how many are timed, one at a time.
+        pictures: how many are timed, one at a time; where fewer were, all are timed again.
     """
-    if not out.is_file():
-        from ldm.util import atomic_write
+    if out.is_file() and len((kept := read_timing(out))["seconds"]) >= pictures:
+        return kept
+    from ldm.util import atomic_write
 
-        # What earlier rows left in memory must not count.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            measured = fresh.submit(time_pictures, [*argv], pictures).result()
-        with blame("--runs", (OSError,)), atomic_write(out) as temporary:
-            temporary.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    # What earlier rows left in memory must not count.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        measured = fresh.submit(time_pictures, [*argv], pictures).result()
+    with blame("--runs", (OSError,)), atomic_write(out) as temporary:
+        temporary.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    return measured
+
+
+def read_timing(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(out.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BadInput(f"--runs: {out}: not a timing: {error}; without the file it is measured again") from error
+        raise BadInput(f"--runs: {path}: not a timing: {error}; without the file it is measured again") from error
+
+
+def compare_timings(timings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise BadInput if rows, by name, were not timed alike."""
+    names = list(timings)
+    for name in names[1:]:
+        for what in ("machine", "threads", "precision", "weights"):
+            first, other = timings[names[0]][what], timings[name][what]
+            if first != other:
+                raise BadInput(f"--runs: rows were timed with different {what} ({names[0]}: {first}, {name}: {other}); "
+                               f"without their cost-*.json they are timed again")
 
 
 def time_pictures(argv: Sequence[str], pictures: int) -> dict[str, Any]:

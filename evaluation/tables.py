@@ -213,16 +213,22 @@ def timed_cells(job: Job, columns: Sequence[str], make_it: bool) -> dict[str, Ce
     if not wanted or not (job.timing.is_file() or (make_it and job.args.timed)):
         return {}
     flags = [] if job.row.parallel is None else ["--parallel", str(job.row.parallel)]
-    found = costs(timed([*job.argv(), *flags], job.args.timed, job.timing))
+    found = costs(timed([*job.argv(), *flags], job.args.timed if make_it else 0, job.timing))
     return {name: (found[name], None) for name in wanted if name in found}
 
 
-def compare(results: dict[str, dict[str, Result]], jobs: Sequence[Job]) -> None:
+def compare(results: dict[str, dict[str, Result]], jobs: Sequence[Job], columns: Sequence[str]) -> None:
     """Rows of one protocol may stand in one table only if they were measured alike."""
     from evaluation.results import ResultError, comparable
+    from evaluation.table_cost import compare_timings, read_timing
 
+    protocols = {job.protocol.name for job in jobs}
+    if any(COLUMNS[name].kind == "cost" for name in columns):
+        for protocol in protocols:
+            compare_timings({job.row.name: read_timing(job.timing) for job in jobs
+                             if job.protocol.name == protocol and job.timing.is_file()})
     with blame("--runs", (ResultError,)):
-        for protocol in {job.protocol.name for job in jobs}:
+        for protocol in protocols:
             for measure in {name for found in results.values() for name in found}:
                 comparable({job.row.name: results[job.row.name][measure] for job in jobs
                             if job.protocol.name == protocol and measure in results[job.row.name]})
@@ -234,16 +240,21 @@ def remarks(jobs: Sequence[Job], results: dict[str, dict[str, Result]], columns:
     said = [COUNTED] if "gflops" in columns else []
     said += [INSTEAD] if world == "emoji" else []
     for result in (result for found in results.values() for result in found.values()):
-        of = f"{result.samples.get('ckpt')} ({result.samples.get('weights', '')[:8]})"
-        said.append(f"{result.protocol['measure']}: N = {result.protocol['n']} pictures of {of}, protocol "
-                    f"{result.samples.get('name')} ({(result.samples.get('protocol_sha256') or '')[:8]})"
-                    + ("; parentheses: 95 % intervals." if any(name.endswith("_interval") for name in result.values)
-                       else "."))
+        said.append(measured(result))
         said += [f"Warning: {warning}." for warning in result.warnings]
     for job in jobs:
         if any(COLUMNS[name].kind == "cost" for name in columns) and job.timing.is_file():
             said.append(told(json.loads(job.timing.read_text(encoding="utf-8"))))
     return list(dict.fromkeys(said))
+
+
+def measured(result: Result) -> str:
+    by = ", ".join(result.protocol[name] for name in ("measure", "extractor", "resize") if name in result.protocol)
+    made = result.samples
+    intervals = any(name.endswith("_interval") for name in result.values)
+    return (f"{by}: N = {result.protocol['n']} pictures of {made.get('ckpt')} ({made.get('weights', '')[:8]}), "
+            f"protocol {made.get('name')} ({(made.get('protocol_sha256') or '')[:8]})"
+            + ("; parentheses: 95 % intervals." if intervals else "."))
 
 
 def told(timing: dict[str, Any]) -> str:
@@ -293,7 +304,7 @@ def run(args: argparse.Namespace) -> None:
     for job in jobs:
         filled, results[job.row.name] = fill(job, columns, job in made)
         rows.append(filled)
-    compare(results, jobs)
+    compare(results, jobs, columns)
     if not any(filled.cells and filled.remark != NOT_RUN for filled in rows):
         reasons = "; ".join(dict.fromkeys(filled.remark for filled in rows))
         raise BadInput(f"TABLE: no row of {table.name} is finished in {args.runs}: {reasons}")

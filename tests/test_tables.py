@@ -16,6 +16,7 @@ from evaluation.protocol import load_protocol
 from evaluation.table_file import COLUMNS, Row, load_table, table_names
 from evaluation.table_text import Filled, Sheet, csv_text, latex, markdown
 from ldm.arguments import ROOT
+from ldm.cli import BadInput
 
 ALL = ("table1", "table3", "table4", "table5", "table6", "table8", "table11", "table14")
 NUMBERS = {name: {row.name: row.paper for row in load_table(name).rows} for name in ALL}
@@ -199,7 +200,8 @@ def test_two_rows_of_the_shipped_model(made, capfd):
     distance, share = r"\d+\.\d\d \(-?\d+\.\d\d to \d+\.\d\d\)", r"\d\.\d{3} \(0\.\d{3} to \d\.\d{3}\)"
     for name, line in (("plain", plain), ("ours", ours)):
         assert re.match(rf"\| {name} \| {distance} \|  \| {share} \|  \| \d", line)
-    assert other.endswith("| no such model |") and "R@5: N = 2 pictures of emoji64/model" in text
+    assert other.endswith("| no such model |") and (
+        "R@5, efficientnet-lite0, torch-antialias: N = 2 pictures of emoji64/model" in text)
     runs = [path.parent for path in sorted((tables.Path(argv[6]) / "emoji64-2").rglob("manifest.jsonl"))]
     assert [path.name for path in runs] == ["ddim_4_0,2", "ddim_4_off"]
     result = json.loads((runs[0] / "retrieval.json").read_text())
@@ -240,6 +242,13 @@ def test_pictures_are_timed_one_by_one(made, tmp_path):
     kept = tmp_path / "cost.json"
     kept.write_text(json.dumps(found | {"seconds": [3.0, 1.0, 2.0]}))
     assert table_cost.costs(table_cost.timed(argv, 3, kept))["seconds"] == 2.0
+    kept.write_text(json.dumps(found | {"seconds": [3.0]}))
+    assert table_cost.timed(argv, 0, kept)["seconds"] == [3.0]
+    assert len(table_cost.timed(argv, 2, kept)["seconds"]) == len(table_cost.read_timing(kept)["seconds"]) == 2
+
+    table_cost.compare_timings({"plain": found, "ours": found})
+    with pytest.raises(BadInput, match=r"rows were timed with different threads \(plain: \d+, ours: 64\)"):
+        table_cost.compare_timings({"plain": found, "ours": found | {"threads": 64}})
 
 
 # Bad input
