@@ -44,7 +44,7 @@ def cautions(n: int | None, width: int, what: str) -> list[str]:
         return [f"{what}: {n} pictures for {width} features: the covariance is singular (rank {n - 1} at most) and "
                 f"the Fréchet distance far too large; only such numbers of the same N can be compared"]
     return [f"{what}: {n} pictures: the Fréchet distance is biased upwards, by more the fewer pictures; compare only "
-            f"with the same N, or use FID-infinity or KID"]
+            f"with the same N, or use KID"]
 
 
 def doubts(samples: int, real: Gaussian) -> list[str]:
@@ -104,7 +104,8 @@ def fid_infinity(features: np.ndarray, reference: Gaussian, points: int = 15, se
     """The Fréchet distance extrapolated to infinitely many samples: a line through its values at several N, over 1/N.
 
     Args:
-        features: (N, D) of the samples. The N of the points are spread evenly over N/10 .. N.
+        features: (N, D) of the samples. The N of the points are spread evenly over N/10 .. N. The line holds only
+            where they are several times D.
         reference: is taken as it is.
 
     Raises:
@@ -178,12 +179,12 @@ def inception_score(logits: np.ndarray, split: int = 5000) -> tuple[float, float
 
     Args:
         logits: (N, classes).
-        split: pictures of a split; the last one may be smaller.
+        split: pictures of a split. What is left over at the end is left out: a short split has a low score.
 
     Source: Improved Techniques for Training GANs (arXiv 1606.03498).
     """
     scores = []
-    for start in range(0, len(logits), split):
+    for start in range(0, max(len(logits) // split, 1) * split, split):
         log_p = log_softmax(np.float64(logits[start:start + split]), axis=1)
         p = np.exp(log_p)
         mean = p.mean(0)

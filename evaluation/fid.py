@@ -98,7 +98,11 @@ def run(args: argparse.Namespace) -> None:
         protocol["kid"] = {"subsets": KID_SUBSETS, "size": min(KID_SIZE, n, len(real.seen.pooled)), "seed": args.seed}
     if args.infinity:
         protocol["infinity"] = {"points": POINTS, "seed": args.seed}
-    publish(Result(found, protocol, made, [*doubts(n, real.gaussian), *real.warnings]), args.out)
+    warnings = [*doubts(n, real.gaussian), *real.warnings]
+    if args.infinity and n < 20 * (width := len(real.gaussian.mean)):       # its smallest point has n / 10
+        warnings.append(f"fid_infinity_real: {n} pictures for {width} features are too few for a straight line; needs "
+                        f"{20 * width} or more")
+    publish(Result(found, protocol, made, warnings), args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

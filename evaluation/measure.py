@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -152,8 +153,10 @@ def reference(path: str, extract: Extractor, batch: int, device: torch.device, c
         return replace(stored, seen=seen)
     gaussian = seen.moments.gaussian()
     if cache is not None:
-        with blame("--cache", (OSError,)):
+        try:
             save_statistics(cache_file(cache, wanted), gaussian, wanted)
+        except OSError as error:    # costs time the next time, but must not cost what has been computed
+            print(f"warning: --cache: the reference's statistics are not kept: {error}", file=sys.stderr)
     return Reference(gaussian, about, seen.spatial.gaussian() if spatial else None, seen if keep else None)
 
 

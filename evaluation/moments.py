@@ -118,8 +118,10 @@ def save_statistics(path: str | Path, gaussian: Gaussian, about: Mapping[str, An
                     spatial: Gaussian | None = None) -> None:
     """Write mean and covariance, with JSON values that say what they are of; the file appears whole or not at all."""
     more = {} if spatial is None else dict(zip(SPATIAL, (spatial.mean, spatial.covariance), strict=True))
+    if gaussian.n is not None:      # published files do not say it
+        more["n"] = np.int64(gaussian.n)
     with atomic_write(path) as temporary:
-        np.savez(temporary, mu=gaussian.mean, sigma=gaussian.covariance, n=np.int64(gaussian.n),
+        np.savez(temporary, mu=gaussian.mean, sigma=gaussian.covariance,
                  about=np.array(json.dumps(dict(about), sort_keys=True)), **more)
 
 

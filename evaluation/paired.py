@@ -176,11 +176,25 @@ def measure(plain: Pictures, fast: Pictures, extract: Extractor, device: torch.d
     return result, len(ours.mean)
 
 
+def check_made_alike(plain: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
+    """Raise BadInput if the runs, as far as it is known, differ in more than what an acceleration may change."""
+    from evaluation.results import flat
+
+    ours, theirs = (flat({name: made.get(name) or {} for name in ("protocol", "weights", "config", "seeds")})
+                    for made in (plain, fast))
+    differ = [f"{name} ({ours[name]} there, {theirs[name]} here)" for name in sorted(ours.keys() & theirs.keys())
+              if ours[name] != theirs[name]]
+    if differ:
+        raise BadInput(f"ACCELERATED: was not made as PLAIN was: {'; '.join(differ)}; expected runs that differ in "
+                       f"sampler, steps or plan only")
+
+
 def run(args: argparse.Namespace) -> None:
     # What is quick to check comes before what is slow to do.
     check_output(args.out)
     plain, fast = open_samples("PLAIN", args.plain), open_samples("ACCELERATED", args.accelerated)
-    made = how_made("ACCELERATED", fast)
+    made, of_plain = how_made("ACCELERATED", fast), how_made("PLAIN", plain)
+    check_made_alike(of_plain, made)
     from evaluation.distances import cautions
     from evaluation.errors import FeatureError, PictureError
     from evaluation.results import Result, publish
@@ -205,7 +219,7 @@ def run(args: argparse.Namespace) -> None:
                 "prompts": made.get("protocol_sha256")}
     if args.lpips:
         protocol["lpips"] = {"network": "alexnet", "torchmetrics": version("torchmetrics")}
-    publish(Result(values, protocol, made, cautions(n, width, "fid_vs_plain")), args.out)
+    publish(Result(values, protocol, made | {"plain": of_plain}, cautions(n, width, "fid_vs_plain")), args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

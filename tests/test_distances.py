@@ -237,6 +237,13 @@ def test_kid_is_unbiased_and_needs_two():
         kid(np.ones((1, 3)), np.ones((5, 3)))
 
 
+def test_a_short_rest_is_no_split_of_the_inception_score():
+    logits = np.random.default_rng(0).normal(size=(100, 8))
+    one = np.zeros((1, 8))
+    assert inception_score(np.concatenate([logits, one]), split=50) == inception_score(logits, split=50)
+    assert inception_score(logits, split=5000)[1] == 0
+
+
 @pytest.mark.parametrize("logits, score", [
     (1000 * np.eye(7), 7.0),                    # each picture a class of its own: as many as classes
     (np.zeros((30, 5)), 1.0),                   # nothing is recognised

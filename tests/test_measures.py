@@ -20,7 +20,7 @@ from evaluation.clip_score import VARIANTS, scores
 from evaluation.errors import PictureError
 from evaluation.features import extractor
 from evaluation.measure import look
-from evaluation.moments import Gaussian, save_statistics, total
+from evaluation.moments import Gaussian, load_statistics, save_statistics, total
 from evaluation.pictures import Array, Folder, open_pictures
 from evaluation.prompts import prompts_of
 from evaluation.results import Result, ResultError, comparable, read_result
@@ -150,7 +150,8 @@ def test_fid_says_what_it_is_of(call, tmp_path, capsys):
     protocol = found["protocol"]
     assert (protocol["n"], protocol["resize"], protocol["extractor"]) == (N, "torch-antialias", "efficientnet-lite0")
     assert protocol["reference"]["n"] == N and protocol["kid"]["size"] == N
-    assert found["samples"]["seeds"] == [7] and len(found["warnings"]) == 2
+    assert found["samples"]["seeds"] == [7] and len(found["warnings"]) == 3
+    assert found["warnings"][2].startswith("fid_infinity_real: 22 pictures for 1280 features are too few")
     assert read_result(out).protocol_sha256 == found["protocol_sha256"]
 
 
@@ -171,6 +172,12 @@ def test_reference_statistics_are_kept_and_only_used_for_their_own(call, sets, t
     assert other["values"]["fid_real"] != first["values"]["fid_real"]
     with pytest.raises(ResultError, match=r"differ in resize \(a: torch-antialias, b: clean\)"):
         comparable({"a": read_result(tmp_path / "a.json"), "b": read_result(tmp_path / "c.json")})
+
+
+def test_a_cache_that_can_not_be_written_loses_nothing(call, sets, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "fid_real" in fid_of(call, tmp_path / "a.json", "real", "plain", "--cache", str(tmp_path / "file"))["values"]
+    assert "warning: --cache: the reference's statistics are not kept: " in capsys.readouterr().err
 
 
 def test_batch_size_does_not_change_a_distance(call, tmp_path):
@@ -220,6 +227,14 @@ def test_adm_reads_the_published_formats(call, sets, tmp_path, capsys):
     assert found == whole
 
 
+def test_published_statistics_can_be_saved_again(tmp_path):
+    """They do not say of how many pictures they are."""
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
+    gaussian, _ = load_statistics(tmp_path / "a.npz")
+    save_statistics(tmp_path / "b.npz", gaussian, {})
+    assert load_statistics(tmp_path / "b.npz")[0].n is None
+
+
 def test_published_statistics_are_not_taken_for_another_network(call, tmp_path, capsys):
     statistics = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "only.npz", **statistics)
@@ -257,19 +272,36 @@ def test_ssim_by_hand():
 @pytest.mark.parametrize("plain, fast, why", [
     ("real", "plain", "ACCELERATED|PLAIN"),
     ("plain", "short", "mismatched sets: 2 pictures of .*plain have no partner, such as"),
-    ("plain", "noise", r"different noise or subjects: .*\[\[7, 0, 0\], .* there and \[\[8, 0, 0\], .* here"),
+    ("plain", "noise", r"different noise or subjects: .*\[\[7, 0, 0\], .* there and \[\[7, 100, 0\], .* here"),
     ("plain", "array.npy", "can't pair .*plain with .*array.npy: .*expected two folders or two arrays"),
     ("twice", "plain", "1 pictures share noise and subject with another; are there several runs"),
 ])
 def test_sets_that_do_not_match_are_refused(call, sets, capsys, plain, fast, why):
     np.save(sets / "array.npy", np.stack([np.array(draw(i)) for i in range(N)]))
     for i in range(N):
-        save_png(sets / "noise" / f"{i:02}-a.png", draw(i), settings(i, None) | {"seed": [8, i, 0]})
+        save_png(sets / "noise" / f"{i:02}-a.png", draw(i), settings(i, None) | {"seed": [7, i + 100, 0]})
         if i > 1:
             save_png(sets / "short" / f"{i}.png", draw(i), settings(i, None))
         save_png(sets / "twice" / f"{i}.png", draw(i), settings(max(i, 1), None))
     assert call(paired, plain, fast) == 2
     assert_one_line(capsys.readouterr().err, why)
+
+
+def test_runs_that_differ_in_more_than_an_acceleration_are_refused(call, tmp_path, capsys):
+    card = {"plan": "off", "seeds": [7], "weights": "w", "protocol": {"guidance": 2.0, "size": 32}}
+    for name, change in {"plain": {}, "fast": {"plan": "auto:9"}, "other": {"seeds": [8], "protocol": {"guidance": 5.0}}
+                         }.items():
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "samples.npz", arr_0=np.stack([np.array(draw(i)) for i in range(4)]))
+        (tmp_path / name / "run.json").write_text(json.dumps(card | change))
+    plain, fast, other = (str(tmp_path / name / "samples.npz") for name in ("plain", "fast", "other"))
+    assert call(paired, plain, fast, "--out", str(tmp_path / "a.json")) == 0
+    made = load_json(tmp_path / "a.json")["samples"]
+    assert (made["plan"], made["plain"]["plan"]) == ("auto:9", "off")
+    capsys.readouterr()
+    assert call(paired, plain, other) == 2
+    assert_one_line(capsys.readouterr().err, r"ACCELERATED: was not made as PLAIN was: protocol.guidance \(2.0 there, "
+                                             r"5.0 here\); seeds \(\[7\] there, \[8\] here\); expected runs")
 
 
 def test_arrays_are_paired_by_place(call, tmp_path, capsys):
