@@ -1,8 +1,9 @@
 """The ADM suite without TensorFlow: FID, sFID, Inception Score, precision and recall of SAMPLES against REFERENCE.
 
 REFERENCE is an npz file as published with guided diffusion: pictures in arr_0, statistics in mu, sigma, mu_s, sigma_s,
-or both; or a folder. SAMPLES is an npz file with pictures in arr_0, or a folder. The published statistics are of
-inception-2015 with its own resize (tf1-bilinear); for another network they are taken of the reference's pictures.
+or both; or a folder; or protocol:NAME for the reference of a protocol. SAMPLES is an npz file with pictures in arr_0,
+or a folder. The published statistics are of inception-2015 with its own resize (tf1-bilinear); for another network they
+are taken of the reference's pictures.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.measure import (
     add_network,
+    add_reference,
     check_output,
     how_made,
+    incomplete,
     load_network,
     look,
     network_of,
     open_samples,
+    real_of,
     reference,
 )
-from ldm.cli import Parser, blame, command, number
+from ldm.cli import BadInput, Parser, blame, command, number
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ SPLIT = 5000            # pictures of one Inception Score
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="adm.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("reference", metavar="REFERENCE", help="npz file or folder")
+    add_reference(p, "npz file or folder")
     p.add_argument("samples", metavar="SAMPLES", help="npz file or folder")
     p.add_argument("--save-statistics", metavar="NPZ", help="write the reference's statistics")
     p.add_argument("--bootstrap", type=number(int, 2, math.inf, "a whole number >= 2"), metavar="N",
@@ -79,8 +83,10 @@ def intervals(found: dict[str, Any], samples: Seen, real: Reference, count: int)
 def run(args: argparse.Namespace) -> None:
     # What is quick to check comes before what is slow to do.
     check_output(args.out)
-    pictures = open_samples("SAMPLES", args.samples)
-    made = how_made("SAMPLES", pictures)
+    check_output(args.save_statistics, "--save-statistics")
+    pictures, source = open_samples("SAMPLES", args.samples), real_of(args)
+    made, n = how_made("SAMPLES", pictures), len(pictures.names)
+    check_neighbours("SAMPLES", n)
     extract, device = load_network(args)
     from evaluation.distances import doubts
     from evaluation.errors import PictureError
@@ -88,22 +94,31 @@ def run(args: argparse.Namespace) -> None:
     from evaluation.results import Result, publish
 
     with blame("REFERENCE", (PictureError,)):
-        real = reference(args.reference, extract, args.batch_size, device, keep=True, spatial=True)
-    if args.save_statistics:
-        with blame("--save-statistics", (OSError,)):
-            save_statistics(args.save_statistics, real.gaussian, real.about | network_of(extract), real.spatial)
+        real = reference(source, extract, args.batch_size, device, keep=True, spatial=True)
+    if real.seen is not None:
+        check_neighbours("REFERENCE", len(real.seen.pooled))
     with blame("SAMPLES", (PictureError,)):
         seen = look(pictures, extract, args.batch_size, device, "samples", keep=True, spatial=True)
         found = values(seen, real)
         if args.bootstrap:
             found |= intervals(found, seen, real, args.bootstrap)
-    n = len(pictures.names)
-    warnings = [*doubts(n, real.gaussian), *real.warnings]
+    warnings = [*incomplete(pictures, made), *doubts(n, real.gaussian), *real.warnings]
     if real.seen is None:
         warnings.append("reference: has statistics but no pictures: no precision and recall")
     protocol = {"measure": "adm", **network_of(extract), "n": n, "reference": real.about, "neighbours": NEIGHBOURS,
                 "split": SPLIT, "prompts": made.get("protocol_sha256")}
-    publish(Result(found, protocol, made, warnings), args.out)
+    settings = {"bootstrap": {"resamples": args.bootstrap, "seed": 0}} if args.bootstrap else {}
+    publish(Result(found, protocol, made, warnings, settings), args.out)
+    if args.save_statistics:        # last, so that a full disk costs no value
+        with blame("--save-statistics", (OSError,)):
+            save_statistics(args.save_statistics, real.gaussian, real.about | network_of(extract), real.spatial)
+
+
+def check_neighbours(argument: str, n: int) -> None:
+    """Precision and recall need neighbours; found out before the work."""
+    if n <= NEIGHBOURS:
+        raise BadInput(f"{argument}: precision and recall, of {NEIGHBOURS} neighbours, need at least {NEIGHBOURS + 1} "
+                       f"pictures; got {n}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evaluation.measure import RECIPES, add_run, check_output, how_made, open_samples
+from evaluation.measure import RECIPES, add_run, check_output, how_made, incomplete, open_samples
 from ldm.cli import BadInput, Parser, blame, command
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -139,7 +139,8 @@ def run(args: argparse.Namespace) -> None:
         each = measure(pictures, prompts, model, device, variant, args.resize, args.batch_size)
     name = f"clip_score_{args.variant}"
     values = mean_of(name, each) | {"captions_cut": cut}
-    warnings = [f"{cut} of {len(prompts)} captions are longer than CLIP reads ({model.tokenizer.max_length} tokens) "
+    warnings = incomplete(pictures, made)
+    warnings += [f"{cut} of {len(prompts)} captions are longer than CLIP reads ({model.tokenizer.max_length} tokens) "
                 f"and lost their ends"] if cut else []
     protocol = {"measure": name, "features_sha256": file_sha256(model.weights), "resize": args.resize,
                 "size": model.size, "n": len(each), "prompts": made.get("protocol_sha256"),

@@ -12,6 +12,7 @@ from scipy.special import log_softmax
 from evaluation.errors import PictureError
 from evaluation.moments import Gaussian, Moments
 
+INFINITY_LEAST = 20     # samples: the smallest point has a tenth of them, and a covariance needs two
 BLOCK = 1024        # rows of a matrix of distances that are in memory at a time
 
 
@@ -109,13 +110,13 @@ def fid_infinity(features: np.ndarray, reference: Gaussian, points: int = 15, se
         reference: is taken as it is.
 
     Raises:
-        PictureError: fewer than 20 samples.
+        PictureError: fewer than INFINITY_LEAST samples.
 
     Source: Effectively Unbiased FID and Inception Score (arXiv 1911.07023).
     """
     n = len(features)
-    if n < 20:
-        raise PictureError(f"FID-infinity needs at least 20 samples; got {n}")
+    if n < INFINITY_LEAST:
+        raise PictureError(f"FID-infinity needs at least {INFINITY_LEAST} samples; got {n}")
     random = np.random.default_rng(seed)
     sizes = np.linspace(n / 10, n, points).astype(int).clip(2)
     values = [frechet(Moments.of(features[random.choice(n, size, replace=False)]).gaussian(), reference)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class FeatureError(ValueError):
     """A network that cannot be had."""
@@ -14,3 +18,14 @@ class PictureError(ValueError):
 def one_line(error: Exception) -> str:
     """Its message on one line."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def reading(path: str | Path, problem: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a PictureError that names the file: one that is damaged can fail in any way."""
+    try:
+        yield
+    except PictureError:
+        raise
+    except Exception as error:
+        raise PictureError(f"{path}: {problem}: {one_line(error)}") from error

@@ -1,8 +1,8 @@
 """Fréchet distance of samples from a reference, with KID, CMMD, FID-infinity and intervals on request.
 
 SAMPLES and REFERENCE are folders of pictures, or npz or npy files of pictures uint8 (N, H, W, 3); REFERENCE may be an
-npz file with statistics (mu, sigma). The reference is real pictures; for pictures of the plain run from the same
-noise there is evaluation/paired.py.
+npz file with statistics (mu, sigma), or protocol:NAME for the real pictures of a protocol. For pictures of the plain
+run from the same noise there is evaluation/paired.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 from evaluation.measure import (
     add_cache,
     add_network,
+    add_reference,
     cache_of,
     check_output,
     how_made,
+    incomplete,
     load_network,
     look,
     network_of,
     open_samples,
+    real_of,
     reference,
 )
 from ldm.cli import BadInput, Parser, blame, command, number
@@ -36,7 +39,7 @@ KID_SUBSETS, KID_SIZE, POINTS = 100, 1000, 15
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="fid.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("reference", metavar="REFERENCE", help="real pictures, or their statistics")
+    add_reference(p, "real pictures, or their statistics")
     p.add_argument("samples", metavar="SAMPLES", help="pictures to measure")
     p.add_argument("--kid", action="store_true", help=f"kernel distance, {KID_SUBSETS} subsets of {KID_SIZE}")
     p.add_argument("--cmmd", action="store_true", help="CMMD; needs --extractor clip with ViT-L/14 at 336 px")
@@ -75,15 +78,17 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.out)
     if args.cmmd and args.extractor != "clip":
         raise BadInput(f"--cmmd: is defined for CLIP's embeddings: needs --extractor clip; got {args.extractor}")
-    pictures = open_samples("SAMPLES", args.samples)
-    made = how_made("SAMPLES", pictures)
-    extract, device = load_network(args)
-    from evaluation.distances import doubts
+    pictures, source = open_samples("SAMPLES", args.samples), real_of(args)
+    made, n = how_made("SAMPLES", pictures), len(pictures.names)
+    from evaluation.distances import INFINITY_LEAST, doubts
     from evaluation.errors import PictureError
     from evaluation.results import Result, publish
 
+    if args.infinity and n < INFINITY_LEAST:
+        raise BadInput(f"--infinity: needs at least {INFINITY_LEAST} samples; got {n}")
+    extract, device = load_network(args)
     with blame("REFERENCE", (PictureError,)):
-        real = reference(args.reference, extract, args.batch_size, device, cache_of(args),
+        real = reference(source, extract, args.batch_size, device, cache_of(args),
                          keep=args.kid or args.cmmd)
         if (args.kid or args.cmmd) and real.seen is None:
             raise PictureError(f"{args.reference}: mean and covariance only; KID and CMMD need the pictures themselves")
@@ -91,18 +96,18 @@ def run(args: argparse.Namespace) -> None:
         keep = bool(args.kid or args.cmmd or args.infinity or args.bootstrap)
         seen = look(pictures, extract, args.batch_size, device, "samples", keep)
         found = values(seen, real, args)
-    n = len(pictures.names)
     protocol = {"measure": "fid", **network_of(extract), "n": n, "reference": real.about,
                 "prompts": made.get("protocol_sha256")}
     if args.kid:
         protocol["kid"] = {"subsets": KID_SUBSETS, "size": min(KID_SIZE, n, len(real.seen.pooled)), "seed": args.seed}
     if args.infinity:
         protocol["infinity"] = {"points": POINTS, "seed": args.seed}
-    warnings = [*doubts(n, real.gaussian), *real.warnings]
+    warnings = [*incomplete(pictures, made), *doubts(n, real.gaussian), *real.warnings]
     if args.infinity and n < 20 * (width := len(real.gaussian.mean)):       # its smallest point has n / 10
         warnings.append(f"fid_infinity_real: {n} pictures for {width} features are too few for a straight line; needs "
                         f"{20 * width} or more")
-    publish(Result(found, protocol, made, warnings), args.out)
+    settings = {"bootstrap": {"resamples": args.bootstrap, "seed": args.seed}} if args.bootstrap else {}
+    publish(Result(found, protocol, made, warnings, settings), args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

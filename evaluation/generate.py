@@ -106,9 +106,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Protocol | No
 def select_prompts(args: argparse.Namespace, protocol: Protocol) -> list[Prompt]:
     from evaluation.selection import choose, read_prompts
 
-    folder = Path(args.data or ".")
     with blame("--data"):
-        prompts = read_prompts(protocol, folder if folder.is_absolute() or folder.exists() else ROOT / folder)
+        prompts = read_prompts(protocol, protocol.folder(args.data))
     with blame("--protocol" if args.count is None else "--count"):
         return choose(prompts, protocol.select)
 

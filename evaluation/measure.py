@@ -29,6 +29,7 @@ EXTRACTORS = ("inception-2015", "efficientnet-lite0", "dinov2", "clip")
 RECIPES = ("clean", "tf1-bilinear", "torch-bilinear", "torch-antialias", "clip-crop")
 PUBLISHED = {"extractor": "inception-2015", "resize": "tf1-bilinear"}    # what statistics that do not say it are of
 OF_PICTURES = "of its pictures"
+OF_PROTOCOL = "protocol:"       # before the name of a protocol, whose real pictures are meant
 CACHE = Path.home() / ".cache" / "faster-diffusion-ldm" / "statistics"
 
 
@@ -121,12 +122,12 @@ class Reference:
     warnings: tuple[str, ...] = ()
 
 
-def reference(path: str, extract: Extractor, batch: int, device: torch.device, cache: str | Path | None = None,
-              keep: bool = False, spatial: bool = False) -> Reference:
+def reference(source: str | Pictures, extract: Extractor, batch: int, device: torch.device,
+              cache: str | Path | None = None, keep: bool = False, spatial: bool = False) -> Reference:
     """Statistics of reference pictures: those in the file if they are of this network, else of its pictures.
 
     Args:
-        path: a folder, an npy file, or an npz file with pictures, statistics or both.
+        source: a folder, an npy file, or an npz file with pictures, statistics or both; or pictures.
         cache: folder for statistics of pictures; None = none.
         keep: the pictures' features are needed as well; spatial: see `look`.
 
@@ -136,12 +137,12 @@ def reference(path: str, extract: Extractor, batch: int, device: torch.device, c
     from evaluation.moments import cache_file, cached_statistics, save_statistics
     from evaluation.pictures import ARRAY, open_pictures
 
-    arrays = arrays_in(path)
+    arrays = arrays_in(source) if isinstance(source, str) else set()
     pictured = not arrays or ARRAY in arrays
-    stored = stored_statistics(path, extract, spatial, pictured) if "mu" in arrays else None
+    stored = stored_statistics(source, extract, spatial, pictured) if "mu" in arrays else None
     if stored is not None and not (keep and pictured):
         return stored
-    pictures = open_pictures(path)
+    pictures = open_pictures(source) if isinstance(source, str) else source
     about = {"sha256": pictures.sha256(), "n": len(pictures.names), "statistics": OF_PICTURES}
     wanted = about | network_of(extract)
     found = None if keep or spatial else cached_statistics(cache, wanted)
@@ -160,17 +161,34 @@ def reference(path: str, extract: Extractor, batch: int, device: torch.device, c
     return Reference(gaussian, about, seen.spatial.gaussian() if spatial else None, seen if keep else None)
 
 
+def real_of(args: argparse.Namespace) -> str | Pictures:
+    """What REFERENCE names: a path as it is, or the pictures (or the path) of a protocol's.
+
+    Raises:
+        BadInput: no such protocol, or none with real pictures.
+    """
+    kind, colon, name = args.reference.partition(":")
+    if kind + colon != OF_PROTOCOL:
+        if args.data is not None:
+            raise BadInput(f"--data: is for a REFERENCE {OF_PROTOCOL}NAME; got {args.reference}")
+        return args.reference
+    from evaluation.protocol import load_protocol
+    from evaluation.real_pictures import real_pictures
+
+    with blame("REFERENCE"):
+        protocol = load_protocol(name)
+        found = real_pictures(protocol, protocol.folder(args.data))
+    return str(found) if isinstance(found, Path) else found
+
+
 def arrays_in(path: str) -> set[str]:
     """Names of the arrays in an npz file; none of anything else."""
-    from evaluation.errors import PictureError
+    from evaluation.errors import reading
 
     if Path(path).suffix != ".npz":
         return set()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise PictureError(f"{path}: can't be read: {error}") from error
+    with reading(path, "can't be read"), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def stored_statistics(path: str, extract: Extractor, spatial: bool, pictured: bool) -> Reference | None:
@@ -219,6 +237,11 @@ def add_run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", metavar="JSON", help="write the result, with all that it depends on")
 
 
+def add_reference(p: argparse.ArgumentParser, what: str) -> None:
+    p.add_argument("reference", metavar="REFERENCE", help=f"{what}; or {OF_PROTOCOL}NAME, as generate.py names it")
+    p.add_argument("--data", metavar="DIR", help=f"of a {OF_PROTOCOL}NAME: the folder of its data; default: its own")
+
+
 def add_cache(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cache", default=str(CACHE), metavar="DIR",
                    help="where statistics of reference pictures are kept; 'none' = nowhere")
@@ -265,3 +288,12 @@ def how_made(argument: str, pictures: Pictures) -> dict[str, Any]:
 
     with blame(argument, (PictureError,)):
         return pictures.made_with()
+
+
+def incomplete(pictures: Pictures, made: dict[str, Any]) -> list[str]:
+    """A warning, if the run that made the pictures has not made as many as it was to."""
+    expected = made.get("pictures")
+    if type(expected) is not int or expected == len(pictures.names):
+        return []
+    return [f"{pictures.path}: {len(pictures.names)} pictures of a run of {expected}: it is not finished, or not all "
+            f"of it is here"]

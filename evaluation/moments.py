@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +12,11 @@ from typing import Any
 import numpy as np
 from scipy.linalg import eigh
 
-from evaluation.errors import PictureError, one_line
+from evaluation.errors import PictureError, reading
 from evaluation.protocol import identity
 from ldm.util import atomic_write
+
+ROUNDING = 1e-4         # of the largest: what a covariance that was kept in single precision may be off
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ class Gaussian:
     """The normal distribution that a Fréchet distance compares: mean (D,), covariance (D, D), float64.
 
     n: pictures that they were estimated from; None = a published file that does not say.
+
+    Raises:
+        PictureError: what is no mean and covariance.
     """
 
     mean: np.ndarray
@@ -86,11 +90,22 @@ class Gaussian:
                                f"{self.covariance.shape} don't belong together")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise PictureError("mean and covariance must be finite; got NaN or infinity")
+        skew = np.abs(self.covariance - self.covariance.T).max(initial=0)
+        if skew > ROUNDING * np.abs(self.covariance).max(initial=0):
+            raise PictureError(f"a covariance must be symmetric; got entries that differ by {skew:.3g} from their "
+                               f"mirror")
 
     @cached_property
     def root(self) -> np.ndarray:
-        """(D, rank), root @ root.T = covariance; what is 0 but for rounding is left out."""
+        """(D, rank), root @ root.T = covariance; what is 0 but for rounding is left out.
+
+        Raises:
+            PictureError: eigenvalues below 0, which no covariance has.
+        """
         values, vectors = eigh(self.covariance)
+        if values.min() < -ROUNDING * np.abs(values).max():
+            raise PictureError(f"a covariance has no eigenvalues below 0; got {values.min():.3g} (the largest is "
+                               f"{values.max():.3g})")
         kept = values > values.max() * len(values) * np.finfo(np.float64).eps
         return vectors[:, kept] * np.sqrt(values[kept])
 
@@ -132,16 +147,17 @@ def load_statistics(path: str | Path, mean: str = "mu", covariance: str = "sigma
     Raises:
         PictureError: no such file, or not one with these names.
     """
-    try:
+    with reading(path, f"not statistics ({mean}, {covariance}) in an npz file"):
         with np.load(path, allow_pickle=False) as file:
             n = int(file["n"]) if "n" in file else None
             about = json.loads(str(file["about"])) if "about" in file else None
-            return Gaussian(np.float64(file[mean]), np.float64(file[covariance]), n), about
+            found = np.float64(file[mean]), np.float64(file[covariance])
+    try:
+        gaussian = Gaussian(*found, n)
+        _ = gaussian.root       # is needed anyway, and here what is wrong with it is known before samples are looked at
     except PictureError as error:
         raise PictureError(f"{path}: {error}") from error
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise PictureError(f"{path}: not statistics ({mean}, {covariance}) in an npz file: {one_line(error)}"
-                           ) from error
+    return gaussian, about
 
 
 def cached_statistics(folder: str | Path | None, about: Mapping[str, Any]) -> Gaussian | None:

@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import add_network, array, check_output, how_made, load_network, network_of, open_samples
+from evaluation.measure import (
+    add_network,
+    array,
+    check_output,
+    how_made,
+    incomplete,
+    load_network,
+    network_of,
+    open_samples,
+)
 from ldm.cli import BadInput, Parser, blame, command
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -219,7 +228,8 @@ def run(args: argparse.Namespace) -> None:
                 "prompts": made.get("protocol_sha256")}
     if args.lpips:
         protocol["lpips"] = {"network": "alexnet", "torchmetrics": version("torchmetrics")}
-    publish(Result(values, protocol, made | {"plain": of_plain}, cautions(n, width, "fid_vs_plain")), args.out)
+    warnings = [*incomplete(plain, of_plain), *incomplete(fast, made), *cautions(n, width, "fid_vs_plain")]
+    publish(Result(values, protocol, made | {"plain": of_plain}, warnings), args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from evaluation.errors import PictureError, one_line
+from evaluation.errors import PictureError, one_line, reading
 from ldm.images import from_pil, open_picture
 from ldm.util import file_sha256
 
@@ -89,10 +92,9 @@ class Folder:
         damaged = []
         for file, name in zip(self.files, self.names, strict=True):
             try:
-                with Image.open(file) as image:
-                    sizes.setdefault(image.size, name)
-                    image.verify()
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                with reading(file, "can't be read"):
+                    sizes.setdefault(whole_picture(file), name)
+            except PictureError:
                 damaged.append(name)
         if damaged:
             more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
@@ -126,6 +128,18 @@ class Folder:
         return common_settings([settings_of(file) for file in self.files])
 
 
+def whole_picture(file: Path) -> tuple[int, int]:
+    """Width and height of a picture file, of which all has been read."""
+    with Image.open(file) as image:
+        size = image.size
+        if image.format == "PNG":
+            image.verify()              # by its checksums
+        else:
+            image.draft("L", (1, 1))    # an eighth of a JPEG's size: all of it is read, little is computed
+            image.load()
+    return size
+
+
 class Array:
     """Pictures in an array uint8 (N, H, W, 3): `arr_0` of an npz file, read piece by piece, or an npy file.
 
@@ -137,49 +151,75 @@ class Array:
         self.path = Path(path)
         with self._open() as stream:
             self.shape = self._header(stream)
-        self.names = [str(i) for i in range(self.shape[0])]
+        self.rows: Sequence[int] = range(self.shape[0])
+
+    @property
+    def names(self) -> list[str]:
+        return [str(row) for row in self.rows]
+
+    def chosen(self, rows: Sequence[int]) -> Array:
+        """Some of the pictures, in this order.
+
+        Raises:
+            PictureError: none.
+        """
+        if not rows:
+            raise PictureError(f"{self.path}: none of its {self.shape[0]} pictures is asked for")
+        part = copy(self)
+        part.rows = rows
+        return part
 
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
-        try:
+        with reading(self.path, "can't be read"):
             if self.path.suffix != ".npz":
                 with self.path.open("rb") as stream:
                     yield stream
                 return
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{ARRAY}.npy") as stream:
-                yield stream
-        except KeyError as error:
-            raise PictureError(f"{self.path}: has no array {ARRAY} with pictures") from error
-        except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
-            if isinstance(error, PictureError):
-                raise
-            raise PictureError(f"{self.path}: can't be read: {one_line(error)}") from error
+            with zipfile.ZipFile(self.path) as archive:
+                if f"{ARRAY}.npy" not in archive.namelist():
+                    raise PictureError(f"{self.path}: has no array {ARRAY} with pictures")
+                with archive.open(f"{ARRAY}.npy") as stream:
+                    yield stream
 
     def _header(self, stream: IO[bytes]) -> tuple[int, ...]:
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         version = np.lib.format.read_magic(stream)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = read(stream)
+        if version not in readers:
+            raise PictureError(f"{self.path}: an array of npy version {version}; accepted: "
+                               f"{', '.join(map(str, readers))}")
+        shape, fortran, dtype = readers[version](stream)
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not all(shape):
             raise PictureError(f"{self.path}: expected pictures uint8 (N, H, W, 3), N > 0; got {dtype} {shape}")
         return shape
 
     def __iter__(self) -> Iterator[Tensor]:
-        n, height, width, channels = self.shape
-        size = height * width * channels
+        return map(from_levels, self._levels())
+
+    def _levels(self) -> Iterator[np.ndarray]:
+        n, *shape = self.shape
+        size = math.prod(shape)
         with self._open() as stream:
             self._header(stream)
-            for i in range(n):
+            start = stream.tell()
+            for row in self.rows:
+                stream.seek(start + row * size)
                 levels = stream.read(size)
                 if len(levels) < size:
-                    raise PictureError(f"{self.path}: cut off: picture {i} of {n} is not all there")
-                yield from_levels(np.frombuffer(levels, np.uint8).reshape(height, width, channels))
+                    raise PictureError(f"{self.path}: cut off: picture {row} of {n} is not all there")
+                yield np.frombuffer(levels, np.uint8).reshape(shape)
 
     def check(self, one_size: bool) -> None:
         for _ in self:
             pass
 
     def sha256(self) -> str:
-        return file_sha256(self.path)
+        if self.rows == range(self.shape[0]):
+            return file_sha256(self.path)
+        digest = hashlib.sha256()
+        for levels in self._levels():
+            digest.update(levels)
+        return digest.hexdigest()
 
     def made_with(self) -> dict[str, Any]:
         card = self.path.parent / RUN_CARD
@@ -203,11 +243,9 @@ def open_pictures(path: str | Path) -> Pictures:
 # How pictures were made
 
 def read_run_card(path: Path) -> dict[str, Any]:
-    try:
+    with reading(path, "not a run card"):
         card = json.loads(path.read_text(encoding="utf-8"))
         return {"plan": None, "seeds": None, "weights": None, **card, "stated_by": RUN_CARD}
-    except (OSError, ValueError, TypeError) as error:
-        raise PictureError(f"{path}: not a run card: {one_line(error)}") from error
 
 
 def settings_of(file: Path) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.yaml_file import find_file, known, names_in, reading, whole, words
+from ldm.arguments import ROOT
 
 PROTOCOL_DIR = Path(__file__).parent / "protocols"
 DATA = {"captions": ({"file"}, {"pictures", "where"}), "prompts": ({"file"}, set()), "classes": ({"classes"}, set())}
@@ -118,6 +119,11 @@ class Protocol:
         known("defaults", self.defaults, set(), DEFAULTS)
         for name in {"config", "ckpt", "data"} & self.defaults.keys():
             words(f"defaults.{name}", self.defaults[name])
+
+    def folder(self, given: str | Path | None) -> Path:
+        """Of its data: the one that is given, or its own; looked for here, else where the project is."""
+        folder = Path(given or self.defaults.get("data", "."))
+        return folder if folder.is_absolute() or folder.exists() else ROOT / folder
 
     def asked(self) -> dict[str, Any]:
         """What pictures have in common that can be compared, as JSON values; see above."""

@@ -32,12 +32,14 @@ class Result:
     protocol: what the values can only be compared under, JSON values.
     samples:  how the measured pictures were made, JSON values: plan, seeds, weights, ...; None = not known.
     warnings: what to bear in mind, in words.
+    settings: of what moves no value, such as how often samples were resampled for an interval; JSON values.
     """
 
     values: Mapping[str, Any]
     protocol: Mapping[str, Any]
     samples: Mapping[str, Any]
     warnings: Sequence[str] = field(default_factory=list)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def protocol_sha256(self) -> str:

@@ -84,8 +84,13 @@ def coco_prompts(content: Any, where: Mapping[str, Any]) -> Iterator[Prompt]:
         if image not in images:
             raise ValueError(f"{place} is of image {image}, which is not among the images")
         caption = sentence(note["caption"], place)
-        if all(images[image][name] in (value if isinstance(value, list) else [value]) for name, value in where.items()):
+        if fits(images[image], where):
             yield Prompt(integer(note, "id", place), image, {"prompt": caption, "image_id": image})
+
+
+def fits(image: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
+    """Whether its fields have the values of `where`, or one of a list's."""
+    return all(image[name] in (value if isinstance(value, list) else [value]) for name, value in where.items())
 
 
 def line_prompts(text: str) -> Iterator[Prompt]:
@@ -157,8 +162,10 @@ def choose(prompts: Sequence[Prompt], select: Select) -> list[Prompt]:
     rounds = [by_image[image][turn] for turn in range(select.per_image) for image in order
               if turn < len(by_image[image])]
     count = len(rounds) if select.count is None else select.count
-    if not rounds or count > len(rounds):
-        raise ValueError(f"{count or 'no'} prompts are asked for, at most {select.per_image} of an image; there are "
+    if not rounds:
+        raise ValueError("there are no prompts to choose from")
+    if count > len(rounds):
+        raise ValueError(f"{count} prompts are asked for, at most {select.per_image} of an image; there are "
                          f"{len(rounds)} such (of {len(prompts)} prompts of {len(by_image)} images)")
     return rounds[:count]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -12,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation import adm, clip_score, fid
+from evaluation.measure import OF_PROTOCOL
 from evaluation.protocol import Protocol
+from evaluation.real_pictures import images_by_id
 from evaluation.results import Result, ResultError, read_result
 from evaluation.table_file import Cell
 from ldm.cli import BadInput, blame
@@ -29,12 +30,13 @@ REAL_TIER, RANK = 2, 5
 class Quality:
     """What measures need beside pictures.
 
-    protocol:  of the pictures. data: the folder of its data.
+    protocol:  of the pictures; `named` is its name or file. data: the folder of its data.
     shared:    a folder for what all runs of the protocol share.
     inception, clip: weights, where the protocol's measures need them.
     """
 
     protocol: Protocol
+    named: str
     data: Path
     shared: Path
     inception: str | None = None
@@ -53,12 +55,9 @@ class Quality:
         weights = ["--weights", self.inception] if self.inception and extractor == "inception-2015" else []
         return ["--extractor", extractor, "--resize", resize, "--device", self.device, *weights]
 
-    def reference(self) -> Path:
-        """The real pictures, or their statistics."""
-        if "reference" in self.protocol.metrics:
-            return self.data / self.protocol.metrics["reference"]
-        path = self.data / self.protocol.data["pictures"]
-        return chosen(path, self.protocol, self.data, self.shared) if path.suffix == ".npy" else path
+    def reference(self) -> list[str]:
+        """The real pictures, or their statistics, as arguments of the measures."""
+        return [f"{OF_PROTOCOL}{self.named}", "--data", str(self.data)]
 
     def measures(self, columns: list[str]) -> dict[str, Callable[[Path, Path], None]]:
         """By name, what writes a result of a folder of pictures (first argument) into a file (second)."""
@@ -101,7 +100,7 @@ class Quality:
         if "fid" in wanted or "adm" in wanted:
             args = fid.parser().parse_args(["", "", *self.network()])
             if "reference" in self.protocol.metrics:
-                need(self.reference(), self)
+                need(self.data / self.protocol.metrics["reference"], self)
             with blame("--inception", (FeatureError,)):
                 extractor(args.extractor, args.weights, args.resize)
         if "clip_score" in wanted:
@@ -114,11 +113,11 @@ class Quality:
     # The measures
 
     def _fid(self, pictures: Path, out: Path) -> None:
-        self._run(fid, [str(self.reference()), str(pictures), *self.network(), "--bootstrap", str(RESAMPLES),
+        self._run(fid, [*self.reference(), str(pictures), *self.network(), "--bootstrap", str(RESAMPLES),
                         "--cache", str(self.shared), "--out", str(out)])
 
     def _adm(self, pictures: Path, out: Path) -> None:
-        self._run(adm, [str(self.reference()), str(pictures), *self.network(), "--bootstrap", str(RESAMPLES),
+        self._run(adm, [*self.reference(), str(pictures), *self.network(), "--bootstrap", str(RESAMPLES),
                         "--out", str(out)])
 
     def _clip(self, pictures: Path, out: Path) -> None:
@@ -149,7 +148,7 @@ class Quality:
 
         real = real_set(self.data)
         lines = read_manifest(pictures.parent / "manifest.jsonl")
-        entries = entries_by_id(self.data)
+        entries = images_by_id(self.data / "captions.json")
         images = [open_picture(pictures.parent / line["file"]) for line in lines]
         verdict = real.judge(images, [entries[line["image_id"]] for line in lines], "samples")
         found = share(verdict.hits[RANK])
@@ -180,28 +179,6 @@ def need(path: Path, quality: Quality) -> None:
     if not path.exists():
         raise BadInput(f"--data: {path} is not there, which {quality.protocol.name} needs: "
                        f"{HOW_TO_GET.get(path.name, 'named by the protocol')}")
-
-
-def entries_by_id(data: Path) -> dict[int, dict[str, Any]]:
-    """The images of the data's captions, by id."""
-    content = json.loads((data / "captions.json").read_text(encoding="utf-8"))
-    return {image["id"]: image for image in content["images"]}
-
-
-def chosen(path: Path, protocol: Protocol, data: Path, shared: Path) -> Path:
-    """An array of those of the data's pictures that the protocol asks for, by the fields of their captions."""
-    import numpy as np
-
-    from ldm.util import atomic_write
-
-    out = shared / "real.npy"
-    if not out.is_file():
-        where = protocol.data.get("where", {})
-        rows = [number for number, image in sorted(entries_by_id(data).items())
-                if all(image[name] in (value if isinstance(value, list) else [value]) for name, value in where.items())]
-        with blame("--runs", (OSError,)), atomic_write(out) as temporary, temporary.open("wb") as stream:
-            np.save(stream, np.load(path, mmap_mode="r")[rows])
-    return out
 
 
 @lru_cache(maxsize=1)

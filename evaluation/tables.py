@@ -127,7 +127,8 @@ class Job:
     def quality(self) -> Quality:
         from evaluation.table_quality import Quality
 
-        return Quality(self.protocol, self.data, self.shared, self.args.inception, self.args.clip, self.args.device)
+        return Quality(self.protocol, self.named, self.data, self.shared, self.args.inception, self.args.clip,
+                       self.args.device)
 
 
 def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:

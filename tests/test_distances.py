@@ -90,6 +90,26 @@ def test_statistics_keep_their_numbers_and_their_origin(tmp_path):
         load_statistics(tmp_path / "odd.npz")
 
 
+@pytest.mark.parametrize("covariance, why", [
+    (-np.eye(3), "has no eigenvalues below 0; got -1"),
+    (np.diag([1.0, 1.0, -0.01]), "has no eigenvalues below 0; got -0.01"),
+    (np.triu(np.ones((3, 3))), "must be symmetric; got entries that differ by 1 from"),
+    (np.full((3, 3), np.nan), "must be finite")])
+def test_a_covariance_that_is_none_says_why(tmp_path, covariance, why):
+    """It would give a distance, and a wrong one: of -I from itself 0."""
+    np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=covariance)
+    with pytest.raises(PictureError, match=f"s.npz: .*{why}"):
+        load_statistics(tmp_path / "s.npz")
+
+
+def test_a_covariance_in_single_precision_is_one(tmp_path):
+    features = np.random.default_rng(0).normal(size=(40, 100)) + 5      # singular: eigenvalues of 0, and a little below
+    covariance = np.cov(features, rowvar=False).astype(np.float32)
+    assert np.linalg.eigvalsh(covariance.astype(np.float64)).min() < 0
+    np.savez(tmp_path / "s.npz", mu=features.mean(0), sigma=covariance)
+    assert frechet(gaussian(features), load_statistics(tmp_path / "s.npz")[0]) < 1e-3
+
+
 def test_a_damaged_cache_is_none(tmp_path):
     from evaluation.moments import cache_file
 

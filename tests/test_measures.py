@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +156,7 @@ def test_fid_says_what_it_is_of(call, tmp_path, capsys):
     protocol = found["protocol"]
     assert (protocol["n"], protocol["resize"], protocol["extractor"]) == (N, "torch-antialias", "efficientnet-lite0")
     assert protocol["reference"]["n"] == N and protocol["kid"]["size"] == N
+    assert found["settings"] == {"bootstrap": {"resamples": 3, "seed": 0}}
     assert found["samples"]["seeds"] == [7] and len(found["warnings"]) == 3
     assert found["warnings"][2].startswith("fid_infinity_real: 22 pictures for 1280 features are too few")
     assert read_result(out).protocol_sha256 == found["protocol_sha256"]
@@ -178,6 +185,59 @@ def test_a_cache_that_can_not_be_written_loses_nothing(call, sets, tmp_path, cap
     (tmp_path / "file").write_text("")
     assert "fid_real" in fid_of(call, tmp_path / "a.json", "real", "plain", "--cache", str(tmp_path / "file"))["values"]
     assert "warning: --cache: the reference's statistics are not kept: " in capsys.readouterr().err
+
+
+def test_the_real_pictures_of_a_protocol(call, tmp_path, capsys):
+    """Of an array those whose captions have the fields that it asks for; in the order of their ids."""
+    levels = np.stack([np.array(draw(i)) for i in range(6)])
+    np.save(tmp_path / "pictures.npy", levels)
+    np.save(tmp_path / "some.npy", levels[[0, 3, 5]])
+    images = [{"id": 50 - k, "file_name": f"{k}", "split": "train" if k in (0, 2, 5) else "rest"} for k in range(6)]
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({"images": images, "annotations": []}))
+    asks = {"data": {"kind": "captions", "file": "captions.json", "pictures": "pictures.npy",
+                     "where": {"split": "train"}}, "size": 32, "guidance": 1.0}
+    (tmp_path / "p.yaml").write_text(json.dumps(asks))
+    reference = f"protocol:{tmp_path / 'p.yaml'}"
+    found = fid_of(call, tmp_path / "a.json", reference, "plain", "--data", str(tmp_path))
+    assert found["protocol"]["reference"]["n"] == 3
+    assert found["values"] == fid_of(call, tmp_path / "b.json", str(tmp_path / "some.npy"), "plain")["values"]
+    assert found["protocol"]["reference"]["sha256"] == hashlib.sha256(levels[[0, 3, 5]]).hexdigest()
+
+    for why, (other, more) in {
+            "REFERENCE: unknown protocol 'coco'; accepted: ": ("protocol:coco", ()),
+            "--data: is for a REFERENCE protocol:NAME; got ": ("real", ("--data", "x")),
+            "REFERENCE: protocol emoji64-prompts names no real pictures": ("protocol:emoji64-prompts", ()),
+            "REFERENCE: .*x.pictures.npy: can't be read: .*No such file": (reference, ("--data", "x"))}.items():
+        capsys.readouterr()
+        assert call(fid, other, "plain", *more) == 2
+        assert_one_line(capsys.readouterr().err, why)
+    captions.write_text(json.dumps({"images": images[1:], "annotations": []}))
+    capsys.readouterr()
+    assert call(fid, reference, "plain", "--data", str(tmp_path)) == 2
+    assert_one_line(capsys.readouterr().err, "REFERENCE: .*pictures.npy: has 6 pictures, captions.json has 5")
+
+
+def test_a_run_that_is_not_finished_is_told(call, sets, tmp_path, capsys):
+    shutil.copytree(sets / "plain", tmp_path / "samples")
+    (tmp_path / "run.json").write_text(json.dumps({"plan": "off", "pictures": N + 3}))
+    why = f"{tmp_path / 'samples'}: {N} pictures of a run of {N + 3}: it is not finished"
+    for module, first in ((fid, "real"), (adm, "real"), (paired, "plain")):
+        out = tmp_path / f"{module.__name__}.json"
+        assert call(module, first, str(tmp_path / "samples"), "--out", str(out)) == 0
+        assert load_json(out)["warnings"][0].startswith(why)
+    (tmp_path / "run.json").write_text(json.dumps({"plan": "off", "pictures": N}))
+    assert not any("not finished" in w for w in fid_of(call, out, "real", str(tmp_path / "samples"))["warnings"])
+
+
+def test_too_few_pictures_are_found_before_the_work(call, sets, tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        draw(ord(name)).save(tmp_path / f"{name}.png")
+    for arguments, why in (((fid, "real", str(tmp_path), "--infinity"), "--infinity: needs at least 20 samples; got 3"),
+                           ((adm, "real", str(tmp_path)), "SAMPLES: precision and recall, .* 4 pictures; got 3"),
+                           ((adm, str(tmp_path), "plain"), "REFERENCE: precision and recall, .* 4 pictures; got 3")):
+        assert call(*arguments) == 2
+        assert_one_line(capsys.readouterr().err, why)
 
 
 def test_batch_size_does_not_change_a_distance(call, tmp_path):
@@ -225,6 +285,30 @@ def test_adm_reads_the_published_formats(call, sets, tmp_path, capsys):
         # Wilson's interval of 0 begins at 0, but for rounding.
         assert low - 1e-9 <= found[name] <= high + 1e-9 and high > low
     assert found == whole
+
+
+@contextmanager
+def disk_with_room_for(size: int) -> Iterator[None]:
+    """The system lets no file grow beyond so many bytes here, as a full disk would."""
+    limit, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, action)
+
+
+def test_statistics_that_can_not_be_saved_cost_no_value(call, tmp_path, capsys):
+    assert call(adm, "real", "plain", "--save-statistics", str(tmp_path)) == 2
+    assert_one_line(capsys.readouterr().err, "--save-statistics: can't write ")
+    with disk_with_room_for(100_000):
+        assert call(adm, "real", "plain", "--save-statistics", str(tmp_path / "s.npz"), "--out",
+                    str(tmp_path / "a.json")) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("adm.py: error: --save-statistics: ")
+    assert "recall" in captured.out and "recall" in load_json(tmp_path / "a.json")["values"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_published_statistics_can_be_saved_again(tmp_path):
@@ -473,6 +557,18 @@ def bad(tmp_path_factory) -> Path:
     np.save(root / "cut.npy", levels)
     (root / "cut.npy").write_bytes((root / "cut.npy").read_bytes()[:-100])
     (root / "junk.npz").write_text("junk")
+    for suffix in ("jpg", "bmp", "webp"):       # their formats have no checksums: only decoding tells
+        (root / "short").mkdir(exist_ok=True)
+        draw(1, 64).save(root / "short" / f"a.{suffix}")
+        content = (root / "short" / f"a.{suffix}").read_bytes()
+        (root / "short" / f"a.{suffix}").write_bytes(content[:len(content) * 2 // 3])
+    np.savez_compressed(root / "bits.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8))
+    content = bytearray((root / "bits.npz").read_bytes())
+    content[len(content) // 2:len(content) // 2 + 40] = bytes(40)
+    (root / "bits.npz").write_bytes(content)
+    whole = (root / "cut.npy").read_bytes()
+    (root / "version.npy").write_bytes(whole[:6] + bytes([9, 0]) + whole[8:])
+    (root / "header.npy").write_bytes(whole[:10] + b"{(" + whole[12:])
     return root
 
 
@@ -487,6 +583,10 @@ def bad(tmp_path_factory) -> Path:
     ("float.npz", "got float32"),
     ("cut.npy", "cut off: picture 3 of 4 is not all there"),
     ("junk.npz", "can't be read"),
+    ("short", "3 of 3 files are no pictures, or damaged: a.bmp, a.jpg, a.webp$"),
+    ("bits.npz", "bits.npz: can't be read: "),
+    ("version.npy", r"an array of npy version \(9, 0\); accepted: \(1, 0\), \(2, 0\)"),
+    ("header.npy", "header.npy: can't be read: "),
     ("missing.npz", "can't be read: .*No such file")])
 def test_bad_samples_are_one_line(call, bad, capsys, name, why):
     for module in (fid, adm, paired):
