@@ -94,9 +94,13 @@ class OpenClip(ClipModel):
         self.weights = next((folder / name for name in OPEN_WEIGHTS if (folder / name).is_file()), None)
         if self.weights is None:
             raise FeatureError(f"{folder}: none of {', '.join(OPEN_WEIGHTS)} is there")
-        self.model = OpenCLIP("both", **settings)
         vision = settings["vision_cfg"]
         self.size, self.shape = vision["image_size"], (vision["patch_size"], vision["width"], vision["layers"])
+        try:
+            self.model = OpenCLIP("both", **settings)
+        except Exception as error:  # numbers that are none, or that don't fit each other, can fail in any way
+            raise FeatureError(f"{folder / OPEN_CONFIG}: no such model can be built: {one_line(error)[:200]}"
+                               ) from error
         try:
             self.model.load_state_dict(read_tensors(self.weights))
         except Exception as error:  # a file that is damaged or another network's can fail in any way

@@ -34,20 +34,20 @@ class Variant:
 
     clamped: cosines below 0 count as 0.
     model:   where the weights are published; None = any model.
-    shape:   patch size, width and layers of its vision encoder, by which weights of another model are told.
+    shape:   pixels, patch size, width and layers of its vision encoder, by which weights of another model are told.
     """
 
     scale: float
     clamped: bool
     prefix: str = ""
     model: str | None = None
-    shape: tuple[int, int, int] | None = None
+    shape: tuple[int, int, int, int] | None = None
 
 
 VARIANTS = {
-    "hessel-b32": Variant(2.5, True, PREFIX, "openai/clip-vit-base-patch32", (32, 768, 12)),
-    "cos100-l14": Variant(100.0, False, "", "openai/clip-vit-large-patch14", (14, 1024, 24)),
-    "cos100-g14": Variant(100.0, False, "", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", (14, 1408, 40)),
+    "hessel-b32": Variant(2.5, True, PREFIX, "openai/clip-vit-base-patch32", (224, 32, 768, 12)),
+    "cos100-l14": Variant(100.0, False, "", "openai/clip-vit-large-patch14", (224, 14, 1024, 24)),
+    "cos100-g14": Variant(100.0, False, "", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", (224, 14, 1408, 40)),
     "hessel": Variant(2.5, True, PREFIX),
     "cos100": Variant(100.0, False),
 }
@@ -91,10 +91,10 @@ def load_model(args: argparse.Namespace) -> tuple[ClipModel, torch.device]:
     device, variant = find_device(args.device), VARIANTS[args.variant]
     with blame("--weights", (FeatureError,)):
         model = load_clip(args.weights, args.vocabulary)
-    if variant.shape not in (None, model.shape):
-        names = "patch size, width, layers"
+    if variant.shape not in (None, found := (model.size, *model.shape)):
+        names = "pixels, patch size, width, layers"
         raise BadInput(f"--weights: {args.variant} is defined with {variant.model} ({names} {variant.shape}); "
-                       f"{args.weights} has {model.shape}; for another model use hessel or cos100")
+                       f"{args.weights} has {found}; for another model use hessel or cos100")
     return model.to(device), device
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from evaluation.measure import Reference, Seen
 
 KID_SUBSETS, KID_SIZE, POINTS = 100, 1000, 15
+CMMD_MODEL = 336, 14, 1024, 24      # pixels, patch size, width and layers of the CLIP model that it is published with
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,6 +104,9 @@ def run(args: argparse.Namespace) -> None:
     if args.infinity:
         protocol["infinity"] = {"points": POINTS, "seed": args.seed}
     warnings = [*incomplete(pictures, made), *doubts(n, real.gaussian), *real.warnings]
+    if args.cmmd and (found_model := (extract.size, *extract.network.shape)) != CMMD_MODEL:
+        warnings.append(f"cmmd_real: published values are of another CLIP model (pixels, patch size, width, layers "
+                        f"{CMMD_MODEL}; this one has {found_model})")
     if args.infinity and n < 20 * (width := len(real.gaussian.mean)):       # its smallest point has n / 10
         warnings.append(f"fid_infinity_real: {n} pictures for {width} features are too few for a straight line; needs "
                         f"{20 * width} or more")

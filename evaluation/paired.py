@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.measure import (
@@ -204,10 +205,13 @@ def run(args: argparse.Namespace) -> None:
     plain, fast = open_samples("PLAIN", args.plain), open_samples("ACCELERATED", args.accelerated)
     made, of_plain = how_made("ACCELERATED", fast), how_made("PLAIN", plain)
     check_made_alike(of_plain, made)
+    import torch
+
     from evaluation.distances import cautions
     from evaluation.errors import FeatureError, PictureError
     from evaluation.results import Result, publish
     from ldm.images import psnr
+    from ldm.util import file_sha256
 
     with blame("ACCELERATED", (PictureError,)):
         plain, fast = pair(plain, fast)
@@ -219,15 +223,16 @@ def run(args: argparse.Namespace) -> None:
     with blame("packages", (FeatureError,)):
         measures = {"psnr": psnr, "ssim": load_ssim()}
     if args.lpips:
-        with blame("--lpips", (FeatureError,)):
+        with blame("--lpips", (FeatureError, OSError)):
             measures["lpips"] = load_lpips(device)
+            lpips_sha256 = file_sha256(Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS)
     with blame("ACCELERATED", (PictureError,)):
         values, width = measure(plain, fast, extract, device, args.batch_size, measures)
     n = len(plain.names)
     protocol = {"measure": "paired", **network_of(extract), "n": n, "plain": {"sha256": plain.sha256()},
                 "prompts": made.get("protocol_sha256")}
     if args.lpips:
-        protocol["lpips"] = {"network": "alexnet", "torchmetrics": version("torchmetrics")}
+        protocol["lpips"] = {"network": "alexnet", "sha256": lpips_sha256, "torchmetrics": version("torchmetrics")}
     warnings = [*incomplete(plain, of_plain), *incomplete(fast, made), *cautions(n, width, "fid_vs_plain")]
     publish(Result(values, protocol, made | {"plain": of_plain}, warnings), args.out)
 

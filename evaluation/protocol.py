@@ -13,7 +13,8 @@ evaluation/protocols/NAME.yaml:
     size:       height and width in pixels
     guidance:   its scale
     sampling:   sampler, steps, eta: what a run does unless it is told otherwise
-    metrics:    the variants that are reported under this protocol, by name
+    metrics:    the variants that are reported: lists of EXTRACTOR/RESIZE for fid or adm, of names for clip_score;
+                reference: a file of published statistics
     defaults:   of the command line: config, ckpt, data (a folder), noise_below, noise_order
 
 What pictures of different methods must have in common to be compared is `Protocol.asked`. The sampler and its steps
@@ -24,17 +25,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from evaluation.yaml_file import find_file, known, names_in, reading, whole, words
-from ldm.arguments import ROOT
+from evaluation.yaml_file import find_file, finite, known, names_in, reading, whole, words
+from ldm.arguments import NOISE_ORDERS, ROOT
 
 PROTOCOL_DIR = Path(__file__).parent / "protocols"
 DATA = {"captions": ({"file"}, {"pictures", "where"}), "prompts": ({"file"}, set()), "classes": ({"classes"}, set())}
+VARIANTS = {"fid", "adm", "clip_score"}     # metrics that come in several
 DEFAULTS = {"config", "ckpt", "data", "noise_below", "noise_order"}
 
 
@@ -75,7 +76,9 @@ class Sampling:
     eta: float | None = None
 
     def __post_init__(self) -> None:
+        words("sampling.sampler", self.sampler)
         whole("sampling.steps", self.steps, 1)
+        finite("sampling.eta", 0 if self.eta is None else self.eta)
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,7 @@ class Protocol:
         whole("size", self.size, 1)
         whole("repeats", self.repeats, 1)
         whole("seed", self.seed)
-        if not isinstance(self.guidance, (int, float)) or not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number; got {self.guidance!r}")
+        finite("guidance", self.guidance)
         for name in ("data", "metrics"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must be a mapping; got {getattr(self, name)!r}")
@@ -114,11 +116,29 @@ class Protocol:
         known("data", self.data, {"kind"} | needed, optional)
         for name in {"file", "pictures"} & self.data.keys():
             words(f"data.{name}", self.data[name])
+        if not isinstance(self.data.get("where", {}), Mapping):
+            raise ValueError(f"data.where must be a mapping of fields to values; got {self.data['where']!r}")
         if "classes" in needed:
             whole("data.classes", self.data["classes"], 1)
         known("defaults", self.defaults, set(), DEFAULTS)
         for name in {"config", "ckpt", "data"} & self.defaults.keys():
             words(f"defaults.{name}", self.defaults[name])
+        finite("defaults.noise_below", self.defaults.get("noise_below", 0))
+        if (order := self.defaults.get("noise_order", NOISE_ORDERS[0])) not in NOISE_ORDERS:
+            raise ValueError(f"defaults.noise_order must be one of {', '.join(NOISE_ORDERS)}; got {order!r}")
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        known("metrics", self.metrics, set(), {*VARIANTS, "reference"})
+        for name in VARIANTS & self.metrics.keys():
+            if not isinstance(self.metrics[name], list) or not self.metrics[name]:
+                raise ValueError(f"metrics.{name} must be a list of variants; got {self.metrics[name]!r}")
+            for variant in self.metrics[name]:
+                words(f"metrics.{name}", variant)
+                if name != "clip_score" and variant.count("/") != 1:
+                    raise ValueError(f"metrics.{name} must be EXTRACTOR/RESIZE; got {variant!r}")
+        if "reference" in self.metrics:
+            words("metrics.reference", self.metrics["reference"])
 
     def folder(self, given: str | Path | None) -> Path:
         """Of its data: the one that is given, or its own; looked for here, else where the project is."""

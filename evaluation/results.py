@@ -107,6 +107,10 @@ def run(args: argparse.Namespace) -> None:
     with blame("JSON", (ResultError,)):
         results = {path: read_result(path) for path in args.results}
         comparable(results)
+    # Where it is known of some only, they are refused.
+    if any(result.protocol.get("prompts") is None for result in results.values()):
+        print("warning: it is not known which prompts the pictures are of; whether they are alike is yours to say",
+              file=sys.stderr)
     for path, result in results.items():
         print(f"{path}  " + "  ".join(f"{name} {shown(value)}" for name, value in result.values.items()))
 

@@ -32,6 +32,7 @@ from ldm.util import atomic_write, file_sha256
 CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"
 NPZ = "samples.npz"
 MAY_DIFFER = ("name", "metrics", "versions")    # in run cards of one run
+NEEDED = ("protocol", "protocol_sha256", "plan", "method", "weights", "batch")      # to go on with a run
 SHOWN = 5                   # of what differs or is wrong, how much a message names
 
 Card = Mapping[str, Any]
@@ -263,6 +264,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [name for name in NEEDED if name not in card]:
+            raise FolderError(f"{path}: not a run card: has no {', '.join(missing)}")
         if identity(card["protocol"]) != card["protocol_sha256"]:
             raise FolderError(f"{path}: its protocol is not the one that its hash names; the file was changed")
         return card

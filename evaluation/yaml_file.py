@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,12 @@ def whole(name: str, value: Any, low: int = 0) -> None:
     """Raises ValueError unless it is a whole number from low to 2^32-1."""
     if type(value) is not int or value not in SEEDS or value < low:
         raise ValueError(f"{name} must be a whole number >= {low}; got {value!r}")
+
+
+def finite(name: str, value: Any) -> None:
+    """Raises ValueError unless it is a finite number."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number; got {value!r}")
 
 
 def words(name: str, value: Any) -> None:

@@ -15,6 +15,7 @@ Files = tuple[Path, Path]           # a model's config and weights
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/emoji64/model.safetensors")
 NOISE_WEIGHT = 0.003
+NOISE_ORDERS = ("before", "after", "update")
 # The names of ldm.models.diffusion.solvers.SOLVERS, which needs PyTorch; --help must answer at once.
 SAMPLERS = "ddim, plms, ddpm, dpm-solver, dpm-solver++, euler, euler-a, heun, dpm++2m-karras, unipc"
 
@@ -157,7 +158,7 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                       help=f"prior noise injection; 0 = off (default: {NOISE_WEIGHT}, with --plan off 0)")
     fast.add_argument("--noise-below", type=finite, default=below, metavar="T",
                       help="inject at timesteps below T of the training's (default: %(default)s)")
-    fast.add_argument("--noise-order", choices=("before", "after", "update"), default=order,
+    fast.add_argument("--noise-order", choices=NOISE_ORDERS, default=order,
                       help="inject before the prediction, after it, or after the solver's step "
                            "(default: %(default)s)")
     if compare:

@@ -243,6 +243,13 @@ def test_open_clip_models_of_another_kind_are_refused(open_folder, tmp_path):
     with pytest.raises(FeatureError, match="unknown: none; missing: layers"):
         load_clip(tmp_path)
     config["model_cfg"]["vision_cfg"]["layers"] = 3
+    shutil.copy(open_folder[0] / "open_clip_pytorch_model.bin", tmp_path)
+    for strange in ("x", 0, None, 9):
+        whole = config["model_cfg"] | {"vision_cfg": config["model_cfg"]["vision_cfg"] | {"patch_size": strange}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": whole}))
+        with pytest.raises(FeatureError, match="open_clip_config.json: no such model can be built|not the weights"):
+            load_clip(tmp_path)
+    (tmp_path / "open_clip_pytorch_model.bin").unlink()
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(FeatureError, match="none of open_clip_model.safetensors"):
         load_clip(tmp_path)

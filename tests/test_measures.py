@@ -452,7 +452,15 @@ def test_clip_score_end_to_end(call, sets, clip_folder, tmp_path, capsys):
 def test_a_variant_takes_its_own_model_only(call, sets, clip_folder, capsys):
     assert call(clip_score, str(sets / "plain"), "--weights", str(clip_folder), network=False) == 2
     assert_one_line(capsys.readouterr().err, "--weights: hessel-b32 is defined with openai/clip-vit-base-patch32 "
-                                             r".*\(32, 768, 12\)\); .* has \(14, 32, 2\); for another model use")
+                                             r".*\(224, 32, 768, 12\)\); .* has \(28, 14, 32, 2\); for another")
+
+
+def test_cmmd_is_of_one_published_model(call, sets, clip_folder, tmp_path):
+    out = tmp_path / "a.json"
+    assert call(fid, "real", "plain", "--cmmd", "--extractor", "clip", "--weights", str(clip_folder), "--out",
+                str(out)) == 0
+    assert load_json(out)["values"]["cmmd_real"] > 0
+    assert load_json(out)["warnings"][-1].startswith("cmmd_real: published values are of another CLIP model")
 
 
 def test_prompts_are_found(sets, tmp_path):
@@ -495,7 +503,14 @@ def test_results_of_one_protocol_are_compared_and_others_refused(tmp_path, capsy
     result(n=20, reference={"sha256": "b", "n": 5}).write(tmp_path / "c.json")
     a, b, c = (str(tmp_path / f"{name}.json") for name in "abc")
     assert results.main([a, b]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"{a}  fid_real 1.5000", f"{b}  fid_real 2.5000"]
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [f"{a}  fid_real 1.5000", f"{b}  fid_real 2.5000"]
+    assert "it is not known which prompts the pictures are of" in captured.err
+    for name in "ab":
+        result(prompts="x").write(tmp_path / f"{name}.json")
+    assert results.main([a, b]) == 0 and capsys.readouterr().err == ""
+    result().write(tmp_path / "a.json")
+    result().write(tmp_path / "b.json")
     assert results.main([a, b, c]) == 2
     err = capsys.readouterr().err
     assert_one_line(err, "JSON: different protocols can't be compared; they differ in n .*: 10, .*: 20.*"

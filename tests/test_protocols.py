@@ -36,7 +36,7 @@ def test_what_is_compared_is_not_what_is_asked(tmp_path):
         return identity(load_protocol(str(write_protocol(tmp_path / "p.yaml", **changes))).asked())
 
     same = [asked(), asked(sampling__steps=7), asked(sampling__sampler="plms"), asked(about="x"),
-            asked(metrics={"a": 1}), asked(defaults={"data": "x"}), asked(guidance=3)]
+            asked(metrics={"fid": ["a/b"]}), asked(defaults={"data": "x"}), asked(guidance=3)]
     other = [asked(guidance=3.5), asked(size=32), asked(seed=1), asked(repeats=2), asked(select__count=39),
              asked(select__seed=1), asked(data__where={"split": "train"})]
     assert len(set(same)) == 1 and len({*same, *other}) == 1 + len(other)
@@ -64,6 +64,16 @@ def test_the_forks_two_rows_differ_in_guidance_alone():
     ({"metrics": ["fid"]}, "metrics must be a mapping"), ({"data": 3}, "data must be a mapping"),
     ({"defaults": {"data": 3}}, "defaults.data must be a text; got 3"),
     ({"defaults": {"config": 3}}, "defaults.config must be a text; got 3"),
+    ({"defaults": {"noise_order": "never"}}, "defaults.noise_order must be one of before, after, update; got 'never'"),
+    ({"defaults": {"noise_below": "low"}}, "defaults.noise_below must be a finite number; got 'low'"),
+    ({"guidance": True}, "guidance must be a finite number; got True"), ({"guidance": float("nan")}, "guidance must"),
+    ({"sampling__sampler": 3}, "sampling.sampler must be a text; got 3"),
+    ({"sampling__eta": "much"}, "sampling.eta must be a finite number; got 'much'"),
+    ({"data__where": ["train"]}, r"data.where must be a mapping of fields to values; got \['train'\]"),
+    ({"metrics__fid": "inception-2015/clean"}, "metrics.fid must be a list of variants; got 'inception"),
+    ({"metrics__fid": ["inception-2015"]}, "metrics.fid must be EXTRACTOR/RESIZE; got 'inception-2015'"),
+    ({"metrics__clip_score": []}, "metrics.clip_score must be a list"), ({"metrics__kid": []}, "metrics has kid"),
+    ({"metrics__reference": 3}, "metrics.reference must be a text"),
 ], ids=str)
 def test_files_that_are_no_protocol_say_why(tmp_path, changes, why):
     path = write_protocol(tmp_path / "p.yaml", **changes)

@@ -169,7 +169,8 @@ def test_files_that_were_changed_are_refused(whole, tmp_path):
         RunFolder(whole)
     text = (whole / "run.json").read_text()
     for changed, why in ((text.replace('"size": 4', '"size": 5'), "its protocol is not the one that its hash names"),
-                         (text[:40], "not a run card"), ("{}", "not a run card"), ("[]", "not a run card")):
+                         (text[:40], "not a run card"), ("{}", "not a run card: has no protocol, protocol_sha256,"),
+                         (text.replace('"batch"', '"many"'), "not a run card: has no batch"), ("[]", "not a run card")):
         (whole / "run.json").write_text(changed)
         with pytest.raises(FolderError, match=f"run.json: {why}"):
             RunFolder(whole)
