@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     with blame("SAMPLES", (PictureError,)):
         each = measure(pictures, prompts, model, device, variant, args.resize, args.batch_size)
     name = f"clip_score_{args.variant}"
-    values = mean_of(name, each) | {"captions_cut": cut}
+    values = mean_of(name, each, prompts) | {"captions_cut": cut}
     warnings = incomplete(pictures, made)
     warnings += [f"{cut} of {len(prompts)} captions are longer than CLIP reads ({model.tokenizer.max_length} tokens) "
                 f"and lost their ends"] if cut else []

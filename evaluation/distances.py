@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,10 +77,19 @@ def normal_interval(value: float, resampled: np.ndarray) -> list[float]:
     return [value - half, value + half]
 
 
-def mean_interval(values: np.ndarray) -> list[float]:
-    """95 % of the mean of independent values (N,), N > 1."""
-    half = 1.959964 * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return [float(np.mean(values)) - half, float(np.mean(values)) + half]
+def mean_interval(values: np.ndarray, groups: Sequence[Any] | None = None) -> list[float]:
+    """95 % of the mean of values (N,), N > 1, that are independent of each other, or those of different groups are.
+
+    Args:
+        groups: what each value is of, such as the prompt of a picture; at least two different ones.
+
+    Source: the cluster-robust variance of Liang and Zeger (1986); without groups it is the usual one.
+    """
+    middle = float(np.mean(values))
+    sums = values - middle if groups is None else np.bincount(np.unique(groups, return_inverse=True)[1],
+                                                              values - middle)
+    half = 1.959964 * (len(sums) / (len(sums) - 1) * float(np.square(sums).sum())) ** 0.5 / len(values)
+    return [middle - half, middle + half]
 
 
 def share_interval(hits: int, n: int) -> list[float]:
@@ -94,11 +103,12 @@ def share_interval(hits: int, n: int) -> list[float]:
     return [middle - half, middle + half]
 
 
-def mean_of(name: str, values: np.ndarray) -> dict[str, Any]:
-    """The mean of values (N,) by that name (of none: None), and its 95 % interval over pictures if N > 1."""
-    if len(values) < 2:
+def mean_of(name: str, values: np.ndarray, groups: Sequence[Any] | None = None) -> dict[str, Any]:
+    """The mean of values (N,) by that name (of none: None), and its 95 % interval if it can be told; see
+    `mean_interval`."""
+    if len(values) < 2 or (groups is not None and len({*groups}) < 2):
         return {name: float(values.mean()) if len(values) else None}
-    return {name: float(values.mean()), f"{name}_interval": mean_interval(values)}
+    return {name: float(values.mean()), f"{name}_interval": mean_interval(values, groups)}
 
 
 def fid_infinity(features: np.ndarray, reference: Gaussian, points: int = 15, seed: int = 0) -> float:

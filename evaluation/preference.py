@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import check_output, how_made, open_samples
+from evaluation.measure import check_output, how_made, incomplete, open_samples
 from ldm.cli import Parser, blame, command
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -86,10 +86,10 @@ def run(args: argparse.Namespace) -> None:
         each = np.array([judge(to_pil(picture[None])[0], prompt) for picture, prompt in
                          tqdm(zip(pictures, prompts, strict=True), total=len(prompts), desc=args.model, disable=None)])
     name = args.model.replace("-", "_").replace(".", "_")
-    values = mean_of(name, each)
+    values = mean_of(name, each, prompts)
     protocol = {"measure": name, "n": len(each), "prompts": made.get("protocol_sha256"),
                 "captions_sha256": identity({"captions": prompts})}
-    publish(Result(values, protocol, made), args.out)
+    publish(Result(values, protocol, made, incomplete(pictures, made)), args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

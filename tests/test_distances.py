@@ -21,6 +21,7 @@ from evaluation.distances import (
     inception_score,
     kid,
     mean_interval,
+    mean_of,
     normal_interval,
     precision_recall,
     squared_distances,
@@ -229,6 +230,11 @@ def test_bootstrap_covers_the_truth_and_pairs_sets():
     low, high = normal_interval(float(values.mean()), again)
     assert low < 5 < high and high - low == pytest.approx(2 * 1.96 * 0.05, rel=0.2)
     assert mean_interval(values) == pytest.approx([low, high], abs=0.02)
+    # Copies of a picture say nothing new, if it is known that they are of one prompt.
+    copies, prompts = np.repeat(values[:, 0], 5), [f"prompt {i // 5}" for i in range(2000)]
+    assert mean_interval(copies, prompts) == pytest.approx(mean_interval(values[:, 0]))
+    assert np.ptp(mean_interval(copies)) < 0.5 * np.ptp(mean_interval(values))
+    assert mean_of("score", copies[:5], prompts[:5]) == {"score": copies[0]}        # one prompt alone says nothing
     shifted = bootstrap(values + 2, lambda x: float(x.mean()), count=300, seed=1)
     np.testing.assert_allclose(shifted - again, 2)                  # the same pictures each time
     assert not np.array_equal(again, bootstrap(values, lambda x: float(x.mean()), 300, seed=2))
