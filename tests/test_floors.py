@@ -52,8 +52,10 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["evaluation/protocol.py"],
     ["evaluation/results.py"],
     [*(f"evaluation/{name}.py" for name in ("moments", "pictures", "clip_models", "selection", "table_file"))],
-    [*(f"evaluation/{name}.py" for name in ("distances", "features", "prompts", "real_pictures"))],
-    [*(f"evaluation/{name}.py" for name in ("run_folder", "table_text"))],
+    [
+        *(f"evaluation/{name}.py" for name in ("distances", "features", "prompts")),
+        *(f"evaluation/{name}.py" for name in ("real_pictures", "run_folder", "table_text")),
+    ],
     ["evaluation/measure.py", "evaluation/retrieval.py"],
     [f"evaluation/plots/{name}.py" for name in ("scene", "drawing", "blocks")],
     ["evaluation/plots/*", "scripts/*", "evaluation/recognition.py", "evaluation/paired.py", "main.py"],

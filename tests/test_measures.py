@@ -31,6 +31,7 @@ from evaluation.pictures import Array, Folder, open_pictures
 from evaluation.prompts import prompts_of
 from evaluation.results import Result, ResultError, comparable, read_result
 from ldm.images import psnr, save_png
+from ldm.util import file_sha256
 
 ROOT = Path(__file__).parents[1]
 N = 22
@@ -351,6 +352,23 @@ def test_ssim_by_hand():
     assert ssim(a, b).item() == pytest.approx((0.24 + 1e-4) / (0.4 + 1e-4), rel=1e-5)
     assert ssim(a, a).item() == pytest.approx(1)
     assert torch.isinf(psnr(a, a)).all()
+
+
+def test_lpips_with_weights_from_a_recipe(call, tmp_path, monkeypatch):
+    """Runs where there is a torchvision that fits PyTorch."""
+    try:
+        from torchvision.models import alexnet
+    except Exception as error:  # is missing, or does not fit
+        pytest.skip(f"no torchvision: {error}")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    weights = tmp_path / "hub" / "checkpoints" / paired.LPIPS_WEIGHTS
+    torch.save(alexnet().state_dict(), weights)
+    assert call(paired, "plain", "fast", "--lpips", "--out", str(tmp_path / "a.json")) == 0
+    found = load_json(tmp_path / "a.json")
+    assert found["values"]["lpips_vs_plain"] > 0
+    assert found["protocol"]["lpips"]["sha256"] == file_sha256(weights)
 
 
 @pytest.mark.parametrize("plain, fast, why", [
