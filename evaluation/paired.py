@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 Measure = Callable[["Tensor", "Tensor"], "Tensor"]
 SHOWN = 3
 WINDOW = 11             # of SSIM, in pixels
+LPIPS_LEAST = 31        # pixels that AlexNet needs
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 
@@ -216,8 +217,9 @@ def run(args: argparse.Namespace) -> None:
     with blame("ACCELERATED", (PictureError,)):
         plain, fast = pair(plain, fast)
     smallest = min(next(iter(plain)).shape[1:])
-    if smallest < WINDOW or len(plain.names) < 2:
-        raise BadInput(f"PLAIN: expected at least 2 pictures of at least {WINDOW} x {WINDOW} pixels; got "
+    least = LPIPS_LEAST if args.lpips else WINDOW
+    if smallest < least or len(plain.names) < 2:
+        raise BadInput(f"PLAIN: expected at least 2 pictures of at least {least} x {least} pixels; got "
                        f"{len(plain.names)} with a side of {smallest}")
     extract, device = load_network(args)
     with blame("packages", (FeatureError,)):

@@ -371,6 +371,14 @@ def test_lpips_with_weights_from_a_recipe(call, tmp_path, monkeypatch):
     assert found["protocol"]["lpips"]["sha256"] == file_sha256(weights)
 
 
+def test_pictures_that_are_too_small_are_refused(call, tmp_path, capsys):
+    for i, side in enumerate((10, 10, 30, 30)):
+        save_png(tmp_path / str(side) / f"{i}.png", draw(i, side), settings(i, None))
+    for side, flags, least in ((10, [], 11), (30, ["--lpips"], 31)):
+        assert call(paired, *[str(tmp_path / str(side))] * 2, *flags) == 2
+        assert_one_line(capsys.readouterr().err, f"PLAIN: .* at least {least} x {least} pixels; got 2 .* {side}$")
+
+
 @pytest.mark.parametrize("plain, fast, why", [
     ("real", "plain", "ACCELERATED|PLAIN"),
     ("plain", "short", "mismatched sets: 2 pictures of .*plain have no partner, such as"),
@@ -641,6 +649,7 @@ def test_bad_samples_are_one_line(call, bad, capsys, name, why):
     (adm, ("nowhere", "plain"), "REFERENCE: nowhere: no such folder"),
 ])
 def test_bad_flags_are_one_line(call, capsys, monkeypatch, module, arguments, why):
+    pytest.importorskip("torchmetrics.functional.image")        # or hiding one package would hide the other
     for words, package in (("LPIPS", "torchmetrics.image"), ("SSIM", "torchmetrics.functional.image")):
         if words in why:
             monkeypatch.setitem(sys.modules, package, None)
