@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,21 @@ from PIL import Image
 from toy import toy_denoiser, toy_inputs, toy_network, toy_rule
 from txt2img_model import WORDS, write_model
 
-from evaluation.figures import KINDS, main
+from evaluation.figures import KINDS, main, parser
 from evaluation.plots.blocks import (
     block_outputs,
     change,
-    changes,
     decoder_ends,
     encoder_ends,
+    evolution,
     frobenius,
-    norms,
     plain_outputs,
 )
-from evaluation.plots.drawing import thin_out
+from evaluation.plots.drawing import Drawing, thin_out
+from evaluation.plots.evolution import looks_of
 from evaluation.plots.maps import colours
 from evaluation.plots.prior_noise import below, spectrum
+from evaluation.plots.scene import Scene
 from evaluation.plots.timeline import shares, together
 from ldm.models.diffusion.denoiser import Conditional, Conditioning
 from ldm.models.diffusion.loop import State, denoise
@@ -52,22 +54,31 @@ def test_frobenius_is_of_the_channels_mean():
 
 def test_what_does_not_change_has_no_evolution():
     outputs = {"E8": torch.rand(2, 3, 4, 4), "D8": torch.rand(2, 3, 4, 4)}
-    found = changes(iter([outputs] * 5))
+    found = evolution(iter([outputs] * 5))
     assert all((values == 0).all() and values.shape == (4, 2) for values in found.absolute.values())
     assert all((values == 0).all() for values in found.relative.values())
-    assert all(np.ptp(values, axis=0).max() == 0 for values in norms(iter([outputs] * 5)).values())
+    assert all(np.ptp(values, axis=0).max() == 0 and values.shape == (5, 2) for values in found.norm.values())
 
 
 def test_relative_change_does_not_know_the_scale():
     run = [{"B": torch.rand(1, 2, 3, 3)} for _ in range(3)]
-    one, ten = changes(iter(run)), changes({"B": 10 * o["B"]} for o in run)
+    one, ten = evolution(iter(run)), evolution({"B": 10 * o["B"]} for o in run)
     np.testing.assert_allclose(ten.absolute["B"], 100 * one.absolute["B"], rtol=1e-5)
     np.testing.assert_allclose(ten.relative["B"], one.relative["B"], rtol=1e-5)
+    np.testing.assert_allclose(ten.norm["B"], 10 * one.norm["B"], rtol=1e-5)
 
 
 def test_one_step_is_no_evolution():
     with pytest.raises(ValueError, match="at least 2 steps"):
-        changes(iter([{"B": torch.zeros(1, 1, 1, 1)}]))
+        evolution(iter([{"B": torch.zeros(1, 1, 1, 1)}]))
+
+
+def test_a_resolution_looks_the_same_in_encoder_and_decoder():
+    looks = looks_of(["E8", "E4", "E16", "B", "D4", "D16", "D8"])
+    assert [*looks] == ["E16", "D16", "E8", "D8", "E4", "D4", "B"]      # finest first
+    assert all(looks[f"E{size}"] == looks[f"D{size}"] for size in (4, 8, 16))
+    for part in ("color", "marker"):
+        assert len({looks[name][part] for name in ("E16", "E8", "E4", "B")}) == 4
 
 
 def test_blocks_end_where_the_resolution_changes():
@@ -198,6 +209,29 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def smallest(kind: str) -> list[str]:
     return [kind, "--steps", "3", *(["--count", "1"] if KINDS[kind].count else []), *SMALLEST.get(kind, [])]
+
+
+def drawing(kind: str, arguments: list[str]) -> Drawing:
+    args = parser().parse_args([*smallest(kind), *arguments, *(["--count", "2"] if KINDS[kind].count else [])])
+    return import_module(f"evaluation.plots.{kind.replace('-', '_')}").make(Scene.of(args), args)
+
+
+def test_evolution_draws_the_numbers_that_it_writes(tiny):
+    made = drawing("evolution", tiny)
+    for row, key in enumerate(("norm", "mean", "relative")):
+        lines = [line for axes in made.figure.axes[2 * row:2 * row + 2] for line in axes.lines]
+        assert {line.get_label() for line in lines} == {*made.values}
+        for line in lines:
+            np.testing.assert_allclose(line.get_ydata(), made.values[line.get_label()][key])
+            assert [*line.get_xdata()] == [*range(key != "norm", len(made.values["B"]["norm"]))]
+
+
+def test_norms_draw_the_numbers_that_they_write(tiny):
+    made = drawing("norms", tiny)
+    _, deviation, relative = made.figure.axes
+    assert deviation.get_yscale() == "log"
+    assert [line.get_ydata()[0] for line in deviation.lines] == [v["deviation"] for v in made.values.values()]
+    assert [bar.get_height() for bar in relative.patches] == [v["percent"] for v in made.values.values()]
 
 
 @pytest.mark.parametrize("kind", KINDS)

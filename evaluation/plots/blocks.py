@@ -70,39 +70,37 @@ def frobenius(output: Tensor) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Changes:
-    """Of every block at every node but the first, (nodes - 1, B) by name.
+class Evolution:
+    """Of every block along a run, by name.
 
-    absolute: `change`, as in eq. 2, which grows with the size of a block's output.
+    norm:     `frobenius` at every node, (nodes, B).
+    absolute: `change` at every node but the first, as in eq. 2, which grows with the size of a block's output,
+              (nodes - 1, B).
     relative: the same over the output's mean square.
     """
 
+    norm: dict[str, np.ndarray]
     absolute: dict[str, np.ndarray]
     relative: dict[str, np.ndarray]
 
 
-def changes(run: Iterator[Outputs]) -> Changes:
-    """From node to node of a run.
+def evolution(run: Iterator[Outputs]) -> Evolution:
+    """What the blocks' outputs do from node to node of a run; no more than two nodes' are kept at a time.
 
     Raises:
         ValueError: a run of one node, in which nothing changes.
     """
-    found: dict[str, list[np.ndarray]] = {}
-    sizes: dict[str, list[np.ndarray]] = {}
-    for before, now in pairwise(run):
-        for name in now:
-            found.setdefault(name, []).append(change(now[name], before[name]))
-            sizes.setdefault(name, []).append(change(now[name], torch.zeros_like(now[name])))
-    if not found:
+    norm, absolute, relative = ({} for _ in range(3))
+    before: Outputs = {}
+    for now in run:
+        for name, output in now.items():
+            norm.setdefault(name, []).append(frobenius(output))
+            if before:
+                changed, size = change(output, before[name]), change(output, torch.zeros_like(output))
+                absolute.setdefault(name, []).append(changed)
+                relative.setdefault(name, []).append(changed / np.maximum(size, 1e-30))
+        before = now
+    if not absolute:
         raise ValueError("a change from step to step needs at least 2 steps; got 1")
-    absolute = {name: np.stack(values) for name, values in found.items()}
-    return Changes(absolute, {name: values / np.maximum(sizes[name], 1e-30) for name, values in absolute.items()})
-
-
-def norms(run: Iterator[Outputs]) -> dict[str, np.ndarray]:
-    """`frobenius` of every block at every node, (nodes, B)."""
-    found: dict[str, list[np.ndarray]] = {}
-    for outputs in run:
-        for name, output in outputs.items():
-            found.setdefault(name, []).append(frobenius(output))
-    return {name: np.stack(values) for name, values in found.items()}
+    return Evolution(*({name: np.stack(values) for name, values in found.items()}
+                       for found in (norm, absolute, relative)))
