@@ -18,7 +18,7 @@ setup(
     install_requires=[
         "torch>=2.4,<2.14",     # 2.13 is the newest release that the golden numbers were held to
         "numpy",
-        "pillow",
+        "pillow>=10.1",         # with a font of any size
         "omegaconf>=2.3",
         "einops",
         "safetensors",

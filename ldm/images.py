@@ -18,6 +18,7 @@ from ldm.util import atomic_write
 BACKGROUND = (255, 255, 255)
 INK = (32, 32, 32)
 GAP = 2
+TEXT = 13       # pixels; below 12 the spaces of Pillow's own font can't be seen
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -180,7 +181,7 @@ def _panel(labels: Sequence[str], rows: Sequence[Sequence[Image.Image]], caption
            cell: tuple[int, int]) -> Image.Image:
     """Rows of pictures, each enlarged to `cell`, below the labels of their columns."""
     width, height = cell
-    font = ImageFont.load_default()
+    font = ImageFont.load_default(TEXT)
     line = font.getbbox("Ág")[3] + 2 * GAP
     row_height = GAP + height + (line if captions else 0)
     sheet = Image.new("RGB", (GAP + len(labels) * (width + GAP), line + len(rows) * row_height + GAP), BACKGROUND)

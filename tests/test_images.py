@@ -82,6 +82,14 @@ def test_comparison_has_a_column_per_method_and_ink_for_its_labels():
         side_by_side({"plain": a}, captions=["one"])
 
 
+def test_spaces_between_words_can_be_seen():
+    sheet = side_by_side({"": [plain("white")], " ": [plain("white")]}, ["noto style"])
+    inked = [min(column) < 128 for column in np.asarray(sheet.convert("L")).T]
+    first, last = inked.index(True), len(inked) - inked[::-1].index(True)
+    gaps = "".join("#" if ink else " " for ink in inked[first:last]).split("#")
+    assert sorted(map(len, gaps))[-1] >= 4 > 2 >= sorted(map(len, gaps))[-2]        # the space, and between letters
+
+
 def test_a_long_comparison_is_about_as_wide_as_high_and_shows_every_picture():
     colours = [(i, 100, 100) for i in range(10, 210, 10)]
     pictures = [Image.new("RGB", (64, 64), colour) for colour in colours]
