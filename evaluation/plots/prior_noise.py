@@ -35,9 +35,9 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
         absolute.plot(frequencies, amplitudes, line, color=colour, label=name)
         ratio.plot(frequencies, 20 * torch.log10(amplitudes / spectra["plain"][1]), line, color=colour)
     absolute.set_yscale("log")
-    absolute.set_ylabel("amplitude")
+    absolute.set_ylabel("amplitude (grey levels −1 to 1)")
     absolute.legend(fontsize=7)
-    ratio.set_ylabel("amplitude, dB of the plain run's")
+    ratio.set_ylabel("amplitude against the plain run's (dB)")
     for axes in (absolute, ratio):
         axes.set_xlabel("frequency (cycles per pixel)")
         axes.axvline(CUT, color="#999999", linewidth=0.8, linestyle=":")

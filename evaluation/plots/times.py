@@ -34,9 +34,9 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     axes.set_ylabel("seconds per picture, with the first stage")
     figure.legend(loc="outside upper center", ncols=len(names))
     return Drawing(figure, f"Median of {args.repeats} runs of {scene.count} pictures in one batch, the three methods "
-                           f"in turn; lines: fastest and slowest. Device {scene.setup.device.type}, "
-                           f"threads: {torch.get_num_threads()}; load of the machine before: {load:.1f} on "
-                           f"{os.cpu_count()} cores (what else runs makes timings worthless).",
+                           "in turn, after a run of each that is not timed; lines: fastest and slowest. Device "
+                           f"{scene.setup.device.type}, threads: {torch.get_num_threads()}; load of the machine "
+                           f"before: {load:.1f} on {os.cpu_count()} cores (what else runs makes timings worthless).",
                    {"seconds": found, "load": load})
 
 
@@ -48,10 +48,13 @@ def methods(scene: Scene, sampler: str, steps: int) -> dict[str, Engine]:
 
 
 def measure(engines: dict[str, Engine], scene: Scene, repeats: int) -> dict[str, list[float]]:
-    """Seconds per picture of each method and repetition; the methods take turns, so that all see the same machine."""
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    """Seconds per picture of each method and repetition; the methods take turns, so that all see the same machine.
+
+    Before, each runs once untimed: the first run pays for memory and compiled kernels.
+    """
     for engine in engines.values():
-        engine.warm_up = True
+        engine(scene.items)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(repeats):
         for name, engine in engines.items():
             seconds[name].append(engine(scene.items)[1]["seconds"])
