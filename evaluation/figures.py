@@ -3,8 +3,8 @@
     python evaluation/figures.py evolution --out docs/figures/evolution
     python evaluation/figures.py all --out docs/figures
 
-Each writes PATH.svg, PATH.png and PATH.json, which has the caption and the numbers that are drawn. The pictures are
-of the first --count lines of --prompts. Quality against cost is a command of its own: evaluation/pareto.py.
+Each writes PATH.svg, PATH.png and PATH.json, which has the caption and the numbers that are drawn; `pareto` PATH.md,
+too. The pictures are of the first --count lines of --prompts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def gallery(p: argparse.ArgumentParser) -> None:
 
 def timing(p: argparse.ArgumentParser) -> None:
     samplers_argument(p, ("ddim:50", "dpm-solver:20", "dpm-solver++:20"))
-    p.add_argument("--repeats", type=count, default=3, metavar="N", help="runs of each method (default: %(default)s)")
+    p.add_argument("--repeats", type=count, default=5, metavar="N",
+                   help="timed runs of each method (default: %(default)s)")
 
 
 def step_counts(p: argparse.ArgumentParser) -> None:
@@ -69,13 +70,22 @@ def plans(p: argparse.ArgumentParser) -> None:
                    help=f"as --plan of the sampling scripts (default: {' '.join(PLANS)})")
 
 
+def rows_and_data(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--rows", default=str(Path(__file__).with_name("pareto.yaml")), metavar="YAML",
+                   help="the ways to make pictures; those in PATH.json are kept (default: evaluation/pareto.yaml)")
+    p.add_argument("--data", metavar="DIR",
+                   help="dataset of scripts/prepare_emoji.py, whose captions are taken instead of --prompts, and with "
+                        "whose pictures those made are compared (default: none, distances from the plain run only)")
+
+
 KINDS = {
     "evolution": Kind("change of each block's features from step to step (eq. 2, figure 3a)", 8),
     "norms": Kind("size of each block's features and its deviation over a run (figures 3b, 3c)", 8),
     "maps": Kind("feature maps as colours, by block and step (figures 2, 10)", None),
     "variants": Kind("encoder, decoder, both or neither propagated (figure 16)", 4),
     "fewer-steps": Kind("fewer steps, with and without propagation and noise (figures 7, 13, 14)", 4, step_counts),
-    "placement": Kind("number and placement of the key steps (table 5, figure 9)", 4),
+    "placement": Kind("number and placement of the key steps (table 5, figure 9)", 16),
+    "pareto": Kind("quality against both costs, for plans and for fewer steps", 16, rows_and_data),
     "samplers": Kind("plain and accelerated pictures of several samplers (figures 18 to 24)", 5, gallery),
     "prior-noise": Kind("prior noise and the frequencies of the pictures (figure 6)", 8),
     "timeline": Kind("which parts of the UNet run at which step", None, plans),
@@ -87,8 +97,8 @@ def shared_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompts", default=str(PROMPTS), metavar="FILE",
                    help="texts, one per line (default: those of emoji64); models without texts take classes or nothing")
     p.add_argument("--steps", type=count, default=50, metavar="N",
-                   help="sampling steps, of `fewer-steps` those that the others are compared with (default: "
-                        "%(default)s)")
+                   help="sampling steps; of `fewer-steps` and `pareto` those of the run that others are compared with "
+                        "(default: %(default)s)")
     p.add_argument("--scale", type=finite, help="guidance scale, 1 = none (default: the model's, or 7.5)")
     seed_argument(p)
     model_arguments(p, EMOJI64)

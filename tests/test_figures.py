@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from importlib import import_module
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from toy import toy_denoiser, toy_inputs, toy_network, toy_rule
 from txt2img_model import WORDS, write_model
@@ -24,12 +26,14 @@ from evaluation.plots.blocks import (
     frobenius,
     plain_outputs,
 )
-from evaluation.plots.drawing import Drawing, thin_out
+from evaluation.plots.drawing import Drawing, keep_apart, thin_out
 from evaluation.plots.evolution import looks_of
 from evaluation.plots.maps import colours
+from evaluation.plots.placement import SERIES, STRATEGIES, chart, standard_error
 from evaluation.plots.prior_noise import below, spectrum
 from evaluation.plots.scene import Scene
 from evaluation.plots.timeline import shares, together
+from evaluation.plots.times import measure, methods
 from ldm.models.diffusion.denoiser import Conditional, Conditioning
 from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.plan import Plan
@@ -193,6 +197,47 @@ def test_timeline_of_a_plan():
     assert together(load_plan("deepcache:2", 3)) == [(0, 1), (1, 2), (2, 3)]
 
 
+# Drawing
+
+def test_notes_are_moved_up_until_none_lies_on_another():
+    axes = (figure := Figure(figsize=(4, 4))).subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    notes = [axes.annotate(text, place, xytext=(5, 0), textcoords="offset points")
+             for text, place in (("one", (0.5, 0.5)), ("two", (0.51, 0.5)), ("three", (0.49, 0.53)),
+                                 ("far", (0.1, 0.5)))]
+    keep_apart(notes)
+    figure.draw_without_rendering()
+    boxes = [note.get_window_extent() for note in notes]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert notes[0].xyann == notes[3].xyann == (5, 0) and notes[2].xyann[1] > notes[1].xyann[1] > 0
+    assert max(box.y1 for box in boxes) - boxes[0].y0 < 3.5 * boxes[0].height       # no farther than needed
+
+
+def points_of(specs, error: float) -> dict[str, dict[str, float]]:
+    return {spec: {"keys": 5 + i, "mean": error / (i + 1), "standard_error": error / 10}
+            for i, spec in enumerate(specs)}
+
+
+def test_placement_draws_each_series_at_its_numbers_and_names_table_5():
+    found = {label: points_of(specs, 0.1 * (k + 1)) for k, (label, (specs, *_)) in enumerate(SERIES.items())}
+    found["calibrated (auto), held"] = {}
+    axes = Figure().subplots()
+    chart(axes, found)
+    drawn = {curve.get_label(): [*zip(*curve.lines[0].get_data(), strict=True)] for curve in axes.containers}
+    assert drawn == {label: [(point["keys"], point["mean"]) for point in points.values()]
+                     for label, points in found.items() if points}
+    assert {note.get_text(): note.xy for note in axes.texts} == {
+        f"{name[0]} {name.split()[1]}": (found["table 5, held"][spec]["keys"], found["table 5, held"][spec]["mean"])
+        for spec, name in STRATEGIES.items()}
+    axes.set_xlim(3, 7)
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+
+
+def test_standard_error_by_hand():
+    assert standard_error(np.array([1.0, 3.0])) == pytest.approx(math.sqrt(2) / math.sqrt(2))
+    assert standard_error(np.array([1.0])) == 0
+
+
 # The commands
 
 SMALLEST = {"samplers": ["--samplers", "dpm-solver++:3"], "times": ["--samplers", "ddim:3", "--repeats", "2"],
@@ -234,7 +279,25 @@ def test_norms_draw_the_numbers_that_they_write(tiny):
     assert [bar.get_height() for bar in relative.patches] == [v["percent"] for v in made.values.values()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_series_of_placement_differ_in_what_is_propagated(tiny):
+    made = drawing("placement", [*tiny, "--steps", "10"])
+    held, quadratic = (made.values[f"every n-th step, {how}"] for how in ("held", "quadratic"))
+    assert held["uniform:4"]["keys"] == quadratic["uniform:4"]["keys"] == 3
+    assert held["uniform:4"]["mean"] == np.mean(held["uniform:4"]["mse"]) != quadratic["uniform:4"]["mean"] > 0
+    assert not made.values["calibrated (auto), held"] and "no calibration for auto:5" in made.notes
+
+
+def test_each_method_runs_once_untimed(tiny):
+    args = parser().parse_args([*smallest("times"), *tiny])
+    engines, nodes = methods(scene := Scene.of(args), "ddim", 3), []
+    for engine in engines.values():
+        engine.on_node = lambda: nodes.append(1)
+    seconds = measure(engines, scene, 2)
+    assert [*map(len, seconds.values())] == [2, 2, 2]
+    assert len(nodes) == (2 + 1) * sum(engine.plan.num_nodes for engine in engines.values())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pareto"])     # has tests/test_pareto.py
 def test_every_kind_draws_any_model(kind, tiny, tmp_path):
     assert main([*smallest(kind), *tiny, "--out", str(tmp_path / "figure")]) == 0
     assert Image.open(tmp_path / "figure.png").width > 300

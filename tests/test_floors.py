@@ -57,8 +57,11 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *(f"evaluation/{name}.py" for name in ("real_pictures", "run_folder", "table_text")),
     ],
     ["evaluation/measure.py", "evaluation/retrieval.py"],
-    [f"evaluation/plots/{name}.py" for name in ("scene", "drawing", "blocks")],
-    ["evaluation/plots/*", "scripts/*", "evaluation/recognition.py", "evaluation/paired.py", "main.py"],
+    [
+        *(f"evaluation/plots/{name}.py" for name in ("scene", "drawing", "blocks")),
+        *("evaluation/recognition.py", "evaluation/paired.py"),
+    ],
+    ["evaluation/plots/*", "scripts/*", "main.py"],
     [*(f"evaluation/{name}.py" for name in ("generate", "fid", "adm", "clip_score", "cost"))],
     ["evaluation/table_cost.py", "evaluation/table_quality.py"],
     ["evaluation/*"],

@@ -1,57 +1,136 @@
-"""Quality against both costs: on the shipped model with a small dataset of its size."""
+"""Quality against both costs: rows, fronts, and the command with and without a dataset, stopped and gone on with."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from tiny_data import write_data
+from txt2img_model import WORDS, write_model
 
-from evaluation import pareto
+from evaluation.figures import main, parser
+from evaluation.plots.pareto import Row, front, plot, read_rows, table
+
+ROWS = ("rows:\n- {family: plain}\n- {family: fewer, steps: 5, label: '{steps} steps'}\n"
+        "- {family: calibrated, plan: 'auto:5'}\n")
 
 
 def test_lists_in_a_row_are_rows(tmp_path):
     file = tmp_path / "rows.yaml"
     file.write_text("rows:\n- {family: a, steps: [5, 10], plan: ['off', 'uniform:2']}\n"
                     "- {family: b, noise_weight: 0.1}\n")
-    rows = pareto.read_rows(str(file))
+    rows = read_rows(str(file), 40)
     assert [(row.family, row.steps, row.plan) for row in rows] == [
-        ("a", 5, "off"), ("a", 5, "uniform:2"), ("a", 10, "off"), ("a", 10, "uniform:2"), ("b", 50, "off")]
+        ("a", 5, "off"), ("a", 5, "uniform:2"), ("a", 10, "off"), ("a", 10, "uniform:2"), ("b", 40, "off")]
     assert len(set(map(str, rows))) == 5 and "prior noise 0.1" in str(rows[-1])
-    shipped = pareto.read_rows(pareto.parser().parse_args([]).rows)
+    shipped = read_rows(parser().parse_args(["pareto"]).rows, 50)
     assert len(shipped) == len(set(map(str, shipped))) > 25
 
 
 @pytest.mark.parametrize("text", ["rows: 3", "other: []", "rows: [{family: a, stepz: 3}]", "rows: [{steps: 3}]", "a: [",
-                                  "rows: [{family: a, plan: off}]"])
+                                  "rows: [{family: a, plan: off}]", "rows: [{family: a, label: '{stepz}'}]",
+                                  "rows: [3]", "rows: []", "rows: [{family: a, steps: [5, few]}]"])
 def test_faulty_rows_say_why(tmp_path, capsys, text):
     (tmp_path / "rows.yaml").write_text(text)
-    assert pareto.main(["--rows", str(tmp_path / "rows.yaml")]) == 2
+    assert main(["pareto", "--rows", str(tmp_path / "rows.yaml"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "--rows: " in error and "expected rows as in" in error and error.count("\n") == 1
 
 
-def test_a_table_and_a_plot_with_both_costs(tmp_path, capsys):
-    """The plain run has no distance; an equal share of MACs; and a run that was stopped goes on."""
-    rows, out = tmp_path / "rows.yaml", str(tmp_path / "out")
-    rows.write_text("rows:\n- {family: plain}\n- {family: fewer, steps: 5}\n")
-    arguments = ["--rows", str(rows), "--data", str(write_data(tmp_path, side=64)), "--count", "2", "--out", out]
-    assert pareto.main(arguments) == 0
-    first = json.loads((tmp_path / "out.json").read_text())["rows"]
-    rows.write_text(rows.read_text() + "- {family: paper, plan: '0,10,30', guidance_reuse: true}\n")
-    assert pareto.main(arguments) == 0
-    measured = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert {name: measured[name] for name in first} == first
-    plain, few, reused = measured.values()
+def test_a_front_is_what_no_cheaper_point_equals():
+    assert front([(54, 8.0), (44, 5.0), (32, 28.0), (58, 1.0)]) == [(32, 28.0), (44, 5.0), (58, 1.0)]
+    assert front([(78, 3.0), (78, 1.0), (78, 2.0)]) == [(78, 1.0)]
+    assert front([]) == []
+
+
+def test_every_row_with_an_error_is_drawn_at_its_numbers_with_its_label():
+    rows = [vars(Row("a", steps, label="{steps} steps")) | {"macs_share": steps / 50, "mse_latents": error}
+            for steps, error in ((10, 0.3), (20, 0.4), (25, 0.1), (50, 0.0))]
+    axes = Figure().subplots()
+    plot(axes, rows, "macs_share")
+    marks, line = axes.lines
+    assert [*zip(*marks.get_data(), strict=True)] == [(20, 0.3), (40, 0.4), (50, 0.1)]      # no place for 0
+    assert [*zip(*line.get_data(), strict=True)] == [(20, 0.3), (50, 0.1)]                  # 40 % is no gain over 20 %
+    assert {note.get_text(): note.xy for note in axes.texts} == {
+        "10 steps": (20, 0.3), "20 steps": (40, 0.4), "25 steps": (50, 0.1)}
+
+
+def test_a_table_has_a_column_for_each_measure_that_there_is():
+    values = {"macs_share": 0.5, "mse_latents": 0.1, "psnr": None}
+    assert [*table({"a": values})][::2] == ["| how | MACs | latents' MSE | PSNR |", "| a | 50% | 0.10000 |  |"]
+
+
+def test_any_model_has_both_costs_and_the_distances_from_its_plain_run(tmp_path, capsys):
+    """The plain run has no distance; MACs are in proportion; a run that was stopped goes on."""
+    config, ckpt = write_model(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    (rows := tmp_path / "rows.yaml").write_text(ROWS)
+    arguments = ["pareto", "--config", str(config), "--ckpt", str(ckpt), "--prompts", str(tmp_path / "prompts.txt"),
+                 "--rows", str(rows), "--count", "2", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    first = read(tmp_path / "out.json")
+    assert [*first] == ["ddim 50", "ddim 5"]
+    assert "no calibration for auto:5" in (tmp_path / "out.md").read_text()
+    rows.write_text("rows:\n- {family: paper, plan: '0,10,30', guidance_reuse: true}\n")
+    assert main(arguments) == 0
+    assert {name: values for name, values in read(tmp_path / "out.json").items() if name in first} == first
+    plain, few, reused = read(tmp_path / "out.json").values()
     assert plain["mse_latents"] == 0 and plain["psnr"] is None and plain["ssim"] == pytest.approx(1)
-    assert few["macs"] == few["critical"] and plain["macs"] == plain["critical"]
-    assert few["macs"] * 10 == pytest.approx(plain["macs"], rel=0.01)   # keys and values once in each
-    assert reused["critical"] * 50 == pytest.approx(3 * plain["critical"], rel=0.02)
-    assert 0.3 < reused["macs"] / plain["macs"] < 0.6
-    assert 0 < few["mse_latents"] and 0 < reused["mse_latents"] and few["fid_real"] > 0
-    table = (tmp_path / "out.md").read_text().splitlines()
-    assert len([line for line in table if line.startswith("| ddim")]) == 3 and "100%" in table[-3]
-    assert (tmp_path / "out.png").stat().st_size > 5000 and (tmp_path / "out.svg").read_text().startswith("<?xml")
+    assert plain["macs_share"] == plain["critical_share"] == 1
+    assert few["macs_share"] == few["critical_share"] == pytest.approx(0.1, rel=0.01)    # keys and values once in each
+    assert reused["critical_share"] == pytest.approx(3 / 50, rel=0.02) and 0.3 < reused["macs_share"] < 0.6
+    assert 0 < few["mse_latents"] and 0 < reused["mse_latents"]
+    lines = (tmp_path / "out.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| ddim")][0].startswith("| ddim 50, 0,10,30, guidance reused |")
+    assert "Fréchet" not in lines[2] and "Fréchet" not in lines[0]
     capsys.readouterr()
-    assert pareto.main([*arguments, "--seed", "1"]) == 2
+    assert main([*arguments, "--seed", "1"]) == 2
     assert "--out: " in (error := capsys.readouterr().err) and "is of another run" in error
+
+
+def test_rows_that_are_kept_are_drawn_without_a_run(tmp_path):
+    rows = tmp_path / "rows.yaml"
+    rows.write_text("rows:\n- {family: fewer, steps: 1}\n")
+    arguments = ["pareto", "--rows", str(rows), "--steps", "2", "--count", "1", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    record["values"]["rows"]["ddim 1"]["mse_latents"] = 123.0
+    (tmp_path / "out.json").write_text(json.dumps(record))
+    rows.write_text("rows:\n- {family: other, steps: 1, label: '{family}'}\n")
+    assert main(arguments) == 0
+    assert "123.00000" in (tmp_path / "out.md").read_text()
+    assert read(tmp_path / "out.json")["ddim 1"]["family"] == "other"
+
+
+def test_a_dataset_gives_its_captions_and_what_needs_its_pictures(tmp_path, capsys):
+    (rows := tmp_path / "rows.yaml").write_text("rows:\n- {family: fewer, steps: 1}\n")
+    arguments = ["pareto", "--rows", str(rows), "--data", str(write_data(tmp_path, side=64)), "--steps", "2",
+                 "--out", str(tmp_path / "out"), "--count"]
+    assert main([*arguments, "2"]) == 0
+    (few,) = read(tmp_path / "out.json").values()
+    assert few["fid_real"] > 0 and few["feature_distance"] > 0 and 0 <= few["R@5"] <= 1
+    assert "Fréchet distance" in (tmp_path / "out.md").read_text()
+    capsys.readouterr()
+    for count, why in (("20", "--count: "), ("1", "is of another run")):
+        assert main([*arguments, count]) == 2
+        assert why in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_a_row_that_the_network_refuses_is_named(tmp_path, capsys):
+    (rows := tmp_path / "rows.yaml").write_text("rows:\n- {family: a, plan: 'deepcache:2:99'}\n")
+    assert main(["pareto", "--rows", str(rows), "--steps", "2", "--count", "1", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("figures.py: error: --rows: ddim 2, deepcache:2:99: ") and error.count("\n") == 1
+
+
+def test_another_figures_file_is_not_written_over(tmp_path, capsys):
+    (tmp_path / "out.json").write_text('{"values": {}}')
+    assert main(["pareto", "--out", str(tmp_path / "out")]) == 2
+    assert "--out: " in (error := capsys.readouterr().err) and "no rows of this figure" in error
+    assert (tmp_path / "out.json").read_text() == '{"values": {}}'
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))["values"]["rows"]

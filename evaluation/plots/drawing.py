@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from ldm.cli import blame
@@ -34,29 +36,38 @@ class Drawing:
     notes:    what its caption says beside the model, the pictures and the seed.
     values:   the numbers that are drawn, as JSON values.
     pictured: pictures were made for it.
+    of:       what it depends on beside its scene, as JSON values.
+    table:    the numbers as a Markdown table, for a figure that is read as one, too.
     """
 
     figure: Figure
     notes: str
     values: Mapping[str, Any]
     pictured: bool = True
+    of: Mapping[str, Any] = field(default_factory=dict)
+    table: str = ""
 
     def save(self, out: str, caption: str, settings: Mapping[str, Any]) -> list[str]:
-        """Write out.svg, out.png and out.json; their names.
+        """Write out.svg, out.png, out.json and, with a table, out.md; their names.
 
         Raises:
             BadInput: they can't be written.
         """
         width = int(self.figure.get_size_inches()[0] * 19)      # characters of this size in the figure's width
-        self.figure.supxlabel(textwrap.fill(f"{self.notes} {caption}", width), fontsize=6.5, color="#333333")
-        record = {"caption": f"{self.notes} {caption}", **settings, "values": self.values}
+        caption = f"{self.notes} {caption}"
+        self.figure.supxlabel(textwrap.fill(caption, width), fontsize=6.5, color="#333333")
+        keep_apart(self.figure.findobj(Annotation))
+        record = {"caption": caption, **settings, **self.of, "values": self.values}
+        texts = {"json": json.dumps(record, indent=1, default=_rounded)} | (
+            {"md": f"{caption}\n\n{self.table}"} if self.table else {})
         with blame("--out", (OSError,)), matplotlib.rc_context(STYLE):
             for suffix in ("svg", "png"):
                 with atomic_write(f"{out}.{suffix}") as part:
                     self.figure.savefig(part, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None)
-            with atomic_write(f"{out}.json") as part:
-                part.write_text(json.dumps(record, indent=1, default=_rounded) + "\n", encoding="utf-8")
-        return [f"{out}.{suffix}" for suffix in ("svg", "png", "json")]
+            for suffix, text in texts.items():
+                with atomic_write(f"{out}.{suffix}") as part:
+                    part.write_text(text + "\n", encoding="utf-8")
+        return [f"{out}.{suffix}" for suffix in ("svg", "png", *texts)]
 
 
 def _rounded(values: np.ndarray | Tensor | np.generic) -> Any:
@@ -89,6 +100,23 @@ def picture_rows(part: Figure | SubFigure, rows: Sequence[Sequence[Tensor]], col
     for axes, label in zip(grid[:, 0], labels, strict=bool(labels)):
         wrapped = "\n".join(textwrap.fill(line, 17) for line in label.split("\n"))
         axes.set_ylabel(wrapped, rotation=0, ha="right", va="center", fontsize=7)
+
+
+def keep_apart(notes: Sequence[Annotation]) -> None:
+    """Move notes of a finished figure up until none lies on another; their offsets must be in points."""
+    if not notes:
+        return
+    figure = notes[0].get_figure(root=True)
+    figure.draw_without_rendering()     # before it nothing has its place
+    placed: list[Bbox] = []
+    boxes = {note: note.get_window_extent() for note in notes if note.get_text()}
+    for note, box in sorted(boxes.items(), key=lambda pair: pair[1].y0):
+        start = box.y0
+        for other in placed:
+            if box.overlaps(other):
+                box = box.translated(0, other.y1 - box.y0 + 0.1)
+        note.xyann = (note.xyann[0], note.xyann[1] + (box.y0 - start) * 72 / figure.dpi)
+        placed = sorted([*placed, box], key=lambda other: other.y0)
 
 
 def canvas(width: float, height: float) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -98,32 +98,44 @@ class Scene:
             return 1.0
         return usual_scale(self.setup.config)
 
-    def plan(self, spec: str, sampler: str, steps: int) -> AnyPlan:
-        """The plan of that name for a run.
+    def plan(self, spec: str, sampler: str, steps: int, propagate: str | None = None) -> AnyPlan:
+        """The plan of that name for a run; `propagate` as for `load_plan`.
 
         Raises:
             ValueError: see `load_plan` and `Recipe.rule`.
         """
-        nodes = num_nodes(self._recipe(sampler, steps, 0.0), self.setup.config.model.params.get("timesteps", 1000))
+        nodes = num_nodes(self._recipe(sampler, steps), self.setup.config.model.params.get("timesteps", 1000))
         positions = 2 * BATCH * self.setup.config.model.params["image_size"] ** 2
         most = nodes if self.setup.device.type != "cpu" else max(1, CPU_POSITIONS // positions)
-        return load_plan(spec, nodes, most, run=replace(self.facts, facts={**self.facts.facts, "sampler": sampler}))
+        facts = replace(self.facts, facts={**self.facts.facts, "sampler": sampler})
+        return load_plan(spec, nodes, most, propagate, facts)
 
-    def engine(self, sampler: str, steps: int, plan: str | AnyPlan = "off", noise_weight: float = 0.0) -> Engine:
+    def plan_if_calibrated(self, spec: str, sampler: str, steps: int, propagate: str | None = None) -> AnyPlan | None:
+        """The same; None for a plan that needs a calibration if the model has none for it."""
+        try:
+            return self.plan(spec, sampler, steps, propagate)
+        except ValueError:
+            if not spec.startswith("auto:"):
+                raise
+            return None
+
+    def engine(self, sampler: str, steps: int, plan: str | AnyPlan = "off", noise_weight: float = 0.0,
+               guidance_reuse: bool = False) -> Engine:
         """Ready to run the items.
 
         Raises:
             BadInput: no such solver or plan for so many steps, or the model does not take the items.
         """
-        recipe = self._recipe(sampler, steps, noise_weight)
+        recipe = self._recipe(sampler, steps, noise_weight, guidance_reuse)
         with blame("--steps"):
             plan = self.plan(plan, sampler, steps) if isinstance(plan, str) else plan
         with blame("--config"):
             return Engine(self.model, self.setup.sizes, recipe, plan, self.task, self.autocast)
 
-    def _recipe(self, sampler: str, steps: int, noise_weight: float) -> Recipe:
+    def _recipe(self, sampler: str, steps: int, noise_weight: float = 0.0, guidance_reuse: bool = False) -> Recipe:
         side = self.setup.sizes.default
-        return Recipe(side, side, sampler, steps, scale=self.guidance, noise_weight=noise_weight)
+        return Recipe(side, side, sampler, steps, scale=self.guidance, guidance_reuse=guidance_reuse,
+                      noise_weight=noise_weight)
 
     def latents(self, engine: Engine) -> Tensor:
         """Of all items, (N, C, h, w)."""
@@ -156,6 +168,12 @@ def in_words(settings: Mapping[str, Any]) -> str:
     number = settings["pictures"]
     return (f"{text}; {number} picture{'s' * (number != 1)}, seed {settings['seed']}, "
             f"guidance {settings['guidance']:g}.")
+
+
+def uncalibrated(specs: Iterable[str]) -> str:
+    """A remark for the caption on plans that there is no calibration for, see `Scene.plan_if_calibrated`."""
+    names = ", ".join(dict.fromkeys(specs))
+    return f" The model has no calibration for {names}, which are left out." if names else ""
 
 
 def check_out(out: str) -> None:
