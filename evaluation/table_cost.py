@@ -16,15 +16,19 @@ from evaluation.cost import read_unet
 from evaluation.generate import default_model, make_engine, parse, select_prompts
 from evaluation.protocol import Protocol
 from evaluation.table_file import Row
+from evaluation.yaml_file import known
 from ldm.cli import BadInput, blame
 from ldm.processes import ALONE
 from ldm.script import calibrations_of, make_setup
 
 if TYPE_CHECKING:
     from ldm.cost import Macs
+    from ldm.models.diffusion.plan import AnyPlan
 
 WARM_UP = 2             # as the released code: two calls before the one that is timed
 CLASS_TOKENS, TEXT_TOKENS = 1, 77
+NEEDED = {"seconds", "seconds_unet", "memory", "precision", "weights", "machine", "threads", "date"}
+ALSO = {"config", "parallel", "torch"}
 
 
 # Counted
@@ -49,23 +53,33 @@ def unit_of(config: Path, data: str, size: int, guided: bool, tome: float) -> Ma
     return unet_macs(unet, (side, side), 2 if guided else 1, context, tome, "paper")
 
 
-def gflops(row: Row, protocol: Protocol, config: Path, ckpt: Path) -> float | None:
-    """GMACs of the UNet for one picture, as the paper counts them; None for a plan that decides on the way.
+def plan_of(row: Row, protocol: Protocol, ckpt: Path) -> AnyPlan:
+    """The plan of the row's run.
 
     Args:
         ckpt: the model's weights, which need not be there: calibrations for `auto:K` lie beside them.
 
     Raises:
-        ValueError: a plan, sampler or config that can't be used.
+        ValueError: a plan, sampler or number of steps that can't be used.
     """
-    from ldm.models.diffusion.plan import Plan
     from ldm.models.diffusion.plans import RunFacts, load_plan
     from ldm.sampling.engine import Recipe, num_nodes
 
     usual = protocol.sampling
     recipe = Recipe(protocol.size, protocol.size, row.sampler or usual.sampler, row.steps or usual.steps)
     run = RunFacts({"sampler": recipe.sampler}, calibrations_of(ckpt))
-    plan = load_plan(row.plan, num_nodes(recipe), propagate=row.propagate, run=run)
+    return load_plan(row.plan, num_nodes(recipe), propagate=row.propagate, run=run)
+
+
+def gflops(row: Row, protocol: Protocol, config: Path, ckpt: Path) -> float | None:
+    """GMACs of the UNet for one picture, as the paper counts them; None for a plan that decides on the way.
+
+    Raises:
+        ValueError: see `plan_of`; or a config that can't be used.
+    """
+    from ldm.models.diffusion.plan import Plan
+
+    plan = plan_of(row, protocol, ckpt)
     if not isinstance(plan, Plan):
         return None
     guided = protocol.guidance != 1
@@ -75,14 +89,12 @@ def gflops(row: Row, protocol: Protocol, config: Path, ckpt: Path) -> float | No
 # Timed
 
 def timed(argv: Sequence[str], pictures: int, out: Path) -> dict[str, Any]:
-    """Seconds of each picture and peak memory, kept in `out`; measured in a process of its own if it is not there.
+    """Seconds of each picture and peak memory, measured in a process of its own and kept in `out`.
 
     Args:
         argv: of evaluation/generate.py.
-        pictures: how many are timed, one at a time; where fewer were, all are timed again.
+        pictures: how many are timed, one at a time.
     """
-    if out.is_file() and len((kept := read_timing(out))["seconds"]) >= pictures:
-        return kept
     from ldm.util import atomic_write
 
     # What earlier rows left in memory must not count.
@@ -93,10 +105,15 @@ def timed(argv: Sequence[str], pictures: int, out: Path) -> dict[str, Any]:
     return measured
 
 
-def read_timing(path: Path) -> dict[str, Any]:
+def read_timing(path: Path) -> dict[str, Any] | None:
+    """What `timed` kept there, if it did."""
+    if not path.is_file():
+        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known("it", content, NEEDED, ALSO)
+        return content
+    except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"--runs: {path}: not a timing: {error}; without the file it is measured again") from error
 
 
@@ -104,7 +121,7 @@ def compare_timings(timings: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise BadInput if rows, by name, were not timed alike."""
     names = list(timings)
     for name in names[1:]:
-        for what in ("machine", "threads", "precision", "weights"):
+        for what in ("machine", "threads", "precision"):
             first, other = timings[names[0]][what], timings[name][what]
             if first != other:
                 raise BadInput(f"--runs: rows were timed with different {what} ({names[0]}: {first}, {name}: {other}); "
@@ -137,8 +154,9 @@ def time_pictures(argv: Sequence[str], pictures: int) -> dict[str, Any]:
         resident("VmHWM") - before if STATUS.exists() else None)
     return {"seconds": [s["seconds"] for s in spent], "seconds_unet": [s["seconds_unet"] for s in spent],
             "memory": memory, "parallel": engine.plan.parallel, "precision": engine.settings()["precision"],
-            "weights": fingerprint(setup.ckpt), "machine": gpu or machine()["processor"],
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+            "weights": fingerprint(setup.ckpt), "config": fingerprint(setup.config_path),
+            "machine": gpu or machine()["processor"], "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d")}
 
 
 def start_peak(device: Any) -> None:

@@ -32,6 +32,7 @@ from evaluation.yaml_file import find_file, known, names_in, reading, whole
 
 TABLE_DIR = Path(__file__).parent / "tables"
 WORLDS = ("coco", "emoji")
+SHORT = 8       # digits of a hash that are shown
 Cell = tuple[float, list[float] | None]     # a value, and its 95 % interval if there is one
 HOW = ("sampler", "steps", "plan", "propagate", "tome", "eta", "noise_weight", "noise_below", "noise_order")
 
@@ -40,7 +41,7 @@ HOW = ("sampler", "steps", "plan", "propagate", "tome", "eta", "noise_weight", "
 class Column:
     """One quantity.
 
-    head:   what it is, with the unit; in the emoji world `emoji_head`, if it is another one there.
+    head:   what it is in the paper, with the unit.
     digits: after the point.
     kind:   `quality` is measured of a row's pictures, `cost` is timed, `count` is counted, `derived` from the others.
     share:  changes are shares of the plain row's value.
@@ -50,26 +51,22 @@ class Column:
     digits: int
     kind: str
     share: bool = False
-    emoji_head: str | None = None
-
-    def title(self, world: str) -> str:
-        return self.emoji_head if world == "emoji" and self.emoji_head else self.head
 
 
-LITE = "EfficientNet-lite0"
 COLUMNS = {
-    "fid": Column("FID", 2, "quality", emoji_head=f"Fréchet distance ({LITE})"),
-    "clip_score": Column("CLIP-score", 3, "quality", emoji_head="concept retrieval R@5"),
-    "sfid": Column("sFID", 2, "quality", emoji_head=f"spatial Fréchet distance ({LITE})"),
-    "inception_score": Column("IS", 2, "quality", emoji_head=f"class score ({LITE})"),
-    "precision": Column("precision", 3, "quality", emoji_head=f"precision ({LITE})"),
-    "recall": Column("recall", 3, "quality", emoji_head=f"recall ({LITE})"),
+    "fid": Column("FID", 2, "quality"),
+    "clip_score": Column("CLIP-score", 3, "quality"),
+    "sfid": Column("sFID", 2, "quality"),
+    "inception_score": Column("IS", 2, "quality"),
+    "precision": Column("precision", 3, "quality"),
+    "recall": Column("recall", 3, "quality"),
     "gflops": Column("GFLOPs/image", 1, "count", share=True),
     "seconds_unet": Column("s/image UNet", 2, "cost", share=True),
     "seconds": Column("s/image whole", 2, "cost", share=True),
     "memory": Column("peak GB", 2, "cost", share=True),
-    "ftc": Column("FTC = FID × s / CLIP", 1, "derived", share=True, emoji_head="distance × s / R@5"),
+    "ftc": Column("FTC = FID × s / CLIP", 1, "derived", share=True),
 }
+FTC = ("fid", "clip_score", "seconds")      # what that is made of
 
 
 @dataclass(frozen=True)

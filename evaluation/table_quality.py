@@ -21,6 +21,10 @@ from ldm.cli import BadInput, blame
 if TYPE_CHECKING:
     from evaluation.retrieval import RealSet
 
+PAPERS_NETWORK, PAPERS_SCORE = "inception-2015", "hessel-b32"
+SPELT = {"efficientnet-lite0": "EfficientNet-lite0"}
+OTHERWISE = {"fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "inception_score": "class score",
+             "precision": "precision", "recall": "recall"}      # what columns are with another network
 ADM = ("sfid", "inception_score", "precision", "recall")       # columns that only the ADM suite has
 RESAMPLES = 100         # for intervals of Fréchet distances
 REAL_TIER, RANK = 2, 5
@@ -48,11 +52,30 @@ class Quality:
         """There is no CLIP-score of this protocol, but its data say what each picture shows."""
         return "clip_score" not in self.protocol.metrics
 
+    def heads(self) -> dict[str, str]:
+        """Columns that are another measure here than in the paper, with what they are."""
+        extractor, found = self._extractor[0], {}
+        if extractor not in ("", PAPERS_NETWORK):
+            found = {name: f"{what} ({SPELT.get(extractor, extractor)})" for name, what in OTHERWISE.items()}
+        if self.of_emoji:
+            found["clip_score"] = f"concept retrieval R@{RANK}"
+        elif self._variant != PAPERS_SCORE:
+            found["clip_score"] = f"CLIP-score ({self._variant})"
+        if found:
+            found["ftc"] = f"distance × s / {f'R@{RANK}' if self.of_emoji else 'CLIP'}"
+        return found
+
+    @property
+    def _extractor(self) -> tuple[str, str]:
+        """The network of Fréchet distances, and its resize; of a protocol that has none, nothing."""
+        metrics = self.protocol.metrics
+        extractor, _, resize = (metrics.get("adm") or metrics.get("fid") or [""])[0].partition("/")
+        return extractor, resize
+
     def network(self) -> list[str]:
         """Flags that name the network of Fréchet distances."""
-        metrics = self.protocol.metrics
-        extractor, resize = (metrics.get("adm") or metrics["fid"])[0].split("/")
-        weights = ["--weights", self.inception] if self.inception and extractor == "inception-2015" else []
+        extractor, resize = self._extractor
+        weights = ["--weights", self.inception] if self.inception and extractor == PAPERS_NETWORK else []
         return ["--extractor", extractor, "--resize", resize, "--device", self.device, *weights]
 
     def reference(self) -> list[str]:
@@ -98,6 +121,9 @@ class Quality:
 
         wanted = self.measures(columns)
         if "fid" in wanted or "adm" in wanted:
+            if not self._extractor[0]:
+                raise BadInput(f"TABLE: protocol {self.protocol.name} has no metrics fid or adm, which say the network "
+                               f"of Fréchet distances")
             args = fid.parser().parse_args(["", "", *self.network()])
             if "reference" in self.protocol.metrics:
                 need(self.data / self.protocol.metrics["reference"], self)

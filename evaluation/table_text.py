@@ -1,17 +1,20 @@
 """A filled table as Markdown, CSV and LaTeX: ours beside the paper's, and what each row changes against its plain row.
 
-The difference from the paper's number stands there only where both are of the same thing, in the coco world. Where
-model and measure are others, only the changes can be set beside each other.
+The difference from the paper's number stands there only where both are of the same thing. Where model or measure is
+another, only the changes can be set beside each other.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from evaluation.table_file import COLUMNS, Cell, Column, Row, Table
+
+OF = ("weights", "n", "protocol", "protocol_sha256")
 
 # Of what LaTeX gives a meaning, or old versions can't set.
 ESCAPED = {"\\": r"\textbackslash{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "×": r"$\times$", "−": "$-$",
@@ -20,11 +23,25 @@ ESCAPED = {"\\": r"\textbackslash{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"
 
 @dataclass(frozen=True)
 class Filled:
-    """A row with what is known of it: `cells` by column, and in words why some are empty."""
+    """A row with what is known of it.
+
+    cells:  by column; remark: in words, why some are empty.
+    unlike: columns in which ours is of something else than the paper's number.
+    of:     what the cells are of: `OF`, as far as there is such.
+    """
 
     row: Row
     cells: Mapping[str, Cell] = field(default_factory=dict)
     remark: str = ""
+    unlike: Collection[str] = ()
+    of: Mapping[str, Any] = field(default_factory=dict)
+
+    def value(self, name: str) -> float | None:
+        return self.cells[name][0] if name in self.cells else None
+
+    def papers(self, name: str) -> float | None:
+        """The paper's number, if ours is of the same thing."""
+        return None if name in self.unlike else self.row.paper.get(name)
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class Sheet:
 
     columns: those that are shown, of the table's.
     notes:   in words, what the numbers are of.
+    heads:   of columns that are another measure here than in the paper.
     """
 
     table: Table
@@ -40,6 +58,10 @@ class Sheet:
     columns: Sequence[str]
     rows: Sequence[Filled]
     notes: Sequence[str] = ()
+    heads: Mapping[str, str] = field(default_factory=dict)
+
+    def head(self, name: str) -> str:
+        return self.heads.get(name, COLUMNS[name].head)
 
     def plain_of(self, filled: Filled) -> Filled | None:
         """The row that this one is compared with: the last plain one above in its group; None for plain rows."""
@@ -67,25 +89,20 @@ def change(value: float | None, base: float | None, column: Column, digits: int 
     return f"{value / base - 1:+.{digits}%}" if column.share else f"{value - base:+.{column.digits}f}"
 
 
-def known(filled: Filled, name: str) -> float | None:
-    return filled.cells[name][0] if name in filled.cells else None
-
-
 def values(sheet: Sheet) -> list[list[str]]:
     """Head and rows: each quantity ours and the paper's, with the difference in the coco world."""
     compared = sheet.world == "coco"
-    titles = {name: COLUMNS[name].title(sheet.world) for name in sheet.columns}
     head = ["row"]
-    for name, title in titles.items():
-        theirs = "paper" if title == COLUMNS[name].head else f"paper ({COLUMNS[name].head})"
-        head += [title, theirs, *(["difference"] if compared else [])]
+    for name in sheet.columns:
+        ours, theirs = sheet.head(name), COLUMNS[name].head
+        head += [ours, "paper" if ours == theirs else f"paper ({theirs})", *(["difference"] if compared else [])]
     body = []
     for filled in sheet.rows:
         line = [filled.row.name]
         for name in sheet.columns:
-            column, paper = COLUMNS[name], filled.row.paper.get(name)
-            line += [cell(filled.cells.get(name), column), number(paper, column)]
-            line += [change(known(filled, name), paper, column, 2)] if compared else []
+            column = COLUMNS[name]
+            line += [cell(filled.cells.get(name), column), number(filled.row.paper.get(name), column)]
+            line += [change(filled.value(name), filled.papers(name), column, 2)] if compared else []
         body.append([*line, filled.remark])
     return [[*head, "remark"], *body]
 
@@ -94,7 +111,7 @@ def changes(sheet: Sheet) -> list[list[str]]:
     """Head and rows: what each accelerated row changes against its plain row, ours and the paper's."""
     head = ["change against the plain row"]
     for name in sheet.columns:
-        head += [COLUMNS[name].title(sheet.world), "paper"]
+        head += [sheet.head(name), "paper"]
     body = []
     for filled in sheet.rows:
         plain = sheet.plain_of(filled)
@@ -102,7 +119,7 @@ def changes(sheet: Sheet) -> list[list[str]]:
             continue
         line = [filled.row.name]
         for name in sheet.columns:
-            line += [change(known(filled, name), known(plain, name), COLUMNS[name]),
+            line += [change(filled.value(name), plain.value(name), COLUMNS[name]),
                      change(filled.row.paper.get(name), plain.row.paper.get(name), COLUMNS[name])]
         body.append(line)
     return [head, *body]
@@ -135,20 +152,21 @@ def escape(text: str) -> str:
 
 
 def csv_text(sheet: Sheet) -> str:
-    """One line per row; numbers in full; for each column its value, interval, the paper's, and the plain row's name."""
+    """One line per row, with the plain row's name and what the numbers are of; numbers in full; for each column its
+    value, interval, the paper's and the difference."""
     out = io.StringIO()
     parts = ("", "_low", "_high", "_paper", "_difference")
-    heads = ["table", "world", "row", "compared_with", *(f"{name}{part}" for name in sheet.columns for part in parts),
-             "remark"]
+    heads = ["table", "world", "row", "compared_with", *OF,
+             *(f"{name}{part}" for name in sheet.columns for part in parts), "remark"]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(heads)
     for filled in sheet.rows:
         plain, line = sheet.plain_of(filled), []
         for name in sheet.columns:
             value, interval = filled.cells.get(name, (None, None))
-            paper = filled.row.paper.get(name)
-            same = sheet.world == "coco" and None not in (value, paper)
-            line += [value, *(interval or (None, None)), paper, value - paper if same else None]
-        writer.writerow([sheet.table.name, sheet.world, filled.row.name, plain.row.name if plain else "", *line,
-                         filled.remark])
+            like = filled.papers(name)
+            line += [value, *(interval or (None, None)), filled.row.paper.get(name),
+                     None if None in (value, like) else value - like]
+        writer.writerow([sheet.table.name, sheet.world, filled.row.name, plain.row.name if plain else "",
+                         *(filled.of.get(name) for name in OF), *line, filled.remark])
     return out.getvalue()

@@ -13,24 +13,23 @@ after any stop, and tables share the rows that they have in common.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.protocol import Protocol, load_protocol
-from evaluation.table_file import COLUMNS, WORLDS, Cell, Row, Table, load_table, table_names
-from ldm.arguments import ROOT, count
+from evaluation.protocol import load_protocol
+from evaluation.table_file import COLUMNS, FTC, SHORT, WORLDS, Cell, Table, load_table, table_names
+from ldm.arguments import count
 from ldm.cli import BadInput, Parser, blame, command, number
 from ldm.script import GO_ON
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
     from evaluation.results import Result
-    from evaluation.table_quality import Quality
+    from evaluation.table_job import Job
     from evaluation.table_text import Filled, Sheet
 
 TIMED = 5
@@ -70,69 +69,9 @@ def row_numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-# A row's place, and how it is made
-
-@dataclass(frozen=True)
-class Job:
-    """One row to be filled, under its protocol; `named` is how the table names that."""
-
-    row: Row
-    named: str
-    protocol: Protocol
-    args: argparse.Namespace
-
-    @property
-    def data(self) -> Path:
-        folder = Path(self.args.data or self.protocol.defaults.get("data", f"data/{self.protocol.name}"))
-        return folder if folder.is_absolute() or folder.exists() else ROOT / folder
-
-    @property
-    def config(self) -> Path:
-        return self._file("config")
-
-    @property
-    def ckpt(self) -> Path:
-        return self._file("ckpt")
-
-    def _file(self, name: str) -> Path:
-        given, default = getattr(self.args, name), self.protocol.defaults.get(name)
-        if given is None and default is None:
-            raise BadInput(f"--{name}: needed: protocol {self.protocol.name} names no model")
-        return Path(given) if given is not None else ROOT / default
-
-    @property
-    def shared(self) -> Path:
-        few = "" if self.args.count is None else f"-{self.args.count}"
-        return Path(self.args.runs) / f"{self.protocol.name}{few}"
-
-    @property
-    def folder(self) -> Path:
-        """Of the run: rows that make the same pictures have the same one."""
-        flags = self.row.flags()
-        parts = (value if flag in ("--sampler", "--steps", "--plan") else f"{flag.strip('-')}-{value}"
-                 for flag, value in zip(flags[::2], flags[1::2], strict=True))
-        return self.shared / "_".join(part.replace(":", "-").replace("/", "-") for part in parts)
-
-    @property
-    def timing(self) -> Path:
-        return self.folder / f"cost-{self.row.parallel or 'auto'}.json"
-
-    def argv(self) -> list[str]:
-        """Of evaluation/generate.py. `parallel` is not among them: it does not change the pictures."""
-        given = {"--data": self.data if self.protocol.data["kind"] != "classes" else None, "--count": self.args.count,
-                 "--config": self.config, "--ckpt": self.ckpt, "--device": self.args.device}
-        options = [str(part) for flag, value in given.items() if value is not None for part in (flag, value)]
-        return ["--protocol", self.named, *self.row.flags(), *options, "--out", str(self.folder)]
-
-    def quality(self) -> Quality:
-        from evaluation.table_quality import Quality
-
-        return Quality(self.protocol, self.named, self.data, self.shared, self.args.inception, self.args.clip,
-                       self.args.device)
-
-
 def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
-    """What the rows need must be there, found out before hours of work."""
+    """What the rows need must be there, and their plans such as can be run: found out before hours of work."""
+    from evaluation.table_cost import plan_of
     from evaluation.table_quality import need
     from ldm.published import load_manifest
 
@@ -148,6 +87,9 @@ def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
         if wanted and "pictures" in job.protocol.data:
             need(job.data / job.protocol.data["pictures"], job.quality())
         job.quality().check(wanted)
+    for job in jobs:
+        with blame(f"TABLE: {job.row.name}"):
+            plan_of(job.row, job.protocol, job.ckpt)
 
 
 def qualities(columns: Sequence[str]) -> list[str]:
@@ -155,113 +97,191 @@ def qualities(columns: Sequence[str]) -> list[str]:
 
 
 def make(job: Job) -> None:
-    """The row's pictures, if they are not all there with these weights."""
+    """The row's pictures, if they are not all there by this model."""
     from evaluation import generate
-    from evaluation.run_folder import CARD, MANIFEST, read_card
-    from evaluation.table_quality import quietly, renamed
-    from ldm.checkpoint import fingerprint
+    from evaluation.run_folder import CARD, MANIFEST
+    from evaluation.table_quality import quietly
 
-    if (job.folder / MANIFEST).is_file() and (job.folder / CARD).is_file() and (
-            read_card(job.folder)["weights"] == fingerprint(job.ckpt)):
+    if (job.folder / MANIFEST).is_file() and (job.folder / CARD).is_file() and not job.others(card_of(job)):
         return
     print(f"{job.row.name}: python evaluation/generate.py {' '.join(job.argv())}", file=sys.stderr)
-    with quietly(), renamed({"--out": "--runs"}):
+    with quietly(), job.renamed():
         generate.run(job.argv())
+
+
+def card_of(job: Job) -> dict[str, Any]:
+    from evaluation.run_folder import FolderError, read_card
+
+    with blame("--runs", (FolderError,)):
+        return read_card(job.folder)
 
 
 # Filling the table
 
-def fill(job: Job, columns: Sequence[str], make_it: bool) -> tuple[Filled, dict[str, Result]]:
+@dataclass(frozen=True)
+class Found:
+    """What there is of a row.
+
+    cells:   values by column; results and timing: what they are of.
+    remarks: why some are empty.
+    done:    it has all that it is run for.
+    """
+
+    job: Job
+    cells: Mapping[str, Cell] = field(default_factory=dict)
+    results: Mapping[str, Result] = field(default_factory=dict)
+    timing: Mapping[str, Any] | None = None
+    remarks: Sequence[str] = ()
+    done: bool = False
+
+    @property
+    def weights(self) -> list[str]:
+        """Of the pictures and of the timing."""
+        stated = [result.samples["weights"] for result in self.results.values()]
+        return list(dict.fromkeys([*stated, *([self.timing["weights"]] if self.timing else [])]))
+
+    @property
+    def unlike(self) -> dict[str, str]:
+        """Columns with a number that can't be set against the paper's, with why."""
+        reasons = self.job.unlike(next(iter(self.weights), None), self.timing)
+        return {name: why for name, why in reasons.items() if name in self.cells}
+
+    def filled(self) -> Filled:
+        from evaluation.table_text import Filled
+
+        result = next(iter(self.results.values()), None)
+        of = {"weights": next(iter(self.weights), None), "protocol": self.job.protocol.name if self.cells else None}
+        if result is not None:
+            of |= {"n": result.protocol["n"], "protocol_sha256": result.samples["protocol_sha256"]}
+        return Filled(self.job.row, self.cells, "; ".join(self.remarks), self.unlike, of)
+
+
+def fill(job: Job, columns: Sequence[str], make_it: bool) -> Found:
     """The row with all that is there, made first if it is to be made."""
-    from evaluation.table_text import Filled
+    from evaluation.table_cost import costs
 
     row = job.row
     if row.missing:
-        return Filled(row, remark=row.missing), {}
-    cells = counted(job) if "gflops" in columns else {}
+        return Found(job, remarks=[row.missing])
+    cells, remarks = counted(job) if "gflops" in columns else ({}, [])
+    remarks = [*([row.costs_only] if row.costs_only else []), *remarks]
     if job.args.gflops_only:
-        return Filled(row, cells, row.costs_only or ""), {}
-    quality, results = judged(job, columns, make_it)
-    cells |= quality | timed_cells(job, columns, make_it)
-    if {"fid", "clip_score", "seconds"} <= cells.keys() and "ftc" in columns and cells["clip_score"][0]:
-        cells["ftc"] = (cells["fid"][0] * cells["seconds"][0] / cells["clip_score"][0], None)
-    ran = any(COLUMNS[name].kind != "count" for name in cells)
-    return Filled(row, cells, row.costs_only or ("" if ran else NOT_RUN)), results
+        return Found(job, cells, remarks=remarks, done=bool(cells))
+    quality, results, strange = judged(job, columns, make_it)
+    timing, old = timing_of(job, columns, make_it)
+    spent = costs(timing) if timing else {}
+    cells |= quality | {name: (spent[name], None) for name in columns if name in spent}
+    if "ftc" in columns and {*FTC} <= cells.keys() and cells["clip_score"][0]:
+        fid, score, seconds = (cells[name][0] for name in FTC)
+        cells["ftc"] = (fid * seconds / score, None)
+    done = bool(results or timing or (row.costs_only and cells))
+    remarks += [strange] * bool(strange) + [old] * bool(old)
+    return Found(job, cells, results, timing, remarks or ([] if done else [NOT_RUN]), done)
 
 
-def counted(job: Job) -> dict[str, Cell]:
-    from evaluation.table_cost import gflops
+def counted(job: Job) -> tuple[dict[str, Cell], list[str]]:
+    """GFLOPs, or why there are none."""
+    from evaluation.table_cost import gflops, plan_of
 
-    with blame("TABLE" if job.args.config is None else "--config", (ValueError, OSError, KeyError, TypeError)):
+    with blame(f"TABLE: {job.row.name}"):
+        plan_of(job.row, job.protocol, job.ckpt)
+    with blame(f"TABLE: {job.row.name}" if job.args.config is None else "--config",
+               (ValueError, OSError, KeyError, TypeError)):
         macs = gflops(job.row, job.protocol, job.config, job.ckpt)
-    return {} if macs is None else {"gflops": (macs, None)}
+    return ({"gflops": (macs, None)}, []) if macs is not None else (
+        {}, [f"{job.row.plan} decides during a run: its GFLOPs are not known before"])
 
 
-def judged(job: Job, columns: Sequence[str], make_it: bool) -> tuple[dict[str, Cell], dict[str, Result]]:
+def judged(job: Job, columns: Sequence[str], make_it: bool) -> tuple[dict[str, Cell], dict[str, Result], str]:
+    """Values and what they are of; or why those that are there are not this row's."""
     from evaluation.run_folder import MANIFEST
 
     wanted = [] if job.row.costs_only else qualities(columns)
     if wanted and make_it:
         make(job)
-    there = wanted and (job.folder / MANIFEST).is_file()
-    return job.quality().cells(wanted, job.folder, make_it) if there else ({}, {})
+    if not wanted or not (job.folder / MANIFEST).is_file():
+        return {}, {}, ""
+    card = card_of(job)
+    cells, results = job.quality().cells(wanted, job.folder, make_it)
+    strange = next(filter(None, map(job.others, [card, *(result.samples for result in results.values())])), "")
+    return ({}, {}, f"results {strange}") if strange else (cells, results, "")
 
 
-def timed_cells(job: Job, columns: Sequence[str], make_it: bool) -> dict[str, Cell]:
-    from evaluation.table_cost import costs, timed
+def timing_of(job: Job, columns: Sequence[str], make_it: bool) -> tuple[dict[str, Any] | None, str]:
+    """The row's timing, made if too few pictures of its model were timed; or why one that is there is not its own."""
+    from evaluation.table_cost import read_timing, timed
 
-    wanted = [name for name in columns if COLUMNS[name].kind == "cost"]
-    if not wanted or not (job.timing.is_file() or (make_it and job.args.timed)):
-        return {}
-    flags = [] if job.row.parallel is None else ["--parallel", str(job.row.parallel)]
-    found = costs(timed([*job.argv(), *flags], job.args.timed if make_it else 0, job.timing))
-    return {name: (found[name], None) for name in wanted if name in found}
+    if not any(COLUMNS[name].kind == "cost" for name in columns):
+        return None, ""
+    kept = read_timing(job.timing)
+    strange = job.others(kept) if kept else ""
+    there = len(kept["seconds"]) if kept and not strange else 0
+    if make_it and job.args.timed > there:
+        flags = [] if job.row.parallel is None else ["--parallel", str(job.row.parallel)]
+        with job.renamed():
+            return timed([*job.argv(), *flags], job.args.timed, job.timing), ""
+    return (None, f"seconds {strange}") if strange else (kept, "")
 
 
-def compare(results: dict[str, dict[str, Result]], jobs: Sequence[Job], columns: Sequence[str]) -> None:
-    """Rows of one protocol may stand in one table only if they were measured alike."""
+def compare(found: Sequence[Found]) -> None:
+    """Rows of one protocol may stand in one table only if they are of one model and were measured alike."""
     from evaluation.results import ResultError, comparable
-    from evaluation.table_cost import compare_timings, read_timing
+    from evaluation.table_cost import compare_timings
 
-    protocols = {job.protocol.name for job in jobs}
-    if any(COLUMNS[name].kind == "cost" for name in columns):
-        for protocol in protocols:
-            compare_timings({job.row.name: read_timing(job.timing) for job in jobs
-                             if job.protocol.name == protocol and job.timing.is_file()})
-    with blame("--runs", (ResultError,)):
-        for protocol in protocols:
-            for measure in {name for found in results.values() for name in found}:
-                comparable({job.row.name: results[job.row.name][measure] for job in jobs
-                            if job.protocol.name == protocol and measure in results[job.row.name]})
+    for protocol in {row.job.protocol.name for row in found}:
+        rows = {row.job.row.name: row for row in found if row.job.protocol.name == protocol}
+        weights = {f"{name}: {stated[:SHORT]}": stated for name, row in rows.items() for stated in row.weights}
+        if len({*weights.values()}) > 1:
+            raise BadInput(f"--runs: rows of different weights ({', '.join(weights)}); with --ckpt and the file there "
+                           f"only those of its weights are shown")
+        compare_timings({name: row.timing for name, row in rows.items() if row.timing})
+        with blame("--runs", (ResultError,)):
+            for measure in {measure for row in rows.values() for measure in row.results}:
+                comparable({name: row.results[measure] for name, row in rows.items() if measure in row.results})
 
 
-def remarks(jobs: Sequence[Job], results: dict[str, dict[str, Result]], columns: Sequence[str],
-            world: str) -> list[str]:
+def remarks(found: Sequence[Found], columns: Sequence[str], world: str, heads: Mapping[str, str]) -> list[str]:
     """What the numbers are of, in words."""
     said = [COUNTED] if "gflops" in columns else []
-    said += [INSTEAD] if world == "emoji" else []
-    for result in (result for found in results.values() for result in found.values()):
+    said += [INSTEAD] if world == "emoji" else not_compared(found, columns, heads)
+    for result in (result for row in found for result in row.results.values()):
         said.append(measured(result))
         said += [f"Warning: {warning}." for warning in result.warnings]
-    for job in jobs:
-        if any(COLUMNS[name].kind == "cost" for name in columns) and job.timing.is_file():
-            said.append(told(json.loads(job.timing.read_text(encoding="utf-8"))))
+    said += [told(row.timing) for row in found if row.timing]
     return list(dict.fromkeys(said))
+
+
+def not_compared(found: Sequence[Found], columns: Sequence[str], heads: Mapping[str, str]) -> list[str]:
+    """Why there is no difference from the paper's number, for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for name in columns:
+        for why in dict.fromkeys(row.unlike[name] for row in found if name in row.unlike):
+            reasons.setdefault(why, []).append(heads.get(name, COLUMNS[name].head))
+    return [f"No difference from the paper in {', '.join(names)}: {why}." for why, names in reasons.items()]
 
 
 def measured(result: Result) -> str:
     by = ", ".join(result.protocol[name] for name in ("measure", "extractor", "resize") if name in result.protocol)
     made = result.samples
     intervals = any(name.endswith("_interval") for name in result.values)
-    return (f"{by}: N = {result.protocol['n']} pictures of {made.get('ckpt')} ({made.get('weights', '')[:8]}), "
-            f"protocol {made.get('name')} ({(made.get('protocol_sha256') or '')[:8]})"
+    return (f"{by}: N = {result.protocol['n']} pictures of {made.get('ckpt')} ({made.get('weights', '')[:SHORT]}), "
+            f"protocol {made.get('name')} ({(made.get('protocol_sha256') or '')[:SHORT]})"
             + ("; parentheses: 95 % intervals." if intervals else "."))
 
 
-def told(timing: dict[str, Any]) -> str:
+def told(timing: Mapping[str, Any]) -> str:
     return (f"Seconds: median of {len(timing['seconds'])} pictures, one at a time, after two untimed; "
             f"{timing['machine']}, threads: {timing['threads']}, {timing['precision']} precision, {timing['date']}, "
-            f"weights {timing['weights'][:8]}.")
+            f"weights {timing['weights'][:SHORT]}.")
+
+
+def heads_of(jobs: Sequence[Job]) -> dict[str, str]:
+    """Of columns that are another measure than the paper's in some row."""
+    found: dict[str, dict[str, None]] = {}
+    for heads in (job.quality().heads() for job in jobs):
+        for name, column in COLUMNS.items():
+            found.setdefault(name, {})[heads.get(name, column.head)] = None
+    return {name: " or ".join(of) for name, of in found.items()}
 
 
 def write(sheet: Sheet, stem: Path) -> None:
@@ -277,6 +297,8 @@ def write(sheet: Sheet, stem: Path) -> None:
 
 
 def jobs_of(table: Table, args: argparse.Namespace) -> list[Job]:
+    from evaluation.table_job import Job
+
     rows = table.rows_in(args.world)
     if not rows:
         raise BadInput(f"--world: {table.name} is not in the {args.world} world")
@@ -298,18 +320,17 @@ def run(args: argparse.Namespace) -> None:
     chosen = [job for number, job in enumerate(jobs, 1) if not args.rows or number in args.rows]
     made = [job for job in chosen if not (job.row.missing or args.show or args.gflops_only)]
     check(made, columns)
+    found = [fill(job, columns, job in made) for job in jobs]
+    compare(found)
+    if not any(row.done for row in found):
+        reasons = "; ".join(dict.fromkeys(remark for row in found for remark in row.remarks))
+        raise BadInput(f"TABLE: no row of {table.name} is finished in {args.runs}: {reasons}")
 
     from evaluation.table_text import Sheet
 
-    rows, results = [], {}
-    for job in jobs:
-        filled, results[job.row.name] = fill(job, columns, job in made)
-        rows.append(filled)
-    compare(results, jobs, columns)
-    if not any(filled.cells and filled.remark != NOT_RUN for filled in rows):
-        reasons = "; ".join(dict.fromkeys(filled.remark for filled in rows))
-        raise BadInput(f"TABLE: no row of {table.name} is finished in {args.runs}: {reasons}")
-    write(Sheet(table, args.world, columns, rows, remarks(jobs, results, columns, args.world)),
+    heads = heads_of(jobs)
+    notes = remarks(found, columns, args.world, heads)
+    write(Sheet(table, args.world, columns, [row.filled() for row in found], notes, heads),
           Path(args.runs) / f"{table.name}-{args.world}{'-gflops' if args.gflops_only else ''}")
 
 

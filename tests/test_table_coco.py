@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import yaml
 from clip_vocabulary import lines
 from coco import write_coco, write_protocol
 from contracts import recipe_weights
+from safetensors.torch import load_file
 from tiny_clip import TINY_TEXT, TINY_VISION
 from txt2img_model import write_model
 
@@ -21,10 +22,15 @@ from evaluation import table_quality, tables
 from evaluation.clip_models import load_clip
 from evaluation.features import extractor
 from evaluation.inception import Inception
+from evaluation.protocol import load_protocol
 from evaluation.resize import resize
+from evaluation.results import read_result
+from evaluation.table_file import COLUMNS, load_table
+from evaluation.table_quality import Quality
+from ldm.arguments import ROOT
+from ldm.checkpoint import fingerprint, save_weights
 from ldm.images import from_pil, open_picture
 
-COLUMNS = ("fid", "clip_score", "gflops", "seconds", "ftc")
 PAPER = {"fid": 20.5, "clip_score": 0.773, "gflops": 0.2, "seconds": 2.0, "ftc": 53.0}
 RUNS = {"plain": "ddim_4_off", "ours": "ddim_4_0,2"}
 COUNT, REAL = 3, 4
@@ -32,7 +38,11 @@ COUNT, REAL = 3, 4
 
 @dataclass(frozen=True)
 class World:
-    """A folder with data, networks, and a table with two rows that run; and what tables.py printed of it."""
+    """A folder with data, networks, and a table with two rows that run; and what tables.py printed of it.
+
+    The model is its protocol's own, so GFLOPs and FID are set against the paper's numbers; CLIP and the machine are not
+    the paper's. The first row is timed.
+    """
 
     folder: Path
     printed: str = ""
@@ -47,7 +57,7 @@ class World:
 
     def table(self) -> dict[str, list[str]]:
         """The printed cells of each row of the first part."""
-        rows = (line.strip("| ").split(" | ") for line in self.printed.split("\n\n")[1].splitlines()[2:])
+        rows = (line[2:-2].split(" | ") for line in self.printed.split("\n\n")[1].splitlines()[2:])
         return {name: [cell.strip() for cell in cells] for name, *cells in rows}
 
     def csv(self) -> dict[str, dict[str, str]]:
@@ -75,7 +85,7 @@ def write_table(folder: Path) -> None:
         metrics={"fid": ["inception-2015/clean"], "clip_score": ["hessel"]})
     how = {"sampler": "ddim", "steps": 4, "paper": PAPER}
     (folder / "two.yaml").write_text(yaml.safe_dump({
-        "title": "Two", "source": "nowhere", "columns": [*COLUMNS], "protocol": {"coco": str(protocol)}, "rows": [
+        "title": "Two", "source": "nowhere", "columns": [*PAPER], "protocol": {"coco": str(protocol)}, "rows": [
             {"label": "plain", "plain": True, **how, "plan": "off"}, {"label": "ours", **how, "plan": "0,2"},
             {"label": "other", "missing": "no such model", "paper": PAPER}]}))
 
@@ -87,7 +97,8 @@ def world(tmp_path_factory) -> World:
     write_table(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table_quality, "RESAMPLES", 2)
-        assert tables.main(World(folder).argv("--timed", "1")) == 0
+        assert tables.main(World(folder).argv("--rows", "1", "--timed", "1")) == 0
+        assert tables.main(World(folder).argv("--timed", "0")) == 0
     return World(folder, (folder / "runs" / "two-coco.md").read_text(encoding="utf-8"))
 
 
@@ -118,23 +129,32 @@ def test_values_are_those_of_the_rows_pictures(world, row):
     seen = clip.see(torch.cat([resize(picture, clip.size, "clip-crop") for picture in made]))
     cosines = (seen * clip.read([f"A photo depicts {captions[name]}" for name in sorted(captions)])).sum(1)
     assert float(found["clip_score"]) == pytest.approx(2.5 * cosines.clamp(min=0).mean().item(), rel=1e-5)
-    timing = json.loads((world.run(row) / "cost-auto.json").read_text())
-    assert [float(found["seconds"])] == timing["seconds"]
-    assert float(found["ftc"]) == pytest.approx(
-        float(found["fid"]) * float(found["seconds"]) / float(found["clip_score"]))
 
 
 def test_printed_is_what_was_found_beside_the_papers(world):
     plain, ours = (world.csv()[row] for row in RUNS)
-    fid, low, high, gflops = (float(plain[name]) for name in ("fid", "fid_low", "fid_high", "gflops"))
-    assert world.table()["plain"][:3] == [f"{fid:.2f} ({low:.2f} to {high:.2f})", "20.50", f"{fid - 20.5:+.2f}"]
-    assert world.table()["plain"][6:9] == [f"{gflops:.1f}", "0.2", f"{gflops / 0.2 - 1:+.2%}"]
-    assert float(plain["fid_difference"]) == pytest.approx(fid - 20.5)
+    fid, low, high, score, gflops, seconds, ftc = (
+        float(plain[name]) for name in ("fid", "fid_low", "fid_high", "clip_score", "gflops", "seconds", "ftc"))
+    timing = json.loads((world.run("plain") / "cost-auto.json").read_text())
+    assert [seconds] == timing["seconds"] and ftc == pytest.approx(fid * seconds / score)
+    assert ours["seconds"] == ours["ftc"] == "" and float(plain["fid_difference"]) == pytest.approx(fid - 20.5)
+    assert plain["clip_score_difference"] == plain["seconds_difference"] == plain["ftc_difference"] == ""
+    cells = world.table()["plain"]
+    assert cells[:3] == [f"{fid:.2f} ({low:.2f} to {high:.2f})", "20.50", f"{fid - 20.5:+.2f}"]
+    assert cells[3].startswith(f"{score:.3f} (") and cells[4:6] == ["0.773", ""]
+    assert cells[6:] == [f"{gflops:.1f}", "0.2", f"{gflops / 0.2 - 1:+.2%}", f"{seconds:.2f}", "2.00", "",
+                         f"{ftc:.1f}", "53.0", "", ""]
     assert world.table()["other"] == [*(["", paper, ""][i] for paper in ("20.50", "0.773", "0.2", "2.00", "53.0")
                                         for i in range(3)), "no such model"]
     saved = float(ours["gflops"]) / gflops - 1
     assert f"| ours | {float(ours['fid']) - fid:+.2f} | +0.00 | " in world.printed and (
         f" | {saved:+.0%} | +0% | " in world.printed and -0.25 < saved < -0.1)
+    notes = world.printed.split("\n\n")
+    assert [note for note in notes if note.startswith("No difference")] == [
+        "No difference from the paper in CLIP-score (hessel), distance × s / CLIP: another measure.",
+        f"No difference from the paper in s/image whole: timed on {timing['machine']} in full precision, the paper's "
+        "on an A40 in half precision."]
+    assert "\n| row | FID | paper | difference | CLIP-score (hessel) | paper (CLIP-score) | diff" in world.printed
     assert f"fid, inception-2015, clean: N = {COUNT} pictures of " in world.printed
 
 
@@ -144,9 +164,133 @@ def test_files(world):
     assert [*world.csv()] == ["plain", "ours", "other"] and world.csv()["other"]["remark"] == "no such model"
 
 
+def test_csv_says_what_each_row_is_of(world):
+    card = json.loads((world.run("ours") / "run.json").read_text())
+    found = [[row[name] for name in ("weights", "n", "protocol", "protocol_sha256")] for row in world.csv().values()]
+    whole = [fingerprint(world.folder / "model.safetensors"), str(COUNT), "tiny", card["protocol_sha256"]]
+    assert found == [whole, whole, ["", "", "", ""]] and len(whole[3]) == 64
+
+
 def test_a_second_run_makes_nothing_anew(world, capfd):
     before = {path: path.stat().st_mtime_ns for path in (world.folder / "runs" / "tiny").rglob("*")}
-    assert tables.main(world.argv("--timed", "1")) == tables.main(world.argv("--show")) == 0
+    assert tables.main(world.argv("--timed", "0")) == tables.main(world.argv("--rows", "1", "--timed", "1")) == 0
+    assert tables.main(world.argv("--show")) == 0
     after = {path: path.stat().st_mtime_ns for path in (world.folder / "runs" / "tiny").rglob("*")}
     output = capfd.readouterr()
-    assert after == before and output.err == "" and output.out.count(world.printed) == 2
+    assert after == before and output.err == "" and output.out.count(world.printed) == 3
+
+
+# Other weights
+
+@pytest.fixture
+def other(world) -> Path:
+    """Weights of the same shape."""
+    path = world.folder / "other.safetensors"
+    tensors = load_file(world.folder / "model.safetensors")
+    save_weights(path, {name: tensor * 2 for name, tensor in tensors.items()})
+    return path
+
+
+def refused(capfd, argv: list[str]) -> str:
+    assert tables.main(argv) == 2
+    output = capfd.readouterr()
+    assert output.out == ""
+    return output.err.splitlines()[-1].removeprefix("tables.py: error: ")
+
+
+def test_numbers_of_other_weights_are_not_shown(world, other, capfd):
+    there, given = (fingerprint(world.folder / name)[:8] for name in ("model.safetensors", other.name))
+    why = f"of other weights: {there}, not {given} (other.safetensors)"
+    line = refused(capfd, world.argv("--show", "--ckpt", str(other)))
+    assert line.startswith("TABLE: no row of two is finished in ") and f": results {why}; seconds {why}; " in line
+    line = refused(capfd, world.argv("--timed", "0", "--ckpt", str(other)))
+    assert "holds another run; different: " in line and f'weights ("{there}' in line and f', "{given}' in line
+
+
+def test_without_the_weights_what_is_there_is_shown(world, other, capfd):
+    ckpt, card = world.folder / "model.safetensors", world.run("ours") / "clip_score.json"
+    kept = card.read_bytes()
+    ckpt.rename(world.folder / "away")
+    try:
+        assert tables.main(world.argv("--show")) == 0 and world.printed in capfd.readouterr().out
+        result = read_result(card)
+        replace(result, samples={**result.samples, "weights": fingerprint(other)}).write(card)
+        line = refused(capfd, world.argv("--show"))
+    finally:
+        (world.folder / "away").rename(ckpt)
+    there, given = fingerprint(ckpt)[:8], fingerprint(other)[:8]
+    assert line.startswith(f"--runs: rows of different weights (plain: {there}, ours: {there}, ours: {given}); ")
+    # With the weights it is known which of them are the row's.
+    assert tables.main(world.argv("--show")) == 0
+    assert f"| results of other weights: {given}, not {there} (model.safetensors) |" in capfd.readouterr().out
+    card.write_bytes(kept)
+
+
+def test_times_of_other_weights_are_left_out_and_taken_again(world, other, capfd):
+    timing = world.run("plain") / "cost-auto.json"
+    kept = timing.read_text()
+    timing.write_text(json.dumps(json.loads(kept) | {"weights": fingerprint(other)}))
+    assert tables.main(world.argv("--show")) == 0
+    assert world.csv()["plain"]["seconds"] == "" and float(world.csv()["plain"]["fid"]) > 0
+    assert world.csv()["plain"]["remark"].startswith(f"seconds of other weights: {fingerprint(other)[:8]}, not ")
+    assert tables.main(world.argv("--rows", "1", "--timed", "1")) == 0
+    assert float(world.csv()["plain"]["seconds"]) > 0 and world.csv()["plain"]["remark"] == ""
+    assert json.loads(timing.read_text())["weights"] == fingerprint(world.folder / "model.safetensors")
+    timing.write_text(kept)
+
+
+# What can be set against the paper's numbers
+
+PUBLISHED = "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa"      # in models/published.yaml
+V1, V2 = (str(ROOT / "configs" / "stable-diffusion" / f"{name}-inference.yaml") for name in ("v1", "v2"))
+MEASURED, TIMED = {"fid", "clip_score", "sfid", "inception_score", "precision", "recall", "ftc"}, {
+    "seconds", "seconds_unet", "memory", "ftc"}
+
+
+@pytest.mark.parametrize("argv, weights, timing, unlike, why", [
+    ([], PUBLISHED, None, set(), ""), ([], None, None, set(), ""),
+    (["--count", "10000"], PUBLISHED, None, set(), ""), (["--config", V1], PUBLISHED, None, set(), ""),
+    (["--ckpt", "elsewhere.safetensors"], PUBLISHED, None, set(), ""),
+    ([], "12" * 32, None, MEASURED | TIMED, "other weights than coco2017-10k's"),
+    (["--ckpt", "elsewhere.safetensors"], "12" * 32, None, MEASURED | TIMED, "other weights than coco2017-10k's"),
+    (["--count", "5"], PUBLISHED, None, MEASURED, "of 5 prompts, where coco2017-10k has 10000"),
+    (["--config", V2], PUBLISHED, None, {*COLUMNS}, "another config than coco2017-10k's"),
+    ([], PUBLISHED, ("NVIDIA A40", "autocast"), set(), ""),
+    ([], PUBLISHED, ("NVIDIA A40", "full"), TIMED, "timed on NVIDIA A40 in full precision, the paper's on an A40"),
+    ([], PUBLISHED, ("NVIDIA A400", "autocast"), TIMED, "timed on NVIDIA A400 in autocast"),
+], ids=str)
+def test_what_is_like_for_like(argv, weights, timing, unlike, why):
+    args = tables.parser().parse_args(["table1", "--world", "coco", *argv])
+    job = tables.jobs_of(load_table("table1"), args)[0]
+    found = job.unlike(weights, timing and dict(zip(("machine", "precision"), timing, strict=True)))
+    assert {*found} == unlike and all(reason.startswith(why) for reason in found.values())
+
+
+def test_nothing_of_the_emoji_world_is_like_the_papers():
+    args = tables.parser().parse_args(["table1", "--world", "emoji"])
+    assert {*tables.jobs_of(load_table("table1"), args)[0].unlike(None, None)} == {*COLUMNS}
+
+
+@pytest.mark.parametrize("metrics, heads", [
+    ({"fid": ["inception-2015/clean"], "clip_score": ["hessel-b32"]}, {}),
+    ({"adm": ["inception-2015/tf1-bilinear"], "clip_score": ["hessel-b32", "cos100-g14"]}, {}),
+    ({"clip_score": ["hessel-b32"]}, {}),
+    ({"fid": ["dinov2/clean"], "clip_score": ["hessel-b32"]},
+     {"fid": "Fréchet distance (dinov2)", "recall": "recall (dinov2)", "ftc": "distance × s / CLIP"}),
+    ({"fid": ["inception-2015/clean"], "clip_score": ["cos100-g14"]}, {"clip_score": "CLIP-score (cos100-g14)"}),
+    ({"fid": ["efficientnet-lite0/torch-antialias"]},
+     {"fid": "Fréchet distance (EfficientNet-lite0)", "clip_score": "concept retrieval R@5",
+      "ftc": "distance × s / R@5"}),
+], ids=str)
+def test_heads_say_what_is_measured(metrics, heads):
+    found = Quality(replace(load_protocol("coco2017-10k"), metrics=metrics), "", Path(), Path()).heads()
+    assert bool(found) == bool(heads) and heads.items() <= found.items() and "gflops" not in found
+
+
+def test_a_protocol_without_a_network_is_refused_before_the_work(world, tmp_path, capfd):
+    bare = tmp_path / "bare.yaml"
+    for path, name, change in ((bare, "tiny", {"metrics": {}}),
+                               (tmp_path / "two.yaml", "two", {"protocol": {"coco": str(bare)}})):
+        path.write_text(yaml.safe_dump(yaml.safe_load((world.folder / f"{name}.yaml").read_text()) | change))
+    line = refused(capfd, [str(tmp_path / "two.yaml"), *world.argv()[1:]])
+    assert line.startswith("TABLE: protocol bare has no metrics fid or adm, ") and not (tmp_path / "runs").exists()

@@ -1,0 +1,163 @@
+"""One row in its place: its protocol, its files, the folder of its run, and whether its numbers may stand there.
+
+Numbers of other weights than the row's are not the row's; numbers of something else than the paper's are not set
+against those.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from evaluation.protocol import Protocol
+from evaluation.table_file import COLUMNS, FTC, HOW, SHORT, Row
+from evaluation.table_quality import Quality, renamed
+from ldm.arguments import ROOT
+from ldm.cli import BadInput, blame
+
+GPU, PRECISION = "A40", "autocast"      # that the paper's seconds and memory are of, as PyTorch and we call them
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to be filled, under its protocol; `named` is how the table names that."""
+
+    row: Row
+    named: str
+    protocol: Protocol
+    args: argparse.Namespace
+
+    @property
+    def data(self) -> Path:
+        folder = Path(self.args.data or self.protocol.defaults.get("data", f"data/{self.protocol.name}"))
+        return folder if folder.is_absolute() or folder.exists() else ROOT / folder
+
+    @property
+    def config(self) -> Path:
+        return self._file("config")
+
+    @property
+    def ckpt(self) -> Path:
+        return self._file("ckpt")
+
+    def _file(self, name: str) -> Path:
+        given, usual = getattr(self.args, name), self._usual(name)
+        if given is None and usual is None:
+            raise BadInput(f"--{name}: needed: protocol {self.protocol.name} names no model")
+        return Path(given) if given is not None else usual
+
+    def _usual(self, name: str) -> Path | None:
+        default = self.protocol.defaults.get(name)
+        return None if default is None else ROOT / default
+
+    @property
+    def shared(self) -> Path:
+        few = "" if self.args.count is None else f"-{self.args.count}"
+        return Path(self.args.runs) / f"{self.protocol.name}{few}"
+
+    @property
+    def folder(self) -> Path:
+        """Of the run: rows that make the same pictures have the same one."""
+        flags = self.row.flags()
+        parts = (value if flag in ("--sampler", "--steps", "--plan") else f"{flag.strip('-')}-{value}"
+                 for flag, value in zip(flags[::2], flags[1::2], strict=True))
+        return self.shared / "_".join(part.replace(":", "-").replace("/", "-") for part in parts)
+
+    @property
+    def timing(self) -> Path:
+        return self.folder / f"cost-{self.row.parallel or 'auto'}.json"
+
+    def argv(self) -> list[str]:
+        """Of evaluation/generate.py. `parallel` is not among them: it does not change the pictures."""
+        given = {"--data": self.data if self.protocol.data["kind"] != "classes" else None, "--count": self.args.count,
+                 "--config": self.config, "--ckpt": self.ckpt, "--device": self.args.device}
+        options = [str(part) for flag, value in given.items() if value is not None for part in (flag, str(value))]
+        return ["--protocol", self.named, *self.row.flags(), *options, "--out", str(self.folder)]
+
+    def renamed(self) -> AbstractContextManager[None]:
+        """Errors of that command line name the row, or the flag of tables.py."""
+        own = {f"--{name.replace('_', '-')}": f"TABLE: {self.row.name}: {name}" for name in HOW}
+        return renamed(own | {"--out": "--runs", "--protocol": "TABLE"})
+
+    def quality(self) -> Quality:
+        return Quality(self.protocol, self.named, self.data, self.shared, self.args.inception, self.args.clip,
+                       self.args.device)
+
+    # Whose numbers
+
+    def others(self, made: Mapping[str, Any]) -> str:
+        """In words, that what a run card or a timing tells of is not of this row's weights or config; nothing if it
+        is, or if the files are not there to tell."""
+        for what, path in (("weights", self.ckpt), ("config", self.config)):
+            with blame("--ckpt" if what == "weights" else "--config"):
+                here = content(path)
+            stated = made.get(what)
+            if None not in (here, stated) and stated != here:
+                return f"of other {what}: {stated[:SHORT]}, not {here[:SHORT]} ({path.name})"
+        return ""
+
+    def unlike(self, weights: str | None, timing: Mapping[str, Any] | None) -> dict[str, str]:
+        """Columns in which ours is of something else than the paper's number, with why; all others are like for like.
+
+        Args:
+            weights: that pictures and timing are of. timing: of the row, if there is one.
+        """
+        if self.args.world != "coco":
+            return dict.fromkeys(COLUMNS, "another model")
+        config = self._other_config()
+        model = config or self._other_weights(weights)
+        why = {"quality": model or self._few(), "cost": model or other_machine(timing), "count": config}
+        heads = self.quality().heads()
+        found = {name: why.get(column.kind) or ("another measure" if name in heads else "")
+                 for name, column in COLUMNS.items()}
+        found["ftc"] = next((found[part] for part in FTC if found[part]), "")
+        return {name: reason for name, reason in found.items() if reason}
+
+    def _few(self) -> str:
+        usual = self.protocol.select.count
+        if self.args.count in (None, usual):
+            return ""
+        return f"of {self.args.count} prompts, where {self.protocol.name} has {usual or 'all'}"
+
+    def _other_config(self) -> str:
+        usual = self._usual("config")
+        same = self.args.config is None or (usual is not None and content(self.config) == content(usual))
+        return "" if same else f"another config than {self.protocol.name}'s"
+
+    def _other_weights(self, weights: str | None) -> str:
+        """By content where it is known what the protocol's own have, else by whether others were asked for."""
+        usual = self._usual("ckpt")
+        expected = None if usual is None else published(usual) or content(usual)
+        same = weights == expected if weights and expected else self.args.ckpt is None
+        return "" if same else f"other weights than {self.protocol.name}'s"
+
+
+def content(path: Path) -> str | None:
+    """Hash of a file's content; None if it is not there."""
+    return _hash(path, path.stat().st_mtime_ns) if path.exists() else None
+
+
+@lru_cache
+def _hash(path: Path, changed: int) -> str:
+    """Read once, since weights have gigabytes, as long as the file is the same."""
+    from ldm.checkpoint import fingerprint
+
+    return fingerprint(path)
+
+
+def published(path: Path) -> str | None:
+    """Hash of the weights that are published for this place, if there are such and it is known."""
+    from ldm.published import load_manifest
+
+    return next((entry.sha256 for entry in load_manifest().values() if entry.file() == path), None)
+
+
+def other_machine(timing: Mapping[str, Any] | None) -> str:
+    if timing is None or (GPU in timing["machine"].split() and timing["precision"] == PRECISION):
+        return ""
+    return f"timed on {timing['machine']} in {timing['precision']} precision, the paper's on an {GPU} in half precision"
