@@ -60,13 +60,14 @@ def plan_of(row: Row, protocol: Protocol, ckpt: Path) -> AnyPlan:
         ckpt: the model's weights, which need not be there: calibrations for `auto:K` lie beside them.
 
     Raises:
-        ValueError: a plan, sampler or number of steps that can't be used.
+        ValueError: a plan, sampler, number of steps or eta that can't be used.
     """
     from ldm.models.diffusion.plans import RunFacts, load_plan
     from ldm.sampling.engine import Recipe, num_nodes
 
     usual = protocol.sampling
-    recipe = Recipe(protocol.size, protocol.size, row.sampler or usual.sampler, row.steps or usual.steps)
+    recipe = Recipe(protocol.size, protocol.size, row.sampler or usual.sampler, row.steps or usual.steps,
+                    row.eta or 0.0)
     run = RunFacts({"sampler": recipe.sampler}, calibrations_of(ckpt))
     return load_plan(row.plan, num_nodes(recipe), propagate=row.propagate, run=run)
 
@@ -75,15 +76,14 @@ def gflops(row: Row, protocol: Protocol, config: Path, ckpt: Path) -> float | No
     """GMACs of the UNet for one picture, as the paper counts them; None for a plan that decides on the way.
 
     Raises:
-        ValueError: see `plan_of`; or a config that can't be used.
+        ValueError: see `plan_of`; or a config that can't be used, or not with this plan.
     """
-    from ldm.models.diffusion.plan import Plan
+    from ldm.models.diffusion.plan import Plan, check_blocks
 
     plan = plan_of(row, protocol, ckpt)
-    if not isinstance(plan, Plan):
-        return None
-    guided = protocol.guidance != 1
-    return unit_of(config, protocol.data["kind"], protocol.size, guided, row.tome or 0.0).run(plan) / 1e9
+    unit = unit_of(config, protocol.data["kind"], protocol.size, protocol.guidance != 1, row.tome or 0.0)
+    check_blocks(plan, len(unit.outer) - 1)
+    return unit.run(plan) / 1e9 if isinstance(plan, Plan) else None
 
 
 # Timed

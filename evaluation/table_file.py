@@ -24,11 +24,13 @@ the model that ships.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from evaluation.yaml_file import find_file, known, names_in, reading, whole
+from evaluation.yaml_file import SEEDS, find_file, known, names_in, reading
 
 TABLE_DIR = Path(__file__).parent / "tables"
 WORLDS = ("coco", "emoji")
@@ -69,6 +71,61 @@ COLUMNS = {
 FTC = ("fid", "clip_score", "seconds")      # what that is made of
 
 
+# What fields may be
+
+@dataclass(frozen=True)
+class Kind:
+    """`words` says what is accepted, `holds` whether a value is."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def number(words: str, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> Kind:
+    return Kind(words, lambda value: type(value) in (int, float) and low <= value <= high)     # so neither nan nor true
+
+
+def choice(*names: str) -> Kind:
+    return Kind(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+TEXT = Kind("a text", is_text)
+NUMBER = number("a number")
+WHOLE = Kind("a whole number >= 1", lambda value: type(value) is int and value in SEEDS and value > 0)
+MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
+OPTIONAL_TEXT = Kind("a text or null", lambda value: value is None or is_text(value))
+ROW = {
+    "label": TEXT, "group": TEXT, "plain": Kind("true or false", lambda value: type(value) is bool),
+    "sampler": TEXT, "steps": WHOLE, "plan": Kind("a text, 'off' in quotes, which YAML takes for no", is_text),
+    "propagate": choice("hold", "linear", "quadratic", "zeros"), "tome": number("a number in 0..0.75", 0, 0.75),
+    "eta": number("a number in 0..1", 0, 1), "noise_weight": number("a number >= 0", 0), "noise_below": NUMBER,
+    "noise_order": choice("before", "after", "update"), "parallel": WHOLE, "protocol": MAPPING, "paper": MAPPING,
+    "missing": TEXT, "costs_only": TEXT,
+}
+TABLE = {
+    "title": TEXT, "source": TEXT, "note": TEXT, "protocol": MAPPING,
+    "columns": Kind("a list of columns, each once", lambda value: isinstance(value, list) and bool(value) and all(
+        isinstance(name, str) and value.count(name) == 1 for name in value)),
+    "rows": Kind("a list with a row or more", lambda value: isinstance(value, list) and bool(value)),
+}
+
+
+def check(place: str, values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """Raises ValueError for the first value that is not of its kind; `place` comes before its name."""
+    for name, kind in kinds.items():
+        if name in values and not kind.holds(values[name]):
+            raise ValueError(f"{place}{name} must be {kind.words}; got {values[name]!r}")
+
+
+def given(content: Any) -> dict[str, Any]:
+    """The fields that are not left at their defaults."""
+    return {f.name: value for f in fields(content) if (value := getattr(content, f.name)) is not f.default}
+
+
 @dataclass(frozen=True)
 class Row:
     """One row; see above.
@@ -96,18 +153,11 @@ class Row:
     costs_only: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.label, str) or not self.label:
-            raise ValueError(f"label must be text; got {self.label!r}")
-        if not isinstance(self.plan, str):
-            raise ValueError(f"{self.name}: plan must be text, 'off' in quotes, which YAML takes for no; "
-                             f"got {self.plan!r}")
-        for name in ("steps", "parallel"):
-            if getattr(self, name) is not None:
-                whole(f"{self.name}: {name}", getattr(self, name), 1)
+        check(f"{self.name}: ", given(self), ROW)
         known(f"{self.name}: protocol", self.protocol, set(), set(WORLDS))
+        check(f"{self.name}: protocol.", self.protocol, dict.fromkeys(WORLDS, OPTIONAL_TEXT))
         known(f"{self.name}: paper", self.paper, set(), set(COLUMNS))
-        if bad := [name for name, value in self.paper.items() if type(value) not in (int, float)]:
-            raise ValueError(f"{self.name}: paper.{bad[0]} must be a number; got {self.paper[bad[0]]!r}")
+        check(f"{self.name}: paper.", self.paper, dict.fromkeys(COLUMNS, NUMBER))
 
     @property
     def name(self) -> str:
@@ -136,11 +186,11 @@ class Table:
     note: str = ""
 
     def __post_init__(self) -> None:
+        check("", given(self), TABLE)
         if strange := [name for name in self.columns if name not in COLUMNS]:
             raise ValueError(f"there is no column {strange[0]!r}; accepted: {', '.join(COLUMNS)}")
         known("protocol", self.protocol, set(), set(WORLDS))
-        if not self.rows:
-            raise ValueError("it has no rows")
+        check("protocol.", self.protocol, dict.fromkeys(WORLDS, TEXT))
         names = [row.name for row in self.rows]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two rows are called {twice[0]!r}")
@@ -169,8 +219,8 @@ def load_table(name: str) -> Table:
     path = find_file("table", name, TABLE_DIR, table_names())
     with reading("table", path) as content:
         known("the file", content, {"title", "source", "columns", "protocol", "rows"}, {"note"})
-        accepted = {f.name for f in fields(Row)}
-        for number, entry in enumerate(content["rows"], 1):
-            known(f"row {number}", entry, {"label"}, accepted)
+        check("", content, {"rows": TABLE["rows"]})
+        for place, entry in enumerate(content["rows"], 1):
+            known(f"row {place}", entry, {"label"}, {*ROW})
         rows = [Row(**entry) for entry in content["rows"]]
         return Table(**{**content, "rows": rows}, name=path.stem)

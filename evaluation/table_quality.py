@@ -129,6 +129,9 @@ class Quality:
                 need(self.data / self.protocol.metrics["reference"], self)
             with blame("--inception", (FeatureError,)):
                 extractor(args.extractor, args.weights, args.resize)
+        if "retrieval" in wanted and "pictures" not in self.protocol.data:
+            raise BadInput(f"TABLE: protocol {self.protocol.name} has neither metrics clip_score nor pictures in which "
+                           f"concepts could be found")
         if "clip_score" in wanted:
             if self.clip is None:
                 raise BadInput(f"--clip: needed for CLIP-score: a folder with config.json and weights of "

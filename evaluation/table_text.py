@@ -126,16 +126,26 @@ def changes(sheet: Sheet) -> list[list[str]]:
 
 
 def markdown(sheet: Sheet) -> str:
-    parts = [f"### {sheet.table.title}, {sheet.world}"]
+    parts = [f"### {title(sheet)}"]
     for (head, *body) in (values(sheet), changes(sheet)):
         lines = [head, ["---"] * len(head), *body]
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        parts.append("\n".join("| " + " | ".join(map(in_markdown, line)) + " |" for line in lines))
     return "\n\n".join([*parts, *notes(sheet)]) + "\n"
 
 
+def title(sheet: Sheet) -> str:
+    return f"{' '.join(sheet.table.title.split())}, {sheet.world}"
+
+
+def in_markdown(text: str) -> str:
+    """A cell: one line, and no bar that would end it."""
+    return " ".join(text.split()).replace("|", r"\|")
+
+
 def notes(sheet: Sheet) -> list[str]:
-    return [text for text in (f"The paper's numbers: {sheet.table.source.strip()}.", sheet.table.note.strip(),
-                              *sheet.notes) if text]
+    """Each on one line."""
+    texts = (f"The paper's numbers: {sheet.table.source.strip()}.", sheet.table.note, *sheet.notes)
+    return [line for text in texts if (line := " ".join(text.split()))]
 
 
 def latex(sheet: Sheet) -> str:
@@ -144,11 +154,11 @@ def latex(sheet: Sheet) -> str:
         rows = [" & ".join(map(escape, line)) + r" \\" for line in [head, *body]]
         lines += [rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\hline", rows[0], r"\hline", *rows[1:],
                   r"\hline", r"\end{tabular}", ""]
-    return "\n".join([f"% {sheet.table.title}, {sheet.world}", *lines, *(f"% {note}" for note in notes(sheet))]) + "\n"
+    return "\n".join([f"% {title(sheet)}", *lines, *(f"% {note}" for note in notes(sheet))]) + "\n"
 
 
 def escape(text: str) -> str:
-    return "".join(ESCAPED.get(sign, sign) for sign in text)
+    return "".join(ESCAPED.get(sign, sign) for sign in " ".join(text.split()))
 
 
 def csv_text(sheet: Sheet) -> str:

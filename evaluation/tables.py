@@ -71,7 +71,6 @@ def row_numbers(text: str) -> list[int]:
 
 def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
     """What the rows need must be there, and their plans such as can be run: found out before hours of work."""
-    from evaluation.table_cost import plan_of
     from evaluation.table_quality import need
     from ldm.published import load_manifest
 
@@ -88,8 +87,7 @@ def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
             need(job.data / job.protocol.data["pictures"], job.quality())
         job.quality().check(wanted)
     for job in jobs:
-        with blame(f"TABLE: {job.row.name}"):
-            plan_of(job.row, job.protocol, job.ckpt)
+        counted(job)
 
 
 def qualities(columns: Sequence[str]) -> list[str]:
@@ -185,8 +183,8 @@ def counted(job: Job) -> tuple[dict[str, Cell], list[str]]:
 
     with blame(f"TABLE: {job.row.name}"):
         plan_of(job.row, job.protocol, job.ckpt)
-    with blame(f"TABLE: {job.row.name}" if job.args.config is None else "--config",
-               (ValueError, OSError, KeyError, TypeError)):
+    flag = "TABLE" if job.args.config is None else "--config"
+    with blame(f"{flag}: {job.row.name}", (ValueError, OSError, KeyError, TypeError)):
         macs = gflops(job.row, job.protocol, job.config, job.ckpt)
     return ({"gflops": (macs, None)}, []) if macs is not None else (
         {}, [f"{job.row.plan} decides during a run: its GFLOPs are not known before"])

@@ -14,7 +14,7 @@ from tiny_data import write_data
 
 from evaluation import table_cost, table_quality, tables
 from evaluation.protocol import load_protocol
-from evaluation.table_file import Row, load_table, table_names
+from evaluation.table_file import Row, Table, load_table, table_names
 from evaluation.table_quality import Quality
 from evaluation.table_text import Filled, Sheet, csv_text, latex, markdown
 from ldm.arguments import ROOT
@@ -70,27 +70,6 @@ def test_numbers_of_several_tables_agree():
                                                                                       for key in shared}
     for row in filter(None, NUMBERS["table5"].values()):
         assert row["fid"] * row["seconds"] / row["clip_score"] == pytest.approx(row["ftc"], abs=0.3)
-
-
-@pytest.mark.parametrize("change, why", [
-    ({"rows": []}, "it has no rows"), ({"columns": ["fud"]}, "there is no column 'fud'; accepted: fid, clip_score"),
-    ({"rows": [{"label": "a", "plan": False}]}, "a: plan must be text, 'off' in quotes"),
-    ({"rows": [{"label": "a", "stepz": 3}]}, "row 1 has stepz"), ({"rows": [{"steps": 3}]}, "row 1 has no label"),
-    ({"rows": [{"label": "a"}, {"label": "a"}]}, "two rows are called 'a'"),
-    ({"rows": [{"label": "a", "paper": {"recall": 3}}]}, "a: paper has recall, which is not among the columns"),
-    ({"rows": [{"label": "a", "paper": {"fid": "low"}}]}, "a: paper.fid must be a number; got 'low'"),
-    ({"protocol": {"moon": "emoji64"}}, "protocol has moon; accepted: coco, emoji"),
-    ({"rows": [{"label": "a", "steps": 0}]}, "a: steps must be a whole number >= 1"), ({"rows": 3}, "not a table"),
-], ids=str)
-def test_faulty_tables_say_why(tmp_path, capfd, change, why):
-    file = tmp_path / "t.yaml"
-    good = {"title": "t", "source": "s", "columns": ["fid"], "protocol": {"emoji": "emoji64"},
-            "rows": [{"label": "a", "steps": 3}]}
-    file.write_text(yaml.safe_dump(good))
-    assert load_table(str(file)).rows == [Row("a", steps=3)]
-    file.write_text(yaml.safe_dump(good | change))
-    line = refused(capfd, [str(file), "--world", "emoji"])
-    assert line.startswith(f"TABLE: {file}: not a table: ") and why in line
 
 
 def test_rows_are_compared_with_the_plain_row_of_their_group():
@@ -164,6 +143,20 @@ def test_csv():
         "20.0", "19.5", "20.5", "21.75", ""]
     assert float(first["fid_difference"]) == -1.75 and second["compared_with"] == "plain"
     assert (third["fid"], third["fid_paper"], third["remark"]) == ("", "21.08", "not supported: 100 % & more")
+
+
+def test_what_would_break_a_format_is_escaped():
+    table = Table("t", "A\ntitle", "from\nthere", ["fid"], {"coco": "coco2017-10k"}, [
+        Row("a|b\nc", plain=True, missing="no\n\nsuch | model")], note="one\ntwo")
+    made = Sheet(table, "coco", ["fid"], [Filled(row, remark=row.missing) for row in table.rows], ["three\n% four"])
+    text = markdown(made)
+    assert text.startswith("### A title, coco\n\n") and "\n| a\\|b c |  |  |  | no such \\| model |\n" in text
+    assert text.endswith("The paper's numbers: from there.\n\none two\n\nthree % four\n")
+    lines = latex(made).splitlines()
+    assert "a|b c &  &  &  & no such | model \\\\" in lines and lines[0] == "% A title, coco"
+    assert lines[-3:] == ["% The paper's numbers: from there.", "% one two", "% three % four"]
+    (row,) = csv.DictReader(csv_text(made).splitlines(keepends=True))
+    assert (row["row"], row["remark"]) == ("a|b\nc", "no\n\nsuch | model")
 
 
 def test_latex():
@@ -253,6 +246,34 @@ def test_pictures_are_timed_one_by_one(made, tmp_path):
 
 
 # Bad input
+
+@pytest.mark.parametrize("how, why", [
+    ({"plan": "nope"}, "unknown plan 'nope'; accepted: "), ({"steps": 5000}, "steps must be 1..1000, "),
+    ({"plan": "0,4"}, "key 4 is past the last node 3"), ({"sampler": "nope"}, "solver must be one of ddim, "),
+    ({"sampler": "dpm-solver", "eta": 0.5}, "eta must be 0 for dpm-solver"),
+    ({"plan": "auto:2"}, "auto plans need a calibration of this model for ddim with 4 nodes"),
+    ({"plan": "deepcache:2:9"}, "9 blocks are to run anew; this network has 6 on each side"),
+    ({"plan": "deepcache:2", "propagate": "linear"}, "deepcache:2 decodes nothing between its key nodes"),
+], ids=str)
+def test_a_row_that_cant_be_run_is_named_before_any_is_made(made, tmp_path, capfd, how, why):
+    file, runs = tmp_path / "t.yaml", tmp_path / "runs"
+    rows = [{"label": "good", "steps": 4}, {"label": "bad", "steps": 4, **how}]
+    file.write_text(yaml.safe_dump({"title": "t", "source": "s", "columns": ["fid", "gflops"], "rows": rows,
+                                    "protocol": {"emoji": "emoji64"}}))
+    for more in (["--timed", "0"], ["--gflops-only"]):
+        argv = [str(file), *made[0][1:5], "--runs", str(runs), "--count", "2", "--device", "cpu", *more]
+        assert refused(capfd, argv).startswith(f"TABLE: bad: {why}") and not runs.exists()
+
+
+def test_a_plan_that_decides_on_the_way_says_why_it_has_no_gflops(tmp_path, capfd):
+    file = tmp_path / "t.yaml"
+    file.write_text(yaml.safe_dump({"title": "t", "source": "s", "columns": ["gflops"], "rows": [
+        {"label": "plain", "steps": 4}, {"label": "online", "steps": 4, "plan": "online:0.1", "propagate": "linear"}],
+        "protocol": {"emoji": "emoji64"}}))
+    assert tables.main([str(file), "--world", "emoji", "--gflops-only", "--runs", str(tmp_path / "runs")]) == 0
+    why = "online:0.1 decides during a run: its GFLOPs are not known before"
+    assert f"\n| online |  |  | {why} |\n" in capfd.readouterr().out
+
 
 @pytest.mark.parametrize("argv, why", [
     (["table2", "--world", "emoji"], "TABLE: unknown table 'table2'; accepted: table1, table3, table4, "),

@@ -28,6 +28,7 @@ class OnlinePlan:
     probe: str = "latent"
     parallel: int = 1
     propagate: str = "hold"
+    shallow: ClassVar[tuple[int, ...]] = ()
     branch: ClassVar[int] = 0
     refresh: ClassVar[int] = 0
     plain: ClassVar[bool] = False
