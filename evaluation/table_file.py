@@ -5,6 +5,7 @@ evaluation/tables/NAME.yaml:
     title:    the table's head
     source:   where its numbers were published, and of what
     note:     what to bear in mind when it is read (optional)
+    apart:    {column: why}, where the published numbers are of something else than ours can be (optional)
     columns:  names of `COLUMNS`, in order
     protocol: {coco: NAME, emoji: NAME}   of each world in which there is such a table
     rows:     a list, in order:
@@ -107,7 +108,7 @@ ROW = {
     "missing": TEXT, "costs_only": TEXT,
 }
 TABLE = {
-    "title": TEXT, "source": TEXT, "note": TEXT, "protocol": MAPPING,
+    "title": TEXT, "source": TEXT, "note": TEXT, "apart": MAPPING, "protocol": MAPPING,
     "columns": Kind("a list of columns, each once", lambda value: isinstance(value, list) and bool(value) and all(
         isinstance(name, str) and value.count(name) == 1 for name in value)),
     "rows": Kind("a list with a row or more", lambda value: isinstance(value, list) and bool(value)),
@@ -184,6 +185,7 @@ class Table:
     protocol: Mapping[str, str]
     rows: list[Row]
     note: str = ""
+    apart: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check("", given(self), TABLE)
@@ -191,6 +193,8 @@ class Table:
             raise ValueError(f"there is no column {strange[0]!r}; accepted: {', '.join(COLUMNS)}")
         known("protocol", self.protocol, set(), set(WORLDS))
         check("protocol.", self.protocol, dict.fromkeys(WORLDS, TEXT))
+        known("apart", self.apart, set(), set(self.columns))
+        check("apart.", self.apart, dict.fromkeys(COLUMNS, TEXT))
         names = [row.name for row in self.rows]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two rows are called {twice[0]!r}")
@@ -218,7 +222,7 @@ def load_table(name: str) -> Table:
     """
     path = find_file("table", name, TABLE_DIR, table_names())
     with reading("table", path) as content:
-        known("the file", content, {"title", "source", "columns", "protocol", "rows"}, {"note"})
+        known("the file", content, {"title", "source", "columns", "protocol", "rows"}, {"note", "apart"})
         check("", content, {"rows": TABLE["rows"]})
         for place, entry in enumerate(content["rows"], 1):
             known(f"row {place}", entry, {"label"}, {*ROW})

@@ -25,12 +25,13 @@ GPU, PRECISION = "A40", "autocast"      # that the paper's seconds and memory ar
 
 @dataclass(frozen=True)
 class Job:
-    """One row to be filled, under its protocol; `named` is how the table names that."""
+    """One row to be filled, under its protocol; `named` is how the table names that, `apart` is the table's."""
 
     row: Row
     named: str
     protocol: Protocol
     args: argparse.Namespace
+    apart: Mapping[str, str]
 
     @property
     def data(self) -> Path:
@@ -113,7 +114,7 @@ class Job:
         model = config or self._other_weights(weights)
         why = {"quality": model or self._few(), "cost": model or other_machine(timing), "count": config}
         heads = self.quality().heads()
-        found = {name: why.get(column.kind) or ("another measure" if name in heads else "")
+        found = {name: self.apart.get(name) or why.get(column.kind) or ("another measure" if name in heads else "")
                  for name, column in COLUMNS.items()}
         found["ftc"] = next((found[part] for part in FTC if found[part]), "")
         return {name: reason for name, reason in found.items() if reason}

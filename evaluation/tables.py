@@ -304,7 +304,7 @@ def jobs_of(table: Table, args: argparse.Namespace) -> list[Job]:
         raise BadInput(f"--rows: {table.name} has {len(rows)} rows in the {args.world} world; got {max(args.rows)}")
     with blame("TABLE"):
         named = [table.protocol_of(row, args.world) for row in rows]
-        return [Job(row, name, load_protocol(name), args) for row, name in zip(rows, named, strict=True)]
+        return [Job(row, name, load_protocol(name), args, table.apart) for row, name in zip(rows, named, strict=True)]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -266,6 +266,14 @@ def test_what_is_like_for_like(argv, weights, timing, unlike, why):
     assert {*found} == unlike and all(reason.startswith(why) for reason in found.values())
 
 
+def test_times_that_the_source_took_otherwise_are_not_compared():
+    """Of batches, in the fork's table."""
+    args = tables.parser().parse_args(["table3", "--world", "coco"])
+    job = next(job for job in tables.jobs_of(load_table("table3"), args) if job.row.name.endswith(": guidance 1.5"))
+    found = job.unlike(None, {"machine": "NVIDIA A40", "precision": "autocast"})
+    assert {*found} == {"seconds", "ftc", "clip_score"} and "batches of 16 (plain) and 4 (ours)" in found["seconds"]
+
+
 def test_nothing_of_the_emoji_world_is_like_the_papers():
     args = tables.parser().parse_args(["table1", "--world", "emoji"])
     assert {*tables.jobs_of(load_table("table1"), args)[0].unlike(None, None)} == {*COLUMNS}

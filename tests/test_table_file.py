@@ -49,7 +49,9 @@ def test_a_good_table(tmp_path):
     ({"protocol": {"moon": "emoji64"}}, "protocol has moon; accepted: coco, emoji"),
     ({"protocol": {"emoji": 4}}, "protocol.emoji must be a text; got 4"),
     ({"protocol": 3}, "protocol must be a mapping; got 3"), ({"note": 4}, "note must be a text; got 4"),
-    ({"title": " "}, "title must be a text; got ' '"), ({"source": None}, "source must be a text; got None"),
+    ({"apart": {"recall": "why"}}, "apart has recall; accepted: fid"),
+    ({"apart": {"fid": 3}}, "apart.fid must be a text; got 3"), ({"title": " "}, "title must be a text; got ' '"),
+    ({"source": None}, "source must be a text; got None"),
     ({"rows": [{"label": 4}]}, "4: label must be a text; got 4"),
     ({"rows": [{"label": "a", "group": 4}]}, "4: a: group must be a text; got 4"),
 ], ids=str)
