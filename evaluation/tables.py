@@ -161,8 +161,15 @@ def fill(job: Job, columns: Sequence[str], make_it: bool) -> Found:
     row = job.row
     if row.missing:
         return Found(job, remarks=[row.missing])
-    cells, remarks = counted(job) if "gflops" in columns else ({}, [])
-    remarks = [*([row.costs_only] if row.costs_only else []), *remarks]
+    cells, remarks = {}, [row.costs_only] if row.costs_only else []
+    if "gflops" in columns:
+        try:
+            cells, why = counted(job)
+        except BadInput as error:
+            if make_it or job.args.gflops_only:
+                raise
+            cells, why = {}, [str(error)]       # what is there of the other rows can be shown
+        remarks += why
     if job.args.gflops_only:
         return Found(job, cells, remarks=remarks, done=bool(cells))
     quality, results, strange = judged(job, columns, make_it)

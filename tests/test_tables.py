@@ -275,6 +275,19 @@ def test_a_row_that_cant_be_run_is_named_before_any_is_made(made, tmp_path, capf
         assert refused(capfd, argv).startswith(f"TABLE: bad: {why}") and not runs.exists()
 
 
+def test_a_row_that_cant_be_run_does_not_hide_what_others_have(made, tmp_path, capfd):
+    argv, _ = made
+    file, how = tmp_path / "t.yaml", {"sampler": "ddim", "steps": 4}
+    file.write_text(yaml.safe_dump({
+        "title": "t", "source": "s", "columns": ["fid", "gflops"], "protocol": {"emoji": "emoji64"},
+        "rows": [{"label": "good", **how, "plan": "off"}, {"label": "bad", **how, "plan": "auto:2"}]}))
+    for more in (["--show"], ["--rows", "1", "--timed", "0"]):
+        assert tables.main([str(file), *argv[1:], *more]) == 0
+        good, bad = capfd.readouterr().out.splitlines()[4:6]
+        assert re.match(r"\| good \| \d+\.\d\d \(.*\) \|  \| \d+\.\d \|  \|  \|$", good)
+        assert bad.startswith("| bad |  |  |  |  | TABLE: bad: auto plans need a calibration of this model")
+
+
 def test_a_plan_that_decides_on_the_way_says_why_it_has_no_gflops(tmp_path, capfd):
     file = tmp_path / "t.yaml"
     file.write_text(yaml.safe_dump({"title": "t", "source": "s", "columns": ["gflops"], "rows": [
