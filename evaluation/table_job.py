@@ -77,7 +77,7 @@ class Job:
         """Of evaluation/generate.py. `parallel` is not among them: it does not change the pictures."""
         given = {"--data": self.data if self.protocol.data["kind"] != "classes" else None, "--count": self.args.count,
                  "--config": self.config, "--ckpt": self.ckpt, "--device": self.args.device}
-        options = [str(part) for flag, value in given.items() if value is not None for part in (flag, str(value))]
+        options = [str(part) for flag, value in given.items() if value is not None for part in (flag, value)]
         return ["--protocol", self.named, *self.row.flags(), *options, "--out", str(self.folder)]
 
     def renamed(self) -> AbstractContextManager[None]:
@@ -151,6 +151,7 @@ def _hash(path: Path, changed: int) -> str:
     return fingerprint(path)
 
 
+@lru_cache
 def published(path: Path) -> str | None:
     """Hash of the weights that are published for this place, if there are such and it is known."""
     from ldm.published import load_manifest

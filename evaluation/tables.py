@@ -16,12 +16,11 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.protocol import load_protocol
-from evaluation.table_file import COLUMNS, FTC, SHORT, WORLDS, Cell, Table, load_table, table_names
+from evaluation.table_file import COLUMNS, SHORT, WORLDS, Table, load_table, table_names
 from ldm.arguments import count
 from ldm.cli import BadInput, Parser, blame, command, number
 from ldm.script import GO_ON
@@ -29,11 +28,11 @@ from ldm.script import GO_ON
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
     from evaluation.results import Result
+    from evaluation.table_fill import Found
     from evaluation.table_job import Job
-    from evaluation.table_text import Filled, Sheet
+    from evaluation.table_text import Sheet
 
 TIMED = 5
-NOT_RUN = "not run"
 COUNTED = ("GFLOPs are MACs of the UNet in the paper's count (fvcore's: one product of attention; norms and upsampling "
            "by element), two predictions a step where there is guidance; neither first stage nor text encoder.")
 INSTEAD = ("World emoji: another model, other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score; "
@@ -71,6 +70,7 @@ def row_numbers(text: str) -> list[int]:
 
 def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
     """What the rows need must be there, and their plans such as can be run: found out before hours of work."""
+    from evaluation.table_fill import counted, qualities
     from evaluation.table_quality import need
     from ldm.published import load_manifest
 
@@ -90,143 +90,7 @@ def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
         counted(job)
 
 
-def qualities(columns: Sequence[str]) -> list[str]:
-    return [name for name in columns if COLUMNS[name].kind == "quality"]
-
-
-def make(job: Job) -> None:
-    """The row's pictures, if they are not all there by this model."""
-    from evaluation import generate
-    from evaluation.run_folder import CARD, MANIFEST
-    from evaluation.table_quality import quietly
-
-    if (job.folder / MANIFEST).is_file() and (job.folder / CARD).is_file() and not job.others(card_of(job)):
-        return
-    print(f"{job.row.name}: python evaluation/generate.py {' '.join(job.argv())}", file=sys.stderr)
-    with quietly(), job.renamed():
-        generate.run(job.argv())
-
-
-def card_of(job: Job) -> dict[str, Any]:
-    from evaluation.run_folder import FolderError, read_card
-
-    with blame("--runs", (FolderError,)):
-        return read_card(job.folder)
-
-
-# Filling the table
-
-@dataclass(frozen=True)
-class Found:
-    """What there is of a row.
-
-    cells:   values by column; results and timing: what they are of.
-    remarks: why some are empty.
-    done:    it has all that it is run for.
-    """
-
-    job: Job
-    cells: Mapping[str, Cell] = field(default_factory=dict)
-    results: Mapping[str, Result] = field(default_factory=dict)
-    timing: Mapping[str, Any] | None = None
-    remarks: Sequence[str] = ()
-    done: bool = False
-
-    @property
-    def weights(self) -> list[str]:
-        """Of the pictures and of the timing."""
-        stated = [result.samples["weights"] for result in self.results.values()]
-        return list(dict.fromkeys([*stated, *([self.timing["weights"]] if self.timing else [])]))
-
-    @property
-    def unlike(self) -> dict[str, str]:
-        """Columns with a number that can't be set against the paper's, with why."""
-        reasons = self.job.unlike(next(iter(self.weights), None), self.timing)
-        return {name: why for name, why in reasons.items() if name in self.cells}
-
-    def filled(self) -> Filled:
-        from evaluation.table_text import Filled
-
-        result = next(iter(self.results.values()), None)
-        of = {"weights": next(iter(self.weights), None), "protocol": self.job.protocol.name if self.cells else None}
-        if result is not None:
-            of |= {"n": result.protocol["n"], "protocol_sha256": result.samples["protocol_sha256"]}
-        return Filled(self.job.row, self.cells, "; ".join(self.remarks), self.unlike, of)
-
-
-def fill(job: Job, columns: Sequence[str], make_it: bool) -> Found:
-    """The row with all that is there, made first if it is to be made."""
-    from evaluation.table_cost import costs
-
-    row = job.row
-    if row.missing:
-        return Found(job, remarks=[row.missing])
-    cells, remarks = {}, [row.costs_only] if row.costs_only else []
-    if "gflops" in columns:
-        try:
-            cells, why = counted(job)
-        except BadInput as error:
-            if make_it or job.args.gflops_only:
-                raise
-            cells, why = {}, [str(error)]       # what is there of the other rows can be shown
-        remarks += why
-    if job.args.gflops_only:
-        return Found(job, cells, remarks=remarks, done=bool(cells))
-    quality, results, strange = judged(job, columns, make_it)
-    timing, old = timing_of(job, columns, make_it)
-    spent = costs(timing) if timing else {}
-    cells |= quality | {name: (spent[name], None) for name in columns if name in spent}
-    if "ftc" in columns and {*FTC} <= cells.keys() and cells["clip_score"][0]:
-        fid, score, seconds = (cells[name][0] for name in FTC)
-        cells["ftc"] = (fid * seconds / score, None)
-    done = bool(results or timing or (row.costs_only and cells))
-    remarks += [strange] * bool(strange) + [old] * bool(old)
-    return Found(job, cells, results, timing, remarks or ([] if done else [NOT_RUN]), done)
-
-
-def counted(job: Job) -> tuple[dict[str, Cell], list[str]]:
-    """GFLOPs, or why there are none."""
-    from evaluation.table_cost import gflops, plan_of
-
-    with blame(f"TABLE: {job.row.name}"):
-        plan_of(job.row, job.protocol, job.ckpt)
-    flag = "TABLE" if job.args.config is None else "--config"
-    with blame(f"{flag}: {job.row.name}", (ValueError, OSError, KeyError, TypeError)):
-        macs = gflops(job.row, job.protocol, job.config, job.ckpt)
-    return ({"gflops": (macs, None)}, []) if macs is not None else (
-        {}, [f"{job.row.plan} decides during a run: its GFLOPs are not known before"])
-
-
-def judged(job: Job, columns: Sequence[str], make_it: bool) -> tuple[dict[str, Cell], dict[str, Result], str]:
-    """Values and what they are of; or why those that are there are not this row's."""
-    from evaluation.run_folder import MANIFEST
-
-    wanted = [] if job.row.costs_only else qualities(columns)
-    if wanted and make_it:
-        make(job)
-    if not wanted or not (job.folder / MANIFEST).is_file():
-        return {}, {}, ""
-    card = card_of(job)
-    cells, results = job.quality().cells(wanted, job.folder, make_it)
-    strange = next(filter(None, map(job.others, [card, *(result.samples for result in results.values())])), "")
-    return ({}, {}, f"results {strange}") if strange else (cells, results, "")
-
-
-def timing_of(job: Job, columns: Sequence[str], make_it: bool) -> tuple[dict[str, Any] | None, str]:
-    """The row's timing, made if too few pictures of its model were timed; or why one that is there is not its own."""
-    from evaluation.table_cost import read_timing, timed
-
-    if not any(COLUMNS[name].kind == "cost" for name in columns):
-        return None, ""
-    kept = read_timing(job.timing)
-    strange = job.others(kept) if kept else ""
-    there = len(kept["seconds"]) if kept and not strange else 0
-    if make_it and job.args.timed > there:
-        flags = [] if job.row.parallel is None else ["--parallel", str(job.row.parallel)]
-        with job.renamed():
-            return timed([*job.argv(), *flags], job.args.timed, job.timing), ""
-    return (None, f"seconds {strange}") if strange else (kept, "")
-
+# The whole table
 
 def compare(found: Sequence[Found]) -> None:
     """Rows of one protocol may stand in one table only if they are of one model and were measured alike."""
@@ -325,14 +189,15 @@ def run(args: argparse.Namespace) -> None:
     chosen = [job for number, job in enumerate(jobs, 1) if not args.rows or number in args.rows]
     made = [job for job in chosen if not (job.row.missing or args.show or args.gflops_only)]
     check(made, columns)
+
+    from evaluation.table_fill import fill
+    from evaluation.table_text import Sheet
+
     found = [fill(job, columns, job in made) for job in jobs]
     compare(found)
     if not any(row.done for row in found):
         reasons = "; ".join(dict.fromkeys(remark for row in found for remark in row.remarks))
         raise BadInput(f"TABLE: no row of {table.name} is finished in {args.runs}: {reasons}")
-
-    from evaluation.table_text import Sheet
-
     heads = heads_of(jobs)
     notes = remarks(found, columns, args.world, heads)
     write(Sheet(table, args.world, columns, [row.filled() for row in found], notes, heads),
