@@ -65,7 +65,7 @@ def fill(job: Job, columns: Sequence[str], make_it: bool) -> Found:
     cells, uncounted = gflops_of(job, needed=make_it or only) if "gflops" in columns else ({}, "")
     if only:
         return Found(job, cells, remarks=said(row.costs_only, uncounted), done=bool(cells))
-    quality, results, strange = judged(job, columns, make_it)
+    quality, results, others = judged(job, columns, make_it)
     timing, old = timing_of(job, columns, make_it)
     spent = costs(timing) if timing else {}
     cells |= quality | {name: (spent[name], None) for name in columns if name in spent}
@@ -73,7 +73,7 @@ def fill(job: Job, columns: Sequence[str], make_it: bool) -> Found:
         fid, score, seconds = (cells[name][0] for name in FTC)
         cells["ftc"] = (fid * seconds / score, None)
     done = bool(results or timing or (row.costs_only and cells))
-    remarks = said(row.costs_only, uncounted, strange, old)
+    remarks = said(row.costs_only, uncounted, others, old)
     return Found(job, cells, results, timing, remarks or ([] if done else [NOT_RUN]), done)
 
 
@@ -111,17 +111,20 @@ def qualities(columns: Sequence[str]) -> list[str]:
     return [name for name in columns if COLUMNS[name].kind == "quality"]
 
 
+def pictured(job: Job, columns: Sequence[str]) -> bool:
+    """Whether there are pictures of the row to be judged."""
+    return bool(qualities(columns)) and not job.row.costs_only
+
+
 def judged(job: Job, columns: Sequence[str], make_it: bool) -> tuple[dict[str, Cell], dict[str, Result], str]:
     """Values and what they are of; or why those that are there are not this row's."""
-    wanted = [] if job.row.costs_only else qualities(columns)
-    if wanted and make_it:
+    if make_it and pictured(job, columns):
         make(job)
-    if not wanted or not (job.folder / MANIFEST).is_file():
+    if not pictured(job, columns) or not (job.folder / MANIFEST).is_file():
         return {}, {}, ""
-    card = card_of(job)
-    cells, results = job.quality().cells(wanted, job.folder, make_it)
-    strange = next(filter(None, map(job.others, [card, *(result.samples for result in results.values())])), "")
-    return ({}, {}, f"results {strange}") if strange else (cells, results, "")
+    cells, results = job.quality().cells(qualities(columns), job.folder, make_it)
+    why = next(filter(None, [strange(job), *(job.others(result.samples) for result in results.values())]), "")
+    return ({}, {}, f"results {why}") if why else (cells, results, "")
 
 
 def timing_of(job: Job, columns: Sequence[str], make_it: bool) -> tuple[dict[str, Any] | None, str]:
@@ -129,24 +132,27 @@ def timing_of(job: Job, columns: Sequence[str], make_it: bool) -> tuple[dict[str
     if not any(COLUMNS[name].kind == "cost" for name in columns):
         return None, ""
     kept = read_timing(job.timing)
-    strange = job.others(kept) if kept else ""
-    there = len(kept["seconds"]) if kept and not strange else 0
+    why = job.others(kept) if kept else ""
+    there = len(kept["seconds"]) if kept and not why else 0
     if make_it and job.args.timed > there:
         flags = [] if job.row.parallel is None else ["--parallel", str(job.row.parallel)]
         with job.renamed():
             return timed([*job.argv(), *flags], job.args.timed, job.timing), ""
-    return (None, f"seconds {strange}") if strange else (kept, "")
+    return (None, f"seconds {why}") if why else (kept, "")
 
 
 def make(job: Job) -> None:
-    """The row's pictures, if they are not all there by this model."""
-    if (job.folder / MANIFEST).is_file() and (job.folder / CARD).is_file() and not job.others(card_of(job)):
+    """The row's pictures, if they are not all there."""
+    if (job.folder / MANIFEST).is_file() and (job.folder / CARD).is_file():
         return
     print(f"{job.row.name}: python evaluation/generate.py {' '.join(job.argv())}", file=sys.stderr)
     with quietly(), job.renamed():
         generate.run(job.argv())
 
 
-def card_of(job: Job) -> dict[str, Any]:
+def strange(job: Job) -> str:
+    """Why the pictures that are there, finished or not, are not this row's; nothing if they are, or there are none."""
+    if not (job.folder / CARD).is_file():
+        return ""
     with blame("--runs", (FolderError,)):
-        return read_card(job.folder)
+        return job.others(read_card(job.folder))

@@ -16,9 +16,10 @@ from evaluation.table_file import COLUMNS, Cell, Column, Row, Table
 
 OF = ("weights", "n", "protocol", "protocol_sha256")
 
-# Of what LaTeX gives a meaning, or old versions can't set.
+# Of what LaTeX gives a meaning (to some at the beginning of a row), or old versions can't set.
 ESCAPED = {"\\": r"\textbackslash{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "×": r"$\times$", "−": "$-$",
-           "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+           "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}", "<": r"\textless{}",
+           ">": r"\textgreater{}", "[": "{[}", "*": "{*}"}
 
 
 @dataclass(frozen=True)

@@ -69,14 +69,15 @@ def row_numbers(text: str) -> list[int]:
 
 
 def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
-    """What the rows need must be there, and their plans such as can be run: found out before hours of work."""
-    from evaluation.table_fill import counted, qualities
+    """What the rows need must be there, their plans such as can be run, and their folders not another model's: found
+    out before hours of work."""
+    from evaluation.table_fill import counted, pictured, qualities, strange
     from evaluation.table_quality import need
     from ldm.published import load_manifest
 
     for job in {job.protocol.name: job for job in jobs}.values():
-        pictured = any(not other.row.costs_only for other in jobs if other.protocol.name == job.protocol.name)
-        wanted = qualities(columns) if pictured else []
+        wanted = qualities(columns) if any(
+            pictured(other, columns) for other in jobs if other.protocol.name == job.protocol.name) else []
         if not job.ckpt.exists():
             names = [entry.name for entry in load_manifest().values() if entry.file().resolve() == job.ckpt.resolve()]
             how = f"python scripts/download_models.py {names[0]} fetches it" if names else "no such file"
@@ -88,6 +89,8 @@ def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
         job.quality().check(wanted)
     for job in jobs:
         counted(job)
+        if pictured(job, columns) and (why := strange(job)):
+            raise BadInput(f"--runs: {job.folder} holds pictures {why}; choose another folder")
 
 
 # The whole table

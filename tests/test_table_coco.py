@@ -204,7 +204,12 @@ def test_numbers_of_other_weights_are_not_shown(world, other, capfd):
     line = refused(capfd, world.argv("--show", "--ckpt", str(other)))
     assert line.startswith("TABLE: no row of two is finished in ") and f": results {why}; seconds {why}; " in line
     line = refused(capfd, world.argv("--timed", "0", "--ckpt", str(other)))
-    assert "holds another run; different: " in line and f'weights ("{there}' in line and f', "{given}' in line
+    assert line == f"--runs: {world.run('plain')} holds pictures {why}; choose another folder"
+    changed = world.folder / "changed.yaml"
+    changed.write_text((world.folder / "config.yaml").read_text() + "# other\n")
+    for more in ("--show", "--rows=1"):
+        line = refused(capfd, world.argv(more, "--config", str(changed)))
+        assert f" of other config: {fingerprint(world.folder / 'config.yaml')[:8]}, not " in line
 
 
 def test_without_the_weights_what_is_there_is_shown(world, other, capfd):
@@ -224,6 +229,16 @@ def test_without_the_weights_what_is_there_is_shown(world, other, capfd):
     assert tables.main(world.argv("--show")) == 0
     assert f"| results of other weights: {given}, not {there} (model.safetensors) |" in capfd.readouterr().out
     card.write_bytes(kept)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"seconds": [1.0]}'])
+def test_a_damaged_timing_is_refused_by_name(world, capfd, content):
+    timing = world.run("plain") / "cost-auto.json"
+    kept = timing.read_text()
+    timing.write_text(content)
+    line = refused(capfd, world.argv("--show"))
+    timing.write_text(kept)
+    assert line.startswith(f"--runs: {timing}: not a timing: ") and line.endswith("the file it is measured again")
 
 
 def test_times_of_other_weights_are_left_out_and_taken_again(world, other, capfd):
