@@ -308,12 +308,3 @@ def test_nothing_of_the_emoji_world_is_like_the_papers():
 def test_heads_say_what_is_measured(metrics, heads):
     found = Quality(replace(load_protocol("coco2017-10k"), metrics=metrics), "", Path(), Path()).heads()
     assert bool(found) == bool(heads) and heads.items() <= found.items() and "gflops" not in found
-
-
-def test_a_protocol_without_a_network_is_refused_before_the_work(world, tmp_path, capfd):
-    bare = tmp_path / "bare.yaml"
-    for path, name, change in ((bare, "tiny", {"metrics": {}}),
-                               (tmp_path / "two.yaml", "two", {"protocol": {"coco": str(bare)}})):
-        path.write_text(yaml.safe_dump(yaml.safe_load((world.folder / f"{name}.yaml").read_text()) | change))
-    line = refused(capfd, [str(tmp_path / "two.yaml"), *world.argv()[1:]])
-    assert line.startswith("TABLE: protocol bare has no metrics fid or adm, ") and not (tmp_path / "runs").exists()

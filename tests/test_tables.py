@@ -314,6 +314,18 @@ def test_bad_arguments(tmp_path, capfd, argv, why):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("column, why", [
+    ("fid", "has no metrics fid or adm, which say the network of Fréchet distances"),
+    ("clip_score", "has neither metrics clip_score nor pictures in which concepts could be found"),
+])
+def test_a_protocol_that_can_not_be_judged_is_refused_before_the_work(tmp_path, capfd, column, why):
+    file = tmp_path / "t.yaml"
+    file.write_text(yaml.safe_dump({"title": "t", "source": "s", "columns": [column], "rows": [{"label": "a"}],
+                                    "protocol": {"emoji": "emoji64-prompts"}}))
+    line = refused(capfd, [str(file), "--world", "emoji", "--runs", str(tmp_path / "runs"), "--count", "1"])
+    assert line == f"TABLE: protocol emoji64-prompts {why}" and not (tmp_path / "runs").exists()
+
+
 def test_what_the_papers_data_need(tmp_path, capfd):
     """Each file in turn, with how to get it, before anything is made."""
     runs, ckpt = ["--runs", str(tmp_path / "runs")], tmp_path / "model.safetensors"
