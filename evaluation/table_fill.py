@@ -6,10 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from evaluation import generate
-from evaluation.results import Result
+from evaluation.results import Result, ResultError, read_result
 from evaluation.run_folder import CARD, MANIFEST, FolderError, read_card
 from evaluation.table_cost import costs, gflops, plan_of, read_timing, timed
 from evaluation.table_file import COLUMNS, FTC, Cell
@@ -148,6 +149,18 @@ def make(job: Job) -> None:
     print(f"{job.row.name}: python evaluation/generate.py {' '.join(job.argv())}", file=sys.stderr)
     with quietly(), job.renamed():
         generate.run(job.argv())
+
+
+def seen_alike(path: Path, network: Mapping[str, Any]) -> None:
+    """Raise BadInput if a result that is kept there is of another network than the one that would be used now."""
+    if not path.is_file():
+        return
+    with blame("--runs", (ResultError,)):
+        kept = read_result(path).protocol
+    for what, now in network.items():
+        if kept.get(what) != now:
+            raise BadInput(f"--runs: {path} was measured with another network ({what}: {kept.get(what)}, now {now}); "
+                           f"without the file it is measured again")
 
 
 def strange(job: Job) -> str:

@@ -114,11 +114,18 @@ class Quality:
         return {name: (values[named[name]], values.get(f"{named[name]}_interval")) for name in columns
                 if values.get(named.get(name)) is not None}, results
 
-    def check(self, columns: list[str]) -> None:
-        """What measures need must be there, found out before pictures are made."""
+    def check(self, columns: list[str]) -> dict[str, dict[str, Any]]:
+        """What measures need must be there, found out before pictures are made.
+
+        Returns:
+            by measure, what its results say of its network.
+        """
         from evaluation.errors import FeatureError
         from evaluation.features import extractor
+        from evaluation.measure import network_of
+        from ldm.util import file_sha256
 
+        networks: dict[str, dict[str, Any]] = {}
         wanted = self.measures(columns)
         if "fid" in wanted or "adm" in wanted:
             if not self._extractor[0]:
@@ -128,7 +135,8 @@ class Quality:
             if "reference" in self.protocol.metrics:
                 need(self.data / self.protocol.metrics["reference"], self)
             with blame("--inception", (FeatureError,)):
-                extractor(args.extractor, args.weights, args.resize)
+                seen = network_of(extractor(args.extractor, args.weights, args.resize))
+            networks = {name: seen for name in ("fid", "adm") if name in wanted}
         if "retrieval" in wanted and "pictures" not in self.protocol.data:
             raise BadInput(f"TABLE: protocol {self.protocol.name} has neither metrics clip_score nor pictures in which "
                            f"concepts could be found")
@@ -137,7 +145,9 @@ class Quality:
                 raise BadInput(f"--clip: needed for CLIP-score: a folder with config.json and weights of "
                                f"{clip_score.VARIANTS[self._variant].model}, from huggingface.co")
             with renamed({"--weights": "--clip"}):
-                clip_score.load_model(clip_score.parser().parse_args(self._clip_flags("")))
+                model = clip_score.load_model(clip_score.parser().parse_args(self._clip_flags("")))[0]
+            networks["clip_score"] = {"features_sha256": file_sha256(model.weights)}
+        return networks
 
     # The measures
 

@@ -69,28 +69,37 @@ def row_numbers(text: str) -> list[int]:
 
 
 def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
-    """What the rows need must be there, their plans such as can be run, and their folders not another model's: found
-    out before hours of work."""
-    from evaluation.table_fill import counted, pictured, qualities, strange
+    """What the rows need must be there, their plans such as can be run, and what their folders hold of the same model
+    and networks: found out before hours of work."""
+    from evaluation.table_fill import counted, pictured, qualities, seen_alike, strange
+
+    networks = {}
+    for name, job in {job.protocol.name: job for job in jobs}.items():
+        judged = any(pictured(other, columns) for other in jobs if other.protocol.name == name)
+        networks[name] = check_files(job, qualities(columns) if judged else [])
+    for job in jobs:
+        counted(job)
+        if pictured(job, columns):
+            if why := strange(job):
+                raise BadInput(f"--runs: {job.folder} holds pictures {why}; choose another folder")
+            for measure, network in networks[job.protocol.name].items():
+                seen_alike(job.folder / f"{measure}.json", network)
+
+
+def check_files(job: Job, wanted: list[str]) -> dict[str, dict[str, Any]]:
+    """Model, data and networks of the job's protocol must be there; returns what `Quality.check` does."""
     from evaluation.table_quality import need
     from ldm.published import load_manifest
 
-    for job in {job.protocol.name: job for job in jobs}.values():
-        wanted = qualities(columns) if any(
-            pictured(other, columns) for other in jobs if other.protocol.name == job.protocol.name) else []
-        if not job.ckpt.exists():
-            names = [entry.name for entry in load_manifest().values() if entry.file().resolve() == job.ckpt.resolve()]
-            how = f"python scripts/download_models.py {names[0]} fetches it" if names else "no such file"
-            raise BadInput(f"--ckpt: {job.ckpt} is not there: {how}; --gflops-only needs no weights")
-        if "file" in job.protocol.data:
-            need(job.data / job.protocol.data["file"], job.quality())
-        if wanted and "pictures" in job.protocol.data:
-            need(job.data / job.protocol.data["pictures"], job.quality())
-        job.quality().check(wanted)
-    for job in jobs:
-        counted(job)
-        if pictured(job, columns) and (why := strange(job)):
-            raise BadInput(f"--runs: {job.folder} holds pictures {why}; choose another folder")
+    if not job.ckpt.exists():
+        names = [entry.name for entry in load_manifest().values() if entry.file().resolve() == job.ckpt.resolve()]
+        how = f"python scripts/download_models.py {names[0]} fetches it" if names else "no such file"
+        raise BadInput(f"--ckpt: {job.ckpt} is not there: {how}; --gflops-only needs no weights")
+    if "file" in job.protocol.data:
+        need(job.data / job.protocol.data["file"], job.quality())
+    if wanted and "pictures" in job.protocol.data:
+        need(job.data / job.protocol.data["pictures"], job.quality())
+    return job.quality().check(wanted)
 
 
 # The whole table

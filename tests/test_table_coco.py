@@ -30,6 +30,7 @@ from evaluation.table_quality import Quality
 from ldm.arguments import ROOT
 from ldm.checkpoint import fingerprint, save_weights
 from ldm.images import from_pil, open_picture
+from ldm.util import file_sha256
 
 PAPER = {"fid": 20.5, "clip_score": 0.773, "gflops": 0.2, "seconds": 2.0, "ftc": 53.0}
 RUNS = {"plain": "ddim_4_off", "ours": "ddim_4_0,2"}
@@ -210,6 +211,15 @@ def test_numbers_of_other_weights_are_not_shown(world, other, capfd):
     for more in ("--show", "--rows=1"):
         line = refused(capfd, world.argv(more, "--config", str(changed)))
         assert f" of other config: {fingerprint(world.folder / 'config.yaml')[:8]}, not " in line
+
+
+def test_results_of_another_inception_are_not_taken_for_this_ones(world, capfd):
+    network = world.folder / "another.pth"
+    torch.save(recipe_weights(Inception(), seed=12, gain=1.4).state_dict(), network)
+    line = refused(capfd, world.argv("--timed", "0", "--inception", str(network)))
+    there, now = (file_sha256(world.folder / name) for name in ("inception.pth", network.name))
+    assert line == (f"--runs: {world.run('plain') / 'fid.json'} was measured with another network (features_sha256: "
+                    f"{there}, now {now}); without the file it is measured again")
 
 
 def test_without_the_weights_what_is_there_is_shown(world, other, capfd):
