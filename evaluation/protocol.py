@@ -25,18 +25,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from evaluation.yaml_file import find_file, finite, known, names_in, reading, whole, words
+from evaluation.yaml_file import (
+    MAPPING,
+    NUMBER,
+    SHARE,
+    TEXT,
+    Kind,
+    check,
+    choice,
+    find_file,
+    is_text,
+    known,
+    names_in,
+    optional,
+    reading,
+    whole,
+)
 from ldm.arguments import NOISE_ORDERS, ROOT
 
 PROTOCOL_DIR = Path(__file__).parent / "protocols"
 DATA = {"captions": ({"file"}, {"pictures", "where"}), "prompts": ({"file"}, set()), "classes": ({"classes"}, set())}
-VARIANTS = {"fid", "adm", "clip_score"}     # metrics that come in several
-DEFAULTS = {"config", "ckpt", "data", "noise_below", "noise_order"}
+DEFAULTS = {"config": TEXT, "ckpt": TEXT, "data": TEXT, "noise_below": NUMBER, "noise_order": choice(*NOISE_ORDERS)}
+
+
+def variants(words: str, holds: Callable[[Any], bool]) -> Kind:
+    return Kind(f"a list of {words}", lambda value: isinstance(value, list) and bool(value) and all(map(holds, value)))
+
+
+NETWORKS = variants("EXTRACTOR/RESIZE", lambda value: isinstance(value, str) and value.count("/") == 1)
+METRICS = {"fid": NETWORKS, "adm": NETWORKS, "clip_score": variants("names", is_text), "reference": TEXT}
 
 
 def identity(content: Any) -> str:
@@ -60,11 +82,8 @@ class Select:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole("select.count", 1 if self.count is None else self.count, 1)
-        whole("select.per_image", self.per_image, 1)
-        whole("select.seed", self.seed)
-        if self.captions not in ("drawn", "first"):
-            raise ValueError(f"select.captions must be drawn or first; got {self.captions!r}")
+        check("select.", vars(self), {"count": optional(whole(1)), "per_image": whole(1), "seed": whole(0),
+                                      "captions": choice("drawn", "first")})
 
 
 @dataclass(frozen=True)
@@ -76,9 +95,7 @@ class Sampling:
     eta: float | None = None
 
     def __post_init__(self) -> None:
-        words("sampling.sampler", self.sampler)
-        whole("sampling.steps", self.steps, 1)
-        finite("sampling.eta", 0 if self.eta is None else self.eta)
+        check("sampling.", vars(self), {"sampler": TEXT, "steps": whole(1), "eta": optional(SHARE)})
 
 
 @dataclass(frozen=True)
@@ -102,43 +119,17 @@ class Protocol:
     name: str = ""
 
     def __post_init__(self) -> None:
-        whole("size", self.size, 1)
-        whole("repeats", self.repeats, 1)
-        whole("seed", self.seed)
-        finite("guidance", self.guidance)
-        for name in ("data", "metrics"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must be a mapping; got {getattr(self, name)!r}")
-        kind = self.data.get("kind")
-        if kind not in DATA:
-            raise ValueError(f"data.kind must be one of {', '.join(DATA)}; got {kind!r}")
-        needed, optional = DATA[kind]
-        known("data", self.data, {"kind"} | needed, optional)
-        for name in {"file", "pictures"} & self.data.keys():
-            words(f"data.{name}", self.data[name])
-        if not isinstance(self.data.get("where", {}), Mapping):
-            raise ValueError(f"data.where must be a mapping of fields to values; got {self.data['where']!r}")
-        if "classes" in needed:
-            whole("data.classes", self.data["classes"], 1)
-        known("defaults", self.defaults, set(), DEFAULTS)
-        for name in {"config", "ckpt", "data"} & self.defaults.keys():
-            words(f"defaults.{name}", self.defaults[name])
-        finite("defaults.noise_below", self.defaults.get("noise_below", 0))
-        if (order := self.defaults.get("noise_order", NOISE_ORDERS[0])) not in NOISE_ORDERS:
-            raise ValueError(f"defaults.noise_order must be one of {', '.join(NOISE_ORDERS)}; got {order!r}")
-        self._check_metrics()
-
-    def _check_metrics(self) -> None:
-        known("metrics", self.metrics, set(), {*VARIANTS, "reference"})
-        for name in VARIANTS & self.metrics.keys():
-            if not isinstance(self.metrics[name], list) or not self.metrics[name]:
-                raise ValueError(f"metrics.{name} must be a list of variants; got {self.metrics[name]!r}")
-            for variant in self.metrics[name]:
-                words(f"metrics.{name}", variant)
-                if name != "clip_score" and variant.count("/") != 1:
-                    raise ValueError(f"metrics.{name} must be EXTRACTOR/RESIZE; got {variant!r}")
-        if "reference" in self.metrics:
-            words("metrics.reference", self.metrics["reference"])
+        check("", vars(self), {"size": whole(1), "repeats": whole(1), "seed": whole(0), "guidance": NUMBER,
+                               "data": MAPPING, "metrics": MAPPING})
+        check("data.", {"kind": None, **self.data}, {
+            "kind": choice(*DATA), "file": TEXT, "pictures": TEXT, "classes": whole(1),
+            "where": Kind("a mapping of fields to values", MAPPING.holds)})
+        needed, more = DATA[self.data["kind"]]
+        known("data", self.data, {"kind"} | needed, more)
+        known("defaults", self.defaults, set(), {*DEFAULTS})
+        check("defaults.", self.defaults, DEFAULTS)
+        known("metrics", self.metrics, set(), {*METRICS})
+        check("metrics.", self.metrics, METRICS)
 
     def folder(self, given: str | Path | None) -> Path:
         """Of its data: the one that is given, or its own; looked for here, else where the project is."""

@@ -25,13 +25,29 @@ the model that ships.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from evaluation.yaml_file import SEEDS, find_file, known, names_in, reading
+from evaluation.yaml_file import (
+    MAPPING,
+    NUMBER,
+    SHARE,
+    TEXT,
+    Kind,
+    check,
+    choice,
+    find_file,
+    is_text,
+    known,
+    names_in,
+    number,
+    optional,
+    reading,
+    whole,
+)
+from ldm.arguments import NOISE_ORDERS, PROPAGATE
 
 TABLE_DIR = Path(__file__).parent / "tables"
 WORLDS = ("coco", "emoji")
@@ -74,37 +90,12 @@ FTC = ("fid", "clip_score", "seconds")      # what that is made of
 
 # What fields may be
 
-@dataclass(frozen=True)
-class Kind:
-    """`words` says what is accepted, `holds` whether a value is."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def number(words: str, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> Kind:
-    return Kind(words, lambda value: type(value) in (int, float) and low <= value <= high)     # so neither nan nor true
-
-
-def choice(*names: str) -> Kind:
-    return Kind(f"one of {', '.join(names)}", lambda value: value in names)
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-TEXT = Kind("a text", is_text)
-NUMBER = number("a number")
-WHOLE = Kind("a whole number >= 1", lambda value: type(value) is int and value in SEEDS and value > 0)
-MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
-OPTIONAL_TEXT = Kind("a text or null", lambda value: value is None or is_text(value))
 ROW = {
     "label": TEXT, "group": TEXT, "plain": Kind("true or false", lambda value: type(value) is bool),
-    "sampler": TEXT, "steps": WHOLE, "plan": Kind("a text, 'off' in quotes, which YAML takes for no", is_text),
-    "propagate": choice("hold", "linear", "quadratic", "zeros"), "tome": number("a number in 0..0.75", 0, 0.75),
-    "eta": number("a number in 0..1", 0, 1), "noise_weight": number("a number >= 0", 0), "noise_below": NUMBER,
-    "noise_order": choice("before", "after", "update"), "parallel": WHOLE, "protocol": MAPPING, "paper": MAPPING,
+    "sampler": TEXT, "steps": whole(1), "plan": Kind("a text, 'off' in quotes, which YAML takes for no", is_text),
+    "propagate": choice(*PROPAGATE), "tome": number("a number in 0..0.75", 0, 0.75),
+    "eta": SHARE, "noise_weight": number("a number >= 0", 0), "noise_below": NUMBER,
+    "noise_order": choice(*NOISE_ORDERS), "parallel": whole(1), "protocol": MAPPING, "paper": MAPPING,
     "missing": TEXT, "costs_only": TEXT,
 }
 TABLE = {
@@ -113,13 +104,6 @@ TABLE = {
         isinstance(name, str) and value.count(name) == 1 for name in value)),
     "rows": Kind("a list with a row or more", lambda value: isinstance(value, list) and bool(value)),
 }
-
-
-def check(place: str, values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
-    """Raises ValueError for the first value that is not of its kind; `place` comes before its name."""
-    for name, kind in kinds.items():
-        if name in values and not kind.holds(values[name]):
-            raise ValueError(f"{place}{name} must be {kind.words}; got {values[name]!r}")
 
 
 def given(content: Any) -> dict[str, Any]:
@@ -156,7 +140,7 @@ class Row:
     def __post_init__(self) -> None:
         check(f"{self.name}: ", given(self), ROW)
         known(f"{self.name}: protocol", self.protocol, set(), set(WORLDS))
-        check(f"{self.name}: protocol.", self.protocol, dict.fromkeys(WORLDS, OPTIONAL_TEXT))
+        check(f"{self.name}: protocol.", self.protocol, dict.fromkeys(WORLDS, optional(TEXT)))
         known(f"{self.name}: paper", self.paper, set(), set(COLUMNS))
         check(f"{self.name}: paper.", self.paper, dict.fromkeys(COLUMNS, NUMBER))
 

@@ -35,8 +35,7 @@ class Job:
 
     @property
     def data(self) -> Path:
-        folder = Path(self.args.data or self.protocol.defaults.get("data", f"data/{self.protocol.name}"))
-        return folder if folder.is_absolute() or folder.exists() else ROOT / folder
+        return self.protocol.folder(self.args.data or self.protocol.defaults.get("data", f"data/{self.protocol.name}"))
 
     @property
     def config(self) -> Path:

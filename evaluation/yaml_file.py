@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,47 @@ def reading(kind: str, path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: not a {kind}: {' '.join(str(error).split())}") from None
 
 
-def whole(name: str, value: Any, low: int = 0) -> None:
-    """Raises ValueError unless it is a whole number from low to 2^32-1."""
-    if type(value) is not int or value not in SEEDS or value < low:
-        raise ValueError(f"{name} must be a whole number >= {low}; got {value!r}")
+# What values may be
+
+@dataclass(frozen=True)
+class Kind:
+    """`words` says what is accepted, `holds` whether a value is."""
+
+    words: str
+    holds: Callable[[Any], bool]
 
 
-def finite(name: str, value: Any) -> None:
-    """Raises ValueError unless it is a finite number."""
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number; got {value!r}")
+def number(words: str, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> Kind:
+    return Kind(words, lambda value: type(value) in (int, float) and low <= value <= high)     # so neither nan nor true
 
 
-def words(name: str, value: Any) -> None:
-    """Raises ValueError unless it is a text that is not empty."""
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a text; got {value!r}")
+def whole(low: int) -> Kind:
+    return Kind(f"a whole number >= {low}", lambda value: type(value) is int and value in SEEDS and value >= low)
+
+
+def choice(*names: str) -> Kind:
+    return Kind(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+TEXT = Kind("a text", is_text)
+NUMBER = number("a finite number")
+SHARE = number("a number in 0..1", 0, 1)
+MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
+
+
+def optional(kind: Kind) -> Kind:
+    return Kind(f"{kind.words} or null", lambda value: value is None or kind.holds(value))
+
+
+def check(place: str, values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """Raises ValueError for the first value that is not of its kind; `place` comes before its name."""
+    for name, kind in kinds.items():
+        if name in values and not kind.holds(values[name]):
+            raise ValueError(f"{place}{name} must be {kind.words}; got {values[name]!r}")
 
 
 def known(name: str, content: Any, needed: set[str], optional: set[str]) -> None:

@@ -15,6 +15,7 @@ Files = tuple[Path, Path]           # a model's config and weights
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/emoji64/model.safetensors")
 NOISE_WEIGHT = 0.003
+PROPAGATE = ("hold", "linear", "quadratic", "zeros")
 NOISE_ORDERS = ("before", "after", "update")
 # The names of ldm.models.diffusion.solvers.SOLVERS, which needs PyTorch; --help must answer at once.
 SAMPLERS = "ddim, plms, ddpm, dpm-solver, dpm-solver++, euler, euler-a, heun, dpm++2m-karras, unipc"
@@ -144,7 +145,7 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                            "configs/plans, uniform:N, pro, deepcache:N[:BRANCH], deepcache:NAME[:BRANCH], "
                            "online:[time:]X, auto:K or auto:SHARE (by calibration), key steps such as 0,1,2,5, or "
                            "FILE.yaml; list prints them with their cost (default: %(default)s)")
-    fast.add_argument("--propagate", choices=("hold", "linear", "quadratic", "zeros"),
+    fast.add_argument("--propagate", choices=PROPAGATE,
                       help="what the decoder gets between key steps: the last one's features, those of the last two or "
                            "three extrapolated, or nothing, for comparison (default: the plan file's, or hold)")
     fast.add_argument("--parallel", type=parallel, metavar="N|auto",

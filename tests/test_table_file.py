@@ -63,7 +63,8 @@ def test_faulty_tables_say_why(tmp_path, capfd, change, why):
     *(("steps", value, A_WHOLE) for value in (0, 2.0, True, "3")), ("parallel", 2 ** 32, A_WHOLE),
     *(("tome", value, "a number in 0..0.75") for value in ("high", 0.8, math.nan)),
     *(("eta", value, "a number in 0..1") for value in (True, -0.1)),
-    *(("noise_weight", value, "a number >= 0") for value in (-1, math.inf)), ("noise_below", math.nan, "a number"),
+    *(("noise_weight", value, "a number >= 0") for value in (-1, math.inf)),
+    ("noise_below", math.nan, "a finite number"),
     *(("propagate", value, A_PROPAGATION) for value in ("cubic", [])),
     ("noise_order", "soon", "one of before, after, update"), ("plain", "no", "true or false"),
     ("plain", 1, "true or false"),
@@ -79,7 +80,8 @@ def test_faulty_fields_of_a_row(tmp_path, capfd, name, value, accepted):
 @pytest.mark.parametrize("field, content, why", [
     ("paper", {"recall": 3}, "paper has recall, which is not among the columns"),
     ("paper", {"fud": 3}, "paper has fud; accepted: "),
-    *(("paper", {"fid": value}, f"paper.fid must be a number; got {value!r}") for value in ("low", math.nan, True)),
+    *(("paper", {"fid": value}, f"paper.fid must be a finite number; got {value!r}")
+      for value in ("low", math.nan, True)),
     ("protocol", {"emoji": 4}, "protocol.emoji must be a text or null; got 4"),
 ], ids=str)
 def test_faulty_numbers_and_protocols_of_a_row(tmp_path, capfd, field, content, why):
