@@ -27,6 +27,7 @@ from ldm.script import (
     CPU_POSITIONS,
     GO_ON,
     Setup,
+    check_network,
     count_nodes,
     make_plan,
     make_recipe,
@@ -145,6 +146,7 @@ def make_engine(args: argparse.Namespace, protocol: Protocol, setup: Setup, batc
     if args.parallel is None and setup.device.type == "cpu":    # not by free memory: last digits depend on it
         plan = replace(plan, parallel=max(1, CPU_POSITIONS // positions))
     model = setup.load(args.weights)
+    check_network(model, recipe, plan)
     with blame("--config", (ValueError, OSError, TypeError, KeyError)):
         engine = Engine(model, sizes, recipe, plan, task_of(protocol, model), uses_autocast(args, setup.device))
     engine.pack()

@@ -185,6 +185,7 @@ def test_a_full_disk_leaves_what_is_there(runs, whole, tmp_path):
     (["--devices", "0"], "--devices: expected a whole number >= 1"), (["--strategy", "fsdp"], "--strategy: .*'fsdp'"),
     (["--sampler", "magic"], "--sampler: .*'magic'"), (["--steps", "2000"], "--steps: "),
     (["--plan", "0,9"], "--plan: key 9 is past the last node 3"), (["--compare"], "unrecognized arguments: --compare"),
+    (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has "),
     (["--ckpt", "nowhere"], "--ckpt: nowhere: no such file"), (["--device", "cuda:99"], "--device: cuda:99"),
 ], ids=" ".join)
 def test_bad_arguments(runs, tmp_path, capfd, arguments, why):

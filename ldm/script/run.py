@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.generate import Item
+    from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.models.diffusion.plan import AnyPlan
     from ldm.sampling.engine import Engine, Recipe, Task
 
@@ -75,15 +76,11 @@ def weights_of(setup: Setup, which: str) -> dict[str, str]:
 def load_engines(args: argparse.Namespace, setup: Setup, recipe: Recipe, plan: AnyPlan,
                  task: Task) -> dict[str, Engine]:
     """The methods of the run by name, on one model: the one asked for, and to compare the plain one before it."""
-    from ldm.models.diffusion.plan import Plan, check_blocks
+    from ldm.models.diffusion.plan import Plan
     from ldm.sampling.engine import Engine
 
     model = setup.load(args.weights)
-    unet = model.model.diffusion_model
-    with blame("--tome"):
-        unet.check_merging(recipe.tome)
-    with blame("--plan"):
-        check_blocks(plan, len(unet.output_blocks))
+    check_network(model, recipe, plan)
     methods = {"accelerated" if args.compare else "pictures": (recipe, plan)}
     if args.compare:
         plain = replace(recipe, noise_weight=0.0, guidance_interval=None, guidance_reuse=False, tome=0.0)
@@ -94,6 +91,17 @@ def load_engines(args: argparse.Namespace, setup: Setup, recipe: Recipe, plan: A
         engines = {label: build(*method) for label, method in methods.items()}
     engines[next(iter(engines))].pack()     # they share the model
     return engines
+
+
+def check_network(model: LatentDiffusion, recipe: Recipe, plan: AnyPlan) -> None:
+    """Raise BadInput if what is asked for is more than the model's network has."""
+    from ldm.models.diffusion.plan import check_blocks
+
+    unet = model.model.diffusion_model
+    with blame("--tome"):
+        unet.check_merging(recipe.tome)
+    with blame("--plan"):
+        check_blocks(plan, len(unet.output_blocks))
 
 
 def follow(engines: Mapping[str, Engine], processes: Processes) -> None:
