@@ -18,6 +18,6 @@ from ldm.script.run import GO_ON, check_network, make_pictures
 from ldm.script.setup import Setup, conditioner, make_setup, picture_size, without_weights
 
 __all__ = ["CPU_POSITIONS", "GO_ON", "Result", "Setup", "calibrations_of", "check_network", "conditioner",
-           "count_nodes", "from_picture", "given_names", "make_pictures", "make_plan", "make_recipe", "make_setup", "named",
-           "picture_size", "pixels", "prompts_in", "run_facts", "stacked", "text_items", "uses_autocast",
+           "count_nodes", "from_picture", "given_names", "make_pictures", "make_plan", "make_recipe", "make_setup",
+           "named", "picture_size", "pixels", "prompts_in", "run_facts", "stacked", "text_items", "uses_autocast",
            "without_weights"]
