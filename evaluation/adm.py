@@ -12,12 +12,14 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.measure import (
     add_network,
     add_reference,
     check_output,
+    check_width,
     how_made,
     incomplete,
     load_network,
@@ -32,6 +34,7 @@ from ldm.cli import BadInput, Parser, blame, command, number
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
     from evaluation.measure import Reference, Seen
+    from evaluation.pictures import Pictures
 
 NEIGHBOURS = 3
 SPLIT = 5000            # pictures of one Inception Score
@@ -83,8 +86,9 @@ def intervals(found: dict[str, Any], samples: Seen, real: Reference, count: int)
 def run(args: argparse.Namespace) -> None:
     # What is quick to check comes before what is slow to do.
     check_output(args.out)
-    check_output(args.save_statistics, "--save-statistics")
     pictures, source = open_samples("SAMPLES", args.samples), real_of(args)
+    if args.save_statistics is not None:
+        check_statistics(args.save_statistics, source)
     made, n = how_made("SAMPLES", pictures), len(pictures.names)
     check_neighbours("SAMPLES", n)
     extract, device = load_network(args)
@@ -95,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
     with blame("REFERENCE", (PictureError,)):
         real = reference(source, extract, args.batch_size, device, keep=True, spatial=True)
+        check_width(real, pictures, extract, device)
     if real.seen is not None:
         check_neighbours("REFERENCE", len(real.seen.pooled))
     with blame("SAMPLES", (PictureError,)):
@@ -111,7 +116,17 @@ def run(args: argparse.Namespace) -> None:
     publish(Result(found, protocol, made, warnings, settings), args.out)
     if args.save_statistics:        # last, so that a full disk costs no value
         with blame("--save-statistics", (OSError,)):
-            save_statistics(args.save_statistics, real.gaussian, real.about | network_of(extract), real.spatial)
+            about = real.about | network_of(extract) | {"doubts": [*real.warnings]}
+            save_statistics(args.save_statistics, real.gaussian, about, real.spatial)
+
+
+def check_statistics(path: str, source: str | Pictures) -> None:
+    """Raise BadInput if the reference's statistics can't be written there; found out before the work."""
+    check_output(path, "--save-statistics")
+    if Path(path).suffix != ".npz":
+        raise BadInput(f"--save-statistics: expected a name that ends in .npz; got {path}")
+    if isinstance(source, str) and Path(path).resolve() == Path(source).resolve():
+        raise BadInput(f"--save-statistics: {path} is REFERENCE itself; expected another file")
 
 
 def check_neighbours(argument: str, n: int) -> None:

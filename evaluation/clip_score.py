@@ -134,7 +134,9 @@ def run(args: argparse.Namespace) -> None:
     model, device = load_model(args)
     variant = VARIANTS[args.variant]
     with blame("--vocabulary", (ValueError,)):
-        cut = sum(model.tokenizer.cut([variant.prefix + prompt for prompt in prompts]))
+        texts = [variant.prefix + prompt for prompt in prompts]
+        cut = sum(model.tokenizer.cut(texts))
+        tokens = model.tokenizer(texts).tolist()
     with blame("SAMPLES", (PictureError,)):
         each = measure(pictures, prompts, model, device, variant, args.resize, args.batch_size)
     name = f"clip_score_{args.variant}"
@@ -144,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
                 f"and lost their ends"] if cut else []
     protocol = {"measure": name, "features_sha256": file_sha256(model.weights), "resize": args.resize,
                 "size": model.size, "n": len(each), "prompts": made.get("protocol_sha256"),
-                "captions_sha256": identity({"captions": prompts})}
+                "captions_sha256": identity({"captions": prompts}), "tokens_sha256": identity({"tokens": tokens})}
     publish(Result(values, protocol, made, warnings), args.out)
 
 

@@ -19,6 +19,7 @@ from evaluation.measure import (
     add_reference,
     cache_of,
     check_output,
+    check_width,
     how_made,
     incomplete,
     load_network,
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
                          keep=args.kid or args.cmmd)
         if (args.kid or args.cmmd) and real.seen is None:
             raise PictureError(f"{args.reference}: mean and covariance only; KID and CMMD need the pictures themselves")
+        check_width(real, pictures, extract, device)
     with blame("SAMPLES", (PictureError,)):
         keep = bool(args.kid or args.cmmd or args.infinity or args.bootstrap)
         seen = look(pictures, extract, args.batch_size, device, "samples", keep)

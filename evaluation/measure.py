@@ -134,12 +134,13 @@ def reference(source: str | Pictures, extract: Extractor, batch: int, device: to
     Raises:
         PictureError: what can't be read, or statistics of another network or resize without pictures.
     """
-    from evaluation.moments import cache_file, cached_statistics, save_statistics
+    from evaluation.moments import SPATIAL, cache_file, cached_statistics, save_statistics
     from evaluation.pictures import ARRAY, open_pictures
 
     arrays = arrays_in(source) if isinstance(source, str) else set()
     pictured = not arrays or ARRAY in arrays
-    stored = stored_statistics(source, extract, spatial, pictured) if "mu" in arrays else None
+    enough = {*SPATIAL} <= arrays or not (spatial and pictured)     # what is missing can be taken of the pictures
+    stored = stored_statistics(source, extract, spatial, pictured) if "mu" in arrays and enough else None
     if stored is not None and not (keep and pictured):
         return stored
     pictures = open_pictures(source) if isinstance(source, str) else source
@@ -214,8 +215,9 @@ def stored_statistics(path: str, extract: Extractor, spatial: bool, pictured: bo
                            f"is {ours[other[0]]}")
     maps = load_statistics(path, *SPATIAL)[0] if spatial else None
     about = {"sha256": file_sha256(path), "n": gaussian.n, "statistics": "in the file"} if of is None else {
-        "sha256": of.get("sha256"), "n": gaussian.n, "statistics": OF_PICTURES}
-    warnings = (f"reference: a file that does not say its resize; taken for {extract.resize}",) if unsure else ()
+        "sha256": of.get("sha256"), "n": gaussian.n, "statistics": of.get("statistics", OF_PICTURES)}
+    warnings = (f"reference: a file that does not say its resize; taken for {extract.resize}",) if unsure else (
+        *(of or {}).get("doubts", ()),)
     return Reference(gaussian, about, maps, warnings=warnings)
 
 
@@ -288,6 +290,20 @@ def how_made(argument: str, pictures: Pictures) -> dict[str, Any]:
 
     with blame(argument, (PictureError,)):
         return pictures.made_with()
+
+
+def check_width(real: Reference, pictures: Pictures, extract: Extractor, device: torch.device) -> None:
+    """Statistics must be as wide as what the network sees; found out by the first picture.
+
+    Raises:
+        PictureError: they are not.
+    """
+    from evaluation.errors import PictureError
+
+    views = extract.see(extract.prepare(next(iter(pictures))[None]).to(device))
+    for what, gaussian, seen in (("", real.gaussian, views.pooled), ("spatial ", real.spatial, views.spatial)):
+        if gaussian is not None and seen is not None and len(gaussian.mean) != seen.shape[1]:
+            raise PictureError(f"statistics of {len(gaussian.mean)} {what}features; {extract.name} has {seen.shape[1]}")
 
 
 def incomplete(pictures: Pictures, made: dict[str, Any]) -> list[str]:

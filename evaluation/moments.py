@@ -85,7 +85,7 @@ class Gaussian:
     n: int | None = None
 
     def __post_init__(self) -> None:
-        if self.covariance.shape != 2 * self.mean.shape:
+        if self.mean.ndim != 1 or not self.mean.size or self.covariance.shape != 2 * self.mean.shape:
             raise PictureError(f"a mean of shape {self.mean.shape} and a covariance of shape "
                                f"{self.covariance.shape} don't belong together")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
@@ -135,8 +135,9 @@ def save_statistics(path: str | Path, gaussian: Gaussian, about: Mapping[str, An
     more = {} if spatial is None else dict(zip(SPATIAL, (spatial.mean, spatial.covariance), strict=True))
     if gaussian.n is not None:      # published files do not say it
         more["n"] = np.int64(gaussian.n)
-    with atomic_write(path) as temporary:
-        np.savez(temporary, mu=gaussian.mean, sigma=gaussian.covariance,
+    # Through a stream: np.savez gives a path the ending .npz if it has another.
+    with atomic_write(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, mu=gaussian.mean, sigma=gaussian.covariance,
                  about=np.array(json.dumps(dict(about), sort_keys=True)), **more)
 
 
@@ -151,6 +152,8 @@ def load_statistics(path: str | Path, mean: str = "mu", covariance: str = "sigma
         with np.load(path, allow_pickle=False) as file:
             n = int(file["n"]) if "n" in file else None
             about = json.loads(str(file["about"])) if "about" in file else None
+            if not isinstance(about, dict | None):
+                raise ValueError(f"about must be an object; got {about!r}")
             found = np.float64(file[mean]), np.float64(file[covariance])
     try:
         gaussian = Gaussian(*found, n)

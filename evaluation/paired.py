@@ -191,8 +191,14 @@ def check_made_alike(plain: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
     """Raise BadInput if the runs, as far as it is known, differ in more than what an acceleration may change."""
     from evaluation.results import flat
 
-    ours, theirs = (flat({name: made.get(name) or {} for name in ("protocol", "weights", "config", "seeds")})
-                    for made in (plain, fast))
+    names = ("protocol", "weights", "config", "averaged", "seeds", "precision")
+
+    def facts(made: Mapping[str, Any]) -> dict[str, Any]:
+        # A run card has the precision among the settings of its method, a picture has it beside the others.
+        method = made["method"] if isinstance(made.get("method"), Mapping) else {}
+        return flat({name: made.get(name, method.get(name)) or {} for name in names})
+
+    ours, theirs = facts(plain), facts(fast)
     differ = [f"{name} ({ours[name]} there, {theirs[name]} here)" for name in sorted(ours.keys() & theirs.keys())
               if ours[name] != theirs[name]]
     if differ:

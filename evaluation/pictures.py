@@ -73,9 +73,9 @@ class Folder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise PictureError(f"{path}: no such folder; expected one with pictures, or an npz file")
-        # What begins with a dot is a picture that is being written.
-        self.files = sorted(file for file in self.path.rglob("*")
-                            if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+        # What begins with a dot is a picture that is being written, or a folder of some tool's copies.
+        self.files = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in SUFFIXES and not any(
+            part.startswith(".") for part in file.relative_to(self.path).parts))
         if not self.files:
             raise PictureError(f"{path}: an empty folder: no {', '.join(SUFFIXES)} files in it")
         self.names = [str(file.relative_to(self.path)) for file in self.files]

@@ -50,7 +50,15 @@ from ldm.arguments import NOISE_ORDERS, ROOT
 
 PROTOCOL_DIR = Path(__file__).parent / "protocols"
 DATA = {"captions": ({"file"}, {"pictures", "where"}), "prompts": ({"file"}, set()), "classes": ({"classes"}, set())}
+LARGEST = 2 ** 14       # pixels of a side
 DEFAULTS = {"config": TEXT, "ckpt": TEXT, "data": TEXT, "noise_below": NUMBER, "noise_order": choice(*NOISE_ORDERS)}
+
+
+def is_where(value: Any) -> bool:
+    def plain(item: Any) -> bool:
+        return isinstance(item, (str, int, float, bool))
+    return isinstance(value, Mapping) and all(map(is_text, value)) and all(
+        all(map(plain, item)) if isinstance(item, list) else plain(item) for item in value.values())
 
 
 def variants(words: str, holds: Callable[[Any], bool]) -> Kind:
@@ -119,11 +127,11 @@ class Protocol:
     name: str = ""
 
     def __post_init__(self) -> None:
-        check("", vars(self), {"size": whole(1), "repeats": whole(1), "seed": whole(0), "guidance": NUMBER,
+        check("", vars(self), {"size": whole(1, LARGEST), "repeats": whole(1), "seed": whole(0), "guidance": NUMBER,
                                "data": MAPPING, "metrics": MAPPING})
         check("data.", {"kind": None, **self.data}, {
             "kind": choice(*DATA), "file": TEXT, "pictures": TEXT, "classes": whole(1),
-            "where": Kind("a mapping of fields to values", MAPPING.holds)})
+            "where": Kind("a mapping of fields to texts, numbers, or lists of them", is_where)})
         needed, more = DATA[self.data["kind"]]
         known("data", self.data, {"kind"} | needed, more)
         known("defaults", self.defaults, set(), {*DEFAULTS})

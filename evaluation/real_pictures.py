@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.errors import PictureError, reading
-from evaluation.pictures import Array, Pictures
+from evaluation.pictures import Array, Folder, Pictures
 from evaluation.protocol import Protocol
-from evaluation.selection import entries, fits
+from evaluation.selection import entries, fits, integer
 
 
 def real_pictures(protocol: Protocol, data: Path) -> Path | Pictures:
-    """The file of published statistics, the folder of the pictures, or of an array those that the protocol asks for.
+    """The file of published statistics, the folder of all pictures, or those pictures that the protocol asks for.
 
     Args:
         data: the folder of the protocol's data.
@@ -26,14 +26,21 @@ def real_pictures(protocol: Protocol, data: Path) -> Path | Pictures:
         return data / protocol.metrics["reference"]
     if "pictures" not in protocol.data:
         raise PictureError(f"protocol {protocol.name} names no real pictures")
-    path = data / protocol.data["pictures"]
-    if path.suffix != ".npy":
+    path, where = data / protocol.data["pictures"], protocol.data.get("where", {})
+    captions = data / protocol.data["file"]
+    if path.suffix == ".npy":
+        pictures, images = Array(path), images_by_id(captions, *where)
+        if len(images) != len(pictures.names):
+            raise PictureError(f"{path}: has {len(pictures.names)} pictures, {captions.name} has {len(images)}")
+        return pictures.chosen([row for row, number in enumerate(sorted(images)) if fits(images[number], where)])
+    if not where:
         return path
-    pictures, where = Array(path), protocol.data.get("where", {})
-    images = images_by_id(data / protocol.data["file"], *where)
-    if len(images) != len(pictures.names):
-        raise PictureError(f"{path}: has {len(pictures.names)} pictures, {protocol.data['file']} has {len(images)}")
-    return pictures.chosen([row for row, number in enumerate(sorted(images)) if fits(images[number], where)])
+    folder, images = Folder(path), images_by_id(captions, "file_name", *where)
+    wanted = {image["file_name"] for image in images.values() if fits(image, where)}
+    if missing := wanted - {*folder.names}:
+        raise PictureError(f"{path}: {len(missing)} pictures that {captions.name} names are not there, such as "
+                           f"{min(missing)}")
+    return folder.chosen([place for place, name in enumerate(folder.names) if name in wanted])
 
 
 def images_by_id(captions: Path, *fields: str) -> dict[int, Mapping[str, Any]]:
@@ -44,4 +51,5 @@ def images_by_id(captions: Path, *fields: str) -> dict[int, Mapping[str, Any]]:
     """
     with reading(captions, "not captions with images"):
         content = json.loads(captions.read_text(encoding="utf-8"))
-        return {image["id"]: image for image in entries(content, "images", ("id", *fields))}
+        return {integer(image, "id", f"images[{place}]"): image
+                for place, image in enumerate(entries(content, "images", ("id", *fields)))}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.protocol import identity
+from evaluation.yaml_file import MAPPING, TEXT, check
 from ldm.cli import BadInput, Parser, blame, command
 from ldm.util import atomic_write
 
@@ -64,6 +65,8 @@ def read_result(path: str | Path) -> Result:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         stated = content.pop("protocol_sha256")
         result = Result(**content)
+        check("", vars(result), {"values": MAPPING, "protocol": MAPPING, "samples": MAPPING, "settings": MAPPING})
+        check("", {"protocol_sha256": stated}, {"protocol_sha256": TEXT})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultError(f"{path}: not a result: {' '.join(str(error).split())}") from error
     if result.protocol_sha256 != stated:

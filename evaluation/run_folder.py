@@ -25,6 +25,7 @@ from PIL import Image
 
 from evaluation.protocol import identity
 from evaluation.selection import Prompt
+from evaluation.yaml_file import MAPPING, TEXT, check, known, whole
 from ldm.generate import Item, Made, append_line, read_manifest
 from ldm.images import read_png, save_png
 from ldm.util import atomic_write, file_sha256
@@ -32,7 +33,10 @@ from ldm.util import atomic_write, file_sha256
 CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"
 NPZ = "samples.npz"
 MAY_DIFFER = ("name", "metrics", "versions")    # in run cards of one run
-NEEDED = ("protocol", "protocol_sha256", "plan", "method", "weights", "batch")      # to go on with a run
+# What a card must have, for a run to be gone on with.
+NEEDED = {"protocol": MAPPING, "protocol_sha256": TEXT, "plan": TEXT, "method": MAPPING, "weights": TEXT,
+          "batch": whole(1)}
+ASKED = {"prompts_sha256": TEXT, "seed": whole(0), "repeats": whole(1), "size": whole(1)}
 SHOWN = 5                   # of what differs or is wrong, how much a message names
 
 Card = Mapping[str, Any]
@@ -184,7 +188,8 @@ class RunFolder:
             with atomic_write(self.path / MANIFEST) as temporary:
                 temporary.write_bytes(content)
         for left in (self.path / SAMPLES).glob(".*"):      # half-written pictures of killed processes
-            left.unlink(missing_ok=True)
+            if not left.is_dir():
+                left.unlink(missing_ok=True)
         return True
 
     def done(self) -> int:
@@ -202,7 +207,8 @@ class RunFolder:
         listed = {line.get("file"): line.get("sha256") for line in lines}
         for item, name in zip(self.items, names, strict=True):
             faults += self._faults_of(item, name, listed.get(name))
-        strays = {f"{SAMPLES}/{path.name}" for path in (self.path / SAMPLES).iterdir()} - {*names}
+        strays = {f"{SAMPLES}/{path.name}" for path in (self.path / SAMPLES).iterdir()
+                  if not (path.is_dir() and path.name.startswith("."))} - {*names}
         if (self.path / NPZ).exists() and not self._npz_is_whole():
             faults.append(f"{NPZ}: not the whole pictures of this run; delete it, --npz writes it anew")
         return faults + [f"{stray}: no picture of this run" for stray in sorted(strays)]
@@ -264,8 +270,10 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        if missing := [name for name in NEEDED if name not in card]:
-            raise FolderError(f"{path}: not a run card: has no {', '.join(missing)}")
+        known("it", card, {*NEEDED}, {*card})
+        check("", card, NEEDED)
+        known("protocol", card["protocol"], {*ASKED}, {*card["protocol"]})
+        check("protocol.", card["protocol"], ASKED)
         if identity(card["protocol"]) != card["protocol_sha256"]:
             raise FolderError(f"{path}: its protocol is not the one that its hash names; the file was changed")
         return card

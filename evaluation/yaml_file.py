@@ -59,8 +59,9 @@ def number(words: str, low: float = -sys.float_info.max, high: float = sys.float
     return Kind(words, lambda value: type(value) in (int, float) and low <= value <= high)     # so neither nan nor true
 
 
-def whole(low: int) -> Kind:
-    return Kind(f"a whole number >= {low}", lambda value: type(value) is int and value in SEEDS and value >= low)
+def whole(low: int, high: int = SEEDS[-1]) -> Kind:
+    words = f">= {low}" if high == SEEDS[-1] else f"in {low}..{high}"
+    return Kind(f"a whole number {words}", lambda value: type(value) is int and low <= value <= high)
 
 
 def choice(*names: str) -> Kind:

@@ -95,11 +95,20 @@ def test_statistics_keep_their_numbers_and_their_origin(tmp_path):
     (-np.eye(3), "has no eigenvalues below 0; got -1"),
     (np.diag([1.0, 1.0, -0.01]), "has no eigenvalues below 0; got -0.01"),
     (np.triu(np.ones((3, 3))), "must be symmetric; got entries that differ by 1 from"),
-    (np.full((3, 3), np.nan), "must be finite")])
+    (np.full((3, 3), np.nan), "must be finite"), (np.eye(2), "don't belong together")])
 def test_a_covariance_that_is_none_says_why(tmp_path, covariance, why):
     """It would give a distance, and a wrong one: of -I from itself 0."""
     np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=covariance)
     with pytest.raises(PictureError, match=f"s.npz: .*{why}"):
+        load_statistics(tmp_path / "s.npz")
+
+
+def test_statistics_of_nothing_say_why(tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(0), sigma=np.zeros((0, 0)))
+    with pytest.raises(PictureError, match="s.npz: a mean of shape .0,. and a covariance of shape .0, 0. don't"):
+        load_statistics(tmp_path / "s.npz")
+    np.savez(tmp_path / "s.npz", mu=np.zeros(1), sigma=np.eye(1), about=np.array("[1]"))
+    with pytest.raises(PictureError, match="s.npz: not statistics .*about must be an object; got .1."):
         load_statistics(tmp_path / "s.npz")
 
 

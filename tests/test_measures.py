@@ -29,6 +29,8 @@ from evaluation.measure import look
 from evaluation.moments import Gaussian, load_statistics, save_statistics, total
 from evaluation.pictures import Array, Folder, open_pictures
 from evaluation.prompts import prompts_of
+from evaluation.protocol import Protocol
+from evaluation.real_pictures import real_pictures
 from evaluation.results import Result, ResultError, comparable, read_result
 from ldm.images import psnr, save_png
 from ldm.util import file_sha256
@@ -90,6 +92,7 @@ def call(sets, lite0, monkeypatch):
         flags += ["--cache", str(sets / "cache")] if module is fid and "--cache" not in arguments else []
         places = [str(sets / a) if (sets / a).exists() else a for a in arguments]
         return module.main([*flags, *places])
+    run.sets = sets
     return run
 
 
@@ -219,6 +222,23 @@ def test_the_real_pictures_of_a_protocol(call, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "REFERENCE: .*pictures.npy: has 6 pictures, captions.json has 5")
 
 
+def test_the_real_pictures_of_a_protocol_in_a_folder(tmp_path):
+    for k in range(5):
+        save_png(tmp_path / "real" / f"{k}.png", draw(k), {})
+    images = [{"id": 50 - k, "file_name": f"{k}.png", "height": 30 + k % 2} for k in range(5)]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images}))
+    asks = {"data": {"kind": "captions", "file": "c.json", "pictures": "real"}, "size": 32, "guidance": 1.0}
+    assert real_pictures(Protocol(**asks), tmp_path) == tmp_path / "real"
+    some = Protocol(**asks | {"data": asks["data"] | {"where": {"height": 31}}})
+    assert real_pictures(some, tmp_path).names == ["1.png", "3.png"]
+    (tmp_path / "real" / "3.png").unlink()
+    with pytest.raises(PictureError, match="real: 1 pictures that c.json names are not there, such as 3.png"):
+        real_pictures(some, tmp_path)
+    (tmp_path / "c.json").write_text(json.dumps({"images": [*images, images[0] | {"id": "x"}]}))
+    with pytest.raises(PictureError, match=r"c.json: .*images\[5\]: id must be a whole number in 0..2.32-1; got 'x'"):
+        real_pictures(some, tmp_path)
+
+
 def test_a_run_that_is_not_finished_is_told(call, sets, tmp_path, capsys):
     shutil.copytree(sets / "plain", tmp_path / "samples")
     (tmp_path / "run.json").write_text(json.dumps({"plan": "off", "pictures": N + 3}))
@@ -301,8 +321,12 @@ def disk_with_room_for(size: int) -> Iterator[None]:
 
 
 def test_statistics_that_can_not_be_saved_cost_no_value(call, tmp_path, capsys):
-    assert call(adm, "real", "plain", "--save-statistics", str(tmp_path)) == 2
-    assert_one_line(capsys.readouterr().err, "--save-statistics: can't write ")
+    np.savez(tmp_path / "r.npz", arr_0=np.stack([np.array(draw(i)) for i in range(5)]))
+    for path, why in ((".", "can't write "), ("s", "expected a name that ends in .npz; got "),
+                      ("r.npz", ".*r.npz is REFERENCE itself; expected another file")):
+        assert call(adm, str(tmp_path / "r.npz"), "plain", "--save-statistics", str(tmp_path / path)) == 2
+        assert_one_line(capsys.readouterr().err, f"--save-statistics: {why}")
+    (tmp_path / "r.npz").unlink()
     with disk_with_room_for(100_000):
         assert call(adm, "real", "plain", "--save-statistics", str(tmp_path / "s.npz"), "--out",
                     str(tmp_path / "a.json")) == 2
@@ -310,6 +334,39 @@ def test_statistics_that_can_not_be_saved_cost_no_value(call, tmp_path, capsys):
     assert captured.err.splitlines()[-1].startswith("adm.py: error: --save-statistics: ")
     assert "recall" in captured.out and "recall" in load_json(tmp_path / "a.json")["values"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_statistics_that_are_saved_again_keep_their_doubts(call, lite0, tmp_path):
+    """What a file does not say of itself is not known of its copy."""
+    features = look(Folder(call.sets / "real"), lite0, 50, torch.device("cpu"), "real", spatial=True)
+    about = measure.network_of(lite0) | {"sha256": "x", "statistics": "in the file", "doubts": ["reference: of what?"]}
+    save_statistics(tmp_path / "s.npz", features.moments.gaussian(), about, features.spatial.gaussian())
+    copy = tmp_path / "t.npz"
+    assert call(adm, str(tmp_path / "s.npz"), "plain", "--save-statistics", str(copy), "--out",
+                str(tmp_path / "a.json")) == 0
+    again = fid_of(call, tmp_path / "b.json", str(copy), "plain")
+    for found in (load_json(tmp_path / "a.json"), again):
+        assert found["protocol"]["reference"]["statistics"] == "in the file"
+        assert "reference: of what?" in found["warnings"]
+
+
+def test_spatial_statistics_that_a_file_lacks_are_taken_of_its_pictures(call, lite0, tmp_path, capsys):
+    levels = np.stack([np.array(draw(i)) for i in range(6)])
+    seen = look(Folder(call.sets / "real"), lite0, 50, torch.device("cpu"), "real").moments.gaussian()
+    about = json.dumps(measure.network_of(lite0) | {"sha256": "x"})
+    np.savez(tmp_path / "half.npz", arr_0=levels, mu=seen.mean, sigma=seen.covariance, about=about)
+    np.savez(tmp_path / "bare.npz", mu=seen.mean, sigma=seen.covariance, about=about)
+    assert call(adm, str(tmp_path / "half.npz"), "plain", "--out", str(tmp_path / "a.json")) == 0
+    assert load_json(tmp_path / "a.json")["protocol"]["reference"]["n"] == 6
+    capsys.readouterr()
+    assert call(adm, str(tmp_path / "bare.npz"), "plain") == 2
+    assert_one_line(capsys.readouterr().err, r"REFERENCE: .*not statistics \(mu_s, sigma_s\)")
+
+
+def test_statistics_of_another_width_are_found_before_the_work(call, lite0, tmp_path, capsys):
+    save_statistics(tmp_path / "s.npz", Gaussian(np.zeros(3), np.eye(3), 9), measure.network_of(lite0))
+    assert call(fid, str(tmp_path / "s.npz"), "plain") == 2
+    assert_one_line(capsys.readouterr().err, "REFERENCE: statistics of 3 features; efficientnet-lite0 has 1280")
 
 
 def test_published_statistics_can_be_saved_again(tmp_path):
@@ -398,8 +455,11 @@ def test_sets_that_do_not_match_are_refused(call, sets, capsys, plain, fast, why
 
 
 def test_runs_that_differ_in_more_than_an_acceleration_are_refused(call, tmp_path, capsys):
-    card = {"plan": "off", "seeds": [7], "weights": "w", "protocol": {"guidance": 2.0, "size": 32}}
-    for name, change in {"plain": {}, "fast": {"plan": "auto:9"}, "other": {"seeds": [8], "protocol": {"guidance": 5.0}}
+    card = {"plan": "off", "seeds": [7], "weights": "w", "protocol": {"guidance": 2.0, "size": 32}, "config": "c",
+            "averaged": "ema", "method": {"precision": "full", "steps": 50}}
+    others = {"other": {"seeds": [8], "protocol": {"guidance": 5.0}}, "raw": {"averaged": "raw"},
+              "config": {"config": "d"}, "half": {"method": {"precision": "autocast"}}}
+    for name, change in {"plain": {}, "fast": {"plan": "auto:9", "method": {"precision": "full", "steps": 20}}, **others
                          }.items():
         (tmp_path / name).mkdir()
         np.savez(tmp_path / name / "samples.npz", arr_0=np.stack([np.array(draw(i)) for i in range(4)]))
@@ -412,6 +472,10 @@ def test_runs_that_differ_in_more_than_an_acceleration_are_refused(call, tmp_pat
     assert call(paired, plain, other) == 2
     assert_one_line(capsys.readouterr().err, r"ACCELERATED: was not made as PLAIN was: protocol.guidance \(2.0 there, "
                                              r"5.0 here\); seeds \(\[7\] there, \[8\] here\); expected runs")
+    for name, why in {"raw": "averaged .ema there, raw here.", "config": "config .c there, d here.",
+                      "half": "precision .full there, autocast here."}.items():
+        assert call(paired, plain, str(tmp_path / name / "samples.npz")) == 2
+        assert_one_line(capsys.readouterr().err, f"ACCELERATED: was not made as PLAIN was: {why}; expected runs")
 
 
 def test_arrays_are_paired_by_place(call, tmp_path, capsys):
@@ -473,6 +537,14 @@ def test_clip_score_end_to_end(call, sets, clip_folder, tmp_path, capsys):
     assert call(clip_score, *map(str, again), network=False) == 0
     name = "clip_score_hessel"
     assert load_json(tmp_path / "b.json")["values"][name] == pytest.approx(found["values"][name], rel=1e-5)
+
+    # Other tokens for the same captions are another measure.
+    lines = (clip_folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join([lines[0], *reversed(lines[1:])]), encoding="utf-8")
+    again = [*ours[:-1], tmp_path / "c.json", "--prompts", prompts, "--vocabulary", tmp_path / "merges.txt"]
+    assert call(clip_score, *map(str, again), network=False) == 0
+    with pytest.raises(ResultError, match="differ in tokens_sha256"):
+        comparable({key: read_result(tmp_path / f"{key}.json") for key in "bc"})
 
 
 def test_a_variant_takes_its_own_model_only(call, sets, clip_folder, capsys):
@@ -551,9 +623,11 @@ def test_a_changed_result_is_not_one(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(ResultError, match="its protocol is not the one that its hash .* names"):
         read_result(tmp_path / "a.json")
-    (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(ResultError, match="a.json: not a result"):
-        read_result(tmp_path / "a.json")
+    for damaged in ([], None, content | {"values": []}, content | {"protocol": [1]}, content | {"samples": None},
+                    content | {"protocol_sha256": 3}):
+        (tmp_path / "a.json").write_text(json.dumps(damaged))
+        with pytest.raises(ResultError, match="a.json: not a result"):
+            read_result(tmp_path / "a.json")
 
 
 def test_a_full_disk_loses_no_value(tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from datetime import date
 
 import pytest
 from coco import captions, write_coco, write_protocol
@@ -50,7 +51,7 @@ def test_the_forks_two_rows_differ_in_guidance_alone():
 
 
 @pytest.mark.parametrize("changes, why", [
-    ({"size": 0}, "size must be a whole number >= 1; got 0"), ({"size": "big"}, "size must be.*'big'"),
+    ({"size": 0}, "size must be a whole number in 1..16384; got 0"), ({"size": "big"}, "size must be.*'big'"),
     ({"guidance": "high"}, "guidance must be a finite number; got 'high'"),
     ({"colour": 1}, "the file has colour; accepted: .*guidance"),
     ({"data": {"kind": "films"}}, "data.kind must be one of captions, prompts, classes; got 'films'"),
@@ -70,7 +71,9 @@ def test_the_forks_two_rows_differ_in_guidance_alone():
     ({"guidance": True}, "guidance must be a finite number; got True"), ({"guidance": float("nan")}, "guidance must"),
     ({"sampling__sampler": 3}, "sampling.sampler must be a text; got 3"),
     ({"sampling__eta": "much"}, "sampling.eta must be a number in 0..1 or null; got 'much'"),
-    ({"data__where": ["train"]}, r"data.where must be a mapping of fields to values; got \['train'\]"),
+    *(({"data__where": where}, "data.where must be a mapping of fields to texts, numbers, or lists of them; got")
+      for where in (["train"], {1: 2}, {"height": [20, date(2020, 1, 1)]}, {"height": None})),
+    ({"size": 10 ** 9}, "size must be a whole number in 1..16384; got 1000000000"),
     ({"metrics__fid": "inception-2015/clean"}, "metrics.fid must be a list of EXTRACTOR/RESIZE; got 'inception"),
     ({"metrics__fid": ["inception-2015"]}, "metrics.fid must be a list of EXTRACTOR/RESIZE"),
     ({"metrics__clip_score": []}, "metrics.clip_score must be a list"), ({"metrics__kid": []}, "metrics has kid"),

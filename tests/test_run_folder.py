@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from processes import Child
 
 import evaluation.run_folder
+from evaluation.pictures import Folder
 from evaluation.protocol import identity
 from evaluation.run_folder import FolderError, RunFolder, prompts_sha256
 from evaluation.selection import Prompt
@@ -122,6 +124,16 @@ def test_parts_need_not_know_of_each_other(tmp_path, whole):
     assert content(path) == content(whole)
 
 
+def test_hidden_folders_of_other_tools_are_no_pictures(whole):
+    before = content(whole)
+    (whole / "samples" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(next((whole / "samples").glob("*.png")), whole / "samples" / ".ipynb_checkpoints")
+    assert RunFolder(whole).faults() == [] and RunFolder(whole).finish()
+    assert len(Folder(whole / "samples").names) == len(RunFolder(whole).items)
+    shutil.rmtree(whole / "samples" / ".ipynb_checkpoints")
+    assert content(whole) == before
+
+
 def test_damage_is_found_and_mended(whole):
     before = content(whole)
     first, second, third, fourth, *_ = sorted((whole / "samples").iterdir())
@@ -169,8 +181,12 @@ def test_files_that_were_changed_are_refused(whole, tmp_path):
         RunFolder(whole)
     text = (whole / "run.json").read_text()
     for changed, why in ((text.replace('"size": 4', '"size": 5'), "its protocol is not the one that its hash names"),
-                         (text[:40], "not a run card"), ("{}", "not a run card: has no protocol, protocol_sha256,"),
-                         (text.replace('"batch"', '"many"'), "not a run card: has no batch"), ("[]", "not a run card")):
+                         (text[:40], "not a run card"), ("{}", "not a run card: it has no batch, method,"),
+                         (text.replace('"batch"', '"many"'), "not a run card: it has no batch"),
+                         (text.replace('"batch": 2', '"batch": "2"'), "not a run card: batch must be a whole number"),
+                         (text.replace('"seed": 5', '"seed": "5"'), "not a run card: protocol.seed must be a whole"),
+                         (text.replace('"repeats"', '"again"'), "not a run card: protocol has no repeats"),
+                         ("[]", "not a run card")):
         (whole / "run.json").write_text(changed)
         with pytest.raises(FolderError, match=f"run.json: {why}"):
             RunFolder(whole)
