@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from toy import toy_denoiser, toy_inputs, toy_network, toy_rule
 from txt2img_model import WORDS, write_model
@@ -26,7 +27,7 @@ from evaluation.plots.blocks import (
     frobenius,
     plain_outputs,
 )
-from evaluation.plots.drawing import Drawing, keep_apart, thin_out
+from evaluation.plots.drawing import Drawing, canvas, keep_apart, picture_rows, thin_out
 from evaluation.plots.evolution import looks_of
 from evaluation.plots.maps import colours
 from evaluation.plots.placement import SERIES, STRATEGIES, chart, standard_error
@@ -211,6 +212,23 @@ def test_notes_are_moved_up_until_none_lies_on_another():
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert notes[0].xyann == notes[3].xyann == (5, 0) and notes[2].xyann[1] > notes[1].xyann[1] > 0
     assert max(box.y1 for box in boxes) - boxes[0].y0 < 3.5 * boxes[0].height       # no farther than needed
+
+
+def test_dollar_signs_in_texts_are_no_maths_but_powers_at_an_axis_are(tmp_path):
+    text = r"cash $^$ money, $\nope{$"
+    left, right = (figure := canvas(8, 5)).subfigures(1, 2)
+    picture_rows(left, [[torch.zeros(3, 8, 8)]], [text], [text])
+    left.suptitle(text)
+    (axes := right.subplots()).plot([1, 2], [1, 100], label=text)
+    axes.annotate(text, (1, 1), xytext=(5, 0), textcoords="offset points")
+    axes.text(1, 2, text)
+    axes.set_yscale("log")
+    figure.legend(*axes.get_legend_handles_labels())
+    Drawing(figure, text, {}).save(str(tmp_path / "out"), text, {})
+    shown = [artist for artist in figure.findobj(Text) if "nope" in artist.get_text().replace("\n", "")]
+    assert len(shown) == 7 and not any(artist.get_parse_math() for artist in shown)
+    powers = [label for label in axes.get_yticklabels() if label.get_text()]
+    assert powers and all("10^" in label.get_text() and label.get_parse_math() for label in powers)
 
 
 def points_of(specs, error: float) -> dict[str, dict[str, float]]:

@@ -11,8 +11,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Tick
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
@@ -56,6 +57,7 @@ class Drawing:
         width = int(self.figure.get_size_inches()[0] * 19)      # characters of this size in the figure's width
         caption = f"{self.notes} {caption}"
         self.figure.supxlabel(textwrap.fill(caption, width), fontsize=6.5, color="#333333")
+        no_maths(self.figure)
         keep_apart(self.figure.findobj(Annotation))
         record = {"caption": caption, **settings, **self.of, "values": self.values}
         texts = {"json": json.dumps(record, indent=1, default=_rounded)} | (
@@ -100,6 +102,13 @@ def picture_rows(part: Figure | SubFigure, rows: Sequence[Sequence[Tensor]], col
     for axes, label in zip(grid[:, 0], labels, strict=bool(labels)):
         wrapped = "\n".join(textwrap.fill(line, 17) for line in label.split("\n"))
         axes.set_ylabel(wrapped, rotation=0, ha="right", va="center", fontsize=7)
+
+
+def no_maths(figure: Figure) -> None:
+    """Show every text as it stands, prompts with dollar signs too; but numbers at an axis may be powers."""
+    numbers = {text for tick in figure.findobj(Tick) for text in tick.findobj(Text)}
+    for text in {*figure.findobj(Text)} - numbers:
+        text.set_parse_math(False)
 
 
 def keep_apart(notes: Sequence[Annotation]) -> None:
