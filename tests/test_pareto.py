@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from tiny_data import write_data
@@ -29,14 +30,23 @@ def test_lists_in_a_row_are_rows(tmp_path):
     assert len(shipped) == len(set(map(str, shipped))) > 25
 
 
-@pytest.mark.parametrize("text", ["rows: 3", "other: []", "rows: [{family: a, stepz: 3}]", "rows: [{steps: 3}]", "a: [",
-                                  "rows: [{family: a, plan: off}]", "rows: [{family: a, label: '{stepz}'}]",
-                                  "rows: [3]", "rows: []", "rows: [{family: a, steps: [5, few]}]"])
-def test_faulty_rows_say_why(tmp_path, capsys, text):
+@pytest.mark.parametrize("text, why", [
+    ("rows: 3", "rows must be a list with a row or more"), ("other: []", "has no rows"), ("rows: []", "rows must be"),
+    ("a: [", ""), ("rows: [3]", "row 1 must be a mapping"), ("rows: [{steps: 3}]", "row 1 has no family"),
+    ("rows: [{family: a, stepz: 3}]", "row 1 has stepz"), ("rows: [{family: a, steps: []}]", "steps is an empty list"),
+    ("rows: [{family: a, plan: off}]", "plan must be a text, 'off' in quotes"),
+    ("rows: [{family: a, label: '{stepz}'}]", "label may have"),
+    ("rows: [{family: a, steps: [5, few]}]", "steps must be"), ("rows: [{family: a, steps: true}]", "steps must be"),
+    ("rows: [{family: a, steps: 0}]", "steps must be"), ("rows: [{family: a, propagate: {a: 1}}]", "propagate must be"),
+    ("rows: [{family: a, noise_weight: -1}]", "noise_weight must be a number >= 0"),
+    ("rows: [{family: a, noise_weight: .nan}]", "noise_weight must be a number >= 0"),
+    ("rows: [{family: a, steps: 3}, {family: b, steps: 3}]", "two rows are 'ddim 3'"),
+    ("rows: [{family: a, steps: [3, 3]}]", "two rows are 'ddim 3'")])
+def test_faulty_rows_say_why(tmp_path, capsys, text, why):
     (tmp_path / "rows.yaml").write_text(text)
     assert main(["pareto", "--rows", str(tmp_path / "rows.yaml"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "--rows: " in error and "expected rows as in" in error and error.count("\n") == 1
+    assert "--rows: " in error and "not a file of rows as in" in error and why in error and error.count("\n") == 1
 
 
 def test_a_front_is_what_no_cheaper_point_equals():
@@ -90,18 +100,72 @@ def test_any_model_has_both_costs_and_the_distances_from_its_plain_run(tmp_path,
     assert "--out: " in (error := capsys.readouterr().err) and "is of another run" in error
 
 
-def test_rows_that_are_kept_are_drawn_without_a_run(tmp_path):
-    rows = tmp_path / "rows.yaml"
-    rows.write_text("rows:\n- {family: fewer, steps: 1}\n")
-    arguments = ["pareto", "--rows", str(rows), "--steps", "2", "--count", "1", "--out", str(tmp_path / "out")]
-    assert main(arguments) == 0
-    record = json.loads((tmp_path / "out.json").read_text())
-    record["values"]["rows"]["ddim 1"]["mse_latents"] = 123.0
-    (tmp_path / "out.json").write_text(json.dumps(record))
-    rows.write_text("rows:\n- {family: other, steps: 1, label: '{family}'}\n")
-    assert main(arguments) == 0
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[list[str], dict, str]:
+    """A run of a tiny model: its arguments but --rows and --out; what it wrote; its rows."""
+    config, ckpt = write_model(folder := tmp_path_factory.mktemp("tiny"))
+    (folder / "prompts.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    (folder / "plan.yaml").write_text("source: a test\nsteps: {4: [0, 2]}\n")
+    rows = f"rows:\n- {{family: fewer, steps: 1}}\n- {{family: plan, plan: '{folder / 'plan.yaml'}'}}\n"
+    arguments = ["pareto", "--config", str(config), "--ckpt", str(ckpt), "--prompts", str(folder / "prompts.txt"),
+                 "--steps", "4", "--count", "1"]
+    assert go_on(arguments, folder, rows) == 0
+    return arguments, json.loads((folder / "out.json").read_text()), rows
+
+
+def go_on(arguments: list[str], folder: Path, rows: str, record: dict | None = None) -> int:
+    """The exit code of the command with these rows in this folder, where the record was left by a run."""
+    (folder / "rows.yaml").write_text(rows)
+    if record is not None:
+        (folder / "out.json").write_text(json.dumps(record))
+    return main([*arguments, "--rows", str(folder / "rows.yaml"), "--out", str(folder / "out")])
+
+
+def marked(record: dict, **values) -> dict:
+    """The record with other values in all of its rows."""
+    return record | {"values": {"rows": {name: row | values for name, row in record["values"]["rows"].items()}}}
+
+
+def test_rows_that_are_kept_are_drawn_without_a_run(finished, tmp_path):
+    arguments, record, _ = finished
+    rows = "rows:\n- {family: other, steps: 1, label: '{family}'}\n"
+    assert go_on(arguments, tmp_path, rows, marked(record, mse_latents=123.0)) == 0
     assert "123.00000" in (tmp_path / "out.md").read_text()
     assert read(tmp_path / "out.json")["ddim 1"]["family"] == "other"
+
+
+def test_a_row_whose_plan_is_another_one_is_measured_again(finished, tmp_path):
+    arguments, record, rows = finished
+    assert [row["resolved"]["keys"] for row in record["values"]["rows"].values()] == [None, [0, 2]]
+    stale = marked(record, mse_latents=123.0)
+    stale["values"]["rows"][[*stale["values"]["rows"]][1]]["resolved"] = {"keys": [0, 1], "propagate": "hold"}
+    assert go_on(arguments, tmp_path, rows, stale) == 0
+    kept, anew = read(tmp_path / "out.json").values()
+    assert kept["mse_latents"] == 123 and anew == [*record["values"]["rows"].values()][1]
+
+
+@pytest.mark.parametrize("flag, value, differs", [("--precision", "autocast", "precision"), ("--steps", "5", "steps"),
+                                                  ("--weights", "raw", "averaged"), ("--config", "other", "config")])
+def test_rows_of_another_run_are_not_gone_on_with(finished, tmp_path, capsys, flag, value, differs):
+    arguments, record, rows = finished
+    if flag == "--config":
+        config = Path(arguments[arguments.index(flag) + 1]).read_text()
+        value = str(tmp_path / "config.yaml")
+        Path(value).write_text(config.replace("linear_end: 0.012", "linear_end: 0.02"))
+    assert go_on([*arguments, flag, value], tmp_path, rows, record) == 2
+    error = capsys.readouterr().err
+    assert f"is of another run; different: {differs} (" in error and error.count("\n") == 1
+    assert json.loads((tmp_path / "out.json").read_text()) == record
+
+
+@pytest.mark.parametrize("kept, why", [
+    ([], "rows must be a mapping"), (None, "rows must be a mapping"), ({"a": None}, "row a must be a mapping"),
+    ({"a": {}}, "row a: resolved must be"), ({"a": {"resolved": {"keys": None}}}, "row a: macs_share must be")])
+def test_kept_rows_that_are_not_whole_say_why(finished, tmp_path, capsys, kept, why):
+    arguments, record, rows = finished
+    assert go_on(arguments, tmp_path, rows, record | {"values": {"rows": kept}}) == 2
+    assert (error := capsys.readouterr().err).startswith("figures.py: error: --out: ") and why in error
+    assert error.count("\n") == 1
 
 
 def test_a_dataset_gives_its_captions_and_what_needs_its_pictures(tmp_path, capsys):
@@ -113,7 +177,8 @@ def test_a_dataset_gives_its_captions_and_what_needs_its_pictures(tmp_path, caps
     assert few["fid_real"] > 0 and few["feature_distance"] > 0 and 0 <= few["R@5"] <= 1
     assert "Fréchet distance" in (tmp_path / "out.md").read_text()
     capsys.readouterr()
-    for count, why in (("20", "--count: "), ("1", "is of another run")):
+    np.save(tmp_path / "pictures.npy", 255 - np.load(tmp_path / "pictures.npy"))
+    for count, why in (("20", "--count: "), ("1", "different: pictures (2 there, 1 given)"), ("2", "different: data")):
         assert main([*arguments, count]) == 2
         assert why in (error := capsys.readouterr().err) and error.count("\n") == 1
 

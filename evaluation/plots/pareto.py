@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
@@ -31,18 +31,26 @@ from evaluation.plots.drawing import MARKERS, Drawing, canvas
 from evaluation.plots.scene import BATCH, Scene, uncalibrated
 from evaluation.recognition import Asked
 from evaluation.retrieval import SPLITS, RealSet, features_of, load_extractor
+from evaluation.run_folder import differences, some
+from evaluation.table_file import ROW, TABLE
+from evaluation.yaml_file import MAPPING, NUMBER, TEXT, Kind, check, choice, known, optional, reading
+from ldm.arguments import PROPAGATE
+from ldm.checkpoint import fingerprint
 from ldm.cli import BadInput, blame
 from ldm.data.emoji import EmojiPictures
 from ldm.generate import Item, digest, prompt_items
 from ldm.images import from_pil, psnr, to_pil
 from ldm.models.diffusion.plan import AnyPlan
 from ldm.sampling.engine import Spent
-from ldm.util import atomic_write
+from ldm.util import atomic_write, file_sha256
 
 LISTS = ("sampler", "steps", "plan", "propagate")       # what may be a list in a row: one row for each
-FIELDS = (("family", str, "text"), ("steps", int, "a whole number"), ("sampler", str, "text"),
-          ("plan", str, "text, 'off' in quotes, which YAML takes for no"), ("noise_weight", int | float, "a number"),
-          ("guidance_reuse", bool, "true or false"), ("label", str, "text"))
+FIELDS = {name: ROW[name] for name in ("steps", "sampler", "plan", "noise_weight")} | {
+    "family": TEXT, "propagate": optional(choice(*PROPAGATE)),
+    "guidance_reuse": Kind("true or false", lambda value: type(value) is bool),
+    "label": Kind("text", lambda value: isinstance(value, str))}
+KEPT = {"resolved": MAPPING, "macs_share": NUMBER, "critical_share": NUMBER, "mse_latents": NUMBER} | dict.fromkeys(
+    ("psnr", "ssim", "feature_distance", "fid_real", "R@5"), optional(NUMBER))      # what is read of a finished row
 # Okabe and Ito's colours but the yellow, which is faint on paper.
 COLOURS = ("#000000", "#7F7F7F", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
 COSTS = {"macs_share": "MACs of the UNet", "critical_share": "MACs on the critical path"}
@@ -58,6 +66,9 @@ class Row:
     """One way to make pictures; see evaluation/pareto.yaml.
 
     label: beside the row's mark, with fields of the row in braces.
+
+    Raises:
+        ValueError: a value that is not what it should be.
     """
 
     family: str
@@ -70,10 +81,11 @@ class Row:
     label: str = ""
 
     def __post_init__(self) -> None:
-        for name, kind, what in FIELDS:
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be {what}; got {getattr(self, name)!r}")
-        self.label.format(**vars(self))
+        check("", vars(self), FIELDS)
+        try:
+            self.label.format(**vars(self))
+        except (LookupError, AttributeError, TypeError, ValueError):
+            raise ValueError(f"label may have {', '.join(FIELDS)} in braces; got {self.label!r}") from None
 
     def __str__(self) -> str:
         parts = [f"{self.sampler} {self.steps}"] + [self.plan] * (self.plan != "off")
@@ -99,7 +111,7 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     notes = (f"Error against what a run costs; mean over the pictures. The plain run is that of the same sampler with "
              f"{args.steps} steps. Lines join the rows of a family that no cheaper one of it equals."
              f"{' Pictures of captions of the dataset.' if args.data else ''}{remark}")
-    return Drawing(figure, notes, {"rows": kept | rows}, table="\n".join(table(rows)), of=bench.settings())
+    return Drawing(figure, notes, {"rows": kept | rows}, table="\n".join(table(rows)), of=bench.settings)
 
 
 def read_rows(path: str, steps: int) -> list[Row]:
@@ -108,19 +120,23 @@ def read_rows(path: str, steps: int) -> list[Row]:
     Raises:
         ValueError: it can't be read, or holds something else.
     """
-    rows = []
-    try:
-        for entry in yaml.safe_load(Path(path).read_text(encoding="utf-8"))["rows"]:
-            names = [name for name in LISTS if name in entry]
-            lists = [entry[name] if isinstance(entry[name], list) else [entry[name]] for name in names]
-            rows += [Row(**{"steps": steps} | entry | dict(zip(names, values, strict=True)))
-                     for values in product(*lists)]
-    except (OSError, yaml.YAMLError, TypeError, LookupError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: expected rows as in evaluation/pareto.yaml; {reason}") from None
-    if not rows:
-        raise ValueError(f"{path}: expected rows as in evaluation/pareto.yaml; there is none")
+    with reading("file of rows as in evaluation/pareto.yaml", Path(path)) as content:
+        known("it", content, {"rows"}, set())
+        check("", content, {"rows": TABLE["rows"]})
+        rows = [row for k, entry in enumerate(content["rows"], 1) for row in rows_of(f"row {k}", entry, steps)]
+        if twice := [name for name, number in Counter(map(str, rows)).items() if number > 1]:
+            raise ValueError(f"two rows are {twice[0]!r}; expected each way to make pictures once")
     return rows
+
+
+def rows_of(place: str, entry: Any, steps: int) -> list[Row]:
+    """The rows of one entry; see `read_rows`."""
+    known(place, entry, {"family"}, {*FIELDS})
+    lists = {name: entry[name] if isinstance(entry[name], list) else [entry[name]] for name in LISTS if name in entry}
+    if empty := [name for name, values in lists.items() if not values]:
+        raise ValueError(f"{place}: {empty[0]} is an empty list; expected a value or more")
+    return [Row(**{"steps": steps} | entry | dict(zip(lists, values, strict=True)))
+            for values in product(*lists.values())]
 
 
 def plans_of(scene: Scene, rows: Sequence[Row]) -> tuple[dict[Row, AnyPlan], str]:
@@ -167,10 +183,15 @@ class Bench:
             pictures = [EmojiPictures(self.data, split=split, max_tier=2) for split in SPLITS]
         return RealSet.of(pictures, load_extractor(), BATCH)
 
+    @cached_property
     def settings(self) -> dict[str, Any]:
-        """What the values depend on beside the scene, as JSON values."""
-        return {"steps": self.steps, "data": self.data is not None,
-                "items": digest([item.settings() for item in self.items])}
+        """What the values depend on beside what the scene names, as JSON values."""
+        scene, items = self.scene, digest([item.settings() for item in self.items])
+        with blame("--data"):
+            data = self.data and file_sha256(*(Path(self.data) / name for name in ("pictures.npy", "captions.json")))
+        return {"config": fingerprint(scene.setup.config_path)[:16], "averaged": scene.averaged,
+                "precision": "autocast" if scene.autocast else "full", "steps": self.steps,
+                "data": data and data[:16], "items": items}
 
     @cached_property
     def items(self) -> list[Item]:
@@ -192,6 +213,7 @@ class Bench:
         x, pictures, spent = self.made(row, plan)
         ratio = psnr(pictures, plain[1]).numpy()
         return asdict(row) | {
+            "resolved": plan.settings(),
             "macs": spent.macs, "critical": spent.critical, "macs_share": spent.macs / plain[2].macs,
             "critical_share": spent.critical / plain[2].critical,
             "mse_latents": float((x - plain[0]).square().mean()),
@@ -211,14 +233,16 @@ class Bench:
 def results(bench: Bench, plans: Mapping[Row, AnyPlan], save: Path) -> dict[str, Values]:
     """Values by the rows' names: of these rows and of all that the figure's file has; it is written after each row.
 
+    A row of the file is measured again if its plan resolves to other nodes than it did.
+
     Raises:
         BadInput: the file is of another run, or can't be read or written.
     """
-    head = bench.scene.settings() | bench.settings()
+    head = bench.scene.settings() | bench.settings
     kept = kept_rows(save, head)
     plains: dict[str, tuple[Tensor, Tensor, Spent]] = {}
     for row, plan in tqdm(plans.items(), desc="rows", unit="row", disable=None):
-        if str(row) in kept:
+        if str(row) in kept and kept[str(row)]["resolved"] == plan.settings():
             continue
         with blame(f"--rows: {row}", (ValueError,)):
             if row.sampler not in plains:
@@ -240,11 +264,16 @@ def kept_rows(save: Path, head: Mapping[str, Any]) -> dict[str, Values]:
     try:
         found = json.loads(save.read_text(encoding="utf-8"))
         kept = found.pop("values")["rows"]
+        found.pop("caption", None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"--out: {save} is there and has no rows of this figure; expected another name") from error
-    found.pop("caption", None)
-    if found != head:
-        raise BadInput(f"--out: {save} is of another run ({found}); this one is {dict(head)}")
+    if differ := differences(found, head):
+        raise BadInput(f"--out: {save} is of another run; different: {some(differ)}; expected another name")
+    with blame(f"--out: {save}", (ValueError,)):
+        check("", {"rows": kept}, {"rows": MAPPING})
+        check("row ", kept, dict.fromkeys(kept, MAPPING))
+        for name, values in kept.items():
+            check(f"row {name}: ", {part: values.get(part) for part in KEPT}, KEPT)
     return kept
 
 
