@@ -96,7 +96,7 @@ class Scene:
             return self.scale
         if self.model.model.conditioning_key is None or (self.classes and self.classes != 1001):
             return 1.0
-        return usual_scale(self.setup.config)
+        return float(usual_scale(self.setup.config))
 
     def plan(self, spec: str, sampler: str, steps: int, propagate: str | None = None) -> AnyPlan:
         """The plan of that name for a run; `propagate` as for `load_plan`.
