@@ -174,13 +174,14 @@ def test_a_dataset_gives_its_captions_and_what_needs_its_pictures(tmp_path, caps
     (rows := tmp_path / "rows.yaml").write_text("rows:\n- {family: fewer, steps: 1}\n")
     arguments = ["pareto", "--rows", str(rows), "--data", str(write_data(tmp_path, side=64)), "--steps", "2",
                  "--out", str(tmp_path / "out"), "--count"]
-    assert main([*arguments, "2"]) == 0
+    assert main([*arguments, "3"]) == 0
     (few,) = read(tmp_path / "out.json").values()
     assert few["fid_real"] > 0 and few["feature_distance"] > 0 and 0 <= few["R@5"] <= 1
     assert "Fréchet distance" in (tmp_path / "out.md").read_text()
     capsys.readouterr()
     np.save(tmp_path / "pictures.npy", 255 - np.load(tmp_path / "pictures.npy"))
-    for count, why in (("20", "--count: "), ("1", "different: pictures (2 there, 1 given)"), ("2", "different: data")):
+    for count, why in (("20", "--count: "), ("1", "--count: a Fréchet distance (--data) needs at least 2"),
+                       ("2", "different: pictures (3 there, 2 given)"), ("3", "different: data")):
         assert main([*arguments, count]) == 2
         assert why in (error := capsys.readouterr().err) and error.count("\n") == 1
 

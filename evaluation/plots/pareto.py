@@ -94,6 +94,8 @@ class Row:
 
 
 def make(scene: Scene, args: argparse.Namespace) -> Drawing:
+    if args.data and scene.count < 2:
+        raise BadInput(f"--count: a Fréchet distance (--data) needs at least 2 pictures; got {scene.count}")
     with blame("--rows"):
         plans, remark = plans_of(scene, read_rows(args.rows, args.steps))
     with blame("packages"):
