@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 WARM_UP = 2             # as the released code: two calls before the one that is timed
 CLASS_TOKENS, TEXT_TOKENS = 1, 77
 NEEDED = {"seconds", "seconds_unet", "memory", "precision", "weights", "machine", "threads", "date"}
-ALSO = {"config", "parallel", "torch"}
+ALSO = {"config", "parallel", "torch", "protocol", "method"}
 
 
 # Counted
@@ -154,6 +154,7 @@ def time_pictures(argv: Sequence[str], pictures: int) -> dict[str, Any]:
         resident("VmHWM") - before if STATUS.exists() else None)
     return {"seconds": [s["seconds"] for s in spent], "seconds_unet": [s["seconds_unet"] for s in spent],
             "memory": memory, "parallel": engine.plan.parallel, "precision": engine.settings()["precision"],
+            "protocol": protocol.asked(), "method": engine.settings(),
             "weights": fingerprint(setup.ckpt), "config": fingerprint(setup.config_path),
             "machine": gpu or machine()["processor"], "threads": torch.get_num_threads(), "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d")}

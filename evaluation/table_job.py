@@ -9,16 +9,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from evaluation.protocol import Protocol
+from evaluation.generate import parse
+from evaluation.protocol import Protocol, identity
+from evaluation.run_folder import differences, prompts_sha256, some
+from evaluation.selection import Prompt
+from evaluation.table_cost import plan_of
 from evaluation.table_file import COLUMNS, FTC, HOW, SHORT, Row
+from evaluation.table_now import content, prompts_of
 from evaluation.table_quality import Quality, renamed
 from ldm.arguments import ROOT
 from ldm.cli import BadInput, blame
+from ldm.script import make_recipe
 
 GPU, PRECISION = "A40", "autocast"      # that the paper's seconds and memory are of, as PyTorch and we call them
 
@@ -66,7 +73,7 @@ class Job:
         flags = self.row.flags()
         parts = (value if flag in ("--sampler", "--steps", "--plan") else f"{flag.strip('-')}-{value}"
                  for flag, value in zip(flags[::2], flags[1::2], strict=True))
-        return self.shared / "_".join(part.replace(":", "-").replace("/", "-") for part in parts)
+        return self.shared / "_".join(quote(part, safe=",") for part in parts)
 
     @property
     def timing(self) -> Path:
@@ -74,10 +81,14 @@ class Job:
 
     def argv(self) -> list[str]:
         """Of evaluation/generate.py. `parallel` is not among them: it does not change the pictures."""
-        given = {"--data": self.data if self.protocol.data["kind"] != "classes" else None, "--count": self.args.count,
-                 "--config": self.config, "--ckpt": self.ckpt, "--device": self.args.device}
-        options = [str(part) for flag, value in given.items() if value is not None for part in (flag, value)]
-        return ["--protocol", self.named, *self.row.flags(), *options, "--out", str(self.folder)]
+        model = ["--config", str(self.config), "--ckpt", str(self.ckpt), "--device", self.args.device]
+        return [*self._what(), *self.row.flags(), *model, "--out", str(self.folder)]
+
+    def _what(self) -> list[str]:
+        """Of that command line: what is pictured."""
+        data = [] if self.protocol.data["kind"] == "classes" else ["--data", str(self.data)]
+        few = [] if self.args.count is None else ["--count", str(self.args.count)]
+        return ["--protocol", self.named, *data, *few]
 
     def renamed(self) -> AbstractContextManager[None]:
         """Errors of that command line name the row, or the flag of tables.py."""
@@ -90,16 +101,47 @@ class Job:
 
     # Whose numbers
 
+    @cached_property
+    def prompts(self) -> list[Prompt] | None:
+        """What is pictured; None if the data are not there.
+
+        Raises:
+            BadInput: the data are not what they should be, or too few.
+        """
+        file = None if self.protocol.data["kind"] == "classes" else self.data / self.protocol.data["file"]
+        if file is not None and not file.is_file():
+            return None
+        with self.renamed():
+            return prompts_of(tuple(self._what()),
+                              (identity(self.protocol.asked()), file.stat().st_mtime_ns if file else 0))
+
+    @cached_property
+    def stated(self) -> dict[str, Any]:
+        """What a run card of this row says of protocol and method, as far as the files are there.
+
+        Raises:
+            BadInput, ValueError: the row can't be run.
+        """
+        args, protocol = parse(self.argv())
+        asked = protocol.asked() | ({} if self.prompts is None else {"prompts_sha256": prompts_sha256(self.prompts)})
+        recipe, plan = make_recipe(args, (protocol.size,) * 2), plan_of(self.row, self.protocol, self.ckpt)
+        return {"protocol": asked, "method": asdict(recipe) | plan.settings()}
+
     def others(self, made: Mapping[str, Any]) -> str:
-        """In words, that what a run card or a timing tells of is not of this row's weights or config; nothing if it
-        is, or if the files are not there to tell."""
+        """In words, that what a run card or a timing tells of is not this row's weights, config, protocol or method;
+        nothing if it is, or if the files are not there to tell."""
         for what, path in (("weights", self.ckpt), ("config", self.config)):
             with blame("--ckpt" if what == "weights" else "--config"):
                 here = content(path)
             stated = made.get(what)
             if None not in (here, stated) and stated != here:
                 return f"of other {what}: {stated[:SHORT]}, not {here[:SHORT]} ({path.name})"
-        return ""
+        try:
+            differ = [text for part in self.stated if isinstance(made.get(part), Mapping)
+                      for text in differences(*shared(part, made, self.stated))]
+        except (BadInput, ValueError) as error:
+            return f"of a run that is no longer known: {error}"
+        return f"of another run: {some(differ)}" if differ else ""
 
     def unlike(self, weights: str | None, timing: Mapping[str, Any] | None) -> dict[str, str]:
         """Columns in which ours is of something else than the paper's number, with why; all others are like for like.
@@ -137,17 +179,10 @@ class Job:
         return "" if same else f"other weights than {self.protocol.name}'s"
 
 
-def content(path: Path) -> str | None:
-    """Hash of a file's content; None if it is not there."""
-    return _hash(path, path.stat().st_mtime_ns) if path.exists() else None
-
-
-@lru_cache
-def _hash(path: Path, changed: int) -> str:
-    """Read once, since weights have gigabytes, as long as the file is the same."""
-    from ldm.checkpoint import fingerprint
-
-    return fingerprint(path)
+def shared(part: str, *cards: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The fields of a part that all cards have: of a run that a row is not there are more."""
+    names = set.intersection(*({*card[part]} for card in cards))
+    return [{part: {name: card[part][name] for name in card[part] if name in names}} for card in cards]
 
 
 @lru_cache

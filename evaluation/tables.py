@@ -187,7 +187,11 @@ def jobs_of(table: Table, args: argparse.Namespace) -> list[Job]:
         raise BadInput(f"--rows: {table.name} has {len(rows)} rows in the {args.world} world; got {max(args.rows)}")
     with blame("TABLE"):
         named = [table.protocol_of(row, args.world) for row in rows]
-        return [Job(row, name, load_protocol(name), args, table.apart) for row, name in zip(rows, named, strict=True)]
+        protocols = {name: load_protocol(name) for name in named}
+    for name, protocol in protocols.items():
+        if other := next((of for of, two in protocols.items() if two.name == protocol.name and two != protocol), None):
+            raise BadInput(f"TABLE: {name} and {other} are two protocols of one name; expected each with its own")
+    return [Job(row, name, protocols[name], args, table.apart) for row, name in zip(rows, named, strict=True)]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -63,6 +63,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     ["evaluation/plots/*", "scripts/*", "main.py"],
     [*(f"evaluation/{name}.py" for name in ("generate", "fid", "adm", "clip_score", "cost"))],
+    ["evaluation/table_now.py"],
     ["evaluation/table_cost.py", "evaluation/table_quality.py"],
     ["evaluation/table_job.py"],
     ["evaluation/table_fill.py"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -211,6 +213,61 @@ def test_numbers_of_other_weights_are_not_shown(world, other, capfd):
     for more in ("--show", "--rows=1"):
         line = refused(capfd, world.argv(more, "--config", str(changed)))
         assert f" of other config: {fingerprint(world.folder / 'config.yaml')[:8]}, not " in line
+
+
+def test_pictures_of_a_protocol_that_was_edited_are_not_shown(world, capfd):
+    protocol = world.folder / "tiny.yaml"
+    kept = protocol.read_text()
+    protocol.write_text(yaml.safe_dump(yaml.safe_load(kept) | {"guidance": 4.0}))
+    try:
+        shown, made = (refused(capfd, world.argv(*more)) for more in (["--show"], ["--timed", "0"]))
+    finally:
+        protocol.write_text(kept)
+    differ = "of another run: protocol.guidance (3.0 there, 4.0 given); method.scale (3.0 there, 4.0 given)"
+    assert f": results {differ}; seconds {differ}; " in shown
+    assert made == f"--runs: {world.run('plain')} holds pictures {differ}; choose another folder"
+
+
+def test_pictures_of_other_captions_are_not_shown(world, tmp_path, capfd):
+    assert tables.main(world.argv("--show", "--data", str(write_coco(tmp_path / "other", REAL + 1)))) == 0
+    differ = r"of another run: protocol\.prompts_sha256 \(.{66} there, .{66} given\)"
+    assert all(re.fullmatch(f"results {differ}", world.csv()[row]["remark"]) for row in RUNS)
+    assert tables.main(world.argv("--show", "--data", str(tmp_path / "gone"))) == 0
+    assert world.printed in capfd.readouterr().out
+
+
+def test_two_protocols_of_one_name_are_refused(world, tmp_path, capfd):
+    paths = [tmp_path / name / "tiny.yaml" for name in "ab"]
+    for path, seed in zip(paths, (0, 1), strict=True):
+        path.parent.mkdir()
+        path.write_text(yaml.safe_dump(yaml.safe_load((world.folder / "tiny.yaml").read_text()) | {"seed": seed}))
+    table = yaml.safe_load((world.folder / "two.yaml").read_text()) | {"protocol": {"coco": str(paths[0])}}
+    table["rows"][1]["protocol"] = {"coco": str(paths[1])}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(table))
+    line = refused(capfd, [str(tmp_path / "t.yaml"), *world.argv("--show")[1:]])
+    assert line == f"TABLE: {paths[0]} and {paths[1]} are two protocols of one name; expected each with its own"
+
+
+def test_pictures_and_times_of_a_plan_that_was_edited_are_not_shown(world, tmp_path, capfd):
+    """Those of the plain row, moved to where the row of a file with all key nodes has its own."""
+    plan, file = tmp_path / "plan.yaml", tmp_path / "t.yaml"
+    plan.write_text(yaml.safe_dump({"source": "here", "steps": {4: [0, 1, 2, 3]}}))
+    row = {"label": "filed", "sampler": "ddim", "steps": 4, "plan": str(plan), "noise_weight": 0.0}
+    table = yaml.safe_load((world.folder / "two.yaml").read_text())
+    file.write_text(yaml.safe_dump(table | {"rows": [row | {"paper": PAPER}]}))
+    argv = [str(file), *world.argv("--show", "--runs", str(tmp_path))[1:]]
+    (job,) = tables.jobs_of(load_table(str(file)), tables.parser().parse_args(argv))
+    shutil.copytree(world.run("plain"), job.folder)
+    assert tables.main(argv) == 0
+    (found,) = csv.DictReader((tmp_path / "t-coco.csv").read_text().splitlines())
+    assert [found[name] for name in ("fid", "seconds")] == [world.csv()["plain"][name] for name in ("fid", "seconds")]
+    capfd.readouterr()
+
+    plan.write_text(yaml.safe_dump({"source": "here", "steps": {4: [0, 2]}}))
+    differ = "of another run: method.keys (null there, [0, 2] given)"
+    assert refused(capfd, argv).endswith(f": results {differ}; seconds {differ}")
+    plan.unlink()
+    assert f"results of a run that is no longer known: plan file {plan} cannot be read" in refused(capfd, argv)
 
 
 def test_results_of_another_inception_are_not_taken_for_this_ones(world, capfd):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -356,3 +357,11 @@ def test_rows_share_a_folder_only_if_their_pictures_are_the_same():
                 folders.setdefault(str(job.folder), set()).add(tuple(job.row.flags()))
     assert all(len(settings) == 1 for settings in folders.values()) and len(folders) > 20
     assert "outputs/tables/emoji64/ddim_50_off_tome-0.5" in folders
+
+
+def test_plans_that_are_written_alike_have_folders_of_their_own():
+    args = tables.parser().parse_args(["table5", "--world", "emoji"])
+    (job, *_) = tables.jobs_of(load_table("table5"), args)
+    plans = ("uniform-2", "uniform:2", "a/b.yaml", "a-b.yaml", "a%2Fb.yaml")
+    folders = {replace(job, row=Row("a", plan=plan)).folder for plan in plans}
+    assert len(folders) == len(plans) and {folder.parent for folder in folders} == {job.shared}

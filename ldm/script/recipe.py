@@ -25,8 +25,11 @@ PUBLISHED_SAMPLERS = {"plms": "plms", "dpm": "dpm-solver++"}
 CPU_POSITIONS = 16384   # latent positions in one decoder batch on a CPU, where memory soon outweighs speed
 
 
-def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup) -> Recipe:
-    """How pictures of this height and width are sampled."""
+def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup | None = None) -> Recipe:
+    """How pictures of this height and width are sampled.
+
+    setup: whose config has a scale, where args has none.
+    """
     from ldm.models.diffusion.solvers import SOLVERS
     from ldm.sampling.engine import Recipe, usual_scale
 
