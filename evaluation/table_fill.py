@@ -15,7 +15,7 @@ from evaluation.run_folder import CARD, MANIFEST, FolderError, read_card
 from evaluation.table_cost import costs, gflops, plan_of, read_timing, timed
 from evaluation.table_file import COLUMNS, FTC, Cell
 from evaluation.table_job import Job
-from evaluation.table_quality import quietly
+from evaluation.table_quality import otherwise, quietly
 from evaluation.table_text import Filled
 from ldm.cli import BadInput, blame
 
@@ -124,7 +124,9 @@ def judged(job: Job, columns: Sequence[str], make_it: bool) -> tuple[dict[str, C
     if not pictured(job, columns) or not (job.folder / MANIFEST).is_file():
         return {}, {}, ""
     cells, results = job.quality().cells(qualities(columns), job.folder, make_it)
-    why = next(filter(None, [strange(job), *(job.others(result.samples) for result in results.values())]), "")
+    now = job.quality().now(qualities(columns), needed=False) if results else {}
+    why = next(filter(None, [strange(job), *(job.others(result.samples) for result in results.values()),
+                             *(otherwise(result, now[name]) for name, result in results.items())]), "")
     return ({}, {}, f"results {why}") if why else (cells, results, "")
 
 
@@ -151,16 +153,14 @@ def make(job: Job) -> None:
         generate.run(job.argv())
 
 
-def seen_alike(path: Path, network: Mapping[str, Any]) -> None:
-    """Raise BadInput if a result that is kept there is of another network than the one that would be used now."""
+def measured_alike(path: Path, now: Mapping[str, Any]) -> None:
+    """Raise BadInput if a result that is kept there is not as it would be measured now; see `Quality.now`."""
     if not path.is_file():
         return
     with blame("--runs", (ResultError,)):
-        kept = read_result(path).protocol
-    for what, now in network.items():
-        if kept.get(what) != now:
-            raise BadInput(f"--runs: {path} was measured with another network ({what}: {kept.get(what)}, now {now}); "
-                           f"without the file it is measured again")
+        why = otherwise(read_result(path), now)
+    if why:
+        raise BadInput(f"--runs: {path} was {why}; without the file it is measured again")
 
 
 def strange(job: Job) -> str:

@@ -21,7 +21,7 @@ from evaluation.run_folder import differences, prompts_sha256, some
 from evaluation.selection import Prompt
 from evaluation.table_cost import plan_of
 from evaluation.table_file import COLUMNS, FTC, HOW, SHORT, Row
-from evaluation.table_now import content, prompts_of
+from evaluation.table_now import changed_at, content, prompts_of
 from evaluation.table_quality import Quality, renamed
 from ldm.arguments import ROOT
 from ldm.cli import BadInput, blame
@@ -113,7 +113,7 @@ class Job:
             return None
         with self.renamed():
             return prompts_of(tuple(self._what()),
-                              (identity(self.protocol.asked()), file.stat().st_mtime_ns if file else 0))
+                              (identity(self.protocol.asked()), changed_at(file)))
 
     @cached_property
     def stated(self) -> dict[str, Any]:

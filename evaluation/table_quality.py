@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation import adm, clip_score, fid
+from evaluation.errors import FeatureError, PictureError
 from evaluation.measure import OF_PROTOCOL
-from evaluation.protocol import Protocol
+from evaluation.protocol import Protocol, identity
 from evaluation.real_pictures import images_by_id
-from evaluation.results import Result, ResultError, read_result
+from evaluation.results import Result, ResultError, flat, read_result
 from evaluation.table_file import Cell
+from evaluation.table_now import changed_at, clip_now, content, network_now, real_now
 from ldm.cli import BadInput, blame
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ class Quality:
     def network(self) -> list[str]:
         """Flags that name the network of Fréchet distances."""
         extractor, resize = self._extractor
-        weights = ["--weights", self.inception] if self.inception and extractor == PAPERS_NETWORK else []
+        weights = ["--weights", self.inception] if self.inception else []
         return ["--extractor", extractor, "--resize", resize, "--device", self.device, *weights]
 
     def reference(self) -> list[str]:
@@ -114,40 +116,66 @@ class Quality:
         return {name: (values[named[name]], values.get(f"{named[name]}_interval")) for name in columns
                 if values.get(named.get(name)) is not None}, results
 
-    def check(self, columns: list[str]) -> dict[str, dict[str, Any]]:
-        """What measures need must be there, found out before pictures are made.
+    def now(self, columns: list[str], needed: bool) -> dict[str, dict[str, Any]]:
+        """What results would say now of network, resize and real pictures, by measure.
 
-        Returns:
-            by measure, what its results say of its network.
+        Args:
+            needed: all that the measures need must be there, found out before pictures are made; else what is not
+                there is left out.
         """
-        from evaluation.errors import FeatureError
-        from evaluation.features import extractor
-        from evaluation.measure import network_of
-        from ldm.util import file_sha256
+        say = {"fid": self._distance_now, "adm": self._distance_now, "clip_score": self._score_now,
+               "retrieval": self._retrieval_now}
+        return {name: say[name](needed) for name in self.measures(columns)}
 
-        networks: dict[str, dict[str, Any]] = {}
-        wanted = self.measures(columns)
-        if "fid" in wanted or "adm" in wanted:
-            if not self._extractor[0]:
-                raise BadInput(f"TABLE: protocol {self.protocol.name} has no metrics fid or adm, which say the network "
-                               f"of Fréchet distances")
+    def _distance_now(self, needed: bool) -> dict[str, Any]:
+        if not self._extractor[0]:
+            raise BadInput(f"TABLE: protocol {self.protocol.name} has no metrics fid or adm, which say the network "
+                           f"of Fréchet distances")
+        with self._metrics_blamed():
             args = fid.parser().parse_args(["", "", *self.network()])
-            if "reference" in self.protocol.metrics:
-                need(self.data / self.protocol.metrics["reference"], self)
+        if needed and "reference" in self.protocol.metrics:
+            need(self.data / self.protocol.metrics["reference"], self)
+        found = {"extractor": args.extractor, "resize": args.resize}
+        changed = changed_at(self.inception)
+        if needed or changed:
             with blame("--inception", (FeatureError,)):
-                seen = network_of(extractor(args.extractor, args.weights, args.resize))
-            networks = {name: seen for name in ("fid", "adm") if name in wanted}
-        if "retrieval" in wanted and "pictures" not in self.protocol.data:
-            raise BadInput(f"TABLE: protocol {self.protocol.name} has neither metrics clip_score nor pictures in which "
-                           f"concepts could be found")
-        if "clip_score" in wanted:
+                found |= network_now(args.extractor, args.weights, args.resize, changed)
+        return found | ({} if (real := self._real_now()) is None else {"reference": {"sha256": real}})
+
+    def _real_now(self) -> str | None:
+        """The hash of the real pictures, if they are there."""
+        name = self.protocol.metrics.get("reference", self.protocol.data.get("pictures"))
+        if name is None or (changed := changed_at(self.data / name)) is None:
+            return None
+        with blame("--data", (PictureError,)):
+            return real_now(self.named, self.data, (identity(self.protocol.asked()), changed))
+
+    def _score_now(self, needed: bool) -> dict[str, Any]:
+        with self._metrics_blamed():
+            args = clip_score.parser().parse_args(self._clip_flags(""))
+        found = {"measure": self._score(), "resize": args.resize}
+        if needed:
             if self.clip is None:
                 raise BadInput(f"--clip: needed for CLIP-score: a folder with config.json and weights of "
                                f"{clip_score.VARIANTS[self._variant].model}, from huggingface.co")
             with renamed({"--weights": "--clip"}):
-                model = clip_score.load_model(clip_score.parser().parse_args(self._clip_flags("")))[0]
-            networks["clip_score"] = {"features_sha256": file_sha256(model.weights)}
-        return networks
+                clip_score.load_model(args)
+        if (changed := changed_at(self.clip)) is None:
+            return found
+        with blame("--clip", (FeatureError,)):
+            return found | {"features_sha256": clip_now(self.clip, changed)}
+
+    def _retrieval_now(self, needed: bool) -> dict[str, Any]:
+        if "pictures" in self.protocol.data:
+            real = content(self.data / self.protocol.data["pictures"])
+            return {} if real is None else {"real": real}
+        raise BadInput(f"TABLE: protocol {self.protocol.name} has neither metrics clip_score nor pictures in which "
+                       f"concepts could be found")
+
+    def _metrics_blamed(self) -> AbstractContextManager[None]:
+        """Names that no measure knows are the protocol's fault."""
+        return renamed(dict.fromkeys(("--extractor", "--resize", "--variant"),
+                                     f"TABLE: protocol {self.protocol.name}: metrics"))
 
     # The measures
 
@@ -197,6 +225,13 @@ class Quality:
                     **network_of(real.extract)}
         with blame("--runs", (OSError,)):
             Result({f"R@{RANK}": found["share"], f"R@{RANK}_interval": found["interval"]}, protocol, made).write(out)
+
+
+def otherwise(result: Result, now: Mapping[str, Any]) -> str:
+    """In words, that a result was not measured as it would be now; see `Quality.now`; nothing if it was."""
+    kept = flat(result.protocol)
+    differ = [f"{what}: {kept.get(what)}, now {value}" for what, value in flat(now).items() if kept.get(what) != value]
+    return f"measured otherwise ({'; '.join(differ)})" if differ else ""
 
 
 # The data

@@ -54,7 +54,8 @@ def parser() -> Parser:
     files.add_argument("--data", metavar="DIR", help="of the protocol (default: the protocol's)")
     files.add_argument("--config", metavar="YAML", help="the model's config (default: the protocol's)")
     files.add_argument("--ckpt", metavar="FILE", help="its weights (default: the protocol's)")
-    files.add_argument("--inception", metavar="PATH", help="weights of inception-2015 (default: torch.hub's)")
+    files.add_argument("--inception", metavar="PATH",
+                       help="weights of the network of Fréchet distances (default, of inception-2015: torch.hub's)")
     files.add_argument("--clip", metavar="DIR", help="CLIP ViT-B/32, for the CLIP-score")
     files.add_argument("--runs", default="outputs/tables", metavar="DIR", help="(default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
@@ -71,23 +72,23 @@ def row_numbers(text: str) -> list[int]:
 def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
     """What the rows need must be there, their plans such as can be run, and what their folders hold of the same model
     and networks: found out before hours of work."""
-    from evaluation.table_fill import counted, pictured, qualities, seen_alike, strange
+    from evaluation.table_fill import counted, measured_alike, pictured, qualities, strange
 
-    networks = {}
+    now = {}
     for name, job in {job.protocol.name: job for job in jobs}.items():
         judged = any(pictured(other, columns) for other in jobs if other.protocol.name == name)
-        networks[name] = check_files(job, qualities(columns) if judged else [])
+        now[name] = check_files(job, qualities(columns) if judged else [])
     for job in jobs:
         counted(job)
         if pictured(job, columns):
             if why := strange(job):
                 raise BadInput(f"--runs: {job.folder} holds pictures {why}; choose another folder")
-            for measure, network in networks[job.protocol.name].items():
-                seen_alike(job.folder / f"{measure}.json", network)
+            for measure, stated in now[job.protocol.name].items():
+                measured_alike(job.folder / f"{measure}.json", stated)
 
 
 def check_files(job: Job, wanted: list[str]) -> dict[str, dict[str, Any]]:
-    """Model, data and networks of the job's protocol must be there; returns what `Quality.check` does."""
+    """Model, data and networks of the job's protocol must be there; returns what `Quality.now` does."""
     from evaluation.table_quality import need
     from ldm.published import load_manifest
 
@@ -99,7 +100,7 @@ def check_files(job: Job, wanted: list[str]) -> dict[str, dict[str, Any]]:
         need(job.data / job.protocol.data["file"], job.quality())
     if wanted and "pictures" in job.protocol.data:
         need(job.data / job.protocol.data["pictures"], job.quality())
-    return job.quality().check(wanted)
+    return job.quality().now(wanted, needed=True)
 
 
 # The whole table

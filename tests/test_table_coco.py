@@ -16,6 +16,7 @@ import yaml
 from clip_vocabulary import lines
 from coco import write_coco, write_protocol
 from contracts import recipe_weights
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_clip import TINY_TEXT, TINY_VISION
 from txt2img_model import write_model
@@ -24,6 +25,7 @@ from evaluation import table_quality, tables
 from evaluation.clip_models import load_clip
 from evaluation.features import extractor
 from evaluation.inception import Inception
+from evaluation.pictures import Folder
 from evaluation.protocol import load_protocol
 from evaluation.resize import resize
 from evaluation.results import read_result
@@ -270,13 +272,49 @@ def test_pictures_and_times_of_a_plan_that_was_edited_are_not_shown(world, tmp_p
     assert f"results of a run that is no longer known: plan file {plan} cannot be read" in refused(capfd, argv)
 
 
-def test_results_of_another_inception_are_not_taken_for_this_ones(world, capfd):
-    network = world.folder / "another.pth"
-    torch.save(recipe_weights(Inception(), seed=12, gain=1.4).state_dict(), network)
-    line = refused(capfd, world.argv("--timed", "0", "--inception", str(network)))
-    there, now = (file_sha256(world.folder / name) for name in ("inception.pth", network.name))
-    assert line == (f"--runs: {world.run('plain') / 'fid.json'} was measured with another network (features_sha256: "
-                    f"{there}, now {now}); without the file it is measured again")
+def write_inception(world: World, folder: Path) -> list[str]:
+    torch.save(recipe_weights(Inception(), seed=12, gain=1.4).state_dict(), folder / "another.pth")
+    hashes = (file_sha256(path) for path in (world.folder / "inception.pth", folder / "another.pth"))
+    return ["fid", "features_sha256: {}, now {}".format(*hashes), "--inception", str(folder / "another.pth")]
+
+
+def write_clip(world: World, folder: Path) -> list[str]:
+    shutil.copytree(world.folder / "clip", folder / "clip")
+    weights = [path / "clip" / "model.safetensors" for path in (world.folder, folder)]
+    save_weights(weights[1], {name: tensor * 2 for name, tensor in load_file(weights[0]).items()})
+    hashes = map(file_sha256, weights)
+    return ["clip_score", "features_sha256: {}, now {}".format(*hashes), "--clip", str(folder / "clip")]
+
+
+def write_reality(world: World, folder: Path) -> list[str]:
+    """The same captions, another picture."""
+    shutil.copytree(world.folder / "coco", folder / "coco")
+    Image.new("RGB", (24, 20), (0, 200, 0)).save(folder / "coco" / "val2017" / f"{0:012d}.jpg")
+    hashes = (Folder(path / "coco" / "val2017").sha256() for path in (world.folder, folder))
+    return ["fid", "reference.sha256: {}, now {}".format(*hashes), "--data", str(folder / "coco")]
+
+
+@pytest.mark.parametrize("write", [write_inception, write_clip, write_reality])
+def test_results_of_another_network_or_other_real_pictures_are_not_taken_for_these(world, tmp_path, capfd, write):
+    measure, differ, *argv = write(world, tmp_path)
+    line = refused(capfd, world.argv("--timed", "0", *argv))
+    assert line == (f"--runs: {world.run('plain') / measure}.json was measured otherwise ({differ}); without the file "
+                    f"it is measured again")
+    assert tables.main(world.argv("--show", *argv)) == 0
+    for row in RUNS:
+        assert [world.csv()[row][name] for name in ("fid", "remark")] == ["", f"results measured otherwise ({differ})"]
+
+
+def test_results_of_another_resize_are_not_shown(world, capfd):
+    """Nor need the networks or the data be there to tell."""
+    protocol = world.folder / "tiny.yaml"
+    kept = protocol.read_text()
+    protocol.write_text(kept.replace("inception-2015/clean", "inception-2015/tf1-bilinear"))
+    try:
+        assert tables.main(world.argv("--show", "--inception", "gone", "--clip", "gone", "--data", "gone")) == 0
+    finally:
+        protocol.write_text(kept)
+    assert world.csv()["ours"]["remark"] == "results measured otherwise (resize: clean, now tf1-bilinear)"
 
 
 def test_without_the_weights_what_is_there_is_shown(world, other, capfd):
@@ -296,6 +334,18 @@ def test_without_the_weights_what_is_there_is_shown(world, other, capfd):
     assert tables.main(world.argv("--show")) == 0
     assert f"| results of other weights: {given}, not {there} (model.safetensors) |" in capfd.readouterr().out
     card.write_bytes(kept)
+
+
+def test_pictures_that_others_were_made_over_are_not_shown(world, other, capfd):
+    """Their results are kept, and of the row's weights."""
+    card = world.run("ours") / "run.json"
+    kept = card.read_text()
+    card.write_text(json.dumps(json.loads(kept) | {"weights": fingerprint(other)}))
+    assert tables.main(world.argv("--show")) == 0
+    card.write_text(kept)
+    there, given = fingerprint(other)[:8], fingerprint(world.folder / "model.safetensors")[:8]
+    assert world.csv()["ours"]["remark"] == f"results of other weights: {there}, not {given} (model.safetensors)"
+    assert world.csv()["ours"]["fid"] == "" != world.csv()["plain"]["fid"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"seconds": [1.0]}'])
