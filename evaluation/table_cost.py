@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from evaluation.cost import read_unet
 from evaluation.generate import default_model, make_engine, parse, select_prompts
 from evaluation.protocol import Protocol
 from evaluation.table_file import Row
-from evaluation.yaml_file import known
+from evaluation.yaml_file import MAPPING, TEXT, Kind, check, known, number, optional, whole
 from ldm.cli import BadInput, blame
 from ldm.processes import ALONE
 from ldm.script import calibrations_of, make_setup
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 
 WARM_UP = 2             # as the released code: two calls before the one that is timed
 CLASS_TOKENS, TEXT_TOKENS = 1, 77
-NEEDED = {"seconds", "seconds_unet", "memory", "precision", "weights", "machine", "threads", "date"}
-ALSO = {"config", "parallel", "torch", "protocol", "method"}
+SECONDS = Kind("a list of numbers >= 0, one or more", lambda value: isinstance(value, list) and bool(value) and all(
+    number("", 0).holds(entry) for entry in value))
+NEEDED = {"seconds": SECONDS, "seconds_unet": SECONDS, "memory": optional(number("a number of bytes", 0)),
+          **dict.fromkeys(("precision", "weights", "machine", "date"), TEXT), "threads": whole(1)}
+ALSO = {"config": TEXT, "parallel": whole(1), "torch": TEXT, "protocol": MAPPING, "method": MAPPING}
 
 
 # Counted
@@ -98,8 +102,12 @@ def timed(argv: Sequence[str], pictures: int, out: Path) -> dict[str, Any]:
     from ldm.util import atomic_write
 
     # What earlier rows left in memory must not count.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-        measured = fresh.submit(time_pictures, [*argv], pictures).result()
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            measured = fresh.submit(time_pictures, [*argv], pictures).result()
+    except BrokenProcessPool:
+        raise BadInput(f"--timed: the process that timed pictures for {out} was killed, as systems do that run out of "
+                       f"memory; what is there stays, and --timed 0 times none") from None
     with blame("--runs", (OSError,)), atomic_write(out) as temporary:
         temporary.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     return measured
@@ -111,7 +119,8 @@ def read_timing(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        known("it", content, NEEDED, ALSO)
+        known("it", content, {*NEEDED}, {*ALSO})
+        check("", content, NEEDED | ALSO)
         return content
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"--runs: {path}: not a timing: {error}; without the file it is measured again") from error

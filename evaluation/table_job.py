@@ -64,8 +64,7 @@ class Job:
 
     @property
     def shared(self) -> Path:
-        few = "" if self.args.count is None else f"-{self.args.count}"
-        return Path(self.args.runs) / f"{self.protocol.name}{few}"
+        return Path(self.args.runs) / f"{self.protocol.name}{few(self.args)}"
 
     @property
     def folder(self) -> Path:
@@ -157,7 +156,7 @@ class Job:
         heads = self.quality().heads()
         found = {name: self.apart.get(name) or why.get(column.kind) or ("another measure" if name in heads else "")
                  for name, column in COLUMNS.items()}
-        found["ftc"] = next((found[part] for part in FTC if found[part]), "")
+        found["ftc"] = found["ftc"] or next((found[part] for part in FTC if found[part]), "")
         return {name: reason for name, reason in found.items() if reason}
 
     def _few(self) -> str:
@@ -177,6 +176,11 @@ class Job:
         expected = None if usual is None else published(usual) or content(usual)
         same = weights == expected if weights and expected else self.args.ckpt is None
         return "" if same else f"other weights than {self.protocol.name}'s"
+
+
+def few(args: argparse.Namespace) -> str:
+    """What the names of files and folders end in that are of fewer pictures than usual."""
+    return "" if args.count is None else f"-{args.count}"
 
 
 def shared(part: str, *cards: Mapping[str, Any]) -> list[dict[str, Any]]:

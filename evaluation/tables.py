@@ -173,7 +173,7 @@ def write(sheet: Sheet, stem: Path) -> None:
     print(markdown(sheet))
     with blame("--runs", (OSError,)):
         for suffix, text in ((".md", markdown(sheet)), (".csv", csv_text(sheet)), (".tex", latex(sheet))):
-            with atomic_write(stem.with_suffix(suffix)) as temporary:
+            with atomic_write(f"{stem}{suffix}") as temporary:
                 temporary.write_text(text, encoding="utf-8")
     print(f"{stem}.md, {stem}.csv, {stem}.tex")
 
@@ -208,6 +208,7 @@ def run(args: argparse.Namespace) -> None:
     check(made, columns)
 
     from evaluation.table_fill import fill
+    from evaluation.table_job import few
     from evaluation.table_text import Sheet
 
     found = [fill(job, columns, job in made) for job in jobs]
@@ -217,8 +218,9 @@ def run(args: argparse.Namespace) -> None:
         raise BadInput(f"TABLE: no row of {table.name} is finished in {args.runs}: {reasons}")
     heads = heads_of(jobs)
     notes = remarks(found, columns, args.world, heads)
+    counted = "-gflops" if args.gflops_only else ""
     write(Sheet(table, args.world, columns, [row.filled() for row in found], notes, heads),
-          Path(args.runs) / f"{table.name}-{args.world}{'-gflops' if args.gflops_only else ''}")
+          Path(args.runs) / f"{table.name}-{args.world}{few(args)}{counted}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -348,14 +348,21 @@ def test_pictures_that_others_were_made_over_are_not_shown(world, other, capfd):
     assert world.csv()["ours"]["fid"] == "" != world.csv()["plain"]["fid"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"seconds": [1.0]}'])
-def test_a_damaged_timing_is_refused_by_name(world, capfd, content):
+@pytest.mark.parametrize("damage, why", [
+    ("{", "Expecting property name"), ("[]", "it must be a mapping"), ('{"seconds": [1.0]}', "it has no date, machine"),
+    ({"seconds": []}, "seconds must be a list of numbers >= 0, one or more; got []"),
+    ({"seconds": 3}, "seconds must be a list of numbers"), ({"seconds_unet": [None]}, "seconds_unet must be a list"),
+    ({"machine": None}, "machine must be a text; got None"), ({"weights": None}, "weights must be a text; got None"),
+    ({"memory": "1"}, "memory must be a number of bytes or null"), ({"threads": 1.5}, "threads must be a whole number"),
+    ({"method": 3}, "method must be a mapping; got 3"),
+], ids=str)
+def test_a_damaged_timing_is_refused_by_name(world, capfd, damage, why):
     timing = world.run("plain") / "cost-auto.json"
     kept = timing.read_text()
-    timing.write_text(content)
+    timing.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(kept) | damage))
     line = refused(capfd, world.argv("--show"))
     timing.write_text(kept)
-    assert line.startswith(f"--runs: {timing}: not a timing: ") and line.endswith("the file it is measured again")
+    assert line.startswith(f"--runs: {timing}: not a timing: {why}") and line.endswith("the file it is measured again")
 
 
 def test_times_of_other_weights_are_left_out_and_taken_again(world, other, capfd):
@@ -404,6 +411,13 @@ def test_times_that_the_source_took_otherwise_are_not_compared():
     job = next(job for job in tables.jobs_of(load_table("table3"), args) if job.row.name.endswith(": guidance 1.5"))
     found = job.unlike(None, {"machine": "NVIDIA A40", "precision": "autocast"})
     assert {*found} == {"seconds", "ftc", "clip_score"} and "batches of 16 (plain) and 4 (ours)" in found["seconds"]
+
+
+def test_what_a_table_says_of_ftc_is_said_of_ftc():
+    args = tables.parser().parse_args(["table5", "--world", "coco", "--count", "5"])
+    job = replace(tables.jobs_of(load_table("table5"), args)[0], apart={"ftc": "by another formula"})
+    found = job.unlike(None, None)
+    assert found["ftc"] == "by another formula" and found["fid"].startswith("of 5 prompts")
 
 
 def test_nothing_of_the_emoji_world_is_like_the_papers():

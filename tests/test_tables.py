@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import re
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,7 +202,7 @@ def made(tmp_path_factory) -> tuple[list[str], str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table_quality, "RESAMPLES", 3)
         assert tables.main([*argv, "--timed", "0"]) == 0
-    return argv, (folder / "runs" / "two-emoji.md").read_text()
+    return argv, (folder / "runs" / "two-emoji-2.md").read_text()
 
 
 def test_two_rows_of_the_shipped_model(made, capfd):
@@ -275,6 +278,31 @@ def test_a_row_that_cant_be_run_is_named_before_any_is_made(made, tmp_path, capf
     for more in (["--timed", "0"], ["--gflops-only"]):
         argv = [str(file), *made[0][1:5], "--runs", str(runs), "--count", "2", "--device", "cpu", *more]
         assert refused(capfd, argv).startswith(f"TABLE: bad: {why}") and not runs.exists()
+
+
+def test_a_timing_that_is_killed_is_one_line(tmp_path):
+    def kill() -> None:
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        children[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(BadInput, match=r"^--timed: the process that timed pictures for .*cost\.json was killed, as "):
+        table_cost.timed(["--protocol", "emoji64", "--out", "run"], 1, tmp_path / "cost.json")
+    killer.join()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_files_are_called_as_table_world_and_count_say(tmp_path):
+    file = tmp_path / "my.v2.yaml"
+    file.write_text(yaml.safe_dump({"title": "t", "source": "s", "columns": ["gflops"], "rows": [
+        {"label": "a", "steps": 4}], "protocol": dict.fromkeys(("coco", "emoji"), "emoji64")}))
+    for world, more in (("coco", []), ("emoji", []), ("emoji", ["--count", "3"])):
+        runs = str(tmp_path / "runs")
+        assert tables.main([str(file), "--world", world, "--gflops-only", "--runs", runs, *more]) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        f"my.v2-{stem}-gflops.{x}" for stem in ("coco", "emoji", "emoji-3") for x in ("csv", "md", "tex")}
 
 
 def test_a_row_that_cant_be_run_does_not_hide_what_others_have(made, tmp_path, capfd):
