@@ -28,6 +28,7 @@ SPELT = {"efficientnet-lite0": "EfficientNet-lite0"}
 OTHERWISE = {"fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "inception_score": "class score",
              "precision": "precision", "recall": "recall"}      # what columns are with another network
 ADM = ("sfid", "inception_score", "precision", "recall")       # columns that only the ADM suite has
+LEAST = {"fid": 2, "adm": adm.NEIGHBOURS + 1}                  # pictures that a measure needs, if more than one
 RESAMPLES = 100         # for intervals of Fréchet distances
 REAL_TIER, RANK = 2, 5
 

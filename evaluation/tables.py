@@ -88,8 +88,9 @@ def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
 
 
 def check_files(job: Job, wanted: list[str]) -> dict[str, dict[str, Any]]:
-    """Model, data and networks of the job's protocol must be there; returns what `Quality.now` does."""
-    from evaluation.table_quality import need
+    """Model, data and networks of the job's protocol must be there, and enough to picture; returns what `Quality.now`
+    does."""
+    from evaluation.table_quality import LEAST, need
     from ldm.published import load_manifest
 
     if not job.ckpt.exists():
@@ -100,7 +101,12 @@ def check_files(job: Job, wanted: list[str]) -> dict[str, dict[str, Any]]:
         need(job.data / job.protocol.data["file"], job.quality())
     if wanted and "pictures" in job.protocol.data:
         need(job.data / job.protocol.data["pictures"], job.quality())
-    return job.quality().now(wanted, needed=True)
+    now = job.quality().now(wanted, needed=True)
+    n, least = len(job.prompts) * job.protocol.repeats, max((LEAST.get(measure, 1) for measure in now), default=1)
+    if n < least:
+        flag = f"TABLE: protocol {job.protocol.name}" if job.args.count is None else "--count"
+        raise BadInput(f"{flag}: {', '.join(wanted)}: at least {least} pictures are needed; got {n}")
+    return now
 
 
 # The whole table

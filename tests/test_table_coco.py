@@ -238,6 +238,25 @@ def test_pictures_of_other_captions_are_not_shown(world, tmp_path, capfd):
     assert world.printed in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("columns, metric, count, argv, why", [
+    (["fid"], "fid", COUNT, ["--count", "1"], "--count: fid: at least 2 pictures are needed; got 1"),
+    (["fid"], "fid", 1, [], "TABLE: protocol few: fid: at least 2 pictures are needed; got 1"),
+    (["fid", "recall"], "adm", COUNT, [], "TABLE: protocol few: fid, recall: at least 4 pictures are needed; got 3"),
+    (["fid"], "fid", COUNT, ["--count", "9"], "--count: 9 prompts are asked for, at most 1 of an image; there are 4"),
+    (["fid"], "fid", 9, [], "TABLE: 9 prompts are asked for, at most 1 of an image; there are 4"),
+], ids=str)
+def test_too_few_pictures_are_refused_before_any_is_made(world, tmp_path, capfd, columns, metric, count, argv, why):
+    content = yaml.safe_load((world.folder / "tiny.yaml").read_text())
+    content |= {"select": {"count": count}, "metrics": {metric: ["inception-2015/clean"]}}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({
+        "title": "t", "source": "s", "columns": columns, "protocol": {"coco": str(tmp_path / "few.yaml")},
+        "rows": [{"label": "a", "steps": 4}]}))
+    runs = tmp_path / "runs"
+    line = refused(capfd, [str(tmp_path / "t.yaml"), *world.argv("--runs", str(runs), *argv)[1:]])
+    assert line.startswith(why) and not runs.exists()
+
+
 def test_two_protocols_of_one_name_are_refused(world, tmp_path, capfd):
     paths = [tmp_path / name / "tiny.yaml" for name in "ab"]
     for path, seed in zip(paths, (0, 1), strict=True):
