@@ -148,10 +148,13 @@ class Row:
     def name(self) -> str:
         return f"{self.group}: {self.label}" if self.group else self.label
 
+    def how(self) -> dict[str, str]:
+        """How it is run, as texts: those of `HOW` that are given."""
+        return {name: str(value) for name in HOW if (value := getattr(self, name)) is not None}
+
     def flags(self) -> list[str]:
         """What evaluation/generate.py is told of it, without the protocol."""
-        given = {name: getattr(self, name) for name in HOW if getattr(self, name) is not None}
-        return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        return [f"--{name.replace('_', '-')}={value}" for name, value in self.how().items()]     # a value may be -1e-07
 
 
 @dataclass(frozen=True)

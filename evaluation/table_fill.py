@@ -148,7 +148,7 @@ def make(job: Job) -> None:
     """The row's pictures, if they are not all there."""
     if (job.folder / MANIFEST).is_file() and (job.folder / CARD).is_file():
         return
-    print(f"{job.row.name}: python evaluation/generate.py {' '.join(job.argv())}", file=sys.stderr)
+    print(f"{job.row.name}: {job.command()}", file=sys.stderr)
     with quietly(), job.renamed():
         generate.run(job.argv())
 

@@ -7,6 +7,7 @@ against those.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ class Job:
 
     @property
     def data(self) -> Path:
-        return self.protocol.folder(self.args.data or self.protocol.defaults.get("data", f"data/{self.protocol.name}"))
+        return self.protocol.folder(self.args.data)
 
     @property
     def config(self) -> Path:
@@ -69,9 +70,8 @@ class Job:
     @property
     def folder(self) -> Path:
         """Of the run: rows that make the same pictures have the same one."""
-        flags = self.row.flags()
-        parts = (value if flag in ("--sampler", "--steps", "--plan") else f"{flag.strip('-')}-{value}"
-                 for flag, value in zip(flags[::2], flags[1::2], strict=True))
+        parts = (value if name in ("sampler", "steps", "plan") else f"{name.replace('_', '-')}-{value}"
+                 for name, value in self.row.how().items())
         return self.shared / "_".join(quote(part, safe=",") for part in parts)
 
     @property
@@ -83,6 +83,10 @@ class Job:
         model = ["--config", str(self.config), "--ckpt", str(self.ckpt), "--device", self.args.device]
         return [*self._what(), *self.row.flags(), *model, "--out", str(self.folder)]
 
+    def command(self) -> str:
+        """That command line, as a shell reads it."""
+        return shlex.join(["python", "evaluation/generate.py", *self.argv()])
+
     def _what(self) -> list[str]:
         """Of that command line: what is pictured."""
         data = [] if self.protocol.data["kind"] == "classes" else ["--data", str(self.data)]
@@ -92,7 +96,7 @@ class Job:
     def renamed(self) -> AbstractContextManager[None]:
         """Errors of that command line name the row, or the flag of tables.py."""
         own = {f"--{name.replace('_', '-')}": f"TABLE: {self.row.name}: {name}" for name in HOW}
-        return renamed(own | {"--out": "--runs", "--protocol": "TABLE"})
+        return renamed(own | {"--out": "--runs", "--outdir": "--runs", "--protocol": "TABLE"})
 
     def quality(self) -> Quality:
         return Quality(self.protocol, self.named, self.data, self.shared, self.args.inception, self.args.clip,

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 TIMED = 5
 COUNTED = ("GFLOPs are MACs of the UNet in the paper's count (fvcore's: one product of attention; norms and upsampling "
            "by element), two predictions a step where there is guidance; neither first stage nor text encoder.")
-INSTEAD = ("World emoji: another model, other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score; "
-           "rows are named as in the paper, each run with emoji64 at its own guidance.")
+INSTEAD = ", other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score"
 
 
 def parser() -> Parser:
@@ -131,12 +130,20 @@ def compare(found: Sequence[Found]) -> None:
 def remarks(found: Sequence[Found], columns: Sequence[str], world: str, heads: Mapping[str, str]) -> list[str]:
     """What the numbers are of, in words."""
     said = [COUNTED] if "gflops" in columns else []
-    said += [INSTEAD] if world == "emoji" else not_compared(found, columns, heads)
+    said += [other_world([row.job for row in found])] if world == "emoji" else not_compared(found, columns, heads)
     for result in (result for row in found for result in row.results.values()):
         said.append(measured(result))
         said += [f"Warning: {warning}." for warning in result.warnings]
     said += [told(row.timing) for row in found if row.timing]
     return list(dict.fromkeys(said))
+
+
+def other_world(jobs: Sequence[Job]) -> str:
+    """What the emoji world's numbers are of; where only one measure is another the heads say it."""
+    names = ", ".join(dict.fromkeys(job.protocol.name for job in jobs))
+    measures = INSTEAD if any({"fid", "clip_score"} <= job.quality().heads().keys() for job in jobs) else ""
+    return (f"World emoji: another model{measures}; rows are named as in the paper, each run with {names} at its own "
+            f"guidance.")
 
 
 def not_compared(found: Sequence[Found], columns: Sequence[str], heads: Mapping[str, str]) -> list[str]:

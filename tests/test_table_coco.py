@@ -257,6 +257,21 @@ def test_too_few_pictures_are_refused_before_any_is_made(world, tmp_path, capfd,
     assert line.startswith(why) and not runs.exists()
 
 
+@pytest.mark.parametrize("metrics, argv, why", [
+    ({"fid": ["nope/clean"]}, [], "TABLE: protocol few: metrics: invalid choice: 'nope' (choose from "),
+    ({"fid": ["inception-2015/nope"]}, [], "TABLE: protocol few: metrics: invalid choice: 'nope' (choose from "),
+    ({"fid": ["inception-2015/clean"], "clip_score": ["nope"]}, [], "TABLE: protocol few: metrics: invalid choice: 'n"),
+    ({"fid": ["dinov2/clean"]}, ["--inception", "dino"], "--inception: dinov2: dino: expected a folder with config"),
+], ids=str)
+def test_networks_of_the_protocol_that_can_not_be_had(world, tmp_path, capfd, metrics, argv, why):
+    content = yaml.safe_load((world.folder / "tiny.yaml").read_text()) | {"metrics": metrics}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(content))
+    table = yaml.safe_load((world.folder / "two.yaml").read_text())
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(table | {"protocol": {"coco": str(tmp_path / "few.yaml")}}))
+    line = refused(capfd, [str(tmp_path / "t.yaml"), *world.argv("--runs", str(tmp_path / "runs"), *argv)[1:]])
+    assert line.startswith(why) and not (tmp_path / "runs").exists()
+
+
 def test_two_protocols_of_one_name_are_refused(world, tmp_path, capfd):
     paths = [tmp_path / name / "tiny.yaml" for name in "ab"]
     for path, seed in zip(paths, (0, 1), strict=True):
@@ -437,6 +452,17 @@ def test_what_a_table_says_of_ftc_is_said_of_ftc():
     job = replace(tables.jobs_of(load_table("table5"), args)[0], apart={"ftc": "by another formula"})
     found = job.unlike(None, None)
     assert found["ftc"] == "by another formula" and found["fid"].startswith("of 5 prompts")
+
+
+def test_what_is_said_of_the_emoji_world_is_of_its_protocol():
+    args = tables.parser().parse_args(["table6", "--world", "emoji"])
+    jobs = tables.jobs_of(load_table("table6"), args)
+    measures = "another model, other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score; rows"
+    assert measures in tables.other_world(jobs)
+    metrics = {"fid": ["inception-2015/clean"], "clip_score": ["hessel-b32"]}
+    jobs = [replace(job, protocol=replace(job.protocol, metrics=metrics, name="mine")) for job in jobs]
+    assert tables.other_world(jobs) == (
+        "World emoji: another model; rows are named as in the paper, each run with mine at its own guidance.")
 
 
 def test_nothing_of_the_emoji_world_is_like_the_papers():

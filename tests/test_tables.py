@@ -6,6 +6,7 @@ import csv
 import json
 import multiprocessing
 import re
+import shlex
 import threading
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ import yaml
 from coco import write_coco
 from tiny_data import write_data
 
-from evaluation import table_cost, table_quality, tables
+from evaluation import generate, table_cost, table_quality, tables
 from evaluation.protocol import load_protocol
 from evaluation.table_file import Row, Table, load_table, table_names
 from evaluation.table_quality import Quality
@@ -385,6 +386,28 @@ def test_rows_share_a_folder_only_if_their_pictures_are_the_same():
                 folders.setdefault(str(job.folder), set()).add(tuple(job.row.flags()))
     assert all(len(settings) == 1 for settings in folders.values()) and len(folders) > 20
     assert "outputs/tables/emoji64/ddim_50_off_tome-0.5" in folders
+
+
+def test_a_row_is_told_to_generate_py_as_it_is(tmp_path):
+    args = tables.parser().parse_args(["table6", "--world", "emoji", "--runs", "my runs", "--data", str(tmp_path)])
+    job = replace(tables.jobs_of(load_table("table6"), args)[0], row=Row("a", noise_below=-1e-7, eta=0, steps=3))
+    told, protocol = generate.parse(job.argv())
+    assert (told.noise_below, told.eta, told.steps, told.data) == (-1e-7, 0, 3, str(tmp_path))
+    assert protocol == job.protocol and told.outdir.startswith("my runs/emoji64/3_off_eta-0_noise-below-")
+    assert shlex.split(job.command()) == ["python", "evaluation/generate.py", *job.argv()]
+
+
+def test_data_are_where_the_measures_look_for_them():
+    args = tables.parser().parse_args(["table3", "--world", "coco"])
+    jobs = tables.jobs_of(load_table("table3"), args)
+    assert any("data" not in job.protocol.defaults for job in jobs)
+    assert all(job.data == job.protocol.folder(None) for job in jobs)
+
+
+def test_a_file_in_the_place_of_runs(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert tables.main(["table8", "--world", "emoji", "--rows", "1", "--runs", str(tmp_path / "file")]) == 2
+    assert capfd.readouterr().err == f"tables.py: error: --runs: {tmp_path / 'file'} is a file; expected a directory\n"
 
 
 def test_plans_that_are_written_alike_have_folders_of_their_own():
