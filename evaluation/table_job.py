@@ -72,7 +72,7 @@ class Job:
         """Of the run: rows that make the same pictures have the same one."""
         parts = (value if name in ("sampler", "steps", "plan") else f"{name.replace('_', '-')}-{value}"
                  for name, value in self.row.how().items())
-        return self.shared / "_".join(quote(part, safe=",") for part in parts)
+        return self.shared / "_".join(quote(part, safe=",+") for part in parts)
 
     @property
     def timing(self) -> Path:
@@ -90,8 +90,8 @@ class Job:
     def _what(self) -> list[str]:
         """Of that command line: what is pictured."""
         data = [] if self.protocol.data["kind"] == "classes" else ["--data", str(self.data)]
-        few = [] if self.args.count is None else ["--count", str(self.args.count)]
-        return ["--protocol", self.named, *data, *few]
+        first = [] if self.args.count is None else ["--count", str(self.args.count)]
+        return ["--protocol", self.named, *data, *first]
 
     def renamed(self) -> AbstractContextManager[None]:
         """Errors of that command line name the row, or the flag of tables.py."""
@@ -115,8 +115,7 @@ class Job:
         if file is not None and not file.is_file():
             return None
         with self.renamed():
-            return prompts_of(tuple(self._what()),
-                              (identity(self.protocol.asked()), changed_at(file)))
+            return prompts_of(tuple(self._what()), (identity(self.protocol.asked()), changed_at(file)))
 
     @cached_property
     def stated(self) -> dict[str, Any]:
@@ -188,7 +187,7 @@ def few(args: argparse.Namespace) -> str:
 
 
 def shared(part: str, *cards: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The fields of a part that all cards have: of a run that a row is not there are more."""
+    """The fields of a part that all cards have: a row alone does not tell the precision, say, nor its prompts."""
     names = set.intersection(*({*card[part]} for card in cards))
     return [{part: {name: card[part][name] for name in card[part] if name in names}} for card in cards]
 
