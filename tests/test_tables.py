@@ -12,18 +12,25 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
-from coco import write_coco
+from coco import write_coco, write_protocol
 from tiny_data import write_data
 
 from evaluation import generate, table_cost, table_quality, tables
+from evaluation.features import extractor
+from evaluation.measure import network_of, reference
+from evaluation.moments import save_statistics
 from evaluation.protocol import load_protocol
 from evaluation.table_file import Row, Table, load_table, table_names
+from evaluation.table_now import real_now
 from evaluation.table_quality import Quality
 from evaluation.table_text import Filled, Sheet, csv_text, latex, markdown, notes, title
 from ldm.arguments import ROOT
 from ldm.cli import BadInput
+from ldm.images import open_picture
 
 ALL = ("table1", "table3", "table4", "table5", "table6", "table8", "table11", "table14")
 NUMBERS = {name: {row.name: row.paper for row in load_table(name).rows} for name in ALL}
@@ -402,6 +409,20 @@ def test_data_are_where_the_measures_look_for_them():
     jobs = tables.jobs_of(load_table("table3"), args)
     assert any("data" not in job.protocol.defaults for job in jobs)
     assert all(job.data == job.protocol.folder(None) for job in jobs)
+
+
+def test_real_pictures_have_the_hash_that_results_name(tmp_path):
+    """A folder, an array, statistics of ours."""
+    data, extract = write_coco(tmp_path / "coco", 3), extractor("efficientnet-lite0")
+    levels = [np.asarray(open_picture(path)) for path in sorted((data / "val2017").iterdir())]
+    np.savez(data / "pictures.npz", arr_0=np.stack(levels))
+    found = reference(str(data / "pictures.npz"), extract, 8, torch.device("cpu"))
+    save_statistics(data / "statistics.npz", found.gaussian, found.about | network_of(extract))
+    for number, metrics in enumerate(({}, {"reference": "pictures.npz"}, {"reference": "statistics.npz"})):
+        path = write_protocol(tmp_path / f"p{number}.yaml", metrics=metrics)
+        source = str(data / metrics.get("reference", "val2017"))
+        about = reference(source, extract, 8, torch.device("cpu")).about
+        assert real_now(str(path), data, ("", 0)) == about["sha256"] is not None
 
 
 def test_a_file_in_the_place_of_runs(tmp_path, capfd):
