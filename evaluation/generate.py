@@ -38,13 +38,18 @@ from ldm.script import (
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
+    from PIL import Image
+
     from evaluation.run_folder import RunFolder
     from evaluation.selection import Prompt
+    from ldm.generate import Item
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.sampling.engine import Engine, Task
 
 BATCH = 16
-CPU_THREADS = 1     # more of them may change last digits, and processes make better use of many cores
+# Last digits depend on how much is computed at a time, and by how many threads: on a CPU both are fixed, so that files
+# do not depend on them. Larger batches gain nothing there, nor do threads where there can be processes.
+CPU_BATCH, CPU_LATENTS, CPU_THREADS = 8, 512, 1     # most pictures, most positions of their latents
 
 
 # The command line
@@ -72,7 +77,8 @@ def parser() -> Parser:
     where.add_argument("--shard", type=shard, default=(0, 1), metavar="K/N",
                        help="only part K of 1..N, for machines that never meet")
     where.add_argument("--batch_size", type=count, metavar="N",
-                       help=f"pictures at a time; belongs to the run (default: the folder's, or {BATCH})")
+                       help=f"pictures at a time on a GPU, where it belongs to the run (default: the folder's, or "
+                            f"{BATCH}); on a CPU what is computed at a time follows from the size of the latents alone")
     out = p.add_argument_group("output")
     out.add_argument("--out", "--outdir", dest="outdir", metavar="DIR", help="folder of the run")
     out.add_argument("--npz", action="store_true",
@@ -189,10 +195,12 @@ def versions(setup: Setup) -> dict[str, str]:
     return found | {"machine": gpu or platform.machine()}
 
 
-def batch_size(args: argparse.Namespace) -> int:
-    """As asked for, or of the run that is there, or else the usual one."""
+def batch_size(args: argparse.Namespace, protocol: Protocol, setup: Setup) -> int:
+    """On a CPU always the same; else as asked for, or of the run that is there, or else the usual one."""
     from evaluation.run_folder import CARD, read_card
 
+    if setup.device.type == "cpu":
+        return min(CPU_BATCH, max(1, CPU_LATENTS // (protocol.size // setup.sizes.factor) ** 2))
     there = Path(args.outdir)
     return args.batch_size or (read_card(there)["batch"] if (there / CARD).is_file() else BATCH)
 
@@ -205,7 +213,7 @@ def begin(args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Prompt
     from evaluation.run_folder import RunFolder
 
     with blame("--out"):
-        batch = batch_size(args)
+        batch = batch_size(args, protocol, setup)
     engine = make_engine(args, protocol, setup, batch)
     with blame("--out"):
         card = run_card(args, protocol, prompts, setup, engine, batch)
@@ -225,9 +233,16 @@ def make(folder: RunFolder, engine: Engine, process: Process) -> tuple[int, int]
 
     fresh = found = 0
     items, batch = folder.items, folder.card["batch"]
+
+    def full(part: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
+        # The last batch is filled up where last digits would depend on it, see above.
+        more = -len(part) % batch if folder.card["device"] == "cpu" else 0
+        images, run = engine([*part, *[part[-1]] * more])
+        return images[:len(part)], run
+
     share = sum(len(items[k:k + batch]) for k in range(process.rank * batch, len(items), process.world_size * batch))
     with tqdm(total=share, desc=str(process), unit="image", disable=True if process.rank else None) as bar:
-        for made in fill(folder, items, engine, batch, process.rank, process.world_size):
+        for made in fill(folder, items, full, batch, process.rank, process.world_size):
             fresh, found = fresh + made.fresh, found + (not made.fresh)
             bar.update()
     return fresh, found
