@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     from evaluation.errors import PictureError
     from evaluation.prompts import prompts_of
     from evaluation.results import Result, identity, publish
-    from ldm.util import file_sha256
+    from ldm.files import file_sha256
 
     with blame("--prompts", (PictureError,)):
         prompts = prompts_of(pictures, args.prompts)

@@ -13,7 +13,7 @@ from evaluation.clip_models import load_clip
 from evaluation.errors import FeatureError, one_line
 from evaluation.resize import RECIPES, resize
 from ldm.download import DownloadError, fetch
-from ldm.util import file_sha256
+from ldm.files import file_sha256
 
 INSTALL = 'install it with: pip install -e ".[eval]"'
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import BadInput, blame, number
-from ldm.util import file_sha256
+from ldm.files import file_sha256
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from scipy.linalg import eigh
 
 from evaluation.errors import PictureError, reading
 from evaluation.protocol import identity
-from ldm.util import atomic_write
+from ldm.files import atomic_write
 
 ROUNDING = 1e-4         # of the largest: what a covariance that was kept in single precision may be off
 

@@ -217,8 +217,8 @@ def run(args: argparse.Namespace) -> None:
     from evaluation.distances import cautions
     from evaluation.errors import FeatureError, PictureError
     from evaluation.results import Result, publish
+    from ldm.files import file_sha256
     from ldm.images import psnr
-    from ldm.util import file_sha256
 
     with blame("ACCELERATED", (PictureError,)):
         plain, fast = pair(plain, fast)

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.errors import PictureError, one_line, reading
+from ldm.files import file_sha256
 from ldm.images import from_pil, open_picture
-from ldm.util import file_sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAY = "arr_0"         # the pictures' name in the files of the ADM suite

@@ -270,7 +270,7 @@ def save_sheet(path: str, images: Sequence[Image.Image], settings: Mapping[str, 
 
 def publish(report: Mapping[str, Any], out: str | None) -> None:
     """Write the report, and say the main numbers."""
-    from ldm.util import atomic_write
+    from ldm.files import atomic_write
 
     if out is not None:
         with blame("--out", (OSError,)), atomic_write(out) as temporary:

@@ -18,7 +18,7 @@ from typing import Any
 from evaluation.protocol import identity
 from evaluation.yaml_file import MAPPING, TEXT, check
 from ldm.cli import BadInput, Parser, blame, command
-from ldm.util import atomic_write
+from ldm.files import atomic_write
 
 
 class ResultError(ValueError):

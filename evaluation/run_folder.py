@@ -26,9 +26,9 @@ from PIL import Image
 from evaluation.protocol import identity
 from evaluation.selection import Prompt
 from evaluation.yaml_file import MAPPING, TEXT, check, known, whole
+from ldm.files import atomic_write, file_sha256
 from ldm.generate import Item, Made, append_line, read_manifest
 from ldm.images import read_png, save_png
-from ldm.util import atomic_write, file_sha256
 
 CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"
 NPZ = "samples.npz"

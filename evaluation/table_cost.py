@@ -99,7 +99,7 @@ def timed(argv: Sequence[str], pictures: int, out: Path) -> dict[str, Any]:
         argv: of evaluation/generate.py.
         pictures: how many are timed, one at a time.
     """
-    from ldm.util import atomic_write
+    from ldm.files import atomic_write
 
     # What earlier rows left in memory must not count.
     try:

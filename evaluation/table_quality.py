@@ -210,9 +210,9 @@ class Quality:
         """Concept retrieval: see evaluation/recognition.py; against real pictures of tiers 1 and 2."""
         from evaluation.measure import how_made, network_of, open_samples
         from evaluation.retrieval import DEFINITION, share
+        from ldm.files import file_sha256
         from ldm.generate import read_manifest
         from ldm.images import open_picture
-        from ldm.util import file_sha256
 
         real = real_set(self.data)
         lines = read_manifest(pictures.parent / "manifest.jsonl")

@@ -181,7 +181,7 @@ def heads_of(jobs: Sequence[Job]) -> dict[str, str]:
 
 def write(sheet: Sheet, stem: Path) -> None:
     from evaluation.table_text import csv_text, latex, markdown
-    from ldm.util import atomic_write
+    from ldm.files import atomic_write
 
     print(markdown(sheet))
     with blame("--runs", (OSError,)):

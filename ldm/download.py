@@ -12,7 +12,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from ldm.util import atomic_write, file_sha256
+from ldm.files import atomic_write, file_sha256
 
 TIMEOUT = 30            # seconds without a byte
 BLOCK = 1 << 20

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from ldm.util import atomic_write
+from ldm.files import atomic_write
 
 BACKGROUND = (255, 255, 255)
 INK = (32, 32, 32)

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm.util import PROJECT_ROOT, file_sha256
+from ldm.files import file_sha256
+from ldm.util import PROJECT_ROOT
 
 MANIFEST = PROJECT_ROOT / "models" / "published.yaml"
 

@@ -1,15 +1,13 @@
 """Build objects from the `target:` and `params:` of a config; find the files a config names."""
 from __future__ import annotations
 
-import hashlib
 import inspect
-import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from ldm.files import atomic_write, file_sha256  # noqa: F401  (their former place)
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 ALLOWED_PACKAGES = ("ldm", "torch.nn", "torch.optim")
@@ -111,35 +109,3 @@ def find_file(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(f"{path}: no such file, neither from {Path.cwd()} nor from {PROJECT_ROOT}")
-
-
-def file_sha256(*paths: str | Path) -> str:
-    """SHA-256 of the content of files, one after the other, hexadecimal."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with Path(path).open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-@contextmanager
-def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name `path` only if the block succeeds.
-
-    Args:
-        keep: a file of that name stays what it is, so that of several writers one wins.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Random, for writers on several machines; the suffix stays, because writers choose a format by it.
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
-    try:
-        yield temporary
-        if keep:
-            with suppress(FileExistsError):
-                os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -210,8 +210,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ldm.conversion import ConversionError
+    from ldm.files import atomic_write
     from ldm.measure.timing import machine
-    from ldm.util import atomic_write
 
     with blame("--rows"):
         plans = {name: read_row(name, args.steps, Path(args.config).parent / "calibration") for name in args.rows}

@@ -140,7 +140,7 @@ def write_plan(path: str, plan: Plan, calibration: Calibration) -> None:
     """A plan file of `ldm.models.diffusion.plans`, with how it was made."""
     import yaml
 
-    from ldm.util import atomic_write
+    from ldm.files import atomic_write
 
     how = ", ".join(f"{name} {value}" for name, value in calibration.how.items())
     text = yaml.safe_dump({

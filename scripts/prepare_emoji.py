@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.cli import BadInput, Parser, command
-from ldm.util import atomic_write
+from ldm.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = Path(__file__).with_name("emoji_concepts.yaml")

@@ -67,8 +67,8 @@ def save_npz(args: argparse.Namespace, result: Result, items: Sequence[Item]) ->
     """All pictures as `arr_0`, (N, H, W, 3) uint8, under a name from all that they depend on."""
     import numpy as np
 
+    from ldm.files import atomic_write
     from ldm.generate import digest
-    from ldm.util import atomic_write
 
     shape = "x".join(map(str, (len(items), result.settings["height"], result.settings["width"], 3)))
     path = Path(args.outdir) / f"{shape}-{args.seed}-{digest(result.settings)}.npz"

@@ -13,8 +13,8 @@ from ldm.cli import Parser, blame, command
 
 
 def run(args: argparse.Namespace) -> None:
+    from ldm.files import atomic_write
     from ldm.modules.encoders.tokenizer import train_tokenizer
-    from ldm.util import atomic_write
 
     with blame("--captions", (OSError, ValueError, KeyError)):
         with open(args.captions, encoding="utf-8") as file:

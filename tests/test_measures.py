@@ -32,8 +32,8 @@ from evaluation.prompts import prompts_of
 from evaluation.protocol import Protocol
 from evaluation.real_pictures import real_pictures
 from evaluation.results import Result, ResultError, comparable, read_result
+from ldm.files import file_sha256
 from ldm.images import psnr, save_png
-from ldm.util import file_sha256
 
 ROOT = Path(__file__).parents[1]
 N = 22

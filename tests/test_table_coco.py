@@ -33,8 +33,8 @@ from evaluation.table_file import COLUMNS, load_table
 from evaluation.table_quality import Quality
 from ldm.arguments import ROOT
 from ldm.checkpoint import fingerprint, save_weights
+from ldm.files import file_sha256
 from ldm.images import from_pil, open_picture
-from ldm.util import file_sha256
 
 PAPER = {"fid": 20.5, "clip_score": 0.773, "gflops": 0.2, "seconds": 2.0, "ftc": 53.0}
 RUNS = {"plain": "ddim_4_off", "ours": "ddim_4_0,2"}

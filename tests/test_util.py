@@ -7,7 +7,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.util import ConfigError, atomic_write, find_file, get_obj_from_str, instantiate_from_config
+from ldm.files import atomic_write
+from ldm.util import ConfigError, find_file, get_obj_from_str, instantiate_from_config
 
 
 def test_builds_what_a_config_names():

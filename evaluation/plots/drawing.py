@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from ldm.cli import blame
-from ldm.util import atomic_write
+from ldm.files import atomic_write
 
 # Okabe and Ito's colours, told apart by the colour-blind; the markers and lines tell them apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")

@@ -38,11 +38,11 @@ from ldm.arguments import PROPAGATE
 from ldm.checkpoint import fingerprint
 from ldm.cli import BadInput, blame
 from ldm.data.emoji import EmojiPictures
+from ldm.files import atomic_write, file_sha256
 from ldm.generate import Item, digest, prompt_items
 from ldm.images import from_pil, psnr, to_pil
 from ldm.models.diffusion.plan import AnyPlan
 from ldm.sampling.engine import Spent
-from ldm.util import atomic_write, file_sha256
 
 LISTS = ("sampler", "steps", "plan", "propagate")       # what may be a list in a row: one row for each
 FIELDS = {name: ROW[name] for name in ("steps", "sampler", "plan", "noise_weight")} | {

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, to_ldm
-from ldm.util import atomic_write, file_sha256
+from ldm.files import atomic_write, file_sha256
 
 GROUP = 2 ** 28     # bytes of a safetensors file that are mapped, and let go of, together
 PART_FILES = {part: [f"{stem}{variant}{suffix}" for suffix, stem in stems.items() for variant in ("", ".fp16")]

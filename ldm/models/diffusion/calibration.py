@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.files import atomic_write
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.levels import eps_weight
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.plan import PROPAGATIONS, Plan
 from ldm.modules.diffusionmodules.features import Features
-from ldm.util import atomic_write
 
 DECODERS = 8    # decoder steps in one batch of the measurement
 
