@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 1 << 30        # of a text
 MOST_DEPTH = 64             # of lists and mappings in each other
 MOST_VALUES = 20_000_000    # in all of them; where YAML refers to a value again, it counts again
-UNFINISHED = ".unfinished-"
+UNFINISHED, LOCK = ".unfinished-", ".lock"
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
          stat.S_IFBLK: "a block device"}
 
@@ -265,8 +265,8 @@ def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean_once(path.parent)
-    # The suffix stays, because writers choose a format by it.
-    with unfinished(path.parent, path.suffix) as temporary:
+    with unfinished(path.parent) as place:
+        temporary = place / path.name
         yield temporary
         if keep:
             with suppress(FileExistsError):
@@ -289,23 +289,28 @@ def _written_to(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def unfinished(folder: Path, suffix: str = "") -> Iterator[Path]:
-    """A new temporary file in the folder, this process's own: others can see that it is alive (`clean`)."""
-    with _create(folder, suffix) as stream:
-        temporary = Path(stream.name)
-        try:
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+def unfinished(folder: Path) -> Iterator[Path]:
+    """A new folder in the folder, for what is not ready yet; it is deleted in the end. Its lock shows others that its
+    process is alive (`clean`)."""
+    place, lock = _create(folder)
+    try:
+        yield place
+    finally:
+        lock.close()
+        shutil.rmtree(place, ignore_errors=True)
 
 
-def _create(folder: Path, suffix: str) -> IO[bytes]:
+def _create(folder: Path) -> tuple[Path, IO[bytes]]:
     while True:
-        stream = (folder / f"{UNFINISHED}{secrets.token_hex(8)}{suffix}").open("xb")
-        _lock(stream)
-        if os.path.exists(stream.name):     # else another process took it for a dead one's, before the lock
-            return stream
-        stream.close()
+        place = folder / f"{UNFINISHED}{secrets.token_hex(8)}"
+        place.mkdir()
+        with suppress(FileNotFoundError):
+            lock = (place / LOCK).open("xb")
+            _lock(lock)
+            if os.path.exists(lock.name):
+                return place, lock
+            lock.close()
+        # Before it was locked, another process took it for a dead one's.
 
 
 def _lock(stream: IO[bytes], wait: bool = True) -> bool:
@@ -321,11 +326,17 @@ def _lock(stream: IO[bytes], wait: bool = True) -> bool:
 
 
 def clean(folder: str | Path) -> None:
-    """Delete the temporary files that killed processes left in a folder; those of living ones stay."""
+    """Delete what killed processes left unfinished in a folder; what living ones are at stays."""
     for left in Path(folder).glob(f"{UNFINISHED}*"):
-        with suppress(OSError), left.open("rb+") as stream:
-            if _lock(stream, wait=False):
-                left.unlink()
+        try:
+            with (left / LOCK).open("rb+") as lock:
+                dead = _lock(lock, wait=False)
+        except FileNotFoundError:   # without a lock there is nothing in it yet, or some of it is deleted already
+            dead = True
+        except OSError:             # another user's, or not ours
+            dead = False
+        if dead:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @cache
