@@ -20,7 +20,7 @@ from evaluation.table_file import Row
 from evaluation.yaml_file import MAPPING, TEXT, Kind, check, known, number, optional, whole
 from ldm.cli import BadInput, blame
 from ldm.processes import ALONE
-from ldm.script import calibrations_of, make_setup
+from ldm.script import make_setup
 
 if TYPE_CHECKING:
     from ldm.cost import Macs
@@ -66,7 +66,7 @@ def plan_of(row: Row, protocol: Protocol, ckpt: Path) -> AnyPlan:
     Raises:
         ValueError: a plan, sampler, number of steps or eta that can't be used.
     """
-    from ldm.models.diffusion.plans import RunFacts, load_plan
+    from ldm.models.diffusion.plans import RunFacts, calibrations_of, load_plan
     from ldm.sampling.engine import Recipe, num_nodes
 
     usual = protocol.sampling

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import golden_sampler
 import numpy as np
 import pytest
 import torch
@@ -13,10 +14,14 @@ from hypothesis import strategies as st
 from script_runs import load_script
 from toy import toy_denoiser, toy_inputs, toy_network, toy_rule
 
+from ldm.checkpoint import fingerprint
 from ldm.models.diffusion.calibration import Calibration, best_keys, measure, read_calibration
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import RunFacts, load_plan
+from ldm.models.diffusion.plans import RunFacts, calibrations_of, load_plan
+from ldm.models.diffusion.plms import PLMSSampler
 
 
 def total_error(errors, keys):
@@ -94,8 +99,37 @@ def test_auto_plans_come_from_the_table_beside_the_weights(tmp_path):
                               ({"sampler": "ddim", "weights": "b"}, 10, "made for weights abc; this run's is b")):
         with pytest.raises(ValueError, match=why):
             load_plan("auto:5", nodes, run=RunFacts(facts, tmp_path))
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="not known from"):
         load_plan("auto:5", 10)
+
+
+def test_facts_of_a_file_are_read_only_when_a_plan_needs_them(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    run = RunFacts.of("ddim", weights)
+    assert load_plan("faster-diffusion", 50, run=run)       # there is no such file
+    weights.write_bytes(b"weights")
+    calibration(made_for={"sampler": "ddim", "weights": fingerprint(weights)[:16]}).save(
+        calibrations_of(weights) / "ddim-10.json")
+    assert len(load_plan("auto:5", 10, run=run).keys) == 5
+    weights.write_bytes(b"others")
+    with pytest.raises(ValueError, match="made for weights .* this run's is"):
+        load_plan("auto:5", 10, run=run)
+
+
+@pytest.mark.parametrize("sampler, nodes", [(DDIMSampler, 10), (PLMSSampler, 11), (DPMSolverSampler, 10)])
+def test_published_samplers_take_auto_plans(sampler, nodes, tmp_path, monkeypatch):
+    model = golden_sampler.model()
+    given = {"S": 10, "batch_size": 1, "shape": golden_sampler.SHAPE, "conditioning": torch.ones(1, 5, 24),
+             "verbose": False}
+    with pytest.raises(ValueError, match="load the model with"):
+        sampler(model).sample(**given, plan="auto:5")
+    monkeypatch.setattr(model, "weights_file", tmp_path / "model.safetensors")
+    made = calibration(nodes, propagate="linear")
+    made.save(tmp_path / "calibration" / f"{sampler.solver}-10.json")
+    expected = made.plan(5)
+    samples, _ = sampler(model).sample(**given, plan="auto:5")
+    assert torch.equal(samples, sampler(model).sample(**given, plan=expected)[0])
+    assert not torch.equal(samples, sampler(model).sample(**given)[0])
 
 
 TABLE = '{"num_nodes": %d, "eps": [[0]], "features": [[0]], "encoder": %g}'

@@ -159,7 +159,7 @@ def test_published_signatures():
 
     none = dict.fromkeys
     empty = inspect.Parameter.empty
-    assert positional(DDIMSampler.__init__) == {"model": empty, "schedule": "linear"}
+    assert positional(DDIMSampler.__init__) == {"model": empty, "schedule": "linear", "device": None}
     assert list(positional(DDIMSampler.make_schedule).items()) == [
         ("ddim_num_steps", empty),
         ("ddim_discretize", "uniform"),

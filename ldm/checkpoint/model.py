@@ -76,7 +76,7 @@ def load_model(config_path: str | Path, ckpt_path: str | Path, device: str | tor
 
     It is in evaluation mode, without gradients and without a moving average of its own. Its weights may be the
     file's own, mapped into memory (docs/loading.md): replace such a file, as `save_weights` does, rather than write
-    into it.
+    into it. Its `weights_file` is ckpt_path, by which plans find its calibrations.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: see `unmade_model` and `load_weights`.
@@ -85,4 +85,5 @@ def load_model(config_path: str | Path, ckpt_path: str | Path, device: str | tor
     state, used = choose_weights(ckpt_path, read_checkpoint(ckpt_path), weights)
     model = unmade_model(config_path)
     log.info("%s", fill(model, state, Path(ckpt_path), used, assign=True))
+    model.weights_file = Path(ckpt_path)
     return model.eval().requires_grad_(False).to(device)

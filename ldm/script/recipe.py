@@ -13,8 +13,6 @@ from ldm.script.setup import Setup
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from ldm.models.diffusion.plan import AnyPlan
@@ -76,14 +74,9 @@ def uses_autocast(args: argparse.Namespace, device: torch.device) -> bool:
 def run_facts(setup: Setup, sampler: str) -> RunFacts:
     """What plans and calibrations may have been made for."""
     from ldm.checkpoint import fingerprint
-    from ldm.models.diffusion.plans import RunFacts
+    from ldm.models.diffusion.plans import RunFacts, calibrations_of
 
     return RunFacts({"sampler": sampler, "weights": fingerprint(setup.ckpt)[:16]}, calibrations_of(setup.ckpt))
-
-
-def calibrations_of(ckpt: Path) -> Path:
-    """Where a model's calibrations lie: beside its weights."""
-    return (ckpt if ckpt.is_dir() else ckpt.parent) / "calibration"
 
 
 def make_plan(args: argparse.Namespace, nodes: int, run: RunFacts) -> AnyPlan:

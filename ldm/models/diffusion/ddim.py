@@ -67,6 +67,7 @@ class DDIMSampler(Sampler):
     `seed`, see `Sampler`, where the published class uses the global generator.
     """
 
+    solver = "ddim"
     ddim_timesteps: tuple[int, ...] = ()
     ddim_eta: float = 0.0
 

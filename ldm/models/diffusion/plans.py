@@ -25,11 +25,13 @@ from typing import Any
 
 import yaml
 
+from ldm.checkpoint import fingerprint
 from ldm.models.diffusion.calibration import Calibration, read_calibration
 from ldm.models.diffusion.online import OnlinePlan
 from ldm.models.diffusion.plan import Plan
+from ldm.util import PROJECT_ROOT
 
-PLAN_DIR = Path(__file__).parents[3] / "configs" / "plans"
+PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
 
 
 def plan_names() -> tuple[str, ...]:
@@ -43,16 +45,34 @@ class RunFacts:
 
     facts:        "sampler", "weights" (digest), ...; a plan that was made for others is refused.
     calibrations: folder with the model's tables, for plans `auto:...`.
+    weights_file: whose digest is the fact "weights", where facts have none; it is read only if a plan needs it.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     calibrations: Path | None = None
+    weights_file: Path | None = None
+
+    @staticmethod
+    def of(sampler: str, weights_file: Path | None) -> RunFacts:
+        """Of a run with this sampler and the model of this file (or diffusers folder), if it is known.
+
+        The model's calibrations lie beside its weights.
+        """
+        return RunFacts({"sampler": sampler}, weights_file and calibrations_of(weights_file), weights_file)
 
     def check(self, made_for: Mapping[str, Any], what: str) -> None:
         """Raise ValueError if what was made for another run."""
+        facts = dict(self.facts)
+        if "weights" in made_for.keys() - facts.keys() and self.weights_file is not None:
+            facts["weights"] = fingerprint(self.weights_file)[:16]
         for name, wanted in made_for.items():
-            if name in self.facts and self.facts[name] != wanted:
-                raise ValueError(f"{what} was made for {name} {wanted}; this run's is {self.facts[name]}")
+            if name in facts and facts[name] != wanted:
+                raise ValueError(f"{what} was made for {name} {wanted}; this run's is {facts[name]}")
+
+
+def calibrations_of(weights_file: Path) -> Path:
+    """Where a model's calibrations lie: beside its weights."""
+    return (weights_file if weights_file.is_dir() else weights_file.parent) / "calibration"
 
 
 def load_plan(spec: str, num_nodes: int, parallel: int = 1, propagate: str | None = None,
@@ -124,7 +144,10 @@ def _auto(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
 def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
     """The model's own for this sampler and run length."""
     folder, sampler = run.calibrations, run.facts.get("sampler")
-    there = sorted(folder.glob(f"{sampler}-*.json")) if folder and folder.is_dir() else []
+    if folder is None:
+        raise ValueError("auto plans need a calibration, which lies beside the model's weights, and it is not known "
+                         "from which file these came; load the model with ldm.load or ldm.checkpoint.load_model")
+    there = sorted(folder.glob(f"{sampler}-*.json")) if folder.is_dir() else []
     found = {path: read_calibration(path) for path in there}
     for path, calibration in found.items():
         if calibration.num_nodes == num_nodes:

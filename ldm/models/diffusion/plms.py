@@ -71,5 +71,7 @@ class PLMSSampler(DeterministicSampler):
     trial of the first step.
     """
 
+    solver = "plms"
+
     def rule(self, steps: int) -> PLMS:
         return PLMS(plms_nodes(ddim_levels(self.model.alphas_cumprod, steps)))

@@ -14,7 +14,7 @@ from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.edits import Edit, inpainting
 from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.plans import RunFacts, load_plan
 from ldm.models.diffusion.schedule import Node
 from ldm.noise import ImageNoise
 
@@ -29,16 +29,22 @@ class Sampler:
     Args:
         model: a `LatentDiffusion`.
         schedule: 'linear', the only published value.
+        device: as in Stability's signature; None or the model's, where the samples come out.
         seed: noise that a call draws itself depends on this and on the number of images that this sampler has
             drawn before, not on the batch size and not on any global generator.
 
     Raises:
-        ValueError: another schedule.
+        ValueError: another schedule or device.
     """
 
-    def __init__(self, model: Any, schedule: str = "linear", *, seed: int = 0) -> None:
+    solver: str     # its name among `ldm.models.diffusion.solvers`, for which calibrations are made
+
+    def __init__(self, model: Any, schedule: str = "linear", device: torch.device | str | None = None, *,
+                 seed: int = 0) -> None:
         if schedule != "linear":
             raise ValueError(f"schedule must be 'linear'; got {schedule!r}")
+        if device is not None and not same_device(torch.device(device), model.device):
+            raise ValueError(f"device must be the model's, {model.device}, or left out; got {device}")
         self.model = model
         self.ddpm_num_timesteps: int = model.num_timesteps
         self._seeds = ((seed, n) for n in count())
@@ -71,8 +77,11 @@ class Sampler:
         edits: Sequence[Edit] = (),
     ) -> Iterator[State]:
         """The loop's states under a plan given as a Plan, as a spec for `load_plan`, or not at all (off)."""
-        if plan is None or isinstance(plan, str):
-            plan = load_plan(plan or "off", len(rule.nodes), parallel)
+        if plan is None:
+            plan = load_plan("off", len(rule.nodes), parallel)
+        elif isinstance(plan, str):
+            run = RunFacts.of(self.solver, self.model.weights_file)
+            plan = load_plan(plan, len(rule.nodes), parallel, run=run)
         return denoise(denoiser, rule, plan, x, edits)
 
     def run(
@@ -116,6 +125,11 @@ class Sampler:
                 intermediates["x_inter"].append(state.x)
                 intermediates["pred_x0"].append(state.x0)
         return state.x, intermediates
+
+
+def same_device(asked: torch.device, real: torch.device) -> bool:
+    """Whether a tensor on `real` is on the device asked for; 'cuda' asks for any."""
+    return asked.type == real.type and asked.index in (None, real.index)
 
 
 def mask_edits(

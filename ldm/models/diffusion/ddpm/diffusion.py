@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,11 @@ class DDPM(ForwardProcess):
             `p_losses`.
         scheduler_config, ckpt_path: learning-rate schedule and starting weights of a training.
         monitor, log_every_t: logging of the trainer.
+
+    weights_file: the file (or diffusers folder) that `load_model` filled it from, beside which its calibrations lie.
     """
+
+    weights_file: Path | None = None
 
     def __init__(self, unet_config: Mapping[str, Any], timesteps: int = 1000, beta_schedule: str = "linear",
                  loss_type: str = "l2", monitor: str | None = None, use_ema: bool = True,
@@ -201,8 +206,11 @@ class DDPM(ForwardProcess):
                       Conditional(self.model, conditional, self.parameterization, tome))
 
     @contextmanager
-    def ema_scope(self) -> Iterator[None]:
-        """The network holds its averaged weights inside the block (if there are any)."""
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """The network holds its averaged weights inside the block (if there are any).
+
+        context: what the published method prints; not printed.
+        """
         if self.model_ema is None:
             yield
         else:

@@ -14,5 +14,7 @@ class DPMSolverSampler(DeterministicSampler):
     returns None for the intermediates, which are here those of the other samplers.
     """
 
+    solver = "dpm-solver++"
+
     def rule(self, steps: int) -> DPMMultistep:
         return DPMMultistep(nodes_between(NoiseSchedule(self.model.alphas_cumprod).levels(steps)))
