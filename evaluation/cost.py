@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.util import PROJECT_ROOT
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
     from ldm.cost import Macs
     from ldm.models.diffusion.plan import Plan
 
-SD_V1 = Path(__file__).resolve().parents[1] / "configs" / "stable-diffusion" / "v1-inference.yaml"
+SD_V1 = PROJECT_ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
 # Tables 1 and 5, "GFLOPs/image" of Stable Diffusion v1.5, by steps and number of key steps.
 PUBLISHED = {(50, 50): 37050, (50, 9): 27350, (20, 20): 14821, (20, 7): 11743, (50, 25): 31011, (50, 5): 26370}
 PUBLISHED_SIZE, PUBLISHED_BATCH = [64, 64], 2

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation.measure import check_output
 from evaluation.retrieval import DEFINITION, RANKS, SPLITS, RealSet, Verdict, load_extractor
 from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.util import PROJECT_ROOT
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from ldm.data.emoji import EmojiPictures
     from ldm.sampling.engine import Engine
 
-MODEL = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64"
+MODEL = PROJECT_ROOT / "models" / "ldm" / "emoji64"
 SHEET_COLUMNS = 20
 
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.cli import number
+from ldm.util import PROJECT_ROOT
 
 Files = tuple[Path, Path]           # a model's config and weights
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = PROJECT_ROOT
 EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/emoji64/model.safetensors")
 NOISE_WEIGHT = 0.003
 PROPAGATE = ("hold", "linear", "quadratic", "zeros")

@@ -9,7 +9,9 @@ from typing import Any
 
 from ldm.files import atomic_write, file_sha256  # noqa: F401  (their former place)
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
+INSTALLED_FILES = Path(__file__).resolve().parent / "_project"     # where setup.py puts the folders beside ldm
+# From here paths such as models/ldm/emoji64/config.yaml start, in a checkout as in an installation.
+PROJECT_ROOT = INSTALLED_FILES if INSTALLED_FILES.is_dir() else INSTALLED_FILES.parents[1]
 ALLOWED_PACKAGES = ("ldm", "torch.nn", "torch.optim")
 
 
