@@ -55,6 +55,22 @@ def test_training_loss_golden(name):
         torch.testing.assert_close(model.get_v(golden["x0"], golden["noise"], golden["t"]), golden["v_target"], **CLOSE)
 
 
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_the_network_is_trained_at_the_time_of_its_noise(parameterization):
+    """The networks of the recorded losses don't depend on the time; this one does."""
+    kwargs = load_case("train_l2_v")[0]["unet_kwargs"] | {"channel_mult": [1, 2]}
+    model = tiny(kwargs, parameterization=parameterization)
+    network = recipe_weights(model.model.diffusion_model, seed=1)
+    x, noise, c, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24), torch.tensor([20, 900])
+    with torch.no_grad():
+        loss = model.p_losses(x, c, t, noise)["loss_simple"]
+        target = noise if parameterization == "eps" else model.get_v(x, noise, t)
+        at, elsewhere = ((network(model.q_sample(x, t, noise), time, c) - target).square().mean()
+                         for time in (t, t.flip(0)))
+    torch.testing.assert_close(loss, at)
+    assert (elsewhere - at).abs() > 1e-3
+
+
 def test_predictions_invert_the_noising():
     model = tiny(load_case("train_l2_v")[0]["unet_kwargs"], parameterization="v")
     x, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([1, 400, 900])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contracts import recipe_weights
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -97,7 +98,7 @@ def wrapped_unet() -> tuple[UNetModel, Any]:
     class Network(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.unet = UNetModel(8, 3, 32, 3, 1, [], channel_mult=(1, 2), num_heads=1).eval()
+            self.unet = recipe_weights(UNetModel(8, 3, 64, 3, 1, [], channel_mult=(1, 2), num_heads=1), seed=1)
 
         def encode(self, x, t, cond, tome):
             return self.unet.encode(x, t)
@@ -127,6 +128,7 @@ def test_block_outputs_are_what_the_modules_put_out():
     assert [*outputs] == ["E8", "E4", "B", "D4", "D8"]
     for name, module in zip(outputs, ("in2", "in3", "mid", "out1", "out3"), strict=True):
         torch.testing.assert_close(outputs[name], seen[module], rtol=0, atol=1e-6)
+        assert (outputs[name] - block_outputs(model, x, 500.0)[name]).abs().max() > 1e-3
 
 
 def test_the_run_is_the_plain_run_and_its_conditional_half():

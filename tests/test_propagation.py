@@ -132,6 +132,52 @@ def test_released_trajectories(name, parallel):
     assert_golden(run.final, tensors["final"], case)
 
 
+TIME_CASES = sorted(path.stem for path in GOLDENS.glob("propagation_time_*.json"))
+
+
+def timed_run(case, tensors, parallel: int, change=lambda denoiser: denoiser) -> Run:
+    """A run of the network that depends on the time; `change` wraps its denoiser."""
+    x_T = tensors["x_T"]
+    timed = model("propagation_time_plain")
+    denoiser = timed.denoiser(tensors["prompt_embeds"], tensors["negative_prompt_embeds"], case["guidance_scale"])
+    edits = [prior_noise(x_T, case["noise_alpha"], when=case["noise_order"])] if case["noise_order"] else []
+    plan = Plan(case["S"], tuple(case["key_steps"]), parallel)
+    return recorded_run("propagation_time_plain", change(denoiser), case["S"], plan, x_T, edits)
+
+
+@pytest.mark.parametrize("parallel", [1, 50])
+@pytest.mark.parametrize("name", TIME_CASES)
+def test_trajectories_of_a_network_that_depends_on_the_time(name, parallel):
+    case, tensors = load_case(name)
+    run = timed_run(case, tensors, parallel)
+    assert [node.t for node in run.nodes] == case["timesteps"]
+    for j, i in enumerate(tensors["step_idx"].tolist()):
+        assert_golden(run.into[i], tensors["into_step"][j], case)
+        torch.testing.assert_close(run.eps[i], tensors["guided_eps"][j], rtol=1e-4, atol=2e-3)
+    assert_golden(run.final, tensors["final"], case)
+
+
+class KeysTime:
+    """A denoiser whose decoder is given the time of the key node that it goes on from."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser, self.to_eps = denoiser, denoiser.to_eps
+
+    def encode(self, x: Tensor, t: float) -> Features:
+        self.key = t
+        return self.denoiser.encode(x, t)
+
+    def decode(self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None) -> list[Prediction]:
+        return self.denoiser.decode(features, [self.key] * len(ts), last)
+
+
+@pytest.mark.parametrize("name", [name for name in TIME_CASES if name != "propagation_time_plain"])
+def test_the_cases_see_a_decoder_with_the_keys_time(name):
+    case, tensors = load_case(name)
+    off = (timed_run(case, tensors, 50, KeysTime).final - tensors["final"]).abs().max()
+    assert off == pytest.approx(case["max_abs_change_with_key_step_time"], abs=2 * case["tolerance"]["atol"])
+
+
 FORK_PLANS = {"k48": "ldm250", "k19": "ldm250-demo"}  # as the cases name the key lists
 FORK_CASES = sorted(path.stem for path in GOLDENS.glob("fork_*_cfg*.json"))
 

@@ -10,7 +10,7 @@ from contracts import assert_golden, load_case
 from golden_sampler import SHAPE, model
 
 from ldm.models.diffusion.ancestral import Ancestral
-from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddim import DDIM, DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.dpm_solver.rules import (
     DPMMultistep,
@@ -21,10 +21,10 @@ from ldm.models.diffusion.dpm_solver.rules import (
 )
 from ldm.models.diffusion.edits import prior_noise
 from ldm.models.diffusion.levels import NoiseSchedule, ddim_levels, log_snr, nodes_between
-from ldm.models.diffusion.loop import State, denoise
+from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.plms import PLMS, PLMSSampler, plms_nodes
-from ldm.models.diffusion.schedule import Node, diffuse, predict_x0
+from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps, diffuse, predict_x0
 
 DPM_RULES = [
     "ms2_eps",
@@ -52,7 +52,11 @@ def sample(sampler, case, tensors, **kwargs):
     )
 
 
-def recorded_rule(case) -> DPMMultistep | DPMSinglestep:
+def recorded_rule(case) -> Rule:
+    if case.get("sampler") == "PLMSSampler":
+        return PLMS(plms_nodes(ddim_levels(model().alphas_cumprod, case["S"])))
+    if case.get("sampler") == "DDIMSampler":
+        return DDIM(ddim_nodes(model().alphas_cumprod, ddim_timesteps(case["S"])))
     schedule = NoiseSchedule(model().alphas_cumprod)
     predicts = "x0" if case["predict_x0"] else "eps"
     variant = case.get("solver_type", "dpmsolver")
@@ -70,7 +74,7 @@ def test_published_plms():
     assert_golden(latents, tensors["final"], case)
     for name in ("x_inter", "pred_x0"):  # entry 1 is here of node 0, in the published code of the first step
         assert_golden(torch.stack(actual[name])[[0, 2, 3, 4, 5, 6]], tensors[name][[0, 2, 3, 4, 5, 6]], case)
-    rule = PLMS(plms_nodes(ddim_levels(model().alphas_cumprod, case["S"])))
+    rule = recorded_rule(case)
     assert [node.t for node in rule.nodes] == tensors["model_timesteps"].tolist()
     denoiser = model().denoiser(tensors["c"], tensors["uc"], case["cfg_scale"])
     states = denoise(denoiser, rule, load_plan("off", 51), tensors["x_T"])
@@ -99,6 +103,20 @@ def test_published_dpm_rules(name):
     at_calls = torch.stack([latents[i] for i in tensors["x_at_calls_idx"]])
     assert_golden(at_calls, tensors["x_at_calls"], case)
     assert_golden(latents[-1], tensors["final"], case)
+
+
+@pytest.mark.parametrize("name", ["ddim", "plms", "dpm_ms2_x0", "dpm_ms3_eps", "dpm_ss2_x0"])
+def test_published_samples_of_a_network_that_depends_on_the_time(name):
+    case, tensors = load_case(f"sampler_time_{name}")
+    rule = recorded_rule(case)
+    torch.testing.assert_close(torch.tensor([float(n.t) for n in rule.nodes]), tensors["unet_t"], rtol=1e-5, atol=1e-3)
+    timed = model(network="sampler_time_dpm_ms2_x0")
+    denoiser = timed.denoiser(tensors["c"], tensors["uc"], case["cfg_scale"])
+    *_, last = denoise(denoiser, rule, load_plan("off", len(rule.nodes)), tensors["x_T"])
+    assert_golden(last.x, tensors["final"], case)
+    sampler = {"ddim": DDIMSampler, "plms": PLMSSampler}.get(name)
+    if sampler:
+        assert_golden(sample(sampler(timed), case, tensors)[0], tensors["final"], case)
 
 
 def test_published_noise_schedule():
