@@ -93,7 +93,8 @@ def make_pictures(maker: Engine, captions: Sequence[str], seed: int, batch: int)
     steps = math.ceil(len(captions) / batch) * maker.plan.num_nodes
     with tqdm(total=steps, desc="generating", unit="step", disable=None) as bar:
         maker.on_node = bar.update
-        return [made.image for made in generate(prompt_items(captions, 1, seed), maker, {}, None, batch)]
+        items = prompt_items(captions, 1, seed, by_position=True)
+        return [made.image for made in generate(items, maker, {}, None, batch)]
 
 
 def reconstruct(maker: Engine, pictures: Tensor, batch: int) -> list[Image.Image]:

@@ -48,7 +48,7 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
                       help="pictures of the prompt in each iteration; the batch size (default: %(default)s)")
     what.add_argument("--n_iter", type=count, default=1, metavar="N",
                       help="iterations (default: %(default)s)")
-    seed_argument(what)
+    noise_arguments(what)
     what.add_argument("--fixed_code", action="store_true",
                       help="begin every prompt and iteration from the same noise")
     return what
@@ -90,14 +90,23 @@ def count_arguments(group: argparse._ArgumentGroup, samples: int, batch: int, wh
     group.add_argument(*flags, dest="n_samples", type=count, default=samples, metavar="N",
                        help=f"{what} (default: %(default)s)")
     group.add_argument("--batch_size", type=count, default=batch, metavar="N",
-                       help="pictures at a time; changes speed and memory, not the pictures (default: %(default)s)")
-    seed_argument(group)
-
-
-def seed_argument(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1, "0..2^32-1"), default=42,
-                       help="fixes each picture's noise, with the numbers of its subject and sample "
+                       help="pictures at a time; changes speed and memory, and the last digits of what is computed "
                             "(default: %(default)s)")
+    noise_arguments(group)
+
+
+def noise_arguments(group: argparse._ArgumentGroup) -> None:
+    """The seed, and what else a picture's noise depends on."""
+    seed_argument(group, "fixes each picture's noise, with what is pictured (prompt, class, content of the file) and "
+                         "the number of its sample")
+    group.add_argument("--seed-by-position", action="store_true",
+                       help="noise from the place in the list instead of what is pictured, as in earlier versions")
+
+
+def seed_argument(group: argparse._ArgumentGroup,
+                  what: str = "fixes each picture's noise, with its place in the list") -> None:
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1, "0..2^32-1"), default=42,
+                       help=f"{what} (default: %(default)s)")
 
 
 def sampling_arguments(p: argparse.ArgumentParser, steps: int | None = 50, eta: float | None = 0.0,
@@ -150,8 +159,8 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                       help="what the decoder gets between key steps: the last one's features, those of the last two or "
                            "three extrapolated, or nothing, for comparison (default: the plan file's, or hold)")
     fast.add_argument("--parallel", type=parallel, metavar="N|auto",
-                      help="most decoder steps in one batch; changes speed and memory, not the pictures "
-                           "(default: auto, what memory allows; fewer large ones on a CPU)")
+                      help="most decoder steps in one batch; changes speed and memory, and the last digits of what is "
+                           "computed (default: auto, what memory allows; fewer large ones on a CPU)")
     fast.add_argument("--tome", type=number(float, 0, 0.75, "a number in 0..0.75"), default=0.0, metavar="R",
                       help="merge this share of the tokens for self-attention at the UNet's finest level (ToMe; "
                            "its authors' share is 0.5; default: 0, none)")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from ldm.images import read_png, save_png
 
 Settings = Mapping[str, Any]
 Make = Callable[[Sequence["Item"]], tuple[Sequence[Image.Image], Settings]]
+WORDS = 40      # characters of a file's name that say what is pictured
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Item:
 
     @property
     def caption(self) -> str:
-        return str(next(iter(self.subject.values()), ""))
+        """What tells a person: a text as it is, anything else after its name, as in "class 207"."""
+        name, value = next(iter(self.subject.items()), ("", ""))
+        return value if isinstance(value, str) else f"{name} {value}"
 
 
 @dataclass(frozen=True)
@@ -65,22 +70,56 @@ class Made:
     run: Settings
 
 
-def subject_items(subjects: Sequence[Settings], samples: int, seed: int,
-                  share_start: int | None = None) -> list[Item]:
-    """`samples` pictures of each subject, with seeds (seed, subject's index, sample's index).
+def subject_items(subjects: Sequence[Settings], samples: int, seed: int, share_start: int | None = None,
+                  by_position: bool = False) -> list[Item]:
+    """`samples` pictures of each subject, with seeds that do not depend on what else is in the list.
+
+    A seed is (seed, what is pictured, how often that came before in the list, sample's index).
 
     Args:
         subjects: see `Item`.
         share_start: begin sample k of every subject from the same noise as sample k modulo this number.
+        by_position: seeds are (seed, subject's index, sample's index).
     """
-    return [Item(p, s, subject, (seed, p, s), (seed, p, s) if share_start is None else (seed, s % share_start))
-            for p, subject in enumerate(subjects) for s in range(samples)]
+    items, before = [], Counter()
+    for p, subject in enumerate(subjects):
+        pictured = subject_seed(subject)
+        named = (p,) if by_position else (*pictured, before[pictured])
+        before[pictured] += 1
+        for s in range(samples):
+            own = (seed, *named, s)
+            items.append(Item(p, s, subject, own, own if share_start is None else (seed, s % share_start)))
+    return items
 
 
-def prompt_items(prompts: Sequence[str], samples: int, seed: int,
-                 share_start: int | None = None) -> list[Item]:
+def subject_seed(subject: Settings) -> tuple[int, ...]:
+    """64 bits of what is pictured, as two integers 0..2^32-1; nothing for an empty subject.
+
+    That is the first of the subject's values: a prompt, a class, boxes; of a file the content, not the name.
+    """
+    if not subject:
+        return ()
+    name, value = next(iter(subject.items()))
+    text = json.dumps(subject.get(f"{name}_sha256", value))
+    number = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(number[:4], "big"), int.from_bytes(number[4:8], "big")
+
+
+def prompt_items(prompts: Sequence[str], samples: int, seed: int, share_start: int | None = None,
+                 by_position: bool = False) -> list[Item]:
     """`samples` pictures of each prompt; see `subject_items`."""
-    return subject_items([{"prompt": prompt} for prompt in prompts], samples, seed, share_start)
+    return subject_items([{"prompt": prompt} for prompt in prompts], samples, seed, share_start, by_position)
+
+
+def first_words(text: str, most: int = WORDS) -> str:
+    """The beginning of a text as part of a file's name: letters and digits of any script, all else one hyphen.
+
+    At most so many characters, whole words where there is more than one. Empty for a text without letters and digits.
+    """
+    # Letters, the marks on them, and numbers; composed, as every file system keeps them.
+    kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFC", text.lower()))
+    words = "-".join(word for word in "".join(kept).split() if any(map(str.isalnum, word)))
+    return words if len(words) <= most else words[:most + 1].rpartition("-")[0] or words[:most]
 
 
 def digest(settings: Settings) -> str:
@@ -105,8 +144,8 @@ def generate(items: Sequence[Item], make: Make, settings: Settings, outdir: str 
     Args:
         items, make, batch, rank, world_size: see `fill`.
         settings: what the pictures depend on beside their item: model, sampler, ... (JSON values).
-        outdir: gets samples/SEED-SUBJECT-SAMPLE-DIGEST.png and one line per picture in manifest.jsonl;
-            None = pictures are not saved.
+        outdir: gets samples/WORDS-SEED-SUBJECT-SAMPLE-DIGEST.png (see `first_words`) and one line per picture in
+            manifest.jsonl; None = pictures are not saved.
 
     Raises:
         ValueError: see `fill`.
@@ -185,8 +224,9 @@ class _Folder:
 
     def _place(self, item: Item) -> tuple[Path, dict[str, Any]]:
         settings = item.settings() | self.settings
-        name = f"{item.seed[0]}-{item.prompt_index:05d}-{item.sample:03d}-{digest(settings)}.png"
-        return self.outdir / "samples" / name, settings
+        place = f"{item.seed[0]}-{item.prompt_index:05d}-{item.sample:03d}-{digest(settings)}"
+        name = "-".join(filter(None, (first_words(item.caption), place)))
+        return self.outdir / "samples" / f"{name}.png", settings
 
     def _list(self, path: Path, settings: Settings, run: Settings) -> None:
         file = path.relative_to(self.outdir).as_posix()

@@ -70,12 +70,12 @@ def calibrate(args: argparse.Namespace, engine: Engine, made_for: dict[str, Any]
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.generate import subject_items
+    from ldm.generate import prompt_items
     from ldm.models.diffusion.calibration import Calibration, measure
     from ldm.script import prompts_in
 
     prompts = prompts_in(args.from_file)[:args.n_samples]
-    items = subject_items([{"prompt": prompt} for prompt in prompts], 1, args.seed)
+    items = prompt_items(prompts, 1, args.seed, by_position=True)
     tables = []
     for item in tqdm(items, desc="measuring", unit="picture", disable=None):
         tables.append(measure(*engine.plain_run([item])))
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
 
     from dataclasses import replace
 
-    from ldm.generate import subject_items
+    from ldm.generate import prompt_items
     from ldm.plan_table import spans
     from ldm.script import prompts_in
 
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     with blame("--macs" if args.macs else "--keys"):
         plan = calibration.plan_within(args.macs) if args.macs else calibration.plan(args.keys)
     prompts = prompts_in(args.from_file)[:args.n_samples]
-    errors = try_propagations(engine, plan, subject_items([{"prompt": p} for p in prompts], 1, args.seed))
+    errors = try_propagations(engine, plan, prompt_items(prompts, 1, args.seed, by_position=True))
     best = min(errors, key=errors.get)
     calibration, plan = (replace(part, propagate=best) for part in (calibration, plan))
     path = folder / f"{engine.recipe.sampler}-{args.steps}.json"

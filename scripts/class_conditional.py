@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     from ldm.sampling.conditions import Classes
     from ldm.sampling.engine import Task
 
-    items = subject_items([{"class": number} for number in chosen], args.n_samples, args.seed)
+    subjects = [{"class": number} for number in chosen]
+    items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
     make_pictures(args, setup, items, Task(Classes(absent)), size, args.batch_size)
 
 

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.generate import subject_items
 
     subjects = [subject | ({"prompt": args.prompt} if text else {}) for subject in inputs.subjects]
-    items = subject_items(subjects, args.n_samples, args.seed)
+    items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
     height, width = inputs.pictures.shape[-2:]
     make_pictures(args, setup, items, make_task(inputs, setup, text), (height, width), args.batch_size)
 

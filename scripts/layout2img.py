@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         with blame(f"--boxes: picture {p}"):
             tokens.append(box_tokens(boxes, (length - 2) // 3, ids))    # three a box, and the crop's two
         subjects.append({"boxes": [[b.category, b.x, b.y, b.width, b.height] for b in boxes]})
-    items = subject_items(subjects, args.n_samples, args.seed)
+    items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
     make_pictures(args, setup, items, Task(Boxes(torch.stack(tokens))), size, args.batch_size)
 
 

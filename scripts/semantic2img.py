@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     # What the model can't make is filled up with the edge, and cut off in the end.
     height, width = batch.shape[-2:]
     whole = pad(batch[:, None].float(), *map(setup.sizes.whole, (height, width)))[:, 0].long()
-    items = subject_items(subjects, args.n_samples, args.seed)
+    items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
     make_pictures(args, setup, items, Task(Labels(whole)), (height, width), args.batch_size)
 
 

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     pictures = pad(pictures, sizes.whole(height) // factor, sizes.whole(width) // factor)
     condition = make_condition(args, setup, text, pictures)
     subjects = [subject | ({"prompt": args.prompt} if text else {}) for subject in subjects]
-    items = subject_items(subjects, args.n_samples, args.seed)
+    items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
     make_pictures(args, setup, items, Task(condition), (height, width), args.batch_size)
 
 

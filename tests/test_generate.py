@@ -7,15 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.generate import Item, generate, prompt_items, read_manifest
+from ldm.generate import Item, first_words, generate, prompt_items, read_manifest, subject_items
 from ldm.images import read_png
 
 ITEMS = prompt_items(["a red heart", "an \"owl\", näive\nstyle", "a cat"], samples=3, seed=42)
 SETTINGS = {"scale": 7.5, "keys": [0, 1, 2], "weights": "abc"}
 
 
+def colour(item: Item) -> tuple[int, int, int]:
+    return item.seed[0], item.prompt_index, item.sample
+
+
 class Maker:
-    """Makes pictures whose colour is their seed; stops after `limit` batches as if killed."""
+    """Makes pictures whose colour is their item; stops after `limit` batches as if killed."""
 
     def __init__(self, limit: int = 10**6):
         self.batches: list[list[Item]] = []
@@ -25,7 +29,7 @@ class Maker:
         if len(self.batches) >= self.limit:
             raise KeyboardInterrupt
         self.batches.append(list(items))
-        return [Image.new("RGB", (4, 4), item.seed) for item in items], {"seconds": 0.5}
+        return [Image.new("RGB", (4, 4), colour(item)) for item in items], {"seconds": 0.5}
 
 
 def run(folder, items=ITEMS, settings=SETTINGS, maker=None, **options):
@@ -45,9 +49,10 @@ def test_every_item_becomes_a_file_with_its_settings_and_a_line(tmp_path):
     assert len({m.path for m in made}) == 9
     for m in made:
         image, settings, how = read_png(m.path)
-        assert image.getpixel((0, 0)) == m.item.seed and how == {"seconds": 0.5}
+        assert image.getpixel((0, 0)) == colour(m.item) and how == {"seconds": 0.5}
         assert settings == m.item.settings() | SETTINGS
-        assert m.path.name.startswith(f"42-{m.item.prompt_index:05d}-{m.item.sample:03d}-")
+        words, place = first_words(m.item.caption), f"{m.item.prompt_index:05d}-{m.item.sample:03d}"
+        assert m.path.name.startswith(f"{words}-42-{place}-")
     entries = read_manifest(tmp_path / "manifest.jsonl")
     assert [e["file"] for e in entries] == [m.path.relative_to(tmp_path).as_posix() for m in made]
     assert entries[4].items() >= {"prompt": ITEMS[4].caption, "scale": 7.5, "seconds": 0.5}.items()
@@ -180,6 +185,63 @@ def test_starting_noise_can_be_shared():
     assert [i.start for i in items] == [(7, 0), (7, 1)] * 4
     assert len({i.seed for i in items}) == 8
     assert all(i.start == i.seed for i in ITEMS)
+
+
+# Where the noise of a picture comes from
+
+def seeds(*prompts: str, samples: int = 2, **options) -> dict[tuple[str, int], list[tuple[int, ...]]]:
+    """The seeds of each prompt's samples, in the order of the list."""
+    found: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    for item in prompt_items(prompts, samples, 42, **options):
+        found.setdefault((item.caption, item.sample), []).append(item.seed)
+    return found
+
+
+@given(data=st.data())
+def test_noise_does_not_depend_on_the_order_of_the_list_nor_on_what_else_is_in_it(data):
+    prompts = data.draw(st.lists(st.sampled_from(["a cat", "a dog", "an owl", "", "\u732b"]), min_size=1, max_size=8))
+    other = data.draw(st.permutations(prompts))
+    assert seeds(*prompts) == seeds(*other)
+    more = seeds(*other, "a tree")
+    assert all(more[key] == own for key, own in seeds(*prompts).items())
+    every = [seed for own in more.values() for seed in own]
+    assert len(set(every)) == len(every)        # also of a prompt that is listed twice
+
+
+def test_the_seed_of_a_prompt_never_changes():
+    assert prompt_items(["a red heart, noto style"], 1, 42)[0].seed == (42, 1227200122, 1849923446, 0, 0)
+
+
+def test_noise_by_place_is_that_of_earlier_versions():
+    assert seeds("a cat", "a dog", "a cat", by_position=True) == {
+        ("a cat", 0): [(42, 0, 0), (42, 2, 0)], ("a cat", 1): [(42, 0, 1), (42, 2, 1)],
+        ("a dog", 0): [(42, 1, 0)], ("a dog", 1): [(42, 1, 1)]}
+
+
+def test_noise_of_a_file_comes_from_its_content_and_of_nothing_from_the_sample_alone():
+    one, renamed, other = (subject_items([{"image": name, "image_sha256": digest, "prompt": name}], 1, 42)[0].seed
+                           for name, digest in (("a.png", "12ab"), ("b.png", "12ab"), ("a.png", "34cd")))
+    assert one == renamed != other
+    assert [item.seed for item in subject_items([{}], 2, 42)] == [(42, 0, 0), (42, 0, 1)]
+
+
+# Names of files
+
+@pytest.mark.parametrize("text, words", [
+    ("a red heart, noto style", "a-red-heart-noto-style"), ("../../etc/passwd", "etc-passwd"), ("C:\\a|b?*", "c-a-b"),
+    ("\u732b \u306e \u7d75", "\u732b-\u306e-\u7d75"),
+    ("\u0915\u0941\u0924\u094d\u0924\u093e",) * 2,
+    ("cafe\u0301", "caf\u00e9"), ("", ""), ("\u2764\ufe0f !", ""), (".hidden", "hidden"), ("x" * 300, "x" * 40),
+    ("one two three four five six seven eight nine", "one-two-three-four-five-six-seven-eight")])
+def test_a_file_name_begins_with_the_first_words(text, words):
+    assert first_words(text) == words
+
+
+@given(text=st.text())
+def test_every_text_makes_a_name_that_a_file_system_takes(text, tmp_path_factory):
+    words = first_words(text)
+    assert len(words) <= 40 and not words.startswith(("-", ".")) and not words.endswith("-")
+    assert not set(words) & set("/\\:*?\"<>|\0\n") and len(words.encode()) <= 160
 
 
 @pytest.mark.parametrize("options, why", [({"batch": 0}, "batch"), ({"rank": 2, "world_size": 2}, "rank"),

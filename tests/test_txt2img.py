@@ -16,7 +16,7 @@ from PIL import Image
 from txt2img_model import SCRIPT, main, write_model
 
 from ldm.checkpoint import load_config, load_model
-from ldm.generate import prompt_items, read_manifest
+from ldm.generate import prompt_items, read_manifest, subject_seed
 from ldm.images import from_pil, psnr, read_png
 from ldm.models.diffusion.plans import load_plan
 from ldm.sampling.conditions import Text
@@ -57,11 +57,12 @@ def pixels(path: Path) -> np.ndarray:
 def test_pictures_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
     assert call("--prompt", "a dog face", "--n_samples", "2", "--n_iter", "2", "--n_rows", "3") == 0
     files = pictures(tmp_path)
-    assert [name[:13] for name in files] == [f"42-00000-00{k}-" for k in range(4)]
+    assert [name[:-13] for name in files] == [f"a-dog-face-42-00000-00{k}" for k in range(4)]
     assert all(Image.open(path).size == (16, 16) for path in files.values())
     entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
     assert [e["file"] for e in entries] == [f"samples/{name}" for name in files]
-    assert entries[3] | {"prompt": "a dog face", "sample": 3, "seed": [42, 0, 3], "steps": 5, "scale": 3.0,
+    seed = [42, *subject_seed({"prompt": "a dog face"}), 0, 3]
+    assert entries[3] | {"prompt": "a dog face", "sample": 3, "seed": seed, "steps": 5, "scale": 3.0,
                          "keys": [0, 1, 2, 3], "noise_weight": 0.003, "precision": "full"} == entries[3]
     settings = read_png(tmp_path / "out" / entries[0]["file"])[1]
     assert settings.items() <= entries[0].items() and len(settings["weights"]) == 16
@@ -106,6 +107,18 @@ def test_a_killed_run_resumes(call, tmp_path, monkeypatch, capsys):
     again = {name: pixels(path) for name, path in pictures(tmp_path).items()}
     assert again.keys() == whole.keys() and all((again[name] == whole[name]).all() for name in whole)
     assert len(read_manifest(tmp_path / "out" / "manifest.jsonl")) == 3
+
+
+def test_the_order_of_the_prompts_changes_no_picture(call, tmp_path):
+    def made(*lines: str) -> dict[str, list[int]]:
+        (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+        call("--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "1", "--skip_grid", "--plan", "off")
+        entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
+        (tmp_path / "out" / "manifest.jsonl").unlink()
+        return {entry["prompt"]: pixels(tmp_path / "out" / entry["file"]) for entry in entries}
+
+    one, other = made("a green tree", "a dog face"), made("an owl", "a dog face", "a green tree")
+    assert all((other[prompt] == one[prompt]).all() for prompt in one)
 
 
 # A picture depends on its seed, its prompt and its settings alone

@@ -197,7 +197,9 @@ class Bench:
 
     @cached_property
     def items(self) -> list[Item]:
-        return prompt_items(self.asked.captions, 1, self.scene.seed) if self.data else self.scene.items
+        if not self.data:
+            return self.scene.items
+        return prompt_items(self.asked.captions, 1, self.scene.seed, by_position=True)
 
     def made(self, row: Row, plan: AnyPlan) -> tuple[Tensor, Tensor, Spent]:
         """Latents, pictures (N, 3, H, W) in [-1, 1] as they are saved, and the cost of one picture."""

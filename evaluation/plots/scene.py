@@ -75,13 +75,13 @@ class Scene:
             return subject_items([{}], self.count, self.seed)
         if self.classes:
             step = max(1, self.classes // self.count)
-            return subject_items([{"class": k * step} for k in range(self.count)], 1, self.seed)
+            return subject_items([{"class": k * step} for k in range(self.count)], 1, self.seed, by_position=True)
         with blame("--prompts"):
             lines = Path(self.prompts).read_text(encoding="utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
         if len(prompts) < self.count:
             raise BadInput(f"--count: {self.prompts} has {len(prompts)} prompts; got {self.count}")
-        return subject_items([{"prompt": prompt} for prompt in prompts[:self.count]], 1, self.seed)
+        return subject_items([{"prompt": prompt} for prompt in prompts[:self.count]], 1, self.seed, by_position=True)
 
     @cached_property
     def task(self) -> Task:

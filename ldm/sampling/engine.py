@@ -155,7 +155,8 @@ class Spent:
 class Engine:
     """Makes the pictures of a batch of items; a `make` for `ldm.generate.generate`.
 
-    A picture depends on the weights, the task, the recipe, the keys of the plan and its item; not on its batch.
+    A picture depends on the weights, the task, the recipe, the keys of the plan and its item. Its batch, and threads,
+    change the last digits of what is computed: some values of the 8-bit picture may differ by one level.
 
     Args:
         model: its device is used.

@@ -38,7 +38,7 @@ def text_items(args: argparse.Namespace, extra: dict[str, Any] | None = None) ->
     prompts = [args.prompt] if args.from_file is None else prompts_in(args.from_file)
     subjects = [{"prompt": prompt} | (extra or {}) for prompt in prompts for _ in range(args.repeat)]
     return subject_items(subjects, per_iteration * args.n_iter, args.seed,
-                         share_start=per_iteration if args.fixed_code else None)
+                         share_start=per_iteration if args.fixed_code else None, by_position=args.seed_by_position)
 
 
 def given_names(args: argparse.Namespace, default: Path | None = None) -> Names:
