@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
+
+LONGEST_WORD, LONGEST_MESSAGE = 200, 2000       # characters of an error message
 
 
 class BadInput(Exception):
@@ -49,6 +52,21 @@ def number(kind: type, low: float, high: float, accepted: str) -> Callable[[str]
     return parse
 
 
+def readable(message: str) -> str:
+    """An error message for a terminal: one line, without control characters, and with what is long in it cut.
+
+    Messages repeat what was given, and a file name, a key of a checkpoint or a header can be anything.
+    """
+    line = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in message).split())
+    return _cut(re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: _cut(word[0], LONGEST_WORD), line), LONGEST_MESSAGE)
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit * 2 // 3]}...({len(text)} characters)...{text[-limit // 6:]}"
+
+
 def command(name: str, run: Callable[[], None], stopped: str = "stopped") -> int:
     """Run a command line; its exit code.
 
@@ -63,8 +81,8 @@ def command(name: str, run: Callable[[], None], stopped: str = "stopped") -> int
     except BrokenPipeError:     # whoever reads the output has seen enough, such as head; what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except BadInput as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+    except (BadInput, OSError) as error:    # a full disk, a name that no file can have: not a fault of the program
+        print(f"{name}: error: {readable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: {stopped}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ldm.files import read_json
 
 UNET = "model.diffusion_model."
 CONDITIONERS = {        # by class: the name in a report, and a key that tells it in a checkpoint
@@ -144,9 +145,9 @@ def fitting(weights: Facts, configs: Iterable[tuple[str, Facts]]) -> list[str]:
 def stated_prediction(ckpt: Path) -> str | None:
     """What the network predicts ("eps", "v", "x0") by the scheduler of a diffusers folder; None = not stated."""
     try:
-        settings = json.loads((ckpt / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        settings = read_json(ckpt / "scheduler" / "scheduler_config.json")
         return PREDICTIONS.get(settings.get("prediction_type", "epsilon"))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
 
 

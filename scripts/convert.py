@@ -35,9 +35,9 @@ def to_ldm(args: argparse.Namespace) -> None:
 
     if args.config is not None or args.weights is not None:
         raise BadInput("--config, --weights: only with --to diffusers; a folder describes itself and has no averages")
-    if not Path(args.source).is_dir():
-        raise BadInput(f"source: {args.source}: no such folder; --to ldm converts a diffusers folder")
     with blame("source"):
+        if not Path(args.source).is_dir():
+            raise BadInput(f"source: {args.source}: no such folder; --to ldm converts a diffusers folder")
         state = read_checkpoint(args.source)
     with blame("--out"):
         save_weights(args.out, state)
@@ -53,8 +53,9 @@ def to_diffusers(args: argparse.Namespace) -> None:
 
     if args.config is None:
         raise BadInput("--config: needed with --to diffusers, to describe the model in its config.json files")
-    if Path(args.out).exists():
-        raise BadInput(f"--out: {args.out} exists; expected a folder to make")
+    with blame("--out"):
+        if Path(args.out).exists():
+            raise BadInput(f"--out: {args.out} exists; expected a folder to make")
     with blame("--config"):
         params = OmegaConf.to_container(load_config(args.config).model, resolve=True).get("params", {})
     with blame("source"):

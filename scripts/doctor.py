@@ -26,6 +26,7 @@ from ldm.util import PROJECT_ROOT
 if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
+    from torch import nn
 
     from ldm.diagnosis import Facts
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -138,7 +139,7 @@ def published(models: Iterable[Published], verify: bool, root: Path = PROJECT_RO
 
 def examine(config_path: str, ckpt: Path) -> Iterator[Finding]:
     """Whether the two belong together."""
-    from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkpoint
+    from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkpoint, some
     from ldm.diagnosis import differences, facts_of_config, facts_of_weights
 
     with blame("--config"):
@@ -166,8 +167,17 @@ def examine(config_path: str, ckpt: Path) -> Iterator[Finding]:
         yield Finding("FAULT", f"the config does not build a model: {' '.join(str(error).split())}")
         return
     yield Finding("ok", "every weight has its place")
+    if broken := not_finite(model):
+        yield Finding("FAULT", f"{len(broken)} weights hold NaN or infinite numbers{some(broken)}", "a training that "
+                      "diverged, or a damaged file: take an earlier checkpoint, or download it again")
+        return
     if stated.channels is not None:
         yield from prediction(config, model, ckpt)
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights in which a number is NaN or infinite."""
+    return [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
 
 
 def summary(facts: Facts) -> str:

@@ -92,16 +92,16 @@ def download(model: Published, root: Path) -> None:
 
 def run(args: argparse.Namespace) -> list[str]:
     models = chosen(args)
-    if args.list:
-        show(models, args.root)
-    elif args.verify:
-        return verify(models, args.root, named=bool(args.names))
-    elif not args.names:
-        raise BadInput("NAME: name the models to download; --list shows what there is")
-    else:
-        with blame("--root", (OSError,)):
-            for model in models:
-                download(model, args.root)
+    with blame("--root", (OSError,)):
+        if args.list:
+            show(models, args.root)
+            return []
+        if args.verify:
+            return verify(models, args.root, named=bool(args.names))
+        if not args.names:
+            raise BadInput("NAME: name the models to download; --list shows what there is")
+        for model in models:
+            download(model, args.root)
     return []
 
 

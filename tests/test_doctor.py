@@ -172,6 +172,25 @@ def test_a_checkpoint_that_lacks_a_weight(tmp_path, capsys):
     assert "-> the checkpoint fits no published config; it is: input channels of the network: 24" in out
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(tmp_path, capsys, value):
+    state = load_file(FILES[3])
+    state["model.diffusion_model.out.2.bias"][3] = value
+    save_file(state, tmp_path / "m.safetensors")
+    assert main([*FILES[:3], str(tmp_path / "m.safetensors")]) == 1
+    out = capsys.readouterr().out
+    assert "FAULT 1 weights hold NaN or infinite numbers (model.diffusion_model.out.2.bias)" in out
+    assert "looks like" not in out
+
+
+def test_weights_of_whole_numbers(tmp_path, capsys):
+    state = load_file(FILES[3])
+    state["model.diffusion_model.out.2.bias"] = state["model.diffusion_model.out.2.bias"].to(torch.int64)
+    save_file(state, tmp_path / "m.safetensors")
+    assert main([*FILES[:3], str(tmp_path / "m.safetensors")]) == 1
+    assert "no real numbers (model.diffusion_model.out.2.bias torch.int64, config" in capsys.readouterr().out
+
+
 def test_a_config_that_does_not_build(tmp_path, capsys):
     config = OmegaConf.load(FILES[1])
     config.model.params.cond_stage_config.params.tokenizer = "missing.json"

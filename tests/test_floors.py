@@ -20,7 +20,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *("ldm/arguments.py", "ldm/class_names.py", "ldm/processes.py"),
         *(f"{DM}/features.py", f"{DM}/process.py", f"{DM}/util.py", f"{D}/schedule.py", f"{D}/plan.py"),
         *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py", f"{M}/context.py", f"{M}/token_merging.py"),
-        *("ldm/download.py", "ldm/published.py"),
+        "ldm/weight_file.py",
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
         *(f"{M}/encoders/tokenizer.py", f"{M}/encoders/clip_tokenizer.py", f"{M}/encoders/clip_image.py"),
         *(f"{M}/encoders/boxes.py", "ldm/lr_scheduler.py", "ldm/data/*"),
@@ -30,6 +30,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *(f"{M}/encoders/clip.py", f"{M}/encoders/openclip.py", f"{M}/midas/*"),
         *(f"{D}/denoiser.py", f"{D}/edits.py", f"{D}/levels.py", f"{D}/propagation.py", f"{D}/online.py"),
         *("ldm/checkpoint/*", "ldm/diagnosis.py", "ldm/generate.py", "ldm/cost.py", "ldm/devices.py"),
+        *("ldm/download.py", "ldm/published.py"),
     ],
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.file import CheckpointError, read_checkpoint, some
+from ldm.checkpoint.file import read_checkpoint
+from ldm.checkpoint.messages import some
 from ldm.modules.ema import ema_name
+from ldm.weight_file import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +84,29 @@ def choose_weights(path: str | Path, state: dict[str, Tensor], weights: str) -> 
     if weights == "ema" and not averages:
         raise CheckpointError(f"{path}: weights 'ema' asked for, but the file has no model_ema.* keys; "
                               f"use 'raw' or 'auto'")
+    if averages and not any(key.startswith("model.") for key in chosen):
+        return _averages_alone(path, chosen | averages, weights)
     if weights == "raw" or not averages:
         return chosen, "raw"
     # Only trained parameters have an average: what is frozen keeps its one value.
     for key in [k for k in chosen if k.startswith("model.")]:
         chosen[key] = averages.pop(average_of(key), chosen[key])
-    if averages:
-        raise CheckpointError(f"{path}: averages of no model.* weight{some(averages)}; use weights 'raw'")
+    refuse_averages(averages, path)
     return chosen, "ema"
+
+
+def refuse_averages(left: Collection[str], path: str | Path) -> None:
+    """Averages that no weight has taken."""
+    if left:
+        raise CheckpointError(f"{path}: averages of no model.* weight{some(left)}; use weights 'raw'")
+
+
+def _averages_alone(path: str | Path, state: dict[str, Tensor], weights: str) -> tuple[dict[str, Tensor], str]:
+    """A file of averages without the weights that they are of, as trainers write for sampling; `fill` names them."""
+    if weights == "raw":
+        raise CheckpointError(f"{path}: weights 'raw' asked for, but the file has only averages (model_ema.*) of the "
+                              f"network, no model.* weights; use 'ema' or 'auto'")
+    return state, "ema"
 
 
 # Filling a module
@@ -114,6 +131,8 @@ def load_weights(module: nn.Module, path: str | Path, weights: str = "auto") -> 
 def fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str, assign: bool = False) -> Report:
     """Fill `module` and use up `state`; with `assign` its tensors become the module's, which may be on meta."""
     expected = module.state_dict(keep_vars=True)
+    state |= {key: state.pop(average_of(key)) for key in expected if key not in state and average_of(key) in state}
+    refuse_averages([key for key in state if key.startswith("model_ema.") and key not in EMA_BOOKKEEPING], path)
     averages = {average_of(key): key for key in state if key.startswith("model.")}
     state |= {average: state[key] for average, key in averages.items() if average in expected}
     ignored, absent = _unmatched(expected, state, path)
@@ -142,7 +161,7 @@ def _unmatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path
     """Keys of the file without a place in the module, and of the module that the file lacks: harmless ones only.
 
     Raises:
-        CheckpointError: one that is not known to be harmless, or tensors of another shape.
+        CheckpointError: one that is not known to be harmless, or tensors of another shape or kind of number.
     """
     missing = {key for key in expected if key not in state and not _shared(key, expected)}
     unexpected = {key for key in state if key not in expected and not _copied(key, state)}
@@ -150,7 +169,10 @@ def _unmatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path
     absent, ignored = ({key for key in keys if OPTIONAL.fullmatch(key)} for keys in (missing, unexpected))
     shapes = {f"{key} {tuple(value.shape)}, config {tuple(expected[key].shape)}"
               for key, value in state.items() if key in expected and value.shape != expected[key].shape}
-    faults = {"missing": missing - absent, "unexpected": unexpected - ignored, "of another shape": shapes}
+    dtypes = {f"{key} {value.dtype}, config {expected[key].dtype}" for key, value in state.items()
+              if key in expected and expected[key].is_floating_point() and not value.is_floating_point()}
+    faults = {"missing": missing - absent, "unexpected": unexpected - ignored, "of another shape": shapes,
+              "that are no real numbers": dtypes}
     if any(faults.values()):
         problems = [f"{len(names)} {what}{some(names)}" for what, names in faults.items() if names]
         raise CheckpointError(f"{path}: keys do not match the config (is it the config of another model?): "

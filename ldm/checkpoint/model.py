@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from yaml import YAMLError
 
-from ldm.checkpoint.file import one_line, read_checkpoint
+from ldm.checkpoint.file import read_checkpoint
 from ldm.checkpoint.fill import choose_weights, fill
+from ldm.checkpoint.messages import one_line
 from ldm.util import ConfigError, instantiate_from_config
 
 log = logging.getLogger(__name__)
