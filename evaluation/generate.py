@@ -85,7 +85,8 @@ def parser() -> Parser:
                      help="when all pictures are there write them into samples.npz, as the ADM suite reads them")
     out.add_argument("--verify", action="store_true", help="make nothing; read the whole folder again and judge it")
     # What the protocol decides, or a run has no choice of.
-    p.set_defaults(plms=False, dpm=False, default_eta=0.0, guidance_interval=None, guidance_reuse=False)
+    p.set_defaults(plms=False, dpm=False, default_eta=0.0, eta_flag="--eta", guidance_interval=None,
+                   guidance_reuse=False)
     return p
 
 

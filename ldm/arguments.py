@@ -130,7 +130,7 @@ def sampling_arguments(p: argparse.ArgumentParser, steps: int | None = 50, eta: 
                      help=f"sampling steps {default(steps)}")
     how.add_argument(*eta_flags, dest="eta", type=number(float, 0, 1, "a number in 0..1"), metavar="ETA",
                      help=f"of ddim: 0 = deterministic, 1 = ancestral sampling {default(eta)}")
-    p.set_defaults(default_eta=eta)
+    p.set_defaults(default_eta=eta, eta_flag=eta_flags[-1])
     if guided:
         how.add_argument("--scale", type=finite, default=scale, help=f"guidance scale, 1 = none {default(scale)}")
         how.add_argument("--guidance-interval", type=interval, metavar="LOW,HIGH",

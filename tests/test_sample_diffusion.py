@@ -103,7 +103,7 @@ def test_resume_names_a_folder_or_the_weights_in_it(files, tmp_path, capsys):
     (["-n", "0"], "-n/--n_samples: expected a whole number >= 1"), (["--batch_size", "0"], "--batch_size: expected"),
     (["-e", "2"], "-e/--eta: expected a number in 0..1"), (["-c", "1001"], "--steps: .*1..1000.*1001"),
     (["-v", "--plms"], "--plms: not allowed with argument -v/--vanilla_sample"),
-    (["--plms", "-e", "1"], "--steps: eta must be 0 for plms"), (["--H", "33"], "--H: must be a multiple of 32"),
+    (["--plms", "-e", "1"], "--eta: plms has no choice of it"), (["--H", "33"], "--H: must be a multiple of 32"),
     (["--scale", "3"], "unrecognized arguments: --scale 3"),
     (["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
      "--config: not an unconditional model: its conditioning_key is 'crossattn', expected None"),

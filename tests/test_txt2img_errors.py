@@ -50,6 +50,8 @@ def refused(files, tmp_path, capsys):
     (["--noise-weight", "-1"], "--noise-weight: expected a number >= 0"),
     (["--noise-weight", "nan"], "--noise-weight: expected"),
     (["--noise-order", "sideways"], "--noise-order: .*'sideways'.*before.*after"),
+    (["--guidance-reuse", "--plan", "deepcache:3"], "--guidance-reuse: .*deepcache:3 has shallow"),
+    (["--guidance-interval", "800,200"], "--guidance-interval: .*must be low,high; got 800,200"),
     # Sizes
     (["--H", "17"], "--H: must be a multiple of 4 for this model; got 17"),
     (["--W", "18"], "--W: must be a multiple of 4 for this model; got 18"),
@@ -82,7 +84,8 @@ def test_bad_arguments(refused, arguments, why):
 
 def test_eta_needs_a_sampler_that_takes_it(refused):
     for flag, name in (("--plms", "plms"), ("--dpm", "dpm-solver++")):
-        assert f"eta must be 0 for {name}" in refused(flag, "--ddim_eta", "0.5")
+        line = refused(flag, "--ddim_eta", "0.5")
+        assert line == f"--ddim_eta: {name} has no choice of it; expected 0, or a sampler that has: ddim; got 0.5"
 
 
 def test_unknown_and_shortened_flags_are_refused(capsys):

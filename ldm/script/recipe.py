@@ -34,13 +34,18 @@ def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup | 
     sampler, eta = sampler_name(args), args.eta
     if eta is None:
         eta = args.default_eta if SOLVERS[sampler].takes_eta else 0.0
+    elif eta and not SOLVERS[sampler].takes_eta:
+        raise BadInput(f"{args.eta_flag}: {sampler} has no choice of it; expected 0, or a sampler that has: "
+                       f"{', '.join(name for name, solver in SOLVERS.items() if solver.takes_eta)}; got {eta:g}")
     weight = args.noise_weight
     if weight is None:
         weight = 0.0 if args.plan == "off" else NOISE_WEIGHT
     scale = usual_scale(setup.config) if args.scale is None else args.scale
+    recipe = Recipe(*size, sampler, args.steps, eta, scale, args.guidance_interval, args.guidance_reuse,
+                    args.tome, weight, args.noise_below, args.noise_order)
     with blame("--guidance-interval"):
-        return Recipe(*size, sampler, args.steps, eta, scale, args.guidance_interval, args.guidance_reuse,
-                      args.tome, weight, args.noise_below, args.noise_order)
+        _ = recipe.guidance     # checks it
+    return recipe
 
 
 def sampler_name(args: argparse.Namespace) -> str:
@@ -88,6 +93,9 @@ def make_plan(args: argparse.Namespace, nodes: int, run: RunFacts) -> AnyPlan:
     if args.compare and plan.plain and not args.tome:
         raise BadInput(f"--plan: {args.plan} skips no encoder, so --compare has nothing to compare; "
                        f"expected a plan such as faster-diffusion, or --tome")
+    if args.guidance_reuse and args.scale != 1.0 and (plan.shallow or plan.refresh):
+        raise BadInput(f"--guidance-reuse: between key steps it needs the whole decoder and nothing more; {args.plan} "
+                       f"has shallow or refreshed steps")
     return plan
 
 
