@@ -358,6 +358,34 @@ def appending(path: str | Path) -> Iterator[IO[bytes]]:
         yield stream
 
 
+@contextmanager
+def alone(path: str | Path) -> Iterator[bool]:
+    """Whether no other process is in such a block for this file, which is made; where there are no locks, it is
+    taken for granted. The block may rename or delete the file.
+
+    Raises:
+        OSError: it can't be opened.
+    """
+    if fcntl is None:           # Windows renames no open file
+        Path(path).touch()
+        yield True
+        return
+    with open(path, "ab") as stream:
+        # Another process may have renamed it before it was locked.
+        yield _free(stream) and os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+
+
+def _free(stream: IO[bytes]) -> bool:
+    """Lock an open file, unless another process has."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:             # the file system knows no locks
+        pass
+    return True
+
+
 def add_line(stream: IO[bytes], line: bytes) -> None:
     """Add a line at the end; what a crash left of the last one stays by itself."""
     if stream.seek(0, os.SEEK_END) > 0:

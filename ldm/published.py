@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from ldm.files import file_sha256
+from ldm.files import FileError, file_sha256, read_yaml
 from ldm.util import PROJECT_ROOT
+from ldm.weight_file import CheckpointError, weight_format
 
 MANIFEST = PROJECT_ROOT / "models" / "published.yaml"
 
@@ -36,7 +35,13 @@ class Published:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.urls or not all(re.match("https?://", url) for url in self.urls):
+        for field in ("about", "config", "licence", "path", "sha256"):
+            value = getattr(self, field)
+            if not (isinstance(value, str) or (field == "sha256" and value is None)):
+                raise ManifestError(f"{self.name}: {field} must be text; got {value!r}")
+        if self.gb is not None and not (type(self.gb) in (int, float) and 0 < self.gb < math.inf):
+            raise ManifestError(f"{self.name}: gb must be a positive number; got {self.gb!r}")
+        if not self.urls or not all(map(_is_address, self.urls)):
             raise ManifestError(f"{self.name}: urls must be http or https addresses; got {list(self.urls)}")
         if Path(self.path).is_absolute() or ".." in Path(self.path).parts:
             raise ManifestError(f"{self.name}: path must lie inside the project; got {self.path}")
@@ -47,14 +52,27 @@ class Published:
         return root / self.path
 
     def status(self, root: Path = PROJECT_ROOT, verify: bool = False) -> str:
-        """"absent", "present", or with `verify`, which reads the file: "verified", "wrong" or "unverifiable"."""
+        """"absent", "present", or with `verify`, which reads the file: "verified", "wrong" (also: cut off, or no file
+        of weights) or "unverifiable" (readable, but there is no SHA-256)."""
         if not self.file(root).is_file():
             return "absent"
         if not verify:
             return "present"
         if self.sha256 is None:
+            try:
+                weight_format(self.file(root))
+            except CheckpointError:
+                return "wrong"
             return "unverifiable"
         return "verified" if file_sha256(self.file(root)) == self.sha256 else "wrong"
+
+
+def _is_address(url: Any) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and re.fullmatch(r"\S+", url) is not None
+    except (ValueError, TypeError, AttributeError):
+        return False
 
 
 def load_manifest(path: str | Path = MANIFEST) -> dict[str, Published]:
@@ -64,12 +82,12 @@ def load_manifest(path: str | Path = MANIFEST) -> dict[str, Published]:
         FileNotFoundError: no such file.
         ManifestError: not YAML, or an entry lacks a field, has one that is not known, or one of another kind.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; expected a list of published checkpoints")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ManifestError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+        content = read_yaml(path)
+    except (FileError, OSError) as error:
+        raise ManifestError(str(error)) from error
     if not isinstance(content, dict):
         raise ManifestError(f"{path}: expected entries by name; got a {type(content).__name__}")
     try:
@@ -87,4 +105,4 @@ def _entry(name: str, entry: Any) -> Published:
                             f"known: {', '.join(sorted(known))}")
     if missing := known - {"gb", "sha256"} - set(entry):
         raise ManifestError(f"{name}: without {', '.join(sorted(missing))}")
-    return Published(name, **{**entry, "urls": tuple(map(str, entry["urls"]))})
+    return Published(name, **{**entry, "urls": tuple(entry["urls"])})

@@ -128,7 +128,7 @@ def published(models: Iterable[Published], verify: bool, root: Path = PROJECT_RO
                           f"delete it, then python scripts/download_models.py {model.name}")
         else:
             said = {"present": "here, not verified (--verify)", "verified": "here, as published",
-                    "unverifiable": "here; no published SHA-256 to hold it to"}[status]
+                    "unverifiable": "here and readable; no published SHA-256 to hold it to"}[status]
             yield Finding("ok", f"{model.name}: {said}; {model.config}")
     if absent:
         yield Finding("note", f"{len(absent)} published models are not here: {', '.join(absent[:4])}, ...; "

@@ -18,6 +18,9 @@ from ldm.cli import BadInput, Parser, blame, command
 from ldm.published import MANIFEST, Published, load_manifest
 from ldm.util import PROJECT_ROOT
 
+# What can be said of a file whose publisher states no SHA-256.
+UNPROVEN = "no published SHA-256 to hold it to; its size, first bytes and table of contents are those of weights"
+
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,7 +53,7 @@ def show(models: list[Published], root: Path) -> None:
 def verify(models: list[Published], root: Path, named: bool) -> list[str]:
     """What is wrong; absent files are, if they were asked for by name."""
     meaning = {"absent": "not here", "verified": "as published", "wrong": "NOT the published file; delete it and "
-               "download it again", "unverifiable": "here; no published SHA-256 to hold it to"}
+               "download it again", "unverifiable": f"here; {UNPROVEN}"}
     wrong = []
     if not named and all(model.status(root) == "absent" for model in models):
         print("none of the published models is here; --list shows them")
@@ -82,7 +85,7 @@ def download(model: Published, root: Path) -> None:
 
             try:
                 fetch(url, target, model.sha256, progress)
-                print(f"{target}: {'as published' if model.sha256 else 'here; no published SHA-256 to hold it to'}")
+                print(f"{target}: {'as published' if model.sha256 else 'here; ' + UNPROVEN}")
                 return
             except DownloadError as error:
                 failures.append(f"{url}: {error}")

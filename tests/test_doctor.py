@@ -107,6 +107,7 @@ def test_published_models_that_are_here(tmp_path):
     for model in (good, bad, plain):
         model.file(tmp_path).parent.mkdir(parents=True, exist_ok=True)
         model.file(tmp_path).touch()
+    save_file({"a": torch.zeros(1)}, plain.file(tmp_path))
     here = [good, bad, plain, next(m for m in models if m.name == "vq-f4")]
     lines = [str(finding) for finding in doctor.published(here, False, tmp_path)]
     assert lines[0] == "ok    sd-v1-4: here, not verified (--verify); configs/stable-diffusion/v1-inference.yaml"
