@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.measure import check_output
 from evaluation.retrieval import DEFINITION, RANKS, SPLITS, RealSet, Verdict, load_extractor
-from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.cli import BadInput, Parser, blame, command, did_you_mean, number
 from ldm.util import PROJECT_ROOT
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -159,7 +159,8 @@ def load_maker(args: argparse.Namespace, side: int) -> Engine:
     if sizes.default != side:
         raise BadInput(f"--config: this model's pictures have {sizes.default} px; the dataset's have {side}")
     if args.sampler not in SOLVERS:
-        raise BadInput(f"--sampler: {args.sampler!r} is not one of {', '.join(SOLVERS)}")
+        raise BadInput(f"--sampler: {args.sampler!r} is not one of {', '.join(SOLVERS)}"
+                       f"{did_you_mean(args.sampler, SOLVERS)}")
     scale = usual_scale(config) if args.scale is None else args.scale
     recipe = Recipe(side, side, args.sampler, args.steps, scale=scale)
     with blame("--steps"):

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from ldm.cli import did_you_mean
+
 SEEDS = range(2 ** 32)
 
 
@@ -26,7 +28,8 @@ def find_file(kind: str, name: str, folder: Path, names: tuple[str, ...]) -> Pat
     """
     path = folder / f"{name}.yaml" if name in names else Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"unknown {kind} {name!r}; accepted: {', '.join(names)}, or FILE.yaml")
+        raise ValueError(f"unknown {kind} {name!r}; accepted: {', '.join(names)}, or FILE.yaml"
+                         f"{did_you_mean(name, names)}")
     return path
 
 

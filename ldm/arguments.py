@@ -43,6 +43,7 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     text.add_argument("--prompt", default="a red heart, noto style",
                       help="the text to picture (default: %(default)s)")
     text.add_argument("--from-file", metavar="FILE", help="one prompt per line, each made n_iter times")
+    negative_argument(what)
     what.add_argument("--repeat", type=count, default=1, metavar="N", help="use each prompt N times")
     what.add_argument("--n_samples", type=count, default=4, metavar="N",
                       help="pictures of the prompt in each iteration; the batch size (default: %(default)s)")
@@ -52,6 +53,12 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     what.add_argument("--fixed_code", action="store_true",
                       help="begin every prompt and iteration from the same noise")
     return what
+
+
+def negative_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--negative_prompt", default="", metavar="PROMPT",
+                       help="what the pictures are not to show: the text that guidance leads away from (default: the "
+                            "empty text)")
 
 
 def picture_arguments(p: argparse.ArgumentParser, strength: float) -> None:
@@ -68,8 +75,8 @@ def picture_arguments(p: argparse.ArgumentParser, strength: float) -> None:
 
 
 def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's") -> None:
-    group.add_argument("--H", type=count, help=f"height in pixels (default: {default})")
-    group.add_argument("--W", type=count, help=f"width in pixels (default: {default})")
+    group.add_argument("--H", "--height", type=count, help=f"height in pixels (default: {default})")
+    group.add_argument("--W", "--width", type=count, help=f"width in pixels (default: {default})")
 
 
 def class_names_argument(group: argparse._ArgumentGroup, default: str = "none") -> None:
@@ -111,7 +118,7 @@ def seed_argument(group: argparse._ArgumentGroup,
 
 def sampling_arguments(p: argparse.ArgumentParser, steps: int | None = 50, eta: float | None = 0.0,
                        scale: float | None = None, guided: bool = True, unknown: str = "the model's, or 7.5",
-                       steps_flags: Sequence[str] = ("--steps", "--ddim_steps"),
+                       steps_flags: Sequence[str] = ("--steps", "--ddim_steps", "--num_inference_steps"),
                        eta_flags: Sequence[str] = ("--ddim_eta",)) -> argparse._MutuallyExclusiveGroup:
     """Steps, noise, guidance, solver; returns the group of the flags that name a solver.
 
@@ -132,7 +139,8 @@ def sampling_arguments(p: argparse.ArgumentParser, steps: int | None = 50, eta: 
                      help=f"of ddim: 0 = deterministic, 1 = ancestral sampling {default(eta)}")
     p.set_defaults(default_eta=eta, eta_flag=eta_flags[-1])
     if guided:
-        how.add_argument("--scale", type=finite, default=scale, help=f"guidance scale, 1 = none {default(scale)}")
+        how.add_argument("--scale", "--guidance_scale", type=finite, default=scale,
+                         help=f"guidance scale, 1 = none {default(scale)}")
         how.add_argument("--guidance-interval", type=interval, metavar="LOW,HIGH",
                          help="guide only from key steps at these training timesteps (default: all)")
         how.add_argument("--guidance-reuse", action="store_true",
@@ -154,7 +162,7 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                       help="what of the UNet runs at which steps: off (all), faster-diffusion or another name in "
                            "configs/plans, uniform:N, pro, deepcache:N[:BRANCH], deepcache:NAME[:BRANCH], "
                            "online:[time:]X, auto:K or auto:SHARE (by calibration), key steps such as 0,1,2,5, or "
-                           "FILE.yaml; list prints them with their cost (default: %(default)s)")
+                           "FILE.yaml (default: %(default)s)")
     fast.add_argument("--propagate", choices=PROPAGATE,
                       help="what the decoder gets between key steps: the last one's features, those of the last two or "
                            "three extrapolated, or nothing, for comparison (default: the plan file's, or hold)")
@@ -173,6 +181,8 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                       help="inject before the prediction, after it, or after the solver's step "
                            "(default: %(default)s)")
     if compare:
+        fast.add_argument("--list-plans", action="store_const", const="list", dest="plan", default=argparse.SUPPRESS,
+                          help="print the named plans with their cost, and make nothing")
         fast.add_argument("--compare", action="store_true",
                           help="make each picture plain and accelerated and save them side by side")
     else:
@@ -184,16 +194,22 @@ def model_arguments(p: argparse.ArgumentParser, default: Files | None = None,
     """The model's files and where it runs; `default` is the model that needs no flag, `note` says if another is."""
     note = f"default: {default[1].parent.relative_to(ROOT)}" if default else note
     model = p.add_argument_group(f"the model ({note})")
-    model.add_argument("--config", metavar="YAML", help="the model's config")
-    model.add_argument("--ckpt", metavar="FILE", help="its weights, .safetensors or .ckpt; or a diffusers folder")
+    model.add_argument("--config", metavar="YAML",
+                       help="the model's config; alone it stands for the one published model that has it")
+    model.add_argument("--ckpt", metavar="FILE",
+                       help="its weights, .safetensors or .ckpt, or a diffusers folder; alone they take config.yaml "
+                            "beside them, or the published config that fits")
     model.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto",
                        help="averaged or last weights of the UNet; auto = averaged if there are any")
     model.add_argument("--C", type=count, help="latent channels, to check the config (default: the model's)")
     model.add_argument("--f", type=count,
                        help="downsampling factor, to check the config (default: the model's)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    model.add_argument("--precision", choices=("full", "autocast"),
-                       help="(default: autocast on cuda, else full)")
+    precision = model.add_mutually_exclusive_group()
+    precision.add_argument("--precision", choices=("full", "autocast"),
+                           help="(default: autocast on cuda, else full)")
+    precision.add_argument("--fp16", action="store_const", const="autocast", dest="precision",
+                           help="the same as --precision autocast")
     return model
 
 

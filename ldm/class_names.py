@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
+
+from ldm.cli import did_you_mean
 
 Names = Mapping[str, Sequence[int]]     # class numbers by name, folded
 
@@ -47,8 +48,7 @@ def find_class(text: str, names: Names, classes: int) -> int:
             raise ValueError(f"{text!r} is no number, and there are no names of this model's classes without "
                              f"--class-names")
         if not found:
-            like = get_close_matches(folded(text), names)
-            raise ValueError(f"{text!r} is the name of no class" + (f"; there is {' or '.join(like)}" if like else ""))
+            raise ValueError(f"{text!r} is the name of no class{did_you_mean(folded(text), names)}")
         if len(found) > 1:
             raise ValueError(f"{text!r} names classes {', '.join(map(str, found))}; give the number")
     if not 0 <= found[0] < classes:

@@ -7,10 +7,13 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib import metadata
 from typing import Any, NoReturn
 
+PACKAGE = "faster-diffusion-ldm"
 LONGEST_WORD, LONGEST_MESSAGE = 200, 2000       # characters of an error message
 
 
@@ -23,9 +26,32 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(**{"allow_abbrev": False, **settings})
+        self.add_argument("--version", action=Version, nargs=0, help="print the versions and exit")
 
     def error(self, message: str) -> NoReturn:
-        raise BadInput(message.removeprefix("argument "))
+        unknown = message.removeprefix("unrecognized arguments: ")
+        near = did_you_mean(unknown.split()[0].split("=")[0], self.flags()) if unknown != message else ""
+        raise BadInput(message.removeprefix("argument ") + near)
+
+    def flags(self) -> set[str]:
+        """All flags, also those of subcommands."""
+        own = {flag for action in self._actions for flag in action.option_strings}
+        below = (action.choices.values() for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        return own.union(*(parser.flags() for parsers in below for parser in parsers))
+
+
+class Version(argparse.Action):
+    """Prints the versions; they are looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> NoReturn:
+        found = []
+        for package in (PACKAGE, "torch"):
+            try:
+                found.append(f"{package} {metadata.version(package)}")
+            except metadata.PackageNotFoundError:
+                found.append(f"{package} not installed")
+        print(", ".join(found))
+        parser.exit()
 
 
 @contextmanager
@@ -50,6 +76,12 @@ def number(kind: type, low: float, high: float, accepted: str) -> Callable[[str]
             raise argparse.ArgumentTypeError(f"expected {accepted}; got {text!r}")
         return value
     return parse
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """The end of an error message about a name that is none: the known names nearest to it; empty if none is near."""
+    near = get_close_matches(given, sorted(names), n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def readable(message: str) -> str:

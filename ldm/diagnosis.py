@@ -52,6 +52,11 @@ NAMES = {"channels": "input channels of the network", "width": "width of the net
          "conditioner": "conditioner"}
 
 
+def summary(facts: Facts) -> str:
+    known = "; ".join(f"{NAMES[name]}: {value}" for name, value in vars(facts).items() if value is not None)
+    return known or "not a model of this family"
+
+
 def facts_of_config(config: Mapping[str, Any]) -> Facts:
     """From the `model` part of a config, without building it.
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ldm.images import read_png, save_png
+from ldm.parameters import parameters
 
 Settings = Mapping[str, Any]
 Make = Callable[[Sequence["Item"]], tuple[Sequence[Image.Image], Settings]]
@@ -218,7 +219,7 @@ class _Folder:
 
     def save(self, item: Item, image: Image.Image, run: Settings) -> Made:
         path, settings = self._place(item)
-        save_png(path, image, settings, run)
+        save_png(path, image, settings, run, parameters(settings))
         self._list(path, settings, run)
         return Made(item, image, path, True, run)
 

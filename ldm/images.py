@@ -210,18 +210,19 @@ def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width
 # Settings inside the file
 
 def save_png(path: str | Path, image: Image.Image, settings: Mapping[str, Any],
-             run: Mapping[str, Any] | None = None) -> None:
+             run: Mapping[str, Any] | None = None, parameters: str | None = None) -> None:
     """Write a picture with its settings; the file appears whole or not at all.
 
     Args:
         settings: what the picture depends on, as JSON values: text `settings`.
         run: how it was made besides (device, seconds, ...), which it does not depend on: text `run`.
-
-    A text `parameters` repeats both in one line for people and picture viewers.
+        parameters: text `parameters`, for people and other programs; by default a line that repeats both.
     """
     run = dict(run or {})
     text = PngImagePlugin.PngInfo()
-    text.add_itxt("parameters", ", ".join(f"{key}: {value}" for key, value in {**settings, **run}.items()))
+    if parameters is None:
+        parameters = ", ".join(f"{key}: {value}" for key, value in {**settings, **run}.items())
+    text.add_itxt("parameters", parameters)
     text.add_itxt("settings", json.dumps(settings))
     text.add_itxt("run", json.dumps(run))
     with atomic_write(path) as temporary:

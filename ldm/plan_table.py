@@ -1,4 +1,4 @@
-"""`--plan list`: the named plans with what each would cost a model."""
+"""`--list-plans`: the named plans with what each would cost a model."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.sampling.hybrid import Depth
 
     height, width = picture.shape[1:]
-    depth = Depth(picture, (height // setup.sizes.factor, width // setup.sizes.factor))
+    depth = Depth(picture, (height // setup.sizes.factor, width // setup.sizes.factor), args.negative_prompt)
     canvas = Picture(picture, args.strength) if args.strength < 1 else Canvas()
     make_pictures(args, setup, items, Task(depth, canvas), (height, width), args.n_samples)
 

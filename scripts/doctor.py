@@ -19,8 +19,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import BadInput, Parser, blame, command
+from ldm.cli import PACKAGE, BadInput, Parser, blame, command
 from ldm.published import Published, load_manifest
+from ldm.script import fitting_configs, model_files
 from ldm.util import PROJECT_ROOT
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from ldm.diagnosis import Facts
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-PACKAGE = "faster-diffusion-ldm"
 DTYPES = ("float32", "bfloat16", "float16")
 MEASURE = 32        # largest height and width of the latents for the measured prediction
 
@@ -51,14 +51,15 @@ class Finding:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="YAML", help="a model's config")
-    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint (or diffusers folder) to hold to it")
+    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint (or diffusers folder) to hold to it; of the two, "
+                        "one is found from the other where it can be")
     parser.add_argument("--verify", action="store_true", help="read the published models that are here and hold "
                         "them to their SHA-256")
     args = parser.parse_args(argv)
-    if (args.config is None) != (args.ckpt is None):
-        raise BadInput("--config, --ckpt: needed together; without both the machine and its models are examined")
+    if args.config is not None or args.ckpt is not None:
+        args.config, args.ckpt = model_files(args, None)
     if args.verify and args.config is not None:
-        raise BadInput("--verify: not with --config; it is for the published models that are here")
+        raise BadInput("--verify: not with --config or --ckpt; it is for the published models that are here")
     return args
 
 
@@ -137,10 +138,10 @@ def published(models: Iterable[Published], verify: bool, root: Path = PROJECT_RO
 
 # A config and a checkpoint
 
-def examine(config_path: str, ckpt: Path) -> Iterator[Finding]:
+def examine(config_path: Path, ckpt: Path) -> Iterator[Finding]:
     """Whether the two belong together."""
     from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkpoint, some
-    from ldm.diagnosis import differences, facts_of_config, facts_of_weights
+    from ldm.diagnosis import differences, facts_of_config, facts_of_weights, summary
 
     with blame("--config"):
         config = load_config(config_path)
@@ -180,22 +181,13 @@ def not_finite(model: nn.Module) -> list[str]:
     return [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
 
 
-def summary(facts: Facts) -> str:
-    from ldm.diagnosis import NAMES
-
-    return "; ".join(f"{NAMES[name]}: {value}" for name, value in vars(facts).items() if value is not None)
-
-
 def advice(weights: Facts) -> str:
     """Which of the published configs would fit."""
-    from ldm.checkpoint import load_config
-    from ldm.diagnosis import facts_of_config, fitting
+    from ldm.diagnosis import summary
 
-    paths = dict.fromkeys(model.config for model in load_manifest().values())
-    known = [(path, facts_of_config(load_config(PROJECT_ROOT / path).model)) for path in paths]
-    if found := fitting(weights, known):
+    if found := fitting_configs(weights):
         return f"fits --config {' or '.join(found)}"
-    return f"fits no published config; it is: {summary(weights) or 'not a model of this family'}"
+    return f"fits no published config; it is: {summary(weights)}"
 
 
 def prediction(config: DictConfig, model: LatentDiffusion, ckpt: Path) -> Iterator[Finding]:
@@ -234,7 +226,7 @@ def measured(model: LatentDiffusion) -> str | None:
 def run(args: argparse.Namespace) -> bool:
     """Print what is found; whether there is a fault."""
     if args.config is not None:
-        findings = examine(args.config, Path(args.ckpt))
+        findings = examine(args.config, args.ckpt)
     else:
         with blame("models/published.yaml"):
             models = load_manifest().values()

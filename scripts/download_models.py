@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ldm.cli import BadInput, Parser, blame, command
+from ldm.cli import BadInput, Parser, blame, command, did_you_mean
 from ldm.published import MANIFEST, Published, load_manifest
 from ldm.util import PROJECT_ROOT
 
@@ -39,7 +39,7 @@ def chosen(args: argparse.Namespace) -> list[Published]:
         manifest = load_manifest(args.manifest)
     for name in args.names:
         if name not in manifest:
-            raise BadInput(f"NAME: {name!r} is not one of {', '.join(manifest)}")
+            raise BadInput(f"NAME: {name!r} is not one of {', '.join(manifest)}{did_you_mean(name, manifest)}")
     return [manifest[name] for name in args.names or manifest]
 
 

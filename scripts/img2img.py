@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.sampling.conditions import Text
     from ldm.sampling.engine import Task
 
-    task = Task(Text(), Picture(picture, args.strength))
+    task = Task(Text(args.negative_prompt), Picture(picture, args.strength))
     make_pictures(args, setup, items, task, tuple(picture.shape[1:]), args.n_samples)
 
 

@@ -19,6 +19,7 @@ from ldm.arguments import (
     ROOT,
     count_arguments,
     model_arguments,
+    negative_argument,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--indir", required=True, metavar="DIR",
                       help=f"pictures NAME.png with masks NAME{MASK}, white where to paint; pictures of one size")
     what.add_argument("--prompt", help="what to paint, for a model that reads text")
+    negative_argument(what)
     count_arguments(what, 1, 4, "results for each picture")
     sampling_arguments(p)
     propagation_arguments(p)
@@ -88,7 +90,7 @@ def read_folder(folder: Path) -> Inputs:
     return Inputs(subjects, stacked(pictures), stacked(masks))
 
 
-def make_task(inputs: Inputs, setup: Setup, text: bool) -> Task:
+def make_task(inputs: Inputs, setup: Setup, text: bool, negative: str = "") -> Task:
     """Sides that the model can't make are filled up by repeating the edge, which is cut off in the end."""
     from ldm.images import pad
     from ldm.sampling.canvas import Frame, MaskedFrame
@@ -102,9 +104,9 @@ def make_task(inputs: Inputs, setup: Setup, text: bool) -> Task:
     whole = [setup.sizes.whole(side) for side in inputs.pictures.shape[-2:]]
     pictures, masks = pad(inputs.pictures, *whole), pad(inputs.masks, *whole)
     if text and not sees_both:
-        return Task(Text(), MaskedFrame(pictures, masks))
-    condition = Surroundings if text else Masked
-    return Task(condition(pictures, masks), Frame(pictures, masks))
+        return Task(Text(negative), MaskedFrame(pictures, masks))
+    condition = Surroundings(pictures, masks, negative) if text else Masked(pictures, masks)
+    return Task(condition, Frame(pictures, masks))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
         inputs = read_folder(Path(args.indir))
     text = args.prompt is not None
     if not text:
+        if args.negative_prompt:
+            raise BadInput("--negative_prompt: only with --prompt")
         if args.scale not in (None, 1.0):
             raise BadInput("--scale: there is guidance only with --prompt")
         args.scale = 1.0
@@ -122,7 +126,8 @@ def run(args: argparse.Namespace) -> None:
     subjects = [subject | ({"prompt": args.prompt} if text else {}) for subject in inputs.subjects]
     items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
     height, width = inputs.pictures.shape[-2:]
-    make_pictures(args, setup, items, make_task(inputs, setup, text), (height, width), args.batch_size)
+    task = make_task(inputs, setup, text, args.negative_prompt)
+    make_pictures(args, setup, items, task, (height, width), args.batch_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to make")
     count_arguments(what, 50000, 10, "how many pictures", ("-n", "--n_samples"))
     size_arguments(what)
-    solvers = sampling_arguments(p, 50, eta=1.0, guided=False, steps_flags=("-c", "--custom_steps", "--steps"),
-                                 eta_flags=("-e", "--eta"))
+    solvers = sampling_arguments(p, 50, eta=1.0, guided=False, eta_flags=("-e", "--eta"),
+                                 steps_flags=("-c", "--custom_steps", "--steps", "--num_inference_steps"))
     solvers.add_argument("-v", "--vanilla_sample", action="store_true",
                          help="ancestral sampling over all timesteps of the training")
     propagation_arguments(p)

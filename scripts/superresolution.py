@@ -15,6 +15,7 @@ from ldm.arguments import (
     ROOT,
     count_arguments,
     model_arguments,
+    negative_argument,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--images", nargs="+", required=True, metavar="FILE",
                       help="small pictures of one size; each side comes out f times as long (4 times by both models)")
     what.add_argument("--prompt", help="what the pictures show, for the x4 upscaler (default: nothing said)")
+    negative_argument(what)
     what.add_argument("--noise_level", type=number(int, 0, sys.maxsize, "a whole number >= 0"), metavar="N",
                       help="noise on the small picture, for the x4 upscaler: the timestep of its schedule; with "
                            "more it invents more (default: see above)")
@@ -52,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
 def settle(args: argparse.Namespace, setup: Setup) -> bool:
     """Fill in what was not given, as published for the kind of model; whether it reads text."""
     text = setup.config.model.params.get("conditioning_key") == "hybrid-adm"
-    for flag in () if text else ("prompt", "scale", "noise_level"):
-        if getattr(args, flag) not in (None, DEFAULTS.get(flag)):
+    for flag in () if text else ("prompt", "negative_prompt", "scale", "noise_level"):
+        if getattr(args, flag) not in (None, "", DEFAULTS.get(flag)):
             raise BadInput(f"--{flag}: only for an upscaler that reads text, such as x4-upscaling")
     for name, value in (TEXT_DEFAULTS if text else DEFAULTS).items():
         if getattr(args, name) is None:
@@ -70,7 +72,7 @@ def make_condition(args: argparse.Namespace, setup: Setup, text: bool, pictures:
     levels = without_weights(setup.config.model.params.get("low_scale_config")).max_noise_level
     if args.noise_level >= levels:
         raise BadInput(f"--noise_level: expected 0..{levels - 1} for this model; got {args.noise_level}")
-    return LowResolution(pictures, args.noise_level)
+    return LowResolution(pictures, args.noise_level, args.negative_prompt)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.sampling.conditions import Text
     from ldm.sampling.engine import Task
 
-    make_pictures(args, setup, items, Task(Text()), size, args.n_samples)
+    make_pictures(args, setup, items, Task(Text(args.negative_prompt)), size, args.n_samples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

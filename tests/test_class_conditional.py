@@ -137,7 +137,7 @@ def test_compare(script, capsys):
 @pytest.mark.parametrize("arguments, why", [
     (["--classes", "1001"], "--classes: expected 0..1000, the classes of this model; got 1001"),
     (["--classes", "3", "-1"], "--classes: expected 0..1000.*got -1"),
-    (["--classes", "golden retreiver"], "--classes: 'golden retreiver' is the name of no class; there is golden ret"),
+    (["--classes", "golden retreiver"], "--classes: 'golden retreiver' is the name of no class; did you mean golden r"),
     (["--classes", "crane"], "--classes: 'crane' names classes 134, 517; give the number"),
     (["--classes", "Maillot"], "--classes: 'Maillot' names classes 638, 639; give the number"),
     (["--classes", ""], "--classes: '' is the name of no class$"),

@@ -212,7 +212,7 @@ def test_a_first_stage_by_itself(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args, why", [
-    (["--config", "c.yaml"], "--config, --ckpt: needed together"),
+    (["--config", "c.yaml"], "--config: c.yaml: no such file"),
     ([*FILES, "--verify"], "--verify: not with --config"),
     (["--config", "c.yaml", "--ckpt", "m.ckpt"], "--config: c.yaml: no such file"),
     ([*FILES[:3], "m.ckpt"], "--ckpt: m.ckpt: no such file")])

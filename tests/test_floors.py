@@ -23,7 +23,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         "ldm/weight_file.py",
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
         *(f"{M}/encoders/tokenizer.py", f"{M}/encoders/clip_tokenizer.py", f"{M}/encoders/clip_image.py"),
-        *(f"{M}/encoders/boxes.py", "ldm/lr_scheduler.py", "ldm/data/*"),
+        *(f"{M}/encoders/boxes.py", "ldm/lr_scheduler.py", "ldm/data/*", "ldm/parameters.py"),
     ],
     [
         *(f"{M}/attention.py", f"{DM}/model.py", f"{DM}/upscaling.py", f"{M}/losses/*"),

@@ -1,4 +1,4 @@
-"""`--plan list` and the flags of the family, from the command line."""
+"""`--list-plans` and the flags of the family, from the command line."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ def test_costs_of_the_named_plans():
     assert rows["deepcache:3"][:2] == ["43.9%", "43.9%"]                              # 17 * 100 + 33 * 15
 
 
-def test_the_list_needs_no_weights(tmp_path, capsys):
-    assert load_script("txt2img").main(["--plan", "list", "--steps", "20", "--outdir", str(tmp_path)]) == 0
+@pytest.mark.parametrize("flags", [["--list-plans"], ["--plan", "list"]])
+def test_the_list_needs_no_weights(tmp_path, capsys, flags):
+    assert load_script("txt2img").main([*flags, "--steps", "20", "--outdir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "key nodes of 20" in printed and "0-3,5,10,15\n" in printed and "5.90 GMAC" not in printed
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags, why", [
-    (["--plan", "deepcache:2", "--guidance-reuse"], "reuse of the guidance offset needs decoder nodes only"),
+    (["--plan", "deepcache:2", "--guidance-reuse"], "--guidance-reuse: between key steps it needs the whole decoder"),
     (["--plan", "deepcache:2", "--propagate", "linear"], "decodes nothing between its key nodes"),
     (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has 6 on each side"),
     (["--plan", "online:x"], "needs a threshold"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -191,7 +192,7 @@ def first(files, tmp_path_factory):
 @pytest.mark.parametrize("change", [
     ["--seed", "43"], ["--scale", "5"], ["--steps", "6"], ["--plan", "0,2"], ["--prompt", "a green tree"],
     ["--noise-weight", "0.1"], ["--noise-order", "update"], ["--noise-below", "900"],
-    ["--ddim_eta", "0.7"], ["--H", "32"], ["--W", "32"]],
+    ["--ddim_eta", "0.7"], ["--H", "32"], ["--W", "32"], ["--negative_prompt", "a dog face"], ["--seed-by-position"]],
     ids=" ".join)
 def test_every_flag_that_should_changes_the_picture(first, change):
     folder, path, again = first
@@ -216,11 +217,30 @@ def test_published_flags_name_their_samplers(first, flag, name, capsys):
 
 
 @pytest.mark.parametrize("change", [["--parallel", "4"], ["--device", "cpu"], ["--f", "2", "--C", "4"],
-                                    ["--ddim_steps", "5"], ["--H", "16"]], ids=" ".join)
+                                    ["--ddim_steps", "5"], ["--H", "16"], ["--num_inference_steps", "5"],
+                                    ["--guidance_scale", "3"], ["--height", "16", "--width", "16"]], ids=" ".join)
 def test_other_flags_find_the_same_picture(first, change, capsys):
     _, _, again = first
     assert again(*change) == 0
     assert "(0 made, 1 found)" in capsys.readouterr().out
+
+
+def test_weights_alone_find_the_config_beside_them(files, first, capsys):
+    assert main(["--ckpt", str(files[1]), "--outdir", str(first[0] / "out"), "--steps", "5", "--n_samples", "1",
+                 "--noise-weight", "0.05", "--skip_grid"]) == 0
+    assert "(0 made, 1 found)" in capsys.readouterr().out
+
+
+def test_other_programs_read_how_a_picture_was_made(call, files, tmp_path):
+    call("--prompt", "an owl: \"big\", brown", "--negative_prompt", "a dog", "--n_samples", "1", "--skip_grid")
+    (path,) = pictures(tmp_path).values()
+    prompt, negative, last = Image.open(path).text["parameters"].split("\n")
+    assert (prompt, negative) == ("an owl: \"big\", brown", "Negative prompt: a dog")
+    # The expression by which the web UI takes the last line apart.
+    fields = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    assert fields.items() >= {"Steps": "5", "Sampler": "DDIM", "CFG scale": "3.0", "Seed": "42", "Size": "16x16",
+                              "Model": "model", "Model hash": hashlib.sha256(files[1].read_bytes()).hexdigest()[:10],
+                              "Key steps": '"0,1,2,3"'}.items()
 
 
 def test_another_config_of_the_same_weights_makes_another_picture(files, first, tmp_path):

@@ -40,6 +40,7 @@ def refused(files, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, why", [
     # Plans
     (["--plan", "nonsense"], "--plan: .*'nonsense'.*accepted: off, uniform:N.*faster-diffusion"),
+    (["--plan", "fasterdiffusion"], "--plan: .*; did you mean faster-diffusion"),
     (["--plan", "1,2,3"], "--plan: .*must start with node 0"),
     (["--plan", "0,2,2"], "--plan: .*strictly"),
     (["--plan", "0,1,50"], "--plan: key 50 is past the last node 4"),
@@ -55,7 +56,7 @@ def refused(files, tmp_path, capsys):
     # Sizes
     (["--H", "17"], "--H: must be a multiple of 4 for this model; got 17"),
     (["--W", "18"], "--W: must be a multiple of 4 for this model; got 18"),
-    (["--H", "0"], "--H: expected a whole number >= 1"),
+    (["--H", "0"], "--H/--height: expected a whole number >= 1"),
     (["--C", "3"], "--C: this model's is 4; got 3"),
     (["--f", "8"], "--f: this model's is 2; got 8"),
     # Numbers
@@ -64,12 +65,15 @@ def refused(files, tmp_path, capsys):
     (["--n_rows", "-1"], "--n_rows: expected"), (["--n_samples", "many"], "--n_samples: .*'many'"),
     (["--steps", "0"], "--steps.*: expected"), (["--steps", "2000"], "--steps: .*1..1000.*2000"),
     (["--ddim_eta", "1.5"], "--ddim_eta: expected a number in 0..1"),
-    (["--scale", "inf"], "--scale: expected"),
+    (["--scale", "inf"], "--scale/--guidance_scale: expected"),
     (["--seed", "-3"], "--seed: expected 0..2"), (["--seed", "1.5"], "--seed: expected"),
     # Prompts, samplers, devices, other choices
     (["--from-file", "nowhere.txt"], "--from-file: .*nowhere.txt"),
     (["--prompt", "a", "--from-file", "b"], "--from-file: not allowed with argument --prompt"),
     (["--sampler", "magic"], "--sampler: .*'magic'.*accepted: .*ddim"),
+    (["--sampler", "uni-pc"], "--sampler: .*; did you mean unipc\\?"),
+    (["--negative_prompt", "grey", "--scale", "1"], "--negative_prompt: needs guidance"),
+    (["--fp16", "--precision", "full"], "--precision: not allowed with argument --fp16"),
     (["--device", "cuda:99"], "--device: cuda:99 is not there; on this machine: auto, .*cpu"),
     (["--device", "toaster"], "--device: toaster is not there"),
     (["--precision", "half"], "--precision: .*'half'.*full.*autocast"),
@@ -89,10 +93,11 @@ def test_eta_needs_a_sampler_that_takes_it(refused):
 
 
 def test_unknown_and_shortened_flags_are_refused(capsys):
-    for flags in (["--colour", "red"], ["--n_sample", "3"]):
+    for flags, near in ((["--tint", "red"], ""), (["--n_sample", "3"], "; did you mean --n_samples?"),
+                        (["--hight=3"], "; did you mean --height?")):
         assert main(flags) == 2
         assert capsys.readouterr().err.splitlines() == [
-            f"txt2img.py: error: unrecognized arguments: {' '.join(flags)}"]
+            f"txt2img.py: error: unrecognized arguments: {' '.join(flags)}{near}"]
 
 
 def test_empty_and_unreadable_prompt_files(refused, tmp_path):
@@ -219,12 +224,23 @@ def test_a_text_encoder_without_its_vocabulary_says_so(refused, files, tmp_path)
     assert re.match("--config: text needs a tokenizer, .*set tokenizer to", line)
 
 
-def test_config_and_checkpoint_belong_together(files, capsys):
-    for flag, other, path in (("--config", "--ckpt", files[0]), ("--ckpt", "--config", files[1])):
-        assert main([flag, str(path)]) == 2
-        assert f"error: {other}: needed together with {flag}" in capsys.readouterr().err
-    assert main(["--laion400m"]) == 2
-    assert re.search("error: --ckpt: .*text2img-large/model.ckpt: no such file", capsys.readouterr().err)
+def test_a_config_without_its_checkpoint_or_the_other_way_round(files, tmp_path, capsys):
+    def error(*arguments: str) -> str:
+        assert main([*arguments, "--outdir", str(tmp_path / "out")]) == 2
+        return capsys.readouterr().err.removeprefix("txt2img.py: error: ")
+
+    assert re.match("--ckpt: needed together with --config .*, since no published model has it", error(
+        "--config", str(files[0])))
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(files[1].read_bytes())
+    assert re.match("--config: needed together with --ckpt .*, which fits no published config; it is: input channels",
+                    error("--ckpt", str(alone)))
+    configs = SCRIPT.parents[1] / "configs"
+    assert re.match("--ckpt: needed .*several published models have it: sd-v1-4, sd-v1-5", error(
+        "--config", str(configs / "stable-diffusion" / "v1-inference.yaml")))
+    for arguments in (["--laion400m"], ["--config", str(configs / "latent-diffusion" / "txt2img-1p4B-eval.yaml")]):
+        assert re.match("--ckpt: .*text2img-large/model.ckpt: no such file, nor a diffusers folder; "
+                        "python scripts/download_models.py txt2img-1p4B fetches it", error(*arguments))
 
 
 # Output

@@ -52,9 +52,19 @@ class Condition:
 
 
 class Text(Condition):
-    """The items' prompts; guidance leads away from the empty text."""
+    """The items' prompts.
+
+    Args:
+        negative: the text that guidance leads away from.
+    """
 
     kind, key = "a text-to-image model", "crossattn"
+
+    def __init__(self, negative: str = ""):
+        self.negative = negative
+
+    def settings(self) -> dict[str, Any]:
+        return {"negative_prompt": self.negative} if self.negative else {}
 
     def tokens(self, model: LatentDiffusion) -> int:
         super().tokens(model)
@@ -68,7 +78,7 @@ class Text(Condition):
         return self._embed(model, [item.subject["prompt"] for item in items])              # (B, L, D)
 
     def none(self, model: LatentDiffusion, told: Tensor) -> Tensor:
-        return self._embed(model, [""]).expand_as(told)
+        return self._embed(model, [self.negative]).expand_as(told)
 
     @torch.no_grad()
     def _embed(self, model: LatentDiffusion, prompts: list[str]) -> Tensor:

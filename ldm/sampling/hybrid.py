@@ -44,11 +44,13 @@ class Depth(Hybrid):
     Args:
         picture: (3, H, W) in [-1, 1].
         size: height and width of the latents.
+        negative: see `Text`.
     """
 
     kind, model_class = "a depth-to-image model", LatentDepth2ImageDiffusion
 
-    def __init__(self, picture: Tensor, size: tuple[int, int]):
+    def __init__(self, picture: Tensor, size: tuple[int, int], negative: str = ""):
+        super().__init__(negative)
         self.picture, self.size = picture, size
 
     def of(self, model: LatentDepth2ImageDiffusion, items: Sequence[Item]) -> Conditioning:
@@ -64,11 +66,13 @@ class Surroundings(Hybrid):
     Args:
         pictures: one for each prompt_index, (N, 3, H, W) in [-1, 1]; what is masked is not seen.
         masks: 1 = to be painted, 0 = stays; (N, 1, H, W).
+        negative: see `Text`.
     """
 
     kind, model_class = "a model for inpainting from text", LatentInpaintDiffusion
 
-    def __init__(self, pictures: Tensor, masks: Tensor):
+    def __init__(self, pictures: Tensor, masks: Tensor, negative: str = ""):
+        super().__init__(negative)
         self.pictures, self.masks = pictures, masks
 
     def of(self, model: LatentInpaintDiffusion, items: Sequence[Item]) -> Conditioning:
@@ -83,15 +87,17 @@ class LowResolution(Hybrid):
     Args:
         pictures: one for each prompt_index, (N, 3, h, w) in [-1, 1], as high and wide as the latents.
         noise_level: 0..max_noise_level-1 of the model's low-scale model; 0 = almost none.
+        negative: see `Text`.
     """
 
     kind, key, model_class = "an upscaler that reads text", "hybrid-adm", LatentUpscaleDiffusion
 
-    def __init__(self, pictures: Tensor, noise_level: int):
+    def __init__(self, pictures: Tensor, noise_level: int, negative: str = ""):
+        super().__init__(negative)
         self.pictures, self.noise_level = pictures, noise_level
 
     def settings(self) -> dict[str, Any]:
-        return {"noise_level": self.noise_level}
+        return super().settings() | {"noise_level": self.noise_level}
 
     def of(self, model: LatentUpscaleDiffusion, items: Sequence[Item]) -> Conditioning:
         low = self.pictures[[item.prompt_index for item in items]].to(model.device)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ldm.arguments import NOISE_WEIGHT
-from ldm.cli import BadInput, blame
+from ldm.cli import BadInput, blame, did_you_mean
 from ldm.script.setup import Setup
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
@@ -56,7 +56,8 @@ def sampler_name(args: argparse.Namespace) -> str:
         if getattr(args, published):
             flag, name = f"--{published}", meant
     if name not in SOLVERS:
-        raise BadInput(f"{flag}: there is no solver {name!r}; accepted: {', '.join(SOLVERS)}")
+        raise BadInput(f"{flag}: there is no solver {name!r}; accepted: {', '.join(SOLVERS)}"
+                       f"{did_you_mean(name, SOLVERS)}")
     return name
 
 

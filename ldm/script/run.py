@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import blame
+from ldm.cli import BadInput, blame
 from ldm.processes import Processes
 from ldm.script.recipe import count_nodes, make_plan, make_recipe, run_facts, uses_autocast, with_memory
 from ldm.script.report import Result, report
@@ -42,6 +42,8 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
     from ldm.checkpoint import CheckpointError
 
     recipe = make_recipe(args, size, setup)
+    if recipe.scale == 1.0 and "negative_prompt" in task.condition.settings():
+        raise BadInput("--negative_prompt: needs guidance, and the scale is 1; give --scale another value")
     nodes = count_nodes(recipe, setup, task.canvas.strength)
     if args.plan == "list":
         if setup.processes.rank == 0:

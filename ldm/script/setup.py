@@ -12,6 +12,7 @@ from ldm.arguments import Files
 from ldm.cli import BadInput, blame
 from ldm.devices import find_device
 from ldm.processes import Processes
+from ldm.script.model_files import model_files
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
 if TYPE_CHECKING:
@@ -74,21 +75,6 @@ def make_setup(args: argparse.Namespace, default: Files | None = None, processes
         if given not in (None, real):
             raise BadInput(f"{flag}: this model's is {real}; got {given}")
     return Setup(config_path, ckpt, config, sizes, device, processes)
-
-
-def model_files(args: argparse.Namespace, default: Files | None) -> Files:
-    if (args.config is None) != (args.ckpt is None):
-        given, other = ("--config", "--ckpt") if args.ckpt is None else ("--ckpt", "--config")
-        without = f"; without both the model is {default[1].parent.name}" if default else ""
-        raise BadInput(f"{other}: needed together with {given}{without}")
-    if args.config is None and default is None:
-        raise BadInput("--config: needed, together with --ckpt: the files of the model")
-    config, ckpt = (Path(args.config), Path(args.ckpt)) if args.config else default
-    if not config.is_file():
-        raise BadInput(f"--config: {config}: no such file")
-    if not ckpt.exists():
-        raise BadInput(f"--ckpt: {ckpt}: no such file, nor a diffusers folder")
-    return config, ckpt
 
 
 def check_outdir(outdir: Path) -> None:

@@ -26,12 +26,15 @@ from typing import Any
 import yaml
 
 from ldm.checkpoint import fingerprint
+from ldm.cli import did_you_mean
 from ldm.models.diffusion.calibration import Calibration, read_calibration
 from ldm.models.diffusion.online import OnlinePlan
 from ldm.models.diffusion.plan import Plan
 from ldm.util import PROJECT_ROOT
 
 PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
+FORMS = ("off", "uniform:N", "pro", "deepcache:N[:BRANCH]", "deepcache:NAME[:BRANCH]", "online:[time:]X", "auto:K",
+         "auto:SHARE")
 
 
 def plan_names() -> tuple[str, ...]:
@@ -177,9 +180,8 @@ def _keys(spec: str, num_nodes: int) -> tuple[int, ...]:
     if spec[:1].isdigit():
         return _expand(spec.split(","))
     raise ValueError(
-        f"unknown plan {spec!r}; accepted: off, uniform:N, pro, deepcache:N[:BRANCH], deepcache:NAME[:BRANCH], "
-        f"online:[time:]X, auto:K, auto:SHARE, key nodes such as 0,1,2,5, a .yaml file, or one of "
-        f"{', '.join(plan_names())}"
+        f"unknown plan {spec!r}; accepted: {', '.join(FORMS)}, key nodes such as 0,1,2,5, a .yaml file, or one of "
+        f"{', '.join(plan_names())}{did_you_mean(spec, (*FORMS, *plan_names()))}"
     )
 
 
