@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +137,33 @@ def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> Tensor:
 
 # Many pictures in one
 
-def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """The pictures, all of one size, in rows of `columns`, left to right and top to bottom."""
-    if not images or columns < 1:
-        raise ValueError(f"a grid needs pictures and columns >= 1; got {len(images)} pictures, "
-                         f"{columns} columns")
-    width, height = images[0].size
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + rows * (height + GAP)), BACKGROUND)
+def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] = (),
+         cell: int = 128) -> Image.Image:
+    """The pictures, all of one size, in rows of `columns`, left to right and top to bottom.
+
+    Args:
+        captions: one per picture, or none; neighbours of one caption share it, a long one is cut.
+        cell: with captions small pictures are enlarged by a whole factor to about this width in pixels.
+    """
+    if not images or columns < 1 or len(captions) not in (0, len(images)):
+        raise ValueError(f"a grid needs pictures, columns >= 1 and a caption for each picture or for none; got "
+                         f"{len(images)} pictures, {columns} columns, {len(captions)} captions")
+    factor = max(1, cell // images[0].width) if captions else 1
+    width, height = (factor * side for side in images[0].size)
+    columns, font = min(columns, len(images)), ImageFont.load_default(TEXT)
+    line = _line_height(font) if captions else 0
+    across, down = width + GAP, height + line + GAP
+    sheet = Image.new("RGB", (GAP + columns * across, GAP + -(-len(images) // columns) * down), BACKGROUND)
     for k, image in enumerate(images):
-        sheet.paste(image, (GAP + k % columns * (width + GAP), GAP + k // columns * (height + GAP)))
+        enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (GAP + k % columns * across, GAP + k // columns * down))
+    draw = ImageDraw.Draw(sheet)
+    # A caption begins where it differs from the one before, and in each row.
+    begins = [k for k in range(len(captions)) if k % columns == 0 or captions[k] != captions[k - 1]]
+    for k, end in pairwise([*begins, len(captions)]):
+        room = (end - k) * across - GAP
+        draw.text((GAP + k % columns * across, GAP + k // columns * down + height + GAP),
+                  _fitted(captions[k], font, room), INK, font)
     return sheet
 
 
@@ -182,7 +199,7 @@ def _panel(labels: Sequence[str], rows: Sequence[Sequence[Image.Image]], caption
     """Rows of pictures, each enlarged to `cell`, below the labels of their columns."""
     width, height = cell
     font = ImageFont.load_default(TEXT)
-    line = font.getbbox("Ág")[3] + 2 * GAP
+    line = _line_height(font)
     row_height = GAP + height + (line if captions else 0)
     sheet = Image.new("RGB", (GAP + len(labels) * (width + GAP), line + len(rows) * row_height + GAP), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
@@ -195,6 +212,10 @@ def _panel(labels: Sequence[str], rows: Sequence[Sequence[Image.Image]], caption
         if captions:
             draw.text((GAP, top + height + GAP), _fitted(captions[r], font, sheet.width - 2 * GAP), INK, font)
     return sheet
+
+
+def _line_height(font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
+    return font.getbbox("Ág")[3] + 2 * GAP
 
 
 def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:

@@ -65,8 +65,19 @@ def test_grid_places_pictures_row_by_row():
     assert sheet.size == (2 + 2 * 10, 2 + 3 * 8)
     centres = [sheet.getpixel((6 + k % 2 * 10, 5 + k // 2 * 8)) for k in range(5)]
     assert centres == [plain(c).getpixel((0, 0)) for c in colours]
-    with pytest.raises(ValueError, match="grid"):
-        grid([], 2)
+    for faulty in (([], 2), ([plain("red")], 2, ["one", "two"])):
+        with pytest.raises(ValueError, match="grid"):
+            grid(*faulty)
+
+
+def test_a_grid_with_captions_has_ink_below_each_picture_that_begins_one():
+    pictures = [plain("red")] * 4                       # 8 x 6, enlarged 16 times
+    sheet = np.asarray(grid(pictures, 2, ["a heart", "a heart", "a heart", "a tree"]).convert("L"))
+    row = (sheet.shape[0] - 2) // 2
+    assert sheet.shape[1] == 2 + 2 * 130 and 96 + 12 < row < 96 + 24
+    below = [sheet[2 + r * row + 96:(r + 1) * row, left:left + 128] for r in (0, 1) for left in (2, 132)]
+    ink = [(part < 128).any() for part in below]
+    assert ink == [True, False, True, True]
 
 
 def test_comparison_has_a_column_per_method_and_ink_for_its_labels():

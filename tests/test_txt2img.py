@@ -68,8 +68,10 @@ def test_pictures_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
     settings = read_png(tmp_path / "out" / entries[0]["file"])[1]
     assert settings.items() <= entries[0].items() and len(settings["weights"]) == 16
     (grid,) = (tmp_path / "out").glob("grid-*.png")
-    assert Image.open(grid).size == (2 + 3 * 18, 2 + 2 * 18)
+    assert Image.open(grid).size[0] == 2 + 3 * 130      # enlarged 8 times, with captions
     out = capsys.readouterr().out
+    assert re.match(r"plan faster-diffusion \(4 key steps of 5\), sampler ddim, scale 3, parallel \d+, device cpu "
+                    r"\(\d+ threads?\), model model0?/model.safetensors\n", out)
     assert re.search(r"each picture: [\d.]+ s, [\d.]+ s of it UNet, [\d.]+ GMAC", out)
     last = out.splitlines()[-1]
     assert re.fullmatch(r"4 pictures \(4 made, 0 found\) in .*out/samples; spent [\d.]+ s, [\d.]+ GMAC", last)

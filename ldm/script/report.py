@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.generate import Item, Made
+    from ldm.sampling.engine import Engine
+    from ldm.script.setup import Setup
 
 
 @dataclass
@@ -49,6 +51,20 @@ class Result:
                 f"{self.macs / self.count / 1e9:.2f} GMAC of the UNet")
 
 
+def opening(args: argparse.Namespace, setup: Setup, engine: Engine) -> str:
+    """What the run is to do, in one line: plan, sampler, parallel decoders, device, model."""
+    import torch
+
+    from ldm.models.diffusion.plan import Plan
+
+    plan, recipe = engine.plan, engine.recipe
+    keys = f"{len(plan.keys)} key steps of {plan.num_nodes}" if isinstance(plan, Plan) else f"{plan.num_nodes} steps"
+    count = torch.get_num_threads()
+    threads = f" ({count} thread{'s' * (count != 1)})" if setup.device.type == "cpu" else ""
+    return (f"plan {args.plan} ({keys}), sampler {recipe.sampler}, scale {recipe.scale:g}, parallel {plan.parallel}, "
+            f"device {setup.device}{threads}, model {setup.ckpt.parent.name}/{setup.ckpt.name}")
+
+
 def save_sheet(kind: str, sheet: Image.Image, items: Sequence[Item], settings: dict[str, Any],
                args: argparse.Namespace) -> Path:
     """Save a sheet of pictures under a name from all that it depends on; one that is there is kept."""
@@ -73,7 +89,7 @@ def report(results: Sequence[Result], items: Sequence[Item], settings: dict[str,
         from ldm.images import grid
 
         columns = args.n_rows or batch
-        sheet = grid(results[0].images, columns)
+        sheet = grid(results[0].images, columns, [item.caption for item in items])
         print(f"grid: {save_sheet('grid', sheet, items, settings | {'columns': columns}, args)}")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli import BadInput, blame
 from ldm.processes import Processes
 from ldm.script.recipe import count_nodes, make_plan, make_recipe, run_facts, uses_autocast, with_memory
-from ldm.script.report import Result, report
+from ldm.script.report import Result, opening, report
 from ldm.script.setup import Setup
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
@@ -116,6 +116,7 @@ def lead(args: argparse.Namespace, setup: Setup, items: Sequence[Item], engines:
          settings: dict[str, Any], batch: int, keep: bool) -> list[Result]:
     """Make, save and report the pictures of every engine; the other processes follow."""
     began = time.perf_counter()
+    print(opening(args, setup, [*engines.values()][1 if args.compare else 0]), flush=True)
     keep = keep or args.compare or not args.skip_grid
     results = [make_all(label, engine, items, settings, args, batch, keep, setup.processes)
                for label, engine in engines.items()]
