@@ -9,7 +9,6 @@ are taken of the reference's pictures.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,8 @@ from evaluation.measure import (
     real_of,
     reference,
 )
-from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.arguments import MOST
+from ldm.cli import BadInput, Parser, blame, command, whole
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add_reference(p, "npz file or folder")
     p.add_argument("samples", metavar="SAMPLES", help="npz file or folder")
     p.add_argument("--save-statistics", metavar="NPZ", help="write the reference's statistics")
-    p.add_argument("--bootstrap", type=number(int, 2, math.inf, "a whole number >= 2"), metavar="N",
+    p.add_argument("--bootstrap", type=whole(2, MOST), metavar="N",
                    help="95 %% intervals: of FID and Inception Score by resampling the samples N times, of precision "
                         "and recall by Wilson's")
     add_network(p)

@@ -10,13 +10,13 @@ when all decoders that share features run at the same time. Nothing is computed,
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.arguments import count, side, step_count
+from ldm.cli import BadInput, Parser, blame, command
 from ldm.util import PROJECT_ROOT
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -32,18 +32,17 @@ AGREES = 0.001
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    at_least_1 = number(int, 1, math.inf, "a whole number from 1")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="YAML", help="of the model")
     parser.add_argument("--plan", nargs="+", default=["off", "faster-diffusion"], metavar="PLAN",
                         help="as of the sampling scripts (default: off faster-diffusion)")
-    parser.add_argument("--steps", nargs="+", type=at_least_1, default=[50], metavar="N",
+    parser.add_argument("--steps", nargs="+", type=step_count, default=[50], metavar="N",
                         help="network evaluations of a run (default: 50)")
-    parser.add_argument("--size", nargs=2, type=at_least_1, metavar=("H", "W"),
+    parser.add_argument("--size", nargs=2, type=side, metavar=("H", "W"),
                         help="of the latents (default: the config's)")
-    parser.add_argument("--batch", type=at_least_1, default=2,
+    parser.add_argument("--batch", type=count, default=2,
                         help="latents per evaluation; guidance makes 2 of one picture (default: 2)")
-    parser.add_argument("--tokens", type=at_least_1, default=77,
+    parser.add_argument("--tokens", type=count, default=77,
                         help="of the context, for a UNet that takes one (default: 77)")
     return parser.parse_args(argv)
 

@@ -8,7 +8,6 @@ run from the same noise there is evaluation/paired.py.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,8 @@ from evaluation.measure import (
     real_of,
     reference,
 )
-from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.arguments import MOST
+from ldm.cli import BadInput, Parser, blame, command, number, whole
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kid", action="store_true", help=f"kernel distance, {KID_SUBSETS} subsets of {KID_SIZE}")
     p.add_argument("--cmmd", action="store_true", help="CMMD; needs --extractor clip with ViT-L/14 at 336 px")
     p.add_argument("--infinity", action="store_true", help="extrapolate to infinitely many samples")
-    p.add_argument("--bootstrap", type=number(int, 2, math.inf, "a whole number >= 2"), metavar="N",
+    p.add_argument("--bootstrap", type=whole(2, MOST), metavar="N",
                    help="resample the samples N times for a 95 %% interval")
     p.add_argument("--seed", type=number(int, 0, 2**32 - 1, "0..2^32-1"), default=0, metavar="N",
                    help="of KID's subsets, FID-infinity and resampling")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from ldm.arguments import EMOJI64, SAMPLERS, count, finite, model_arguments, seed_argument
+from ldm.arguments import EMOJI64, SAMPLERS, count, finite, model_arguments, seed_argument, step_count
 from ldm.cli import BadInput, Parser, command
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
@@ -41,7 +41,7 @@ def sampler_and_steps(text: str) -> tuple[str, int]:
     name, colon, steps = text.rpartition(":")
     if not colon or name not in SAMPLERS.split(", "):
         raise argparse.ArgumentTypeError(f"expected SAMPLER:STEPS, the sampler one of {SAMPLERS}; got {text!r}")
-    return name, count(steps)
+    return name, step_count(steps)
 
 
 def samplers_argument(p: argparse.ArgumentParser, default: Sequence[str]) -> None:
@@ -61,7 +61,7 @@ def timing(p: argparse.ArgumentParser) -> None:
 
 
 def step_counts(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--step-counts", nargs="+", type=count, default=[50, 25, 20, 10, 5], metavar="N",
+    p.add_argument("--step-counts", nargs="+", type=step_count, default=[50, 25, 20, 10, 5], metavar="N",
                    help="(default: 50 25 20 10 5)")
 
 
@@ -96,7 +96,7 @@ KINDS = {
 def shared_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompts", default=str(PROMPTS), metavar="FILE",
                    help="texts, one per line (default: those of emoji64); models without texts take classes or nothing")
-    p.add_argument("--steps", type=count, default=50, metavar="N",
+    p.add_argument("--steps", type=step_count, default=50, metavar="N",
                    help="sampling steps; of `fewer-steps` and `pareto` those of the run that others are compared with "
                         "(default: %(default)s)")
     p.add_argument("--scale", type=finite, help="guidance scale, 1 = none (default: the model's, or 7.5)")

@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.processes import Process, join, shard
+from evaluation.processes import MOST_DEVICES, Process, join, shard
 from evaluation.protocol import Protocol, identity, load_protocol, protocol_names
-from ldm.arguments import ROOT, count, model_arguments, propagation_arguments
-from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.arguments import ROOT, count, model_arguments, propagation_arguments, step_count
+from ldm.cli import BadInput, Parser, blame, command, number, whole
 from ldm.processes import ALONE  # each process makes pictures of its own
 from ldm.script import (
     CPU_POSITIONS,
@@ -63,14 +63,14 @@ def parser() -> Parser:
                       help="only the first N of the protocol's prompts; another protocol, by its hash")
     how = p.add_argument_group("how to sample (default: as the protocol says)")
     how.add_argument("--sampler", default="ddim", help="name of the solver")
-    how.add_argument("--steps", type=count, default=50, metavar="N", help="sampling steps")
+    how.add_argument("--steps", type=step_count, default=50, metavar="N", help="sampling steps")
     how.add_argument("--eta", type=number(float, 0, 1, "a number in 0..1"), metavar="ETA", help="noise of ddim")
     propagation_arguments(p, "off", compare=False)
     model_arguments(p, note="default: the protocol's")
     where = p.add_argument_group("one machine or many")
-    where.add_argument("--devices", type=count, metavar="N",
+    where.add_argument("--devices", type=whole(1, MOST_DEVICES), metavar="N",
                        help="processes on each machine, one device each (default: what torchrun or SLURM says, or 1)")
-    where.add_argument("--num_nodes", type=count, metavar="N",
+    where.add_argument("--num_nodes", type=whole(1, MOST_DEVICES), metavar="N",
                        help="machines (default: what torchrun or SLURM says, or 1)")
     where.add_argument("--strategy", choices=("auto", "ddp"), default="auto",
                        help="auto = ddp if there are several processes (default: auto)")
@@ -177,8 +177,9 @@ def run_card(args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Pro
 
 def captions_cut(prompts: Sequence[Prompt], engine: Engine) -> int:
     """How many prompts the model does not read to their end."""
-    texts = [prompt.subject["prompt"] for prompt in prompts if "prompt" in prompt.subject]
-    return sum(engine.model.cond_stage_model.cut(texts)) if texts else 0
+    from ldm.sampling.conditions import prompts_cut
+
+    return prompts_cut(engine.model, [prompt.subject["prompt"] for prompt in prompts if "prompt" in prompt.subject])
 
 
 def versions(setup: Setup) -> dict[str, str]:

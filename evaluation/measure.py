@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import zipfile
@@ -12,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import BadInput, blame, number
+from ldm.arguments import count
+from ldm.cli import BadInput, blame
 from ldm.files import file_sha256
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -233,7 +233,7 @@ def add_network(p: argparse.ArgumentParser, default: str = "inception-2015") -> 
 
 
 def add_run(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--batch-size", type=number(int, 1, math.inf, "a whole number >= 1"), default=50, metavar="N",
+    p.add_argument("--batch-size", type=count, default=50, metavar="N",
                    help="pictures at a time; changes speed and memory only")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     p.add_argument("--out", metavar="JSON", help="write the result, with all that it depends on")

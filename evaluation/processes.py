@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 from ldm.cli import BadInput, blame
 from ldm.devices import find_device
+from ldm.processes import stated
 
 if TYPE_CHECKING:
     import torch
+
+MOST_DEVICES = 1024     # of a machine; as many machines
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,18 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def launched(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """Devices of each node and nodes, as torchrun or SLURM started processes for them; None = nobody did."""
-    def known(name: str, default: int) -> int:
-        return int(env.get(name) or default)
+    """Devices of each node and nodes, as torchrun or SLURM started processes for them; None = nobody did.
 
+    Raises:
+        BadInput: there is said what can't be.
+    """
     if "TORCHELASTIC_RUN_ID" in env:
-        local = known("LOCAL_WORLD_SIZE", 1)
-        return local, known("WORLD_SIZE", local) // local
+        local = stated(env, "LOCAL_WORLD_SIZE", 1, 1)
+        return local, stated(env, "WORLD_SIZE", local, local) // local
     if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        nodes = known("SLURM_NNODES", 1)
-        return known("SLURM_NTASKS_PER_NODE", known("SLURM_NTASKS", 1) // nodes), nodes
+        nodes = stated(env, "SLURM_NNODES", 1, 1)
+        tasks = stated(env, "SLURM_NTASKS", nodes, nodes)
+        return stated(env, "SLURM_NTASKS_PER_NODE", tasks // nodes, 1), nodes
     return None
 
 
@@ -59,6 +64,9 @@ def join(args: argparse.Namespace) -> Process:
     May start the other processes of this machine, which run the same command line.
     """
     found = find_device(args.device)
+    cores = os.cpu_count() or 1
+    if found.type == "cpu" and (args.devices or 1) > cores:
+        raise BadInput(f"--devices: this machine has {cores} cores; got {args.devices}")
     devices, nodes = launched(os.environ) or (1, 1)
     devices, nodes = args.devices or devices, args.num_nodes or nodes
     part, parts = args.shard
@@ -70,7 +78,9 @@ def join(args: argparse.Namespace) -> Process:
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
 
-    with blame("--devices", (ValueError, RuntimeError, TypeError)):
+    # What torchrun and SLURM say more (ranks, addresses) is read in there, and checked by nobody.
+    with blame("--devices" if args.devices else "environment variables of torchrun or SLURM", (
+            ValueError, RuntimeError, TypeError, LookupError)):
         # Gloo, since nothing is exchanged: NCCL would keep a GPU's memory for it.
         fabric = Fabric(accelerator=found.type, devices=devices, num_nodes=nodes,
                         strategy=DDPStrategy(process_group_backend="gloo"))

@@ -30,27 +30,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from evaluation.yaml_file import (
-    MAPPING,
-    NUMBER,
-    SHARE,
-    TEXT,
-    Kind,
-    check,
-    choice,
-    find_file,
-    is_text,
-    known,
-    names_in,
-    optional,
-    reading,
-    whole,
-)
-from ldm.arguments import NOISE_ORDERS, ROOT
+from evaluation.yaml_file import find_file, names_in, reading
+from ldm.arguments import LARGEST_SIDE, MOST, MOST_STEPS, NOISE_ORDERS, ROOT
+from ldm.kinds import MAPPING, NUMBER, SHARE, TEXT, Kind, check, choice, is_text, known, optional, whole
 
 PROTOCOL_DIR = Path(__file__).parent / "protocols"
 DATA = {"captions": ({"file"}, {"pictures", "where"}), "prompts": ({"file"}, set()), "classes": ({"classes"}, set())}
-LARGEST = 2 ** 14       # pixels of a side
+MOST_CAPTIONS = 1000    # of one image
 DEFAULTS = {"config": TEXT, "ckpt": TEXT, "data": TEXT, "noise_below": NUMBER, "noise_order": choice(*NOISE_ORDERS)}
 
 
@@ -90,7 +76,8 @@ class Select:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check("select.", vars(self), {"count": optional(whole(1)), "per_image": whole(1), "seed": whole(0),
+        check("select.", vars(self), {"count": optional(whole(1, MOST)), "per_image": whole(1, MOST_CAPTIONS),
+                                      "seed": whole(0),
                                       "captions": choice("drawn", "first")})
 
 
@@ -103,7 +90,7 @@ class Sampling:
     eta: float | None = None
 
     def __post_init__(self) -> None:
-        check("sampling.", vars(self), {"sampler": TEXT, "steps": whole(1), "eta": optional(SHARE)})
+        check("sampling.", vars(self), {"sampler": TEXT, "steps": whole(1, MOST_STEPS), "eta": optional(SHARE)})
 
 
 @dataclass(frozen=True)
@@ -127,10 +114,10 @@ class Protocol:
     name: str = ""
 
     def __post_init__(self) -> None:
-        check("", vars(self), {"size": whole(1, LARGEST), "repeats": whole(1), "seed": whole(0), "guidance": NUMBER,
-                               "data": MAPPING, "metrics": MAPPING})
+        check("", vars(self), {"size": whole(1, LARGEST_SIDE), "repeats": whole(1, MOST), "seed": whole(0),
+                               "guidance": NUMBER, "data": MAPPING, "metrics": MAPPING})
         check("data.", {"kind": None, **self.data}, {
-            "kind": choice(*DATA), "file": TEXT, "pictures": TEXT, "classes": whole(1),
+            "kind": choice(*DATA), "file": TEXT, "pictures": TEXT, "classes": whole(1, MOST),
             "where": Kind("a mapping of fields to texts, numbers, or lists of them", is_where)})
         needed, more = DATA[self.data["kind"]]
         known("data", self.data, {"kind"} | needed, more)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.measure import check_output
 from evaluation.retrieval import DEFINITION, RANKS, SPLITS, RealSet, Verdict, load_extractor
-from ldm.cli import BadInput, Parser, blame, command, did_you_mean, number
+from ldm.arguments import MOST, count, finite, step_count
+from ldm.cli import BadInput, Parser, blame, command, did_you_mean, number, whole
 from ldm.util import PROJECT_ROOT
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -115,23 +116,22 @@ def reconstruct(maker: Engine, pictures: Tensor, batch: int) -> list[Image.Image
 # The command line
 
 def parser() -> argparse.ArgumentParser:
-    count = number(int, 1, math.inf, "a whole number >= 1")
     p = Parser(prog="recognition.py", description=__doc__,
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", default="data/emoji64", metavar="DIR",
                    help="dataset of scripts/prepare_emoji.py")
     p.add_argument("--config", default=str(MODEL / "config.yaml"), metavar="YAML", help="the model's config")
     p.add_argument("--ckpt", default=str(MODEL / "model.safetensors"), metavar="FILE", help="its weights")
-    p.add_argument("--count", type=number(int, 0, math.inf, "a whole number >= 0"), default=200, metavar="N",
+    p.add_argument("--count", type=whole(0, MOST), default=200, metavar="N",
                    help="captions, or as many as the split has; 0 = only the real pictures, without a model")
     p.add_argument("--split", choices=SPLITS, default="train", help="where the captions are from")
     p.add_argument("--max-tier", type=int, choices=(1, 2, 3), default=1,
                    help="captions of tiers 1 to this; 1 = the most concrete concepts")
     p.add_argument("--real-tier", type=int, choices=(1, 2, 3), default=2,
                    help="real pictures of tiers 1 to this, at least --max-tier; the more, the harder")
-    p.add_argument("--steps", type=count, default=25, metavar="N", help="sampling steps")
-    p.add_argument("--scale", type=number(float, -sys.float_info.max, sys.float_info.max, "a finite number"),
-                   metavar="X", help="guidance scale, 1 = none; None: the model's, or 7.5")
+    p.add_argument("--steps", type=step_count, default=25, metavar="N", help="sampling steps")
+    p.add_argument("--scale", type=finite, metavar="X",
+                   help="guidance scale, 1 = none; None: the model's, or 7.5")
     p.add_argument("--plan", default="off", help="encoder propagation, as scripts/txt2img.py takes it, but "
                                                  "without prior noise injection")
     p.add_argument("--sampler", default="ddim", help="name of the solver")

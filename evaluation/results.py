@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.protocol import identity
-from evaluation.yaml_file import MAPPING, TEXT, check
 from ldm.cli import BadInput, Parser, blame, command
 from ldm.files import atomic_write
+from ldm.kinds import MAPPING, TEXT, check
 
 
 class ResultError(ValueError):

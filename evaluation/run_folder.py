@@ -25,18 +25,19 @@ from PIL import Image
 
 from evaluation.protocol import identity
 from evaluation.selection import Prompt
-from evaluation.yaml_file import MAPPING, TEXT, check, known, whole
+from ldm.arguments import LARGEST_SIDE, MOST
 from ldm.files import atomic_write, file_sha256
 from ldm.generate import Item, Made, append_line, read_manifest
 from ldm.images import read_png, save_png
+from ldm.kinds import MAPPING, TEXT, check, known, whole
 
 CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"
 NPZ = "samples.npz"
 MAY_DIFFER = ("name", "metrics", "versions")    # in run cards of one run
 # What a card must have, for a run to be gone on with.
 NEEDED = {"protocol": MAPPING, "protocol_sha256": TEXT, "plan": TEXT, "method": MAPPING, "weights": TEXT,
-          "batch": whole(1)}
-ASKED = {"prompts_sha256": TEXT, "seed": whole(0), "repeats": whole(1), "size": whole(1)}
+          "batch": whole(1, MOST)}
+ASKED = {"prompts_sha256": TEXT, "seed": whole(0), "repeats": whole(1, MOST), "size": whole(1, LARGEST_SIDE)}
 SHOWN = 5                   # of what differs or is wrong, how much a message names
 
 Card = Mapping[str, Any]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.protocol import Protocol, Select
-from evaluation.yaml_file import SEEDS
+from ldm.kinds import SEEDS
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from evaluation.cost import read_unet
 from evaluation.generate import default_model, make_engine, parse, select_prompts
 from evaluation.protocol import Protocol
 from evaluation.table_file import Row
-from evaluation.yaml_file import MAPPING, TEXT, Kind, check, known, number, optional, whole
 from ldm.cli import BadInput, blame
+from ldm.kinds import MAPPING, TEXT, Kind, check, known, number, optional, whole
 from ldm.processes import ALONE
 from ldm.script import make_setup
 

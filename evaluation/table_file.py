@@ -30,24 +30,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from evaluation.yaml_file import (
-    MAPPING,
-    NUMBER,
-    SHARE,
-    TEXT,
-    Kind,
-    check,
-    choice,
-    find_file,
-    is_text,
-    known,
-    names_in,
-    number,
-    optional,
-    reading,
-    whole,
-)
-from ldm.arguments import NOISE_ORDERS, PROPAGATE
+from evaluation.yaml_file import find_file, names_in, reading
+from ldm.arguments import MOST, MOST_STEPS, NOISE_ORDERS, PROPAGATE
+from ldm.kinds import MAPPING, NUMBER, SHARE, TEXT, Kind, check, choice, is_text, known, number, optional, whole
 
 TABLE_DIR = Path(__file__).parent / "tables"
 WORLDS = ("coco", "emoji")
@@ -92,10 +77,11 @@ FTC = ("fid", "clip_score", "seconds")      # what that is made of
 
 ROW = {
     "label": TEXT, "group": TEXT, "plain": Kind("true or false", lambda value: type(value) is bool),
-    "sampler": TEXT, "steps": whole(1), "plan": Kind("a text, 'off' in quotes, which YAML takes for no", is_text),
+    "sampler": TEXT, "steps": whole(1, MOST_STEPS),
+    "plan": Kind("a text, 'off' in quotes, which YAML takes for no", is_text),
     "propagate": choice(*PROPAGATE), "tome": number("a number in 0..0.75", 0, 0.75),
     "eta": SHARE, "noise_weight": number("a number >= 0", 0), "noise_below": NUMBER,
-    "noise_order": choice(*NOISE_ORDERS), "parallel": whole(1), "protocol": MAPPING, "paper": MAPPING,
+    "noise_order": choice(*NOISE_ORDERS), "parallel": whole(1, MOST), "protocol": MAPPING, "paper": MAPPING,
     "missing": TEXT, "costs_only": TEXT,
 }
 TABLE = {

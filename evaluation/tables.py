@@ -13,7 +13,6 @@ after any stop, and tables share the rows that they have in common.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.protocol import load_protocol
 from evaluation.table_file import COLUMNS, SHORT, WORLDS, Table, load_table, table_names
-from ldm.arguments import count
-from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.arguments import MOST, count
+from ldm.cli import BadInput, Parser, blame, command, whole
 from ldm.script import GO_ON
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -47,7 +46,7 @@ def parser() -> Parser:
     what.add_argument("--gflops-only", action="store_true", help="only the GFLOPs, from the config; needs no weights")
     what.add_argument("--show", action="store_true", help="make nothing; print what is there")
     p.add_argument("--count", type=count, metavar="N", help="pictures of a row (default: as the protocol says)")
-    p.add_argument("--timed", type=number(int, 0, math.inf, "a whole number >= 0"), default=TIMED, metavar="N",
+    p.add_argument("--timed", type=whole(0, MOST), default=TIMED, metavar="N",
                    help="pictures that are timed for a row, one at a time; 0 = none (default: %(default)s)")
     files = p.add_argument_group("files")
     files.add_argument("--data", metavar="DIR", help="of the protocol (default: the protocol's)")

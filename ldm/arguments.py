@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli import number
+from ldm.cli import number, whole
 from ldm.util import PROJECT_ROOT
 
 Files = tuple[Path, Path]           # a model's config and weights
@@ -21,12 +20,18 @@ NOISE_ORDERS = ("before", "after", "update")
 # The names of ldm.models.diffusion.solvers.SOLVERS, which needs PyTorch; --help must answer at once.
 SAMPLERS = "ddim, plms, ddpm, dpm-solver, dpm-solver++, euler, euler-a, heun, dpm++2m-karras, unipc"
 
-count = number(int, 1, math.inf, "a whole number >= 1")
+MOST = 1_000_000        # images of one run, and whatever else is counted
+MOST_STEPS = 10_000     # of a solver; no training has more timesteps
+LARGEST_SIDE = 2 ** 14  # pixels of an image, or positions of a latent
+
+count = whole(1, MOST)
+step_count = whole(1, MOST_STEPS)
+side = whole(1, LARGEST_SIDE)
 finite = number(float, -sys.float_info.max, sys.float_info.max, "a finite number")
 
 
 def parallel(text: str) -> int | None:
-    return None if text == "auto" else number(int, 1, math.inf, "auto or a whole number >= 1")(text)
+    return None if text == "auto" else whole(1, MOST, "auto or a whole number")(text)
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -75,8 +80,8 @@ def picture_arguments(p: argparse.ArgumentParser, strength: float) -> None:
 
 
 def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's") -> None:
-    group.add_argument("--H", "--height", type=count, help=f"height in pixels (default: {default})")
-    group.add_argument("--W", "--width", type=count, help=f"width in pixels (default: {default})")
+    group.add_argument("--H", "--height", type=side, help=f"height in pixels (default: {default})")
+    group.add_argument("--W", "--width", type=side, help=f"width in pixels (default: {default})")
 
 
 def class_names_argument(group: argparse._ArgumentGroup, default: str = "none") -> None:
@@ -133,7 +138,7 @@ def sampling_arguments(p: argparse.ArgumentParser, steps: int | None = 50, eta: 
         return f"(default: {unknown if value is None else value})"
 
     how = p.add_argument_group("how to sample")
-    how.add_argument(*steps_flags, dest="steps", type=count, default=steps, metavar="N",
+    how.add_argument(*steps_flags, dest="steps", type=step_count, default=steps, metavar="N",
                      help=f"sampling steps {default(steps)}")
     how.add_argument(*eta_flags, dest="eta", type=number(float, 0, 1, "a number in 0..1"), metavar="ETA",
                      help=f"of ddim: 0 = deterministic, 1 = ancestral sampling {default(eta)}")
@@ -161,7 +166,7 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
     fast.add_argument("--plan", default=plan,
                       help="what of the UNet runs at which steps: off (all), faster-diffusion or another name in "
                            "configs/plans, uniform:N, pro, deepcache:N[:BRANCH], deepcache:NAME[:BRANCH], "
-                           "online:[time:]X, auto:K or auto:SHARE (by calibration), key steps such as 0,1,2,5, or "
+                           "online:[time:]X, auto:K or auto:SHARE% (by calibration), key steps such as 0,1,2,5, or "
                            "FILE.yaml (default: %(default)s)")
     fast.add_argument("--propagate", choices=PROPAGATE,
                       help="what the decoder gets between key steps: the last one's features, those of the last two or "
@@ -227,7 +232,7 @@ def output_arguments(p: argparse.ArgumentParser, outdir: str, flags: Sequence[st
                      help="gets samples/, manifest.jsonl and what shows pictures together; what is already there is "
                           "not made again (default: %(default)s)")
     if grid:
-        out.add_argument("--n_rows", type=number(int, 0, math.inf, "a whole number >= 0"), default=0, metavar="N",
+        out.add_argument("--n_rows", type=whole(0, MOST), default=0, metavar="N",
                          help="pictures in a row of the grid; 0 = the batch size")
         out.add_argument("--skip_grid", action="store_true", help="save no grid; needed for very many pictures")
     else:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import metadata
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 PACKAGE = "faster-diffusion-ldm"
 LONGEST_WORD, LONGEST_MESSAGE = 200, 2000       # characters of an error message
+MEMORY = "can't allocate memory"    # what PyTorch says where the machine has not enough of it
 
 
 class BadInput(Exception):
@@ -27,6 +28,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any):
         super().__init__(**{"allow_abbrev": False, **settings})
         self.add_argument("--version", action=Version, nargs=0, help="print the versions and exit")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        for argument in sys.argv[1:] if args is None else args:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
+                raise BadInput(f"{ascii(argument)}: not UTF-8 text; neither images nor results could say "
+                               f"what they are of") from None
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -99,6 +109,11 @@ def _cut(text: str, limit: int) -> str:
     return f"{text[:limit * 2 // 3]}...({len(text)} characters)...{text[-limit // 6:]}"
 
 
+def whole(low: int, high: int, accepted: str = "a whole number") -> Callable[[str], Any]:
+    """An argparse type: a whole number in low..high. What is counted has a limit, so that no count takes all memory."""
+    return number(int, low, high, f"{accepted} in {low}..{high}")
+
+
 def command(name: str, run: Callable[[], None], stopped: str = "stopped") -> int:
     """Run a command line; its exit code.
 
@@ -115,6 +130,12 @@ def command(name: str, run: Callable[[], None], stopped: str = "stopped") -> int
         return 1
     except (BadInput, OSError) as error:    # a full disk, a name that no file can have: not a fault of the program
         print(f"{name}: error: {readable(str(error))}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and MEMORY not in str(error):
+            raise
+        print(f"{name}: error: not enough memory for all of it at a time: {readable(str(error)) or 'a list'}",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: {stopped}", file=sys.stderr)

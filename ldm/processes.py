@@ -6,16 +6,31 @@ The first one leads: it alone looks for pictures, prints and writes, and tells t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from argparse import ArgumentTypeError
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import BadInput
+from ldm.cli import BadInput, blame, whole
 
 # PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
     import torch
+
+MOST_PROCESSES = 65536
+
+
+def stated(env: Mapping[str, str], name: str, default: int, low: int, high: int = MOST_PROCESSES) -> int:
+    """A number in low..high that an environment variable states; the default if it is not set, or empty.
+
+    Raises:
+        BadInput: another value.
+    """
+    try:
+        return whole(low, high)(env.get(name) or default)
+    except ArgumentTypeError as error:
+        raise BadInput(f"environment variable {name}: {error}; torchrun and SLURM set it") from None
 
 
 @dataclass(frozen=True)
@@ -32,9 +47,14 @@ class Processes:
 
     @staticmethod
     def of_run() -> Processes:
-        """As torchrun says in the environment; without it, one alone."""
-        return Processes(*(int(os.environ.get(name, default)) for name, default in (
-            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+        """As torchrun says in the environment; without it, one alone.
+
+        Raises:
+            BadInput: there it says what can't be.
+        """
+        size = stated(os.environ, "WORLD_SIZE", 1, 1)
+        rank, local = (stated(os.environ, name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
+        return Processes(rank, size, local)
 
     @property
     def several(self) -> bool:
@@ -52,7 +72,8 @@ class Processes:
             import torch
 
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=self.rank, world_size=self.size)
+        with blame(f"environment variable WORLD_SIZE: {self.size} processes can't meet", (ValueError, RuntimeError)):
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=self.rank, world_size=self.size)
         try:
             yield
         finally:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.arguments import count, side, step_count
+from ldm.cli import BadInput, Parser, blame, command, whole
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
 
 EMOJI = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64" / "config.yaml"
 ROWS = ["off", "faster-diffusion", "faster-diffusion@8", "deepcache:3"]
+MOST_THREADS = 1024
 MATRIX, PEER = "matrix product", "diffusers"
 COMPILED = ", compiled"     # after the name of a row
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    whole = number(int, 1, math.inf, "a whole number from 1")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(EMOJI), metavar="YAML", help="of the model (default: emoji64)")
-    parser.add_argument("--size", nargs=2, type=whole, metavar=("H", "W"), help="of latents (default: the config's)")
-    parser.add_argument("--tokens", type=whole, default=77, help="of the context, if there is one (default: 77)")
-    parser.add_argument("--batch", nargs="+", type=whole, default=[1], metavar="N",
+    parser.add_argument("--size", nargs=2, type=side, metavar=("H", "W"), help="of latents (default: the config's)")
+    parser.add_argument("--tokens", type=count, default=77, help="of the context, if there is one (default: 77)")
+    parser.add_argument("--batch", nargs="+", type=count, default=[1], metavar="N",
                         help="pictures at a time; guidance doubles them (default: 1)")
-    parser.add_argument("--steps", type=whole, default=10, help="of DDIM (default: 10)")
+    parser.add_argument("--steps", type=step_count, default=10, help="of DDIM (default: 10)")
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"(default: {' '.join(ROWS)})")
     parser.add_argument("--against", choices=(PEER,), help="the plain run by this library, on the same weights")
     parser.add_argument("--compile", action="store_true",
                         help="every row also compiled by PyTorch, which takes minutes")
-    parser.add_argument("--repeats", type=whole, default=3, metavar="N", help="timed rounds (default: 3)")
-    parser.add_argument("--threads", type=whole, metavar="N", help="(default: PyTorch's)")
+    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="timed rounds (default: 3)")
+    parser.add_argument("--threads", type=whole(1, MOST_THREADS), metavar="N", help="(default: PyTorch's)")
     parser.add_argument("--json", metavar="FILE", help="also write what was measured")
     return parser.parse_args(argv)
 

@@ -6,7 +6,7 @@
 Along plain runs of some prompts it measures what it costs, at every step, to decode the features of every earlier step,
 and finds the key steps with the least total error (dynamic programming, exact). Then it tries what may reach the
 decoder between them (--propagate of the sampling scripts) and keeps what comes nearest to the plain latents. The table
-stays beside the weights (calibration/SAMPLER-STEPS.json), and --plan auto:K or auto:SHARE of the sampling
+stays beside the weights (calibration/SAMPLER-STEPS.json), and --plan auto:K or auto:SHARE% of the sampling
 scripts use it for any number of key steps.
 """
 

@@ -22,7 +22,7 @@ from ldm.arguments import (
 )
 from ldm.class_names import find_class
 from ldm.cli import BadInput, Parser, blame, command, number
-from ldm.script import GO_ON, Setup, conditioner, given_names, make_pictures, make_setup, picture_size
+from ldm.script import GO_ON, Setup, conditioner, given_names, image_items, make_pictures, make_setup, picture_size
 
 CIN256 = (ROOT / "configs/latent-diffusion/cin256-v2.yaml", ROOT / "models/ldm/cin256-v2/model.ckpt")
 NAMES = ROOT / "models/ldm/cin256-v2/classes.txt"
@@ -82,12 +82,11 @@ def run(args: argparse.Namespace) -> None:
     absent = absent_class(args, classes)
     size = picture_size(args, setup.sizes)
 
-    from ldm.generate import subject_items
     from ldm.sampling.conditions import Classes
     from ldm.sampling.engine import Task
 
     subjects = [{"class": number} for number in chosen]
-    items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
+    items = image_items(args, subjects)
     make_pictures(args, setup, items, Task(Classes(absent)), size, args.batch_size)
 
 

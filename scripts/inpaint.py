@@ -25,7 +25,7 @@ from ldm.arguments import (
     sampling_arguments,
 )
 from ldm.cli import BadInput, Parser, blame, command
-from ldm.script import GO_ON, Setup, make_pictures, make_setup, named, pixels, stacked
+from ldm.script import GO_ON, Setup, image_items, make_pictures, make_setup, named, pixels, stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,10 +121,8 @@ def run(args: argparse.Namespace) -> None:
         args.scale = 1.0
     setup = make_setup(args, EMOJI64 if text else INPAINTING_BIG)
 
-    from ldm.generate import subject_items
-
     subjects = [subject | ({"prompt": args.prompt} if text else {}) for subject in inputs.subjects]
-    items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
+    items = image_items(args, subjects)
     height, width = inputs.pictures.shape[-2:]
     task = make_task(inputs, setup, text, args.negative_prompt)
     make_pictures(args, setup, items, task, (height, width), args.batch_size)

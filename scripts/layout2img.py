@@ -25,7 +25,7 @@ from ldm.arguments import (
 )
 from ldm.class_names import Names, find_class
 from ldm.cli import BadInput, Parser, blame, command
-from ldm.script import GO_ON, Setup, conditioner, given_names, make_pictures, make_setup, picture_size
+from ldm.script import GO_ON, Setup, conditioner, given_names, image_items, make_pictures, make_setup, picture_size
 
 if TYPE_CHECKING:
     from ldm.modules.encoders.boxes import Box
@@ -112,7 +112,6 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from ldm.generate import subject_items
     from ldm.modules.encoders.boxes import box_tokens
     from ldm.sampling.conditions import Boxes
     from ldm.sampling.engine import Task
@@ -126,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
         with blame(f"--boxes: picture {p}"):
             tokens.append(box_tokens(boxes, (length - 2) // 3, ids))    # three a box, and the crop's two
         subjects.append({"boxes": [[b.category, b.x, b.y, b.width, b.height] for b in boxes]})
-    items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
+    items = image_items(args, subjects)
     make_pictures(args, setup, items, Task(Boxes(torch.stack(tokens))), size, args.batch_size)
 
 

@@ -17,7 +17,7 @@ from ldm.arguments import (
     size_arguments,
 )
 from ldm.cli import BadInput, Parser, blame, command
-from ldm.script import GO_ON, make_pictures, make_setup, picture_size
+from ldm.script import GO_ON, image_items, make_pictures, make_setup, picture_size
 
 if TYPE_CHECKING:
     from ldm.generate import Item
@@ -82,13 +82,12 @@ def run(args: argparse.Namespace) -> None:
     setup = make_setup(args)
     size = picture_size(args, setup.sizes)
 
-    from ldm.generate import subject_items
     from ldm.sampling.conditions import Condition
     from ldm.sampling.engine import Task
 
     if args.vanilla_sample:
         args.sampler, args.steps = "ddpm", setup.config.model.params.get("timesteps", 1000)
-    items = subject_items([{}], args.n_samples, args.seed)
+    items = image_items(args, [{}])
     results = make_pictures(args, setup, items, Task(Condition()), size, args.batch_size, keep=args.npz)
     if args.npz:
         for result in results:

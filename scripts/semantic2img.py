@@ -15,7 +15,7 @@ from ldm.arguments import (
     sampling_arguments,
 )
 from ldm.cli import BadInput, Parser, blame, command
-from ldm.script import GO_ON, Setup, conditioner, make_pictures, make_setup, named, stacked
+from ldm.script import GO_ON, Setup, conditioner, image_items, make_pictures, make_setup, named, stacked
 
 SYNTHESIS = (ROOT / "models/ldm/semantic_synthesis512/config.yaml",
              ROOT / "models/ldm/semantic_synthesis512/model.ckpt")
@@ -58,14 +58,13 @@ def run(args: argparse.Namespace) -> None:
         if labelled.max() >= labels:
             raise BadInput(f"--maps: {path} has a label {labelled.max()}; this model's are 0..{labels - 1}")
 
-    from ldm.generate import subject_items
     from ldm.sampling.conditions import Labels
     from ldm.sampling.engine import Task
 
     # What the model can't make is filled up with the edge, and cut off in the end.
     height, width = batch.shape[-2:]
     whole = pad(batch[:, None].float(), *map(setup.sizes.whole, (height, width)))[:, 0].long()
-    items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
+    items = image_items(args, subjects)
     make_pictures(args, setup, items, Task(Labels(whole)), (height, width), args.batch_size)
 
 

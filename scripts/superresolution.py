@@ -21,7 +21,7 @@ from ldm.arguments import (
     sampling_arguments,
 )
 from ldm.cli import BadInput, Parser, blame, command, number
-from ldm.script import GO_ON, Setup, make_pictures, make_setup, named, stacked, without_weights
+from ldm.script import GO_ON, Setup, image_items, make_pictures, make_setup, named, stacked, without_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,6 @@ def run(args: argparse.Namespace) -> None:
     setup = make_setup(args, BSR_SR)
     text = settle(args, setup)
 
-    from ldm.generate import subject_items
     from ldm.sampling.engine import Task
 
     # The small picture is as large as the latents; what the model can't make is filled up with its edge.
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     pictures = pad(pictures, sizes.whole(height) // factor, sizes.whole(width) // factor)
     condition = make_condition(args, setup, text, pictures)
     subjects = [subject | ({"prompt": args.prompt} if text else {}) for subject in subjects]
-    items = subject_items(subjects, args.n_samples, args.seed, by_position=args.seed_by_position)
+    items = image_items(args, subjects)
     make_pictures(args, setup, items, Task(condition), (height, width), args.batch_size)
 
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 
+from ldm.arguments import count
 from ldm.cli import Parser, blame, command
 
 
@@ -29,8 +30,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", required=True, help="captions in the COCO format")
     parser.add_argument("--out", required=True, help="tokenizer file to write (.json)")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="most entries (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=16, help="tokens per caption (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=count, default=2048, help="most entries (default: %(default)s)")
+    parser.add_argument("--max-length", type=count, default=16, help="tokens per caption (default: %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -93,7 +93,10 @@ def test_auto_plans_come_from_the_table_beside_the_weights(tmp_path):
     run = RunFacts({"sampler": "ddim", "weights": "abc"}, tmp_path)
     assert load_plan("auto:5", 10, 3, run=run) == Plan(10, (0, 2, 4, 6, 8), 3, propagate="linear")
     assert load_plan("auto:5", 10, run=run, propagate="hold").propagate == "hold"
-    assert len(load_plan("auto:.8", 10, run=run).keys) == 3
+    for share in ("auto:.8", "auto:0.8", "auto:80%", "auto:80.0%"):
+        assert len(load_plan(share, 10, run=run).keys) == 3
+    assert len(load_plan("auto:1", 10, run=run).keys) == 1
+    assert len(load_plan("auto:100%", 10, run=run).keys) == 10
     for facts, nodes, why in (({"sampler": "plms", "weights": "abc"}, 10, "for plms with 10 nodes; there is none"),
                               ({"sampler": "ddim", "weights": "abc"}, 20, "for ddim with 20 nodes; there is 10"),
                               ({"sampler": "ddim", "weights": "b"}, 10, "made for weights abc; this run's is b")):

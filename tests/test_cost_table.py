@@ -51,7 +51,7 @@ def test_another_model_has_no_row_in_the_paper(capsys):
     (["--config", EMOJI, "--plan", "fast"], "--plan: unknown plan 'fast'"),
     (["--config", EMOJI, "--plan", "online:0.1"], "--plan: online:0.1 decides during a run"),
     (["--config", EMOJI, "--size", "7", "7"], "--config, --size: x must have height and width that are multiples"),
-    (["--config", EMOJI, "--steps", "0"], "--steps: expected a whole number from 1")])
+    (["--config", EMOJI, "--steps", "0"], "--steps: expected a whole number in 1..10000")])
 def test_bad_input(capsys, args, why):
     assert main(args) == 2
     error = capsys.readouterr().err

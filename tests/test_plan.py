@@ -144,6 +144,16 @@ def test_plan_files(tmp_path, text, keys):
         ("source: a\nsteps: [0]", "steps must be"),
         ("source: a\nsteps: {10: 0}", "steps must be"),
         ("source: a\nevery: two", "every must be"),
+        ("source: a\nevery: true", "every must be"),
+        ("source: [a]\nevery: 2", "source must be"),
+        ("source: a\nsteps: {ten: [0]}", "steps must be"),
+        ("source: a\nsteps: {4294967295: [0]}", "steps must be"),
+        ("source: a\nsteps: {20: [{0: 1}]}", "numbers or ranges"),
+        ("source: a\nsteps: {20: [0-400000000]}", "past the last node 19"),
+        ("source: a\nsteps: {50: [0-400000000]}", "past the last node 49"),
+        ("source: a\nsame_as: mine.yaml", "same_as must be"),
+        ("source: a\nevery: 2\npropagate: [hold]", "propagate must be"),
+        ("source: a\nevery: 2\nmade_for: [ddim]", "made_for must be"),
     ],
 )
 def test_faulty_plan_files_say_why(tmp_path, text, why):
@@ -167,7 +177,11 @@ def test_faulty_plan_files_say_why(tmp_path, text, why):
         ("0,50", "past the last node 49"),
         ("0,a", "'a'"),
         ("0,,1", "numbers"),
-        ("3-1", "node 0"),
+        ("3-1", "strictly; got 3-1"),
+        ("0-400000000", "key 400000000 is past the last node 49"),
+        ("0,1," + "9" * 5000, "4300 digits"),
+        ("auto:1.0", "auto:9, .* auto:80%; got 'auto:1.0'"),
+        ("auto:101%x", "auto:80%"),
         ("", "unknown plan"),
         ("missing.yaml", "cannot be read"),
     ],
@@ -190,6 +204,12 @@ def test_bad_specs_say_why(spec, why):
 def test_bad_plans_say_why(keys, parallel, why):
     with pytest.raises(ValueError, match=why):
         Plan(50, keys, parallel)
+
+
+@pytest.mark.parametrize("shallow, wrong", [((11,), r"\[11\]"), ((0, 1, 12), r"\[0, 1, 12\]"), ((-3, 4), r"\[-3\]")])
+def test_shallow_nodes_that_can_not_be_are_named(shallow, wrong):
+    with pytest.raises(ValueError, match=rf"1\.\.9 and no key nodes; got {wrong}"):
+        Plan(10, (0, 1), shallow=shallow)
 
 
 def test_a_run_has_nodes():

@@ -213,7 +213,7 @@ def test_held_out_split_and_no_model(call, data, tmp_path):
     (["--sampler", "warp"], "--sampler: 'warp' is not one of ddim"),
     (["--plan", "0,1,90"], "--plan: .*past the last node"),
     (["--steps", "2000"], "--steps: .*1..1000.*; got 2000"),
-    (["--count", "-1"], "--count: expected a whole number >= 0; got '-1'"),
+    (["--count", "-1"], "--count: expected a whole number in 0..1000000; got '-1'"),
     (["--scale", "nan"], "--scale: expected a finite number"),
     (["--count", "0", "--pictures", "x.png"], "--pictures: with --count 0 there are none"),
     (["--out", "."], "--out: can't write"),

@@ -12,7 +12,8 @@ from evaluation.table_file import Row, load_table
 
 GOOD = {"title": "t", "source": "s", "columns": ["fid"], "protocol": {"emoji": "emoji64"},
         "rows": [{"label": "a", "steps": 3}]}
-A_WHOLE, A_PROPAGATION = "a whole number >= 1", "one of hold, linear, quadratic, zeros"
+STEPS, PARALLEL = "a whole number in 1..10000", "a whole number in 1..1000000"
+A_PROPAGATION = "one of hold, linear, quadratic, zeros"
 
 
 def refused(tmp_path, capfd, change) -> str:
@@ -60,7 +61,7 @@ def test_faulty_tables_say_why(tmp_path, capfd, change, why):
 
 
 @pytest.mark.parametrize("name, value, accepted", [
-    *(("steps", value, A_WHOLE) for value in (0, 2.0, True, "3")), ("parallel", 2 ** 32, A_WHOLE),
+    *(("steps", value, STEPS) for value in (0, 2.0, True, "3", 10001)), ("parallel", 2 ** 32, PARALLEL),
     *(("tome", value, "a number in 0..0.75") for value in ("high", 0.8, math.nan)),
     *(("eta", value, "a number in 0..1") for value in (True, -0.1)),
     *(("noise_weight", value, "a number >= 0") for value in (-1, math.inf)),

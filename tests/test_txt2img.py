@@ -55,6 +55,16 @@ def pixels(path: Path) -> np.ndarray:
 
 # What a run leaves behind
 
+@pytest.mark.parametrize("arguments, said", [
+    (["--prompt", "a dog face " * 9], "1 of 1 prompts longer than the text encoder reads"),
+    (["--prompt", "a dog face", "--negative_prompt", "an owl " * 9], "1 of 2 prompts longer"),
+    (["--prompt", "a dog face"], "")])
+def test_prompts_that_are_cut_are_counted(call, capsys, arguments, said):
+    assert call("--n_samples", "1", "--steps", "1", *arguments) == 0
+    output = capsys.readouterr().out
+    assert (said in output) if said else ("longer" not in output)
+
+
 def test_pictures_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
     assert call("--prompt", "a dog face", "--n_samples", "2", "--n_iter", "2", "--n_rows", "3") == 0
     files = pictures(tmp_path)

@@ -33,7 +33,7 @@ from evaluation.recognition import Asked
 from evaluation.retrieval import SPLITS, RealSet, features_of, load_extractor
 from evaluation.run_folder import differences, some
 from evaluation.table_file import ROW, TABLE
-from evaluation.yaml_file import MAPPING, NUMBER, TEXT, Kind, check, choice, known, optional, reading
+from evaluation.yaml_file import reading
 from ldm.arguments import PROPAGATE
 from ldm.checkpoint import fingerprint
 from ldm.cli import BadInput, blame
@@ -41,6 +41,7 @@ from ldm.data.emoji import EmojiPictures
 from ldm.files import atomic_write, file_sha256
 from ldm.generate import Item, digest, prompt_items
 from ldm.images import from_pil, psnr, to_pil
+from ldm.kinds import MAPPING, NUMBER, TEXT, Kind, check, choice, known, optional
 from ldm.models.diffusion.plan import AnyPlan
 from ldm.sampling.engine import Spent
 

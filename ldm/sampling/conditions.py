@@ -51,6 +51,11 @@ class Condition:
             raise ValueError(f"not {self.kind}: {otherwise}")
 
 
+def prompts_cut(model: LatentDiffusion, prompts: Sequence[str]) -> int:
+    """How many of the prompts are longer than the model's text encoder reads: it gets only their beginnings."""
+    return sum(model.cond_stage_model.cut(prompts)) if prompts else 0
+
+
 class Text(Condition):
     """The items' prompts.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.arguments import Files
+from ldm.arguments import MOST, Files
 from ldm.class_names import Names, read_names
 from ldm.cli import BadInput, blame
 from ldm.script.setup import Setup, make_setup, picture_size
@@ -31,14 +31,34 @@ def prompts_in(path: str | Path) -> list[str]:
 
 def text_items(args: argparse.Namespace, extra: dict[str, Any] | None = None) -> list[Item]:
     """The pictures that `text_arguments` ask for; `extra` is what else of each is to be remembered."""
-    from ldm.generate import subject_items
-
     # As published: a batch is n_samples pictures of the prompt, or n_samples lines of the file.
     per_iteration = 1 if args.from_file else args.n_samples
     prompts = [args.prompt] if args.from_file is None else prompts_in(args.from_file)
-    subjects = [{"prompt": prompt} | (extra or {}) for prompt in prompts for _ in range(args.repeat)]
-    return subject_items(subjects, per_iteration * args.n_iter, args.seed,
-                         share_start=per_iteration if args.fixed_code else None, by_position=args.seed_by_position)
+    subjects = [{"prompt": prompt} | (extra or {}) for prompt in prompts]
+    return image_items(args, subjects, per_iteration * args.n_iter, args.repeat,
+                       per_iteration if args.fixed_code else None)
+
+
+def image_items(args: argparse.Namespace, subjects: Sequence[Mapping[str, Any]], samples: int | None = None,
+                repeat: int = 1, share_start: int | None = None) -> list[Item]:
+    """The images of a run, in order.
+
+    Args:
+        subjects, share_start: see `ldm.generate.subject_items`.
+        samples: of each subject; None = --n_samples.
+        repeat: how often each subject is taken.
+
+    Raises:
+        BadInput: more than one run makes.
+    """
+    from ldm.generate import subject_items
+
+    samples = args.n_samples if samples is None else samples
+    if (total := len(subjects) * repeat * samples) > MOST:
+        raise BadInput(f"--n_samples: {len(subjects)} subjects x {repeat * samples} images of each are {total}; one "
+                       f"run makes {MOST} at most")
+    return subject_items([subject for subject in subjects for _ in range(repeat)], samples, args.seed, share_start,
+                         args.seed_by_position)
 
 
 def given_names(args: argparse.Namespace, default: Path | None = None) -> Names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.plan import AnyPlan
     from ldm.sampling.engine import Engine, Recipe, Task
 
+BATCH_PIXELS = 2 ** 26      # 256 images of 512 x 512 pixels at a time
+SHEET_PIXELS = 80_000_000   # Pillow doubts larger files
+CELL = 192                  # pixels to which a comparison enlarges small images
 GO_ON = "stopped; the same command goes on from here"
 
 
@@ -41,6 +45,10 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
 
     from ldm.checkpoint import CheckpointError
 
+    check_amount(args, len(items), size, batch)
+    if not (args.skip_grid or args.compare or sheet_fits(len(items), size)):
+        args = argparse.Namespace(**vars(args) | {"skip_grid": True})
+        print(f"no grid: {len(items)} images would be more than {SHEET_PIXELS} pixels, the most of one file")
     recipe = make_recipe(args, size, setup)
     if recipe.scale == 1.0 and "negative_prompt" in task.condition.settings():
         raise BadInput("--negative_prompt: needs guidance, and the scale is 1; give --scale another value")
@@ -53,6 +61,8 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         settings = weights_of(setup, args.weights)
     plan = make_plan(args, nodes, run_facts(setup, recipe.sampler))
     engines = load_engines(args, setup, recipe, plan, task)
+    if setup.processes.rank == 0:
+        say_what_is_cut(items, task, next(iter(engines.values())).model)
 
     with setup.processes.joined(setup.device):
         for engine in engines.values():
@@ -65,6 +75,34 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
                 follow(engines, setup.processes)
                 return []
             return lead(args, setup, items, engines, settings, batch, keep)
+
+
+def sheet_fits(count: int, size: tuple[int, int]) -> bool:
+    """Whether one file shows so many images of this height and width."""
+    return count * math.prod(size) <= SHEET_PIXELS
+
+
+def check_amount(args: argparse.Namespace, count: int, size: tuple[int, int], batch: int) -> None:
+    """Raise BadInput if this is more at a time than any machine computes, or one file shows."""
+    height, width = size
+    if min(batch, count) * height * width > BATCH_PIXELS:
+        flag = "--batch_size" if hasattr(args, "batch_size") else "--n_samples"
+        raise BadInput(f"{flag}: {min(batch, count)} images of {width} x {height} pixels at a time are more than "
+                       f"{BATCH_PIXELS} pixels, the most that are computed together")
+    if args.compare and not sheet_fits(3 * count, (max(height, CELL), max(width, CELL))):
+        raise BadInput(f"--compare: {count} images of {width} x {height} pixels, beside each other, are more than "
+                       f"{SHEET_PIXELS} pixels, the most of one file")
+
+
+def say_what_is_cut(items: Sequence[Item], task: Task, model: LatentDiffusion) -> None:
+    """Say how many texts, the negative prompt among them, the model does not read to their end."""
+    from ldm.sampling.conditions import prompts_cut
+
+    texts = [*(item.subject for item in items), task.condition.settings()]
+    prompts = {of[name] for of in texts for name in ("prompt", "negative_prompt") if name in of}
+    if cut := prompts_cut(model, [*prompts]):
+        print(f"{cut} of {len(prompts)} prompts longer than the text encoder reads: what is past its last token is "
+              f"left out")
 
 
 def weights_of(setup: Setup, which: str) -> dict[str, str]:

@@ -75,8 +75,9 @@ class Plan:
             )
         if self.parallel < 1:
             raise ValueError(f"parallel must be at least 1 decoder step per batch; got {self.parallel}")
-        if self.shallow and (both := sorted({*self.keys} & {*self.shallow}) or self.shallow[-1] >= self.num_nodes):
-            raise ValueError(f"shallow nodes must be 1..{self.num_nodes - 1} and no key nodes; got {both}")
+        keys = {*self.keys}
+        if wrong := [i for i in self.shallow if i in keys or not 0 < i < self.num_nodes]:
+            raise ValueError(f"shallow nodes must be 1..{self.num_nodes - 1} and no key nodes; got {wrong}")
         if self.branch < 0 or (self.branch and not self.shallow):
             raise ValueError(f"branch must be at least 0, and 0 without shallow nodes; got {self.branch}")
         if self.propagate not in PROPAGATIONS:

@@ -17,24 +17,27 @@ and, optional, how a plan is to be run and for what it was made:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldm.checkpoint import fingerprint
 from ldm.cli import did_you_mean
+from ldm.files import read_yaml
+from ldm.kinds import MAPPING, TEXT, Kind, check, choice, is_text, known, optional, shown, whole
 from ldm.models.diffusion.calibration import Calibration, read_calibration
 from ldm.models.diffusion.online import OnlinePlan
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.plan import PROPAGATIONS, Plan
 from ldm.util import PROJECT_ROOT
 
 PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
 FORMS = ("off", "uniform:N", "pro", "deepcache:N[:BRANCH]", "deepcache:NAME[:BRANCH]", "online:[time:]X", "auto:K",
-         "auto:SHARE")
+         "auto:SHARE%")
+SUFFIXES = (".yaml", ".yml")
+NODES = whole(1, 10_000)
 
 
 def plan_names() -> tuple[str, ...]:
@@ -87,9 +90,9 @@ def load_plan(spec: str, num_nodes: int, parallel: int = 1, propagate: str | Non
             that grow by one: 0, 2, 5, 9, ...), `deepcache:N`, `deepcache:NAME` or either with `:BRANCH` (every N-th
             node in full, or the key nodes of another plan; at the others only the outermost BRANCH blocks, by default
             1; with 0 none, and the prediction before is used again), `online:X` or `online:time:X` (decided on the way,
-            at a relative change of X of the latent or of the embedded timestep), `auto:K` or `auto:0.8` (the best K key
-            nodes, or as many as 0.8 of the plain run's MACs allow, by the model's calibration), key nodes such as
-            `0,1,2,5` or `0-3,5`, or the path of a .yaml file in the format above.
+            at a relative change of X of the latent or of the embedded timestep), `auto:K` or `auto:80%` (the best K key
+            nodes, or as many as 80 % of the plain run's MACs allow, by the model's calibration; 0.8 is the same), key
+            nodes such as `0,1,2,5` or `0-3,5`, or the path of a .yaml file in the format above.
         num_nodes: network evaluations of the run; for DDIM the length of its timestep grid.
         parallel: most decoder steps in one batch.
         propagate: see `Plan`; None = as the plan's file or calibration says, or hold.
@@ -132,16 +135,20 @@ def _deepcache(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
     if match is None:
         return None
     keys = _every(int(match[1]), num_nodes) if match[1].isdecimal() else _keyed(match[1], num_nodes, run).keys
-    shallow = tuple(i for i in range(num_nodes) if i not in keys)
+    shallow = tuple(sorted({*range(num_nodes)} - {*keys}))
     return Plan(num_nodes, keys, shallow=shallow, branch=int(match[2] or 1) if shallow else 0)
 
 
 def _auto(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
-    match = re.fullmatch(r"auto:(?:(\d+)|(0?\.\d+|1\.0*))", spec)
-    if match is None:
+    if not spec.startswith("auto:"):
         return None
+    match = re.fullmatch(r"auto:(?:(\d+)|(0?\.\d+)|(\d+(?:\.\d+)?)%)", spec)
+    if match is None:       # 1.0 among them: one key node, or all of the MACs?
+        raise ValueError(f"auto takes a number of key nodes, as in auto:9, or a share of the plain run's MACs, as in "
+                         f"auto:80%; got {spec!r}")
+    keys, fraction, percent = match.groups()
     calibration = _calibration(num_nodes, run)
-    return calibration.plan(int(match[1])) if match[1] else calibration.plan_within(float(match[2]))
+    return calibration.plan(int(keys)) if keys else calibration.plan_within(float(fraction or float(percent) / 100))
 
 
 def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
@@ -163,10 +170,11 @@ def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
 
 def _keyed(spec: str, num_nodes: int, run: RunFacts) -> Plan:
     path = PLAN_DIR / f"{spec}.yaml" if spec in plan_names() else Path(spec)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in SUFFIXES:
         file = _read(path)
         file.check(path, num_nodes, run)
-        return Plan(num_nodes, file.keys(num_nodes), propagate=file.propagate)
+        with _of_file(path):
+            return Plan(num_nodes, file.keys(num_nodes), propagate=file.propagate)
     return Plan(num_nodes, _keys(spec, num_nodes))
 
 
@@ -178,7 +186,7 @@ def _keys(spec: str, num_nodes: int) -> tuple[int, ...]:
     if uniform := re.fullmatch(r"uniform:(\d+)", spec):
         return _every(int(uniform[1]), num_nodes)
     if spec[:1].isdigit():
-        return _expand(spec.split(","))
+        return _expand(spec.split(","), num_nodes)
     raise ValueError(
         f"unknown plan {spec!r}; accepted: {', '.join(FORMS)}, key nodes such as 0,1,2,5, a .yaml file, or one of "
         f"{', '.join(plan_names())}{did_you_mean(spec, (*FORMS, *plan_names()))}"
@@ -191,16 +199,37 @@ def _every(n: int, num_nodes: int) -> tuple[int, ...]:
     return tuple(range(0, num_nodes, n))
 
 
-def _expand(entries: Iterable[int | str]) -> tuple[int, ...]:
-    """Key nodes from entries such as 7 or '0-3' (inclusive)."""
+def _expand(entries: Iterable[int | str], num_nodes: int) -> tuple[int, ...]:
+    """Key nodes of a run from entries such as 7 or '0-3' (inclusive)."""
     keys: list[int] = []
     for entry in entries:
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", str(entry))
         if span is None:
-            raise ValueError(f"key nodes must be numbers or ranges such as 0-3; got {str(entry)!r}")
-        first = int(span[1])
-        keys += range(first, int(span[2] or first) + 1)
+            raise ValueError(f"key nodes must be numbers or ranges such as 0-3; got {shown(entry)}")
+        nodes = range(int(span[1]), int(span[2] or span[1]) + 1)
+        # Before they are counted out, which could fill the memory.
+        if nodes and nodes[-1] >= num_nodes:
+            raise ValueError(f"key {nodes[-1]} is past the last node {num_nodes - 1}; this schedule is for a longer "
+                             f"run")
+        if not nodes or (keys and nodes[0] <= keys[-1]):
+            raise ValueError(f"keys must increase strictly; got {entry}{f' after {keys[-1]}' if keys else ''}")
+        keys += nodes
     return tuple(keys)
+
+
+def _is_steps(value: Any) -> bool:
+    return isinstance(value, dict) and all(NODES.holds(nodes) and isinstance(keys, list)
+                                           for nodes, keys in value.items())
+
+
+PLAN_FILE = {
+    "source": TEXT, "note": Kind("a text", lambda value: isinstance(value, str)),
+    "steps": Kind("{number of nodes: [key nodes]}", _is_steps), "every": optional(NODES),
+    # Not a file, which could name itself.
+    "same_as": optional(Kind("the name of a plan, or a rule such as uniform:4",
+                             lambda value: is_text(value) and Path(value).suffix not in SUFFIXES)),
+    "propagate": choice(*PROPAGATIONS), "made_for": MAPPING,
+}
 
 
 @dataclass(frozen=True)
@@ -216,16 +245,9 @@ class _PlanFile:
     made_for: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check("", vars(self), PLAN_FILE)
         if sum(map(bool, (self.steps, self.every, self.same_as))) != 1:
             raise ValueError("give exactly one of steps, every, same_as")
-        if not isinstance(self.steps, dict) or not all(
-            isinstance(keys, list) for keys in self.steps.values()
-        ):
-            raise ValueError(f"steps must be {{number of nodes: [key nodes]}}; got {self.steps!r}")
-        if not isinstance(self.every, int | None) or not isinstance(self.same_as, str | None):
-            raise ValueError(
-                f"every must be a number and same_as a name; got {self.every!r}, {self.same_as!r}"
-            )
 
     def check(self, path: Path, num_nodes: int, run: RunFacts) -> None:
         """Raise ValueError if the plan was made for another run."""
@@ -240,17 +262,27 @@ class _PlanFile:
         if self.every is not None:
             return _every(self.every, num_nodes)
         if num_nodes in self.steps:
-            return _expand(self.steps[num_nodes])
+            return _expand(self.steps[num_nodes], num_nodes)
         longest = max(self.steps)
-        keys = _expand(self.steps[longest])
+        keys = _expand(self.steps[longest], longest)
         Plan(longest, keys)  # a faulty list is reported as written, before scaling can hide its fault
         return tuple(sorted({k * num_nodes // longest for k in keys}))
 
 
 def _read(path: Path) -> _PlanFile:
+    with _of_file(path):
+        try:
+            content = read_yaml(path)
+        except OSError as error:
+            raise ValueError(f"it cannot be read: {error.strerror}") from None
+        known("the file", content, {"source"}, {part.name for part in fields(_PlanFile)})
+        return _PlanFile(**content)
+
+
+@contextmanager
+def _of_file(path: Path) -> Iterator[None]:
+    """What is wrong inside is said with the file's name."""
     try:
-        return _PlanFile(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ValueError(f"plan file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"plan file {path} is not a plan: {' '.join(str(error).split())}") from None
+        yield
+    except ValueError as error:
+        raise ValueError(f"plan file {path} is not a plan: {error}") from None
