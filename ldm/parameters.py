@@ -32,7 +32,8 @@ def parameters(settings: Mapping[str, Any]) -> str:
     """The text for a picture with these settings: those of its item, its model's files and its sampler."""
     if "width" in settings:
         settings = {**settings, "size": f"{settings['width']}x{settings['height']}"}
-    last = [f"{name}: {_quoted(str(of(settings[key])))}" for name, (key, of) in FIELDS.items() if key in settings]
+    given = {key: value for key, value in settings.items() if value is not None}    # without keys, a plain run
+    last = [f"{name}: {_quoted(str(of(given[key])))}" for name, (key, of) in FIELDS.items() if key in given]
     negative = settings.get("negative_prompt")
     return "\n".join([settings.get("prompt", ""), *([f"Negative prompt: {negative}"] if negative else []),
                       ", ".join([*last, "Version: Faster Diffusion"])])
