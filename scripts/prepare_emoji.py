@@ -1,11 +1,12 @@
-"""Make the emoji pictures and captions that models/ldm/emoji64 is trained on.
+"""Make the emoji pictures and captions that models/ldm/emoji64 and emoji128 are trained on.
 
     python scripts/prepare_emoji.py --out data/emoji64
+    python scripts/prepare_emoji.py --size 128 --out data/emoji128
 
 fetches the emoji sets with the npm client (npm must be on the PATH; a set that is already there is reused),
-puts each picture on white at 64x64 and writes `pictures.npy` and `captions.json` (COCO captions). Which
-concepts are kept is listed in scripts/emoji_concepts.yaml, what is held out in
-models/ldm/emoji64/heldout.yaml.
+puts each picture on white at 64x64 or 128x128 and writes `pictures.npy` and `captions.json` (COCO captions).
+At 64 there are five sets; at 128 nine, skin tones too. Which concepts are kept is listed in
+scripts/emoji_concepts.yaml, what is held out in heldout.yaml of the model's folder.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +35,10 @@ from ldm.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = Path(__file__).with_name("emoji_concepts.yaml")
-HELDOUT = ROOT / "models/ldm/emoji64/heldout.yaml"
-SIZE = 64                # pixels, as stored
 RENDERED = 256           # pixels at which SVG is rendered before it is scaled down
 KEYWORDS = 5             # most captions of a picture besides its name
 SHARED = 4               # a keyword of more concepts than this says too little
+SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 
 
 # --------------------------------------------------------------------------------------------- packages
@@ -70,17 +70,60 @@ FLUENT_FLAT = Package("@iconify-json/fluent-emoji-flat", "1.2.6", ("icons.json",
 OPENMOJI = Package("openmoji", "17.0.0", ("data/openmoji.json", "color/svg/"))
 EMOJILIB = Package("emojilib", "4.0.3", ("dist/emoji-en-US.json",))
 
-STYLES = (
-    Style("noto", GOOGLE, "Apache-2.0", "https://github.com/googlefonts/noto-emoji", "Noto Emoji by Google"),
+
+NOTO = Package("@iconify-json/noto", "1.2.9", ("icons.json", "chars.json"))
+TWEMOJI = Package("@iconify-json/twemoji", "1.2.5", ("icons.json", "chars.json"))
+OPENMOJI_ICONS = Package("@iconify-json/openmoji", "1.2.29", ("icons.json", "chars.json"))
+# these know their pictures by name alone
+NOTO_V1 = Package("@iconify-json/noto-v1", "1.2.5", ("icons.json",))
+FLUENT = Package("@iconify-json/fluent-emoji", "1.2.7", ("icons.json",))
+FXEMOJI = Package("@iconify-json/fxemoji", "1.2.2", ("icons.json",))
+STREAMLINE = Package("@iconify-json/streamline-emojis", "1.2.4", ("icons.json",))
+
+GOOGLE_URL, MICROSOFT_URL = "https://github.com/googlefonts/noto-emoji", "https://github.com/microsoft/fluentui-emoji"
+MICROSOFT = "Fluent Emoji by Microsoft Corporation, packaged by"
+FLUENT_3D_STYLE = Style("fluent 3d", FLUENT_3D, "MIT", MICROSOFT_URL, f"{MICROSOFT} LobeHub")
+FLUENT_FLAT_STYLE = Style("fluent flat", FLUENT_FLAT, "MIT", MICROSOFT_URL, f"{MICROSOFT} Iconify")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a dataset of one size is made of."""
+    size: int                    # pixels, as stored
+    styles: tuple[Style, ...]
+    skin_tones: bool             # tier 4: one skin tone each
+    heldout: Path
+
+    @property
+    def packages(self) -> list[Package]:
+        return list(dict.fromkeys([*(s.package for s in self.styles), GOOGLE, OPENMOJI, EMOJILIB]))
+
+
+EMOJI64 = Recipe(64, (
+    Style("noto", GOOGLE, "Apache-2.0", GOOGLE_URL, "Noto Emoji by Google"),
     Style("twemoji", TWITTER, "CC-BY-4.0", "https://github.com/jdecked/twemoji",
           "Twemoji by Twitter, Inc and other contributors"),
-    Style("fluent 3d", FLUENT_3D, "MIT", "https://github.com/microsoft/fluentui-emoji",
-          "Fluent Emoji by Microsoft Corporation, packaged by LobeHub"),
-    Style("fluent flat", FLUENT_FLAT, "MIT", "https://github.com/microsoft/fluentui-emoji",
-          "Fluent Emoji by Microsoft Corporation, packaged by Iconify"),
+    FLUENT_3D_STYLE, FLUENT_FLAT_STYLE,
     Style("openmoji", OPENMOJI, "CC-BY-SA-4.0", "https://openmoji.org",
           "OpenMoji, the open-source emoji and icon project"),
-)
+), False, ROOT / "models/ldm/emoji64/heldout.yaml")
+
+EMOJI128 = Recipe(128, (
+    Style("noto", NOTO, "Apache-2.0", GOOGLE_URL, "Noto Emoji by Google, packaged by Iconify"),
+    Style("noto v1", NOTO_V1, "Apache-2.0", GOOGLE_URL, "Noto Emoji (v1) by Google, packaged by Iconify"),
+    Style("twemoji", TWEMOJI, "CC-BY-4.0", "https://github.com/jdecked/twemoji",
+          "Twemoji by Twitter, Inc and other contributors, packaged by Iconify"),
+    Style("fluent", FLUENT, "MIT", MICROSOFT_URL, f"{MICROSOFT} Iconify"),
+    FLUENT_FLAT_STYLE, FLUENT_3D_STYLE,
+    Style("openmoji", OPENMOJI_ICONS, "CC-BY-SA-4.0", "https://openmoji.org",
+          "OpenMoji, the open-source emoji and icon project, packaged by Iconify"),
+    Style("fxemoji", FXEMOJI, "Apache-2.0", "https://github.com/mozilla/fxemoji",
+          "FxEmoji by Mozilla, packaged by Iconify"),
+    Style("streamline", STREAMLINE, "CC-BY-4.0", "https://github.com/webalys-hq/streamline-vectors",
+          "Streamline Emojis by Streamline, packaged by Iconify"),
+), True, ROOT / "models/ldm/emoji128/heldout.yaml")
+
+RECIPES = {r.size: r for r in (EMOJI64, EMOJI128)}
 
 
 def fetch(package: Package, cache: Path) -> Path:
@@ -123,19 +166,56 @@ def concept_id(hexcode: str) -> str:
     return "-".join(p for p in hexcode.upper().split("-") if p != "FE0F")
 
 
-def sources(style: Style, folder: Path) -> dict[str, Path | str]:
-    """Where each concept's picture comes from: a file, or SVG markup."""
-    if style.package is FLUENT_FLAT:
-        return iconify(json.loads((folder / "icons.json").read_text()),
-                       json.loads((folder / "chars.json").read_text()))
+def sources(style: Style, folder: Path, codes: Mapping[str, str]) -> dict[str, Path | str]:
+    """Where each concept's picture comes from: a file, or SVG markup.
+
+    Args:
+        codes: code points by `plain` name, for the icon sets that know their pictures by name alone.
+    """
+    if style.package.wanted[0] == "icons.json":
+        icons = json.loads((folder / "icons.json").read_text())
+        named = "chars.json" not in style.package.wanted
+        return iconify(icons, chars_by_name(icons, codes) if named else read_chars(folder))
     pictures = folder / style.package.wanted[-1]
     return {concept_id(path.stem): path for path in sorted(pictures.iterdir())}
 
 
-def iconify(icons: dict, chars: dict[str, str]) -> dict[str, str]:
+def read_chars(folder: Path) -> dict[str, str]:
+    """Icon names of an Iconify icon set by code point."""
+    return json.loads((folder / "chars.json").read_text())
+
+
+def plain(name: str) -> str:
+    """A name as sets with different spellings share it: 'T-Rex', 't_rex' and 'trex' are one."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def codes_by_name(charted: Iterable[Mapping[str, str]], emoji: list[dict], openmoji: list[dict]) -> dict[str, str]:
+    """Code points by plain name; where sources disagree the first one counts: icon sets, CLDR, Unicode."""
+    named = [(name, code) for chars in charted for code, name in chars.items()]
+    named += [(e["annotation"], e["hexcode"]) for e in openmoji]
+    named += [(name, e["unified"]) for e in emoji for name in (e["name"] or "", *e["short_names"])]
+    codes: dict[str, str] = {}
+    for name, code in named:
+        codes.setdefault(plain(name), concept_id(code))
+    return codes
+
+
+def chars_by_name(icons: dict, codes: Mapping[str, str]) -> dict[str, str]:
+    """Icon names by code point for a set without: the icons whose name, or name without a number, is known."""
+    names = [*icons["icons"], *icons.get("aliases", ())]
+    chars: dict[str, str] = {}
+    for spelling in (plain, lambda name: plain(re.sub(r"-\d+$", "", name))):
+        for name in names:
+            if (code := codes.get(spelling(name))) is not None:
+                chars.setdefault(code, name)
+    return chars
+
+
+def iconify(icons: dict, chars: Mapping[str, str]) -> dict[str, str]:
     """SVG markup of each concept in an Iconify icon set."""
     def svg(name: str) -> str | None:
-        name = icons["aliases"].get(name, {"parent": name})["parent"]
+        name = icons.get("aliases", {}).get(name, {"parent": name})["parent"]
         icon = icons["icons"].get(name)
         if icon is None:
             return None
@@ -145,8 +225,8 @@ def iconify(icons: dict, chars: dict[str, str]) -> dict[str, str]:
     return {concept_id(code): markup for code, name in chars.items() if (markup := svg(name))}
 
 
-def picture(source: Path | str) -> np.ndarray:
-    """The picture on white, (SIZE, SIZE, 3) uint8."""
+def picture(source: Path | str, size: int) -> np.ndarray:
+    """The picture on white, (size, size, 3) uint8."""
     if isinstance(source, Path) and source.suffix == ".svg":
         source = source.read_text()
     if isinstance(source, str):
@@ -157,7 +237,7 @@ def picture(source: Path | str) -> np.ndarray:
         image = image.convert("RGBA")
     # white first, then scaling: transparent pixels hold arbitrary colours that scaling would pull in
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
 
 
 # --------------------------------------------------------------------------------------------- words
@@ -217,6 +297,7 @@ class Concept:
     category: str
     tier: int
     phrases: tuple[str, ...]      # what captions say: the name, then keywords
+    base: str                     # the concept without skin tone, with which it is held out
 
 
 def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict],
@@ -248,8 +329,16 @@ def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict],
             found = [f"{k} face" for k in found]
         return tuple(dict.fromkeys(map(phrase, own + found)))[:1 + KEYWORDS]
 
-    return [Concept(id, names[id], e["category"], tiers[id], phrases(id))
+    return [Concept(id, names[id], e["category"], tiers[id], phrases(id), id)
             for id, e in entries.items() if e["category"] != "Symbols" or tiers[id] < 3]
+
+
+def skin_tones(concepts: Iterable[Concept], emoji: list[dict]) -> list[Concept]:
+    """Tier 4: each concept in each skin tone, where the tone is one for the whole picture."""
+    variants = {concept_id(e["unified"]): e.get("skin_variations", {}) for e in emoji}
+    return [Concept(concept_id(variants[c.id][code]["unified"]), f"{c.name}: {tone} skin tone", c.category, 4,
+                    (f"{c.phrases[0]} with {tone} skin tone",), c.id)
+            for c in concepts for code, tone in SKIN_TONES.items() if code in variants[c.id]]
 
 
 def tier_of(name: str, subcategory: str, listed: dict) -> int:
@@ -282,18 +371,18 @@ def share(*key: str) -> float:
     return int.from_bytes(hashlib.sha256("/".join(key).encode()).digest()[:8], "big") / 2**64
 
 
-def choose_heldout(concepts: list[Concept], iconic: Iterable[str]) -> str:
+def choose_heldout(concepts: list[Concept], iconic: Iterable[str], model: str, styles: Sequence[str]) -> str:
     """The text of heldout.yaml: about 5 % of the concepts of tiers 1 and 2, and 3 % of the other pairs."""
     captioned = [c for c in concepts if c.tier < 3]
     held = {c.id for c in captioned if c.name not in set(iconic) and share("concept", c.id) < 0.06}
-    lines = ["# Kept out of the training of emoji64. scripts/prepare_emoji.py obeys this file.",
+    lines = [f"# Kept out of the training of {model}. scripts/prepare_emoji.py obeys this file.",
              "concepts:   # in no style"]
     lines += [f'  "{c.id}": {json.dumps(c.name)}' for c in captioned if c.id in held]
     lines += ["pairs:      # not in these styles"]
     for concept in captioned:
-        styles = [s.name for s in STYLES if share("pair", concept.id, s.name) < 0.03]
-        if styles and concept.id not in held:
-            lines.append(f'  "{concept.id}": [{", ".join(styles)}]   # {concept.name}')
+        without = [s for s in styles if share("pair", concept.id, s) < 0.03]
+        if without and concept.id not in held:
+            lines.append(f'  "{concept.id}": [{", ".join(without)}]   # {concept.name}')
     return "\n".join(lines) + "\n"
 
 
@@ -306,31 +395,32 @@ def split_of(concept: str, style: str, heldout: dict) -> str:
 
 # --------------------------------------------------------------------------------------------- the dataset
 
-def build(concepts: list[Concept], folders: dict[Package, Path], heldout: dict) -> tuple[np.ndarray, dict]:
-    """Pictures (N, SIZE, SIZE, 3) uint8 and the COCO captions that belong to them."""
+def build(recipe: Recipe, concepts: list[Concept], found: Mapping[Style, dict[str, Path | str]],
+          heldout: dict) -> tuple[list[np.ndarray], dict]:
+    """Pictures, each (size, size, 3) uint8, and the COCO captions that belong to them."""
     pictures, images, annotations = [], [], []
-    for number, style in enumerate(STYLES, start=1):
-        found = sources(style, folders[style.package])
-        drawn = sorted((c for c in concepts if c.id in found), key=lambda c: c.tier)
+    for number, style in enumerate(recipe.styles, start=1):
+        drawn = sorted((c for c in concepts if c.id in found[style]), key=lambda c: c.tier)
         seen = set()
         for concept in tqdm(drawn, desc=style.name, leave=False, disable=None):
-            drawing = picture(found[concept.id])
-            if drawing.tobytes() in seen:      # some sets draw one picture for several people or families
+            drawing = picture(found[style][concept.id], recipe.size)
+            digest = hashlib.sha256(drawing).digest()
+            if digest in seen:      # some sets draw one picture for several people or families
                 continue
-            seen.add(drawing.tobytes())
+            seen.add(digest)
             row = len(images)
             pictures.append(drawing)
             images.append({
                 "id": row, "file_name": f"{style.name.replace(' ', '_')}/{concept.id}.png",
-                "height": SIZE, "width": SIZE, "license": number, "concept": concept.id,
+                "height": recipe.size, "width": recipe.size, "license": number, "concept": concept.id,
                 "name": concept.name, "style": style.name, "category": concept.category,
-                "tier": concept.tier, "split": split_of(concept.id, style.name, heldout)})
+                "tier": concept.tier, "split": split_of(concept.base, style.name, heldout)})
             annotations += [{"id": len(annotations) + i, "image_id": row, "phrase": words,
                              "caption": full_caption(words, style.name), "kind": "keyword" if i else "name"}
                             for i, words in enumerate(concept.phrases)]
     licenses = [{"id": i, "name": s.license, "url": s.url, "attribution": s.attribution,
-                 "package": f"{s.package.name}@{s.package.version}"} for i, s in enumerate(STYLES, start=1)]
-    return np.stack(pictures), {
+                 "package": f"{s.package.name}@{s.package.version}"} for i, s in enumerate(recipe.styles, start=1)]
+    return pictures, {
         "info": {"description": "Emoji pictures on white with captions", "version": "1"},
         "licenses": licenses, "images": images, "annotations": annotations}
 
@@ -341,20 +431,32 @@ def write(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def prepare(out: Path, cache: Path) -> dict:
+def write_pictures(path: Path, pictures: Sequence[np.ndarray]) -> None:
+    """One .npy file, written picture by picture: at 128 all of them in one array would be 1 GB more of memory."""
+    with atomic_write(path) as temporary:
+        stored = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(pictures), *pictures[0].shape))
+        for row, drawing in enumerate(pictures):
+            stored[row] = drawing
+        stored.flush()
+
+
+def prepare(recipe: Recipe, out: Path, cache: Path) -> dict:
     """Make the dataset in `out`; returns the COCO captions."""
     cache.mkdir(parents=True, exist_ok=True)
-    packages = [*(s.package for s in STYLES), EMOJILIB]
-    folders = {p: fetch(p, cache) for p in tqdm(packages, desc="packages", leave=False, disable=None)}
+    folders = {p: fetch(p, cache) for p in tqdm(recipe.packages, desc="packages", leave=False, disable=None)}
     listed = yaml.safe_load(CONCEPTS.read_text())
-    concepts = concepts_of(listed, *(json.loads((folders[p] / p.wanted[0]).read_text())
-                                     for p in (GOOGLE, OPENMOJI, EMOJILIB)))
-    if not HELDOUT.exists():
-        write(HELDOUT, choose_heldout(concepts, listed["iconic"]).encode())
-    pictures, captions = build(concepts, folders, yaml.safe_load(HELDOUT.read_text()))
-    stream = io.BytesIO()
-    np.save(stream, pictures)
-    write(out / "pictures.npy", stream.getvalue())
+    emoji, openmoji, lib = (json.loads((folders[p] / p.wanted[0]).read_text()) for p in (GOOGLE, OPENMOJI, EMOJILIB))
+    concepts = concepts_of(listed, emoji, openmoji, lib)
+    if not recipe.heldout.exists():
+        text = choose_heldout(concepts, listed["iconic"], recipe.heldout.parent.name, [s.name for s in recipe.styles])
+        write(recipe.heldout, text.encode())
+    if recipe.skin_tones:
+        concepts += skin_tones(concepts, emoji)
+    charted = [read_chars(folders[p]) for p in recipe.packages if "chars.json" in p.wanted]
+    codes = codes_by_name(charted, emoji, openmoji)
+    found = {s: sources(s, folders[s.package], codes) for s in recipe.styles}
+    pictures, captions = build(recipe, concepts, found, yaml.safe_load(recipe.heldout.read_text()))
+    write_pictures(out / "pictures.npy", pictures)
     write(out / "captions.json", json.dumps(captions, ensure_ascii=False).encode())
     return captions
 
@@ -363,7 +465,7 @@ def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("resvg_py") is None:    # before anything is fetched
         raise BadInput('the package resvg-py is needed to draw SVG pictures: pip install -e ".[train]", or ".[eval]"')
     try:
-        images = prepare(args.out, args.cache or args.out / "packages")["images"]
+        images = prepare(RECIPES[args.size], args.out, args.cache or args.out / "packages")["images"]
     except OSError as error:
         raise BadInput(f"--out: {error}") from error
     for key in ("style", "tier", "category", "split"):
@@ -373,9 +475,12 @@ def run(args: argparse.Namespace) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Make the emoji dataset.")
-    parser.add_argument("--out", type=Path, default=Path("data/emoji64"), help="folder of the dataset")
+    parser.add_argument("--size", type=int, choices=RECIPES, default=64, help="pixels (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder of the dataset (default: data/emoji64, or data/emoji128)")
     parser.add_argument("--cache", type=Path, help="folder of the fetched packages (default: OUT/packages)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.out = args.out or Path(f"data/emoji{args.size}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 MAKE = "make the dataset with: python scripts/prepare_emoji.py --out {}"
+TIERS = (1, 2, 3, 4)
 SPLITS = ("train", "heldout_concept", "heldout_pair")
 
 
@@ -17,10 +18,11 @@ class EmojiPictures(Dataset):
     """Pictures and captions of one split.
 
     Args:
-        root: folder with `pictures.npy`, (N, 64, 64, 3) uint8, and `captions.json` (COCO captions).
+        root: folder with `pictures.npy`, (N, size, size, 3) uint8, and `captions.json` (COCO captions).
         split: "train", "heldout_concept" (concepts in no training picture) or "heldout_pair"
             (concepts that training shows in other styles only).
-        max_tier: 1 = the most concrete concepts, 2 = all concepts with good captions, 3 = every picture.
+        max_tier: 1 = the most concrete concepts, 2 = all concepts with good captions, 3 = every
+            concept, 4 = skin tones too.
 
     Attributes:
         images: the COCO entry of each picture (concept, name, style, category, tier, ...).
@@ -32,8 +34,8 @@ class EmojiPictures(Dataset):
     def __init__(self, root: str | Path, split: str = "train", max_tier: int = 3) -> None:
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; accepted: {', '.join(SPLITS)}")
-        if max_tier not in (1, 2, 3):
-            raise ValueError(f"max_tier is {max_tier!r}; accepted: 1, 2, 3")
+        if max_tier not in TIERS:
+            raise ValueError(f"max_tier is {max_tier!r}; accepted: {', '.join(map(str, TIERS))}")
         self._pictures, coco = _read(Path(root))
         self.images = [i for i in coco["images"] if i["split"] == split and i["tier"] <= max_tier]
         self._rows = np.array([i["id"] for i in self.images], dtype=np.int64)

@@ -16,37 +16,43 @@ from ldm.util import instantiate_from_config
 
 
 class PictureBatches(Dataset):
-    """A picture dataset as {"image": (3, H, W) in [-1, 1]}."""
+    """A picture dataset as {"image": (3, H, W) in [-1, 1]}; with `flip`, half of them mirrored."""
 
-    def __init__(self, pictures: EmojiPictures, indices: Sequence[int]):
-        self.pictures, self.indices = pictures, indices
+    def __init__(self, pictures: EmojiPictures, indices: Sequence[int], flip: bool = False):
+        self.pictures, self.indices, self.flip = pictures, indices, flip
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"image": self.pictures[self.indices[i]]}
+        picture = self.pictures[self.indices[i]]
+        mirrored = self.flip and torch.rand(()) < 0.5
+        return {"image": picture.flip(-1) if mirrored else picture}
 
 
 class EmojiPicturesData(pl.LightningDataModule):
-    """Pictures alone, for a first stage: all tiers, validated on held-out ones.
+    """Pictures alone, for a first stage, validated on held-out ones.
 
     Args:
         root: folder written by `scripts/prepare_emoji.py`.
         batch_size: pictures per step.
         val_split, max_val: what to validate on, and the most pictures of it.
+        max_tier: 3 = all concepts, 4 = skin tones too, see `ldm.data.emoji.EmojiPictures`.
+        flip: mirror half of the training pictures.
     """
 
-    def __init__(self, root: str, batch_size: int, val_split: str = "heldout_concept", max_val: int = 256):
+    def __init__(self, root: str, batch_size: int, val_split: str = "heldout_concept", max_val: int = 256,
+                 max_tier: int = 3, flip: bool = False):
         super().__init__()
         self.root, self.batch_size = root, batch_size
         self.val_split, self.max_val = val_split, max_val
+        self.max_tier, self.flip = max_tier, flip
 
     def setup(self, stage: str) -> None:
-        train = EmojiPictures(self.root, split="train")
-        held_out = EmojiPictures(self.root, split=self.val_split)
+        train = EmojiPictures(self.root, split="train", max_tier=self.max_tier)
+        held_out = EmojiPictures(self.root, split=self.val_split, max_tier=self.max_tier)
         spread = torch.linspace(0, len(held_out) - 1, min(self.max_val, len(held_out))).long().tolist()
-        self.train = PictureBatches(train, range(len(train)))
+        self.train = PictureBatches(train, range(len(train)), self.flip)
         self.val = PictureBatches(held_out, spread)
 
     def train_dataloader(self) -> DataLoader:
