@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from ldm.cli import BadInput, Parser, blame, command
+from ldm.util import instantiate_from_config  # noqa: F401  (published scripts import it from here)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

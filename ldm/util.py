@@ -15,6 +15,18 @@ PROJECT_ROOT = INSTALLED_FILES if INSTALLED_FILES.is_dir() else INSTALLED_FILES.
 ALLOWED_PACKAGES = ("ldm", "torch.nn", "torch.optim")
 
 
+PUBLISHED = ("count_params", "default", "exists", "isimage", "ismap", "log_txt_as_img", "mean_flat")
+
+
+def __getattr__(name: str) -> Any:
+    """The published helpers of this module. They need PyTorch, which is imported only for those who ask for them."""
+    if name in PUBLISHED:
+        from ldm import compatibility
+
+        return getattr(compatibility, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 class ConfigError(ValueError):
     """A config that does not describe an object of this project."""
 

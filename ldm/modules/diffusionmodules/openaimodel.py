@@ -1,6 +1,7 @@
 """The UNet of latent diffusion, split into an encoder and a decoder."""
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +48,15 @@ class Downsample(nn.Module):
         return self.op(x)                                                       # (B, C, H/2, W/2)
 
 
-class ResBlock(nn.Module):
+class TimestepBlock(nn.Module, ABC):
+    """A layer that is told the timestep: forward(x, emb). A published name."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, ...), (B, D) -> (B, C', ...)."""
+
+
+class ResBlock(TimestepBlock):
     """Residual block of two convolutions, told the timestep between them.
 
     Args:
@@ -129,14 +138,65 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, x, enabled=self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x).flatten(2)).mT.contiguous()                 # (B, L, 3C)
-        if self.use_new_attention_order:
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)      # (B, L, heads, d)
-        else:
-            q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).unbind(3)      # (B, L, heads, d)
-        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        h = attended.transpose(1, 2).flatten(2).mT                              # (B, C, L)
-        return x + self.proj_out(h).view_as(x)
+        qkv = self.qkv(self.norm(x).flatten(2))                                 # (B, 3C, L)
+        return x + self.proj_out(_attend(qkv, self.num_heads, self.use_new_attention_order)).view_as(x)
+
+
+def _attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
+    """Self-attention from its projections, (B, 3C, L) -> (B, C, L); for the order see `AttentionBlock`."""
+    qkv = qkv.mT.contiguous()                                                   # (B, L, 3C)
+    if new_order:
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)                   # (B, L, heads, d)
+    else:
+        q, k, v = qkv.unflatten(-1, (heads, 3, -1)).unbind(3)                   # (B, L, heads, d)
+    attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return attended.transpose(1, 2).flatten(2).mT                               # (B, C, L)
+
+
+class QKVAttention(nn.Module):
+    """Self-attention from its projections in the order [q | k | v], each split into heads. A published name."""
+
+    new_order = True
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """(B, 3C, L) -> (B, C, L)."""
+        return _attend(qkv, self.n_heads, self.new_order)
+
+
+class QKVAttentionLegacy(QKVAttention):
+    """The same in the order of heads, each of them [q | k | v]."""
+
+    new_order = False
+
+
+class AttentionPool2d(nn.Module):
+    """A map's mean as a token that attends to itself and to all positions, (B, C, H, W) -> (B, C_out).
+
+    Args:
+        spacial_dim: height and width of the map, as published.
+        embed_dim: its channels.
+        num_heads_channels: channels of one head.
+        output_dim: None = embed_dim.
+
+    Source: CLIP (arXiv 2103.00020), section 2.4.
+    """
+
+    def __init__(self, spacial_dim: int, embed_dim: int, num_heads_channels: int,
+                 output_dim: int | None = None) -> None:
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim ** 2 + 1) / embed_dim ** 0.5)
+        self.qkv_proj = nn.Conv1d(embed_dim, 3 * embed_dim, 1)
+        self.c_proj = nn.Conv1d(embed_dim, output_dim or embed_dim, 1)
+        self.attention = QKVAttention(embed_dim // num_heads_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)                                                   # (B, C, L)
+        tokens = torch.cat([tokens.mean(2, keepdim=True), tokens], dim=2) + self.positional_embedding
+        return self.c_proj(self.attention(self.qkv_proj(tokens)))[..., 0]
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -144,7 +204,7 @@ class TimestepEmbedSequential(nn.Sequential):
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | None = None, tome: float = 0.0) -> Tensor:
         for layer in self:
-            if isinstance(layer, ResBlock):
+            if isinstance(layer, TimestepBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context, tome)
@@ -549,3 +609,61 @@ def _decoder(levels: Sequence[Level], widths: Sequence[int], res: Callable[..., 
                 layers.append(up(channels))
             blocks.append(TimestepEmbedSequential(*layers))
     return nn.ModuleList(blocks)
+
+
+class EncoderUNetModel(nn.Module):
+    """The encoder half of the UNet with one output vector: a classifier of noisy images, under its published names.
+
+    Args:
+        pool: how a map becomes a vector: "adaptive" (mean), "attention", or "spatial" and "spatial_v2" (the means of
+            all blocks' outputs, then two layers).
+        The rest: see `UNetModel`.
+
+    Raises:
+        ValueError: arguments that do not fit together, or an unknown pool.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int,
+                 num_res_blocks: int, attention_resolutions: Sequence[int], dropout: float = 0.0,
+                 channel_mult: Sequence[int] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
+                 use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1,
+                 num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False,
+                 resblock_updown: bool = False, use_new_attention_order: bool = False,
+                 pool: str = "adaptive") -> None:
+        super().__init__()
+        levels = _levels(model_channels, channel_mult, num_res_blocks, attention_resolutions, None, None)
+        attention = Attention(num_heads, num_head_channels, num_heads_upsample, True, False, 1, None, False,
+                              use_new_attention_order, use_checkpoint)
+        emb_channels = 4 * model_channels
+        res = partial(ResBlock, emb_channels=emb_channels, dropout=dropout, dims=dims,
+                      use_scale_shift_norm=use_scale_shift_norm, use_checkpoint=use_checkpoint)
+        down = partial(res, down=True) if resblock_updown else partial(Downsample, use_conv=conv_resample, dims=dims)
+        self.model_channels, self.pool, self.use_fp16 = model_channels, pool, use_fp16
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+        conv_in = CONVOLUTIONS[dims](in_channels, model_channels, 3, padding=1)
+        self.input_blocks, widths = _encoder(levels, conv_in, res, attention, down)
+        middle = widths[-1]
+        self.middle_block = TimestepEmbedSequential(res(middle), attention(middle), res(middle))
+        if pool == "adaptive":
+            self.out = nn.Sequential(normalization(middle), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)),
+                                     zero_module(CONVOLUTIONS[dims](middle, out_channels, 1)), nn.Flatten())
+        elif pool == "attention":
+            side = image_size // 2 ** (len(levels) - 1)
+            self.out = nn.Sequential(normalization(middle), nn.SiLU(),
+                                     AttentionPool2d(side, middle, num_head_channels, out_channels))
+        elif pool in ("spatial", "spatial_v2"):
+            between = [nn.ReLU()] if pool == "spatial" else [normalization(2048), nn.SiLU()]
+            self.out = nn.Sequential(nn.Linear(sum(widths) + middle, 2048), *between, nn.Linear(2048, out_channels))
+        else:
+            raise ValueError(f"pool must be one of adaptive, attention, spatial, spatial_v2; got {pool!r}")
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """(B, C_in, H, W), (B,) -> (B, C_out)."""
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        h, means = x.to(dtype), []
+        for block in [*self.input_blocks, self.middle_block]:
+            h = block(h, emb)                                                   # (B, C_i, H_i, W_i)
+            means.append(h.flatten(2).mean(2))
+        return self.out(torch.cat(means, dim=1) if self.pool.startswith("spatial") else h)

@@ -2,13 +2,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+
+from ldm.compatibility import (  # noqa: F401  (published names of this module)
+    SiLU,
+    avg_pool_nd,
+    betas_for_alpha_bar,
+    conv_nd,
+    extract_into_tensor,
+    linear,
+    make_ddim_sampling_parameters,
+    make_ddim_timesteps,
+    mean_flat,
+    noise_like,
+    scale_module,
+)
+from ldm.util import instantiate_from_config
 
 
 def _cosine_betas(n_timestep: int, cosine_s: float) -> np.ndarray:
@@ -110,3 +126,20 @@ def checkpoint(function: Callable[..., Tensor], *inputs: Tensor | None, enabled:
     if enabled and torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
+
+
+class HybridConditioner(nn.Module):
+    """Two conditioners of a hybrid model, whose outputs become `c_concat` and `c_crossattn`.
+
+    Args:
+        c_concat_config, c_crossattn_config: `target` and `params` of each.
+    """
+
+    def __init__(self, c_concat_config: Mapping[str, Any], c_crossattn_config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.concat_conditioner = instantiate_from_config(c_concat_config)
+        self.crossattn_conditioner = instantiate_from_config(c_crossattn_config)
+
+    def forward(self, c_concat: Any, c_crossattn: Any) -> dict[str, list[Any]]:
+        return {"c_concat": [self.concat_conditioner(c_concat)],
+                "c_crossattn": [self.crossattn_conditioner(c_crossattn)]}

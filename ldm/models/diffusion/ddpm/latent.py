@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm.diffusion import DDPM
+from ldm.models.diffusion.ddpm.published import PublishedMethods
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
 
 
-class LatentDiffusion(DDPM):
+class LatentDiffusion(DDPM, PublishedMethods):
     """A diffusion on the latents of a first stage, under a condition from a conditioning stage.
 
     Args:
