@@ -15,6 +15,7 @@ Files = tuple[Path, Path]           # a model's config and weights
 ROOT = PROJECT_ROOT
 EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/emoji64/model.safetensors")
 NOISE_WEIGHT = 0.003
+IMAGENET = 1000                     # classes; where a model has one more, that one is their absence
 PROPAGATE = ("hold", "linear", "quadratic", "zeros")
 NOISE_ORDERS = ("before", "after", "update")
 # The names of ldm.models.diffusion.solvers.SOLVERS, which needs PyTorch; --help must answer at once.
@@ -71,12 +72,28 @@ def picture_arguments(p: argparse.ArgumentParser, strength: float) -> None:
     what = text_arguments(p)
     what.add_argument("--init-img", required=True, metavar="FILE",
                       help="the picture to begin with; transparent parts become white")
-    what.add_argument("--strength", type=number(float, sys.float_info.min, 1, "a number above 0, up to 1"),
-                      default=strength,
-                      help="how much of the picture is made anew: the share of the steps that is run; a plan "
-                           "counts these (default: %(default)s)")
+    strength_argument(what, strength)
     size_arguments(what, "the picture's, rounded down to what the model can make; the picture is scaled to "
                          "cover it and cut off evenly")
+
+
+def strength_argument(group: argparse._ActionsContainer, default: float) -> None:
+    group.add_argument("--strength", type=number(float, sys.float_info.min, 1, "a number above 0, up to 1"),
+                       default=default,
+                       help="how much of the picture is made anew: the share of the steps that is run; a plan "
+                            "counts these (default: %(default)s)")
+
+
+def noise_level_argument(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--noise_level", type=number(int, 0, sys.maxsize, "a whole number >= 0"), metavar="N",
+                       help="noise on the small picture, for the x4 upscaler: the timestep of its schedule; with "
+                            "more it invents more (default: see above)")
+
+
+def uncond_class_argument(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--uncond_class", type=number(int, 0, sys.maxsize, "a whole number >= 0"), metavar="CLASS",
+                       help=f"class that stands for none, which guidance needs (default: {IMAGENET}, of a model with "
+                            f"{IMAGENET + 1} classes)")
 
 
 def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's") -> None:

@@ -19,7 +19,7 @@ from ldm.arguments import (
     sampling_arguments,
 )
 from ldm.cli import Parser, command
-from ldm.script import GO_ON, from_picture, make_pictures
+from ldm.script import GO_ON, depth_task, from_picture, make_pictures
 
 DEPTH = (ROOT / "configs/stable-diffusion/v2-midas-inference.yaml",
          ROOT / "models/ldm/stable-diffusion-v2/512-depth-ema.safetensors")
@@ -37,15 +37,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     picture, items, setup = from_picture(args, DEPTH)
-
-    from ldm.sampling.canvas import Canvas, Picture
-    from ldm.sampling.engine import Task
-    from ldm.sampling.hybrid import Depth
-
-    height, width = picture.shape[1:]
-    depth = Depth(picture, (height // setup.sizes.factor, width // setup.sizes.factor), args.negative_prompt)
-    canvas = Picture(picture, args.strength) if args.strength < 1 else Canvas()
-    make_pictures(args, setup, items, Task(depth, canvas), (height, width), args.n_samples)
+    task = depth_task(setup, picture, args.strength, args.negative_prompt)
+    make_pictures(args, setup, items, task, tuple(picture.shape[1:]), args.n_samples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,12 +25,10 @@ from ldm.arguments import (
     sampling_arguments,
 )
 from ldm.cli import BadInput, Parser, blame, command
-from ldm.script import GO_ON, Setup, image_items, make_pictures, make_setup, named, pixels, stacked
+from ldm.script import GO_ON, image_items, inpainting_task, make_pictures, make_setup, named, pixels, stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ldm.sampling.engine import Task
 
 INPAINTING_BIG = (ROOT / "models/ldm/inpainting_big/config.yaml", ROOT / "models/ldm/inpainting_big/last.ckpt")
 MASK = "_mask.png"
@@ -90,25 +88,6 @@ def read_folder(folder: Path) -> Inputs:
     return Inputs(subjects, stacked(pictures), stacked(masks))
 
 
-def make_task(inputs: Inputs, setup: Setup, text: bool, negative: str = "") -> Task:
-    """Sides that the model can't make are filled up by repeating the edge, which is cut off in the end."""
-    from ldm.images import pad
-    from ldm.sampling.canvas import Frame, MaskedFrame
-    from ldm.sampling.conditions import Masked, Text
-    from ldm.sampling.engine import Task
-    from ldm.sampling.hybrid import Surroundings
-
-    sees_both = setup.config.model.params.get("conditioning_key") == "hybrid"
-    if sees_both and not text:
-        raise BadInput("--prompt: needed, since this model reads text; '' leaves it free")
-    whole = [setup.sizes.whole(side) for side in inputs.pictures.shape[-2:]]
-    pictures, masks = pad(inputs.pictures, *whole), pad(inputs.masks, *whole)
-    if text and not sees_both:
-        return Task(Text(negative), MaskedFrame(pictures, masks))
-    condition = Surroundings(pictures, masks, negative) if text else Masked(pictures, masks)
-    return Task(condition, Frame(pictures, masks))
-
-
 def run(args: argparse.Namespace) -> None:
     with blame("--indir"):
         inputs = read_folder(Path(args.indir))
@@ -124,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     subjects = [subject | ({"prompt": args.prompt} if text else {}) for subject in inputs.subjects]
     items = image_items(args, subjects)
     height, width = inputs.pictures.shape[-2:]
-    task = make_task(inputs, setup, text, args.negative_prompt)
+    task = inpainting_task(setup, inputs.pictures, inputs.masks, text, args.negative_prompt)
     make_pictures(args, setup, items, task, (height, width), args.batch_size)
 
 

@@ -14,8 +14,8 @@ from ldm.arguments import (
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli import BadInput, Parser, blame, command
-from ldm.script import GO_ON, Setup, conditioner, image_items, make_pictures, make_setup, named, stacked
+from ldm.cli import Parser, blame, command
+from ldm.script import GO_ON, image_items, label_task, make_pictures, make_setup, named, stacked
 
 SYNTHESIS = (ROOT / "models/ldm/semantic_synthesis512/config.yaml",
              ROOT / "models/ldm/semantic_synthesis512/model.ckpt")
@@ -35,37 +35,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def label_count(setup: Setup) -> int:
-    """How many labels the config's model knows; found out without its weights."""
-    from ldm.modules.encoders.modules import SpatialRescaler
-
-    rescaler = conditioner(setup)
-    if not isinstance(rescaler, SpatialRescaler) or rescaler.channel_mapper is None:
-        raise BadInput(f"--config: not a semantic synthesis model: its conditioner is {type(rescaler).__name__}")
-    return rescaler.channel_mapper.in_channels
-
-
 def run(args: argparse.Namespace) -> None:
-    from ldm.images import open_labels, pad
+    from ldm.images import open_labels
 
     with blame("--maps"):
         maps = {path: open_labels(path) for path in args.maps}
-        batch = stacked(maps)                                                               # (N, H, W)
+        stacked(maps)       # of one size
         subjects = [named(path, "map") for path in maps]
     setup = make_setup(args, SYNTHESIS)
-    labels = label_count(setup)
-    for path, labelled in maps.items():
-        if labelled.max() >= labels:
-            raise BadInput(f"--maps: {path} has a label {labelled.max()}; this model's are 0..{labels - 1}")
+    task, size = label_task(setup, maps)
 
-    from ldm.sampling.conditions import Labels
-    from ldm.sampling.engine import Task
-
-    # What the model can't make is filled up with the edge, and cut off in the end.
-    height, width = batch.shape[-2:]
-    whole = pad(batch[:, None].float(), *map(setup.sizes.whole, (height, width)))[:, 0].long()
     items = image_items(args, subjects)
-    make_pictures(args, setup, items, Task(Labels(whole)), (height, width), args.batch_size)
+    make_pictures(args, setup, items, task, size, args.batch_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,28 +9,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ldm.arguments import (
     ROOT,
     count_arguments,
     model_arguments,
     negative_argument,
+    noise_level_argument,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli import BadInput, Parser, blame, command, number
-from ldm.script import GO_ON, Setup, image_items, make_pictures, make_setup, named, stacked, without_weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ldm.sampling.conditions import Condition
+from ldm.cli import Parser, blame, command
+from ldm.script import GO_ON, image_items, make_pictures, make_setup, named, settle_upscaling, stacked, upscaling_task
 
 BSR_SR = (ROOT / "models/ldm/bsr_sr/config.yaml", ROOT / "models/ldm/bsr_sr/model.ckpt")
-DEFAULTS = {"steps": 100, "default_eta": 1.0, "scale": 1.0}
-TEXT_DEFAULTS = {"steps": 75, "default_eta": 0.0, "scale": 9.0, "prompt": "", "noise_level": 20}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,9 +33,7 @@ def parser() -> argparse.ArgumentParser:
                       help="small pictures of one size; each side comes out f times as long (4 times by both models)")
     what.add_argument("--prompt", help="what the pictures show, for the x4 upscaler (default: nothing said)")
     negative_argument(what)
-    what.add_argument("--noise_level", type=number(int, 0, sys.maxsize, "a whole number >= 0"), metavar="N",
-                      help="noise on the small picture, for the x4 upscaler: the timestep of its schedule; with "
-                           "more it invents more (default: see above)")
+    noise_level_argument(what)
     count_arguments(what, 1, 1, "results for each picture")
     sampling_arguments(p, None, None, unknown="see above")
     propagation_arguments(p)
@@ -51,50 +42,20 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def settle(args: argparse.Namespace, setup: Setup) -> bool:
-    """Fill in what was not given, as published for the kind of model; whether it reads text."""
-    text = setup.config.model.params.get("conditioning_key") == "hybrid-adm"
-    for flag in () if text else ("prompt", "negative_prompt", "scale", "noise_level"):
-        if getattr(args, flag) not in (None, "", DEFAULTS.get(flag)):
-            raise BadInput(f"--{flag}: only for an upscaler that reads text, such as x4-upscaling")
-    for name, value in (TEXT_DEFAULTS if text else DEFAULTS).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return text
-
-
-def make_condition(args: argparse.Namespace, setup: Setup, text: bool, pictures: Tensor) -> Condition:
-    from ldm.sampling.conditions import Beside
-    from ldm.sampling.hybrid import LowResolution
-
-    if not text:
-        return Beside(pictures)
-    levels = without_weights(setup.config.model.params.get("low_scale_config")).max_noise_level
-    if args.noise_level >= levels:
-        raise BadInput(f"--noise_level: expected 0..{levels - 1} for this model; got {args.noise_level}")
-    return LowResolution(pictures, args.noise_level, args.negative_prompt)
-
-
 def run(args: argparse.Namespace) -> None:
-    from ldm.images import from_pil, open_picture, pad
+    from ldm.images import from_pil, open_picture
 
     with blame("--images"):
         images = {path: from_pil(open_picture(path)) for path in args.images}
         pictures = stacked(images)                                                          # (N, 3, h, w)
         subjects = [named(path, "image") for path in images]
     setup = make_setup(args, BSR_SR)
-    text = settle(args, setup)
+    text = settle_upscaling(args, setup)
+    task, size = upscaling_task(args, setup, pictures, text)
 
-    from ldm.sampling.engine import Task
-
-    # The small picture is as large as the latents; what the model can't make is filled up with its edge.
-    sizes, factor = setup.sizes, setup.sizes.factor
-    height, width = (side * factor for side in pictures.shape[-2:])
-    pictures = pad(pictures, sizes.whole(height) // factor, sizes.whole(width) // factor)
-    condition = make_condition(args, setup, text, pictures)
     subjects = [subject | ({"prompt": args.prompt} if text else {}) for subject in subjects]
     items = image_items(args, subjects)
-    make_pictures(args, setup, items, Task(condition), (height, width), args.batch_size)
+    make_pictures(args, setup, items, task, size, args.batch_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

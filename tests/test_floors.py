@@ -15,10 +15,12 @@ D, M, S = "ldm/models/diffusion", "ldm/modules", "ldm/sampling"
 DM = f"{M}/diffusionmodules"
 FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["ldm/files.py", "ldm/kinds.py"],
+    [f"{D}/schedule.py"],
+    ["ldm/compatibility.py"],
     ["ldm/util.py", "ldm/cli.py"],
     [
         *("ldm/arguments.py", "ldm/class_names.py", "ldm/processes.py"),
-        *(f"{DM}/features.py", f"{DM}/process.py", f"{DM}/util.py", f"{D}/schedule.py", f"{D}/plan.py"),
+        *(f"{DM}/features.py", f"{DM}/process.py", f"{DM}/util.py", f"{D}/plan.py"),
         *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py", f"{M}/context.py", f"{M}/token_merging.py"),
         "ldm/weight_file.py",
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
@@ -34,7 +36,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ],
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
-        *(f"{D}/loop.py", f"{D}/ddpm/*", f"{D}/memory.py", f"{D}/spread.py", "ldm/memory.py"),
+        *(f"{D}/loop.py", f"{D}/memory.py", f"{D}/spread.py", "ldm/memory.py"),
         f"{D}/compiled.py",
         f"{M}/packed.py",
     ],
@@ -46,10 +48,11 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *(f"{D}/ddim.py", f"{D}/plms.py", f"{D}/ancestral.py", f"{D}/heun.py", f"{D}/unipc.py"),
         f"{D}/dpm_solver/*",
     ],
-    [f"{D}/solvers.py"],
+    [f"{D}/solvers.py", f"{D}/ddpm/*"],
     [f"{S}/conditions.py", f"{S}/canvas.py", "ldm/training/*"],
     [f"{S}/engine.py", f"{S}/hybrid.py", "ldm/plan_table.py", "ldm/measure/*"],
     ["ldm/script/*"],
+    ["ldm/api.py"],
     [*(f"evaluation/{name}.py" for name in ("errors", "resize", "inception", "yaml_file", "processes"))],
     ["evaluation/protocol.py"],
     ["evaluation/results.py"],

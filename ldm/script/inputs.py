@@ -14,9 +14,11 @@ from ldm.script.setup import Setup, make_setup, picture_size
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from ldm.generate import Item
+    from ldm.sampling.engine import Sizes
 
 
 def prompts_in(path: str | Path) -> list[str]:
@@ -70,15 +72,22 @@ def given_names(args: argparse.Namespace, default: Path | None = None) -> Names:
 
 def from_picture(args: argparse.Namespace, default: Files) -> tuple[Tensor, list[Item], Setup]:
     """What `picture_arguments` ask for: the picture in the size of the results, (3, H, W); these; the model."""
-    from ldm.images import fit, from_pil, open_picture
+    from ldm.images import open_picture
 
     with blame("--init-img"):
         image = open_picture(args.init_img)
         items = text_items(args, named(args.init_img, "init_img"))
     setup = make_setup(args, default)
-    step = setup.sizes.multiple
+    return in_size(image, args, setup.sizes), items, setup
+
+
+def in_size(image: Image.Image, args: argparse.Namespace, sizes: Sizes) -> Tensor:
+    """A picture to begin with in the size of the results, (3, H, W): its own, rounded down, unless args say another."""
+    from ldm.images import fit, from_pil
+
+    step = sizes.multiple
     height, width = (max(step, side // step * step) for side in (image.height, image.width))
-    return from_pil(fit(image, *picture_size(args, setup.sizes, (height, width)))), items, setup
+    return from_pil(fit(image, *picture_size(args, sizes, (height, width))))
 
 
 def stacked(pictures: Mapping[str, Tensor]) -> Tensor:

@@ -50,8 +50,7 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         args = argparse.Namespace(**vars(args) | {"skip_grid": True})
         print(f"no grid: {len(items)} images would be more than {SHEET_PIXELS} pixels, the most of one file")
     recipe = make_recipe(args, size, setup)
-    if recipe.scale == 1.0 and "negative_prompt" in task.condition.settings():
-        raise BadInput("--negative_prompt: needs guidance, and the scale is 1; give --scale another value")
+    check_guidance(recipe, task)
     nodes = count_nodes(recipe, setup, task.canvas.strength)
     if args.plan == "list":
         if setup.processes.rank == 0:
@@ -61,8 +60,8 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         settings = weights_of(setup, args.weights)
     plan = make_plan(args, nodes, run_facts(setup, recipe.sampler))
     engines = load_engines(args, setup, recipe, plan, task)
-    if setup.processes.rank == 0:
-        say_what_is_cut(items, task, next(iter(engines.values())).model)
+    if setup.processes.rank == 0 and (cut := what_is_cut(items, task, next(iter(engines.values())).model)):
+        print(cut)
 
     with setup.processes.joined(setup.device):
         for engine in engines.values():
@@ -94,15 +93,21 @@ def check_amount(args: argparse.Namespace, count: int, size: tuple[int, int], ba
                        f"{SHEET_PIXELS} pixels, the most of one file")
 
 
-def say_what_is_cut(items: Sequence[Item], task: Task, model: LatentDiffusion) -> None:
-    """Say how many texts, the negative prompt among them, the model does not read to their end."""
+def what_is_cut(items: Sequence[Item], task: Task, model: LatentDiffusion) -> str | None:
+    """How many texts, the negative prompt among them, the model does not read to their end; None if it reads all."""
     from ldm.sampling.conditions import prompts_cut
 
     texts = [*(item.subject for item in items), task.condition.settings()]
     prompts = {of[name] for of in texts for name in ("prompt", "negative_prompt") if name in of}
-    if cut := prompts_cut(model, [*prompts]):
-        print(f"{cut} of {len(prompts)} prompts longer than the text encoder reads: what is past its last token is "
-              f"left out")
+    cut = prompts_cut(model, [*prompts])
+    return (f"{cut} of {len(prompts)} prompts longer than the text encoder reads: what is past its last token is "
+            f"left out") if cut else None
+
+
+def check_guidance(recipe: Recipe, task: Task) -> None:
+    """Raise BadInput if what guidance leads away from is given, and there is none."""
+    if recipe.scale == 1.0 and "negative_prompt" in task.condition.settings():
+        raise BadInput("--negative_prompt: needs guidance, and the scale is 1; give --scale another value")
 
 
 def weights_of(setup: Setup, which: str) -> dict[str, str]:

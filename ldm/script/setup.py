@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.arguments import Files
 from ldm.cli import BadInput, blame
 from ldm.devices import find_device
-from ldm.processes import Processes
+from ldm.processes import ALONE, Processes
 from ldm.script.model_files import model_files
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
@@ -60,6 +60,15 @@ def make_setup(args: argparse.Namespace, default: Files | None = None, processes
         raise BadInput("--guidance-reuse: needs the key step's guidance at every later step, so it does not go with "
                        "several processes")
 
+    setup = read_setup(config_path, ckpt, device, processes)
+    for flag, given, real in (("--C", args.C, setup.sizes.channels), ("--f", args.f, setup.sizes.factor)):
+        if given not in (None, real):
+            raise BadInput(f"{flag}: this model's is {real}; got {given}")
+    return setup
+
+
+def read_setup(config_path: Path, ckpt: Path, device: torch.device, processes: Processes = ALONE) -> Setup:
+    """What the files say."""
     from ldm.checkpoint import load_config
     from ldm.diagnosis import stated_prediction
     from ldm.sampling.engine import Sizes
@@ -71,9 +80,6 @@ def make_setup(args: argparse.Namespace, default: Files | None = None, processes
     if stated not in (None, says):
         raise BadInput(f"--config: its parameterization is {says}; the network in {ckpt} predicts {stated}, its "
                        f"scheduler says")
-    for flag, given, real in (("--C", args.C, sizes.channels), ("--f", args.f, sizes.factor)):
-        if given not in (None, real):
-            raise BadInput(f"{flag}: this model's is {real}; got {given}")
     return Setup(config_path, ckpt, config, sizes, device, processes)
 
 
