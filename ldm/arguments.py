@@ -183,7 +183,7 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
     fast.add_argument("--plan", default=plan,
                       help="what of the UNet runs at which steps: off (all), faster-diffusion or another name in "
                            "configs/plans, uniform:N, pro, deepcache:N[:BRANCH], deepcache:NAME[:BRANCH], "
-                           "online:[time:]X, auto:K or auto:SHARE% (by calibration), key steps such as 0,1,2,5, or "
+                           "online:[time:]X, auto:K or auto:SHARE%% (by calibration), key steps such as 0,1,2,5, or "
                            "FILE.yaml (default: %(default)s)")
     fast.add_argument("--propagate", choices=PROPAGATE,
                       help="what the decoder gets between key steps: the last one's features, those of the last two or "
