@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ldm.arguments import EMOJI64, SAMPLERS, count, finite, model_arguments, seed_argument, step_count
-from ldm.cli import BadInput, Parser, command
+from ldm.cli import BadInput, Parser, blame, command
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
 PLANS = ("off", "faster-diffusion", "uniform:6", "pro", "deepcache:3")
@@ -130,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
 def draw(args: argparse.Namespace) -> None:
     """Make one figure and say where it is."""
     from evaluation.plots.scene import Scene, check_out, in_words
+    from ldm.models.diffusion.loop import NonFiniteLatents
 
     check_out(args.out)
     scene = Scene.of(args)
@@ -139,7 +140,8 @@ def draw(args: argparse.Namespace) -> None:
         raise BadInput(f'packages: figures need {error.name}; pip install -e ".[eval]"') from error
     module = import_module(f"evaluation.plots.{args.kind.replace('-', '_')}")
     with house_style():
-        drawing = module.make(scene, args)
+        with blame("--ckpt", (NonFiniteLatents,)):
+            drawing = module.make(scene, args)
         settings = scene.settings(drawing.pictured)
         print(", ".join(drawing.save(args.out, in_words(settings), settings)))
 

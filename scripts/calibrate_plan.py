@@ -117,11 +117,13 @@ def run(args: argparse.Namespace) -> None:
     from ldm.plan_table import spans
     from ldm.script import prompts_in
 
-    calibration = calibrate(args, engine, made_for)
+    with blame("--ckpt", (ValueError,)):        # predictions that are not finite
+        calibration = calibrate(args, engine, made_for)
     with blame("--macs" if args.macs else "--keys"):
         plan = calibration.plan_within(args.macs) if args.macs else calibration.plan(args.keys)
     prompts = prompts_in(args.from_file)[:args.n_samples]
-    errors = try_propagations(engine, plan, prompt_items(prompts, 1, args.seed, by_position=True))
+    with blame("--ckpt", (ValueError,)):
+        errors = try_propagations(engine, plan, prompt_items(prompts, 1, args.seed, by_position=True))
     best = min(errors, key=errors.get)
     calibration, plan = (replace(part, propagate=best) for part in (calibration, plan))
     path = folder / f"{engine.recipe.sampler}-{args.steps}.json"

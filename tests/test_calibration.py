@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 
 import golden_sampler
@@ -139,13 +140,34 @@ TABLE = '{"num_nodes": %d, "eps": [[0]], "features": [[0]], "encoder": %g}'
 
 
 @pytest.mark.parametrize("text, why", [("{", "is no calibration"), ("[1]", "is no calibration"),
-                                       (TABLE % (2, 0.3), "rows of 2"), (TABLE % (1, 3), "encoder must lie in")])
+                                       (TABLE % (2, 0.3), "rows of 2"), (TABLE % (1, 3), "encoder must lie between 0 and 1")])
 def test_faulty_tables_say_why(tmp_path, text, why):
     (tmp_path / "ddim-2.json").write_text(text)
     with pytest.raises(ValueError, match=why):
         read_calibration(tmp_path / "ddim-2.json")
     with pytest.raises(ValueError, match="cannot be read"):
         read_calibration(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("num_nodes", -1), ("num_nodes", 2**40), ("num_nodes", True), ("num_nodes", 2.0), ("eps", [[None, 1], [0]]),
+    ("eps", {"0": 1}), ("features", [["a", "b"], "c"]), ("features", [[0, float("nan")], [0]]), ("encoder", "0.3"),
+    ("propagate", ["hold"]), ("made_for", None), ("made_for", ["ddim"]), ("how", 3)], ids=str)
+def test_values_of_another_kind_say_which(tmp_path, name, value):
+    good = {"num_nodes": 2, "eps": [[0, 1], [0]], "features": [[0, 1], [0]], "encoder": 0.3}
+    file = tmp_path / "ddim-2.json"
+    file.write_text(json.dumps(good))
+    assert read_calibration(file).plan(1).keys == (0,)
+    file.write_text(json.dumps(good | {name: value}))
+    with pytest.raises(ValueError, match=f"ddim-2.json is no calibration: {name} must be "):
+        read_calibration(file)
+
+
+def test_predictions_that_overflow_end_in_one_line(tmp_path, capsys):
+    assert load_script("calibrate_plan").main(["--steps", "2", "--keys", "1", "--n_samples", "1", "--scale", "1e30",
+                                               "--out", str(tmp_path / "plan.yaml")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("calibrate_plan.py: error: --ckpt: latents are not finite") and not any(tmp_path.iterdir())
 
 
 def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_elsewhere(tmp_path, capsys):

@@ -74,6 +74,8 @@ class Scene:
         if self.model.model.conditioning_key is None:
             return subject_items([{}], self.count, self.seed)
         if self.classes:
+            if self.count > self.classes:
+                raise BadInput(f"--count: this model has {self.classes} classes; got {self.count}")
             step = max(1, self.classes // self.count)
             return subject_items([{"class": k * step} for k in range(self.count)], 1, self.seed, by_position=True)
         with blame("--prompts"):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.files import atomic_write
+from ldm.kinds import MAPPING, NUMBER, Kind, check, choice, whole
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.levels import eps_weight
 from ldm.models.diffusion.loop import Rule, denoise
@@ -23,6 +24,16 @@ from ldm.models.diffusion.plan import PROPAGATIONS, Plan
 from ldm.modules.diffusionmodules.features import Features
 
 DECODERS = 8    # decoder steps in one batch of the measurement
+NODES = whole(1, 10_000)    # of a run
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, list) and all(map(NUMBER.holds, row)) for row in value)
+
+
+TABLE = Kind("a list of lists of finite numbers", _is_table)
+FIELDS = {"num_nodes": NODES, "eps": TABLE, "features": TABLE, "encoder": NUMBER, "propagate": choice(*PROPAGATIONS),
+          "made_for": MAPPING, "how": MAPPING}
 
 
 @dataclass(frozen=True)
@@ -48,13 +59,13 @@ class Calibration:
     how: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check("", vars(self), FIELDS)
         lengths = list(range(self.num_nodes, 0, -1))
         for name, table in (("eps", self.eps), ("features", self.features)):
             if [len(row) for row in table] != lengths:
                 raise ValueError(f"{name} must have rows of {lengths[0]}, {lengths[0] - 1}, ... 1 errors")
-        if not 0 < self.encoder < 1 or self.propagate not in PROPAGATIONS:
-            raise ValueError(f"encoder must lie in 0..1 and propagate be one of {', '.join(PROPAGATIONS)}; got "
-                             f"{self.encoder} and {self.propagate!r}")
+        if not 0 < self.encoder < 1:
+            raise ValueError(f"encoder must lie between 0 and 1; got {self.encoder}")
 
     def plan(self, keys: int) -> Plan:
         """The plan of so many key nodes with the least total error.

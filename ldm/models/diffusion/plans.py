@@ -27,8 +27,8 @@ from typing import Any
 from ldm.checkpoint import fingerprint
 from ldm.cli import did_you_mean
 from ldm.files import read_yaml
-from ldm.kinds import MAPPING, TEXT, Kind, check, choice, is_text, known, optional, shown, whole
-from ldm.models.diffusion.calibration import Calibration, read_calibration
+from ldm.kinds import MAPPING, TEXT, Kind, check, choice, is_text, known, optional, shown
+from ldm.models.diffusion.calibration import NODES, Calibration, read_calibration
 from ldm.models.diffusion.online import OnlinePlan
 from ldm.models.diffusion.plan import PROPAGATIONS, Plan
 from ldm.util import PROJECT_ROOT
@@ -37,7 +37,6 @@ PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
 FORMS = ("off", "uniform:N", "pro", "deepcache:N[:BRANCH]", "deepcache:NAME[:BRANCH]", "online:[time:]X", "auto:K",
          "auto:SHARE%")
 SUFFIXES = (".yaml", ".yml")
-NODES = whole(1, 10_000)
 
 
 def plan_names() -> tuple[str, ...]:
