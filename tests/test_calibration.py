@@ -140,7 +140,7 @@ TABLE = '{"num_nodes": %d, "eps": [[0]], "features": [[0]], "encoder": %g}'
 
 
 @pytest.mark.parametrize("text, why", [("{", "is no calibration"), ("[1]", "is no calibration"),
-                                       (TABLE % (2, 0.3), "rows of 2"), (TABLE % (1, 3), "encoder must lie between 0 and 1")])
+                                       (TABLE % (2, 0.3), "rows of 2"), (TABLE % (1, 3), "between 0 and 1")])
 def test_faulty_tables_say_why(tmp_path, text, why):
     (tmp_path / "ddim-2.json").write_text(text)
     with pytest.raises(ValueError, match=why):
