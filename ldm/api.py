@@ -68,7 +68,7 @@ from ldm.script import (
     upscaling_task,
     uses_autocast,
     what_is_cut,
-    with_memory,
+    with_batches,
 )
 from ldm.util import PROJECT_ROOT, find_file
 
@@ -157,7 +157,7 @@ class Model:
             engine.pack()
             self._packed_for = latents
         if not plan.plain and plan.parallel > 1:
-            engine.plan = with_memory(engine, args.parallel, args.batch_size, setup)
+            engine.plan = with_batches(engine, args.parallel, args.batch_size, setup)
         return engine
 
 

@@ -14,6 +14,7 @@ Files = tuple[Path, Path]           # a model's config and weights
 
 ROOT = PROJECT_ROOT
 EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/emoji64/model.safetensors")
+PROMPT, SHOWN = "a red heart, noto style", 8
 NOISE_WEIGHT = 0.003
 IMAGENET = 1000                     # classes; where a model has one more, that one is their absence
 PROPAGATE = ("hold", "linear", "quadratic", "zeros")
@@ -46,8 +47,8 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Prompts, and how many pictures of each."""
     what = p.add_argument_group("what to make")
     text = what.add_mutually_exclusive_group()
-    text.add_argument("--prompt", default="a red heart, noto style",
-                      help="the text to picture (default: %(default)s)")
+    text.add_argument("--prompt", help=f"the text to picture (default: {PROMPT}; with --compare the first {SHOWN} of "
+                                       f"prompts.txt beside the model's weights, if it is there)")
     text.add_argument("--from-file", metavar="FILE", help="one prompt per line, each made n_iter times")
     negative_argument(what)
     what.add_argument("--repeat", type=count, default=1, metavar="N", help="use each prompt N times")
@@ -190,7 +191,7 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                            "three extrapolated, or nothing, for comparison (default: the plan file's, or hold)")
     fast.add_argument("--parallel", type=parallel, metavar="N|auto",
                       help="most decoder steps in one batch; changes speed and memory, and the last digits of what is "
-                           "computed (default: auto, what memory allows; fewer large ones on a CPU)")
+                           "computed (default: auto; on a GPU what memory allows, on a CPU as many as are faster)")
     fast.add_argument("--tome", type=number(float, 0, 0.75, "a number in 0..0.75"), default=0.0, metavar="R",
                       help="merge this share of the tokens for self-attention at the UNet's finest level (ToMe; "
                            "its authors' share is 0.5; default: 0, none)")
@@ -206,7 +207,8 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
         fast.add_argument("--list-plans", action="store_const", const="list", dest="plan", default=argparse.SUPPRESS,
                           help="print the named plans with their cost, and make nothing")
         fast.add_argument("--compare", action="store_true",
-                          help="make each picture plain and accelerated and save them side by side")
+                          help="make each picture plain, as --plan says, and by the best calibrated plan of that cost; "
+                               "save them side by side and say what each took")
     else:
         p.set_defaults(compare=False)
 
@@ -255,4 +257,5 @@ def output_arguments(p: argparse.ArgumentParser, outdir: str, flags: Sequence[st
     else:
         p.set_defaults(skip_grid=True)
     out.add_argument("--skip_save", action="store_true", help="save no single pictures")
+    out.add_argument("--again", action="store_true", help="make what is already there again, to measure its time")
     return out

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from ldm.files import atomic_write
 from ldm.images import read_png, save_png
 from ldm.parameters import parameters
 
@@ -139,7 +140,7 @@ class Store(Protocol):
 
 
 def generate(items: Sequence[Item], make: Make, settings: Settings, outdir: str | Path | None, batch: int = 1,
-             rank: int = 0, world_size: int = 1) -> Iterator[Made]:
+             rank: int = 0, world_size: int = 1, again: bool = False) -> Iterator[Made]:
     """Yield this rank's pictures: first those already there, then the missing ones as they are made.
 
     Args:
@@ -147,11 +148,12 @@ def generate(items: Sequence[Item], make: Make, settings: Settings, outdir: str 
         settings: what the pictures depend on beside their item: model, sampler, ... (JSON values).
         outdir: gets samples/WORDS-SEED-SUBJECT-SAMPLE-DIGEST.png (see `first_words`) and one line per picture in
             manifest.jsonl; None = pictures are not saved.
+        again: make those that are already there as well.
 
     Raises:
         ValueError: see `fill`.
     """
-    store = _Unsaved() if outdir is None else _Folder(Path(outdir), settings)
+    store = _Unsaved() if outdir is None else _Folder(Path(outdir), settings, items if again else ())
     return fill(store, items, make, batch, rank, world_size)
 
 
@@ -201,15 +203,27 @@ class _Unsaved:
 
 
 class _Folder:
-    """The pictures of one or more runs with their manifest."""
+    """The pictures of one or more runs with their manifest.
 
-    def __init__(self, outdir: Path, settings: Settings):
+    again: items whose pictures are to be made again. Until that is done they have no line in the manifest, as after a
+        stop between a picture and its line.
+    """
+
+    def __init__(self, outdir: Path, settings: Settings, again: Sequence[Item] = ()):
         self.outdir, self.settings = outdir, dict(settings)
         self.manifest = outdir / "manifest.jsonl"
-        self.listed = {entry.get("file") for entry in read_manifest(self.manifest)}
+        self.again = {self._place(item)[0].relative_to(outdir).as_posix() for item in again}
+        entries = read_manifest(self.manifest)
+        kept = [entry for entry in entries if entry.get("file") not in self.again]
+        if len(kept) < len(entries):
+            with atomic_write(self.manifest) as temporary:
+                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        self.listed = {entry.get("file") for entry in kept}
 
     def find(self, item: Item) -> Made | None:
         path, settings = self._place(item)
+        if path.relative_to(self.outdir).as_posix() in self.again:
+            return None
         found = read_png(path)
         if found is None or found[1] != settings:
             return None

@@ -35,8 +35,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    items = text_items(args)
-    setup = make_setup(args, LAION400M if args.laion400m else EMOJI64)
+    default = LAION400M if args.laion400m else EMOJI64
+    items = text_items(args, default)
+    setup = make_setup(args, default)
     size = picture_size(args, setup.sizes)
 
     from ldm.sampling.conditions import Text

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,17 +17,20 @@ from ldm.generate import Item
 from ldm.images import to_pil
 from ldm.memory import decoder_bytes
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.denoiser import Denoiser, Guidance
+from ldm.models.diffusion.denoiser import ConditionedNetwork, Denoiser, Guidance
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.memory import Halving
 from ldm.models.diffusion.plan import AnyPlan, Work
 from ldm.models.diffusion.solvers import num_steps, solver
 from ldm.models.diffusion.spread import Spread
+from ldm.models.diffusion.warm_up import WarmUp, timed
 from ldm.modules.packed import pack
 from ldm.noise import ImageNoise
 from ldm.sampling.canvas import Canvas
 from ldm.sampling.conditions import Condition
+
+Ran = tuple[list[Work], list[float]]    # what ran at each node of a run, and the nodes' timesteps
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,6 @@ class Engine:
         task: what.
         autocast: run the networks in the device's lower precision.
         on_node: called after every node of every batch, for progress.
-        warm_up: before the first batch make one untimed prediction, for timings that are to be compared.
         spread: share decoders with the other processes of the run, see `Spread`; each must make the same pictures.
 
     Raises:
@@ -173,10 +174,9 @@ class Engine:
     """
 
     def __init__(self, model: LatentDiffusion, sizes: Sizes, recipe: Recipe, plan: AnyPlan, task: Task,
-                 autocast: bool = False, on_node: Callable[[], None] = lambda: None, warm_up: bool = False,
-                 spread: bool = False):
+                 autocast: bool = False, on_node: Callable[[], None] = lambda: None, spread: bool = False):
         self.model, self.recipe, self.plan, self.task = model, recipe, plan, task
-        self.autocast, self.on_node, self.warm_up, self.spread = autocast, on_node, warm_up, spread
+        self.autocast, self.on_node, self.spread = autocast, on_node, spread
         self._most: int | None = None       # decoders in a batch, if memory has run out
         self.shape = (sizes.channels, *(sizes.whole(side) // sizes.factor for side in (recipe.height, recipe.width)))
         self._tokens = task.condition.tokens(model)
@@ -208,23 +208,35 @@ class Engine:
             NonFiniteLatents: with the step and the layer.
             ValueError: the decoded pictures are not finite.
         """
-        if self.warm_up:
-            self._warm_up(items)
-        began = self._clock()
-        latents, spent = self.sampled(items)
-        sampled = self._clock()
-        images = to_pil(self.task.canvas.finish(self.decode(latents), items))
-        ended = self._clock()
-        seconds, seconds_unet = (round((end - began) / len(items), 4) for end in (ended, sampled))
+        device = self.model.device
+        (latents, runs), sampling = timed(lambda: self._sample(items), device)
+        images, decoding = timed(lambda: to_pil(self.task.canvas.finish(self.decode(latents), items)), device)
+        spent = self._spent(runs)
+        seconds, seconds_unet = (round(total / len(items), 4) for total in (sampling + decoding, sampling))
         return images, {"seconds": seconds, "seconds_unet": seconds_unet, "unet_macs": spent.macs,
                         "batch": len(items), "parallel": min(self.plan.parallel, self._most or self.plan.parallel),
-                        "device": self.model.device.type}
+                        "device": device.type}
+
+    def warm_up(self, items: Sequence[Item], first_calls: dict[Hashable, float]) -> float:
+        """Call all that makes a batch of items, once for every shape, so that what is timed later is sampling alone.
+
+        Args:
+            first_calls: see `WarmUp`; one for all engines of the process. Shapes that it lacks are added.
+
+        Returns:
+            The seconds that the batch takes longer when it is the first of a process.
+        """
+        items = items[:1] if self.plan.per_picture else items
+        network = WarmUp(self.model.model, first_calls, self.model.device)
+        _, first = timed(lambda: self.decode(self._run(items, network)[0]), self.model.device)
+        _, again = timed(lambda: self.decode(self._run(items, network)[0]), self.model.device)
+        rest = ("rest", len(items))     # text encoder, first stage, solver
+        first_calls.setdefault(rest, max(0.0, first - network.seconds - again))
+        return sum(first_calls[key] for key in (rest, *network.results))
 
     def latents(self, items: Sequence[Item]) -> Tensor:
         """The items' sampled latents, (B, C, h, w); what they cost is not counted."""
-        if self.plan.per_picture and len(items) > 1:
-            return torch.cat([self.latents([item]) for item in items])
-        return self._run(items)[0]
+        return self._sample(items)[0]
 
     def plain_run(self, items: Sequence[Item]) -> tuple[Denoiser, Rule, Tensor]:
         """What `denoise` needs for the items: the model with their conditions, the solver, the starting latents."""
@@ -236,28 +248,36 @@ class Engine:
 
     def sampled(self, items: Sequence[Item]) -> tuple[Tensor, Spent]:
         """The items' latents, (B, C, h, w), and what one of them cost."""
-        if self.plan.per_picture and len(items) > 1:
-            parts = [self.sampled([item]) for item in items]
-            return torch.cat([x for x, _ in parts]), Spent.mean([spent for _, spent in parts])
-        x, works, ts = self._run(items)
-        images = self.recipe.guidance.images(works, ts)
-        return x, Spent(self.unit.run(self.plan, works, images), self.unit.critical_path(self.plan, works, images))
+        latents, runs = self._sample(items)
+        return latents, self._spent(runs)
 
-    def _run(self, items: Sequence[Item]) -> tuple[Tensor, list[Work], list[float]]:
-        """The items' latents; what ran at each node, and its timestep."""
+    def _sample(self, items: Sequence[Item]) -> tuple[Tensor, list[Ran]]:
+        """The items' latents, and what ran: once for all of them, or for each if it depends on the picture."""
+        parts = [[item] for item in items] if self.plan.per_picture else [items]
+        latents, runs = zip(*map(self._run, parts), strict=True)
+        return torch.cat(latents), [*runs]
+
+    def _spent(self, runs: Sequence[Ran]) -> Spent:
+        """What one picture cost, on average."""
+        images = [self.recipe.guidance.images(works, ts) for works, ts in runs]
+        return Spent.mean([Spent(self.unit.run(self.plan, works, n), self.unit.critical_path(self.plan, works, n))
+                           for (works, _), n in zip(runs, images, strict=True)])
+
+    def _run(self, items: Sequence[Item], network: ConditionedNetwork | None = None) -> tuple[Tensor, Ran]:
+        """The items' latents, by the model's network or another; what ran at each node, and its timestep."""
         with self._precision():
             canvas, noise = self.task.canvas, ImageNoise([item.seed for item in items]).node
             rule = self.recipe.rule(self.model.alphas_cumprod, noise, canvas.strength)
             x_T = self._noise(items)
             x, works = canvas.start(self.model, items, x_T, rule.nodes[0]), []
             edits = (*canvas.edits(self.model, items, rule.nodes), *self.recipe.edits(x_T))
-            halving = Halving(self._denoiser(items), self._most)
+            halving = Halving(self._denoiser(items, network), self._most)
             for state in denoise(Spread(halving) if self.spread else halving, rule, self.plan, x, edits):
                 x = state.x
                 works.append(state.work)
                 self.on_node()
             self._most = halving.most
-        return x, works, [node.t for node in rule.nodes]
+        return x, (works, [node.t for node in rule.nodes])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
@@ -273,21 +293,8 @@ class Engine:
     def _noise(self, items: Sequence[Item]) -> Tensor:
         return ImageNoise([item.start for item in items]).start(self.shape).to(self.model.device)
 
-    def _denoiser(self, items: Sequence[Item]) -> Denoiser:
+    def _denoiser(self, items: Sequence[Item], network: ConditionedNetwork | None = None) -> Denoiser:
         condition, guidance = self.task.condition, self.recipe.guidance
         told = condition.of(self.model, items)
         uncond = None if guidance.scale == 1.0 else condition.none(self.model, told)
-        return self.model.denoiser(told, uncond, guidance, self.recipe.tome)
-
-    def _warm_up(self, items: Sequence[Item]) -> None:
-        """The first call of a network pays for memory and compiled kernels."""
-        with self._precision():
-            x, denoiser = self._noise(items), self._denoiser(items)
-            denoiser.decode([denoiser.encode(x, 1.0)], [1.0])
-        self.decode(x)
-        self.warm_up = False
-
-    def _clock(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
+        return self.model.denoiser(told, uncond, guidance, self.recipe.tome, network)

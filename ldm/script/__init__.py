@@ -22,7 +22,7 @@ from ldm.script.recipe import (
     make_recipe,
     run_facts,
     uses_autocast,
-    with_memory,
+    with_batches,
 )
 from ldm.script.report import Result
 from ldm.script.run import GO_ON, check_amount, check_guidance, check_network, make_pictures, what_is_cut
@@ -44,4 +44,4 @@ __all__ = ["CLASS_NAMES", "CPU_POSITIONS", "GO_ON", "Result", "Setup", "check_am
            "how_to_get", "image_items", "in_size", "inpainting_task", "label_task", "layout_task", "make_pictures",
            "make_plan", "make_recipe", "make_setup", "model_files", "named", "picture_size", "pixels", "prompts_in",
            "read_setup", "run_facts", "settle_upscaling", "shown", "stacked", "text_items", "upscaling_task",
-           "uses_autocast", "what_is_cut", "with_memory"]
+           "uses_autocast", "what_is_cut", "with_batches"]

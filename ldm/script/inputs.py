@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.arguments import MOST, Files
+from ldm.arguments import MOST, PROMPT, SHOWN, Files
 from ldm.class_names import Names, read_names
 from ldm.cli import BadInput, blame
-from ldm.script.setup import Setup, make_setup, picture_size
+from ldm.script.setup import Setup, make_setup, model_files, picture_size
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
 if TYPE_CHECKING:
@@ -31,11 +31,25 @@ def prompts_in(path: str | Path) -> list[str]:
     return prompts
 
 
-def text_items(args: argparse.Namespace, extra: dict[str, Any] | None = None) -> list[Item]:
-    """The pictures that `text_arguments` ask for; `extra` is what else of each is to be remembered."""
-    # As published: a batch is n_samples pictures of the prompt, or n_samples lines of the file.
-    per_iteration = 1 if args.from_file else args.n_samples
-    prompts = [args.prompt] if args.from_file is None else prompts_in(args.from_file)
+def shipped_prompts(args: argparse.Namespace, default: Files | None) -> list[str]:
+    """The first prompts that lie beside the model's weights, if there are any."""
+    file = model_files(args, default)[1].parent / "prompts.txt"
+    return prompts_in(file)[:SHOWN] if file.is_file() else []
+
+
+def text_items(args: argparse.Namespace, default: Files | None = None,
+               extra: dict[str, Any] | None = None) -> list[Item]:
+    """The pictures that `text_arguments` ask for.
+
+    Args:
+        default: the model that needs no flag.
+        extra: what else of each picture is to be remembered.
+    """
+    prompts, per_iteration = [PROMPT if args.prompt is None else args.prompt], args.n_samples
+    shown = shipped_prompts(args, default) if args.compare and args.prompt is None and args.from_file is None else []
+    if args.from_file is not None or shown:
+        # As published: a batch is n_samples pictures of the prompt, or n_samples lines of the file.
+        prompts, per_iteration = shown or prompts_in(args.from_file), 1
     subjects = [{"prompt": prompt} | (extra or {}) for prompt in prompts]
     return image_items(args, subjects, per_iteration * args.n_iter, args.repeat,
                        per_iteration if args.fixed_code else None)
@@ -76,7 +90,7 @@ def from_picture(args: argparse.Namespace, default: Files) -> tuple[Tensor, list
 
     with blame("--init-img"):
         image = open_picture(args.init_img)
-        items = text_items(args, named(args.init_img, "init_img"))
+        items = text_items(args, default, named(args.init_img, "init_img"))
     setup = make_setup(args, default)
     return in_size(image, args, setup.sizes), items, setup
 

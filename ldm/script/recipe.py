@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ldm.sampling.engine import Engine, Recipe
 
 PUBLISHED_SAMPLERS = {"plms": "plms", "dpm": "dpm-solver++"}
-CPU_POSITIONS = 16384   # latent positions in one decoder batch on a CPU, where memory soon outweighs speed
+CPU_POSITIONS = 16384   # latent positions in one decoder batch of an evaluation on a CPU; last digits depend on it
+# The same of the scripts: as many predictions as gain by sharing a batch, 48 of 8 x 8 latents. More take memory only.
+FAST_POSITIONS = 3072
 
 
 def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup | None = None) -> Recipe:
@@ -86,7 +88,10 @@ def run_facts(setup: Setup, sampler: str) -> RunFacts:
 
 
 def make_plan(args: argparse.Namespace, nodes: int, run: RunFacts) -> AnyPlan:
-    """The run's plan, with all decoders that can share a batch in one where --parallel is auto."""
+    """The run's plan, with all decoders that can share a batch in one where --parallel is auto.
+
+    See `with_batches` for what a run makes of that.
+    """
     from ldm.models.diffusion.plans import load_plan
 
     with blame("--plan"):
@@ -100,8 +105,25 @@ def make_plan(args: argparse.Namespace, nodes: int, run: RunFacts) -> AnyPlan:
     return plan
 
 
-def with_memory(engine: Engine, parallel: int | None, batch: int, setup: Setup) -> AnyPlan:
-    """The engine's plan with decoder batches that this machine has memory for.
+def best_plan(plan: AnyPlan, nodes: int, run: RunFacts) -> tuple[str, AnyPlan | None]:
+    """The name of the calibrated plan at the cost of another, and the plan; or why there is none, and None."""
+    from ldm.models.diffusion.plan import Plan
+    from ldm.models.diffusion.plans import load_plan
+
+    if not isinstance(plan, Plan) or plan.shallow or plan.refresh or plan.plain:
+        return "calibration chooses key steps alone, and this plan has other steps or decides as it runs", None
+    name = f"auto:{len(plan.keys)}"
+    try:
+        best = load_plan(name, nodes, nodes, run=run)
+    except ValueError as error:
+        return str(error), None
+    if best.keys == plan.keys and best.propagate == plan.propagate:
+        return f"the plan is {name} already", None
+    return name, best
+
+
+def with_batches(engine: Engine, parallel: int | None, batch: int, setup: Setup) -> AnyPlan:
+    """The engine's plan with decoder batches that are fast here and fit into memory.
 
     Args:
         parallel: --parallel; None = auto.
@@ -110,7 +132,7 @@ def with_memory(engine: Engine, parallel: int | None, batch: int, setup: Setup) 
     Several processes share each batch, so they take as many times more.
     """
     from ldm.memory import decoders_that_fit, free_bytes
-    from ldm.models.diffusion.plan import Plan
+    from ldm.models.diffusion.plan import Plan, with_few_sizes
 
     latents = batch * (1 if engine.recipe.scale == 1.0 else 2)      # that the UNet gets at one node
     each = engine.decoder_bytes(latents)
@@ -119,8 +141,11 @@ def with_memory(engine: Engine, parallel: int | None, batch: int, setup: Setup) 
     fit = plan.num_nodes if fit is None else fit
     if parallel is None:
         if setup.device.type == "cpu":
-            fit = min(fit, CPU_POSITIONS // (latents * math.prod(engine.shape[1:])))
-        return replace(plan, parallel=processes.size * processes.least(max(1, fit)))
+            fit = min(fit, FAST_POSITIONS // (latents * math.prod(engine.shape[1:])))
+        fit = processes.size * processes.least(max(1, fit))
+        if setup.device.type == "cpu" and isinstance(plan, Plan) and not processes.several:
+            return with_few_sizes(plan, min(fit, plan.num_nodes))
+        return replace(plan, parallel=fit)
     # A GPU that runs out of memory says so, and the batch is halved; a CPU's system kills the process.
     longest = max(len(batch.nodes) for batch in plan.batches()) if isinstance(plan, Plan) else plan.parallel
     share = -(-longest // processes.size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from ldm.generate import Item, Made
     from ldm.sampling.engine import Engine
@@ -22,33 +23,47 @@ class Result:
     """What one method made, or found made by an earlier run.
 
     settings: what all of it depends on beside the items.
-    images: kept only where a grid or a comparison needs them.
-    fresh, spent_macs: of what this run made.
-    count, seconds, seconds_unet, macs: of all.
+    first_calls: seconds per picture that the first batch of a process takes longer; None = not measured.
+    count, macs: of all.
+    fresh, spent_macs, seconds, seconds_unet: of what this run made.
     """
 
     label: str
     settings: dict[str, Any]
-    images: list[Image.Image] = field(default_factory=list)
-    fresh: int = 0
+    first_calls: float | None = None
     count: int = 0
+    macs: int = 0
+    fresh: int = 0
+    spent_macs: int = 0
     seconds: float = 0.0
     seconds_unet: float = 0.0
-    macs: int = 0
-    spent_macs: int = 0
+    _kept: dict[tuple[int, int], Image.Image] = field(default_factory=dict)
 
     def add(self, made: Made, keep: bool) -> None:
-        self.images += [made.image] if keep else []
-        self.fresh, self.count = self.fresh + made.fresh, self.count + 1
-        self.spent_macs += made.run["unet_macs"] if made.fresh else 0
-        self.seconds += made.run["seconds"]
-        self.seconds_unet += made.run["seconds_unet"]
-        self.macs += made.run["unet_macs"]
+        """One more; keep: its image is needed for a grid or a comparison."""
+        if keep:
+            self._kept[made.item.prompt_index, made.item.sample] = made.image
+        self.count, self.macs = self.count + 1, self.macs + made.run["unet_macs"]
+        if made.fresh:
+            self.fresh, self.spent_macs = self.fresh + 1, self.spent_macs + made.run["unet_macs"]
+            self.seconds += made.run["seconds"]
+            self.seconds_unet += made.run["seconds_unet"]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """Those kept, in the order of the items: what is found comes before what is made."""
+        return [self._kept[place] for place in sorted(self._kept)]
+
+    @property
+    def gmac(self) -> float:
+        """Of the UNet, for one picture."""
+        return self.macs / self.count / 1e9
 
     def __str__(self) -> str:
         """The cost of one picture."""
-        return (f"{self.seconds / self.count:.2f} s, {self.seconds_unet / self.count:.2f} s of it UNet, "
-                f"{self.macs / self.count / 1e9:.2f} GMAC of the UNet")
+        time = "found, not measured" if self.fresh == 0 else (
+            f"{self.seconds / self.fresh:.2f} s, {self.seconds_unet / self.fresh:.2f} s of it UNet")
+        return f"{time}, {self.gmac:.2f} GMAC of the UNet"
 
 
 def opening(args: argparse.Namespace, setup: Setup, engine: Engine) -> str:
@@ -82,7 +97,7 @@ def report(results: Sequence[Result], items: Sequence[Item], settings: dict[str,
            args: argparse.Namespace, batch: int) -> None:
     """Save and announce what shows the pictures together, and say what each cost."""
     if args.compare:
-        compare(*results, items, settings, args)
+        compare(results, items, settings, args, batch)
         return
     print(f"each picture: {results[0]}")
     if not args.skip_grid:
@@ -93,20 +108,58 @@ def report(results: Sequence[Result], items: Sequence[Item], settings: dict[str,
         print(f"grid: {save_sheet('grid', sheet, items, settings | {'columns': columns}, args)}")
 
 
-def compare(plain: Result, fast: Result, items: Sequence[Item], settings: dict[str, Any],
-            args: argparse.Namespace) -> None:
-    """Plain and accelerated pictures side by side, with cost and distance."""
+def compare(results: Sequence[Result], items: Sequence[Item], settings: dict[str, Any],
+            args: argparse.Namespace, batch: int) -> None:
+    """Plain and accelerated pictures side by side, with cost and distance; the first result is the plain one."""
     import torch
 
     from ldm.images import from_pil, psnr, side_by_side
 
-    distance = psnr(*(torch.stack([from_pil(image) for image in r.images]) for r in (plain, fast)))
-    columns = {f"{r.label}: {r.seconds / r.count:.2f} s": r.images for r in (plain, fast)}
-    sheet = side_by_side(columns, [f"{d:.1f} dB  {i.caption}" for d, i in zip(distance, items, strict=True)])
+    plain, *others = (torch.stack([from_pil(image) for image in result.images]) for result in results)
+    distances = [psnr(plain, other) for other in others]
+    captions = [f"{' | '.join(f'{d:.1f}' for d in each)} dB  {item.caption}"
+                for *each, item in zip(*distances, items, strict=True)]
+    sheet = side_by_side({f"{r.label}: {r.gmac:.1f} GMAC": r.images for r in results}, captions)
     path = save_sheet("compare", sheet, items, settings, args)
-    for result in (plain, fast):
-        print(f"{result.label}, each picture: {result}")
-    print(f"plain / {fast.label}: time {plain.seconds / fast.seconds:.2f}, UNet time "
-          f"{plain.seconds_unet / fast.seconds_unet:.2f}, UNet MACs {plain.macs / fast.macs:.2f}")
-    print(f"PSNR between the two: mean {distance.mean():.1f} dB, lowest {distance.min():.1f} dB")
+    print("\n".join(comparison(results, distances, min(batch, len(items)))))
     print(f"side by side: {path}")
+
+
+def comparison(results: Sequence[Result], distances: Sequence[Tensor], batch: int) -> Iterator[str]:
+    """The lines of a comparison: what each method costs, and the plain one as a multiple of the others.
+
+    Args:
+        results: the plain one first.
+        distances: PSNR of each picture of the others to the plain one, in dB.
+        batch: pictures in the first batch.
+    """
+    plain, *others = results
+    names = [*(r.label for r in results), *(f"{plain.label} / {r.label}" for r in others)]
+    width = max(map(len, names)) + 2
+    first = "first" if batch == 1 else f"first {batch}"
+    columns = "".join(f"{name:>10}" for name in (first, "further", "UNet", "GMAC"))
+    yield f"{'seconds per picture':{width}}{columns}  PSNR to plain: mean, lowest"
+    for name, result, distance in zip(names, results, (None, *distances), strict=False):
+        found = "found, not measured"
+        times = (f"{found:>30}" if result.fresh == 0 else
+                 "".join(f"{'' if s is None else f'{s:.3f}':>10}" for s in times_of(result)))
+        quality = "" if distance is None else f"  {distance.mean():.1f} dB, {distance.min():.1f} dB"
+        yield f"{name:{width}}{times}{result.gmac:>10.2f}{quality}"
+    for name, other in zip(names[len(results):], others, strict=True):
+        ratios = [*map(ratio, times_of(plain), times_of(other)), plain.gmac / other.gmac]
+        yield f"{name:{width}}" + "".join(f"{'' if r is None else f'{r:.2f}':>10}" for r in ratios)
+    if any(result.fresh < result.count for result in results):
+        yield "what an earlier run has made is not measured; --again makes it again"
+
+
+def times_of(result: Result) -> tuple[float | None, float | None, float | None]:
+    """Seconds per picture: of the first batch of a process, of a further one, of its UNet; None = not measured."""
+    if result.fresh == 0:
+        return None, None, None
+    further = result.seconds / result.fresh
+    first = None if result.first_calls is None else further + result.first_calls
+    return first, further, result.seconds_unet / result.fresh
+
+
+def ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or not other else one / other

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli import BadInput, blame
 from ldm.processes import Processes
-from ldm.script.recipe import count_nodes, make_plan, make_recipe, run_facts, uses_autocast, with_memory
+from ldm.script.recipe import best_plan, count_nodes, make_plan, make_recipe, run_facts, uses_autocast, with_batches
 from ldm.script.report import Result, opening, report
 from ldm.script.setup import Setup
 
@@ -21,9 +21,10 @@ from ldm.script.setup import Setup
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.generate import Item
+    from ldm.generate import Item, Made
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.models.diffusion.plan import AnyPlan
+    from ldm.models.diffusion.plans import RunFacts
     from ldm.sampling.engine import Engine, Recipe, Task
 
 BATCH_PIXELS = 2 ** 26      # 256 images of 512 x 512 pixels at a time
@@ -34,7 +35,7 @@ GO_ON = "stopped; the same command goes on from here"
 
 def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item], task: Task,
                   size: tuple[int, int], batch: int, keep: bool = False) -> list[Result]:
-    """Load the model, make the pictures of one method or, to compare, two; report.
+    """Load the model, make the pictures of one method or, to compare, of several; report.
 
     Args:
         size: height and width of the pictures.
@@ -58,15 +59,17 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
         return []
     with blame("--ckpt", (CheckpointError,)):
         settings = weights_of(setup, args.weights)
-    plan = make_plan(args, nodes, run_facts(setup, recipe.sampler))
-    engines = load_engines(args, setup, recipe, plan, task)
+    facts = run_facts(setup, recipe.sampler)
+    plan = make_plan(args, nodes, facts)
+    methods = compared(args, recipe, plan, facts, setup.processes) if args.compare else {"pictures": (recipe, plan)}
+    engines = load_engines(args, setup, methods, task)
     if setup.processes.rank == 0 and (cut := what_is_cut(items, task, next(iter(engines.values())).model)):
         print(cut)
 
     with setup.processes.joined(setup.device):
         for engine in engines.values():
             if not engine.plan.plain and engine.plan.parallel > 1:
-                engine.plan = with_memory(engine, args.parallel, batch, setup)
+                engine.plan = with_batches(engine, args.parallel, batch, setup)
         suspect = "--precision" if uses_autocast(args, setup.device) else "--ckpt"
         with (blame("--outdir", (OSError,)), blame(suspect, (ValueError,)),
               blame("--device", (torch.OutOfMemoryError,))):
@@ -118,20 +121,32 @@ def weights_of(setup: Setup, which: str) -> dict[str, str]:
             "config": fingerprint(setup.config_path)[:16], "averaged": which}
 
 
-def load_engines(args: argparse.Namespace, setup: Setup, recipe: Recipe, plan: AnyPlan,
-                 task: Task) -> dict[str, Engine]:
-    """The methods of the run by name, on one model: the one asked for, and to compare the plain one before it."""
+def compared(args: argparse.Namespace, recipe: Recipe, plan: AnyPlan, facts: RunFacts,
+             processes: Processes) -> dict[str, tuple[Recipe, AnyPlan]]:
+    """The methods of a comparison by name: plain, the one asked for, and the best calibrated plan at its cost."""
     from ldm.models.diffusion.plan import Plan
+
+    plain = replace(recipe, noise_weight=0.0, guidance_interval=None, guidance_reuse=False, tome=0.0)
+    methods = {"plain": (plain, Plan(plan.num_nodes, tuple(range(plan.num_nodes)))),
+               Path(args.plan).name: (recipe, plan)}
+    name, best = best_plan(plan, plan.num_nodes, facts)
+    if best is not None:
+        return {**methods, name: (replace(recipe, noise_weight=0.0), best)}
+    if processes.rank == 0:
+        print(f"no third column: {name}")
+    return methods
+
+
+def load_engines(args: argparse.Namespace, setup: Setup, methods: Mapping[str, tuple[Recipe, AnyPlan]],
+                 task: Task) -> dict[str, Engine]:
+    """The methods of the run by name, on one model."""
     from ldm.sampling.engine import Engine
 
     model = setup.load(args.weights)
-    check_network(model, recipe, plan)
-    methods = {"accelerated" if args.compare else "pictures": (recipe, plan)}
-    if args.compare:
-        plain = replace(recipe, noise_weight=0.0, guidance_interval=None, guidance_reuse=False, tome=0.0)
-        methods = {"plain": (plain, Plan(plan.num_nodes, tuple(range(plan.num_nodes)))), **methods}
+    for recipe, plan in methods.values():
+        check_network(model, recipe, plan)
     build = partial(Engine, model, setup.sizes, task=task, autocast=uses_autocast(args, setup.device),
-                    warm_up=args.compare, spread=setup.processes.several)
+                    spread=setup.processes.several)
     with blame("--config"):
         engines = {label: build(*method) for label, method in methods.items()}
     engines[next(iter(engines))].pack()     # they share the model
@@ -151,8 +166,11 @@ def check_network(model: LatentDiffusion, recipe: Recipe, plan: AnyPlan) -> None
 
 def follow(engines: Mapping[str, Engine], processes: Processes) -> None:
     """Compute with the leading process what it says."""
-    for label, chunk in processes.orders():
-        engines[label].latents(chunk)
+    for label, chunk, warm_up in processes.orders():
+        if warm_up:
+            engines[label].warm_up(chunk, {})
+        else:
+            engines[label].latents(chunk)
 
 
 def lead(args: argparse.Namespace, setup: Setup, items: Sequence[Item], engines: Mapping[str, Engine],
@@ -161,42 +179,71 @@ def lead(args: argparse.Namespace, setup: Setup, items: Sequence[Item], engines:
     began = time.perf_counter()
     print(opening(args, setup, [*engines.values()][1 if args.compare else 0]), flush=True)
     keep = keep or args.compare or not args.skip_grid
-    results = [make_all(label, engine, items, settings, args, batch, keep, setup.processes)
-               for label, engine in engines.items()]
+    results = {label: Result(label, settings | engine.settings()) for label, engine in engines.items()}
+    make_all(results, engines, items, args, batch, keep, setup.processes)
     setup.processes.tell(None)
-    report(results, items, settings | {label: e.settings() for label, e in engines.items()}, args, batch)
-    fresh, total = (sum(getattr(r, name) for r in results) for name in ("fresh", "count"))
+    report([*results.values()], items, settings | {label: e.settings() for label, e in engines.items()}, args, batch)
+    fresh, total = (sum(getattr(r, name) for r in results.values()) for name in ("fresh", "count"))
     where = "not saved" if args.skip_save else f"in {Path(args.outdir) / 'samples'}"
     print(f"{total} picture{'s' * (total != 1)} ({fresh} made, {total - fresh} found) {where}; "
-          f"spent {time.perf_counter() - began:.1f} s, {sum(r.spent_macs for r in results) / 1e9:.1f} GMAC")
-    return results
+          f"spent {time.perf_counter() - began:.1f} s, {sum(r.spent_macs for r in results.values()) / 1e9:.1f} GMAC")
+    return [*results.values()]
 
 
-def make_all(label: str, engine: Engine, items: Sequence[Item], settings: dict[str, Any],
-             args: argparse.Namespace, batch: int, keep: bool, processes: Processes) -> Result:
-    """All pictures of one method, with progress over images and steps; other processes are told to help."""
+def make_all(results: Mapping[str, Result], engines: Mapping[str, Engine], items: Sequence[Item],
+             args: argparse.Namespace, batch: int, keep: bool, processes: Processes) -> None:
+    """All pictures of all methods, with progress over images and steps; other processes are told to help.
+
+    The methods take turns, a batch each, so that what else the machine does meets all of them. To compare them, all
+    are warmed up before the first.
+    """
     from tqdm import tqdm
 
-    from ldm.generate import generate
-
-    result, nodes = Result(label, settings | engine.settings()), engine.plan.num_nodes
-    with (tqdm(total=len(items), desc=label, unit="image", disable=None) as images,
+    nodes = next(iter(engines.values())).plan.num_nodes
+    with (tqdm(total=len(items) * len(engines), unit="image", disable=None) as images,
           tqdm(total=nodes, desc="steps", unit="step", leave=False, disable=None) as steps):
         def on_node() -> None:
             if steps.n >= nodes:
                 steps.reset()
             steps.update()
 
-        def make(chunk: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
-            processes.tell((label, chunk))
-            return engine(chunk)
+        def first_make() -> None:
+            if args.compare and any(result.first_calls is None for result in results.values()):
+                warm_up(results, engines, items, batch, processes)
 
-        engine.on_node = on_node
-        outdir = None if args.skip_save else args.outdir
-        for made in generate(items, make, result.settings, outdir, batch):
-            result.add(made, keep)
-            images.update()
-    return result
+        streams = []
+        for label, engine in engines.items():
+            engine.on_node = on_node
+            streams.append(stream(results[label], engine, items, args, batch, processes, first_make))
+        for made in zip(*streams, strict=True):
+            for result, one in zip(results.values(), made, strict=True):
+                result.add(one, keep)
+                images.update()
+
+
+def stream(result: Result, engine: Engine, items: Sequence[Item], args: argparse.Namespace, batch: int,
+           processes: Processes, before: Callable[[], None]) -> Iterator[Made]:
+    """The pictures of one method, made as they are asked for; before() is called ahead of each batch."""
+    from ldm.generate import generate
+
+    def make(chunk: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
+        before()
+        processes.tell((result.label, chunk, False))
+        return engine(chunk)
+
+    return generate(items, make, result.settings, None if args.skip_save else args.outdir, batch, again=args.again)
+
+
+def warm_up(results: Mapping[str, Result], engines: Mapping[str, Engine], items: Sequence[Item], batch: int,
+            processes: Processes) -> None:
+    """Call every engine for every size of its batches, and note what first calls cost."""
+    first_calls: dict[Hashable, float] = {}
+    chunks = {len(chunk): chunk for chunk in (items[len(items) // batch * batch:], items[:batch]) if chunk}
+    for label, engine in engines.items():
+        for chunk in chunks.values():
+            processes.tell((label, chunk, True))
+            # Of the last chunk, which is the first of the run.
+            results[label].first_calls = engine.warm_up(chunk, first_calls) / len(chunk)
 
 
 def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:

@@ -6,9 +6,9 @@ A plan knows no solver and no tensor. How plans are named and read: `ldm.models.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, ClassVar, Protocol
 
 
@@ -51,6 +51,7 @@ class Plan:
         table 14, where it is to show that features are needed).
     refresh:   input blocks that run anew at every decoder node, for the outermost skips; their decoders wait for the
         latent before them, so none share a batch. 0 = the paper.
+    sizes:     how many decoder steps a batch may have beside 1, see `with_few_sizes`; () = any number up to `parallel`.
     """
 
     num_nodes: int
@@ -60,6 +61,7 @@ class Plan:
     branch: int = 0
     propagate: str = "hold"
     refresh: int = 0
+    sizes: tuple[int, ...] = ()
     per_picture: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -84,6 +86,8 @@ class Plan:
             raise ValueError(f"propagate must be one of {', '.join(PROPAGATIONS)}; got {self.propagate!r}")
         if self.refresh < 0:
             raise ValueError(f"refresh must be at least 0 input blocks; got {self.refresh}")
+        if any(size < 1 for size in self.sizes):
+            raise ValueError(f"sizes must be at least 1 decoder step per batch; got {self.sizes}")
 
     @property
     def plain(self) -> bool:
@@ -104,16 +108,34 @@ class Plan:
             if i not in shallow:
                 while stop < min(i + most, self.num_nodes) and stop not in keys and stop not in shallow:
                     stop += 1
+            if self.sizes:
+                stop = i + max(size for size in (1, *self.sizes) if size <= stop - i)
             yield Batch(range(i, stop), Work.FULL if i in keys else Work.SHALLOW if i in shallow else Work.DECODER)
             i = stop
 
     def settings(self) -> dict[str, Any]:
-        """What results depend on, as JSON values: all but `parallel`."""
+        """What results depend on, as JSON values: all but `parallel` and `sizes`."""
         if self.plain:
             return {"keys": None}
         return {"keys": [*self.keys], "propagate": self.propagate} | {
             name: value for name, value in (("shallow", [*self.shallow]), ("branch", self.branch),
                                             ("refresh", self.refresh)) if value}
+
+
+SIZES = 2       # of decoder batches beside 1 that a plan is cut into at most
+CALLS = 5       # decoder calls that a size must save
+
+
+def with_few_sizes(plan: Plan, most: int) -> Plan:
+    """The plan with decoder batches of at most `most` nodes, of few different sizes.
+
+    The first batch of each size in a process is slow: the libraries below prepare their kernels for its shapes. So a
+    size must save at least CALLS calls of the decoder; what is left of a group is decoded node by node, in batches of
+    the size that the plain run has.
+    """
+    choices = (sizes for n in range(SIZES + 1) for sizes in combinations(range(2, most + 1), n))
+    cuts = (replace(plan, parallel=max(sizes, default=1), sizes=sizes) for sizes in choices)
+    return min(cuts, key=lambda cut: sum(1 for _ in cut.batches()) + CALLS * len(cut.sizes))
 
 
 def check_blocks(plan: AnyPlan, blocks: int) -> None:

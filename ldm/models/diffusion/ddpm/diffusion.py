@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm.network import DiffusionWrapper
-from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guidance, Guided
+from ldm.models.diffusion.denoiser import (
+    Conditional,
+    ConditionedNetwork,
+    Conditioning,
+    Denoiser,
+    Guidance,
+    Guided,
+)
 from ldm.modules.diffusionmodules.process import ForwardProcess, at
 from ldm.modules.diffusionmodules.util import make_beta_schedule
 from ldm.modules.ema import LitEma
@@ -183,27 +190,30 @@ class DDPM(ForwardProcess):
         return self.model.decode(self.model.encode(x, t, cond), t, cond)
 
     def denoiser(self, cond: ConditionLike = None, uncond: ConditionLike = None,
-                 guidance: Guidance | float = 1.0, tome: float = 0.0) -> Denoiser:
+                 guidance: Guidance | float = 1.0, tome: float = 0.0,
+                 network: ConditionedNetwork | None = None) -> Denoiser:
         """The network under a condition, with classifier-free guidance (arXiv 2207.12598) unless its scale is 1.
 
         Args:
             cond, uncond: conditions of the same number of images, in any published form.
             guidance: eps = eps_uncond + scale * (eps_cond - eps_uncond); a `Guidance`, or its scale alone.
             tome: share of tokens that the network merges for self-attention; see `UNetModel.encode`.
+            network: predicts in the place of the model's own, and may use that.
 
         Raises:
             ValueError: guidance is asked for without uncond.
         """
+        network = self.model if network is None else network
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         cond = self.conditioning(cond)
         if guidance.scale == 1.0:
-            return Conditional(self.model, self.model.project(cond), self.parameterization, tome)
+            return Conditional(network, self.model.project(cond), self.parameterization, tome)
         if uncond is None:
             raise ValueError(f"uncond: guidance scale {guidance.scale} needs an unconditional conditioning; got None")
         both = self.model.project(Conditioning.cat(self.conditioning(uncond), cond))
         conditional = both.images(slice(both.batch // 2, None))
-        return Guided(Conditional(self.model, both, self.parameterization, tome), guidance,
-                      Conditional(self.model, conditional, self.parameterization, tome))
+        return Guided(Conditional(network, both, self.parameterization, tome), guidance,
+                      Conditional(network, conditional, self.parameterization, tome))
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:

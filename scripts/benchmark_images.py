@@ -1,0 +1,118 @@
+"""Seconds per image of scripts/txt2img.py, each run in a new process: the first image and further ones.
+
+    python scripts/benchmark_images.py
+    python scripts/benchmark_images.py --images 1 --rows off faster-diffusion faster-diffusion@1 auto:9
+    python scripts/benchmark_images.py -- --config configs/CONFIG.yaml --ckpt MODEL.safetensors --steps 20
+
+A row is PLAN or PLAN@PARALLEL, as --plan and --parallel of txt2img.py take them. The rows take turns, a new process
+each, so that what else the machine does meets all of them. A process makes some batches of images one after the other:
+the first is what a user waits for who starts the script once, and pays for all that is done for the first time; the
+median of the others is the steady state. Time is that of sampling, from the text to the image, without the start of
+Python and the loading of the model. Printed are medians over the processes, and the first row's time as a multiple of
+each other row's. All options after -- go to txt2img.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ldm.cli import BadInput, Parser, command, number
+
+SCRIPT = Path(__file__).resolve().with_name("txt2img.py")
+ROWS = ["off", "faster-diffusion"]
+# (seconds per image of the first batch, and of a further one) of each process
+Times = list[tuple[float, float]]
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    whole = number(int, 1, math.inf, "a whole number from 1")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"(default: {' '.join(ROWS)})")
+    parser.add_argument("--images", nargs="+", type=whole, default=[1, 4, 16], metavar="N",
+                        help="images in a batch (default: 1 4 16)")
+    parser.add_argument("--further", type=whole, default=3, metavar="N",
+                        help="batches of a process after its first (default: 3)")
+    parser.add_argument("--repeats", type=whole, default=5, metavar="N", help="processes of each row (default: 5)")
+    parser.add_argument("--json", metavar="FILE", help="also write all times")
+    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="for txt2img.py")
+    return parser.parse_args(argv)
+
+
+def flags(row: str) -> list[str]:
+    """A row as arguments of txt2img.py."""
+    plan, _, parallel = row.partition("@")
+    return ["--plan", plan, *(["--parallel", parallel] if parallel else [])]
+
+
+def one_process(row: str, images: int, further: int, options: Sequence[str]) -> tuple[float, float]:
+    """Seconds per image of the first batch of a new process, and the median of its further ones.
+
+    Raises:
+        BadInput: txt2img.py refuses the row or the options, or fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = [sys.executable, str(SCRIPT), *options, *flags(row), "--n_samples", str(images), "--n_iter",
+               str(further + 1), "--outdir", folder, "--skip_grid"]
+        done = subprocess.run(run, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["it said nothing"]
+            raise BadInput(f"--rows {row}: {said[-1]}")
+        lines = (Path(folder) / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines[::images]]     # the images of a batch say the same
+    return seconds[0], statistics.median(seconds[1:])
+
+
+def measure(args: argparse.Namespace, images: int) -> dict[str, Times]:
+    """All processes of every row, in turn."""
+    times: dict[str, Times] = {row: [] for row in args.rows}
+    for _ in range(args.repeats):
+        for row in times:
+            times[row].append(one_process(row, images, args.further, args.options))
+    return times
+
+
+def table(images: int, times: Mapping[str, Times]) -> str:
+    """The medians of one batch size, and the first row's as multiples of the others'."""
+    medians = {row: [statistics.median(column) for column in zip(*each, strict=True)] for row, each in times.items()}
+    (base, plain), *others = medians.items()
+    width = max(map(len, [*medians, *(f"{base} / {row}" for row, _ in others)])) + 2
+    lines = [f"{f'images: {images}':{width}}{'first, s':>10}{'further, s':>12}"]
+    lines += [f"{row:{width}}{first:>10.3f}{further:>12.3f}" for row, (first, further) in medians.items()]
+    lines += [f"{f'{base} / {row}':{width}}{plain[0] / first:>10.2f}{plain[1] / further:>12.2f}"
+              for row, (first, further) in others]
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ldm.files import atomic_write
+    from ldm.measure.timing import machine
+
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise BadInput(f"--json: {Path(args.json).absolute().parent}: no such directory")
+    about = machine()
+    print(f"{about['processor']}, {about['instructions']}, {about['threads']} threads, torch {about['torch']}; seconds "
+          f"per image, medians of {args.repeats} processes; further: median of {args.further} batches")
+    results = {}
+    for images in args.images:
+        results[images] = measure(args, images)
+        print("\n" + table(images, results[images]), flush=True)
+    if args.json:
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(about | {"options": args.options, "seconds": results}, indent=1) + "\n",
+                                 encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command("benchmark_images.py", lambda: run(arguments(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
