@@ -37,7 +37,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     [
         *(f"{DM}/openaimodel.py", f"{M}/encoders/modules.py", "ldm/models/autoencoder.py"),
         *(f"{D}/loop.py", f"{D}/memory.py", f"{D}/spread.py", "ldm/memory.py"),
-        f"{D}/compiled.py",
+        *(f"{D}/compiled.py", f"{D}/warm_up.py"),
         f"{M}/packed.py",
     ],
     [f"{D}/calibration.py"],

@@ -242,5 +242,8 @@ def test_auto_takes_what_memory_allows(files, tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemAvailable:  3000 kB\n")
     monkeypatch.setattr("ldm.memory.MEMINFO", meminfo)
-    assert main(command(files, tmp_path / "out")) == 0
-    assert read_manifest(tmp_path / "out" / "manifest.jsonl")[0]["parallel"] == 5
+    for steps in ("25", "26"):
+        assert main(command(files, tmp_path / "out", "--steps", steps)) == 0
+    entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
+    # Of a group of 24 and one of 25; at most 5 fit.
+    assert [entry["parallel"] for entry in entries] == [4, 4, 5, 5]

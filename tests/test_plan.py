@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.models.diffusion.plan import Plan, Work
+from ldm.models.diffusion.plan import CALLS, SIZES, Plan, Work, with_few_sizes
 from ldm.models.diffusion.plans import load_plan, plan_names
 
 FASTER_50 = (0, 1, 2, 3, 5, 10, 15, 25, 35)
@@ -85,6 +85,27 @@ def test_batches_cover_every_node_once(n, data):
     assert list(chain.from_iterable(batch.nodes for batch in batches)) == list(range(n))
     assert max(len(batch.nodes) for batch in batches) <= plan.parallel
     assert tuple(i for i, work in enumerate(plan.works()) if work is Work.FULL) == plan.keys
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(1, 60), most=st.integers(1, 30), data=st.data())
+def test_few_sizes_are_worth_their_first_calls(n, most, data):
+    plan = data.draw(plans(n))
+    cut = with_few_sizes(plan, most)
+    lengths = [len(batch.nodes) for batch in cut.batches()]
+    assert cut.works() == plan.works() and cut.settings() == plan.settings()
+    assert {*lengths} <= {1, *cut.sizes} and len(cut.sizes) <= SIZES and max(lengths) <= min(cut.parallel, most)
+    assert len(lengths) + CALLS * len(cut.sizes) <= n, "never more than one by one"
+    assert len(lengths) + CALLS * len(cut.sizes) <= min(
+        sum(sum(divmod(len(group.nodes), size)) for group in Plan(n, plan.keys, n).batches()) + CALLS * (size > 1)
+        for size in range(1, most + 1)), "never more than with any one size"
+
+
+def test_the_published_plan_is_cut_into_fives():
+    cut = with_few_sizes(load_plan("faster-diffusion", 50), 24)
+    assert [len(batch.nodes) for batch in cut.batches()] == [1] * 5 + [5] * 9
+    assert with_few_sizes(load_plan("off", 50), 24).sizes == with_few_sizes(load_plan("uniform:3", 50), 1).sizes == ()
+    assert with_few_sizes(load_plan("deepcache:3", 50), 24).sizes == ()
 
 
 @pytest.mark.parametrize("name", plan_names())
@@ -210,6 +231,11 @@ def test_bad_plans_say_why(keys, parallel, why):
 def test_shallow_nodes_that_can_not_be_are_named(shallow, wrong):
     with pytest.raises(ValueError, match=rf"1\.\.9 and no key nodes; got {wrong}"):
         Plan(10, (0, 1), shallow=shallow)
+
+
+def test_a_batch_has_nodes():
+    with pytest.raises(ValueError, match=r"sizes must be at least 1 decoder step per batch; got \(4, 0\)"):
+        Plan(50, (0,), sizes=(4, 0))
 
 
 def test_a_run_has_nodes():

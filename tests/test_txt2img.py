@@ -19,6 +19,7 @@ from txt2img_model import SCRIPT, main, write_model
 from ldm.checkpoint import load_config, load_model
 from ldm.generate import prompt_items, read_manifest, subject_seed
 from ldm.images import from_pil, psnr, read_png
+from ldm.models.diffusion.ddpm import DiffusionWrapper
 from ldm.models.diffusion.plans import load_plan
 from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
@@ -302,8 +303,11 @@ def test_skip_save_and_skip_grid(call, tmp_path, capsys):
 
 # Plain beside accelerated
 
+COMPARE = ("--compare", "--prompt", "a dog face", "--n_samples", "2", "--plan", "0,3")
+
+
 def test_compare_shows_both_with_cost_and_distance(call, tmp_path, capsys):
-    assert call("--compare", "--n_samples", "2", "--plan", "0,3") == 0
+    assert call(*COMPARE) == 0
     out = capsys.readouterr().out
     entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
     plain, fast = entries[:2], entries[2:]
@@ -312,22 +316,146 @@ def test_compare_shows_both_with_cost_and_distance(call, tmp_path, capsys):
     assert [e["seed"] for e in plain] == [e["seed"] for e in fast]
     shown = [torch.stack([from_pil(Image.open(tmp_path / "out" / e["file"])) for e in part])
              for part in (plain, fast)]
-    assert f"mean {psnr(*shown).mean():.1f} dB" in out
-    assert f"UNet MACs {plain[0]['unet_macs'] / fast[0]['unet_macs']:.2f}" in out
-    assert re.search(r"plain / accelerated: time [\d.]+, UNet time [\d.]+", out)
+    assert "no third column: auto plans need a calibration of this model for ddim with 5 nodes" in out
+    gmac = [e["unet_macs"] / 1e9 for e in (plain[0], fast[0])]
+    assert re.search(rf"^plain( +\d+\.\d{{3}}){{3}} +{gmac[0]:.2f}$", out, re.M)
+    distance = psnr(*shown)
+    assert re.search(rf"^0,3( +\d+\.\d{{3}}){{3}} +{gmac[1]:.2f}  {distance.mean():.1f} dB, {distance.min():.1f} dB$",
+                     out, re.M)
+    assert re.search(rf"^plain / 0,3( +\d+\.\d\d){{3}} +{gmac[0] / gmac[1]:.2f}$", out, re.M)
     (sheet,) = (tmp_path / "out").glob("compare-*.png")
     assert Image.open(sheet).size[0] == 2 + 2 * (192 + 2)
+
+
+def test_a_second_comparison_says_what_it_did_not_measure(call, tmp_path, capsys):
+    assert call(*COMPARE) == 0
     before = snapshot(tmp_path)
-    assert call("--compare", "--n_samples", "2", "--plan", "0,3") == 0
+    capsys.readouterr()
+    assert call(*COMPARE) == 0
     assert snapshot(tmp_path) == before
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^(?:plain|0,3) +found, not measured +\d+\.\d\d", out, re.M)) == 2 and "--again" in out
+    assert re.search(r"^plain / 0,3 +\d+\.\d\d$", out, re.M), "of the MACs alone"
+
+
+def test_again_makes_the_same_pictures_and_measures_them(call, tmp_path, capsys):
+    assert call(*COMPARE) == 0
+    before, shown = snapshot(tmp_path), [pixels(path) for path in pictures(tmp_path).values()]
+    capsys.readouterr()
+    assert call(*COMPARE, "--again") == 0
+    out = capsys.readouterr().out
+    assert "not measured" not in out and "4 pictures (4 made, 0 found)" in out
+    files = pictures(tmp_path)
+    assert all((old == pixels(path)).all() for old, path in zip(shown, files.values(), strict=True))
+    after = snapshot(tmp_path)
+    assert after.keys() == before.keys()
+    assert all(before[f"out/samples/{name}"][0] < after[f"out/samples/{name}"][0] for name in files)
+    entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
+    assert sorted(e["file"] for e in entries) == [f"samples/{name}" for name in files], "one line each"
+    assert all(read_png(tmp_path / "out" / e["file"])[2].items() <= e.items() for e in entries), "of the last time"
+
+
+def test_methods_take_turns_warmed_up_and_nothing_else_is_timed(call, monkeypatch):
+    from ldm.sampling import engine
+
+    happened, timing = [], []
+    warm_up, make, timed, unet_macs = Engine.warm_up, Engine.__call__, engine.timed, engine.unet_macs
+
+    def note(kind, real):
+        return lambda self, items, *rest: (happened.append((kind, self.plan.plain, len(items))),
+                                           real(self, items, *rest))[1]
+
+    def watched(call, device):
+        timing.append(True)
+        result = timed(call, device)
+        timing.pop()
+        return result
+
+    def count(*given):
+        assert not timing, "MACs are counted while a picture is timed"
+        return unet_macs(*given)
+
+    monkeypatch.setattr(Engine, "warm_up", note("warm", warm_up))
+    monkeypatch.setattr(Engine, "__call__", note("make", make))
+    monkeypatch.setattr(engine, "timed", watched)
+    monkeypatch.setattr(engine, "unet_macs", count)
+    assert call(*COMPARE, "--from-file", "missing") == 2 and happened == []
+    assert call("--compare", "--prompt", "an owl", "--n_samples", "2", "--n_iter", "2", "--plan", "0,3") == 0
+    assert happened == [("warm", True, 2), ("warm", False, 2), *[("make", True, 2), ("make", False, 2)] * 2]
+
+
+@pytest.mark.parametrize("flags", ["--plan 0,3", "--plan 0,3 --parallel 1", "--plan deepcache:2", "--plan online:0.1",
+                                   "--plan uniform:2 --guidance-reuse", "--plan 0,3 --guidance-interval 0,500"])
+def test_warming_up_computes_every_shape_of_a_run_twice(call, monkeypatch, flags):
+    computed: list[tuple[str, int, int]] = []
+
+    def spied(name, real):
+        return lambda self, x, *rest: (computed.append((name, len(x), len(getattr(x, "skips", ())))),
+                                       real(self, x, *rest))[1]
+
+    for name in ("encode", "encode_outer", "advance", "decode"):
+        monkeypatch.setattr(DiffusionWrapper, name, spied(name, getattr(DiffusionWrapper, name)))
+    warm_up, make, warmed = Engine.warm_up, Engine.__call__, []
+
+    def noted(self, items, first_calls):
+        known, start = {*first_calls}, len(computed)
+        seconds = warm_up(self, items, first_calls)
+        met = computed[start:]
+        assert all(met.count(shape) == 2 for shape in met)
+        warmed.append((self, {*met}))
+        assert seconds >= 0 and known <= {*first_calls}
+        return seconds
+
+    def made(self, items):
+        start = len(computed)
+        result = make(self, items)
+        (shapes,) = (shapes for engine, shapes in warmed if engine is self)
+        assert {*computed[start:]} == shapes
+        return result
+
+    monkeypatch.setattr(Engine, "warm_up", noted)
+    monkeypatch.setattr(Engine, "__call__", made)
+    assert call("--compare", "--prompt", "an owl", "--n_samples", "1", *flags.split()) == 0
+    assert len(warmed) == 2
+
+
+def test_what_a_first_call_costs_is_taken_from_the_first_of_the_process(text_to_image):
+    engine, first_calls = text_to_image("0,3", parallel=2), {("decode", 4, 4): 1000.0}
+    assert 1000 <= engine.warm_up(ITEMS[:1], first_calls) < 2000 and first_calls["decode", 4, 4] == 1000
+    assert {key[0] for key in first_calls} == {"encode", "decode", "rest"}
+
+
+def test_without_a_prompt_a_comparison_shows_those_that_ship_with_the_model(files, call, tmp_path):
+    prompts = files[1].with_name("prompts.txt")
+    prompts.write_text("\n".join(f"picture {k}" for k in range(9)))
+    try:
+        assert call("--compare", "--plan", "0,3", "--n_samples", "3", "--steps", "4") == 0
+        assert call("--n_samples", "1", "--steps", "4", "--skip_grid") == 0
+    finally:
+        prompts.unlink()
+    entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
+    assert [e["prompt"] for e in entries if e["keys"] is None] == [f"picture {k}" for k in range(8)]
+    assert [e["batch"] for e in entries[:-1]] == [3] * 12 + [2] * 4 and entries[-1]["prompt"].startswith("a red heart")
+
+
+def test_a_grid_keeps_the_order_of_the_items_whatever_was_found(call, tmp_path):
+    grids = []
+    for _ in range(2):
+        assert call("--n_samples", "1", "--n_iter", "3", "--n_rows", "3") == 0
+        (grid,) = (tmp_path / "out").glob("grid-*.png")
+        grids.append(pixels(grid))
+        grid.unlink()
+        next(iter(pictures(tmp_path).values())).unlink()
+    assert (grids[0] == grids[1]).all()
 
 
 def test_how_many_decoder_steps_share_a_batch(call, tmp_path):
-    runs = {"--seed 1 --n_samples 1": 128, "--seed 2 --n_samples 2": 64,
-            "--seed 3 --n_samples 1 --scale 1": 256,
-            "--seed 4 --n_samples 1 --H 32": 64, "--seed 5 --n_samples 1 --parallel 3": 3}
+    """50 steps of one group: as many as are faster, in batches of one size."""
+    runs = {"--seed 1 --n_samples 1": 24, "--seed 2 --n_samples 2": 10, "--seed 3 --n_samples 1 --scale 1": 25,
+            "--seed 4 --n_samples 1 --H 32": 10, "--seed 5 --n_samples 1 --parallel 3": 3,
+            "--seed 6 --n_samples 1 --H 96 --W 128": 1}
     for arguments in runs:
-        assert call("--skip_grid", "--device", "cpu", *arguments.split()) == 0
+        assert call("--skip_grid", "--device", "cpu", "--plan", "0", "--steps", "50", *arguments.split()) == 0
     entries = {e["seed"][0]: e["parallel"] for e in read_manifest(tmp_path / "out" / "manifest.jsonl")}
     assert list(entries.values()) == list(runs.values())
 
@@ -373,5 +501,5 @@ def test_help_answers_at_once():
     assert time.perf_counter() - began < 3
     published = "prompt from-file outdir steps ddim_steps ddim_eta n_iter n_samples n_rows H W C f scale " \
         "seed fixed_code config ckpt precision device skip_grid skip_save repeat plms dpm".split()
-    new = "sampler plan parallel noise-weight noise-below noise-order compare weights".split()
+    new = "sampler plan parallel noise-weight noise-below noise-order compare weights again".split()
     assert all(re.search(rf"--{flag}\b", done.stdout) for flag in published + new)

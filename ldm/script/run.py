@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,14 +212,15 @@ def make_all(results: Mapping[str, Result], engines: Mapping[str, Engine], items
             if args.compare and any(result.first_calls is None for result in results.values()):
                 warm_up(results, engines, items, batch, processes)
 
-        streams = []
+        streams = {}
         for label, engine in engines.items():
             engine.on_node = on_node
-            streams.append(stream(results[label], engine, items, args, batch, processes, first_make))
-        for made in zip(*streams, strict=True):
-            for result, one in zip(results.values(), made, strict=True):
-                result.add(one, keep)
-                images.update()
+            streams[label] = stream(results[label], engine, items, args, batch, processes, first_make)
+        for _ in range(0, len(items), batch):
+            for label, pictures in streams.items():
+                for made in islice(pictures, batch):
+                    results[label].add(made, keep)
+                    images.update()
 
 
 def stream(result: Result, engine: Engine, items: Sequence[Item], args: argparse.Namespace, batch: int,
