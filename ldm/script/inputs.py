@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ldm.arguments import MOST, PROMPT, SHOWN, Files
 from ldm.class_names import Names, read_names
 from ldm.cli import BadInput, blame
-from ldm.script.setup import Setup, make_setup, model_files, picture_size
+from ldm.script.model_files import model_files
+from ldm.script.setup import Setup, make_setup, picture_size
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
 if TYPE_CHECKING:
