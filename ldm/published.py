@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,10 +11,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ldm.files import FileError, file_sha256, read_yaml
+from ldm.kinds import TEXT, check, number, optional
 from ldm.util import PROJECT_ROOT
 from ldm.weight_file import CheckpointError, weight_format
 
 MANIFEST = PROJECT_ROOT / "models" / "published.yaml"
+KINDS = dict.fromkeys(("about", "config", "licence", "path"), TEXT) | {
+    "gb": optional(number("a positive number", sys.float_info.min)), "sha256": optional(TEXT)}
 
 
 class ManifestError(ValueError):
@@ -35,12 +38,10 @@ class Published:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        for field in ("about", "config", "licence", "path", "sha256"):
-            value = getattr(self, field)
-            if not (isinstance(value, str) or (field == "sha256" and value is None)):
-                raise ManifestError(f"{self.name}: {field} must be text; got {value!r}")
-        if self.gb is not None and not (type(self.gb) in (int, float) and 0 < self.gb < math.inf):
-            raise ManifestError(f"{self.name}: gb must be a positive number; got {self.gb!r}")
+        try:
+            check(f"{self.name}: ", vars(self), KINDS)
+        except ValueError as error:
+            raise ManifestError(str(error)) from error
         if not self.urls or not all(map(_is_address, self.urls)):
             raise ManifestError(f"{self.name}: urls must be http or https addresses; got {list(self.urls)}")
         if Path(self.path).is_absolute() or ".." in Path(self.path).parts:

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ldm.files import atomic_write, file_sha256  # noqa: F401  (their former place)
+from ldm.typed import fits, in_words
 
 INSTALLED_FILES = Path(__file__).resolve().parent / "_project"     # where setup.py puts the folders beside ldm
 # From here paths such as models/ldm/emoji64/config.yaml start, in a checkout as in an installation.
@@ -81,16 +83,36 @@ def instantiate_from_config(config: Mapping[str, Any], allow: Iterable[str] = ()
     Raises:
         ConfigError: no target, a target that is not allowed, or arguments that it does not take.
     """
+    cls, params = _class_and_params(config, allow)
+    return cls(**params)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Whether the config and its parts (`..._config`) describe objects of this project, as far as that can be told
+    without building them.
+
+    Raises:
+        ConfigError: see `instantiate_from_config`.
+    """
+    _, params = _class_and_params(config, ())
+    for key, value in params.items():
+        if key.endswith("_config") and isinstance(value, Mapping) and "target" in value:
+            check_config(value)
+
+
+def _class_and_params(config: Mapping[str, Any], allow: Iterable[str]) -> tuple[type, dict[str, Any]]:
     if not isinstance(config, Mapping):
         raise ConfigError(f"config: expected a mapping with 'target' and 'params'; got {config!r}")
     if config.get("target") is None:
         keys = ", ".join(map(str, config)) or "none"
         raise ConfigError(f"config: 'target' is missing; its keys are: {keys}")
-    target, params = config["target"], config.get("params") or {}
+    target, params = config["target"], config.get("params")
     cls = get_obj_from_str(target, allow)
     if not inspect.isclass(cls):
         raise ConfigError(f"target: {target!r} is a function; a config can only build a class")
-    params = {str(key): value for key, value in params.items()}
+    if not isinstance(params, Mapping | None):
+        raise ConfigError(f"params of target {target!r}: expected {in_words(Mapping)}; got {params!r}")
+    params = {str(key): value for key, value in (params or {}).items()}
     signature = _signature(cls)
     try:
         # Bound before the call, so that a TypeError from inside the constructor stays what it is.
@@ -98,7 +120,11 @@ def instantiate_from_config(config: Mapping[str, Any], allow: Iterable[str] = ()
     except TypeError as error:
         raise ConfigError(f"params of target {target!r}: {error}; "
                           f"accepted: {', '.join(signature.parameters)}") from error
-    return cls(**params)
+    hints = _hints(cls)
+    for key, value in params.items():
+        if key in hints and not fits(value, hints[key]):
+            raise ConfigError(f"params of target {target!r}: {key}: expected {in_words(hints[key])}; got {value!r}")
+    return cls, params
 
 
 def _signature(cls: type) -> inspect.Signature:
@@ -111,6 +137,15 @@ def _signature(cls: type) -> inspect.Signature:
     names = {p.name for p in own}
     rest = [p.replace(kind=p.KEYWORD_ONLY) for p in _signature(cls.__mro__[1]).parameters.values()]
     return inspect.Signature([*own, *(p for p in rest if p.name not in names)])
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a constructor's arguments, of its bases' too; those that Python can tell."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        with suppress(NameError, TypeError, AttributeError):
+            hints |= get_type_hints(vars(base).get("__init__", base.__init__))
+    return hints
 
 
 def find_file(path: str | Path) -> Path:

@@ -32,9 +32,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def weights_of(args: argparse.Namespace) -> dict[str, Tensor]:
-    from omegaconf import OmegaConf
-
-    from ldm.checkpoint import read_checkpoint
+    from ldm.checkpoint import load_config, read_checkpoint
     from ldm.training.export import normalized_first_stage, sampling_weights
 
     source = Path(args.source)
@@ -46,7 +44,7 @@ def weights_of(args: argparse.Namespace) -> dict[str, Tensor]:
         return state
     weights = sampling_weights(read_checkpoint(source / "last.ckpt"))
     if args.normalize:
-        return normalized_first_stage(OmegaConf.load(source / "config.yaml"), weights)
+        return normalized_first_stage(load_config(source / "config.yaml"), weights)
     return weights
 
 

@@ -258,7 +258,7 @@ def test_a_callback_named_by_published_checkpoints_does_no_harm(tmp_path):
 # Configs
 
 @pytest.mark.parametrize("text, why", [
-    ("a: [", "not a YAML"), ("- 1", "no model.target"), ("a: 1", "no model.target"), ("", "no model.target"),
+    ("a: [", "not YAML"), ("- 1", "no model.target"), ("a: 1", "no model.target"), ("", "no model.target"),
     ("model: {params: {}}", "no model.target")])
 def test_what_is_not_a_config_is_refused_in_one_line(tmp_path, text, why):
     (tmp_path / "c.yaml").write_text(text)
@@ -267,6 +267,64 @@ def test_what_is_not_a_config_is_refused_in_one_line(tmp_path, text, why):
     assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="config"):
         load_config(tmp_path / "missing.yaml")
+
+
+PLAIN = "model: {target: torch.nn.Identity}"
+
+
+@pytest.mark.parametrize("text, why", [
+    ("sampling: true", "sampling must be a mapping; got True"),
+    ("sampling: {scale: true}", "sampling.scale must be a finite number; got"),
+    ("sampling: {scale: high}", "sampling.scale must be a finite number; got"),
+    ("data: {path: '${oc.env:HOME}'}", "data.path: an interpolation, '${oc.env:HOME}'; write the value itself"),
+    ("data: [1, {a: '${model.target}'}]", "data.1.a: an interpolation"), ("seed: ???", "seed: no value"),
+    ("a: '${'", "(a: an interpolation|not a YAML config)"), ("a: &a [1]\nb: [*a, *a]", None),
+    ("a: " + "[" * 200 + "]" * 200, "nested deeper"), ("a: " + "[" * 100_000, "not YAML"),
+    ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "\n".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [{','.join('*' + chr(97 + i) for _ in range(10))}]" for i in range(9)),
+     "more than 20000000 values")])
+def test_a_config_is_data(tmp_path, text, why):
+    """Nothing of the machine gets into it, and what is too much is told before it is made."""
+    (tmp_path / "c.yaml").write_text(f"{PLAIN}\n{text}\n")
+    if why is None:
+        assert load_config(tmp_path / "c.yaml").b == [[1], [1]]
+        return
+    with pytest.raises(ConfigError, match=why.replace("$", r"\$").replace("{", r"\{")) as error:
+        load_config(tmp_path / "c.yaml")
+    assert str(error.value).startswith(f"{tmp_path / 'c.yaml'}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model", ["true", "[1]", "???", "x", "{target: [1]}", "{target: ???}", "{target: true}",
+                                   "{target: torch.nn.Identity, params: true}", "'${oc.env:HOME}'",
+                                   "{target: torch.nn.Linear, params: {in_features: true, out_features: 1}}"])
+def test_a_model_of_another_kind(tmp_path, model):
+    (tmp_path / "c.yaml").write_text(f"model: {model}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert str(error.value).startswith(f"{tmp_path / 'c.yaml'}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("timesteps", [-5, 0, 10 ** 13])
+def test_a_number_of_timesteps_has_bounds(tmp_path, config, timesteps):
+    changed = OmegaConf.load(config)
+    changed.model.params.timesteps = timesteps
+    OmegaConf.save(changed, tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match=f"params.timesteps must be a whole number in 1..100000; got {timesteps}"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_number_of_layers_has_bounds(tmp_path, config):
+    changed = OmegaConf.load(config)
+    changed.model.params.unet_config.params.num_res_blocks = 10 ** 9
+    OmegaConf.save(changed, tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match="a model of more than 10000 tensors"):
+        checkpoint.unmade_model(tmp_path / "c.yaml")
+
+
+def test_every_published_config_is_read():
+    from ldm.published import load_manifest
+    for path in {model.config for model in load_manifest().values()}:
+        load_config(ROOT / path)
 
 
 def test_building_to_load_draws_no_random_numbers(tmp_path, config):
@@ -309,7 +367,7 @@ def test_what_the_file_leaves_out_and_nothing_reads_is_zero(tmp_path, monkeypatc
             self.text_projection = nn.Parameter(torch.empty(2, 2))
 
     monkeypatch.setattr(checkpoint.model, "instantiate_from_config", lambda config: Text())
-    (tmp_path / "c.yaml").write_text("model: {target: Text}")
+    (tmp_path / "c.yaml").write_text("model: {target: torch.nn.Identity}")
     model = load_model(tmp_path / "c.yaml", write(tmp_path / "m.safetensors", {"weight": torch.ones(2)}))
     assert torch.equal(model.text_projection, torch.zeros(2, 2)) and model.weight.sum() == 2
 

@@ -432,8 +432,8 @@ def test_bad_arguments(manifest, capsys, args, why):
     ({"md5": "1"}, "m: unknown md5; known: about"), ({"licence": None}, "m: without licence"),
     ({"urls": ["http://[::1"]}, "m: urls must be http"), ({"urls": ["https://"]}, "m: urls must be http"),
     ({"urls": [7]}, "m: urls must be http"), ({"urls": ["https://a b"]}, "m: urls must be http"),
-    ({"path": ["a"]}, "m: path must be text"), ({"about": {"a": 1}}, "m: about must be text"),
-    ({"licence": 3}, "m: licence must be text"), ({"sha256": 12}, "m: sha256 must be text"),
+    ({"path": ["a"]}, "m: path must be a text"), ({"about": {"a": 1}}, "m: about must be a text"),
+    ({"licence": 3}, "m: licence must be a text"), ({"sha256": 12}, "m: sha256 must be a text"),
     ({"gb": True}, "m: gb must be a positive number"), ({"gb": "4"}, "m: gb must be"), ({"gb": -1}, "m: gb must be"),
     ({"gb": float("nan")}, "m: gb must be")])
 def test_a_manifest_with_a_fault_is_refused(tmp_path, change, why):

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from ldm.files import atomic_write
-from ldm.util import ConfigError, find_file, get_obj_from_str, instantiate_from_config
+from ldm.typed import fits, in_words
+from ldm.util import ConfigError, check_config, find_file, get_obj_from_str, instantiate_from_config
 
 
 def test_builds_what_a_config_names():
@@ -68,10 +71,46 @@ def test_bad_configs_say_why(config, why):
 
 
 def test_an_error_inside_a_constructor_is_not_disguised():
-    params = {"in_features": "2", "out_features": 3}
-    with pytest.raises(TypeError) as error:
-        instantiate_from_config({"target": "torch.nn.Linear", "params": params})
+    params = {"in_channels": 2, "out_channels": 3, "kernel_size": 1, "groups": 5}
+    with pytest.raises(ValueError, match="divisible by groups") as error:
+        instantiate_from_config({"target": "torch.nn.Conv2d", "params": params})
     assert not isinstance(error.value, ConfigError)
+
+
+@pytest.mark.parametrize("change, why", [
+    ({"timesteps": True}, "timesteps: expected a whole number; got True"),
+    ({"timesteps": 1000.5}, "timesteps: expected a whole number; got 1000.5"),
+    ({"timesteps": "1000"}, "timesteps: expected a whole number; got '1000'"),
+    ({"scale_factor": float("nan")}, "scale_factor: expected a number; got nan"),
+    ({"scale_by_std": "no"}, "scale_by_std: expected true or false; got 'no'"),
+    ({"conditioning_key": ["crossattn"]}, "conditioning_key: expected text or null; got"),
+    ({"parameterization": None}, "parameterization: expected text; got None"),
+    ({"first_stage_config": True}, "first_stage_config: expected a mapping; got True"),
+    ({"given_betas": [0.1, "x"]}, "given_betas: expected a list or null; got"),
+    ({"unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                      "params": {"channel_mult": True}}}, "UNetModel.*(missing|channel_mult)")])
+def test_a_value_of_another_kind_is_named(change, why):
+    stage = {"target": "torch.nn.Identity"}
+    config = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+              "params": {"first_stage_config": stage, "cond_stage_config": stage, "unet_config": stage}}
+    check_config(config)
+    config["params"] |= change
+    for check in (check_config, instantiate_from_config):
+        if check is check_config or "unet_config" not in change:
+            with pytest.raises(ConfigError, match=why):
+                check(config)
+
+
+@pytest.mark.parametrize("value, hint, good", [
+    (1, float, True), (True, float, False), (True, int, False), (1, bool, False), ("a", str, True), (None, str, False),
+    ([1, 2], Sequence[int], True), ([1, "a"], Sequence[int], False), ("ab", Sequence[str], False),
+    ((1, 2), tuple[int, int], True), ({"a": 1}, Mapping[str, int], True), ([], Mapping[str, int], False),
+    (None, int | None, True), ("x", int | None, False), ("a", Literal["a", "b"], True), ("c", Literal["a", "b"], False),
+    (OmegaConf.create([1, 2]), Sequence[int], True), (OmegaConf.create({"a": 1}), Mapping[str, int], True),
+    (object(), Any, True), (float("inf"), float, False), (1.0, int, False), (10 ** 40, int, True)])
+def test_which_values_fit_an_annotation(value, hint, good):
+    assert fits(value, hint) is good
+    assert in_words(hint)
 
 
 def test_a_missing_dependency_is_not_called_a_missing_target(tmp_path, monkeypatch):

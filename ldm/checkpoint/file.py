@@ -47,6 +47,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return plain_names(path, state_dict_in(path, read_pickle(path, zipped=kind == "zip")))
 
 
+def check_weights(path: str | Path) -> None:
+    """Whether `read_checkpoint` can begin: quick, since no tensor is read.
+
+    Raises:
+        FileNotFoundError: no such file. CheckpointError: no checkpoint, or a folder that lacks a part.
+    """
+    for file in part_files(Path(path)).values() if Path(path).is_dir() else [path]:
+        weight_format(file)
+
+
 def plain_names(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict without what wrappers of a training add to its names: "module." (parallel training) before every
     one, "_orig_mod." (a compiled module) anywhere.

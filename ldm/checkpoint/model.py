@@ -8,17 +8,35 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from yaml import YAMLError
 
 from ldm.checkpoint.file import read_checkpoint
 from ldm.checkpoint.fill import choose_weights, fill
-from ldm.checkpoint.messages import one_line
-from ldm.util import ConfigError, instantiate_from_config
+from ldm.files import FileError, read_config
+from ldm.kinds import MAPPING, NUMBER, check, whole
+from ldm.util import ConfigError, check_config, instantiate_from_config
 
 log = logging.getLogger(__name__)
+
+
+MOST_TENSORS = 10_000       # of a model; the largest of this family has some 3,000
+MOST_TIMESTEPS = 100_000
+
+
+class Bounded(TorchFunctionMode):
+    """A config can ask for any number of layers; building more than a model has ends with a ConfigError."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.tensors += func is torch.empty
+        if self.tensors > MOST_TENSORS:
+            raise ConfigError(f"the config describes a model of more than {MOST_TENSORS} tensors; see its numbers of "
+                              f"blocks and layers")
+        return func(*args, **(kwargs or {}))
 
 
 class _Unmade(TorchFunctionMode):
@@ -41,19 +59,41 @@ class _Unmade(TorchFunctionMode):
 def load_config(path: str | Path) -> Any:
     """A model's YAML config as an OmegaConf mapping: `model` (target and params) and what stands beside it.
 
+    It is data: interpolations (${...}), which could read the environment, are refused; published configs have none.
+
     Raises:
         FileNotFoundError: no such file.
-        ConfigError: not YAML, or without `model.target`.
+        ConfigError: not YAML, without `model.target`, or with a value of another kind than its place takes.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; expected a model's .yaml config")
     try:
-        config = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not a YAML config: {one_line(error)}") from error
-    if not OmegaConf.is_dict(config) or OmegaConf.select(config, "model.target") is None:
+        config = read_config(path)
+    except FileError as error:
+        raise ConfigError(str(error)) from error
+    plain = OmegaConf.to_container(config, resolve=False)
+    model = plain.get("model") if isinstance(plain, dict) else None
+    if not isinstance(model, dict) or "target" not in model:
         raise ConfigError(f"{path}: not a model's config: it has no model.target")
+    try:
+        _check_values(plain)
+        check("", plain, {"sampling": MAPPING})
+        check("sampling.", plain.get("sampling", {}), {"scale": NUMBER})
+        check_config(model)
+        check("model.params.", model.get("params") or {}, {"timesteps": whole(1, MOST_TIMESTEPS)})
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return config
+
+
+def _check_values(value: Any, place: str = "") -> None:
+    """Raise ConfigError for values that OmegaConf would not take as they stand."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_values(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, str) and ("${" in value or value == "???"):
+        what = "no value (???)" if value == "???" else f"an interpolation, {value!r}"
+        raise ConfigError(f"{place}: {what}; write the value itself")
 
 
 def unmade_model(config_path: str | Path) -> nn.Module:
@@ -67,7 +107,7 @@ def unmade_model(config_path: str | Path) -> nn.Module:
     config = OmegaConf.to_container(load_config(config_path).model, resolve=True)
     if config.get("params", {}).get("unet_config") is not None:
         config["params"]["use_ema"] = False
-    with _Unmade():
+    with Bounded(), _Unmade():
         return instantiate_from_config(config)
 
 

@@ -29,6 +29,7 @@ from ldm.modules.packed import pack
 from ldm.noise import ImageNoise
 from ldm.sampling.canvas import Canvas
 from ldm.sampling.conditions import Condition
+from ldm.typed import fits
 
 Ran = tuple[list[Work], list[float]]    # what ran at each node of a run, and the nodes' timesteps
 
@@ -63,12 +64,14 @@ class Sizes:
         try:
             first, unet = params["first_stage_config"], params["unet_config"]["params"]
             dd = (first.get("params") or {}).get("ddconfig")
+            if dd is not None and not fits(dd["ch_mult"], Sequence[int]):
+                raise ValueError(f"ddconfig: ch_mult: expected a list of whole numbers; got {dd['ch_mult']!r}")
             factor = 1 if dd is None else dd.get("patch_size", 1) * 2 ** (len(dd["ch_mult"]) - 1)
             multiple = factor * 2 ** (len(unet.get("channel_mult", (1, 2, 4, 8))) - 1)
             return Sizes(params["channels"], factor, multiple, params["image_size"] * factor)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not the config of a latent diffusion model: {config.get('target')} "
-                             f"with params {', '.join(params)}") from error
+            why = f"without {getattr(error, 'key', error)}" if isinstance(error, KeyError) else f"in which {error}"
+            raise ValueError(f"not the config of a latent diffusion model: {config.get('target')} {why}") from error
 
 
 def usual_scale(config: Mapping[str, Any]) -> float:

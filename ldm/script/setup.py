@@ -69,7 +69,7 @@ def make_setup(args: argparse.Namespace, default: Files | None = None, processes
 
 def read_setup(config_path: Path, ckpt: Path, device: torch.device, processes: Processes = ALONE) -> Setup:
     """What the files say."""
-    from ldm.checkpoint import load_config
+    from ldm.checkpoint import check_weights, load_config
     from ldm.diagnosis import stated_prediction
     from ldm.sampling.engine import Sizes
 
@@ -80,6 +80,8 @@ def read_setup(config_path: Path, ckpt: Path, device: torch.device, processes: P
     if stated not in (None, says):
         raise BadInput(f"--config: its parameterization is {says}; the network in {ckpt} predicts {stated}, its "
                        f"scheduler says")
+    with blame("--ckpt"):
+        check_weights(ckpt)
     return Setup(config_path, ckpt, config, sizes, device, processes)
 
 
@@ -117,7 +119,8 @@ def without_weights(config: Any) -> nn.Module:
     """A part of the model, built from its part of the config."""
     import torch
 
+    from ldm.checkpoint import Bounded
     from ldm.util import instantiate_from_config
 
-    with blame("--config", (ValueError, OSError, TypeError, KeyError)), torch.device("meta"):
+    with blame("--config", (ValueError, OSError, TypeError, KeyError)), torch.device("meta"), Bounded():
         return instantiate_from_config(config)
