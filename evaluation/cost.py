@@ -42,29 +42,29 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="of the latents (default: the config's)")
     parser.add_argument("--batch", type=count, default=2,
                         help="latents per evaluation; guidance makes 2 of one picture (default: 2)")
-    parser.add_argument("--tokens", type=count, default=77,
-                        help="of the context, for a UNet that takes one (default: 77)")
+    parser.add_argument("--tokens", type=count,
+                        help="of the context, for a UNet that takes one (default: what the config's encoder reads)")
     return parser.parse_args(argv)
 
 
-def read_unet(path: str | Path) -> tuple[dict[str, Any], int]:
-    """The UNet's config, and the side of the latents that the model was trained with."""
+def read_unet(path: str | Path) -> tuple[dict[str, Any], int, int | None]:
+    """The UNet's config, the side of the latents that the model was trained with, and the tokens of its context."""
     from omegaconf import OmegaConf
 
     from ldm.checkpoint import load_config
+    from ldm.cost import context_tokens
 
     params = OmegaConf.to_container(load_config(path).model, resolve=True).get("params") or {}
     if "unet_config" not in params:
         raise ValueError(f"{path}: not the config of a diffusion model: no unet_config")
-    return params["unet_config"], params.get("image_size", 0)
+    return params["unet_config"], params.get("image_size", 0), context_tokens(params)
 
 
-def counts(unet: Mapping[str, Any], size: Sequence[int], batch: int, tokens: int) -> dict[str, Macs]:
+def counts(unet: Mapping[str, Any], size: Sequence[int], batch: int, tokens: int | None) -> dict[str, Macs]:
     """Of one evaluation, by convention."""
     from ldm.cost import CONVENTIONS, unet_macs
 
-    length = tokens if unet["params"].get("context_dim") is not None else None
-    return {name: unet_macs(unet, size, batch, length, convention=name) for name in CONVENTIONS}
+    return {name: unet_macs(unet, size, batch, tokens, convention=name) for name in CONVENTIONS}
 
 
 def published(unet: Mapping[str, Any], size: Sequence[int], batch: int, plan: Plan) -> int | None:
@@ -120,11 +120,12 @@ def run(args: argparse.Namespace) -> None:
                     raise BadInput(f"--plan: {spec} decides during a run; its cost is not known before")
                 plans[f"{spec}, {steps} steps"] = plan
     with blame("--config"):
-        unet, side = read_unet(args.config)
-    size = args.size or [side, side]
+        unet, side, tokens = read_unet(args.config)
+    size, tokens = args.size or [side, side], tokens and (args.tokens or tokens)
     with blame("--config, --size", (ValueError, TypeError, KeyError)):
-        units = counts(unet, size, args.batch, args.tokens)
-    print(f"{args.config}: UNet on {args.batch} latents of {size[0]} x {size[1]}\n")
+        units = counts(unet, size, args.batch, tokens)
+    print(f"{args.config}: UNet on {args.batch} latents of {size[0]} x {size[1]}"
+          + (f", {tokens} tokens\n" if tokens else "\n"))
     print("\n".join(node_table(units, plans)), end="\n\n")
     paper = {label: published(unet, size, args.batch, plan) for label, plan in plans.items()}
     print("\n".join(run_table(units, plans, paper)))

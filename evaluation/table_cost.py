@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.plan import AnyPlan
 
 WARM_UP = 2             # as the released code: two calls before the one that is timed
-CLASS_TOKENS, TEXT_TOKENS = 1, 77
 SECONDS = Kind("a list of numbers >= 0, one or more", lambda value: isinstance(value, list) and bool(value) and all(
     number("", 0).holds(entry) for entry in value))
 NEEDED = {"seconds": SECONDS, "seconds_unet": SECONDS, "memory": optional(number("a number of bytes", 0)),
@@ -38,23 +37,19 @@ ALSO = {"config": TEXT, "parallel": whole(1), "torch": TEXT, "protocol": MAPPING
 # Counted
 
 @lru_cache
-def unit_of(config: Path, data: str, size: int, guided: bool, tome: float) -> Macs:
+def unit_of(config: Path, size: int, guided: bool, tome: float) -> Macs:
     """MACs of one prediction of a picture, in the paper's count.
 
     Args:
-        data: kind of the protocol's data. size: of the picture, in pixels.
-        guided: the network sees every latent twice. tome: share of tokens merged.
+        size: of the picture, in pixels. guided: the network sees every latent twice. tome: share of tokens merged.
     """
     from ldm.checkpoint import load_config
     from ldm.cost import unet_macs
     from ldm.sampling.engine import Sizes
 
     model = load_config(config).model
-    text = (model.params.get("cond_stage_config") or {}).get("params") or {}
-    tokens = CLASS_TOKENS if data == "classes" else text.get("max_length", text.get("max_seq_len", TEXT_TOKENS))
-    unet, side = read_unet(config)[0], size // Sizes.of(model).factor
-    context = None if unet["params"].get("context_dim") is None else tokens
-    return unet_macs(unet, (side, side), 2 if guided else 1, context, tome, "paper")
+    (unet, _, tokens), side = read_unet(config), size // Sizes.of(model).factor
+    return unet_macs(unet, (side, side), 2 if guided else 1, tokens, tome, "paper")
 
 
 def plan_of(row: Row, protocol: Protocol, ckpt: Path) -> AnyPlan:
@@ -85,7 +80,7 @@ def gflops(row: Row, protocol: Protocol, config: Path, ckpt: Path) -> float | No
     from ldm.models.diffusion.plan import Plan, check_blocks
 
     plan = plan_of(row, protocol, ckpt)
-    unit = unit_of(config, protocol.data["kind"], protocol.size, protocol.guidance != 1, row.tome or 0.0)
+    unit = unit_of(config, protocol.size, protocol.guidance != 1, row.tome or 0.0)
     check_blocks(plan, len(unit.outer) - 1)
     return unit.run(plan) / 1e9 if isinstance(plan, Plan) else None
 

@@ -55,7 +55,8 @@ class Found:
         of = {"weights": next(iter(self.weights), None), "protocol": self.job.protocol.name if self.cells else None}
         if result is not None:
             of |= {"n": result.protocol["n"], "protocol_sha256": result.samples.get("protocol_sha256")}
-        return Filled(self.job.row, self.cells, "; ".join(self.remarks), self.unlike, of)
+        model = self.job.ckpt.parent.name if self.cells and self.job.args.world != "coco" else ""
+        return Filled(self.job.row, self.cells, "; ".join(self.remarks), self.unlike, of, model)
 
 
 def fill(job: Job, columns: Sequence[str], make_it: bool) -> Found:

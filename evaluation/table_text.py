@@ -29,6 +29,7 @@ class Filled:
     cells:  by column; remark: in words, why some are empty.
     unlike: columns in which ours is of something else than the paper's number.
     of:     what the cells are of: `OF`, as far as there is such.
+    model:  that made them, where it is not the paper's.
     """
 
     row: Row
@@ -36,6 +37,15 @@ class Filled:
     remark: str = ""
     unlike: Collection[str] = ()
     of: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
+
+    @property
+    def name(self) -> str:
+        """The row's; with the model that made its numbers, where the paper's are of another."""
+        if not self.model:
+            return self.row.name
+        return f"{self.model} (paper: {self.row.group}): {self.row.label}" if self.row.group else (
+            f"{self.model}: {self.row.label}")
 
     def value(self, name: str) -> float | None:
         return self.cells[name][0] if name in self.cells else None
@@ -99,7 +109,7 @@ def values(sheet: Sheet) -> list[list[str]]:
         head += [ours, "paper" if ours == theirs else f"paper ({theirs})", *(["difference"] if compared else [])]
     body = []
     for filled in sheet.rows:
-        line = [filled.row.name]
+        line = [filled.name]
         for name in sheet.columns:
             column = COLUMNS[name]
             line += [cell(filled.cells.get(name), column), number(filled.row.paper.get(name), column)]
@@ -118,7 +128,7 @@ def changes(sheet: Sheet) -> list[list[str]]:
         plain = sheet.plain_of(filled)
         if plain is None:
             continue
-        line = [filled.row.name]
+        line = [filled.name]
         for name in sheet.columns:
             line += [change(filled.value(name), plain.value(name), COLUMNS[name]),
                      change(filled.row.paper.get(name), plain.row.paper.get(name), COLUMNS[name])]
@@ -178,6 +188,6 @@ def csv_text(sheet: Sheet) -> str:
             like = filled.papers(name)
             line += [value, *(interval or (None, None)), filled.row.paper.get(name),
                      None if None in (value, like) else value - like]
-        writer.writerow([sheet.table.name, sheet.world, filled.row.name, plain.row.name if plain else "",
+        writer.writerow([sheet.table.name, sheet.world, filled.name, plain.name if plain else "",
                          *(filled.of.get(name) for name in OF), *line, filled.remark])
     return out.getvalue()

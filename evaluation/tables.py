@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from evaluation.table_text import Sheet
 
 TIMED = 5
-COUNTED = ("GFLOPs are MACs of the UNet in the paper's count (fvcore's: one product of attention; norms and upsampling "
-           "by element), two predictions a step where there is guidance; neither first stage nor text encoder.")
+COUNTED = ("GFLOPs, the paper's word, are GMAC of the UNet in its count (fvcore's: one product of attention; norms and "
+           "upsampling by element), two predictions a step where there is guidance; neither first stage nor text "
+           "encoder. All other GMAC of this project are in the exact count; evaluation/cost.py prints both.")
 INSTEAD = ", other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score"
 
 
@@ -141,8 +142,8 @@ def other_world(jobs: Sequence[Job]) -> str:
     """What the emoji world's numbers are of; where only one measure is another the heads say it."""
     names = ", ".join(dict.fromkeys(job.protocol.name for job in jobs))
     measures = INSTEAD if any({"fid", "clip_score"} <= job.quality().heads().keys() for job in jobs) else ""
-    return (f"World emoji: another model{measures}; rows are named as in the paper, each run with {names} at its own "
-            f"guidance.")
+    return (f"World emoji: another model{measures}; a row that begins with its name was run with it in the place of "
+            f"the paper's, at the guidance of {names}.")
 
 
 def not_compared(found: Sequence[Found], columns: Sequence[str], heads: Mapping[str, str]) -> list[str]:

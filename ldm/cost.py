@@ -19,6 +19,8 @@ from ldm.models.diffusion.plan import AnyPlan, Work
 from ldm.modules.diffusionmodules.features import Features
 from ldm.util import instantiate_from_config
 
+TEXT_TOKENS = 77    # of CLIP, and of our text encoders unless a config says otherwise
+
 
 @dataclass(frozen=True)
 class Macs:
@@ -121,6 +123,25 @@ def count_macs(call: Callable[[], Any], convention: str = "exact") -> int:
             sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops() // 2
+
+
+def context_tokens(params: Mapping[str, Any]) -> int | None:
+    """Tokens of the context that a model's UNet attends to; None for a UNet without cross-attention.
+
+    A class is one token; of a text there are as many as its encoder reads, whatever the prompt.
+
+    Args:
+        params: of the `model` part of a config.
+    """
+    if params["unet_config"]["params"].get("context_dim") is None:
+        return None
+    conditioner = params.get("cond_stage_config")
+    if not isinstance(conditioner, Mapping):        # a marker such as __is_first_stage__
+        return TEXT_TOKENS
+    if conditioner["target"].rpartition(".")[2] == "ClassEmbedder":
+        return 1
+    reads = conditioner.get("params") or {}
+    return reads.get("max_length", reads.get("max_seq_len", TEXT_TOKENS))
 
 
 def unet_macs(unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int = 1,

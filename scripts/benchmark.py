@@ -42,7 +42,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(EMOJI), metavar="YAML", help="of the model (default: emoji64)")
     parser.add_argument("--size", nargs=2, type=side, metavar=("H", "W"), help="of latents (default: the config's)")
-    parser.add_argument("--tokens", type=count, default=77, help="of the context, if there is one (default: 77)")
+    parser.add_argument("--tokens", type=count,
+                        help="of the context, if there is one (default: what the config's encoder reads)")
     parser.add_argument("--batch", nargs="+", type=count, default=[1], metavar="N",
                         help="pictures at a time; guidance doubles them (default: 1)")
     parser.add_argument("--steps", type=step_count, default=10, help="of DDIM (default: 10)")
@@ -109,7 +110,7 @@ def latent_size(args: argparse.Namespace, params: Mapping[str, Any]) -> tuple[in
 def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> dict[str, Any]:
     """All rows for one batch size, with what belongs to them."""
 
-    from ldm.cost import unet_macs
+    from ldm.cost import context_tokens, unet_macs
     from ldm.measure.peer import diffusers_peer
     from ldm.measure.subject import Subject, random_network
     from ldm.measure.timing import alternate, matrix_product, peak_memory, seconds_of, shares
@@ -119,9 +120,10 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     params = read_params(args.config)
     size, network = latent_size(args, params), random_network(params)
     unet = diffusers_peer(params, network) if args.against else None
-    tokens = None if network.diffusion_model.context_dim is None else args.tokens
+    tokens = context_tokens(params)
+    tokens = tokens and (args.tokens or tokens)
     pack(network.diffusion_model, size, tokens)
-    subject = Subject.of(params, network, size, batch, args.tokens, args.steps)
+    subject = Subject.of(params, network, size, batch, tokens, args.steps)
     unit = unet_macs(network.diffusion_model, size, 2, tokens)
 
     product, operations = matrix_product()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import pytest
 
 from evaluation.cost import SD_V1, counts, main, published, read_unet
+from ldm.checkpoint import load_config, load_model
 from ldm.models.diffusion.plans import load_plan
+from ldm.sampling.conditions import Text
+from ldm.sampling.engine import Engine, Recipe, Sizes, Task
 
 EMOJI = "models/ldm/emoji64/config.yaml"
 
 
 @pytest.fixture(scope="module")
 def sd():
-    unet, side = read_unet(SD_V1)
-    return unet, counts(unet, (side, side), 2, 77)
+    unet, side, tokens = read_unet(SD_V1)
+    assert tokens == 77
+    return unet, counts(unet, (side, side), 2, tokens)
 
 
 @pytest.mark.parametrize("steps, plan, gflops", [(50, "off", 37050), (50, "faster-diffusion", 27350),
@@ -38,6 +42,23 @@ def test_prints_where_the_paper_differs(capsys):
     assert plain.split()[-2:] == ["37050", "+0.01%"]
     assert uniform.endswith("DIFFERS") and " 31011 " in uniform
     assert "37050" not in deepcache and not deepcache.endswith("%")
+
+
+@pytest.mark.parametrize("config, tokens", [
+    (EMOJI, 16), ("configs/latent-diffusion/cin256-v2.yaml", 1), ("models/ldm/celeba256/config.yaml", None),
+    ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", 77), ("models/ldm/layout2img-openimages256/config.yaml", 92)])
+def test_tokens_come_from_the_config(config, tokens):
+    assert read_unet(config)[2] == tokens
+
+
+def test_the_shipped_model_costs_what_its_runs_say(capsys):
+    """The exact count of cost.py is that of the engine, which knows the tokens by encoding a text."""
+    model, sizes = load_model(EMOJI, "models/ldm/emoji64/model.safetensors"), Sizes.of(load_config(EMOJI).model)
+    plan = load_plan("faster-diffusion", 50)
+    engine = Engine(model, sizes, Recipe(64, 64, scale=2.0), plan, Task(Text()))
+    assert main(["--config", EMOJI, "--plan", "faster-diffusion"]) == 0
+    printed = capsys.readouterr().out.partition("run, GMAC")[2].splitlines()[1].split()
+    assert printed[4] == f"{engine.unit.run(plan, images=[2] * 50) / 1e9:.1f}" == "16.9"
 
 
 def test_another_model_has_no_row_in_the_paper(capsys):

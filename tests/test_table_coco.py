@@ -457,12 +457,13 @@ def test_what_a_table_says_of_ftc_is_said_of_ftc():
 def test_what_is_said_of_the_emoji_world_is_of_its_protocol():
     args = tables.parser().parse_args(["table6", "--world", "emoji"])
     jobs = tables.jobs_of(load_table("table6"), args)
-    measures = "another model, other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score; rows"
+    measures = "another model, other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score; a row"
     assert measures in tables.other_world(jobs)
     metrics = {"fid": ["inception-2015/clean"], "clip_score": ["hessel-b32"]}
     jobs = [replace(job, protocol=replace(job.protocol, metrics=metrics, name="mine")) for job in jobs]
     assert tables.other_world(jobs) == (
-        "World emoji: another model; rows are named as in the paper, each run with mine at its own guidance.")
+        "World emoji: another model; a row that begins with its name was run with it in the place of the paper's, at "
+        "the guidance of mine.")
 
 
 def test_nothing_of_the_emoji_world_is_like_the_papers():

@@ -59,7 +59,7 @@ def test_the_docs_repeat_what_the_files_say():
         parts = shown.rstrip().split("\n\n")
         assert {*notes(Sheet(table, "emoji", table.columns, []))} <= {*parts} and (
             parts[0] == f"### {title(Sheet(table, 'emoji', table.columns, []))}")
-        names = [row.name for row in table.rows_in("emoji")]
+        names = [Filled(row, model="" if row.missing else "emoji64").name for row in table.rows_in("emoji")]
         assert [line.split(" | ")[0].removeprefix("| ") for line in parts[1].splitlines()[2:]] == names
 
 
@@ -120,7 +120,7 @@ def test_every_row_that_can_be_run_is_counted(tmp_path, capfd):
     for name in ("table1", "table3", "table5"):
         assert tables.main([name, "--world", "emoji", "--gflops-only", "--runs", str(tmp_path)]) == 0
     out = capfd.readouterr().out
-    assert "| calibrated (9), held | 17.2 |" in out
+    assert "| emoji64: calibrated (9), held | 17.2 |" in out
 
 
 def test_gflops_only_needs_no_weights(tmp_path, capfd):
@@ -157,6 +157,13 @@ def test_another_model_is_not_set_against_the_papers_numbers():
     text = markdown(sheet("emoji"))
     assert "difference" not in text and "concept retrieval R@5 | paper (CLIP-score)" in text
     assert "| propagation without z_T | +1.50 | -0.04 |" in text
+
+
+def test_a_row_of_another_model_names_it():
+    plain, *_ = load_table("table1").rows
+    assert Filled(plain, model="emoji64").name == "emoji64 (paper: SD v1.5): DDIM"
+    assert Filled(plain).name == "SD v1.5: DDIM"
+    assert Filled(load_table("table6").rows[0], model="emoji64").name == "emoji64: plain"
 
 
 def test_csv():
@@ -218,7 +225,7 @@ def test_two_rows_of_the_shipped_model(made, capfd):
     plain, ours, other = text.splitlines()[4:7]
     distance, share = r"\d+\.\d\d \(-?\d+\.\d\d to \d+\.\d\d\)", r"\d\.\d{3} \(0\.\d{3} to \d\.\d{3}\)"
     for name, line in (("plain", plain), ("ours", ours)):
-        assert re.match(rf"\| {name} \| {distance} \|  \| {share} \|  \| \d", line)
+        assert re.match(rf"\| emoji64: {name} \| {distance} \|  \| {share} \|  \| \d", line)
     assert other.endswith("| no such model |") and (
         "R@5, efficientnet-lite0, torch-antialias: N = 2 pictures of emoji64/model" in text)
     runs = [path.parent for path in sorted((Path(argv[6]) / "emoji64-2").rglob("manifest.jsonl"))]
@@ -322,7 +329,7 @@ def test_a_row_that_cant_be_run_does_not_hide_what_others_have(made, tmp_path, c
     for more in (["--show"], ["--rows", "1", "--timed", "0"]):
         assert tables.main([str(file), *argv[1:], *more]) == 0
         good, bad = capfd.readouterr().out.splitlines()[4:6]
-        assert re.match(r"\| good \| \d+\.\d\d \(.*\) \|  \| \d+\.\d \|  \|  \|$", good)
+        assert re.match(r"\| emoji64: good \| \d+\.\d\d \(.*\) \|  \| \d+\.\d \|  \|  \|$", good)
         assert bad.startswith("| bad |  |  |  |  | TABLE: bad: auto plans need a calibration of this model")
 
 

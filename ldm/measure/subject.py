@@ -36,7 +36,7 @@ class Subject:
     steps: int
 
     @staticmethod
-    def of(params: Mapping[str, Any], network: DiffusionWrapper, size: tuple[int, int], batch: int, tokens: int,
+    def of(params: Mapping[str, Any], network: DiffusionWrapper, size: tuple[int, int], batch: int, tokens: int | None,
            steps: int) -> Subject:
         unet, generator = network.diffusion_model, torch.Generator().manual_seed(0)
         x = torch.randn(batch, unet.in_channels, *size, generator=generator)
