@@ -227,13 +227,14 @@ def begin(args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Prompt
     return folder, engine
 
 
-def make(folder: RunFolder, engine: Engine, process: Process) -> tuple[int, int]:
-    """This process's share of the pictures: how many were made, and how many were there."""
+def make(folder: RunFolder, engine: Engine, process: Process) -> tuple[int, int, int]:
+    """This process's share of the pictures: how many were made, how many were there, and how many were made again in
+    the place of files that were damaged or changed."""
     from tqdm import tqdm
 
     from ldm.generate import fill
 
-    fresh = found = 0
+    fresh = found = again = 0
     items, batch = folder.items, folder.card["batch"]
 
     def full(part: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
@@ -245,9 +246,9 @@ def make(folder: RunFolder, engine: Engine, process: Process) -> tuple[int, int]
     share = sum(len(items[k:k + batch]) for k in range(process.rank * batch, len(items), process.world_size * batch))
     with tqdm(total=share, desc=str(process), unit="image", disable=True if process.rank else None) as bar:
         for made in fill(folder, items, full, batch, process.rank, process.world_size):
-            fresh, found = fresh + made.fresh, found + (not made.fresh)
+            fresh, found, again = fresh + made.fresh, found + (not made.fresh), again + made.replaced
             bar.update()
-    return fresh, found
+    return fresh, found, again
 
 
 def verify(outdir: Path) -> None:
@@ -283,7 +284,7 @@ def run(argv: Sequence[str] | None) -> None:
     folder, engine = begin(args, protocol, prompts, setup, process)
     try:
         with blame("--precision" if engine.autocast else "--ckpt", (ValueError,)):
-            fresh, found = make(folder, engine, process)
+            fresh, found, again = make(folder, engine, process)
         complete = folder.finish()
         # Of several processes that find all there, those that made nothing leave it to the first.
         if complete and args.npz and (fresh or not process.rank):
@@ -291,8 +292,19 @@ def run(argv: Sequence[str] | None) -> None:
     except OSError as error:
         raise BadInput(f"--out: can't write to {folder.path}: {error.strerror or error}; what is there stays, and the "
                        f"same command goes on from there") from error
-    state = "complete" if complete else f"{folder.done()} of {len(folder.items)} pictures there"
-    print(f"{process}: {fresh} made, {found} found in {time.perf_counter() - began:.1f} s; {folder.path}: {state}")
+    changed = f" ({again} of them in the place of files that were damaged or changed)" if again else ""
+    print(f"{process}: {fresh} made{changed}, {found} found in {time.perf_counter() - began:.1f} s; {folder.path}: "
+          f"{'complete' if complete else unfinished_state(folder)}")
+
+
+def unfinished_state(folder: RunFolder) -> str:
+    """How far a run is that is not complete, in words."""
+    from evaluation.run_folder import some
+
+    there, others = folder.there()
+    state = f"{there} of {len(folder.items)} pictures there"
+    return f"{state}; not as they were made: {some(others)}; the part that made them makes them again" if others else \
+        state
 
 
 def main(argv: Sequence[str] | None = None) -> int:

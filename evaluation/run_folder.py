@@ -3,7 +3,7 @@
     run.json          the run card: protocol, method, weights, versions
     prompts.jsonl     what is pictured, in order
     samples/          ID-REPEAT.png
-    journal/          what each process made or found whole, and how; a line is written after its picture
+    journal/          what each process made, and how, with its SHA-256; a line is written before its picture
     manifest.jsonl    one line for each picture, in order, with its SHA-256; there once all are there
 
 Any number of processes write into it without talking to each other: each makes its own share, and whoever finds that
@@ -26,9 +26,9 @@ from PIL import Image
 from evaluation.protocol import identity
 from evaluation.selection import Prompt
 from ldm.arguments import LARGEST_SIDE, MOST
-from ldm.files import atomic_write, file_sha256
+from ldm.files import atomic_write, clean, file_sha256, parse_json_lines, read_bytes, read_json
 from ldm.generate import Item, Made, append_line, read_manifest
-from ldm.images import read_png, save_png
+from ldm.images import opened, png_bytes, read_png
 from ldm.kinds import MAPPING, TEXT, check, known, whole
 
 CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"
@@ -105,12 +105,13 @@ class RunFolder:
         self.journal = path / JOURNAL / f"{process}.jsonl"
         self.card = read_card(path)
         try:
-            content = (path / PROMPTS).read_bytes()
+            content = read_bytes(path / PROMPTS)
         except OSError as error:
             raise FolderError(f"{path / PROMPTS}: {error.strerror}") from error
         if self.card["protocol"]["prompts_sha256"] != hashlib.sha256(content).hexdigest():
             raise FolderError(f"{path / PROMPTS}: not the prompts of {CARD}; the file was changed")
-        lines = [json.loads(line) for line in content.splitlines()]
+        lines = [line for _, line in parse_json_lines(content.decode())]
+        self._refused: set[str] = set()
         self.items = make_items(lines, self.card["protocol"]["seed"], self.card["protocol"]["repeats"])
         self.settings = {"protocol": self.card["protocol_sha256"], "run": identity(decisive(self.card)),
                          "weights": self.card["weights"], "plan": self.card["plan"], **self.card["method"]}
@@ -134,6 +135,8 @@ class RunFolder:
         if differ := differences(there, card):
             raise FolderError(f"{path} holds another run; different: {some(differ)}; choose another folder")
         (path / JOURNAL).mkdir(exist_ok=True)
+        for folder in (path, path / SAMPLES):
+            clean(folder)
         return RunFolder(path, process)
 
     # A store
@@ -141,23 +144,28 @@ class RunFolder:
     def find(self, item: Item) -> Made | None:
         name = file_name(item)
         path = self.path / name
-        if not path.is_file():
+        if self._proven(name) is None:
+            self._refused |= {name} if path.exists() else set()
             return None
-        sha256 = file_sha256(path)
-        if sha256 not in self._listed.get(name, ()):     # a run stopped between the picture and its line; or damage
-            found = read_png(path)
-            if found is None or found[1] != item.settings() | self.settings:
-                return None
-            self._list(name, sha256, {})
         return Made(item, None, path, False, {})
 
     def save(self, item: Item, image: Image.Image, run: Mapping[str, Any]) -> Made:
         name = file_name(item)
         path = self.path / name
         # How long it took is not in the file: the same picture must be the same bytes.
-        save_png(path, image, item.settings() | self.settings)
-        self._list(name, file_sha256(path), run)
-        return Made(item, image, path, True, run)
+        content = png_bytes(image, item.settings() | self.settings)
+        self._list(name, hashlib.sha256(content).hexdigest(), run)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
+        return Made(item, image, path, True, run, name in self._refused)
+
+    def _proven(self, name: str) -> str | None:
+        """The hash of a picture that is the one that a process listed when it made it; None if it is not there, or
+        another."""
+        if name not in self._listed or not (self.path / name).is_file():
+            return None
+        sha256 = file_sha256(self.path / name)
+        return sha256 if sha256 in self._listed[name] else None
 
     @cached_property
     def _listed(self) -> dict[str, set[str]]:
@@ -165,7 +173,7 @@ class RunFolder:
         listed: dict[str, set[str]] = {}
         for journal in sorted((self.path / JOURNAL).glob("*.jsonl")):
             for entry in read_manifest(journal):
-                listed.setdefault(entry.get("file", ""), set()).add(entry.get("sha256", ""))
+                listed.setdefault(entry["file"], set()).add(str(entry.get("sha256")))
         return listed
 
     def _list(self, name: str, sha256: str, run: Mapping[str, Any]) -> None:
@@ -178,24 +186,23 @@ class RunFolder:
         """Write the manifest if every picture is there; whether it is."""
         self.__dict__.pop("_listed", None)      # the other processes' lines of the meantime
         names = [file_name(item) for item in self.items]
-        if any(name not in self._listed for name in names):
+        hashes = [self._proven(name) for name in names] if {*names} <= self._listed.keys() else [None]
+        if None in hashes:
             return False
-        hashes = (self._listed[name] for name in names)
-        # A picture that was damaged and made again has two.
-        lines = [{"file": name, "sha256": next(iter(of)) if len(of) == 1 else file_sha256(self.path / name),
-                  **item.settings()} for name, of, item in zip(names, hashes, self.items, strict=True)]
-        content = json_lines(lines)
+        content = json_lines([{"file": name, "sha256": sha256, **item.settings()}
+                              for name, sha256, item in zip(names, hashes, self.items, strict=True)])
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_bytes() != content:
             with atomic_write(self.path / MANIFEST) as temporary:
                 temporary.write_bytes(content)
-        for left in (self.path / SAMPLES).glob(".*"):      # half-written pictures of killed processes
-            if not left.is_dir():
-                left.unlink(missing_ok=True)
+        for folder in (self.path, self.path / SAMPLES):
+            clean(folder)
         return True
 
-    def done(self) -> int:
-        """How many pictures the processes listed."""
-        return sum(file_name(item) in self._listed for item in self.items)
+    def there(self) -> tuple[int, list[str]]:
+        """How many pictures are there as they were made; the names of those that are others."""
+        names = [file_name(item) for item in self.items]
+        proven = {name for name in names if self._proven(name)}
+        return len(proven), [name for name in names if name not in proven and (self.path / name).exists()]
 
     def faults(self) -> list[str]:
         """What is wrong with the folder, everything read again: nothing, if each picture is there, whole, once."""
@@ -230,30 +237,28 @@ class RunFolder:
         path = self.path / NPZ
         if self._npz_is_whole():
             return path
-        with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
-                header = {"descr": "|u1", "fortran_order": False, "shape": self._npz_shape()}
+        side = self.card["protocol"]["size"]
+        with atomic_write(path) as temporary:
+            with (zipfile.ZipFile(temporary, "w") as archive,
+                  archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream):
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.items), side, side, 3)}
                 np.lib.format.write_array_header_1_0(stream, header)
                 for levels in self._levels():
                     stream.write(levels.tobytes())
+            self._list(self._npz_of(), file_sha256(temporary), {})
         return path
 
-    def _npz_shape(self) -> tuple[int, int, int, int]:
-        side = self.card["protocol"]["size"]
-        return len(self.items), side, side, 3
+    def _npz_of(self) -> str:
+        """What the journals call the array of these pictures."""
+        return f"{NPZ} of {file_sha256(self.path / MANIFEST)}"
 
     def _npz_is_whole(self) -> bool:
-        try:
-            with zipfile.ZipFile(self.path / NPZ) as archive, archive.open("arr_0.npy") as stream:
-                np.lib.format.read_magic(stream)
-                shape, _, levels = np.lib.format.read_array_header_1_0(stream)
-                return (shape, levels) == (self._npz_shape(), np.uint8) and archive.testzip() is None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return False
+        path = self.path / NPZ
+        return path.is_file() and file_sha256(path) in self._listed.get(self._npz_of(), ())
 
     def _levels(self) -> Iterator[np.ndarray]:
         for item in self.items:
-            with Image.open(self.path / file_name(item)) as image:
+            with opened(self.path / file_name(item)) as image:
                 yield np.asarray(image)
 
 
@@ -270,7 +275,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     """
     path = folder / CARD
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = read_json(path)
         known("it", card, {*NEEDED}, {*card})
         check("", card, NEEDED)
         known("protocol", card["protocol"], {*ASKED}, {*card["protocol"]})

@@ -43,6 +43,16 @@ class FileError(ValueError):
     """A file that can't be read; the message is one line and begins with the file's name."""
 
 
+class NotAFile(OSError):
+    """What stands at a path is no regular file; the message is one line."""
+
+    def __init__(self, path: str | Path, found: str) -> None:
+        super().__init__(errno.EINVAL, f"{found}; expected a file", str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
 # Reading
 
 def kind(path: str | Path) -> str | None:
@@ -59,17 +69,17 @@ def check_regular(path: str | Path) -> None:
     """To be called before a file is opened.
 
     Raises:
-        OSError: nothing is there. FileError: no regular file.
+        OSError: nothing is there, or no regular file.
     """
     if found := kind(path):
-        raise FileError(f"{path}: {found}; expected a file")
+        raise NotAFile(path, found)
 
 
 def read_bytes(path: str | Path) -> bytes:
     """The content of a text file.
 
     Raises:
-        OSError: it is not there. FileError: no regular file, or a larger one than any text is.
+        OSError: it is not there, or no regular file. FileError: it is larger than any text is.
     """
     check_regular(path)
     if (size := os.stat(path).st_size) > MOST_BYTES:
@@ -227,7 +237,7 @@ def file_sha256(*paths: str | Path) -> str:
     """SHA-256 of the content of files, one after the other, hexadecimal.
 
     Raises:
-        OSError: one is not there. FileError: no regular file.
+        OSError: one is not there, or no regular file.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -259,7 +269,7 @@ def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
             yield temporary
         return
     if found:
-        raise OSError(errno.EINVAL, f"{found}; expected a file", str(path))
+        raise NotAFile(path, found)
     path = Path(os.path.realpath(path))
     if path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
@@ -349,7 +359,7 @@ def appending(path: str | Path) -> Iterator[IO[bytes]]:
     """A file opened to read it and to add lines; other processes that want to wait until the block ends.
 
     Raises:
-        OSError: it can't be opened. FileError: no regular file.
+        OSError: it can't be opened, or is no regular file.
     """
     if os.path.exists(path):
         check_regular(path)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
-from ldm.files import atomic_write
-from ldm.images import read_png, save_png
+from ldm.files import FileError, add_line, appending, atomic_write, clean, parse_json, read_bytes
+from ldm.images import find_png, save_png
 from ldm.parameters import parameters
 
 Settings = Mapping[str, Any]
@@ -63,6 +65,7 @@ class Made:
     path:  its file; None if it was not to be saved.
     fresh: made now, not found.
     run:   how it was made: seconds, device, ...
+    replaced: a file was in its place that is not the picture that was made: damaged, changed, or without a proof.
     """
 
     item: Item
@@ -70,6 +73,7 @@ class Made:
     path: Path | None
     fresh: bool
     run: Settings
+    replaced: bool = False
 
 
 def subject_items(subjects: Sequence[Settings], samples: int, seed: int, share_start: int | None = None,
@@ -211,31 +215,35 @@ class _Folder:
 
     def __init__(self, outdir: Path, settings: Settings, again: Sequence[Item] = ()):
         self.outdir, self.settings = outdir, dict(settings)
-        self.manifest = outdir / "manifest.jsonl"
+        manifest = outdir / "manifest.jsonl"
         self.again = {self._place(item)[0].relative_to(outdir).as_posix() for item in again}
-        entries = read_manifest(self.manifest)
-        kept = [entry for entry in entries if entry.get("file") not in self.again]
+        entries = read_manifest(manifest)
+        kept = [entry for entry in entries if entry["file"] not in self.again]
         if len(kept) < len(entries):
-            with atomic_write(self.manifest) as temporary:
+            with atomic_write(manifest) as temporary:
                 temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        self.listed = {entry.get("file") for entry in kept}
+        self.manifest = Manifest(manifest)
+        self.refused: set[Path] = set()
+        for folder in (outdir, outdir / "samples"):
+            clean(folder)
 
     def find(self, item: Item) -> Made | None:
         path, settings = self._place(item)
         if path.relative_to(self.outdir).as_posix() in self.again:
             return None
-        found = read_png(path)
-        if found is None or found[1] != settings:
+        found = find_png(path, settings)
+        if found is None:
+            self.refused |= {path} if path.exists() else set()
             return None
-        image, _, run = found
+        image, run = found
         self._list(path, settings, run)         # a run stopped between the picture and its line
         return Made(item, image, path, False, run)
 
     def save(self, item: Item, image: Image.Image, run: Settings) -> Made:
         path, settings = self._place(item)
-        save_png(path, image, settings, run, parameters(settings))
+        run = save_png(path, image, settings, run, parameters(settings))
         self._list(path, settings, run)
-        return Made(item, image, path, True, run)
+        return Made(item, image, path, True, run, path in self.refused)
 
     def _place(self, item: Item) -> tuple[Path, dict[str, Any]]:
         settings = item.settings() | self.settings
@@ -244,34 +252,51 @@ class _Folder:
         return self.outdir / "samples" / f"{name}.png", settings
 
     def _list(self, path: Path, settings: Settings, run: Settings) -> None:
-        file = path.relative_to(self.outdir).as_posix()
-        if file in self.listed:
+        self.manifest.add(path.relative_to(self.outdir).as_posix(), {**settings, **run})
+
+
+class Manifest:
+    """A file of JSON lines, one for each picture, however many processes add to it.
+
+    Raises:
+        OSError: it can't be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.seen = path, 0          # bytes of it that `add` has seen
+        self.files = {entry["file"] for entry in read_manifest(path)}
+
+    def add(self, file: str, entry: Settings) -> None:
+        """Add the picture's line, unless there is one."""
+        if file in self.files:
             return
-        append_line(self.manifest, {"file": file, **settings, **run})
-        self.listed.add(file)
+        with appending(self.path) as stream:
+            stream.seek(self.seen)
+            self.files |= {entry["file"] for entry in _entries(stream.read())}
+            if file not in self.files:
+                add_line(stream, json.dumps({"file": file, **entry}).encode())
+                self.files.add(file)
+            self.seen = stream.seek(0, os.SEEK_END)
 
 
 def append_line(path: Path, entry: Settings) -> None:
     """Add a line to a file of JSON lines."""
-    line = json.dumps(entry).encode() + b"\n"
-    with path.open("a+b") as stream:
-        if stream.tell() > 0:
-            stream.seek(-1, 2)
-            # A line that a crash cut off must not swallow this one.
-            line = line if stream.read(1) == b"\n" else b"\n" + line
-        stream.write(line)
+    with appending(path) as stream:
+        add_line(stream, json.dumps(entry).encode())
 
 
 def read_manifest(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a manifest; what a crash left of a line is skipped. No file, no entries."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
+    """The entries of a manifest, which name a file each; what a crash left of a line is skipped. No file, no entries.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    return _entries(read_bytes(path)) if Path(path).exists() else []
+
+
+def _entries(content: bytes) -> list[dict[str, Any]]:
     entries = []
-    for line in lines:
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [entry for entry in entries if isinstance(entry, dict)]
+    for line in content.split(b"\n"):
+        with suppress(FileError, UnicodeDecodeError):
+            entries.append(parse_json(line.decode()))
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file"), str)]

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from ldm.files import atomic_write
+from ldm.files import FileError, atomic_write, check_regular, parse_json
 
+# The formats that are read, with the endings of their files. Others may start programs: PostScript runs GhostScript.
+FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "BMP": (".bmp",), "GIF": (".gif",),
+           "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pbm")}
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+MOST_PIXELS = 1 << 26       # 8192 x 8192
 BACKGROUND = (255, 255, 255)
 INK = (32, 32, 32)
 GAP = 2
@@ -36,6 +45,35 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]      # each (H, W, 3)
 
 
+@contextmanager
+def opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
+    """A picture file of which the header has been read; what is raised in the block is said to be the file's fault,
+    for one that is damaged can fail in any way.
+
+    Raises:
+        OSError: no such file, or no regular one.
+        FileError: none of `FORMATS`, a damaged one, or one of more than `MOST_PIXELS`.
+    """
+    if isinstance(path, str | Path):
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file; expected a picture")
+        check_regular(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # there is a bound of our own
+            image = Image.open(path, formats=[*FORMATS])
+        with image:
+            if image.width * image.height > MOST_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            yield image
+    except UnidentifiedImageError:
+        raise FileError(f"{path}: not a picture that can be read; expected {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError as error:
+        raise FileError(f"{path}: a picture of more than {MOST_PIXELS} pixels: {error}") from None
+    except Exception as error:
+        raise FileError(f"{path}: a damaged picture: {' '.join(str(error).split())}") from error
+
+
 def open_picture(path: str | Path) -> Image.Image:
     """A picture file as 8-bit RGB, as a viewer shows it.
 
@@ -43,8 +81,9 @@ def open_picture(path: str | Path) -> Image.Image:
     an animation the first frame is taken.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a picture, a damaged one, or one of more than 16 bits per level.
+        OSError: no such file.
+        ValueError: not a picture, a damaged one, one of more than 16 bits per level, or one of 16 whose levels are
+            those of 8, so that it would be black.
     """
     image = _eight_bits(path)
     if image.mode == "RGBA":
@@ -56,13 +95,16 @@ def open_mask(path: str | Path) -> Tensor:
     """A mask file as ones, where it is brighter than middle grey, and zeros; (1, H, W).
 
     Raises:
-        FileNotFoundError, ValueError: see `open_picture`; also a mask with transparent parts, which may mean what
-            is to be painted as well as what is to stay.
+        OSError, ValueError: see `open_picture`; also a mask with transparent parts, which may mean what is to be
+            painted as well as what is to stay; and one without anything to paint, such as labels.
     """
     image = _eight_bits(path)
     if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
         raise ValueError(f"{path}: a mask with transparent parts; expected white where to paint, black elsewhere")
     levels = torch.from_numpy(np.array(image.convert("L")))                               # (H, W)
+    if (brightest := int(levels.max())) < 128:
+        raise ValueError(f"{path}: a mask that paints nothing: its brightest level is {brightest} of 255; expected "
+                         f"white where to paint")
     return (levels >= 128).float()[None]
 
 
@@ -70,7 +112,7 @@ def open_labels(path: str | Path) -> Tensor:
     """The class label of each pixel, (H, W) int64, from a picture whose levels or palette indices they are.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file.
         ValueError: not a picture, a damaged one, or one with colours.
     """
     image = _upright(path)
@@ -86,6 +128,9 @@ def _eight_bits(path: str | Path) -> Image.Image:
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"{path}: levels {levels.min()}..{levels.max()}; expected 8 or 16 bits per level")
+        if 0 < levels.max() <= 255:
+            raise ValueError(f"{path}: levels {levels.min()}..{levels.max()} in more than 8 bits, which is black; save "
+                             f"it with 8 bits per level")
         image = Image.fromarray((levels / 257).round().astype(np.uint8))
     elif image.mode == "F":
         raise ValueError(f"{path}: levels that are not whole numbers; expected 8 or 16 bits per level")
@@ -93,16 +138,9 @@ def _eight_bits(path: str | Path) -> Image.Image:
 
 
 def _upright(path: str | Path) -> Image.Image:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a picture")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not a picture that can be read") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: a damaged picture: {error}") from error
+    with opened(path) as image:
+        image.load()
+        return ImageOps.exif_transpose(image)
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -230,9 +268,9 @@ def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width
 
 # Settings inside the file
 
-def save_png(path: str | Path, image: Image.Image, settings: Mapping[str, Any],
-             run: Mapping[str, Any] | None = None, parameters: str | None = None) -> None:
-    """Write a picture with its settings; the file appears whole or not at all.
+def png_bytes(image: Image.Image, settings: Mapping[str, Any], run: Mapping[str, Any] | None = None,
+              parameters: str | None = None) -> bytes:
+    """The content of a PNG file with its settings.
 
     Args:
         settings: what the picture depends on, as JSON values: text `settings`.
@@ -246,15 +284,50 @@ def save_png(path: str | Path, image: Image.Image, settings: Mapping[str, Any],
     text.add_itxt("parameters", parameters)
     text.add_itxt("settings", json.dumps(settings))
     text.add_itxt("run", json.dumps(run))
+    content = io.BytesIO()
+    image.save(content, format="PNG", pnginfo=text)
+    return content.getvalue()
+
+
+def save_png(path: str | Path, image: Image.Image, settings: Mapping[str, Any],
+             run: Mapping[str, Any] | None = None, parameters: str | None = None) -> dict[str, Any]:
+    """Write a picture with its settings (see `png_bytes`); the file appears whole or not at all.
+
+    Returns:
+        `run` as the file has it: with a proof, by which `find_png` sees that nothing was changed.
+    """
+    run = dict(run or {})
+    run["proof"] = _proof(image, settings, run)
+    content = png_bytes(image, settings, run, parameters)
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=text)
+        temporary.write_bytes(content)
+    return run
+
+
+def _proof(image: Image.Image, settings: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """A hash of the picture's pixels, settings and run."""
+    digest = hashlib.sha256(json.dumps([image.size, settings, run], sort_keys=True).encode())
+    digest.update(image.convert("RGB").tobytes())
+    return digest.hexdigest()
+
+
+def find_png(path: str | Path, settings: Mapping[str, Any]) -> tuple[Image.Image, dict[str, Any]] | None:
+    """A picture and its run; None unless `save_png` wrote it with these settings, and it is still what was written."""
+    found = read_png(path)
+    if found is None or found[1] != settings:
+        return None
+    image, _, run = found
+    made = {key: value for key, value in run.items() if key != "proof"}
+    return (image, run) if run.get("proof") == _proof(image, settings, made) else None
 
 
 def read_png(path: str | Path) -> tuple[Image.Image, dict[str, Any], dict[str, Any]] | None:
-    """A picture with its settings and run as `save_png` wrote them; None if it is not such a picture."""
+    """A picture with its settings and run as `png_bytes` made them; None if it is not such a picture."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             image.load()
-            return image.convert("RGB"), json.loads(image.text["settings"]), json.loads(image.text["run"])
-    except (FileNotFoundError, UnidentifiedImageError, AttributeError, KeyError, ValueError, OSError):
+            settings, run = (parse_json(image.text[name]) for name in ("settings", "run"))
+            picture = image.convert("RGB")
+    except (OSError, FileError):
         return None
+    return (picture, settings, run) if isinstance(settings, dict) and isinstance(run, dict) else None

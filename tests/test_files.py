@@ -17,6 +17,7 @@ from ldm.files import (
     MOST_DEPTH,
     UNFINISHED,
     FileError,
+    NotAFile,
     add_line,
     appending,
     atomic_write,
@@ -64,11 +65,11 @@ def test_what_is_not_utf8_is_said(tmp_path, content):
 def test_only_files_are_read(tmp_path, read):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("fifo")
-    with pytest.raises(FileError, match="fifo: a FIFO"):
+    with pytest.raises(NotAFile, match="fifo: a FIFO; expected a file$"):
         read(tmp_path / "fifo")
-    with pytest.raises(FileError, match="link: a FIFO"):
+    with pytest.raises(NotAFile, match="link: a FIFO"):
         read(tmp_path / "link")
-    with pytest.raises(FileError, match="a folder"):
+    with pytest.raises(NotAFile, match="a folder"):
         read(tmp_path)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "nothing")
@@ -171,7 +172,7 @@ def test_a_device_gets_the_bytes_and_stays(tmp_path):
 
 
 def test_a_folder_is_refused_before_anything_is_made(tmp_path):
-    with pytest.raises(OSError, match="a folder; expected a file"), atomic_write(tmp_path):
+    with pytest.raises(NotAFile, match="a folder; expected a file"), atomic_write(tmp_path):
         pytest.fail("the block ran")
 
 
@@ -230,7 +231,7 @@ def test_two_processes_add_each_line_once(tmp_path):
 
 def test_lines_are_added_to_files_only(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(FileError, match="a FIFO"), appending(tmp_path / "fifo"):
+    with pytest.raises(NotAFile, match="a FIFO"), appending(tmp_path / "fifo"):
         pass
     with appending(tmp_path / "new") as stream:
         add_line(stream, json.dumps({"a": 1}).encode())

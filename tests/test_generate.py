@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.generate import Item, first_words, generate, prompt_items, read_manifest, subject_items
-from ldm.images import read_png
+from ldm.images import png_bytes, read_png
 
 ITEMS = prompt_items(["a red heart", "an \"owl\", näive\nstyle", "a cat"], samples=3, seed=42)
 SETTINGS = {"scale": 7.5, "keys": [0, 1, 2], "weights": "abc"}
@@ -49,7 +50,7 @@ def test_every_item_becomes_a_file_with_its_settings_and_a_line(tmp_path):
     assert len({m.path for m in made}) == 9
     for m in made:
         image, settings, how = read_png(m.path)
-        assert image.getpixel((0, 0)) == colour(m.item) and how == {"seconds": 0.5}
+        assert image.getpixel((0, 0)) == colour(m.item) and how["seconds"] == 0.5
         assert settings == m.item.settings() | SETTINGS
         words, place = first_words(m.item.caption), f"{m.item.prompt_index:05d}-{m.item.sample:03d}"
         assert m.path.name.startswith(f"{words}-42-{place}-")
@@ -64,9 +65,10 @@ def test_a_second_run_makes_nothing_and_touches_no_file(tmp_path):
     second, maker = run(tmp_path, batch=5)
     assert maker.batches == [] and state(tmp_path) == before
     assert [(m.item, m.path) for m in second] == [(m.item, m.path) for m in first]
-    assert not any(m.fresh for m in second) and second[3].run == {"seconds": 0.5}
+    assert not any(m.fresh for m in second) and second[3].run == first[3].run
 
 
+@settings(deadline=None)
 @given(stop=st.integers(0, 9), first=st.integers(1, 4), second=st.integers(1, 4))
 def test_a_killed_run_resumes_to_the_same_files(tmp_path_factory, stop, first, second):
     folder, whole = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("whole")
@@ -113,6 +115,50 @@ def test_a_file_is_only_trusted_if_its_own_settings_agree(tmp_path):
     made[0].path.replace(made[1].path)
     _, maker = run(tmp_path)
     assert maker.batches == [[ITEMS[0]], [ITEMS[1]]]
+
+
+@pytest.mark.parametrize("change", ["pixels", "run", "proof"])
+def test_a_picture_that_was_changed_is_made_again_and_said(tmp_path, change):
+    made, _ = run(tmp_path)
+    whole = made[3].path.read_bytes()
+    image, kept, how = read_png(made[3].path)
+    if change == "pixels":
+        image.putpixel((0, 0), (1, 2, 3))
+    how = {"run": how | {"seconds": "many"}, "proof": {"seconds": 0.5}}.get(change, how)
+    made[3].path.write_bytes(png_bytes(image, kept, how))
+    again, maker = run(tmp_path)
+    assert maker.batches == [[ITEMS[3]]] and [m.item for m in again if m.replaced] == [ITEMS[3]]
+    assert made[3].path.read_bytes() == whole and len(read_manifest(tmp_path / "manifest.jsonl")) == 9
+
+
+def test_two_equal_runs_at_once_list_each_picture_once(tmp_path):
+    """One has looked for pictures and found none when the other makes them all."""
+    maker = Maker()
+
+    def slow(items):
+        if not maker.batches:
+            run(tmp_path)
+        return maker(items)
+
+    made, _ = run(tmp_path, maker=slow)
+    assert all(m.fresh and not m.replaced for m in made) and len(made) == len(ITEMS)
+    assert sorted(e["file"] for e in read_manifest(tmp_path / "manifest.jsonl")) == sorted(
+        f"samples/{path.name}" for path in (tmp_path / "samples").iterdir())
+    assert all(not m.replaced for m in run(tmp_path)[0])
+
+
+@pytest.mark.parametrize("lines", ['{"file": ["a"]}', "[1]", '{"file": {}}', '"x"', "[" * 50_000, "\udcff"])
+def test_lines_that_are_none_of_a_manifest_are_skipped(tmp_path, lines):
+    (tmp_path / "manifest.jsonl").write_bytes(lines.encode(errors="surrogateescape") + b'\n{"file": "b"}\n')
+    assert read_manifest(tmp_path / "manifest.jsonl") == [{"file": "b"}]
+    run(tmp_path)
+    assert len(read_manifest(tmp_path / "manifest.jsonl")) == 10
+
+
+def test_a_manifest_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "manifest.jsonl")
+    with pytest.raises(OSError, match="a FIFO"):
+        run(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"scale": 5.0}, {"keys": [0]}, {"weights": "abd"}])

@@ -113,7 +113,7 @@ def test_settings_come_back_from_the_file(tmp_path):
     settings = {"prompt": "ein rotes Herz ❤, \"naïve\"\nstyle", "seed": [42, 1], "scale": 7.5, "keys": None}
     save_png(tmp_path / "new" / "a.png", plain("red"), settings, {"seconds": 1.5})
     image, read, run = read_png(tmp_path / "new" / "a.png")
-    assert (read, run) == (settings, {"seconds": 1.5})
+    assert (read, run) == (settings, {"seconds": 1.5, "proof": run["proof"]})
     assert image.tobytes() == plain("red").tobytes()
     text = Image.open(tmp_path / "new" / "a.png").text
     assert "scale: 7.5" in text["parameters"] and json.loads(text["settings"]) == settings

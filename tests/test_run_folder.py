@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import signal
-from io import BytesIO
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from processes import Child
 
 import evaluation.run_folder
@@ -19,6 +20,7 @@ from evaluation.pictures import Folder
 from evaluation.protocol import identity
 from evaluation.run_folder import FolderError, RunFolder, prompts_sha256
 from evaluation.selection import Prompt
+from ldm.files import UNFINISHED
 from ldm.generate import fill
 from ldm.images import read_png
 
@@ -86,17 +88,15 @@ def killed_at(path: Path, number: int, log: Path) -> bool:
                     os.kill(os.getpid(), signal.SIGKILL)
             append_line(journal, entry)
 
-        def half(image, path, **options):
+        def half(path, content):
             if next(calls) == number:
-                whole = BytesIO()
-                save(image, whole, **options)
-                path.write_bytes(whole.getvalue()[:-30])
+                write(path, content[:-30])
                 os.kill(os.getpid(), signal.SIGKILL)
-            save(image, path, **options)
+            write(path, content)
 
-        append_line, save = evaluation.run_folder.append_line, Image.Image.save
-        os.replace, os.link, Path.unlink = counted(os.replace), counted(os.link), counted(Path.unlink)
-        Image.Image.save, evaluation.run_folder.append_line = half, torn
+        append_line, write = evaluation.run_folder.append_line, Path.write_bytes
+        os.replace, os.link, shutil.rmtree = counted(os.replace), counted(os.link), counted(shutil.rmtree)
+        Path.write_bytes, evaluation.run_folder.append_line = half, torn
         return 0 if run(path) else 1
 
     return Child(work, log).end() == -signal.SIGKILL
@@ -108,11 +108,11 @@ def test_a_process_may_be_killed_at_any_change_of_the_folder(tmp_path, whole):
         path = tmp_path / f"{number}"
         # Then again in the middle of what is left, and then by others in other shares.
         killed_at(path, 3, tmp_path / "log")
-        there = [name for name in content(path) if "/." not in f"/{name}"]
+        there = [name for name in content(path) if UNFINISHED not in name]
         assert {*there} <= {*expected} and all(read_png(path / name) for name in there if name.endswith(".png"))
         parts = [run(path, rank, 3) for rank in range(3)]
-        assert parts[-1] and content(path) == expected | {
-            name: data for name, data in content(path).items() if name.startswith(".")}
+        assert parts[-1] and content(path) == expected
+        assert not [*path.rglob(f"{UNFINISHED}*")]
         assert RunFolder(path).faults() == []
         number += 1
     assert number > 20
@@ -147,6 +147,77 @@ def test_damage_is_found_and_mended(whole):
         "not the file that manifest.jsonl lists"]
     (whole / "samples" / "stray.png").unlink()
     assert run(whole) and content(whole) == before and RunFolder(whole).faults() == []
+
+
+def altered(path: Path) -> None:
+    """Other pixels under the same settings, as a picture editor leaves them."""
+    with Image.open(path) as image:
+        text = PngImagePlugin.PngInfo()
+        for name, value in image.text.items():
+            text.add_itxt(name, value)
+        Image.eval(image, lambda level: 255 - level).save(path, pnginfo=text)
+
+
+def test_a_picture_with_other_pixels_is_not_taken_for_the_one_that_was_made(whole):
+    before = content(whole)
+    first = min((whole / "samples").iterdir())
+    altered(first)
+    assert read_png(first)[1]["prompt"] == "näive 2" and first.read_bytes() != before[f"samples/{first.name}"]
+    assert [fault.split(": ")[1] for fault in RunFolder(whole).faults()] == ["not the file that manifest.jsonl lists"]
+    assert not RunFolder(whole).finish()                       # nor does a part that did not make it
+    assert RunFolder(whole).there() == (5, [f"samples/{first.name}"])
+    assert content(whole)["manifest.jsonl"] == before["manifest.jsonl"]
+    assert run(whole) and content(whole) == before and RunFolder(whole).faults() == []
+
+
+def test_parts_do_not_finish_over_a_picture_that_was_altered(tmp_path, whole):
+    path = tmp_path / "parts"
+    run(path, 0, 3)
+    altered(min((path / "samples").iterdir()))
+    assert [run(path, rank, 3) for rank in (1, 2)] == [False, False] and not (path / "manifest.jsonl").exists()
+    assert run(path, 0, 3) and content(path) == content(whole)
+
+
+def test_a_picture_without_its_line_is_made_again(whole):
+    before = content(whole)
+    shutil.rmtree(whole / "journal")
+    assert not RunFolder(whole).finish()
+    assert run(whole) and content(whole) == before
+
+
+def test_two_equal_runs_at_once_end_well(tmp_path, whole):
+    """One finishes while the other is about to rename its picture."""
+    path = tmp_path / "twice"
+
+    def slow() -> int:
+        replace = os.replace
+
+        def waiting(source, target):
+            if str(target).endswith("001.png"):
+                (tmp_path / "waits").touch()
+                while not (tmp_path / "finished").exists():
+                    time.sleep(0.01)
+            replace(source, target)
+
+        os.replace = waiting
+        return 0 if run(path) else 1
+
+    child = Child(slow, tmp_path / "log")
+    while not (tmp_path / "waits").exists():
+        time.sleep(0.01)
+    assert run(path)
+    (tmp_path / "finished").touch()
+    assert child.end() == 0
+    assert content(path) == content(whole) and RunFolder(path).faults() == []
+
+
+def test_arrays_of_other_pixels_are_written_anew(whole):
+    folder, path = RunFolder(whole), whole / "samples.npz"
+    good = folder.write_npz().read_bytes()
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as stream:
+        np.lib.format.write_array(stream, np.zeros((6, 4, 4, 3), np.uint8))
+    assert [fault.split(":")[0] for fault in folder.faults()] == ["samples.npz"]
+    assert folder.write_npz().read_bytes() == good
 
 
 def test_arrays_that_are_not_whole_are_found_and_written_anew(whole):

@@ -25,12 +25,14 @@ class Result:
     settings: what all of it depends on beside the items.
     first_calls: seconds per picture that the first batch of a process takes longer; None = not measured.
     count, macs: of all.
+    replaced: pictures made in the place of files that were damaged or changed.
     fresh, spent_macs, seconds, seconds_unet: of what this run made.
     """
 
     label: str
     settings: dict[str, Any]
     first_calls: float | None = None
+    replaced: int = 0
     count: int = 0
     macs: int = 0
     fresh: int = 0
@@ -45,6 +47,7 @@ class Result:
             self._kept[made.item.prompt_index, made.item.sample] = made.image
         self.count, self.macs = self.count + 1, self.macs + made.run["unet_macs"]
         if made.fresh:
+            self.replaced += made.replaced
             self.fresh, self.spent_macs = self.fresh + 1, self.spent_macs + made.run["unet_macs"]
             self.seconds += made.run["seconds"]
             self.seconds_unet += made.run["seconds_unet"]
@@ -84,11 +87,11 @@ def save_sheet(kind: str, sheet: Image.Image, items: Sequence[Item], settings: d
                args: argparse.Namespace) -> Path:
     """Save a sheet of pictures under a name from all that it depends on; one that is there is kept."""
     from ldm.generate import digest
-    from ldm.images import read_png, save_png
+    from ldm.images import find_png, save_png
 
     settings = settings | {"sheet": kind, "items": [item.settings() for item in items]}
     path = Path(args.outdir) / f"{kind}-{args.seed}-{digest(settings)}.png"
-    if (found := read_png(path)) is None or found[1] != settings:
+    if find_png(path, settings) is None:
         save_png(path, sheet, settings)
     return path
 
