@@ -6,7 +6,6 @@ Source: CLIP (arXiv 2103.00020), OpenCLIP (arXiv 2212.07143).
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluation.errors import FeatureError, one_line
+from ldm.files import read_json
 from ldm.modules.encoders.clip_image import MEAN, STD
 from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
 from ldm.modules.encoders.openclip import OpenCLIP, Vision
@@ -128,7 +128,7 @@ def open_clip_settings(path: Path) -> dict[str, Any]:
         FeatureError: not such a file, or a model that has more than a vision transformer and CLIP's text encoder.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        config = read_json(path)["model_cfg"]
         text, vision = dict(config["text_cfg"]), dict(config["vision_cfg"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FeatureError(f"{path}: not a configuration of open_clip: {one_line(error)}") from error

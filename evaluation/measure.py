@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,7 +134,7 @@ def reference(source: str | Pictures, extract: Extractor, batch: int, device: to
         PictureError: what can't be read, or statistics of another network or resize without pictures.
     """
     from evaluation.moments import SPATIAL, cache_file, cached_statistics, save_statistics
-    from evaluation.pictures import ARRAY, open_pictures
+    from evaluation.pictures import ARRAY
 
     arrays = arrays_in(source) if isinstance(source, str) else set()
     pictured = not arrays or ARRAY in arrays
@@ -143,7 +142,7 @@ def reference(source: str | Pictures, extract: Extractor, batch: int, device: to
     stored = stored_statistics(source, extract, spatial, pictured) if "mu" in arrays and enough else None
     if stored is not None and not (keep and pictured):
         return stored
-    pictures = open_pictures(source) if isinstance(source, str) else source
+    pictures = pictures_at(source) if isinstance(source, str) else source
     about = {"sha256": pictures.sha256(), "n": len(pictures.names), "statistics": OF_PICTURES}
     wanted = about | network_of(extract)
     found = None if keep or spatial else cached_statistics(cache, wanted)
@@ -185,11 +184,12 @@ def real_of(args: argparse.Namespace) -> str | Pictures:
 def arrays_in(path: str) -> set[str]:
     """Names of the arrays in an npz file; none of anything else."""
     from evaluation.errors import reading
+    from ldm.arrays import array_names
 
     if Path(path).suffix != ".npz":
         return set()
-    with reading(path, "can't be read"), zipfile.ZipFile(path) as archive:
-        return {name.removesuffix(".npy") for name in archive.namelist()}
+    with reading(path, "can't be read"):
+        return array_names(path)
 
 
 def stored_statistics(path: str, extract: Extractor, spatial: bool, pictured: bool) -> Reference | None:
@@ -276,12 +276,23 @@ def load_network(args: argparse.Namespace) -> tuple[Extractor, torch.device]:
 def open_samples(argument: str, path: str, one_size: bool = True) -> Pictures:
     """Pictures that are worth looking at, found out before the work."""
     from evaluation.errors import PictureError
-    from evaluation.pictures import open_pictures
 
     with blame(argument, (PictureError,)):
-        pictures = open_pictures(path)
+        pictures = pictures_at(path)
         pictures.check(one_size)
         return pictures
+
+
+def pictures_at(path: str) -> Pictures:
+    """A folder or array of pictures; of files in the folder that are left out it is said."""
+    from evaluation.pictures import SHOWN, SUFFIXES, Folder, open_pictures
+
+    pictures = open_pictures(path)
+    if isinstance(pictures, Folder) and (left := pictures.left_out):
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        print(f"warning: {path}: {len(left)} of {len(left) + len(pictures.names)} files are left out, since their "
+              f"names do not end in {', '.join(SUFFIXES)}: {', '.join(left[:SHOWN])}{more}", file=sys.stderr)
+    return pictures
 
 
 def how_made(argument: str, pictures: Pictures) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from scipy.linalg import eigh
 
 from evaluation.errors import PictureError, reading
 from evaluation.protocol import identity
-from ldm.files import atomic_write
+from ldm.arrays import array_names, load_array
+from ldm.files import atomic_write, parse_json
 
+WIDEST = 8192           # features of a network; the covariance of these has half a gigabyte
 ROUNDING = 1e-4         # of the largest: what a covariance that was kept in single precision may be off
 
 
@@ -149,12 +151,14 @@ def load_statistics(path: str | Path, mean: str = "mu", covariance: str = "sigma
         PictureError: no such file, or not one with these names.
     """
     with reading(path, f"not statistics ({mean}, {covariance}) in an npz file"):
-        with np.load(path, allow_pickle=False) as file:
-            n = int(file["n"]) if "n" in file else None
-            about = json.loads(str(file["about"])) if "about" in file else None
-            if not isinstance(about, dict | None):
-                raise ValueError(f"about must be an object; got {about!r}")
-            found = np.float64(file[mean]), np.float64(file[covariance])
+        names = array_names(path)
+        n = int(load_array(path, "n", 1)) if "n" in names else None
+        if n is not None and n < 1:
+            raise ValueError(f"n must be a number of pictures; got {n}")
+        about = parse_json(str(load_array(path, "about", 1))) if "about" in names else None
+        if not isinstance(about, dict | None):
+            raise ValueError(f"about must be an object; got {about!r}")
+        found = np.float64(load_array(path, mean, WIDEST)), np.float64(load_array(path, covariance, WIDEST ** 2))
     try:
         gaussian = Gaussian(*found, n)
         _ = gaussian.root       # is needed anyway, and here what is wrong with it is known before samples are looked at

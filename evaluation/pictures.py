@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -14,16 +13,16 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from evaluation.errors import PictureError, one_line, reading
-from ldm.files import file_sha256
-from ldm.images import from_pil, open_picture
+from ldm.arrays import Header, open_array
+from ldm.files import FileError, file_sha256, parse_json, read_json
+from ldm.images import MOST_PIXELS, SUFFIXES, from_pil, open_picture, opened
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAY = "arr_0"         # the pictures' name in the files of the ADM suite
 RUN_CARD = "run.json"
+BESIDE = (".json", ".jsonl", ".npz", ".npy")     # what may stand beside pictures: how they were made, or their array
 PLAN = ("keys", "noise_weight", "noise_below", "noise_order")
 SHOWN = 3               # of many bad pictures, how many a message names
 
@@ -65,6 +64,8 @@ class Pictures(Protocol):
 class Folder:
     """All pictures in a folder and its subfolders, by name.
 
+    left_out: other files there, which are neither pictures by their endings nor tell of pictures.
+
     Raises:
         PictureError: no such folder, or no pictures in it.
     """
@@ -74,11 +75,14 @@ class Folder:
         if not self.path.is_dir():
             raise PictureError(f"{path}: no such folder; expected one with pictures, or an npz file")
         # What begins with a dot is a picture that is being written, or a folder of some tool's copies.
-        self.files = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in SUFFIXES and not any(
+        found = sorted(file for file in self.path.rglob("*") if not file.is_dir() and not any(
             part.startswith(".") for part in file.relative_to(self.path).parts))
+        self.files = [file for file in found if file.suffix.lower() in SUFFIXES]
         if not self.files:
             raise PictureError(f"{path}: an empty folder: no {', '.join(SUFFIXES)} files in it")
         self.names = [str(file.relative_to(self.path)) for file in self.files]
+        self.left_out = [str(file.relative_to(self.path)) for file in found
+                         if file.suffix.lower() not in (*SUFFIXES, *BESIDE)]
 
     def __iter__(self) -> Iterator[Tensor]:
         for file in self.files:
@@ -130,7 +134,7 @@ class Folder:
 
 def whole_picture(file: Path) -> tuple[int, int]:
     """Width and height of a picture file, of which all has been read."""
-    with Image.open(file) as image:
+    with opened(file) as image:
         size = image.size
         if image.format == "PNG":
             image.verify()              # by its checksums
@@ -149,8 +153,8 @@ class Array:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with self._open() as stream:
-            self.shape = self._header(stream)
+        with self._open() as (_, header):
+            self.shape = header.shape
         self.rows: Sequence[int] = range(self.shape[0])
 
     @property
@@ -170,28 +174,15 @@ class Array:
         return part
 
     @contextmanager
-    def _open(self) -> Iterator[IO[bytes]]:
-        with reading(self.path, "can't be read"):
-            if self.path.suffix != ".npz":
-                with self.path.open("rb") as stream:
-                    yield stream
-                return
-            with zipfile.ZipFile(self.path) as archive:
-                if f"{ARRAY}.npy" not in archive.namelist():
-                    raise PictureError(f"{self.path}: has no array {ARRAY} with pictures")
-                with archive.open(f"{ARRAY}.npy") as stream:
-                    yield stream
-
-    def _header(self, stream: IO[bytes]) -> tuple[int, ...]:
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        version = np.lib.format.read_magic(stream)
-        if version not in readers:
-            raise PictureError(f"{self.path}: an array of npy version {version}; accepted: "
-                               f"{', '.join(map(str, readers))}")
-        shape, fortran, dtype = readers[version](stream)
-        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not all(shape):
-            raise PictureError(f"{self.path}: expected pictures uint8 (N, H, W, 3), N > 0; got {dtype} {shape}")
-        return shape
+    def _open(self) -> Iterator[tuple[IO[bytes], Header]]:
+        with reading(self.path, "can't be read"), open_array(self.path, ARRAY) as (stream, header):
+            shape = header.shape
+            if len(shape) != 4 or shape[3] != 3 or header.dtype != np.uint8 or header.fortran or not all(shape):
+                raise PictureError(f"{self.path}: expected pictures uint8 (N, H, W, 3), N > 0; got {header.dtype} "
+                                   f"{shape}")
+            if shape[1] * shape[2] > MOST_PIXELS:
+                raise PictureError(f"{self.path}: pictures of more than {MOST_PIXELS} pixels: {shape}")
+            yield stream, header
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(from_levels, self._levels())
@@ -199,11 +190,9 @@ class Array:
     def _levels(self) -> Iterator[np.ndarray]:
         n, *shape = self.shape
         size = math.prod(shape)
-        with self._open() as stream:
-            self._header(stream)
-            start = stream.tell()
+        with self._open() as (stream, header):
             for row in self.rows:
-                stream.seek(start + row * size)
+                stream.seek(header.start + row * size)
                 levels = stream.read(size)
                 if len(levels) < size:
                     raise PictureError(f"{self.path}: cut off: picture {row} of {n} is not all there")
@@ -244,16 +233,16 @@ def open_pictures(path: str | Path) -> Pictures:
 
 def read_run_card(path: Path) -> dict[str, Any]:
     with reading(path, "not a run card"):
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = read_json(path)
         return {"plan": None, "seeds": None, "weights": None, **card, "stated_by": RUN_CARD}
 
 
 def settings_of(file: Path) -> dict[str, Any] | None:
     """The settings in a PNG of ours, without decoding it; None if there are none."""
     try:
-        with Image.open(file) as image:
-            settings = json.loads(image.info["settings"])
-    except (KeyError, ValueError, TypeError, OSError):
+        with opened(file) as image:
+            settings = parse_json(image.info["settings"])
+    except (FileError, OSError):
         return None
     return settings if isinstance(settings, dict) else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from evaluation.errors import PictureError, one_line
 from evaluation.pictures import Folder, Pictures, settings_of
+from ldm.files import parse_json_lines, read_json, read_lines, read_text
 
 FILE_KEYS, TEXT_KEYS = ("file", "file_name", "image"), ("prompt", "caption", "text")
 
@@ -29,11 +29,10 @@ def prompts_of(pictures: Pictures, path: str | Path | None) -> list[str]:
     if path is None:
         return from_settings(pictures)
     try:
-        text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix not in (".json", ".jsonl"):
-            return from_lines(text.splitlines(), pictures, path)
-        named = from_json(json.loads(text, object_pairs_hook=unrepeated)) if Path(path).suffix == ".json" else \
-            from_json([json.loads(line) for line in text.splitlines() if line.strip()])
+            return from_lines(read_lines(path), pictures, path)
+        named = from_json(read_json(path, unrepeated)) if Path(path).suffix == ".json" else \
+            from_json([entry for _, entry in parse_json_lines(read_text(path))])
     except PictureError:
         raise
     except (OSError, ValueError, TypeError, AttributeError) as error:

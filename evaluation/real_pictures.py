@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from evaluation.errors import PictureError, reading
 from evaluation.pictures import Array, Folder, Pictures
 from evaluation.protocol import Protocol
 from evaluation.selection import entries, fits, integer
+from ldm.files import read_json
 
 
 def real_pictures(protocol: Protocol, data: Path) -> Path | Pictures:
@@ -50,6 +50,6 @@ def images_by_id(captions: Path, *fields: str) -> dict[int, Mapping[str, Any]]:
         PictureError: not such a file.
     """
     with reading(captions, "not captions with images"):
-        content = json.loads(captions.read_text(encoding="utf-8"))
+        content = read_json(captions)
         return {integer(image, "id", f"images[{place}]"): image
                 for place, image in enumerate(entries(content, "images", ("id", *fields)))}

@@ -17,7 +17,7 @@ from typing import Any
 
 from evaluation.protocol import identity
 from ldm.cli import BadInput, Parser, blame, command
-from ldm.files import atomic_write
+from ldm.files import atomic_write, read_json
 from ldm.kinds import MAPPING, TEXT, check
 
 
@@ -62,7 +62,7 @@ def read_result(path: str | Path) -> Result:
         ResultError: not such a file, or one that was changed: its protocol no longer has the hash it says.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
         stated = content.pop("protocol_sha256")
         result = Result(**content)
         check("", vars(result), {"values": MAPPING, "protocol": MAPPING, "samples": MAPPING, "settings": MAPPING})

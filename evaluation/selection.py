@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.protocol import Protocol, Select
+from ldm.files import parse_json, parse_json_lines, read_text, split_lines
 from ldm.kinds import SEEDS
 
 
@@ -53,14 +54,12 @@ def read_prompts(protocol: Protocol, folder: Path) -> list[Prompt]:
     path = folder / data["file"]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {protocol.name} reads {data['file']} in the folder of its data")
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         if data["kind"] == "captions":
-            prompts = list(coco_prompts(json.loads(text), data.get("where", {})))
+            prompts = list(coco_prompts(parse_json(text), data.get("where", {})))
         else:
             prompts = list(json_prompts(text) if path.suffix == ".jsonl" else line_prompts(text))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not prompts:
@@ -95,23 +94,17 @@ def fits(image: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
 
 def line_prompts(text: str) -> Iterator[Prompt]:
     """One prompt per line; empty lines are skipped; the id is the line's number, from 0."""
-    for number, line in enumerate(text.splitlines()):
+    for number, line in enumerate(split_lines(text)):
         if line.strip():
             yield Prompt(number, number, {"prompt": line.strip()})
 
 
 def json_prompts(text: str) -> Iterator[Prompt]:
     """JSON lines with `prompt` or `caption`, and an `id` (default: the line's number, from 0)."""
-    for number, line in enumerate(text.splitlines()):
-        if not line.strip():
-            continue
+    for number, entry in parse_json_lines(text):
         place = f"line {number + 1}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}, column {error.colno}: not JSON: {error.msg}") from error
         if not isinstance(entry, Mapping) or not {"prompt", "caption"} & entry.keys():
-            raise ValueError(f"{place} has no prompt or caption; got {line.strip()[:80]}")
+            raise ValueError(f"{place} has no prompt or caption; got {json.dumps(entry, ensure_ascii=False)[:80]}")
         own = integer({"id": number, **entry}, "id", place)
         yield Prompt(own, own, {"prompt": sentence(entry.get("prompt", entry.get("caption")), place)})
 

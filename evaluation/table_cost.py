@@ -18,6 +18,7 @@ from evaluation.generate import default_model, make_engine, parse, select_prompt
 from evaluation.protocol import Protocol
 from evaluation.table_file import Row
 from ldm.cli import BadInput, blame
+from ldm.files import atomic_write, read_json
 from ldm.kinds import MAPPING, TEXT, Kind, check, known, number, optional, whole
 from ldm.processes import ALONE
 from ldm.script import make_setup
@@ -94,8 +95,6 @@ def timed(argv: Sequence[str], pictures: int, out: Path) -> dict[str, Any]:
         argv: of evaluation/generate.py.
         pictures: how many are timed, one at a time.
     """
-    from ldm.files import atomic_write
-
     # What earlier rows left in memory must not count.
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
@@ -113,7 +112,7 @@ def read_timing(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         known("it", content, {*NEEDED}, {*ALSO})
         check("", content, NEEDED | ALSO)
         return content

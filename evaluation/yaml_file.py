@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldm.cli import did_you_mean
+from ldm.files import read_yaml
 
 
 def names_in(folder: Path) -> list[str]:
@@ -37,8 +36,8 @@ def reading(kind: str, path: Path) -> Iterator[Any]:
         ValueError: it can't be read, or is not of the kind.
     """
     try:
-        yield yaml.safe_load(path.read_text(encoding="utf-8"))
+        yield read_yaml(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a {kind}: {' '.join(str(error).split())}") from None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm.cli import did_you_mean
+from ldm.files import read_lines
 
 Names = Mapping[str, Sequence[int]]     # class numbers by name, folded
 
@@ -19,7 +20,7 @@ def read_names(path: str | Path) -> Names:
     Raises:
         OSError, ValueError: the file can't be read, or is empty.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = read_lines(path)
     if not lines:
         raise ValueError(f"{path} is empty; expected one name per line")
     names: dict[str, list[int]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import re
@@ -122,6 +123,8 @@ def command(name: str, run: Callable[[], None], stopped: str = "stopped") -> int
         run: parses the arguments and does the work.
         stopped: what to say if the user interrupts it.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):    # a file name may hold what the terminal can't show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run()
         sys.stdout.flush()

@@ -115,11 +115,12 @@ def split_lines(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None, line: int = 1) -> Any:
     """The value of a JSON text.
 
     Args:
         pairs: makes an object of its names and values; None = a dict, where of repeated names the last counts.
+        line: number of the text's first line, for messages.
 
     Raises:
         FileError: not JSON, nested too deep, or with half a character (a lone surrogate).
@@ -127,9 +128,9 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
     try:
         value = json.loads(text, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
-        raise FileError(f"line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+        raise FileError(f"line {line + error.lineno - 1}, column {error.colno}: not JSON: {error.msg}") from None
     except RecursionError:
-        raise FileError(f"not JSON of at most {MOST_DEPTH} levels: nested deeper") from None
+        raise FileError(f"line {line}: not JSON of at most {MOST_DEPTH} levels: nested deeper") from None
     except ValueError as error:     # a number of very many digits
         raise FileError(f"not JSON: {error}") from None
     _check_size(value)
@@ -161,8 +162,7 @@ def parse_json_lines(text: str) -> list[tuple[int, Any]]:
     values = []
     for number, line in enumerate(split_lines(text)):
         if line.strip():
-            with _named(f"line {number + 1}"):
-                values.append((number, parse_json(line)))
+            values.append((number, parse_json(line, line=number + 1)))
     return values
 
 

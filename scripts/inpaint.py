@@ -23,6 +23,7 @@ from ldm.arguments import (
     output_arguments,
     propagation_arguments,
     sampling_arguments,
+    words,
 )
 from ldm.cli import BadInput, Parser, blame, command
 from ldm.script import GO_ON, image_items, inpainting_task, make_pictures, make_setup, named, pixels, stacked
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 INPAINTING_BIG = (ROOT / "models/ldm/inpainting_big/config.yaml", ROOT / "models/ldm/inpainting_big/last.ckpt")
 MASK = "_mask.png"
+SHOWN = 3       # of files that are left alone, how many the warning names
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to make")
     what.add_argument("--indir", required=True, metavar="DIR",
                       help=f"pictures NAME.png with masks NAME{MASK}, white where to paint; pictures of one size")
-    what.add_argument("--prompt", help="what to paint, for a model that reads text")
+    what.add_argument("--prompt", type=words, help="what to paint, for a model that reads text")
     negative_argument(what)
     count_arguments(what, 1, 4, "results for each picture")
     sampling_arguments(p)
@@ -66,7 +68,7 @@ class Inputs:
 
 
 def read_folder(folder: Path) -> Inputs:
-    """Pictures with masks, as published; pictures without a mask are left alone.
+    """Pictures with masks, as published; of files that are left alone, such as pictures without a mask, it is said.
 
     Raises:
         ValueError: none, a mask without its picture or of another size, or pictures of several sizes.
@@ -85,6 +87,11 @@ def read_folder(folder: Path) -> Inputs:
         pictures[path.name], masks[mask_path.name] = picture, mask
     if not subjects:
         raise ValueError(f"{folder} has no masks; expected pictures NAME.png with masks NAME{MASK}")
+    left = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in pictures | masks)
+    if left:
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        print(f"warning: --indir: {len(left)} files are left alone, which are no pair of NAME.png and NAME{MASK}: "
+              f"{', '.join(left[:SHOWN])}{more}", file=sys.stderr)
     return Inputs(subjects, stacked(pictures), stacked(masks))
 
 

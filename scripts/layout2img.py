@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ldm.arguments import (
@@ -24,6 +23,7 @@ from ldm.arguments import (
     size_arguments,
 )
 from ldm.cli import Parser, blame, command
+from ldm.files import read_json
 from ldm.script import GO_ON, given_names, image_items, layout_task, make_pictures, make_setup, picture_size, shown
 
 LAYOUT = (ROOT / "models/ldm/layout2img-openimages256/config.yaml",
@@ -50,10 +50,7 @@ def read_layouts(path: str) -> list[list[Any]]:
     Raises:
         OSError, ValueError: it can't be read, is no JSON, or not a list of lists.
     """
-    try:
-        layouts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+    layouts = read_json(path)
     if not isinstance(layouts, list) or not layouts:
         raise ValueError(f"{path}: expected a list of pictures; got {shown(layouts)}")
     for number, layout in enumerate(layouts, start=1):

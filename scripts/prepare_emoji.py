@@ -26,12 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 from PIL import Image
 from tqdm import tqdm
 
 from ldm.cli import BadInput, Parser, command
-from ldm.files import atomic_write
+from ldm.files import atomic_write, read_json, read_text, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = Path(__file__).with_name("emoji_concepts.yaml")
@@ -173,7 +172,7 @@ def sources(style: Style, folder: Path, codes: Mapping[str, str]) -> dict[str, P
         codes: code points by `plain` name, for the icon sets that know their pictures by name alone.
     """
     if style.package.wanted[0] == "icons.json":
-        icons = json.loads((folder / "icons.json").read_text())
+        icons = read_json(folder / "icons.json")
         named = "chars.json" not in style.package.wanted
         return iconify(icons, chars_by_name(icons, codes) if named else read_chars(folder))
     pictures = folder / style.package.wanted[-1]
@@ -182,7 +181,7 @@ def sources(style: Style, folder: Path, codes: Mapping[str, str]) -> dict[str, P
 
 def read_chars(folder: Path) -> dict[str, str]:
     """Icon names of an Iconify icon set by code point."""
-    return json.loads((folder / "chars.json").read_text())
+    return read_json(folder / "chars.json")
 
 
 def plain(name: str) -> str:
@@ -228,12 +227,14 @@ def iconify(icons: dict, chars: Mapping[str, str]) -> dict[str, str]:
 def picture(source: Path | str, size: int) -> np.ndarray:
     """The picture on white, (size, size, 3) uint8."""
     if isinstance(source, Path) and source.suffix == ".svg":
-        source = source.read_text()
+        source = read_text(source)
     if isinstance(source, str):
         import resvg_py
         source = io.BytesIO(resvg_py.svg_to_bytes(svg_string=source, width=RENDERED, height=RENDERED,
                                                   skip_system_fonts=True))
-    with Image.open(source) as image:
+    from ldm.images import opened  # needs PyTorch; --help must answer at once
+
+    with opened(source) as image:
         image = image.convert("RGBA")
     # white first, then scaling: transparent pixels hold arbitrary colours that scaling would pull in
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -444,8 +445,8 @@ def prepare(recipe: Recipe, out: Path, cache: Path) -> dict:
     """Make the dataset in `out`; returns the COCO captions."""
     cache.mkdir(parents=True, exist_ok=True)
     folders = {p: fetch(p, cache) for p in tqdm(recipe.packages, desc="packages", leave=False, disable=None)}
-    listed = yaml.safe_load(CONCEPTS.read_text())
-    emoji, openmoji, lib = (json.loads((folders[p] / p.wanted[0]).read_text()) for p in (GOOGLE, OPENMOJI, EMOJILIB))
+    listed = read_yaml(CONCEPTS)
+    emoji, openmoji, lib = (read_json(folders[p] / p.wanted[0]) for p in (GOOGLE, OPENMOJI, EMOJILIB))
     concepts = concepts_of(listed, emoji, openmoji, lib)
     if not recipe.heldout.exists():
         text = choose_heldout(concepts, listed["iconic"], recipe.heldout.parent.name, [s.name for s in recipe.styles])
@@ -455,7 +456,7 @@ def prepare(recipe: Recipe, out: Path, cache: Path) -> dict:
     charted = [read_chars(folders[p]) for p in recipe.packages if "chars.json" in p.wanted]
     codes = codes_by_name(charted, emoji, openmoji)
     found = {s: sources(s, folders[s.package], codes) for s in recipe.styles}
-    pictures, captions = build(recipe, concepts, found, yaml.safe_load(recipe.heldout.read_text()))
+    pictures, captions = build(recipe, concepts, found, read_yaml(recipe.heldout))
     write_pictures(out / "pictures.npy", pictures)
     write(out / "captions.json", json.dumps(captions, ensure_ascii=False).encode())
     return captions

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from ldm.arguments import count
@@ -14,12 +13,11 @@ from ldm.cli import Parser, blame, command
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.files import atomic_write
+    from ldm.files import atomic_write, read_json
     from ldm.modules.encoders.tokenizer import train_tokenizer
 
     with blame("--captions", (OSError, ValueError, KeyError)):
-        with open(args.captions, encoding="utf-8") as file:
-            annotations = json.load(file)["annotations"]
+        annotations = read_json(args.captions)["annotations"]
         tokenizer = train_tokenizer((a["caption"] for a in annotations), args.vocab_size, args.max_length)
     with blame("--out"), atomic_write(args.out) as temporary:
         tokenizer.save(str(temporary))

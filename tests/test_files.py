@@ -117,7 +117,7 @@ def test_a_pair_of_surrogates_is_a_character(tmp_path):
 def test_json_lines_keep_their_numbers_and_separators():
     text = '{"a": "x\u2028y"}\n\n{"a": 2}\n'
     assert parse_json_lines(text) == [(0, {"a": "x\u2028y"}), (2, {"a": 2})]
-    with pytest.raises(FileError, match="line 2: line 1, column 2: not JSON"):
+    with pytest.raises(FileError, match="line 2, column 2: not JSON"):
         parse_json_lines("1\n{\n")
 
 

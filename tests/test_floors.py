@@ -22,7 +22,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
         *("ldm/arguments.py", "ldm/class_names.py", "ldm/processes.py"),
         *(f"{DM}/features.py", f"{DM}/process.py", f"{DM}/util.py", f"{D}/plan.py"),
         *("ldm/noise.py", "ldm/images.py", "ldm/conversion.py", f"{M}/context.py", f"{M}/token_merging.py"),
-        "ldm/weight_file.py",
+        *("ldm/weight_file.py", "ldm/arrays.py"),
         *(f"{M}/distributions/*", f"{M}/vectorquantize.py", f"{M}/ema.py", f"{M}/x_transformer.py"),
         *(f"{M}/encoders/tokenizer.py", f"{M}/encoders/clip_tokenizer.py", f"{M}/encoders/clip_image.py"),
         *(f"{M}/encoders/boxes.py", "ldm/lr_scheduler.py", "ldm/data/*", "ldm/parameters.py"),

@@ -38,7 +38,7 @@ from ldm.arguments import PROPAGATE
 from ldm.checkpoint import fingerprint
 from ldm.cli import BadInput, blame
 from ldm.data.emoji import EmojiPictures
-from ldm.files import atomic_write, file_sha256
+from ldm.files import atomic_write, file_sha256, read_json
 from ldm.generate import Item, digest, prompt_items
 from ldm.images import from_pil, psnr, to_pil
 from ldm.kinds import MAPPING, NUMBER, TEXT, Kind, check, choice, known, optional
@@ -267,7 +267,7 @@ def kept_rows(save: Path, head: Mapping[str, Any]) -> dict[str, Values]:
     if not save.exists():
         return {}
     try:
-        found = json.loads(save.read_text(encoding="utf-8"))
+        found = read_json(save)
         kept = found.pop("values")["rows"]
         found.pop("caption", None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

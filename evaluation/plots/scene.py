@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.arguments import EMOJI64
 from ldm.cli import BadInput, blame
+from ldm.files import read_lines
 from ldm.generate import Item, subject_items
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.plan import AnyPlan
@@ -79,7 +80,7 @@ class Scene:
             step = max(1, self.classes // self.count)
             return subject_items([{"class": k * step} for k in range(self.count)], 1, self.seed, by_position=True)
         with blame("--prompts"):
-            lines = Path(self.prompts).read_text(encoding="utf-8").splitlines()
+            lines = read_lines(self.prompts)
         prompts = [line.strip() for line in lines if line.strip()]
         if len(prompts) < self.count:
             raise BadInput(f"--count: {self.prompts} has {len(prompts)} prompts; got {self.count}")

@@ -1,13 +1,14 @@
 """Emoji pictures with captions, as scripts/prepare_emoji.py writes them."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from ldm.files import check_regular, read_json
 
 MAKE = "make the dataset with: python scripts/prepare_emoji.py --out {}"
 TIERS = (1, 2, 3, 4)
@@ -68,8 +69,9 @@ def as_float(pictures: np.ndarray) -> Tensor:
 
 def _read(root: Path) -> tuple[np.ndarray, dict]:
     try:
+        check_regular(root / "pictures.npy")
         pictures = np.load(root / "pictures.npy", mmap_mode="r")
-        coco = json.loads((root / "captions.json").read_text(encoding="utf-8"))
+        coco = read_json(root / "captions.json")
         rows = [image["id"] for image in coco["images"]]
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename} is missing; {MAKE.format(root)}") from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.arguments import MOST, PROMPT, SHOWN, Files
 from ldm.class_names import Names, read_names
 from ldm.cli import BadInput, blame
+from ldm.files import read_lines
 from ldm.script.model_files import model_files
 from ldm.script.setup import Setup, make_setup, picture_size
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def prompts_in(path: str | Path) -> list[str]:
     """The prompts in the file of --from-file, one per line."""
     with blame("--from-file"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise BadInput(f"--from-file: {path} is empty; expected one prompt per line")

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.checkpoint import load_weights
 from ldm.data.emoji import EmojiPictures
+from ldm.files import read_config
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import instantiate_from_config
 
@@ -97,7 +97,7 @@ class EmojiLatentsData(pl.LightningDataModule):
         self.max_tier, self.name_share, self.max_val = max_tier, name_share, max_val
 
     def setup(self, stage: str) -> None:
-        model = instantiate_from_config(OmegaConf.load(self.first_stage["config"]).model)
+        model = instantiate_from_config(read_config(self.first_stage["config"]).model)
         load_weights(model, self.first_stage["ckpt"])
         self.train = self.encoded(model.eval(), "train")
         self.val = self.encoded(model, "heldout_pair", self.max_val)

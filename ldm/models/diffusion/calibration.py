@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.files import atomic_write
+from ldm.files import atomic_write, read_json
 from ldm.kinds import MAPPING, NUMBER, Kind, check, choice, whole
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.levels import eps_weight
@@ -99,7 +99,7 @@ def read_calibration(path: str | Path) -> Calibration:
         ValueError: the file can't be read or is no calibration.
     """
     try:
-        return Calibration(**json.loads(Path(path).read_text(encoding="utf-8")))
+        return Calibration(**read_json(path))
     except OSError as error:
         raise ValueError(f"calibration {path} cannot be read: {error.strerror}") from None
     except (TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ldm.files import read_bytes
 from ldm.modules.encoders.tokenizer import check_ids, cut
 from ldm.util import find_file
 
@@ -59,9 +60,9 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
         ValueError: not such a file.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path)
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"vocabulary: {path}: cannot be read: {error}") from error
     pairs = [tuple(line.split()) for line in text.split("\n")[1:MERGES + 1]]     # the first line is a comment
     if len(pairs) < MERGES or any(len(pair) != 2 for pair in pairs):

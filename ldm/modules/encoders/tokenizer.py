@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ldm.files import read_text
 from ldm.util import find_file
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def load_tokenizer(tokenizer: str | Tokenizer, max_length: int) -> Tokenizer:
     if isinstance(tokenizer, Tokenizer):
         return of_length(tokenizer, max_length)
     try:
-        text = find_file(tokenizer).read_text(encoding="utf-8")
+        text = read_text(find_file(tokenizer))
     except FileNotFoundError as error:
         raise ValueError(f"tokenizer: {error}; expected a JSON file of the tokenizers library") from error
     try:
