@@ -72,7 +72,7 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def negative_argument(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--negative_prompt", default="", metavar="PROMPT",
+    group.add_argument("--negative_prompt", type=words, default="", metavar="PROMPT",
                        help="what the pictures are not to show: the text that guidance leads away from (default: the "
                             "empty text)")
 

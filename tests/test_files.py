@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -236,3 +237,33 @@ def test_lines_are_added_to_files_only(tmp_path):
     with appending(tmp_path / "new") as stream:
         add_line(stream, json.dumps({"a": 1}).encode())
     assert (tmp_path / "new").read_bytes() == b'{"a": 1}\n'
+
+
+# The whole tree
+
+READS = {   # what reads a file or text from outside, and where alone it may stand
+    ("Image", "open"): {"ldm/images.py"},
+    ("json", "load"): set(),
+    ("json", "loads"): {"ldm/files.py"},
+    ("yaml", "safe_load"): {"ldm/files.py"},
+    ("OmegaConf", "load"): {"ldm/files.py"},
+    ("np", "load"): {"ldm/data/emoji.py"},          # mapped into memory, after a look at what it is
+    (None, "splitlines"): {"ldm/measure/timing.py", "ldm/memory.py", "scripts/benchmark_loading.py",   # of /proc
+                           "scripts/prepare_emoji.py"},                                                # of npm's output
+    (None, "read_text"): {"ldm/files.py", "ldm/measure/timing.py", "ldm/memory.py", "scripts/benchmark_loading.py"},
+}
+
+
+def test_what_comes_from_outside_is_read_in_one_place():
+    root = Path(__file__).parents[1]
+    files = [path for top in ("ldm", "evaluation", "scripts") for path in (root / top).rglob("*.py")]
+    strays = []
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute):
+                owner = node.value.id if isinstance(node.value, ast.Name) else None
+                for key in ((owner, node.attr), (None, node.attr)):
+                    if key in READS and name not in READS[key]:
+                        strays.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    assert strays == []

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import struct
+import subprocess
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from ldm.images import (
     fit,
@@ -237,3 +241,92 @@ def test_padding_repeats_the_edges():
     padded = pad(picture, 4, 4)
     assert padded[0].tolist() == [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]]
     assert torch.equal(pad(picture, 2, 3), picture)
+
+
+# Hostile and unusual files
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 10 10
+%%EndComments
+showpage
+%%EOF
+"""
+
+
+def test_no_picture_starts_a_program(tmp_path, monkeypatch):
+    """PostScript under a picture's name: Pillow would hand it to GhostScript."""
+    gs = tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\nexit 1\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    (tmp_path / "face.png").write_bytes(EPS)
+    for read in (open_picture, open_mask, open_labels):
+        with pytest.raises(ValueError, match="face.png: not a picture that can be read; expected PNG"):
+            read(tmp_path / "face.png")
+    assert read_png(tmp_path / "face.png") is None
+    assert not (tmp_path / "started").exists()
+    with pytest.raises((OSError, subprocess.CalledProcessError)), Image.open(tmp_path / "face.png") as image:
+        image.load()
+    assert (tmp_path / "started").exists()          # as it would have been
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("width, height", [(60_000, 60_000), (10_000, 8_000)])
+def test_size_bombs_are_refused_before_they_are_decoded(tmp_path, width, height, recwarn):
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(
+        b"IEND", b""))
+    with pytest.raises(ValueError, match="bomb.png: a picture of more than 67108864 pixels"):
+        open_picture(tmp_path / "bomb.png")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_truncated_pictures_are_said_to_be_damaged(tmp_path, kind, share):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole", format=kind)
+    whole = (tmp_path / "whole").read_bytes()
+    open_picture(tmp_path / "whole")
+    (tmp_path / "cut").write_bytes(whole[:int(len(whole) * share)])
+    with pytest.raises(ValueError, match="cut: (a damaged picture|not a picture)") as error:
+        open_picture(tmp_path / "cut")
+    assert "\n" not in str(error.value)
+
+
+def test_special_files_are_no_pictures(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    with pytest.raises(OSError, match="fifo.png: a FIFO"):
+        open_picture(tmp_path / "fifo.png")
+    assert read_png(tmp_path / "fifo.png") is None
+
+
+@pytest.mark.parametrize("kind", ["settings", "run"])
+def test_settings_that_are_nested_too_deep_are_none(tmp_path, kind):
+    text = PngImagePlugin.PngInfo()
+    for name in ("settings", "run"):
+        text.add_itxt(name, "[" * 100_000 + "]" * 100_000 if name == kind else "{}", zip=True)
+    plain("red").save(tmp_path / "deep.png", pnginfo=text)
+    assert read_png(tmp_path / "deep.png") is None
+
+
+@pytest.mark.parametrize("levels, why", [
+    (np.zeros((4, 4), np.uint8), "brightest level is 0"),
+    (np.eye(4, dtype=np.uint8), "brightest level is 1 of"),
+    (np.eye(4, dtype=np.uint16) * 255, "in more than 8 bits, which is black"),
+    (np.full((4, 4, 3), (200, 0, 0), np.uint8), "brightest level is 60 of 255; expected white")])
+def test_masks_that_paint_nothing_are_refused(tmp_path, levels, why):
+    Image.fromarray(levels).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=f"mask.png: .*{why}"):
+        open_mask(tmp_path / "mask.png")
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_deep_pictures_that_would_be_black_are_refused(tmp_path, dtype):
+    Image.fromarray(np.arange(256, dtype=dtype).reshape(16, 16)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="deep.tif: levels 0..255 in more than 8 bits, which is black"):
+        open_picture(tmp_path / "deep.tif")
