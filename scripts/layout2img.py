@@ -7,7 +7,6 @@ number, or a name of --class-names; X and Y are the box's top left corner. Lengt
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
