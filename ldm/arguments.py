@@ -56,8 +56,9 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Prompts, and how many pictures of each."""
     what = p.add_argument_group("what to make")
     text = what.add_mutually_exclusive_group()
-    text.add_argument("--prompt", type=words, help=f"the text to picture (default: {PROMPT}; with --compare the first {SHOWN} of "
-                                       f"prompts.txt beside the model's weights, if it is there)")
+    text.add_argument("--prompt", type=words,
+                      help=f"the text to picture (default: {PROMPT}; with --compare the first {SHOWN} of prompts.txt "
+                           f"beside the model's weights, if it is there)")
     text.add_argument("--from-file", metavar="FILE", help="one prompt per line, each made n_iter times")
     negative_argument(what)
     what.add_argument("--repeat", type=count, default=1, metavar="N", help="use each prompt N times")

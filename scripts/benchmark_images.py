@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm.cli import BadInput, Parser, command, number
+from ldm.files import parse_json_lines, read_text
 
 SCRIPT = Path(__file__).resolve().with_name("txt2img.py")
 ROWS = ["off", "faster-diffusion"]
@@ -65,8 +66,8 @@ def one_process(row: str, images: int, further: int, options: Sequence[str]) -> 
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["it said nothing"]
             raise BadInput(f"--rows {row}: {said[-1]}")
-        lines = (Path(folder) / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = [json.loads(line)["seconds"] for line in lines[::images]]     # the images of a batch say the same
+        entries = parse_json_lines(read_text(Path(folder) / "manifest.jsonl"))
+    seconds = [entry["seconds"] for _, entry in entries[::images]]     # the images of a batch say the same
     return seconds[0], statistics.median(seconds[1:])
 
 

@@ -249,7 +249,7 @@ READS = {   # what reads a file or text from outside, and where alone it may sta
     ("OmegaConf", "load"): {"ldm/files.py"},
     ("np", "load"): {"ldm/data/emoji.py"},          # mapped into memory, after a look at what it is
     (None, "splitlines"): {"ldm/measure/timing.py", "ldm/memory.py", "scripts/benchmark_loading.py",   # of /proc
-                           "scripts/prepare_emoji.py"},                                                # of npm's output
+                           "scripts/prepare_emoji.py", "scripts/benchmark_images.py"},     # of what commands printed
     (None, "read_text"): {"ldm/files.py", "ldm/measure/timing.py", "ldm/memory.py", "scripts/benchmark_loading.py"},
 }
 

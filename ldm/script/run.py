@@ -184,8 +184,8 @@ def lead(args: argparse.Namespace, setup: Setup, items: Sequence[Item], engines:
     make_all(results, engines, items, args, batch, keep, setup.processes)
     setup.processes.tell(None)
     report([*results.values()], items, settings | {label: e.settings() for label, e in engines.items()}, args, batch)
-    fresh, total, replaced = (sum(getattr(r, name) for r in results.values()) for name in ("fresh", "count", "replaced"))
-    if replaced:
+    fresh, total = (sum(getattr(r, name) for r in results.values()) for name in ("fresh", "count"))
+    if replaced := sum(r.replaced for r in results.values()):
         print(f"{replaced} of the pictures that were there had been damaged or changed, or had no proof; made again")
     where = "not saved" if args.skip_save else f"in {Path(args.outdir) / 'samples'}"
     print(f"{total} picture{'s' * (total != 1)} ({fresh} made, {total - fresh} found) {where}; "
