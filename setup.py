@@ -13,8 +13,7 @@ EVAL = ["pytorch-lightning>=2.2", "scipy", "matplotlib>=3.9", "torchmetrics>=1.4
 
 # What the code reads from the folders beside the packages; downloaded weights are not among it.
 PROJECT_FILES = ("configs/**/*.yaml", "models/*.yaml", "models/**/config.yaml", "models/ldm/cin256-v2/classes.txt",
-                 "models/ldm/emoji64/**/*.json", "models/ldm/emoji64/*.yaml", "models/ldm/emoji64/*.txt",
-                 "models/ldm/emoji64/model.safetensors")
+                 *(f"models/ldm/emoji*/**/{files}" for files in ("*.json", "*.yaml", "*.txt", "model.safetensors")))
 
 
 class BuildWithFiles(build_py):

@@ -1,0 +1,64 @@
+"""What setup.py installs is all that the code reads: looked up from an installed copy, in another folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LOOK_UP = """
+import evaluation.protocol, evaluation.table_file, evaluation.recognition, evaluation.cost, evaluation.figures
+import ldm
+from ldm.arguments import EMOJI64
+from ldm.models.diffusion.plans import load_plan, plan_names
+from ldm.published import load_manifest
+from ldm.script import CLASS_NAMES
+from ldm.util import PROJECT_ROOT, find_file
+
+installed = evaluation.__file__.removesuffix("evaluation/__init__.py")
+assert ldm.__file__.startswith(installed) and str(PROJECT_ROOT).startswith(installed), (ldm.__file__, PROJECT_ROOT)
+assert len(load_plan("faster-diffusion", 50).keys) == 9
+for name in plan_names():
+    load_plan(name, 50)
+for name in evaluation.protocol.protocol_names():
+    protocol = evaluation.protocol.load_protocol(name)
+    assert (PROJECT_ROOT / protocol.defaults["config"]).is_file(), protocol.defaults
+assert len(evaluation.table_file.table_names()) >= 8
+for model in load_manifest().values():
+    assert (PROJECT_ROOT / model.config).is_file(), model.config
+for path in (*EMOJI64, CLASS_NAMES, evaluation.cost.SD_V1, evaluation.recognition.MODEL / "prompts.txt",
+             evaluation.recognition.MODEL / "heldout.yaml", evaluation.recognition.MODEL / "tokenizer.json"):
+    assert path.is_file() and str(path).startswith(installed), path
+images = ldm.load("emoji64").images(["a red heart, noto style"], plan="auto:9", steps=50)
+print(images[0].size)
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """What `pip install .` copies, without building a wheel."""
+    folder = tmp_path_factory.mktemp("site")
+    subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(folder)], cwd=ROOT, check=True,
+                   capture_output=True)
+    return folder
+
+
+def test_the_installed_copy_finds_its_files(installed, tmp_path):
+    run = subprocess.run([sys.executable, "-c", LOOK_UP], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(installed)})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[-2] == "(64, 64)"
+
+
+def test_all_committed_data_is_installed_and_no_downloaded_weights(installed):
+    listed = subprocess.run(["git", "ls-files", "configs", "models"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    place = installed / "ldm" / "_project"
+    there = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    for_code = {file for file in listed.stdout.split() if not file.endswith((".md", ".png"))}
+    assert there == for_code
