@@ -90,7 +90,7 @@ class Recipe:
     """What a dataset of one size is made of."""
     size: int                    # pixels, as stored
     styles: tuple[Style, ...]
-    skin_tones: bool             # tier 4: one skin tone each
+    varied: bool                 # skin tones (tier 4), and captions that leave open what is drawn
     heldout: Path
 
     @property
@@ -204,9 +204,12 @@ def chars_by_name(icons: dict, codes: Mapping[str, str]) -> dict[str, str]:
     """Icon names by code point for a set without: the icons whose name, or name without a number, is known."""
     names = [*icons["icons"], *icons.get("aliases", ())]
     chars: dict[str, str] = {}
+    # FxEmoji's "dogside" is the whole dog, its "dog" the face
+    whole = {name.removesuffix("side"): name for name in names if name.endswith("side")}
+    spelled = {name: name + "face" if name in whole else name.removesuffix("side") for name in names}
     for spelling in (plain, lambda name: plain(re.sub(r"-\d+$", "", name))):
         for name in names:
-            if (code := codes.get(spelling(name))) is not None:
+            if (code := codes.get(spelling(spelled[name]))) is not None:
                 chars.setdefault(code, name)
     return chars
 
@@ -251,6 +254,7 @@ MASS = frozenset("""
 PLURAL = frozenset("dice children men women people teeth".split())
 PREPOSITION = re.compile(
     r" (?:of|with|without|on|in|from|for|at|over|behind|blowing|holding|rolling|licking|and) ")
+COLOURS = frozenset("black blue brown green orange pink purple red white yellow".split())
 NO_ARTICLE = re.compile(r"(?:a|an|the|two|three|santa|mount|saturn|planet earth)(?= |$)")
 
 
@@ -299,6 +303,7 @@ class Concept:
     tier: int
     phrases: tuple[str, ...]      # what captions say: the name, then keywords
     base: str                     # the concept without skin tone, with which it is held out
+    groups: tuple[str, ...]       # what captions say that leave the concept open: 'a heart', 'an animal'
 
 
 def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict],
@@ -306,7 +311,7 @@ def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict],
     """Every concept that is kept, in the order of the emoji charts.
 
     Raises:
-        BadInput: emoji_concepts.yaml lists a name that no emoji has.
+        BadInput: emoji_concepts.yaml lists a name or a group that no emoji has.
     """
     annotated = {concept_id(entry["hexcode"]): entry for entry in openmoji}
     by_id = {concept_id("-".join(f"{ord(c):X}" for c in char)): words for char, words in lib.items()}
@@ -314,7 +319,7 @@ def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict],
                if e["category"] not in ("Flags", "Component")}
     names = {id: annotated[id]["annotation"] if id in annotated else e["name"].lower()
              for id, e in entries.items()}
-    check_listed(listed, set(names.values()))
+    check_listed(listed, set(names.values()), {e["subcategory"] for e in entries.values()})
     tiers = {id: tier_of(names[id], e["subcategory"], listed) for id, e in entries.items()}
     captioned = [id for id in entries if tiers[id] < 3]
     keywords = {id: agreed_keywords(annotated.get(id), by_id.get(id, ())) for id in captioned}
@@ -330,7 +335,8 @@ def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict],
             found = [f"{k} face" for k in found]
         return tuple(dict.fromkeys(map(phrase, own + found)))[:1 + KEYWORDS]
 
-    return [Concept(id, names[id], e["category"], tiers[id], phrases(id), id)
+    return [Concept(id, names[id], e["category"], tiers[id], phrases(id), id,
+                    colourless(names[id], tiers[id]) + tuple(listed["groups"].get(e["subcategory"], ())))
             for id, e in entries.items() if e["category"] != "Symbols" or tiers[id] < 3]
 
 
@@ -338,8 +344,14 @@ def skin_tones(concepts: Iterable[Concept], emoji: list[dict]) -> list[Concept]:
     """Tier 4: each concept in each skin tone, where the tone is one for the whole picture."""
     variants = {concept_id(e["unified"]): e.get("skin_variations", {}) for e in emoji}
     return [Concept(concept_id(variants[c.id][code]["unified"]), f"{c.name}: {tone} skin tone", c.category, 4,
-                    (f"{c.phrases[0]} with {tone} skin tone",), c.id)
+                    (f"{c.phrases[0]} with {tone} skin tone",), c.id, (c.phrases[0], *c.groups))
             for c in concepts for code, tone in SKIN_TONES.items() if code in variants[c.id]]
+
+
+def colourless(name: str, tier: int) -> tuple[str, ...]:
+    """What to call a concept so that its colour is left open: 'red heart' -> 'a heart'; () if it names none."""
+    rest = " ".join(w for w in name.split() if w not in COLOURS)
+    return (phrase(rest),) if tier < 3 and rest not in ("", name) else ()
 
 
 def tier_of(name: str, subcategory: str, listed: dict) -> int:
@@ -349,12 +361,12 @@ def tier_of(name: str, subcategory: str, listed: dict) -> int:
     return 2 if kept or name in listed["extra"] else 3
 
 
-def check_listed(listed: dict, known: set[str]) -> None:
+def check_listed(listed: dict, known: set[str], subcategories: set[str]) -> None:
     every = [n for names in listed["tier1"].values() for n in names]
     every += [*listed["iconic"], *listed["extra"], *listed["dropped"], *listed["names"]]
-    unknown = sorted(set(every) - known)
-    if unknown:
-        raise BadInput(f"{CONCEPTS.name} lists names that no emoji has: {', '.join(unknown)}")
+    for what, unknown in (("names", set(every) - known), ("groups", set(listed["groups"]) - subcategories)):
+        if unknown:
+            raise BadInput(f"{CONCEPTS.name} lists {what} that no emoji has: {', '.join(sorted(unknown))}")
 
 
 def agreed_keywords(annotated: dict | None, lib: Iterable[str]) -> list[str]:
@@ -416,14 +428,21 @@ def build(recipe: Recipe, concepts: list[Concept], found: Mapping[Style, dict[st
                 "height": recipe.size, "width": recipe.size, "license": number, "concept": concept.id,
                 "name": concept.name, "style": style.name, "category": concept.category,
                 "tier": concept.tier, "split": split_of(concept.base, style.name, heldout)})
-            annotations += [{"id": len(annotations) + i, "image_id": row, "phrase": words,
-                             "caption": full_caption(words, style.name), "kind": "keyword" if i else "name"}
-                            for i, words in enumerate(concept.phrases)]
+            for kind, words in captions_of(concept, recipe.varied):
+                annotations.append({"id": len(annotations), "image_id": row, "phrase": words,
+                                    "caption": full_caption(words, style.name), "kind": kind})
     licenses = [{"id": i, "name": s.license, "url": s.url, "attribution": s.attribution,
                  "package": f"{s.package.name}@{s.package.version}"} for i, s in enumerate(recipe.styles, start=1)]
     return pictures, {
         "info": {"description": "Emoji pictures on white with captions", "version": "1"},
         "licenses": licenses, "images": images, "annotations": annotations}
+
+
+def captions_of(concept: Concept, varied: bool) -> list[tuple[str, str]]:
+    """Kind and words of each caption: the name first."""
+    name, *keywords = concept.phrases
+    groups = [g for g in concept.groups if g not in concept.phrases] if varied else []
+    return [("name", name), *(("keyword", k) for k in keywords), *(("group", g) for g in groups)]
 
 
 def write(path: Path, data: bytes) -> None:
@@ -451,7 +470,7 @@ def prepare(recipe: Recipe, out: Path, cache: Path) -> dict:
     if not recipe.heldout.exists():
         text = choose_heldout(concepts, listed["iconic"], recipe.heldout.parent.name, [s.name for s in recipe.styles])
         write(recipe.heldout, text.encode())
-    if recipe.skin_tones:
+    if recipe.varied:
         concepts += skin_tones(concepts, emoji)
     charted = [read_chars(folders[p]) for p in recipe.packages if "chars.json" in p.wanted]
     codes = codes_by_name(charted, emoji, openmoji)

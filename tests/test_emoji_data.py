@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ldm.data.emoji import EmojiPictures
-from ldm.training.data import PictureBatches
+from ldm.training.data import CaptionShares, PictureBatches
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,6 +65,25 @@ def test_split_and_tier_select(folder):
 def test_bad_arguments_say_what_is_accepted(folder, kwargs, why):
     with pytest.raises(ValueError, match=why):
         EmojiPictures(folder, **kwargs)
+
+
+CAPTIONS, GROUPS = ["a red heart, noto style", "a love, noto style"], ["a heart, noto style"]
+
+
+@pytest.mark.parametrize("shares, drawn", [
+    ({}, {"a red heart, noto style"}), ({"name": 0.0}, {"a love, noto style"}),
+    ({"group": 1.0}, {"a heart, noto style"}), ({"style": 0.0}, {"a red heart"}),
+    ({"name": 0.5, "group": 0.5, "style": 0.5}, {
+        f"{words}{style}" for words in ("a red heart", "a love", "a heart") for style in ("", ", noto style")})])
+def test_shares_of_captions(shares, drawn):
+    torch.manual_seed(0)
+    assert {CaptionShares(**shares).draw(CAPTIONS, GROUPS) for _ in range(200)} == drawn
+    assert CaptionShares(**shares).draw(CAPTIONS[:1], []).startswith("a red heart")
+
+
+def test_a_share_is_a_share():
+    with pytest.raises(ValueError, match=r"style_share must lie in \[0, 1\]; got 1.5"):
+        CaptionShares(style=1.5)
 
 
 def test_flip_mirrors_half_of_the_pictures(folder):
@@ -121,6 +140,25 @@ def test_icons_without_code_points_are_found_by_name(prepare):
     assert prepare.chars_by_name(icons, codes) == {"1F916": "robot", "270A": "raised_fist", "1F355": "pizza-1"}
 
 
+def test_dogside_is_the_dog_and_dog_is_its_face(prepare):
+    codes = {"dog": "1F415", "dogface": "1F436", "dragon": "1F409"}
+    icons = {"icons": dict.fromkeys(["dog", "dogside", "dragonside"])}
+    assert prepare.chars_by_name(icons, codes) == {"1F436": "dog", "1F415": "dogside", "1F409": "dragonside"}
+
+
+@pytest.mark.parametrize("name, tier, open_caption", [
+    ("red heart", 1, ("a heart",)), ("large orange diamond", 2, ("a large diamond",)), ("fox", 1, ()),
+    ("man: red hair", 3, ()), ("orange", 2, ())])
+def test_colour_is_left_open(prepare, name, tier, open_caption):
+    assert prepare.colourless(name, tier) == open_caption
+
+
+def test_a_group_that_no_emoji_has_is_said(prepare):
+    listed = {"tier1": {}, "iconic": [], "extra": [], "dropped": [], "names": {}, "groups": {"hart": ["a heart"]}}
+    with pytest.raises(prepare.BadInput, match="groups that no emoji has: hart"):
+        prepare.check_listed(listed, set(), {"heart"})
+
+
 def test_the_first_source_that_knows_a_name_counts(prepare):
     codes = prepare.codes_by_name(
         [{"1f436": "dog-face", "1f415": "dog"}], [{"name": "DOG FACE", "unified": "1F436", "short_names": ["dog"]},
@@ -130,12 +168,14 @@ def test_the_first_source_that_knows_a_name_counts(prepare):
 
 
 def test_a_skin_tone_is_held_out_with_its_concept(prepare):
-    hand = prepare.Concept("1F44B", "waving hand", "People & Body", 2, ("a waving hand", "a hello"), "1F44B")
+    hand = prepare.Concept("1F44B", "waving hand", "People & Body", 2, ("a waving hand", "a hello"), "1F44B",
+                           ("a hand",))
     emoji = [{"unified": "1F44B", "skin_variations": {
         "1F3FD": {"unified": "1F44B-1F3FD"}, "1F3FD-1F3FF": {"unified": "1F44B-1F3FD-1F3FF"}}}]
     [toned] = prepare.skin_tones([hand], emoji)
     assert (toned.id, toned.tier, toned.base) == ("1F44B-1F3FD", 4, "1F44B")
     assert toned.phrases == ("a waving hand with medium skin tone",)
+    assert toned.groups == ("a waving hand", "a hand")
 
 
 @pytest.fixture(scope="module", params=[64, 128])
@@ -168,7 +208,7 @@ def test_held_out_never_trains(prepare, recipe, heldout):
 
 
 def test_choice_is_by_hash_and_spares_the_iconic(prepare):
-    concepts = [prepare.Concept(f"{i:X}", f"c{i}", "Objects", 1 + i % 3, ("x",), f"{i:X}") for i in range(3000)]
+    concepts = [prepare.Concept(f"{i:X}", f"c{i}", "Objects", 1 + i % 3, ("x",), f"{i:X}", ()) for i in range(3000)]
     iconic = {c.name for c in concepts[:1500]}
     text = prepare.choose_heldout(concepts, iconic, "emoji0", ["noto", "openmoji"])
     chosen = yaml.safe_load(text)
@@ -210,7 +250,7 @@ def packages(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "OPENMOJI", sets["openmoji"])
     monkeypatch.setattr(prepare, "EMOJILIB", sets["lib"])
     listed = {"tier1": {"all": ["fire"]}, "iconic": [], "extra": [], "dropped": [], "names": {}, "keywords": [],
-              "subcategories": ["hand-fingers-open"]}
+              "subcategories": ["hand-fingers-open"], "groups": {"hand-fingers-open": ["a hand"]}}
     (tmp_path / "concepts.yaml").write_text(yaml.safe_dump(listed))
     monkeypatch.setattr(prepare, "CONCEPTS", tmp_path / "concepts.yaml")
     heldout = tmp_path / "emoji0/heldout.yaml"
@@ -227,13 +267,15 @@ def test_a_dataset_from_icon_sets(prepare, packages, tmp_path):
     assert [(i["concept"], i["style"], i["tier"], i["split"]) for i in captions["images"]] == [
         ("1F525", "one", 1, "train"), ("1F44B", "one", 2, "heldout_concept"),
         ("1F44B-1F3FF", "one", 4, "heldout_concept"), ("1F525", "two", 1, "heldout_pair")]
-    assert [n["caption"] for n in captions["annotations"]] == [
-        "fire, one style", "a waving hand, one style", "a waving hand with dark skin tone, one style",
-        "fire, two style"]
+    assert [(n["kind"], n["caption"]) for n in captions["annotations"]] == [
+        ("name", "fire, one style"), ("name", "a waving hand, one style"), ("group", "a hand, one style"),
+        ("name", "a waving hand with dark skin tone, one style"), ("group", "a waving hand, one style"),
+        ("group", "a hand, one style"), ("name", "fire, two style")]
     pictures = np.load(tmp_path / "out/pictures.npy")
     assert pictures.shape == (4, 128, 128, 3)
     assert [tuple(p[64, 64]) for p in pictures] == [(255, 165, 0), (255, 0, 0), (128, 0, 0), (0, 0, 255)]
-    assert len(EmojiPictures(tmp_path / "out", split="heldout_concept", max_tier=4)) == 2
+    data = EmojiPictures(tmp_path / "out", split="heldout_concept", max_tier=4)
+    assert data.captions(0) == ["a waving hand, one style"] and data.groups(0) == ["a hand, one style"]
 
 
 def test_pictures_are_written_as_numpy_saves_them(prepare, tmp_path):

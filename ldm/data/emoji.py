@@ -41,9 +41,11 @@ class EmojiPictures(Dataset):
         self.images = [i for i in coco["images"] if i["split"] == split and i["tier"] <= max_tier]
         self._rows = np.array([i["id"] for i in self.images], dtype=np.int64)
         self._captions: dict[int, list[str]] = {i["id"]: [] for i in self.images}
+        self._groups: dict[int, list[str]] = {i["id"]: [] for i in self.images}
         for note in coco["annotations"]:
-            if note["image_id"] in self._captions:
-                self._captions[note["image_id"]].append(note["caption"])
+            kept = self._groups if note.get("kind") == "group" else self._captions
+            if note["image_id"] in kept:
+                kept[note["image_id"]].append(note["caption"])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -59,6 +61,15 @@ class EmojiPictures(Dataset):
     def captions(self, index: int) -> list[str]:
         """What the picture may be called: its name first, then keywords, each with the style."""
         return self._captions[self.images[index]["id"]]
+
+    def groups(self, index: int) -> list[str]:
+        """Captions that leave open what is drawn ("an animal, noto style"); none in the dataset of 64 pixels."""
+        return self._groups[self.images[index]["id"]]
+
+
+def without_style(caption: str) -> str:
+    """The caption without its style, which comes last: 'a fox, noto style' -> 'a fox'."""
+    return caption.rsplit(", ", 1)[0]
 
 
 def as_float(pictures: np.ndarray) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.checkpoint import load_weights
-from ldm.data.emoji import EmojiPictures
+from ldm.data.emoji import EmojiPictures, without_style
 from ldm.files import read_config
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import instantiate_from_config
@@ -62,20 +63,47 @@ class EmojiPicturesData(pl.LightningDataModule):
         return DataLoader(self.val, self.batch_size)
 
 
-class CaptionedLatents(Dataset):
-    """Latents with one of their captions at random: the first (the name) in `name_share` of the draws."""
+@dataclass(frozen=True)
+class CaptionShares:
+    """What is drawn as a picture's caption; what a caption leaves open, sampling has to decide.
 
-    def __init__(self, latents: torch.Tensor, captions: Sequence[Sequence[str]], name_share: float):
-        self.latents, self.captions, self.name_share = latents, captions, name_share
+    name: share of names among the captions that name the picture; the rest are keywords.
+    group: share of captions that tell a wider group alone ("a heart", "an animal"), where there are such.
+    style: share of captions that tell the style.
+    """
+
+    name: float = 1.0
+    group: float = 0.0
+    style: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field, share in vars(self).items():
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"{field}_share must lie in [0, 1]; got {share}")
+
+    def draw(self, captions: Sequence[str], groups: Sequence[str]) -> str:
+        """One of the captions (the name first, then keywords) or of the groups, by torch's global generator."""
+        if groups and self.group and torch.rand(()) < self.group:
+            chosen = groups[int(torch.randint(len(groups), ()))]
+        elif len(captions) > 1 and torch.rand(()) >= self.name:
+            chosen = captions[int(torch.randint(1, len(captions), ()))]
+        else:
+            chosen = captions[0]
+        return without_style(chosen) if self.style < 1.0 and torch.rand(()) >= self.style else chosen
+
+
+class CaptionedLatents(Dataset):
+    """Latents with one of their captions, drawn anew each time."""
+
+    def __init__(self, latents: torch.Tensor, captions: Sequence[Sequence[str]], groups: Sequence[Sequence[str]],
+                 shares: CaptionShares):
+        self.latents, self.captions, self.groups, self.shares = latents, captions, groups, shares
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor | str]:
-        captions = self.captions[i]
-        keyword = len(captions) > 1 and torch.rand(()) >= self.name_share
-        chosen = captions[int(torch.randint(1, len(captions), ()))] if keyword else captions[0]
-        return {"latent": self.latents[i], "caption": chosen}
+        return {"latent": self.latents[i], "caption": self.shares.draw(self.captions[i], self.groups[i])}
 
 
 class EmojiLatentsData(pl.LightningDataModule):
@@ -86,15 +114,20 @@ class EmojiLatentsData(pl.LightningDataModule):
         first_stage: config file and weights that encode the pictures, once, when training starts.
         batch_size: latents per step.
         max_tier: 1 = the most concrete concepts only, 2 = all that have prompts, see `prepare_emoji.py`.
-        name_share: share of captions that are the picture's name; the rest are keywords.
+        name_share, group_share, style_share: of the training captions, see `CaptionShares`; validation takes
+            names with their style.
         max_val: most latents to validate on.
+
+    Raises:
+        ValueError: a share is not in [0, 1].
     """
 
     def __init__(self, root: str, first_stage: Mapping[str, str], batch_size: int, max_tier: int = 2,
-                 name_share: float = 0.7, max_val: int = 128):
+                 name_share: float = 0.7, group_share: float = 0.0, style_share: float = 1.0, max_val: int = 128):
         super().__init__()
         self.root, self.first_stage, self.batch_size = root, first_stage, batch_size
-        self.max_tier, self.name_share, self.max_val = max_tier, name_share, max_val
+        self.max_tier, self.max_val = max_tier, max_val
+        self.shares = CaptionShares(name_share, group_share, style_share)
 
     def setup(self, stage: str) -> None:
         model = instantiate_from_config(read_config(self.first_stage["config"]).model)
@@ -108,8 +141,9 @@ class EmojiLatentsData(pl.LightningDataModule):
         chosen = list(range(len(pictures)))[:limit]
         latents = [first_stage.encode(torch.stack([pictures[i] for i in part])).mode()
                    for part in (chosen[i:i + 64] for i in range(0, len(chosen), 64))]
-        name_share = self.name_share if split == "train" else 1.0
-        return CaptionedLatents(torch.cat(latents), [pictures.captions(i) for i in chosen], name_share)
+        return CaptionedLatents(torch.cat(latents), [pictures.captions(i) for i in chosen],
+                                [pictures.groups(i) for i in chosen],
+                                self.shares if split == "train" else CaptionShares())
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
