@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     from evaluation.moments import save_statistics
     from evaluation.results import Result, publish
 
-    with blame("REFERENCE", (PictureError,)):
+    with blame("REFERENCE", (PictureError, OSError)):
         real = reference(source, extract, args.batch_size, device, keep=True, spatial=True)
         check_width(real, pictures, extract, device)
     if real.seen is not None:

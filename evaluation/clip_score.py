@@ -89,7 +89,7 @@ def load_model(args: argparse.Namespace) -> tuple[ClipModel, torch.device]:
     from ldm.devices import find_device
 
     device, variant = find_device(args.device), VARIANTS[args.variant]
-    with blame("--weights", (FeatureError,)):
+    with blame("--weights", (FeatureError, OSError)):
         model = load_clip(args.weights, args.vocabulary)
     if variant.shape not in (None, found := (model.size, *model.shape)):
         names = "pixels, patch size, width, layers"

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     if args.infinity and n < INFINITY_LEAST:
         raise BadInput(f"--infinity: needs at least {INFINITY_LEAST} samples; got {n}")
     extract, device = load_network(args)
-    with blame("REFERENCE", (PictureError,)):
+    with blame("REFERENCE", (PictureError, OSError)):
         real = reference(source, extract, args.batch_size, device, cache_of(args),
                          keep=args.kid or args.cmmd)
         if (args.kid or args.cmmd) and real.seen is None:

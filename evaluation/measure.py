@@ -257,9 +257,10 @@ def check_output(path: str | None, flag: str = "--out") -> None:
     """It must be possible to write the file; found out before the work."""
     if path is None:
         return
-    place = next(p for p in Path(path).absolute().parents if p.exists())
-    if Path(path).is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
-        raise BadInput(f"{flag}: can't write {path}; expected a file in a writable directory")
+    with blame(flag, (OSError,)):               # a name that no file can have
+        place = next(p for p in Path(path).absolute().parents if p.exists())
+        if Path(path).is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+            raise BadInput(f"{flag}: can't write {path}; expected a file in a writable directory")
 
 
 def load_network(args: argparse.Namespace) -> tuple[Extractor, torch.device]:
@@ -269,7 +270,7 @@ def load_network(args: argparse.Namespace) -> tuple[Extractor, torch.device]:
     from ldm.devices import find_device
 
     device = find_device(args.device)
-    with blame("--weights" if args.weights else "--extractor", (FeatureError,)):
+    with blame("--weights" if args.weights else "--extractor", (FeatureError, OSError)):
         return extractor(args.extractor, args.weights, args.resize).to(device), device
 
 
@@ -277,7 +278,7 @@ def open_samples(argument: str, path: str, one_size: bool = True) -> Pictures:
     """Pictures that are worth looking at, found out before the work."""
     from evaluation.errors import PictureError
 
-    with blame(argument, (PictureError,)):
+    with blame(argument, (PictureError, OSError)):
         pictures = pictures_at(path)
         pictures.check(one_size)
         return pictures

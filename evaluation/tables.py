@@ -209,8 +209,9 @@ def jobs_of(table: Table, args: argparse.Namespace) -> list[Job]:
 
 
 def run(args: argparse.Namespace) -> None:
-    if Path(args.runs).is_file():
-        raise BadInput(f"--runs: {args.runs} is a file; expected a directory")
+    with blame("--runs", (OSError,)):           # a name that no file can have
+        if Path(args.runs).is_file():
+            raise BadInput(f"--runs: {args.runs} is a file; expected a directory")
     with blame("TABLE"):
         table = load_table(args.table)
     jobs, columns = jobs_of(table, args), list(table.columns)

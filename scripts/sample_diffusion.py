@@ -78,7 +78,8 @@ def save_npz(args: argparse.Namespace, result: Result, items: Sequence[Item]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    find_model(args)
+    with blame("--resume", (OSError,)):         # a name that no file can have
+        find_model(args)
     setup = make_setup(args)
     size = picture_size(args, setup.sizes)
 

@@ -7,13 +7,17 @@ import errno
 import os
 
 import pytest
+from txt2img_model import load_script
 
+from evaluation import fid
 from evaluation.processes import launched
 from ldm.arguments import LARGEST_SIDE, MOST, MOST_STEPS, count, parallel, side, step_count
 from ldm.cli import BadInput, Parser, command
 from ldm.processes import Processes
 from ldm.script import image_items
 from ldm.script.run import BATCH_PIXELS, SHEET_PIXELS, check_amount, sheet_fits
+
+LONG = "x" * 5000
 
 
 @pytest.mark.parametrize("kind, most", [(count, MOST), (side, LARGEST_SIDE), (step_count, MOST_STEPS),
@@ -102,6 +106,23 @@ def test_what_the_machine_or_the_user_can_not_do_is_one_short_line(capsys, error
     assert command("x.py", raising(error)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("x.py: error: ") and said in line and len(line) < 2100
+
+
+@pytest.mark.parametrize("arguments, flag", [
+    (["--outdir", LONG], "--outdir"), (["--config", LONG], "--config"), (["--ckpt", LONG], "--ckpt"),
+    (["--from-file", LONG], "--from-file"), (["--plan", LONG + ".yaml"], "--plan")], ids=lambda value: str(value)[:20])
+def test_a_name_that_no_file_can_have_is_blamed_on_its_flag(tmp_path, capsys, arguments, flag):
+    assert load_script("txt2img").main(["--outdir", str(tmp_path / "out"), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"txt2img.py: error: {flag}: ") and "xxx...(" in line and len(line) < 1000
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments, named", [([".", LONG], "SAMPLES"), ([".", ".", "--out", LONG], "--out")],
+                         ids=["samples", "out"])
+def test_a_measure_blames_such_a_name_on_its_argument(capsys, arguments, named):
+    assert fid.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"fid.py: error: {named}: ")
 
 
 def test_our_own_faults_keep_their_traceback():

@@ -26,10 +26,13 @@ def model_files(args: argparse.Namespace, default: Files | None) -> Files:
     if args.config is None and args.ckpt is None and default is None:
         raise BadInput("--config: needed, together with --ckpt: the files of the model")
     config, ckpt = default if args.config is None and args.ckpt is None else (args.config, args.ckpt)
-    if config is not None and not Path(config).is_file():
-        raise BadInput(f"--config: {config}: no such file")
+    with blame("--config", (OSError,)):         # a name that no file can have
+        if config is not None and not Path(config).is_file():
+            raise BadInput(f"--config: {config}: no such file")
     ckpt = weights_for(Path(config)) if ckpt is None else Path(ckpt)
-    if not ckpt.exists():
+    with blame("--ckpt", (OSError,)):
+        found = ckpt.exists()
+    if not found:
         raise BadInput(f"--ckpt: {ckpt}: no such file, nor a diffusers folder{how_to_get(ckpt)}")
     return config_for(ckpt) if config is None else Path(config), ckpt
 

@@ -87,7 +87,8 @@ def read_setup(config_path: Path, ckpt: Path, device: torch.device, processes: P
 
 def check_outdir(outdir: Path) -> None:
     """It must be possible to write there; nothing is left behind by finding out."""
-    place = next(p for p in (outdir, *outdir.absolute().parents) if p.exists())
+    with blame("--outdir", (OSError,)):         # a name that no file can have
+        place = next(p for p in (outdir, *outdir.absolute().parents) if p.exists())
     if not place.is_dir():
         raise BadInput(f"--outdir: {place} is a file; expected a directory")
     try:
