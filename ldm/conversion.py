@@ -108,7 +108,7 @@ def _rename(part: str, state: Mapping[str, Tensor], names: Mapping[str, str]) ->
     """Each key under the name that its innermost known module has on the other side.
 
     Raises:
-        ConversionError: keys of no known module.
+        ConversionError: keys of no known module, or weights of whole numbers and the like.
     """
     renamed, unknown = {}, []
     for key, value in state.items():
@@ -121,6 +121,8 @@ def _rename(part: str, state: Mapping[str, Tensor], names: Mapping[str, str]) ->
         more = f", ... and {len(unknown) - 4} more" if len(unknown) > 4 else ""
         raise ConversionError(f"{part}: keys that Stable Diffusion 1 and 2 do not have: "
                               f"{', '.join(sorted(unknown)[:4])}{more}")
+    if others := [f"{key} {value.dtype}" for key, value in renamed.items() if not value.is_floating_point()]:
+        raise ConversionError(f"{part}: weights that are no real numbers: {', '.join(sorted(others)[:4])}")
     return renamed
 
 

@@ -321,6 +321,14 @@ def test_a_checkpoint_of_another_model_is_refused(change, why):
         to_diffusers(Small("sd_v1").state | change)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_weights_of_other_numbers_are_refused(dtype):
+    key = "model.diffusion_model.out.2.bias"
+    state = Small("sd_v1").state
+    with pytest.raises(ConversionError, match=f"unet: weights that are no real numbers: conv_out.bias {dtype}"):
+        to_diffusers(state | {key: state[key].to(dtype)})
+
+
 def test_a_checkpoint_without_a_part_is_refused():
     state = {key: value for key, value in Small("sd_v1").state.items() if not key.startswith(VAE)}
     with pytest.raises(ConversionError, match=r"vae: the checkpoint has no weights named first_stage_model\.\*"):
