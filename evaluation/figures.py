@@ -1,10 +1,10 @@
 """The paper's figures, one command each, for any model; the one that ships needs no flag.
 
-    python evaluation/figures.py evolution --out docs/figures/evolution
+    python evaluation/figures.py evolution --out docs/figures
     python evaluation/figures.py all --out docs/figures
 
-Each writes PATH.svg, PATH.png and PATH.json, which has the caption and the numbers that are drawn; `pareto` PATH.md,
-too. The pictures are of the first --count lines of --prompts.
+Each writes KIND.svg, KIND.png and KIND.json into that folder; the JSON has the caption and the numbers that are drawn.
+`pareto` writes pareto.md, too. The pictures are of the first --count lines of --prompts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from ldm.arguments import EMOJI64, SAMPLERS, count, finite, model_arguments, seed_argument, step_count
 from ldm.cli import BadInput, Parser, blame, command
@@ -29,12 +30,14 @@ class Kind:
 
     summary: for the help.
     count:   pictures by default; None = that is no choice.
+    steps:   whether it has a number of steps; the others have one with each sampler.
     more:    adds the arguments that only this kind has.
     """
 
     summary: str
     count: int | None
     more: Callable[[argparse.ArgumentParser], None] = lambda p: None
+    steps: bool = True
 
 
 def sampler_and_steps(text: str) -> tuple[str, int]:
@@ -72,7 +75,7 @@ def plans(p: argparse.ArgumentParser) -> None:
 
 def rows_and_data(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rows", default=str(Path(__file__).with_name("pareto.yaml")), metavar="YAML",
-                   help="the ways to make pictures; those in PATH.json are kept (default: evaluation/pareto.yaml)")
+                   help="the ways to make pictures; those in pareto.json are kept (default: evaluation/pareto.yaml)")
     p.add_argument("--data", metavar="DIR",
                    help="dataset of scripts/prepare_emoji.py, whose captions are taken instead of --prompts, and with "
                         "whose pictures those made are compared (default: none, distances from the plain run only)")
@@ -86,19 +89,22 @@ KINDS = {
     "fewer-steps": Kind("fewer steps, with and without propagation and noise (figures 7, 13, 14)", 4, step_counts),
     "placement": Kind("number and placement of the key steps (table 5, figure 9)", 16),
     "pareto": Kind("quality against both costs, for plans and for fewer steps", 16, rows_and_data),
-    "samplers": Kind("plain and accelerated pictures of several samplers (figures 18 to 24)", 5, gallery),
+    "samplers": Kind("plain and accelerated pictures of several samplers (figures 18 to 24)", 5, gallery, steps=False),
     "prior-noise": Kind("prior noise and the frequencies of the pictures (figure 6)", 8),
     "timeline": Kind("which parts of the UNet run at which step", None, plans),
-    "times": Kind("seconds per picture, plain, serial and parallel (figure 5)", 4, timing),
+    "times": Kind("seconds per picture, plain, serial and parallel (figure 5)", 4, timing, steps=False),
 }
 
 
-def shared_arguments(p: argparse.ArgumentParser) -> None:
+def shared_arguments(p: argparse.ArgumentParser, steps: bool = True) -> None:
+    p.add_argument("--out", default="outputs/figures", metavar="DIR",
+                   help="gets KIND.svg, KIND.png and KIND.json (default: %(default)s)")
     p.add_argument("--prompts", default=str(PROMPTS), metavar="FILE",
                    help="texts, one per line (default: those of emoji64); models without texts take classes or nothing")
-    p.add_argument("--steps", type=step_count, default=50, metavar="N",
-                   help="sampling steps; of `fewer-steps` and `pareto` those of the run that others are compared with "
-                        "(default: %(default)s)")
+    if steps:
+        p.add_argument("--steps", type=step_count, default=50, metavar="N",
+                       help="sampling steps; of `fewer-steps` and `pareto` those of the run that others are compared "
+                            "with (default: %(default)s)")
     p.add_argument("--scale", type=finite, help="guidance scale, 1 = none (default: the model's, or 7.5)")
     seed_argument(p)
     model_arguments(p, EMOJI64)
@@ -110,17 +116,14 @@ def parser() -> argparse.ArgumentParser:
     kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=Parser)
     for name, kind in KINDS.items():
         one = kinds.add_parser(name, help=kind.summary, description=kind.summary)
-        one.add_argument("--out", default=f"outputs/figures/{name}", metavar="PATH",
-                         help="writes PATH.svg, PATH.png and PATH.json (default: %(default)s)")
         if kind.count is None:
             one.set_defaults(count=1)
         else:
             one.add_argument("--count", type=count, default=kind.count, metavar="N",
                              help="pictures (default: %(default)s)")
-        shared_arguments(one)
+        shared_arguments(one, kind.steps)
         kind.more(one)
     every = kinds.add_parser("all", help="all of these, with their defaults")
-    every.add_argument("--out", default="outputs/figures", metavar="DIR", help="(default: %(default)s)")
     every.add_argument("--count", type=count, metavar="N", help="pictures (default: as many as each kind has)")
     every.add_argument("--without", nargs="+", choices=[*KINDS], default=[], metavar="KIND", help="leave these out")
     shared_arguments(every)
@@ -129,10 +132,13 @@ def parser() -> argparse.ArgumentParser:
 
 def draw(args: argparse.Namespace) -> None:
     """Make one figure and say where it is."""
-    from evaluation.plots.scene import Scene, check_out, in_words
+    from evaluation.plots.scene import Scene, in_words
     from ldm.models.diffusion.loop import NonFiniteLatents
+    from ldm.script.setup import check_outdir
 
-    check_out(args.out)
+    stem = Path(args.out) / args.kind
+    check_outdir(stem.parent, "--out")
+    args = argparse.Namespace(**{**vars(args), "out": str(stem)})
     scene = Scene.of(args)
     try:
         from evaluation.plots.drawing import house_style
@@ -151,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
         return draw(args)
     for name, kind in KINDS.items():
         if name not in args.without:
-            own = {"kind": name, "out": str(Path(args.out) / name)}
+            own: dict[str, Any] = {"kind": name}
             if kind.count is None or args.count is None:
                 own["count"] = kind.count or 1
             draw(argparse.Namespace(**vars(parser().parse_args([name])) | vars(args) | own))

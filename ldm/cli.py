@@ -40,9 +40,11 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        near = did_you_mean(unknown.split()[0].split("=")[0], self.flags()) if unknown != message else ""
-        raise BadInput(message.removeprefix("argument ") + near)
+        unknown, hint = message.removeprefix("unrecognized arguments: "), ""
+        if unknown != message:
+            flag, known = unknown.partition(" ")[0].partition("=")[0], self.flags()
+            hint = f"; not every command has {flag}" if flag in known else did_you_mean(flag, known)
+        raise BadInput(message.removeprefix("argument ") + hint)
 
     def flags(self) -> set[str]:
         """All flags, also those of subcommands."""
@@ -90,9 +92,9 @@ def number(kind: type, low: float, high: float, accepted: str) -> Callable[[str]
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
-    """The end of an error message about a name that is none: the known names nearest to it; empty if none is near."""
-    near = get_close_matches(given, sorted(names), n=2)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    """The end of an error message about a name that is none: the known name nearest to it; empty if none is near."""
+    near = get_close_matches(given, sorted(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def readable(message: str) -> str:

@@ -5,9 +5,10 @@
 
 Along plain runs of some prompts it measures what it costs, at every step, to decode the features of every earlier step,
 and finds the key steps with the least total error (dynamic programming, exact). Then it tries what may reach the
-decoder between them (--propagate of the sampling scripts) and keeps what comes nearest to the plain latents. The table
-stays beside the weights (calibration/SAMPLER-STEPS.json), and --plan auto:K or auto:SHARE% of the sampling
-scripts use it for any number of key steps.
+decoder between them (--propagate of the sampling scripts) and keeps what comes nearest to the plain latents. With --out
+the plan is written there, and nothing else. Without, the table is written beside the weights
+(calibration/SAMPLER-STEPS.json), where --plan auto:K or auto:SHARE% of the sampling scripts use it for any number of
+key steps.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--keys", type=count, default=9, metavar="K", help="key steps (default: %(default)s)")
     size.add_argument("--macs", type=number(float, 0, 1, "a number in 0..1"), metavar="SHARE",
                       help="as many key steps as this share of the plain run's MACs allows")
-    what.add_argument("--out", metavar="FILE.yaml", help="write the plan there (default: only the table is written)")
+    what.add_argument("--out", metavar="FILE.yaml",
+                      help="write the plan there, and nothing else (default: the table, beside the weights)")
     what.add_argument("--from-file", default=str(PROMPTS), metavar="FILE",
                       help="prompts to measure with, one per line (default: those of emoji64)")
     what.add_argument("--n_samples", type=count, default=8, metavar="N",
@@ -126,16 +128,17 @@ def run(args: argparse.Namespace) -> None:
         errors = try_propagations(engine, plan, prompt_items(prompts, 1, args.seed, by_position=True))
     best = min(errors, key=errors.get)
     calibration, plan = (replace(part, propagate=best) for part in (calibration, plan))
-    path = folder / f"{engine.recipe.sampler}-{args.steps}.json"
-    with blame("--ckpt", (OSError,)):
-        calibration.save(path)
     print(f"key steps of {plan.num_nodes}: {spans(plan.keys)}")
     print("mean squared error of the latents: " + ", ".join(f"{name} {error:.3g}" for name, error in errors.items()))
-    print(f"table: {path}")
     if args.out:
         with blame("--out"):
             write_plan(args.out, plan, calibration)
         print(f"plan: {args.out}")
+        return
+    path = folder / f"{engine.recipe.sampler}-{args.steps}.json"
+    with blame("--ckpt", (OSError,)):
+        calibration.save(path)
+    print(f"table: {path}")
 
 
 def write_plan(path: str, plan: Plan, calibration: Calibration) -> None:

@@ -180,8 +180,11 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
         shutil.copy(shipped / name, tmp_path)
     model = ["--config", str(tmp_path / "config.yaml"), "--ckpt", str(tmp_path / "model.safetensors")]
     plan = tmp_path / "plan.yaml"
-    assert load_script("calibrate_plan").main([*model, "--steps", "20", "--keys", "5", "--n_samples", "2", "--out",
-                                               str(plan)]) == 0
+    command = [*model, "--steps", "20", "--keys", "5", "--n_samples", "2"]
+    kept = {*tmp_path.iterdir()}
+    assert load_script("calibrate_plan").main([*command, "--out", str(plan)]) == 0
+    assert {*tmp_path.iterdir()} == kept | {plan}       # nothing beside the weights
+    assert load_script("calibrate_plan").main(command) == 0
     printed = capsys.readouterr().out
     written = yaml.safe_load(plan.read_text())
     assert f"key steps of 20: {','.join(map(str, written['steps'][20]))}" in printed

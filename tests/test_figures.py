@@ -273,7 +273,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def smallest(kind: str) -> list[str]:
-    return [kind, "--steps", "3", *(["--count", "1"] if KINDS[kind].count else []), *SMALLEST.get(kind, [])]
+    steps = ["--steps", "3"] if KINDS[kind].steps else []
+    return [kind, *steps, *(["--count", "1"] if KINDS[kind].count else []), *SMALLEST.get(kind, [])]
 
 
 def drawing(kind: str, arguments: list[str]) -> Drawing:
@@ -319,20 +320,21 @@ def test_each_method_runs_once_untimed(tiny):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pareto"])     # has tests/test_pareto.py
 def test_every_kind_draws_any_model(kind, tiny, tmp_path):
-    assert main([*smallest(kind), *tiny, "--out", str(tmp_path / "figure")]) == 0
-    assert Image.open(tmp_path / "figure.png").width > 300
-    assert "<svg" in (tmp_path / "figure.svg").read_text(encoding="utf-8")
-    record = json.loads((tmp_path / "figure.json").read_text(encoding="utf-8"))
+    assert main([*smallest(kind), *tiny, "--out", str(tmp_path)]) == 0
+    assert Image.open(tmp_path / f"{kind}.png").width > 300
+    assert "<svg" in (tmp_path / f"{kind}.svg").read_text(encoding="utf-8")
+    record = json.loads((tmp_path / f"{kind}.json").read_text(encoding="utf-8"))
     assert record["weights"] in record["caption"] and record["values"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.json", "figure.png", "figure.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{kind}.json", f"{kind}.png", f"{kind}.svg"]
 
 
 def test_the_model_that_ships_needs_no_flag_and_gives_the_same_figure_twice(tmp_path):
     for name in "ab":
         assert main(["evolution", "--steps", "2", "--count", "1", "--out", str(tmp_path / name)]) == 0
     for suffix in ("svg", "png", "json"):
-        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
-    values = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["values"]
+        one, two = ((tmp_path / name / f"evolution.{suffix}").read_bytes() for name in "ab")
+        assert one == two
+    values = json.loads((tmp_path / "a" / "evolution.json").read_text(encoding="utf-8"))["values"]
     assert [*values] == ["E8", "E4", "E2", "B", "D2", "D4", "D8"]
 
 
@@ -348,6 +350,8 @@ def test_all_draws_what_is_not_left_out(tiny, tmp_path):
     (["evolution", "--steps", "5000"], "--steps: "),
     (["norms", "--count", "41"], "--count: "),
     (["norms", "--prompts", "missing.txt"], "--prompts: "),
+    (["samplers", "--steps", "5"], "unrecognized arguments: --steps 5; not every command has --steps"),
+    (["times", "--steps", "5"], "unrecognized arguments: --steps 5; not every command has --steps"),
     (["samplers", "--samplers", "ddim"], "--samplers: expected SAMPLER:STEPS"),
     (["samplers", "--samplers", "magic:5"], "--samplers: expected SAMPLER:STEPS"),
     (["timeline", "--plans", "online:0.1"], "--plans: online:0.1 decides during the run"),

@@ -44,7 +44,7 @@ def test_lists_in_a_row_are_rows(tmp_path):
     ("rows: [{family: a, steps: [3, 3]}]", "two rows are 'ddim 3'")])
 def test_faulty_rows_say_why(tmp_path, capsys, text, why):
     (tmp_path / "rows.yaml").write_text(text)
-    assert main(["pareto", "--rows", str(tmp_path / "rows.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert main(["pareto", "--rows", str(tmp_path / "rows.yaml"), "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "--rows: " in error and "not a file of rows as in" in error and why in error and error.count("\n") == 1
 
@@ -78,21 +78,21 @@ def test_any_model_has_both_costs_and_the_distances_from_its_plain_run(tmp_path,
     (tmp_path / "prompts.txt").write_text("\n".join(WORDS), encoding="utf-8")
     (rows := tmp_path / "rows.yaml").write_text(ROWS)
     arguments = ["pareto", "--config", str(config), "--ckpt", str(ckpt), "--prompts", str(tmp_path / "prompts.txt"),
-                 "--rows", str(rows), "--count", "2", "--out", str(tmp_path / "out")]
+                 "--rows", str(rows), "--count", "2", "--out", str(tmp_path)]
     assert main(arguments) == 0
-    first = read(tmp_path / "out.json")
+    first = read(tmp_path / "pareto.json")
     assert [*first] == ["ddim 50", "ddim 5"]
-    assert "no calibration for auto:5" in (tmp_path / "out.md").read_text()
+    assert "no calibration for auto:5" in (tmp_path / "pareto.md").read_text()
     rows.write_text("rows:\n- {family: paper, plan: '0,10,30', guidance_reuse: true}\n")
     assert main(arguments) == 0
-    assert {name: values for name, values in read(tmp_path / "out.json").items() if name in first} == first
-    plain, few, reused = read(tmp_path / "out.json").values()
+    assert {name: values for name, values in read(tmp_path / "pareto.json").items() if name in first} == first
+    plain, few, reused = read(tmp_path / "pareto.json").values()
     assert plain["mse_latents"] == 0 and plain["psnr"] is None and plain["ssim"] == pytest.approx(1)
     assert plain["macs_share"] == plain["critical_share"] == 1
     assert few["macs_share"] == few["critical_share"] == pytest.approx(0.1, rel=0.01)    # keys and values once in each
     assert reused["critical_share"] == pytest.approx(3 / 50, rel=0.02) and 0.3 < reused["macs_share"] < 0.6
     assert 0 < few["mse_latents"] and 0 < reused["mse_latents"]
-    lines = (tmp_path / "out.md").read_text().splitlines()
+    lines = (tmp_path / "pareto.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("| ddim")][0].startswith("| ddim 50, 0,10,30, guidance reused |")
     assert "Fréchet" not in lines[2] and "Fréchet" not in lines[0]
     capsys.readouterr()
@@ -111,15 +111,15 @@ def finished(tmp_path_factory) -> tuple[list[str], dict, str]:
     arguments = ["pareto", "--config", str(config), "--ckpt", str(ckpt), "--prompts", str(folder / "prompts.txt"),
                  "--steps", "4", "--count", "1"]
     assert go_on(arguments, folder, rows) == 0
-    return arguments, json.loads((folder / "out.json").read_text()), rows
+    return arguments, json.loads((folder / "pareto.json").read_text()), rows
 
 
 def go_on(arguments: list[str], folder: Path, rows: str, record: dict | None = None) -> int:
     """The exit code of the command with these rows in this folder, where the record was left by a run."""
     (folder / "rows.yaml").write_text(rows)
     if record is not None:
-        (folder / "out.json").write_text(json.dumps(record))
-    return main([*arguments, "--rows", str(folder / "rows.yaml"), "--out", str(folder / "out")])
+        (folder / "pareto.json").write_text(json.dumps(record))
+    return main([*arguments, "--rows", str(folder / "rows.yaml"), "--out", str(folder)])
 
 
 def marked(record: dict, **values) -> dict:
@@ -132,8 +132,8 @@ def test_rows_that_are_kept_are_drawn_without_a_run(finished, tmp_path):
     rows = "rows:\n- {family: other, steps: 1, label: '{family}'}\n"
     said = [*arguments, "--scale", "3"]         # which the config says, too, but for the type of the number
     assert go_on(said, tmp_path, rows, marked(record, mse_latents=123.0)) == 0
-    assert "123.00000" in (tmp_path / "out.md").read_text()
-    assert read(tmp_path / "out.json")["ddim 1"]["family"] == "other"
+    assert "123.00000" in (tmp_path / "pareto.md").read_text()
+    assert read(tmp_path / "pareto.json")["ddim 1"]["family"] == "other"
 
 
 def test_a_row_whose_plan_is_another_one_is_measured_again(finished, tmp_path):
@@ -142,7 +142,7 @@ def test_a_row_whose_plan_is_another_one_is_measured_again(finished, tmp_path):
     stale = marked(record, mse_latents=123.0)
     stale["values"]["rows"][[*stale["values"]["rows"]][1]]["resolved"] = {"keys": [0, 1], "propagate": "hold"}
     assert go_on(arguments, tmp_path, rows, stale) == 0
-    kept, anew = read(tmp_path / "out.json").values()
+    kept, anew = read(tmp_path / "pareto.json").values()
     assert kept["mse_latents"] == 123 and anew == [*record["values"]["rows"].values()][1]
 
 
@@ -157,7 +157,7 @@ def test_rows_of_another_run_are_not_gone_on_with(finished, tmp_path, capsys, fl
     assert go_on([*arguments, flag, value], tmp_path, rows, record) == 2
     error = capsys.readouterr().err
     assert f"is of another run; different: {differs} (" in error and error.count("\n") == 1
-    assert json.loads((tmp_path / "out.json").read_text()) == record
+    assert json.loads((tmp_path / "pareto.json").read_text()) == record
 
 
 @pytest.mark.parametrize("kept, why", [
@@ -173,11 +173,11 @@ def test_kept_rows_that_are_not_whole_say_why(finished, tmp_path, capsys, kept, 
 def test_a_dataset_gives_its_captions_and_what_needs_its_pictures(tmp_path, capsys):
     (rows := tmp_path / "rows.yaml").write_text("rows:\n- {family: fewer, steps: 1}\n")
     arguments = ["pareto", "--rows", str(rows), "--data", str(write_data(tmp_path, side=64)), "--steps", "2",
-                 "--out", str(tmp_path / "out"), "--count"]
+                 "--out", str(tmp_path), "--count"]
     assert main([*arguments, "3"]) == 0
-    (few,) = read(tmp_path / "out.json").values()
+    (few,) = read(tmp_path / "pareto.json").values()
     assert few["fid_real"] > 0 and few["feature_distance"] > 0 and 0 <= few["R@5"] <= 1
-    assert "Fréchet distance" in (tmp_path / "out.md").read_text()
+    assert "Fréchet distance" in (tmp_path / "pareto.md").read_text()
     capsys.readouterr()
     np.save(tmp_path / "pictures.npy", 255 - np.load(tmp_path / "pictures.npy"))
     for count, why in (("20", "--count: "), ("1", "--count: a Fréchet distance (--data) needs at least 2"),
@@ -188,16 +188,16 @@ def test_a_dataset_gives_its_captions_and_what_needs_its_pictures(tmp_path, caps
 
 def test_a_row_that_the_network_refuses_is_named(tmp_path, capsys):
     (rows := tmp_path / "rows.yaml").write_text("rows:\n- {family: a, plan: 'deepcache:2:99'}\n")
-    assert main(["pareto", "--rows", str(rows), "--steps", "2", "--count", "1", "--out", str(tmp_path / "out")]) == 2
+    assert main(["pareto", "--rows", str(rows), "--steps", "2", "--count", "1", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("figures.py: error: --rows: ddim 2, deepcache:2:99: ") and error.count("\n") == 1
 
 
 def test_another_figures_file_is_not_written_over(tmp_path, capsys):
-    (tmp_path / "out.json").write_text('{"values": {}}')
-    assert main(["pareto", "--out", str(tmp_path / "out")]) == 2
+    (tmp_path / "pareto.json").write_text('{"values": {}}')
+    assert main(["pareto", "--out", str(tmp_path)]) == 2
     assert "--out: " in (error := capsys.readouterr().err) and "no rows of this figure" in error
-    assert (tmp_path / "out.json").read_text() == '{"values": {}}'
+    assert (tmp_path / "pareto.json").read_text() == '{"values": {}}'
 
 
 def read(path: Path) -> dict:

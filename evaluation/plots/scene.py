@@ -177,13 +177,3 @@ def uncalibrated(specs: Iterable[str]) -> str:
     """A remark for the caption on plans that there is no calibration for, see `Scene.plan_if_calibrated`."""
     names = ", ".join(dict.fromkeys(specs))
     return f" The model has no calibration for {names}, which are left out." if names else ""
-
-
-def check_out(out: str) -> None:
-    """Before anything slow: the figure's folder can be made.
-
-    Raises:
-        BadInput: it can't.
-    """
-    with blame("--out", (OSError,)):
-        Path(out).parent.mkdir(parents=True, exist_ok=True)

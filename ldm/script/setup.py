@@ -85,17 +85,17 @@ def read_setup(config_path: Path, ckpt: Path, device: torch.device, processes: P
     return Setup(config_path, ckpt, config, sizes, device, processes)
 
 
-def check_outdir(outdir: Path) -> None:
+def check_outdir(outdir: Path, flag: str = "--outdir") -> None:
     """It must be possible to write there; nothing is left behind by finding out."""
     with blame("--outdir", (OSError,)):         # a name that no file can have
         place = next(p for p in (outdir, *outdir.absolute().parents) if p.exists())
     if not place.is_dir():
-        raise BadInput(f"--outdir: {place} is a file; expected a directory")
+        raise BadInput(f"{flag}: {place} is a file; expected a directory")
     try:
         with tempfile.TemporaryDirectory(dir=place):
             pass
     except OSError as error:
-        raise BadInput(f"--outdir: can't write to {outdir}: {error.strerror}") from error
+        raise BadInput(f"{flag}: can't write to {outdir}: {error.strerror}") from error
 
 
 def picture_size(args: argparse.Namespace, sizes: Sizes, default: tuple[int, int] | None = None) -> tuple[int, int]:
