@@ -93,7 +93,7 @@ def number(kind: type, low: float, high: float, accepted: str) -> Callable[[str]
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
     """The end of an error message about a name that is none: the known name nearest to it; empty if none is near."""
-    near = get_close_matches(given, sorted(names), n=1)
+    near = get_close_matches(given, sorted(names), n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -20,13 +20,14 @@ def spans(nodes: Sequence[int]) -> str:
     return ",".join(parts)
 
 
-def plan_table(unit: Macs, nodes: int, more: Sequence[str] = ()) -> Iterator[str]:
+def plan_table(unit: Macs, nodes: int, more: Sequence[str] = (), images: int = 1) -> Iterator[str]:
     """Lines of a table: plan, MACs and critical path as a share of the plain run's, key nodes.
 
     Args:
         unit: of one prediction.
         nodes: of the run.
         more: specs to list beside the named ones.
+        images: how often each node predicts for one picture, 2 with guidance.
     """
     plain = unit.plain(nodes)
     yield f"{'plan':<18}{'MACs':>7}{'latency':>9}  key nodes of {nodes}"
@@ -34,5 +35,5 @@ def plan_table(unit: Macs, nodes: int, more: Sequence[str] = ()) -> Iterator[str
         plan = load_plan(name, nodes)
         yield (f"{name:<18}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>9.1%}  "
                f"{spans(plan.keys)}")
-    yield (f"100 % = {plain / 1e9:.2f} GMAC of the UNet for one picture without guidance; latency: what must be "
-           f"computed one after the other when decoders that share features run at the same time")
+    yield (f"100 % = {images * plain / 1e9:.2f} GMAC of the UNet for one picture; latency: what must be computed one "
+           f"after the other when decoders that share features run at the same time")

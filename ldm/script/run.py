@@ -265,4 +265,4 @@ def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
         engine = Engine(model, setup.sizes, recipe, Plan(nodes, (0,)), task)
     with blame("--tome"):
         unit = engine.unit
-    print("\n".join(plan_table(unit, nodes)))
+    print("\n".join(plan_table(unit, nodes, images=1 if recipe.scale == 1.0 else 2)))
