@@ -160,7 +160,7 @@ def fingerprint(path: str | Path) -> str:
     """SHA-256 of a file's content (of a diffusers folder's weights), hexadecimal: names what made a picture.
 
     Raises:
-        OSError: no such file. FileError: no regular file. CheckpointError: a folder that lacks a part.
+        OSError: no such file, or no regular one. CheckpointError: a folder that lacks a part.
     """
     path = Path(path)
     return file_sha256(*(part_files(path).values() if path.is_dir() else [path]))

@@ -62,7 +62,7 @@ def load_config(path: str | Path) -> Any:
     It is data: interpolations (${...}), which could read the environment, are refused; published configs have none.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or no regular one.
         ConfigError: not YAML, without `model.target`, or with a value of another kind than its place takes.
     """
     if not Path(path).exists():
