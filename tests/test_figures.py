@@ -356,7 +356,7 @@ def test_all_draws_what_is_not_left_out(tiny, tmp_path):
     (["samplers", "--samplers", "magic:5"], "--samplers: expected SAMPLER:STEPS"),
     (["timeline", "--plans", "online:0.1"], "--plans: online:0.1 decides during the run"),
     (["timeline", "--plans", "nothing"], "--plans: unknown plan 'nothing'"),
-    (["norms", "--ckpt", "missing.ckpt"], "--config: needed together with --ckpt"),
+    (["norms", "--ckpt", "missing.ckpt"], "--ckpt: missing.ckpt: no such file"),
 ])
 def test_bad_input_is_one_line(arguments, wrong, tmp_path, capsys):
     out = [] if arguments[0] == "pie" else ["--out", str(tmp_path / "figure")]
