@@ -137,6 +137,7 @@ class Model:
                 pictured, task, size = KINDS[self.kind].make(given, args, self.setup)
             items = image_items(args, pictured)
             check_amount(args, len(items), size, args.batch_size)
+            args.batch_size = min(args.batch_size, len(items))
             engine = self._engine(args, task, size)
             if cut := what_is_cut(items, task, self.network):
                 warnings.warn(cut, stacklevel=3)
