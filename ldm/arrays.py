@@ -13,7 +13,7 @@ from typing import IO
 
 import numpy as np
 
-from ldm.files import FileError, check_regular
+from ldm.files import check_regular
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -67,7 +67,7 @@ def open_array(path: str | Path, name: str) -> Iterator[tuple[IO[bytes], Header]
         return
     with zipfile.ZipFile(path) as archive:
         if f"{name}.npy" not in archive.namelist():
-            raise FileError(f"{path}: has no array {name}")
+            raise ValueError(f"has no array {name}")
         with archive.open(f"{name}.npy") as stream:
             yield stream, read_header(stream, archive.getinfo(f"{name}.npy").file_size)
 

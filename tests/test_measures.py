@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from evaluation import adm, clip_score, fid, measure, paired, preference, result
 from evaluation.clip_score import VARIANTS, scores
 from evaluation.errors import PictureError
 from evaluation.features import extractor
-from evaluation.measure import look
+from evaluation.measure import look, pictures_at
 from evaluation.moments import Gaussian, load_statistics, save_statistics, total
 from evaluation.pictures import Array, Folder, open_pictures
 from evaluation.prompts import prompts_of
@@ -683,6 +686,14 @@ def bad(tmp_path_factory) -> Path:
     (root / "bits.npz").write_bytes(content)
     whole = (root / "cut.npy").read_bytes()
     (root / "version.npy").write_bytes(whole[:6] + bytes([9, 0]) + whole[8:])
+    for name, shape in (("minus", (-3, 8, 8, 3)), ("liar", (100_000, 128, 128, 3))):
+        stream = BytesIO()
+        np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        (root / f"{name}.npy").write_bytes(stream.getvalue() + bytes(10))
+        with zipfile.ZipFile(root / f"{name}.npz", "w") as archive:
+            archive.writestr("arr_0.npy", stream.getvalue() + bytes(10))
+    for suffix in ("npz", "npy"):
+        os.mkfifo(root / f"fifo.{suffix}")
     (root / "header.npy").write_bytes(whole[:10] + b"{(" + whole[12:])
     return root
 
@@ -693,10 +704,15 @@ def bad(tmp_path_factory) -> Path:
     ("torn", "2 of 3 files are no pictures, or damaged: b.png, c.jpg$"),
     ("sizes", r"pictures of 2 sizes, expected one: 32 x 32 \(a.png\), 40 x 40 \(b.png\)"),
     ("card", "run.json: not a run card"),
-    ("other.npz", "has no array arr_0 with pictures"),
+    ("other.npz", "other.npz: can't be read: has no array arr_0$"),
     ("grey.npz", r"expected pictures uint8 \(N, H, W, 3\), N > 0; got uint8 \(4, 8, 8\)"),
     ("float.npz", "got float32"),
-    ("cut.npy", "cut off: picture 3 of 4 is not all there"),
+    ("cut.npy", r"cut off, or a wrong header: uint8 \(4, 8, 8, 3\) are 768 bytes, and there are 668$"),
+    ("minus.npy", r"an array of uint8 \(-3, 8, 8, 3\); expected numbers, and no side below 0"),
+    ("minus.npz", r"an array of uint8 \(-3, 8, 8, 3\)"),
+    ("liar.npz", r"wrong header: uint8 \(100000, 128, 128, 3\) are 4915200000 bytes, and there are 10$"),
+    ("fifo.npz", "fifo.npz: a FIFO; expected a file"),
+    ("fifo.npy", "fifo.npy: a FIFO; expected a file"),
     ("junk.npz", "can't be read"),
     ("short", "3 of 3 files are no pictures, or damaged: a.bmp, a.jpg, a.webp$"),
     ("bits.npz", "bits.npz: can't be read: "),
@@ -779,3 +795,36 @@ def test_array_is_read_piece_by_piece(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
     pictures = Array(tmp_path / "a.npz")
     assert next(iter(pictures)).shape == (3, 4, 4) and len(pictures.names) == 3
+
+
+def test_files_that_a_folder_leaves_out_are_said(tmp_path, capsys):
+    for suffix in ("png", "tif", "TIFF", "gif"):
+        draw(0).save(tmp_path / f"a.{suffix}")
+    for name in ("b.psd", "notes.txt", "run.json", ".hidden"):
+        (tmp_path / name).touch()
+    assert len(pictures_at(str(tmp_path)).names) == 4
+    assert "2 of 6 files are left out" in (said := capsys.readouterr().err) and said.endswith(": b.psd, notes.txt\n")
+    for name in ("b.psd", "notes.txt"):
+        (tmp_path / name).unlink()
+    pictures_at(str(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name, shape, why", [
+    ("sigma", (20_000, 20_000), "wrong header"), ("sigma", (-2, -2), "no side below 0"),
+    ("n", (10**9,), "wrong header")])
+def test_statistics_whose_headers_lie_are_refused_unread(tmp_path, name, shape, why):
+    stream = BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    np.savez(tmp_path / "liar.npz", mu=np.zeros(2))
+    with zipfile.ZipFile(tmp_path / "liar.npz", "a") as archive:
+        archive.writestr(f"{name}.npy", stream.getvalue())
+    with pytest.raises(PictureError, match=f"liar.npz: not statistics .*{why}"):
+        load_statistics(tmp_path / "liar.npz")
+
+
+@pytest.mark.parametrize("n", [-3, 0])
+def test_statistics_of_no_pictures_are_refused(tmp_path, n):
+    np.savez(tmp_path / "none.npz", mu=np.zeros(2), sigma=np.eye(2), n=n)
+    with pytest.raises(PictureError, match=f"n must be a number of pictures; got {n}"):
+        load_statistics(tmp_path / "none.npz")
