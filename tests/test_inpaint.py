@@ -18,6 +18,7 @@ from ldm.models.diffusion.solvers import SOLVERS
 from ldm.sampling.canvas import Frame, MaskedFrame, mean_latents
 from ldm.sampling.conditions import Masked, Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+from scripts.inpaint import read_folder
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +153,15 @@ def test_the_latents_of_what_stays_are_kept_on_the_way(emoji64, sampler):
 def broken(folder, fault: str) -> None:
     add(folder, "a", (32, 32))
     if fault == "mask size":
-        Image.new("L", (32, 16)).save(folder / "a_mask.png")
+        Image.new("L", (32, 16), 255).save(folder / "a_mask.png")
     elif fault == "two sizes":
         add(folder, "b", (64, 32))
     elif fault == "no picture":
         (folder / "a.png").unlink()
     elif fault == "no masks":
         (folder / "a_mask.png").unlink()
+    elif fault == "nothing to paint":
+        Image.new("L", (32, 32), 1).save(folder / "a_mask.png")
     elif fault == "transparent":
         Image.new("LA", (32, 32), (255, 0)).save(folder / "a_mask.png")
     elif fault == "empty":
@@ -174,6 +177,7 @@ def broken(folder, fault: str) -> None:
     ("no picture", "--indir: .*a.png: no such file; expected a picture"),
     ("no masks", "--indir: .* has no masks; expected pictures NAME.png with masks NAME_mask.png"),
     ("empty", "--indir: .* has no masks; expected"),
+    ("nothing to paint", "--indir: .*a_mask.png: a mask that paints nothing: its brightest level is 1 of 255"),
     ("transparent", "--indir: .*a_mask.png: a mask with transparent parts; expected white where to paint"),
     ("damaged", "--indir: .*a.png: a damaged picture"),
 ])
@@ -181,6 +185,14 @@ def test_bad_folders(files, tmp_path, capsys, fault, why):
     broken(tmp_path / "in", fault)
     script = Script("inpaint", tmp_path, *files, "--indir", str(tmp_path / "in"))
     assert re.match(why, script.refusal(capsys))
+
+
+def test_files_that_are_left_alone_are_said(tmp_path, capsys):
+    add(tmp_path, "a", (32, 32))
+    for name in ("lonely.png", "notes.txt"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name, format="PNG")
+    assert len(read_folder(tmp_path).subjects) == 1
+    assert re.match("warning: --indir: 2 files are left alone, .*: lonely.png, notes.txt$", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("arguments, why", [
