@@ -1,62 +1,116 @@
 """Train a model from a configuration file.
 
     python main.py --base configs/autoencoder/emoji64-kl-f8.yaml -t
+    python main.py --base configs/autoencoder/emoji64-kl-f8.yaml -t --steps 100 data.params.batch_size=8
     python main.py --resume logs/emoji64-kl-f8 -t
 
 A configuration has the sections `model` (what is trained: `target`, `params`), `training` (how: a Lightning
 module of `ldm.training` that takes the model), `data` (a Lightning data module) and `lightning` (arguments of
-the trainer and of the checkpoints). Everything a run makes lies in its log folder: the configuration as used,
-`last.ckpt`, metrics as CSV and for TensorBoard, and sample grids.
+the trainer, of the checkpoints, and the seed). Everything a run makes lies in its log folder: the configuration
+as used, `last.ckpt`, metrics as CSV and for TensorBoard, and sample grids. A run that was stopped or killed and
+resumed ends with the same weights as one that was not.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldm.cli import BadInput, Parser, blame, command
+from ldm.cli import BadInput, Parser, blame, command, number
 from ldm.util import instantiate_from_config  # noqa: F401  (published scripts import it from here)
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
+# What Lightning warns of and what is meant to be: frozen parts of a model stay in evaluation mode; the data is in
+# memory, where workers would only cost time; a small set has few batches. The rest is about PyTorch's own future.
+AS_MEANT = (r".*in eval mode at the start of training", r".*does not have many workers",
+            r".*smaller than the logging interval", r".*LeafSpec.* is deprecated")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-b", "--base", nargs="+", metavar="CONFIG.yaml",
+    parser.add_argument("-b", "--base", nargs="+", default=[], metavar="CONFIG.yaml",
                         help="configuration files; later ones override earlier ones")
     parser.add_argument("-r", "--resume", metavar="LOGDIR", help="go on with the run of this folder")
     parser.add_argument("-t", "--train", action="store_true", help="train (without it: validate once)")
     parser.add_argument("-n", "--name", help="name of the run (default: that of the first configuration)")
     parser.add_argument("-l", "--logdir", default="logs", help="folder of the runs (default: %(default)s)")
-    parser.add_argument("-s", "--seed", type=int, default=23,
-                        help="seed of weights and data order (default: %(default)s)")
+    parser.add_argument("-s", "--seed", type=number(int, 0, 2**32 - 1, "a whole number in 0..2^32-1"),
+                        help="seed of weights, data order and noise (default: the configuration's lightning.seed, "
+                             "or 23)")
+    parser.add_argument("--steps", type=number(int, 1, 10**12, "a whole number from 1 on"), metavar="N",
+                        help="train N steps in all; the learning-rate schedule is shortened or stretched with them "
+                             "(default: the configuration's lightning.trainer.max_steps)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
                         help="single settings, for example data.params.batch_size=8")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    # What follows --base is read as belonging to it.
+    args.overrides = [text for text in args.base if is_setting(text)] + args.overrides
+    args.base = [text for text in args.base if not is_setting(text)]
     if bool(args.base) == bool(args.resume):
         parser.error("give either --base CONFIG.yaml (a new run) or --resume LOGDIR (an old one)")
     for path in args.base or [str(Path(args.resume) / "config.yaml")]:
         if not Path(path).is_file():
             parser.error(f"{'--base' if args.base else '--resume'}: no file {path}")
+    for text in args.overrides:
+        if not SETTING.match(text) or text.endswith("=???"):
+            parser.error(f"expected KEY=VALUE with the whole name, for example data.params.batch_size=8; got {text!r}")
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    # Imported late so that --help and a wrong flag answer at once.
-    import pytorch_lightning as pl
+def is_setting(text: str) -> bool:
+    return "=" in text and not Path(text).is_file()
+
+
+def configuration(args: argparse.Namespace) -> DictConfig:
+    """What the files and the command line say together."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    from ldm.training.run import fit
+    from ldm.files import read_config
+    from ldm.training.run import check, with_steps
 
-    logging.getLogger("pytorch_lightning").setLevel(logging.INFO)
+    flag, files = ("--resume", [Path(args.resume) / "config.yaml"]) if args.resume else ("--base", args.base)
+    config = OmegaConf.create()
+    for path in files:
+        with blame(flag):
+            part = read_config(path)
+            if not OmegaConf.is_dict(part):
+                raise ValueError(f"{path}: expected sections and their settings; got a list")
+            config = OmegaConf.merge(config, part)
+    for text in args.overrides:
+        with blame(text, (ValueError, OmegaConfBaseException, YAMLError)):
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+    with blame(flag, (ValueError, OmegaConfBaseException)):
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        check(config)
+        config.lightning.seed = args.seed if args.seed is not None else config.lightning.get("seed", 23)
+        return with_steps(config, args.steps) if args.steps else config
+
+
+def run(args: argparse.Namespace) -> None:
     logdir = Path(args.resume) if args.resume else Path(args.logdir) / (args.name or Path(args.base[0]).stem)
-    files = [logdir / "config.yaml"] if args.resume else args.base
     if not args.resume and (logdir / "last.ckpt").exists():
         raise BadInput(f"--name: {logdir} holds a run already; go on with --resume {logdir} or choose another name")
-    config = OmegaConf.merge(*map(OmegaConf.load, files), OmegaConf.from_dotlist(args.overrides))
-    pl.seed_everything(args.seed, workers=True, verbose=False)
+    config = configuration(args)
+    # Imported late so that --help and a wrong flag answer at once.
+    from ldm.training.run import fit
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in AS_MEANT:
+        warnings.filterwarnings("ignore", message)
     with blame("--resume" if args.resume else "--base"):
         fit(config, logdir, train=args.train)
+    if args.train:
+        print(f"for sampling: python scripts/export_model.py {logdir} --out {logdir}/model.safetensors")
 
 
 def main(argv: list[str] | None = None) -> int:

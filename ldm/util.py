@@ -73,17 +73,18 @@ def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
     return found
 
 
-def instantiate_from_config(config: Mapping[str, Any], allow: Iterable[str] = ()) -> Any:
-    """Build the object that `config` describes: `target(**params)`.
+def instantiate_from_config(config: Mapping[str, Any], allow: Iterable[str] = (), **given: Any) -> Any:
+    """Build the object that `config` describes: `target(**params, **given)`.
 
     Args:
         config: a mapping with `target` (dotted name of a class) and optionally `params` (its arguments).
         allow: packages accepted besides ldm, torch.nn and torch.optim.
+        given: arguments that are not the config's to say.
 
     Raises:
         ConfigError: no target, a target that is not allowed, or arguments that it does not take.
     """
-    cls, params = _class_and_params(config, allow)
+    cls, params = _class_and_params(config, allow, given)
     return cls(**params)
 
 
@@ -94,13 +95,14 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: see `instantiate_from_config`.
     """
-    _, params = _class_and_params(config, ())
+    _, params = _class_and_params(config, (), {})
     for key, value in params.items():
         if key.endswith("_config") and isinstance(value, Mapping) and "target" in value:
             check_config(value)
 
 
-def _class_and_params(config: Mapping[str, Any], allow: Iterable[str]) -> tuple[type, dict[str, Any]]:
+def _class_and_params(config: Mapping[str, Any], allow: Iterable[str],
+                      given: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
     if not isinstance(config, Mapping):
         raise ConfigError(f"config: expected a mapping with 'target' and 'params'; got {config!r}")
     if config.get("target") is None:
@@ -113,6 +115,9 @@ def _class_and_params(config: Mapping[str, Any], allow: Iterable[str]) -> tuple[
     if not isinstance(params, Mapping | None):
         raise ConfigError(f"params of target {target!r}: expected {in_words(Mapping)}; got {params!r}")
     params = {str(key): value for key, value in (params or {}).items()}
+    if taken := params.keys() & given.keys():
+        raise ConfigError(f"params of target {target!r}: {', '.join(sorted(taken))} can't be set here")
+    params |= given
     signature = _signature(cls)
     try:
         # Bound before the call, so that a TypeError from inside the constructor stays what it is.

@@ -34,6 +34,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def weights_of(args: argparse.Namespace) -> dict[str, Tensor]:
     from ldm.checkpoint import load_config, read_checkpoint
     from ldm.training.export import normalized_first_stage, sampling_weights
+    from ldm.training.state import LAST, read_state
 
     source = Path(args.source)
     if args.part:
@@ -42,7 +43,7 @@ def weights_of(args: argparse.Namespace) -> dict[str, Tensor]:
         if not state:
             raise BadInput(f"--part: {source} has no weights named {prefix}*")
         return state
-    weights = sampling_weights(read_checkpoint(source / "last.ckpt"))
+    weights = sampling_weights(read_state(source / LAST)["state_dict"])
     if args.normalize:
         return normalized_first_stage(load_config(source / "config.yaml"), weights)
     return weights

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from contracts import recipe_weights
 from omegaconf import OmegaConf
+from processes import Child
 from tiny_data import SIDE, write_data
 from txt2img_model import load_script, tiny_params
 
@@ -22,11 +28,13 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.tokenizer import train_tokenizer
 from ldm.training.autoencoder import start_from_principal_components
+from ldm.training.callbacks import KeptState
 from ldm.training.diffusion import DiffusionTraining
 from ldm.training.export import sampling_weights
-from ldm.training.run import steps_done
+from ldm.training.run import scale_schedule
+from ldm.training.state import read_state, steps_done
 from ldm.util import instantiate_from_config
-from main import main
+from main import arguments, configuration, main
 
 ROOT = Path(__file__).parents[1]
 DDCONFIG = {"double_z": True, "z_channels": 4, "resolution": SIDE, "in_channels": 3, "out_ch": 3, "ch": 32,
@@ -133,14 +141,76 @@ def test_resume_goes_on_where_the_run_stood(trained):
     assert (trained / "second" / "metrics" / "00000002" / "metrics.csv").is_file()
 
 
-def test_a_killed_run_resumes(trained, tmp_path):
+def killed(main_arguments: list[str], step: int, moment: str, log: Path) -> None:
+    """A training that is killed at a step: before its state is written, in the middle of it, or after."""
+    def work() -> int:
+        save_checkpoint, batch_end = pl.Trainer.save_checkpoint, KeptState.on_train_batch_end
+
+        def kill_at(trainer: pl.Trainer, here: str) -> None:
+            if trainer.global_step == step and moment == here:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def on_train_batch_end(self, trainer, *rest):
+            kill_at(trainer, "before")
+            batch_end(self, trainer, *rest)
+            kill_at(trainer, "after")
+
+        def half(trainer, path, *rest):
+            save_checkpoint(trainer, path, *rest)
+            if trainer.global_step == step and moment == "while":
+                os.truncate(path, path.stat().st_size // 2)
+                kill_at(trainer, "while")
+
+        pl.Trainer.save_checkpoint, KeptState.on_train_batch_end = half, on_train_batch_end
+        return main(main_arguments)
+
+    assert Child(work, log).end() == -signal.SIGKILL, log.read_text()
+
+
+def assert_same(a: Any, b: Any, place: str = "") -> None:
+    """Nested values are equal; tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), place
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for key in a:
+            assert_same(a[key], b[key], f"{place}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), place
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{place}.{i}")
+    else:
+        assert a == b, place
+
+
+@pytest.mark.parametrize("kind", ["first", "second"])
+def test_kills_change_nothing(trained, tmp_path, kind):
+    """An epoch has four batches. The runs also differ in how often they validate, and one ended at first."""
+    steps = ["-t", "-l", str(tmp_path), "lightning.trainer.max_steps=11"]
+    base = ["-b", str(trained / f"{kind}.yaml"), *steps]
+    assert main([*base, "-n", "calm", "lightning.trainer.val_check_interval=5"]) == 0
+    moments = random.Random(kind)
+    kills = [4, *sorted(moments.sample(range(5, 11), 2))]        # one at the end of an epoch
+    assert main([*base, "-n", "killed", "lightning.trainer.max_steps=2", "lightning.checkpoint_every_minutes=9"]) == 0
+    again = ["-r", str(tmp_path / "killed"), *steps, "lightning.checkpoint_every_minutes=0"]
+    for step in kills:
+        killed(again, step, moments.choice(["before", "while", "after"]), tmp_path / "log")
+    assert main(again) == 0
+    calm, disturbed = (read_state(tmp_path / name / "last.ckpt") for name in ("calm", "killed"))
+    assert calm["global_step"] == disturbed["global_step"] == 11
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(calm[part], disturbed[part], part)
+
+
+def test_a_killed_process_resumes(trained, tmp_path):
+    """The command itself, killed when its first state is written."""
     command = [sys.executable, "main.py", "-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "k",
                "lightning.trainer.max_steps=100000"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     logdir = tmp_path / "k"
-    waited = time.monotonic()
-    while not (logdir / "last.ckpt").exists() and time.monotonic() - waited < 120:
-        time.sleep(0.2)
+    while not (logdir / "last.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     reached = steps_of(logdir)
@@ -155,19 +225,198 @@ def test_an_old_run_is_not_overwritten(trained, capsys):
 
 
 @pytest.mark.parametrize("arguments, why", [
-    ([], "--base"), (["-b", "nothing.yaml"], "no file nothing.yaml"), (["-r", "nowhere"], "--resume")])
-def test_wrong_arguments_say_why(arguments, why, capsys):
-    assert main(arguments) == 2
+    ([], "--base"), (["-b", "nothing.yaml"], "no file nothing.yaml"), (["-r", "nowhere"], "--resume"),
+    (["-b", "FIRST", "batch_size=3"], "expected KEY=VALUE with the whole name"),
+    (["-b", "FIRST", "-t", "data"], "got 'data'"), (["-b", "FIRST", "data.params.root=[1"], "data.params.root=[1: "),
+    (["-b", "FIRST", "--steps", "0"], "--steps: expected a whole number from 1 on"),
+    (["-b", "LIST"], "got a list"), (["-b", "DAMAGED"], "not YAML"),
+    (["-b", "FIRST", "trainer.max_steps=3"], "no section 'trainer'; did you mean training?"),
+    (["-b", "FIRST", "data.parms.batch_size=3"], "data.parms is not known; did you mean params?"),
+    (["-b", "FIRST", "data.params.batch_siz=3"], "batch_siz"),
+    (["-b", "FIRST", "data.params.batch_size=few"], "batch_size: expected a whole number from 1 on; got 'few'"),
+    (["-b", "FIRST", "training.params.foo=1"], "accepted: model, learning_rate, scheduler_config"),
+    (["-b", "FIRST", "lightning.trainer=5"], "lightning.trainer: expected settings by name"),
+    (["-b", "FIRST", "lightning.trainer.max_step=3"], "max_step is not known; did you mean max_steps?"),
+    (["-b", "FIRST", "lightning.trainer.max_steps=few"], "max_steps: expected a whole number; got 'few'"),
+    (["-b", "FIRST", "lightning.trainer.precision=17"], "Precision 17 is invalid"),
+    (["-b", "FIRST", "lightning.trainer.logger=false"], "lightning.trainer.logger is not known"),
+])
+def test_wrong_arguments_say_why(trained, tmp_path, arguments, why, capsys):
+    (tmp_path / "list.yaml").write_text("- model")
+    (tmp_path / "damaged.yaml").write_text("model: [1, {a:")
+    files = {"FIRST": trained / "first.yaml", "LIST": tmp_path / "list.yaml", "DAMAGED": tmp_path / "damaged.yaml"}
+    logdir = ["-l", str(tmp_path / "logs")]
+    assert main([*(str(files.get(text, text)) for text in arguments), *logdir]) == 2
     err = capsys.readouterr().err
     assert why in err and err.count("\n") == 1
+    assert not (tmp_path / "logs").exists()
 
 
-def test_unknown_sections_are_refused(trained, tmp_path, capsys):
+def test_no_gpu_is_said(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["-b", str(trained / "first.yaml"), "-l", str(tmp_path), "lightning.trainer.accelerator=gpu"]) == 2
+    assert "lightning.trainer.accelerator: 'gpu', but there is no GPU" in capsys.readouterr().err
+
+
+def test_settings_may_stand_anywhere(trained):
+    first = str(trained / "first.yaml")
+    for argv in (["-b", first, "data.params.batch_size=3", "-t", "lightning.trainer.max_steps=7"],
+                 ["data.params.batch_size=3", "-b", first, "-t", "lightning.trainer.max_steps=7"],
+                 ["-b", first, "-t", "data.params.batch_size=3", "-n", "x", "lightning.trainer.max_steps=7"]):
+        args = arguments(argv)
+        config = configuration(args)
+        assert args.base == [first] and args.train
+        assert config.data.params.batch_size == 3 and config.lightning.trainer.max_steps == 7
+
+
+@pytest.mark.parametrize("refused, why", [
+    ("data.params.batch_size=20", "data.params.batch_size: 20 is more than the training set has: 19 images"),
+    ("data.params.val_split=other", "accepted: train, heldout_concept"),
+    ("training.params.learning_rate=-1", "training.params.learning_rate: expected a number above 0; got -1"),
+    ("lightning.trainer.limit_train_batches=0", "no step was made"),
+    ("lightning.trainer.max_steps=0", "0 steps train nothing")])
+def test_a_refused_training_leaves_nothing(trained, tmp_path, refused, why, capsys):
+    assert main(["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path / "logs"), "-n", "r", refused]) == 2
+    err = capsys.readouterr().err
+    assert why in err and err.count("\n") == 1
+    assert not (tmp_path / "logs" / "r").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_its_state_is_not_kept(trained, tmp_path, capsys):
+    command = ["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "r",
+               "training.params.learning_rate=1e30", "lightning.trainer.max_steps=9"]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    kept = steps_of(tmp_path / "r")
+    assert f"at step {kept + 1} (epoch 0); {tmp_path}/r/last.ckpt holds step {kept}" in err
+    state = read_state(tmp_path / "r" / "last.ckpt")["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_a_damaged_state_is_noticed(trained, tmp_path, capsys):
+    """Whatever byte is another: it is said, or changes nothing."""
+    content = bytearray((trained / "first" / "last.ckpt").read_bytes())
+    whole, path = read_state(trained / "first" / "last.ckpt"), tmp_path / "last.ckpt"
+    places = random.Random(0)
+    noticed = 0
+    for _ in range(40):
+        place = places.randrange(len(content))
+        content[place] ^= 4
+        path.write_bytes(content)
+        content[place] ^= 4
+        try:
+            assert_same(read_state(path), whole)
+        except ValueError as error:
+            assert "is damaged" in str(error)
+            noticed += 1
+    assert noticed > 20
+    for damaged in (bytes(content[:len(content) // 2]), b"", b"text"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged .*; begin a new run"):
+            read_state(path)
+
+
+def test_a_damaged_state_names_the_one_before_it(trained, tmp_path, capsys):
+    logdir = tmp_path / "r"
+    shutil.copytree(trained / "first", logdir)
+    content = bytearray((logdir / "last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (logdir / "last.ckpt").write_bytes(content)
+    resume = ["-r", str(logdir), "-t"]
+    for command in (lambda: main(resume), lambda: load_script("export_model").main(
+            [str(logdir), "--out", str(tmp_path / "m.safetensors")])):
+        assert command() == 2
+        err = capsys.readouterr().err
+        assert "last.ckpt is damaged" in err and "previous.ckpt" in err and err.count("\n") == 1
+    (logdir / "previous.ckpt").replace(logdir / "last.ckpt")
+    assert steps_of(logdir) == 1
+    assert main(resume) == 0
+    assert steps_of(logdir) == 2
+
+
+def test_a_changed_setting_is_said(trained, tmp_path, capsys):
+    logdir = tmp_path / "r"
+    shutil.copytree(trained / "first", logdir)
+    assert main(["-r", str(logdir), "-t", "lightning.trainer.max_steps=3", "data.params.max_val=2"]) == 0
+    out = capsys.readouterr().out
+    assert "changed at step 2: data.params.max_val: None -> 2\n" in out
+    assert "changed at step 2: lightning.trainer.max_steps: 2 -> 3\n" in out and out.count("changed at") == 2
+    assert main(["-r", str(logdir), "-t"]) == 0
+    out = capsys.readouterr().out
+    assert "changed at" not in out and "all 3 steps are done" in out
+
+
+def test_a_state_without_its_place_in_the_data_resumes_with_a_note(trained, tmp_path, capsys):
+    """As the versions before wrote it."""
+    logdir = tmp_path / "r"
+    shutil.copytree(trained / "first", logdir)
+    state = read_state(logdir / "last.ckpt")
+    state["callbacks"].clear()
+    del state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    torch.save(state, tmp_path / "old.ckpt")
+    (tmp_path / "old.ckpt").replace(logdir / "last.ckpt")
+    assert main(["-r", str(logdir), "-t", "lightning.trainer.max_steps=6"]) == 0
+    assert capsys.readouterr().out.count("was written before its place in the data was kept") == 1
+    assert steps_of(logdir) == 6
+
+
+def test_steps_scale_the_schedule(trained, tmp_path):
     config = OmegaConf.load(trained / "first.yaml")
-    config.trainer = {}
+    schedule = {"warm_up_steps": 300, "max_decay_steps": 12000, "lr_start": 0.01, "lr_max": 1.0, "lr_min": 0.05}
+    config.training.params.scheduler_config = {"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler",
+                                               "params": schedule}
+    config.lightning.trainer.update(max_steps=10000, val_check_interval=1500)
     OmegaConf.save(config, tmp_path / "c.yaml")
-    assert main(["-b", str(tmp_path / "c.yaml"), "-l", str(tmp_path)]) == 2
-    assert "trainer" in capsys.readouterr().err
+    short = configuration(arguments(["-b", str(tmp_path / "c.yaml"), "-t", "--steps", "500"]))
+    trainer, params = short.lightning.trainer, short.training.params.scheduler_config.params
+    assert (trainer.max_steps, trainer.val_check_interval) == (500, 500)
+    assert (params.warm_up_steps, params.max_decay_steps) == (15, 600)
+    whole, scaled = (LambdaWarmUpCosineScheduler(**p) for p in (schedule, params))
+    assert [scaled(s) for s in (3, 15, 100, 500)] == pytest.approx([whole(20 * s) for s in (3, 15, 100, 500)])
+    one = configuration(arguments(["-b", str(tmp_path / "c.yaml"), "--steps", "1"])).training.params.scheduler_config
+    assert instantiate_from_config(one)(1) == pytest.approx(0.525)      # half of its two steps of decay
+    cycles = OmegaConf.create({"warm_up_steps": [10], "cycle_lengths": [1e4]})
+    scale_schedule(cycles, 0.5)
+    assert cycles == {"warm_up_steps": [5], "cycle_lengths": [5000]}
+
+
+def test_the_screen_shows_what_is_trained_and_nothing_else(trained, tmp_path):
+    logs = tmp_path / "log"
+    command = ["-b", str(trained / "second.yaml"), "-t", "-l", str(tmp_path), "-n", "r",
+               "lightning.trainer.enable_progress_bar=true"]
+    assert Child(lambda: main(command), logs).end() == 0
+    first, *rest = logs.read_text().splitlines()
+    assert first.startswith(f"{tmp_path}/r: ") and first.endswith(" M weights, from step 0 to 2")
+    assert rest[0].startswith("step 2: val/loss ") and rest[1].startswith("for sampling: ") and len(rest) == 2
+
+
+def test_only_frozen_parts_are_in_evaluation_mode_while_training(trained):
+    """Lightning warns of those; main.py leaves the warning out."""
+    config = OmegaConf.load(trained / "second.yaml")
+    module = DiffusionTraining(instantiate_from_config(config.model), learning_rate=1e-3)
+    resting = [name for name, part in module.named_modules() if not part.training]
+    assert resting and all(name.startswith("model.first_stage_model") for name in resting)
+    module.eval().train()
+    assert resting == [name for name, part in module.named_modules() if not part.training]
+
+
+def test_ctrl_c_keeps_the_step_that_was_made(trained, tmp_path):
+    """However seldom states are written."""
+    def work() -> int:
+        batch_end = KeptState.on_train_batch_end
+
+        def interrupted(self, trainer, *rest):
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            batch_end(self, trainer, *rest)
+
+        KeptState.on_train_batch_end = interrupted
+        return main(["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "r",
+                     "lightning.trainer.max_steps=1000", "lightning.checkpoint_every_minutes=1000"])
+
+    assert Child(work, tmp_path / "log").end() == 130
+    assert steps_of(tmp_path / "r") == 3
+    assert "stopped; go on with --resume LOGDIR" in (tmp_path / "log").read_text()
 
 
 # Parts

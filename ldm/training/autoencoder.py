@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +14,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.optim import adamw
 from ldm.util import instantiate_from_config
 
+SAMPLE = 1024               # training pictures that the linear start is made from
 INITIAL_LOGVAR = -6.0       # posterior noise far below the latents' own variance of about 1
 
 
@@ -61,10 +61,13 @@ class AutoencoderTraining(pl.LightningModule):
         self.loss = instantiate_from_config(model.lossconfig)
         self.learning_rate, self.scheduler_config = learning_rate, scheduler_config
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
+        # Not on_fit_start: there, the steps of a run that goes on are not known yet, and its weights would be lost.
         if self.model.encoder.shortcut is not None and self.trainer.global_step == 0:
-            pictures = [batch[self.model.image_key] for batch in islice(self.trainer.datamodule.train_dataloader(), 64)]
-            start_from_principal_components(self.model, torch.cat(pictures))
+            train = self.trainer.datamodule.train
+            spread = torch.linspace(0, len(train) - 1, min(len(train), SAMPLE)).long().tolist()
+            pictures = torch.stack([train[i][self.model.image_key] for i in spread]).to(self.device)
+            start_from_principal_components(self.model, pictures)
 
     def step(self, batch: dict[str, Tensor], prefix: str, sample_posterior: bool) -> Tensor:
         picture = batch[self.model.image_key].contiguous(memory_format=torch.channels_last)

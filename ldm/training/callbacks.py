@@ -1,39 +1,111 @@
-"""Checkpoints that survive a kill, and sample grids."""
+"""What happens beside the steps of a training: states that survive a kill, sample grids, a progress bar."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from tqdm import tqdm
 
+from ldm.files import atomic_write
 from ldm.images import grid, save_png, to_pil
+from ldm.training.state import PREVIOUS, steps_done
 
 
-class AtomicCheckpoint(pl.Callback):
-    """Keep the newest state in `LOGDIR/last.ckpt`, replaced in one rename every few minutes.
+class Stopped(Exception):
+    """The user ends the training."""
 
-    A kill at any moment leaves the last whole file, from which `main.py --resume LOGDIR` goes on.
+
+class KeptState(pl.Callback):
+    """Keep the newest state in `LOGDIR/last.ckpt`, the one before it in `previous.ckpt`, the settings in `config.yaml`.
+
+    Each is replaced in one rename: a kill at any moment leaves whole files, from which `main.py --resume LOGDIR` goes
+    on. A state that is not finite is not kept: the training ends.
     """
 
-    def __init__(self, path: Path, every_minutes: float):
-        self.path, self.every_seconds = path, 60.0 * every_minutes
-        self.saved_at = time.monotonic()
+    def __init__(self, path: Path, every_minutes: float, config: DictConfig):
+        self.path, self.every_seconds, self.config = path, 60.0 * every_minutes, OmegaConf.to_yaml(config)
+        self.saved_at, self.saved_step = time.monotonic(), -1
+        self.stopping = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"config": self.config}
 
     def save(self, trainer: pl.Trainer) -> None:
-        unfinished = self.path.with_suffix(".tmp")
-        trainer.save_checkpoint(unfinished)
-        os.replace(unfinished, self.path)
-        self.saved_at = time.monotonic()
+        for name, parameter in trainer.lightning_module.named_parameters():
+            if not parameter.isfinite().all():
+                self.fail(trainer, f"weights that are not finite ({name})")
+        with atomic_write(self.path) as unfinished:
+            trainer.save_checkpoint(unfinished)
+            if self.path.exists():
+                with atomic_write(self.path.with_name(PREVIOUS)) as previous:
+                    copy(self.path, previous)
+        self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        if time.monotonic() - self.saved_at > self.every_seconds:
+    def fail(self, trainer: pl.Trainer, what: str) -> None:
+        kept = f"{self.path} holds step {steps_done(self.path)}" if self.path.exists() else "nothing was kept yet"
+        raise ValueError(f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}); {kept}. A lower "
+                         f"training.params.learning_rate or lightning.trainer.gradient_clip_val may help")
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Not before: what is refused leaves no run behind.
+        with atomic_write(self.path.with_name("config.yaml")) as unfinished:
+            unfinished.write_text(self.config, encoding="utf-8")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: object) -> None:
+        loss = outputs["loss"]
+        if not loss.isfinite():
+            self.fail(trainer, f"a loss of {loss.item()}")
+        # The last step is kept here, too: after it Lightning counts a part of an epoch as a whole one.
+        last = trainer.global_step == trainer.max_steps
+        if last or self.stopping or time.monotonic() - self.saved_at > self.every_seconds:
             self.save(trainer)
+        if self.stopping:
+            raise Stopped
+
+    @contextmanager
+    def stopped_after_a_step(self) -> Iterator[None]:
+        """Ctrl-C in the block ends the training when its step is done and kept; the second one ends it at once.
+
+        Raises:
+            KeyboardInterrupt: that has happened.
+        """
+        def stop(*_: object) -> None:
+            self.stopping = True
+            signal.signal(signal.SIGINT, before)
+
+        if threading.current_thread() is not threading.main_thread():     # elsewhere Python takes no signals
+            yield
+            return
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        except Stopped:
+            raise KeyboardInterrupt from None
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.save(trainer)
+        if self.saved_step != trainer.global_step:
+            self.save(trainer)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Another name for the same content, or a copy where the file system knows no second names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 class SampleGrid(pl.Callback):
@@ -51,3 +123,25 @@ class SampleGrid(pl.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         save_png(self.folder / f"{trainer.global_step:08d}.png", grid(to_pil(module.pictures(batch)), self.columns),
                  {"step": trainer.global_step})
+
+
+class StepBar(pl.Callback):
+    """One bar over all steps, with the latest loss; a line for each validation."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", disable=None)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: object) -> None:
+        self.bar.set_postfix(loss=f"{outputs['loss'].item():.4g}", refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            measured = (f"{name} {value.item():.4g}" for name, value in sorted(trainer.callback_metrics.items())
+                        if isinstance(value, Tensor) and name.startswith("val/"))
+            step = f"step {trainer.global_step}: " if trainer.state.fn == "fit" else ""
+            tqdm.write(f"{step}{', '.join(measured)}")
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.bar.close()

@@ -13,6 +13,7 @@ from ldm.checkpoint import load_weights
 from ldm.data.emoji import EmojiPictures, without_style
 from ldm.files import read_config
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.training.order import TrainingBatches
 from ldm.util import instantiate_from_config
 
 
@@ -31,7 +32,37 @@ class PictureBatches(Dataset):
         return {"image": picture.flip(-1) if mirrored else picture}
 
 
-class EmojiPicturesData(pl.LightningDataModule):
+def whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"data.params.{name}: expected a whole number from 1 on; got {value!r}")
+    return value
+
+
+class TrainingData(pl.LightningDataModule):
+    """Batches of the datasets `train` and `val`, which `setup` of each kind makes.
+
+    Args:
+        batch_size: images per step (and process).
+        seed: of the order and of what the datasets draw.
+    """
+
+    train: Dataset
+    val: Dataset
+
+    def __init__(self, batch_size: int, seed: int):
+        super().__init__()
+        self.batch_size, self.seed = whole("batch_size", batch_size), seed
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        rank, processes = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return TrainingBatches(self.train, self.batch_size, self.seed, rank, processes)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val, self.batch_size)
+
+
+class EmojiPicturesData(TrainingData):
     """Pictures alone, for a first stage, validated on held-out ones.
 
     Args:
@@ -40,13 +71,14 @@ class EmojiPicturesData(pl.LightningDataModule):
         val_split, max_val: what to validate on, and the most pictures of it.
         max_tier: 3 = all concepts, 4 = skin tones too, see `ldm.data.emoji.EmojiPictures`.
         flip: mirror half of the training pictures.
+        seed: of the pictures' order and mirroring.
     """
 
     def __init__(self, root: str, batch_size: int, val_split: str = "heldout_concept", max_val: int = 256,
-                 max_tier: int = 3, flip: bool = False):
-        super().__init__()
-        self.root, self.batch_size = root, batch_size
-        self.val_split, self.max_val = val_split, max_val
+                 max_tier: int = 3, flip: bool = False, seed: int = 23):
+        super().__init__(batch_size, seed)
+        self.root = root
+        self.val_split, self.max_val = val_split, whole("max_val", max_val)
         self.max_tier, self.flip = max_tier, flip
 
     def setup(self, stage: str) -> None:
@@ -55,12 +87,6 @@ class EmojiPicturesData(pl.LightningDataModule):
         spread = torch.linspace(0, len(held_out) - 1, min(self.max_val, len(held_out))).long().tolist()
         self.train = PictureBatches(train, range(len(train)), self.flip)
         self.val = PictureBatches(held_out, spread)
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -106,7 +132,7 @@ class CaptionedLatents(Dataset):
         return {"latent": self.latents[i], "caption": self.shares.draw(self.captions[i], self.groups[i])}
 
 
-class EmojiLatentsData(pl.LightningDataModule):
+class EmojiLatentsData(TrainingData):
     """Latents and captions for the diffusion model; validated on the held-out concept x style pairs.
 
     Args:
@@ -117,16 +143,18 @@ class EmojiLatentsData(pl.LightningDataModule):
         name_share, group_share, style_share: of the training captions, see `CaptionShares`; validation takes
             names with their style.
         max_val: most latents to validate on.
+        seed: of the latents' order and their captions.
 
     Raises:
-        ValueError: a share is not in [0, 1].
+        ValueError: a share is not in [0, 1], or a number is none.
     """
 
     def __init__(self, root: str, first_stage: Mapping[str, str], batch_size: int, max_tier: int = 2,
-                 name_share: float = 0.7, group_share: float = 0.0, style_share: float = 1.0, max_val: int = 128):
-        super().__init__()
-        self.root, self.first_stage, self.batch_size = root, first_stage, batch_size
-        self.max_tier, self.max_val = max_tier, max_val
+                 name_share: float = 0.7, group_share: float = 0.0, style_share: float = 1.0, max_val: int = 128,
+                 seed: int = 23):
+        super().__init__(batch_size, seed)
+        self.root, self.first_stage = root, first_stage
+        self.max_tier, self.max_val = max_tier, whole("max_val", max_val)
         self.shares = CaptionShares(name_share, group_share, style_share)
 
     def setup(self, stage: str) -> None:
@@ -144,9 +172,3 @@ class EmojiLatentsData(pl.LightningDataModule):
         return CaptionedLatents(torch.cat(latents), [pictures.captions(i) for i in chosen],
                                 [pictures.groups(i) for i in chosen],
                                 self.shares if split == "train" else CaptionShares())
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, self.batch_size)

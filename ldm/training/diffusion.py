@@ -86,7 +86,9 @@ class DiffusionTraining(pl.LightningModule):
         simple = self.model.loss_per_image(prediction, self.model.prediction_target(z, noise, t))
         return {"loss": (self.timestep_weights(t) * simple).mean(), "loss_simple": simple.mean()}
 
-    def on_train_batch_end(self, *_: object) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # The averages belong to the step: in on_train_batch_end a state could be written between the two.
+        super().optimizer_step(*args, **kwargs)
         self.network_ema(self.model.model)
         if self.conditioner_ema is not None:
             self.conditioner_ema(self.model.cond_stage_model)

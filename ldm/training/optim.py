@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import Any
 
 import torch
@@ -22,7 +23,12 @@ def adamw(parameters: Iterable[nn.Parameter], learning_rate: float,
 
     Returns:
         What a Lightning module's `configure_optimizers` returns.
+
+    Raises:
+        ValueError: learning_rate is not a number above 0.
     """
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float) or not 0 < learning_rate < inf:
+        raise ValueError(f"training.params.learning_rate: expected a number above 0; got {learning_rate!r}")
     trained = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.01},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]

@@ -1,0 +1,45 @@
+"""The file a training goes on from."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.files import check_regular
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a training wrote into its `last.ckpt`; tensors are mapped from the file.
+
+    Every byte that counts is checked first, against the CRCs in the file.
+
+    Raises:
+        ValueError: the file is damaged, or no state of a training; the message says what to go on from.
+    """
+    check_regular(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is None:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if isinstance(state, dict) and isinstance(state.get("global_step"), int) and "state_dict" in state:
+                return state
+            raise ValueError("it holds no state of a training")
+        raise ValueError(f"its part {damaged} is not what was written")
+    except Exception as error:      # a damaged pickle can make the reader fail in any way
+        previous = path.with_name(PREVIOUS)
+        advice = f"the state before it is in {previous.name}: to go on from that, give it the name {path.name}" \
+            if previous.exists() and path.name != PREVIOUS else "begin a new run"
+        reason = " ".join(str(error).split())[:200] if isinstance(error, ValueError | zipfile.BadZipFile) \
+            else type(error).__name__
+        raise ValueError(f"{path} is damaged ({reason}); {advice}") from error
+
+
+def steps_done(path: Path) -> int:
+    """Optimizer steps behind a state."""
+    return read_state(path)["global_step"]
