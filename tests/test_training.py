@@ -230,7 +230,7 @@ def test_an_old_run_is_not_overwritten(trained, capsys):
     (["-b", "FIRST", "-t", "data"], "got 'data'"), (["-b", "FIRST", "data.params.root=[1"], "data.params.root=[1: "),
     (["-b", "FIRST", "--steps", "0"], "--steps: expected a whole number from 1 on"),
     (["-b", "LIST"], "got a list"), (["-b", "DAMAGED"], "not YAML"),
-    (["-b", "FIRST", "trainer.max_steps=3"], "no section 'trainer'; did you mean training"),
+    (["-b", "FIRST", "trainer.max_steps=3"], "no section 'trainer'; accepted: model"),
     (["-b", "FIRST", "data.parms.batch_size=3"], "data.parms is not known; did you mean params?"),
     (["-b", "FIRST", "data.params.batch_siz=3"], "batch_siz"),
     (["-b", "FIRST", "data.params.batch_size=few"], "batch_size: expected a whole number"),
