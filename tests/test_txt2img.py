@@ -20,9 +20,10 @@ from ldm.checkpoint import load_config, load_model
 from ldm.generate import prompt_items, read_manifest, subject_seed
 from ldm.images import from_pil, psnr, read_png
 from ldm.models.diffusion.ddpm import DiffusionWrapper
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.plans import RunFacts, load_plan
 from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+from ldm.script.recipe import best_plan
 
 ROOT = SCRIPT.parents[1]
 
@@ -325,6 +326,20 @@ def test_compare_shows_both_with_cost_and_distance(call, tmp_path, capsys):
     assert re.search(rf"^plain / 0,3( +\d+\.\d\d){{3}} +{gmac[0] / gmac[1]:.2f}$", out, re.M)
     (sheet,) = (tmp_path / "out").glob("compare-*.png")
     assert Image.open(sheet).size[0] == 2 + 2 * (192 + 2)
+
+
+@pytest.mark.parametrize("spec, sampler, said_first", [
+    ("faster-diffusion", "ddim", "auto:9"), ("0,10,20,30,40", "ddim", "auto:5"),
+    ("auto:9", "ddim", "the plan is auto:9 already"), ("deepcache:3", "ddim", "calibration chooses key steps"),
+    ("online:0.1", "ddim", "calibration chooses key steps"), ("off", "ddim", "the plan skips no encoder"),
+    ("faster-diffusion", "plms", "auto plans need a calibration of this model for plms with 50 nodes")])
+def test_the_third_column_is_the_best_plan_of_the_same_cost(spec, sampler, said_first):
+    facts = RunFacts({"sampler": sampler}, ROOT / "models/ldm/emoji64/calibration")
+    plan = load_plan(spec, 50, run=facts)
+    said, best = best_plan(plan, 50, facts)
+    assert said.startswith(said_first) and (best is None) == (not said_first.startswith("auto:"))
+    if best is not None:
+        assert said == said_first and len(best.keys) == len(plan.keys) and best.propagate == "quadratic"
 
 
 def test_a_second_comparison_says_what_it_did_not_measure(call, tmp_path, capsys):

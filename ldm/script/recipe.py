@@ -110,7 +110,9 @@ def best_plan(plan: AnyPlan, nodes: int, run: RunFacts) -> tuple[str, AnyPlan | 
     from ldm.models.diffusion.plan import Plan
     from ldm.models.diffusion.plans import load_plan
 
-    if not isinstance(plan, Plan) or plan.shallow or plan.refresh or plan.plain:
+    if plan.plain:
+        return "the plan skips no encoder", None
+    if not isinstance(plan, Plan) or plan.shallow or plan.refresh:
         return "calibration chooses key steps alone, and this plan has other steps or decides as it runs", None
     name = f"auto:{len(plan.keys)}"
     try:
