@@ -8,7 +8,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ldm.files import atomic_write, file_sha256  # noqa: F401  (their former place)
 from ldm.typed import fits, in_words
 
 INSTALLED_FILES = Path(__file__).resolve().parent / "_project"     # where setup.py puts the folders beside ldm

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,9 +70,12 @@ def to_diffusers(args: argparse.Namespace) -> None:
 def write_folder(folder: Path, parts: dict[str, dict[str, Any]], configs: dict[str, dict[str, Any]]) -> None:
     """The folder appears whole or not at all."""
     from ldm.checkpoint import PART_FILES, save_weights
+    from ldm.files import clean, unfinished
 
-    temporary = folder.with_name(f".{folder.name}.part")
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clean(folder.parent)
+    with unfinished(folder.parent) as place:
+        temporary = place / folder.name
         for name, config in configs.items():
             file = "scheduler_config.json" if name == "scheduler" else "config.json"
             (temporary / name).mkdir(parents=True)
@@ -81,8 +83,6 @@ def write_folder(folder: Path, parts: dict[str, dict[str, Any]], configs: dict[s
         for part, weights in parts.items():
             save_weights(temporary / part / PART_FILES[part][0], weights)
         temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -19,7 +19,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.cli import BadInput, Parser, command
-from ldm.files import atomic_write, read_json, read_text, read_yaml
+from ldm.files import atomic_write, clean, read_json, read_text, read_yaml, unfinished
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = Path(__file__).with_name("emoji_concepts.yaml")
@@ -135,7 +134,8 @@ def fetch(package: Package, cache: Path) -> Path:
     if folder.is_dir():
         return folder
     spec = f"{package.name}@{package.version}"
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+    clean(cache)
+    with unfinished(cache) as temporary:
         try:
             subprocess.run(["npm", "pack", spec, "--silent", "--pack-destination", temporary],
                            check=True, capture_output=True, text=True, timeout=900)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.arguments import Files
 from ldm.cli import BadInput, blame
 from ldm.devices import find_device
+from ldm.files import clean, unfinished
 from ldm.processes import ALONE, Processes
 from ldm.script.model_files import model_files
 
@@ -92,7 +92,8 @@ def check_outdir(outdir: Path, flag: str = "--outdir") -> None:
     if not place.is_dir():
         raise BadInput(f"{flag}: {place} is a file; expected a directory")
     try:
-        with tempfile.TemporaryDirectory(dir=place):
+        clean(place)
+        with unfinished(place):
             pass
     except OSError as error:
         raise BadInput(f"{flag}: can't write to {outdir}: {error.strerror}") from error
