@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import resource
 import signal
 import socket
-import time
 from pathlib import Path
 
 import numpy as np
@@ -143,18 +143,29 @@ def test_three_processes_make_the_files_of_one(runs, whole, tmp_path, launcher):
 
 # Stops
 
-def test_processes_killed_at_random_leave_a_run_that_goes_on(runs, whole, tmp_path, capfd):
-    """Two processes at a time, both killed after a random number of pictures; in the end one finishes alone."""
-    out, log, chance, killed = tmp_path / "out", tmp_path / "log", random.Random(), 0
-    out.mkdir()
-    for _ in range(6):
-        target = pictures(out) + chance.randrange(6)
-        children = [Child(lambda part=part: main(runs.arguments(out, "--shard", f"{part}/2")), log) for part in (1, 2)]
-        while pictures(out) <= target and any(child.running() for child in children):
-            time.sleep(0.002)
-        time.sleep(chance.random() * 0.02)
-        killed += [child.end(signal.SIGKILL) for child in children].count(-signal.SIGKILL)
-    assert killed >= 4 and 0 < pictures(out) and log.read_text().count("error") == 0
+def test_processes_killed_at_any_picture_leave_a_run_that_goes_on(runs, whole, tmp_path):
+    """Each kills itself when it has made so many pictures: before one has its name, or after."""
+    out, log, chance = tmp_path / "out", tmp_path / "log", random.Random(0)
+
+    def killed_at(part: int, count: int, before: bool) -> int:
+        replace, made = os.replace, []
+
+        def counted(source, target):
+            made.append(target) if str(target).endswith(".png") else None
+            if len(made) == count and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+            if len(made) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = counted
+        return main(runs.arguments(out, "--shard", f"{part}/2"))
+
+    for kills in range(4):
+        plans = [(part, chance.randint(1, 3), chance.random() < 0.5) for part in (1, 2)]
+        children = [Child(lambda plan=plan: killed_at(*plan), log) for plan in plans]
+        assert [child.end() for child in children] == [-signal.SIGKILL] * 2, (kills, log.read_text())
+    assert 0 < pictures(out) < PICTURES and log.read_text().count("error") == 0
     before = {path: path.stat().st_mtime_ns for path in (out / "samples").glob("[!.]*")}
     assert runs(out) == 0
     assert files(out) == files(whole)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 
 import pytest
+from processes import quick_help
 from script_runs import ROOT
 
 from ldm.arguments import SAMPLERS
@@ -33,12 +33,9 @@ FLAGS = {
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_help_answers_at_once(name):
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help"], capture_output=True,
-                          text=True, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
-    assert time.perf_counter() - began < 3
+    printed = quick_help(ROOT / "scripts" / f"{name}.py")
     for flag in f"{SHARED} {FLAGS[name]}".split():
-        assert re.search(rf"--{flag}\b", done.stdout), flag
+        assert re.search(rf"--{flag}\b", printed), flag
 
 
 def test_help_names_the_solvers():

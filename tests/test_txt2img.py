@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from processes import quick_help
 from txt2img_model import SCRIPT, main, write_model
 
 from ldm.checkpoint import load_config, load_model
@@ -511,10 +511,8 @@ def test_the_command_as_a_user_runs_it(files, tmp_path):
 
 
 def test_help_answers_at_once():
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - began < 3
+    printed = quick_help(SCRIPT)
     published = "prompt from-file outdir steps ddim_steps ddim_eta n_iter n_samples n_rows H W C f scale " \
         "seed fixed_code config ckpt precision device skip_grid skip_save repeat plms dpm".split()
     new = "sampler plan parallel noise-weight noise-below noise-order compare weights again".split()
-    assert all(re.search(rf"--{flag}\b", done.stdout) for flag in published + new)
+    assert all(re.search(rf"--{flag}\b", printed) for flag in published + new)
