@@ -36,15 +36,6 @@ def parallel(text: str) -> int | None:
     return None if text == "auto" else whole(1, MOST, "auto or a whole number")(text)
 
 
-def words(text: str) -> str:
-    """What is not UTF-8 on the command line comes here as lone surrogates, which no file can keep."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"not UTF-8 text: {ascii(text)[:80]}") from None
-    return text
-
-
 def interval(text: str) -> tuple[float, float]:
     low, comma, high = text.partition(",")
     if not comma:
@@ -56,7 +47,7 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Prompts, and how many pictures of each."""
     what = p.add_argument_group("what to make")
     text = what.add_mutually_exclusive_group()
-    text.add_argument("--prompt", type=words,
+    text.add_argument("--prompt",
                       help=f"the text to picture (default: {PROMPT}; with --compare the first {SHOWN} of prompts.txt "
                            f"beside the model's weights, if it is there)")
     text.add_argument("--from-file", metavar="FILE", help="one prompt per line, each made n_iter times")
@@ -73,7 +64,7 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def negative_argument(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--negative_prompt", type=words, default="", metavar="PROMPT",
+    group.add_argument("--negative_prompt", default="", metavar="PROMPT",
                        help="what the pictures are not to show: the text that guidance leads away from (default: the "
                             "empty text)")
 

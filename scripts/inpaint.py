@@ -23,7 +23,6 @@ from ldm.arguments import (
     output_arguments,
     propagation_arguments,
     sampling_arguments,
-    words,
 )
 from ldm.cli import BadInput, Parser, blame, command
 from ldm.script import GO_ON, image_items, inpainting_task, make_pictures, make_setup, named, pixels, stacked
@@ -41,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to make")
     what.add_argument("--indir", required=True, metavar="DIR",
                       help=f"pictures NAME.png with masks NAME{MASK}, white where to paint; pictures of one size")
-    what.add_argument("--prompt", type=words, help="what to paint, for a model that reads text")
+    what.add_argument("--prompt", help="what to paint, for a model that reads text")
     negative_argument(what)
     count_arguments(what, 1, 4, "results for each picture")
     sampling_arguments(p)

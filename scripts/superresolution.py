@@ -19,7 +19,6 @@ from ldm.arguments import (
     output_arguments,
     propagation_arguments,
     sampling_arguments,
-    words,
 )
 from ldm.cli import Parser, blame, command
 from ldm.script import GO_ON, image_items, make_pictures, make_setup, named, settle_upscaling, stacked, upscaling_task
@@ -32,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to make")
     what.add_argument("--images", nargs="+", required=True, metavar="FILE",
                       help="small pictures of one size; each side comes out f times as long (4 times by both models)")
-    what.add_argument("--prompt", type=words,
+    what.add_argument("--prompt",
                       help="what the pictures show, for the x4 upscaler (default: nothing said)")
     negative_argument(what)
     noise_level_argument(what)
