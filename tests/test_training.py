@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from contracts import recipe_weights
 from omegaconf import OmegaConf
-from processes import Child
+from processes import Child, quick_help
 from tiny_data import SIDE, write_data
 from txt2img_model import load_script, tiny_params
 
@@ -250,6 +250,10 @@ def test_wrong_arguments_say_why(trained, tmp_path, arguments, why, capsys):
     err = capsys.readouterr().err
     assert why in err and err.count("\n") == 1
     assert not (tmp_path / "logs").exists()
+
+
+def test_help_answers_at_once():
+    assert "--steps N" in quick_help(ROOT / "main.py")
 
 
 def test_no_gpu_is_said(trained, tmp_path, monkeypatch, capsys):
