@@ -254,7 +254,8 @@ def file_sha256(*paths: str | Path) -> str:
 def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
     """Yield a temporary path; what is written there is at `path` only if the block succeeds.
 
-    A link is followed. A device or a FIFO gets the bytes; it stays what it is.
+    A link is followed. A device or a FIFO gets the bytes; it stays what it is. A file may be read by whom the umask
+    says, even if its writer makes files for their owner alone, as safetensors does.
 
     Args:
         keep: a file of that name stays what it is, so that of several writers one wins.
@@ -278,6 +279,7 @@ def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
     with unfinished(path.parent) as place:
         temporary = place / path.name
         yield temporary
+        temporary.chmod(place.stat().st_mode & 0o666)       # of a new folder that is 0o777 without the umask
         if keep:
             with suppress(FileExistsError):
                 os.link(temporary, path)

@@ -96,7 +96,7 @@ def test_sizes_are_rounded_down_and_compare_shows_both(script, tmp_path, capsys)
     slope(tmp_path / "a.png", (70, 130))
     plain, fast = script("--compare", "--plan", "0,2", "--n_samples", "1")
     assert (plain["keys"], fast["keys"]) == (None, [0, 2]) and script.pixels(fast).shape == (128, 64, 3)
-    assert re.search(r"PSNR between the two: mean [\d.]+ dB", capsys.readouterr().out)
+    assert re.search(r"PSNR to plain: mean, lowest\nplain .*\n0,2 .* [\d.]+ dB, [\d.]+ dB\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("arguments, why", [

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from ldm.checkpoint import save_weights
 from ldm.files import (
     MOST_DEPTH,
     UNFINISHED,
@@ -175,6 +177,18 @@ def test_a_device_gets_the_bytes_and_stays(tmp_path):
 def test_a_folder_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(NotAFile, match="a folder; expected a file"), atomic_write(tmp_path):
         pytest.fail("the block ran")
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_weights(tmp_path / "model.safetensors", {"a": torch.zeros(1)})     # safetensors makes it for its owner alone
+        with atomic_write(tmp_path / "text") as temporary:
+            temporary.write_text("")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
 
 
 HOLD = """

@@ -103,7 +103,7 @@ def test_any_size_comes_out_as_it_went_in(script):
 def test_compare_and_plans(script, capsys):
     entries = script("--compare", "--plan", "0,3")
     assert [e["keys"] for e in entries] == [None, None, [0, 3], [0, 3]]
-    assert re.search(r"PSNR between the two: mean [\d.]+ dB", capsys.readouterr().out)
+    assert re.search(r"PSNR to plain: mean, lowest\nplain .*\n0,3 .* [\d.]+ dB, [\d.]+ dB\n", capsys.readouterr().out)
 
 
 # The text model that ships

@@ -73,7 +73,7 @@ def test_the_network_sees_the_small_picture_under_noise_of_the_item(files, tmp_p
 def test_sizes_that_the_network_can_not_halve_and_compare(script, tmp_path, capsys):
     plain, fast = script("--images", small(tmp_path / "odd.png", (9, 5)), "--compare", "--plan", "0,2")
     assert (plain["keys"], fast["keys"]) == (None, [0, 2]) and script.pixels(fast).shape == (20, 36, 3)
-    assert re.search(r"PSNR between the two: mean [\d.]+ dB", capsys.readouterr().out)
+    assert re.search(r"PSNR to plain: mean, lowest\nplain .*\n0,2 .* [\d.]+ dB, [\d.]+ dB\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("arguments, why", [
