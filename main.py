@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.cli import BadInput, Parser, blame, command, whole
 from ldm.util import instantiate_from_config  # noqa: F401  (published scripts import it from here)
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-t", "--train", action="store_true", help="train (without it: validate once)")
     parser.add_argument("-n", "--name", help="name of the run (default: that of the first configuration)")
     parser.add_argument("-l", "--logdir", default="logs", help="folder of the runs (default: %(default)s)")
-    parser.add_argument("-s", "--seed", type=number(int, 0, 2**32 - 1, "a whole number in 0..2^32-1"),
+    parser.add_argument("-s", "--seed", type=whole(0, 2**32 - 1),
                         help="seed of weights, data order and noise (default: the configuration's lightning.seed, "
                              "or 23)")
-    parser.add_argument("--steps", type=number(int, 1, 10**12, "a whole number from 1 on"), metavar="N",
+    parser.add_argument("--steps", type=whole(1, 10**12), metavar="N",
                         help="train N steps in all; the learning-rate schedule is shortened or stretched with them "
                              "(default: the configuration's lightning.trainer.max_steps)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
@@ -76,7 +76,7 @@ def configuration(args: argparse.Namespace) -> DictConfig:
     from yaml import YAMLError
 
     from ldm.files import read_config
-    from ldm.training.run import check, with_steps
+    from ldm.training.run import SEED, check, with_steps
 
     flag, files = ("--resume", [Path(args.resume) / "config.yaml"]) if args.resume else ("--base", args.base)
     config = OmegaConf.create()
@@ -92,7 +92,7 @@ def configuration(args: argparse.Namespace) -> DictConfig:
     with blame(flag, (ValueError, OmegaConfBaseException)):
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         check(config)
-        config.lightning.seed = args.seed if args.seed is not None else config.lightning.get("seed", 23)
+        config.lightning.seed = args.seed if args.seed is not None else config.lightning.get("seed", SEED)
         return with_steps(config, args.steps) if args.steps else config
 
 

@@ -49,14 +49,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def read_unet(path: str | Path) -> tuple[dict[str, Any], int, int | None]:
     """The UNet's config, the side of the latents that the model was trained with, and the tokens of its context."""
-    from omegaconf import OmegaConf
-
-    from ldm.checkpoint import load_config
+    from ldm.checkpoint import diffusion_params
     from ldm.cost import context_tokens
 
-    params = OmegaConf.to_container(load_config(path).model, resolve=True).get("params") or {}
-    if "unet_config" not in params:
-        raise ValueError(f"{path}: not the config of a diffusion model: no unet_config")
+    params = diffusion_params(path)
     return params["unet_config"], params.get("image_size", 0), context_tokens(params)
 
 

@@ -369,13 +369,6 @@ class Kind:
     make: Callable[[Given, argparse.Namespace, Setup], Pictured]
 
 
-def text_arguments(p: Parser) -> None:
-    negative_argument(p)
-    sampling_arguments(p)
-    propagation_arguments(p, compare=False)
-    strength_argument(p, None)
-
-
 def text(given: Given, args: argparse.Namespace, setup: Setup) -> Pictured:
     given.only(subjects=True, images=True, masks=True)
     if given.masks:
@@ -400,6 +393,11 @@ def text_inpainting_arguments(p: Parser) -> None:
     negative_argument(p)
     sampling_arguments(p)
     propagation_arguments(p, compare=False)
+
+
+def text_arguments(p: Parser) -> None:
+    text_inpainting_arguments(p)
+    strength_argument(p, None)
 
 
 def text_inpainting(given: Given, args: argparse.Namespace, setup: Setup) -> Pictured:
@@ -485,11 +483,7 @@ def box_arguments(p: Parser) -> None:
 
 def boxes(given: Given, args: argparse.Namespace, setup: Setup) -> Pictured:
     given.only(subjects=True)
-    layouts = given.listed("pictures, each a list of boxes")
-    for layout in layouts:
-        if not isinstance(layout, list) or not layout:
-            raise ValueError(f"expected a list of boxes for each picture; got {layout!r}")
-    subjects, task = layout_task(setup, layouts, given_names(args))
+    subjects, task = layout_task(setup, given.listed("pictures, each a list of boxes"), given_names(args))
     return subjects, task, picture_size(args, setup.sizes)
 
 

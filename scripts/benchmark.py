@@ -92,17 +92,6 @@ def read_row(text: str, steps: int, calibrations: Path) -> Plan:
     return plan
 
 
-def read_params(path: str) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    from ldm.checkpoint import load_config
-
-    params = OmegaConf.to_container(load_config(path).model, resolve=True).get("params") or {}
-    if "unet_config" not in params:
-        raise ValueError(f"{path}: not the config of a diffusion model: no unet_config")
-    return params
-
-
 def latent_size(args: argparse.Namespace, params: Mapping[str, Any]) -> tuple[int, int]:
     return tuple(args.size or [params["image_size"]] * 2)
 
@@ -110,6 +99,7 @@ def latent_size(args: argparse.Namespace, params: Mapping[str, Any]) -> tuple[in
 def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> dict[str, Any]:
     """All rows for one batch size, with what belongs to them."""
 
+    from ldm.checkpoint import diffusion_params
     from ldm.cost import context_tokens, unet_macs
     from ldm.measure.peer import diffusers_peer
     from ldm.measure.subject import Subject, random_network
@@ -117,7 +107,7 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     from ldm.models.diffusion.compiled import Compiled
     from ldm.modules.packed import pack
 
-    params = read_params(args.config)
+    params = diffusion_params(args.config)
     size, network = latent_size(args, params), random_network(params)
     unet = diffusers_peer(params, network) if args.against else None
     tokens = context_tokens(params)
@@ -211,6 +201,7 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
 def run(args: argparse.Namespace) -> None:
     import torch
 
+    from ldm.checkpoint import diffusion_params
     from ldm.conversion import ConversionError
     from ldm.files import atomic_write
     from ldm.measure.timing import machine
@@ -218,7 +209,7 @@ def run(args: argparse.Namespace) -> None:
     with blame("--rows"):
         plans = {name: read_row(name, args.steps, Path(args.config).parent / "calibration") for name in args.rows}
     with blame("--config"):
-        size = latent_size(args, read_params(args.config))
+        size = latent_size(args, diffusion_params(args.config))
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise BadInput(f"--json: {Path(args.json).absolute().parent}: no such directory")
     torch.set_num_threads(args.threads or torch.get_num_threads())

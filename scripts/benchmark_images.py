@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm.cli import BadInput, Parser, command, number
+from ldm.arguments import count
+from ldm.cli import BadInput, Parser, command
 from ldm.files import parse_json_lines, read_text
 
 SCRIPT = Path(__file__).resolve().with_name("txt2img.py")
@@ -34,14 +34,13 @@ Times = list[tuple[float, float]]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    whole = number(int, 1, math.inf, "a whole number from 1")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"(default: {' '.join(ROWS)})")
-    parser.add_argument("--images", nargs="+", type=whole, default=[1, 4, 16], metavar="N",
+    parser.add_argument("--images", nargs="+", type=count, default=[1, 4, 16], metavar="N",
                         help="images in a batch (default: 1 4 16)")
-    parser.add_argument("--further", type=whole, default=3, metavar="N",
+    parser.add_argument("--further", type=count, default=3, metavar="N",
                         help="batches of a process after its first (default: 3)")
-    parser.add_argument("--repeats", type=whole, default=5, metavar="N", help="processes of each row (default: 5)")
+    parser.add_argument("--repeats", type=count, default=5, metavar="N", help="processes of each row (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="also write all times")
     parser.add_argument("options", nargs="*", metavar="-- OPTION", help="for txt2img.py")
     return parser.parse_args(argv)

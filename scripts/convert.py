@@ -44,9 +44,7 @@ def to_ldm(args: argparse.Namespace) -> None:
 
 
 def to_diffusers(args: argparse.Namespace) -> None:
-    from omegaconf import OmegaConf
-
-    from ldm.checkpoint import load_config, load_state
+    from ldm.checkpoint import diffusion_params, load_state
     from ldm.conversion import diffusers_configs, is_openclip
     from ldm.conversion import to_diffusers as parts_of
 
@@ -56,7 +54,7 @@ def to_diffusers(args: argparse.Namespace) -> None:
         if Path(args.out).exists():
             raise BadInput(f"--out: {args.out} exists; expected a folder to make")
     with blame("--config"):
-        params = OmegaConf.to_container(load_config(args.config).model, resolve=True).get("params", {})
+        params = diffusion_params(args.config)
     with blame("source"):
         state = load_state(args.source, args.weights or "auto")
         parts = parts_of(state)

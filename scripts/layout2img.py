@@ -23,7 +23,8 @@ from ldm.arguments import (
 )
 from ldm.cli import Parser, blame, command
 from ldm.files import read_json
-from ldm.script import GO_ON, given_names, image_items, layout_task, make_pictures, make_setup, picture_size, shown
+from ldm.kinds import shown
+from ldm.script import GO_ON, given_names, image_items, layout_task, make_pictures, make_setup, picture_size
 
 LAYOUT = (ROOT / "models/ldm/layout2img-openimages256/config.yaml",
           ROOT / "models/ldm/layout2img-openimages256/model.ckpt")
@@ -43,18 +44,15 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def read_layouts(path: str) -> list[list[Any]]:
-    """The entries of the file, one list for each picture.
+def read_layouts(path: str) -> list[Any]:
+    """The entries of the file, one for each picture.
 
     Raises:
-        OSError, ValueError: it can't be read, is no JSON, or not a list of lists.
+        OSError, ValueError: it can't be read, is no JSON, or not a list.
     """
     layouts = read_json(path)
     if not isinstance(layouts, list) or not layouts:
         raise ValueError(f"{path}: expected a list of pictures; got {shown(layouts)}")
-    for number, layout in enumerate(layouts, start=1):
-        if not isinstance(layout, list) or not layout:
-            raise ValueError(f"picture {number}: expected a list of boxes; got {shown(layout)}")
     return layouts
 
 

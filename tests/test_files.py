@@ -183,7 +183,7 @@ def test_a_folder_is_refused_before_anything_is_made(tmp_path):
 def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        save_weights(tmp_path / "model.safetensors", {"a": torch.zeros(1)})     # safetensors makes it for its owner alone
+        save_weights(tmp_path / "model.safetensors", {"a": torch.zeros(1)})     # made for its owner alone
         with atomic_write(tmp_path / "text") as temporary:
             temporary.write_text("")
     finally:

@@ -86,6 +86,18 @@ def load_config(path: str | Path) -> Any:
     return config
 
 
+def diffusion_params(path: str | Path) -> dict[str, Any]:
+    """The `model.params` of a diffusion model's config, as plain values.
+
+    Raises:
+        OSError, ConfigError: see `load_config`; or the model has no UNet.
+    """
+    params = OmegaConf.to_container(load_config(path).model, resolve=True).get("params") or {}
+    if "unet_config" not in params:
+        raise ConfigError(f"{path}: not the config of a diffusion model: no unet_config")
+    return params
+
+
 def _check_values(value: Any, place: str = "") -> None:
     """Raise ConfigError for values that OmegaConf would not take as they stand."""
     if isinstance(value, dict | list):

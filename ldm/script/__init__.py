@@ -35,7 +35,6 @@ from ldm.script.tasks import (
     label_task,
     layout_task,
     settle_upscaling,
-    shown,
     upscaling_task,
 )
 
@@ -43,5 +42,5 @@ __all__ = ["CLASS_NAMES", "CPU_POSITIONS", "GO_ON", "Result", "Setup", "check_am
            "check_network", "class_task", "count_nodes", "depth_task", "fitting_configs", "from_picture", "given_names",
            "how_to_get", "image_items", "in_size", "inpainting_task", "label_task", "layout_task", "make_pictures",
            "make_plan", "make_recipe", "make_setup", "model_files", "named", "picture_size", "pixels", "prompts_in",
-           "read_setup", "run_facts", "settle_upscaling", "shown", "stacked", "text_items", "upscaling_task",
+           "read_setup", "run_facts", "settle_upscaling", "stacked", "text_items", "upscaling_task",
            "uses_autocast", "what_is_cut", "with_batches"]

@@ -16,7 +16,7 @@ from ldm.cli import BadInput, blame
 from ldm.processes import Processes
 from ldm.script.recipe import best_plan, count_nodes, make_plan, make_recipe, run_facts, uses_autocast, with_batches
 from ldm.script.report import Result, opening, report
-from ldm.script.setup import Setup
+from ldm.script.setup import Setup, without_weights
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
 if TYPE_CHECKING:
@@ -252,16 +252,12 @@ def warm_up(results: Mapping[str, Result], engines: Mapping[str, Engine], items:
 
 def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
     """Print what plans would cost this model, which is built without its weights."""
-    import torch
-
     from ldm.models.diffusion.plan import Plan
     from ldm.plan_table import plan_table
     from ldm.sampling.engine import Engine
-    from ldm.util import instantiate_from_config
 
-    with blame("--config", (ValueError, OSError, TypeError, KeyError)):
-        with torch.device("meta"):
-            model = instantiate_from_config(setup.config.model)
+    model = without_weights(setup.config.model)
+    with blame("--config"):
         engine = Engine(model, setup.sizes, recipe, Plan(nodes, (0,)), task)
     with blame("--tome"):
         unit = engine.unit

@@ -118,7 +118,7 @@ def conditioner(setup: Setup) -> nn.Module:
 
 
 def without_weights(config: Any) -> nn.Module:
-    """A part of the model, built from its part of the config."""
+    """The model, or a part of it, built from its part of the config."""
     import torch
 
     from ldm.checkpoint import Bounded

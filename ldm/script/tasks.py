@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import IMAGENET, ROOT
 from ldm.class_names import Names, find_class
 from ldm.cli import BadInput, blame
+from ldm.kinds import shown
 from ldm.script.inputs import given_names
 from ldm.script.setup import Setup, conditioner, without_weights
 
@@ -167,7 +167,7 @@ def label_count(setup: Setup) -> int:
 
 # Boxes
 
-def layout_task(setup: Setup, layouts: Sequence[Sequence[Any]], names: Names) -> tuple[list[dict[str, Any]], Task]:
+def layout_task(setup: Setup, layouts: Sequence[Any], names: Names) -> tuple[list[dict[str, Any]], Task]:
     """The subjects of lists of boxes, one list for each picture, see `read_box`; their task."""
     import torch
 
@@ -178,6 +178,8 @@ def layout_task(setup: Setup, layouts: Sequence[Sequence[Any]], names: Names) ->
     ids, length = vocabulary(setup)
     subjects, tokens = [], []
     for p, layout in enumerate(layouts, start=1):
+        if not isinstance(layout, list) or not layout:
+            raise BadInput(f"--boxes: picture {p}: expected a list of boxes; got {shown(layout)}")
         boxes = []
         for b, entry in enumerate(layout, start=1):
             with blame(f"--boxes: picture {p}, box {b}"):
@@ -216,8 +218,3 @@ def read_box(entry: Any, names: Names, classes: int) -> Box:
     if not isinstance(box, list) or len(box) != 4 or any(type(length) not in (int, float) for length in box):
         raise ValueError(f"box: expected four numbers X, Y, WIDTH, HEIGHT; got {shown(box)}")
     return Box(find_class(str(category), names, classes), *box)
-
-
-def shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.training.optim import adamw
+from ldm.training.optim import ClippedTraining, adamw
 from ldm.util import instantiate_from_config
 
 SAMPLE = 1024               # training pictures that the linear start is made from
@@ -48,7 +47,7 @@ def start_from_principal_components(model: AutoencoderKL, pictures: Tensor) -> N
     model.quant_conv.bias[channels:] = INITIAL_LOGVAR
 
 
-class AutoencoderTraining(pl.LightningModule):
+class AutoencoderTraining(ClippedTraining):
     """Trains `model` on batches {image_key: (B, 3, H, W) in [-1, 1]} with the loss its lossconfig names.
 
     Args:

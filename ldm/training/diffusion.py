@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -18,10 +17,10 @@ from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.solvers import solver
 from ldm.modules.ema import LitEma
 from ldm.noise import ImageNoise
-from ldm.training.optim import adamw
+from ldm.training.optim import ClippedTraining, adamw
 
 
-class DiffusionTraining(pl.LightningModule):
+class DiffusionTraining(ClippedTraining):
     """Trains `model` (and its conditioner, if trainable) on batches of latents or pictures with conditions.
 
     A batch holds the condition under the model's cond_stage_key, and either "latent" (B, C, h, w), already
@@ -119,12 +118,6 @@ class DiffusionTraining(pl.LightningModule):
         if self.model.learn_logvar:
             trained.append(self.model.logvar)
         return adamw(trained, self.learning_rate, self.scheduler_config)
-
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
-                                    gradient_clip_algorithm: str | None = None) -> None:
-        # Lightning refuses to clip for a fused optimizer under bf16, on account of loss scaling that bf16 has not.
-        if gradient_clip_val is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Tensor:

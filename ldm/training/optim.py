@@ -1,4 +1,4 @@
-"""The optimizer that every training of the project uses."""
+"""The optimizer that every training of the project uses, and how gradients are clipped for it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from math import inf
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from ldm.util import instantiate_from_config
 
@@ -38,3 +40,18 @@ def adamw(parameters: Iterable[nn.Parameter], learning_rate: float,
     factor = instantiate_from_config(scheduler_config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=lambda step: factor(step))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ClippedTraining(pl.LightningModule):
+    """Clips the gradients of `model` as the trainer's gradient_clip_val and gradient_clip_algorithm say.
+
+    Lightning refuses that for a fused optimizer under bf16, because of loss scaling, which bf16 does not have.
+    """
+
+    model: nn.Module
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
+                                    gradient_clip_algorithm: str | None = None) -> None:
+        if gradient_clip_val is not None:
+            clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
+            clip(self.model.parameters(), gradient_clip_val)
