@@ -124,7 +124,8 @@ class Small:
             "parameterization": "eps" if kind == "sd_v1" else "v",
             "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
                             "params": self.unet_params},
-            "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": self.vae_params}}
+            "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": self.vae_params},
+            "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}}
         self.unet = recipe_weights(UNetModel(**self.unet_params), seed=3, gain=0.8)
         self.vae = recipe_weights(AutoencoderKL(**self.vae_params), seed=4)
         self.text = recipe_weights(OpenClipText(), seed=5) if kind == "sd_v2_base" else None
@@ -297,7 +298,7 @@ def test_a_missing_part_is_named(folder, part, name, capsys):
     assert error.startswith("convert.py: error: source:") and f"without {part}/" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("text, why", [("{}", "KeyError"), ('{"hidden_act": "relu"}', "relu"), ("[", "JSONDecode")])
+@pytest.mark.parametrize("text, why", [("{}", "KeyError"), ('{"hidden_act": "relu"}', "relu"), ("[", "not JSON")])
 def test_a_text_encoder_of_another_kind_is_refused(folder, text, why):
     (folder / "text_encoder" / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=rf"config.json: expected JSON with hidden_act quick_gelu or gelu.*{why}"):

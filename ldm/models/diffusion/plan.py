@@ -5,7 +5,8 @@ A plan knows no solver and no tensor. How plans are named and read: `ldm.models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import combinations, pairwise
@@ -133,9 +134,20 @@ def with_few_sizes(plan: Plan, most: int) -> Plan:
     size must save at least CALLS calls of the decoder; what is left of a group is decoded node by node, in batches of
     the size that the plain run has.
     """
-    choices = (sizes for n in range(SIZES + 1) for sizes in combinations(range(2, most + 1), n))
-    cuts = (replace(plan, parallel=max(sizes, default=1), sizes=sizes) for sizes in choices)
-    return min(cuts, key=lambda cut: sum(1 for _ in cut.batches()) + CALLS * len(cut.sizes))
+    groups = Counter(len(batch.nodes) for batch in replace(plan, parallel=plan.num_nodes).batches())
+    possible = range(2, min(most, max(groups)) + 1)
+    choices = (sizes for n in range(SIZES + 1) for sizes in combinations(possible, n))
+    sizes = min(choices, key=lambda sizes: CALLS * len(sizes) + sum(
+        count * calls_of(group, sizes) for group, count in groups.items()))
+    return replace(plan, parallel=max(sizes, default=1), sizes=sizes)
+
+
+def calls_of(group: int, sizes: Sequence[int]) -> int:
+    """How many batches a group of nodes makes: as many of the largest size as fit, then of the next, the rest alone."""
+    calls = 0
+    for size in sorted(sizes, reverse=True):
+        calls, group = calls + group // size, group % size
+    return calls + group
 
 
 def check_blocks(plan: AnyPlan, blocks: int) -> None:
