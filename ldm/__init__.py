@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from ldm.api import Model
 
 
 def load(name: str | Path | None = None, *, config: str | Path | None = None, ckpt: str | Path | None = None,
-         device: str = "auto", weights: str = "auto", precision: str | None = None) -> Model:
+         device: str | torch.device = "auto", weights: str = "auto", precision: str | None = None) -> Model:
     """A model to make pictures with; see `ldm.api.Model`.
 
     Args:
         name: a model of models/ldm or of models/published.yaml, such as "emoji64" or "sd-v1-5"; or a folder with a
             config.yaml and weights beside it. Weights are looked for from the working directory, then in the project.
         config, ckpt: the files of another model, in the place of its name; of a published model one of them is enough.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N or mps; or a torch.device.
         weights: "ema" or "raw", the averaged or the last weights of the UNet; "auto" = averaged if there are any.
         precision: "full" or "autocast" (the device's lower precision); None = autocast on cuda, else full.
 

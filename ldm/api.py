@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ldm.arguments import (
     strength_argument,
     uncond_class_argument,
 )
-from ldm.cli import BadInput, Parser
+from ldm.cli import BadInput, Parser, Version
 from ldm.devices import find_device
 from ldm.generate import Item
 from ldm.images import from_pil, open_labels, open_mask, open_picture, to_pil
@@ -187,8 +188,8 @@ class Run:
 
 # Which model
 
-def load_by_name(name: str | Path | None, config: str | Path | None, ckpt: str | Path | None, device: str,
-                 weights: str, precision: str | None) -> Model:
+def load_by_name(name: str | Path | None, config: str | Path | None, ckpt: str | Path | None,
+                 device: str | torch.device, weights: str, precision: str | None) -> Model:
     """See `ldm.load`."""
     files = [Path(path) for path in (config, ckpt) if path is not None]
     if (name is None) == (not files):
@@ -197,13 +198,13 @@ def load_by_name(name: str | Path | None, config: str | Path | None, ckpt: str |
                                       ("precision", precision, (None, "full", "autocast"))):
         if value not in accepted:
             raise ValueError(f"{argument} must be one of {', '.join(map(str, accepted))}; got {value!r}")
-    for path in files:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file")
     with python_errors():
+        for path in files:
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: no such file")
         given = argparse.Namespace(config=config, ckpt=ckpt)
         config_path, weights_path = model_files(given, None) if name is None else named_files(str(name))
-        return Model(read_setup(config_path, weights_path, find_device(device)), weights, precision)
+        return Model(read_setup(config_path, weights_path, find_device(str(device))), weights, precision)
 
 
 def named_files(name: str) -> Files:
@@ -337,8 +338,7 @@ def files(pictures: PictureLike | Sequence[PictureLike] | None, folder: Path) ->
     """What was given as files; images are written into the folder, so that all are read in the same way."""
     if pictures is None:
         return []
-    pictures = [pictures] if isinstance(pictures, PictureLike) else list(pictures)
-    return [as_file(picture, folder) for picture in pictures]
+    return [as_file(picture, folder) for picture in (pictures if isinstance(pictures, list | tuple) else [pictures])]
 
 
 def as_file(picture: PictureLike, folder: Path) -> File:
@@ -519,7 +519,7 @@ def parsed(kind: Kind, given: dict[str, Any]) -> argparse.Namespace:
     """The values of a kind's arguments, checked as its script checks them; None stands for the default.
 
     Raises:
-        TypeError: an argument that it does not have.
+        TypeError: an argument that it does not have, or a value of another type.
         BadInput: a value that is not accepted.
     """
     parser = Parser(add_help=False)
@@ -528,6 +528,8 @@ def parsed(kind: Kind, given: dict[str, Any]) -> argparse.Namespace:
     kind.arguments(parser)
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
+        if isinstance(action, Version):
+            continue
         for name in (action.dest, *(option.lstrip("-").replace("-", "_") for option in action.option_strings)):
             actions.setdefault(name, action)
     if unknown := given.keys() - actions.keys():
@@ -538,6 +540,9 @@ def parsed(kind: Kind, given: dict[str, Any]) -> argparse.Namespace:
         action, flag = actions[name], actions[name].option_strings[0]
         if action.nargs == 0 and not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False; got {value!r}")
+        if action.nargs != 0 and (isinstance(value, bool) or
+                                  not isinstance(value, str | Path | Number | list | tuple | None)):
+            raise TypeError(f"{name} must be a text, a number, or a list of them; got {value!r}")
         if action.nargs == 0:
             argv += [flag] if value else []
         elif value is not None:
@@ -547,9 +552,13 @@ def parsed(kind: Kind, given: dict[str, Any]) -> argparse.Namespace:
 
 @contextmanager
 def python_errors() -> Iterator[None]:
-    """What command lines say of a flag as a ValueError about the argument."""
+    """What command lines say of a flag as a ValueError about the argument; also what stands where a file should."""
     try:
         yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except OSError as error:        # a device, a folder, a name that no file can have
+        raise ValueError(str(error)) from error
     except BadInput as error:
         def argument(match: re.Match) -> str:
             return match[1].replace("-", "_")

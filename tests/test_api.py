@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from script_runs import EMOJI64, ROOT, Script, load_script, tiny_model, tiny_text_model
 from test_class_conditional import NARROW
@@ -164,7 +165,12 @@ def test_sizes_follow_each_other_and_batches_change_nothing(models):
     ({"subjects": HEART, "image": "in/bird.png", "mask": "in/bird_mask.png", "strength": 0.5}, ValueError, "with mask"),
     ({"subjects": HEART, "image": "in/bird.png", "mask": "map.png"}, ValueError, "mask must be as large as the image"),
     ({"subjects": HEART, "mask": "in/bird_mask.png"}, ValueError, "image: needed"),
-    ({"subjects": HEART, "image": 3}, TypeError, "object is not iterable|expected a PIL image"),
+    ({"subjects": HEART, "image": 3}, TypeError, "expected a PIL image or the path of a file; got a int"),
+    ({"subjects": HEART, "image": "in"}, ValueError, "^in: a folder; expected a file"),
+    ({"subjects": HEART, "image": "/dev/zero"}, ValueError, "^/dev/zero: a device; expected a file"),
+    ({"subjects": HEART, "version": True}, TypeError, "^version: no argument"),
+    ({"subjects": HEART, "negative_prompt": {"a": 1}}, TypeError, "^negative_prompt must be a text"),
+    ({"subjects": HEART, "steps": True}, TypeError, "^steps must be a text, a number"),
     ({"subjects": HEART, "image": "none.png"}, FileNotFoundError, "none.png"),
     ({"subjects": HEART, "tome": 2}, ValueError, "^tome: expected a number in 0..0.75"),
 ])
@@ -172,6 +178,11 @@ def test_what_is_not_taken_is_said(models, told, error, why):
     files = models("text")
     with pytest.raises(error, match=why):
         ldm.load(config=files[1], ckpt=files[3]).images(**told)
+
+
+def test_a_device_may_be_the_object(models):
+    files = models("text")
+    assert ldm.load(config=files[1], ckpt=files[3], device=torch.device("cpu")).setup.device == torch.device("cpu")
 
 
 def test_a_prompt_that_is_not_read_to_its_end_is_said(models):
@@ -188,6 +199,8 @@ def test_a_prompt_that_is_not_read_to_its_end_is_said(models):
     ({"name": "nobody"}, ValueError, "there is no model 'nobody'; accepted: emoji64, sd-v1-4"),
     ({"name": "sd-v1-5"}, FileNotFoundError, "download_models.py sd-v1-5, or put https://.* at models/ldm/stable-diff"),
     ({"name": "emoji64", "weights": "ema2"}, ValueError, "weights must be one of auto, ema, raw"),
+    ({"name": "n" * 5000}, ValueError, "File name too long"),
+    ({"config": "n" * 5000}, ValueError, "File name too long"),
     ({"name": "emoji64", "device": "cuda:99"}, ValueError, "^device: cuda:99 is not there"),
 ])
 def test_models_that_are_not_there(given, error, why):
