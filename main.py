@@ -56,9 +56,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args.base = [text for text in args.base if not is_setting(text)]
     if bool(args.base) == bool(args.resume):
         parser.error("give either --base CONFIG.yaml (a new run) or --resume LOGDIR (an old one)")
-    for path in args.base or [str(Path(args.resume) / "config.yaml")]:
-        if not Path(path).is_file():
-            parser.error(f"{'--base' if args.base else '--resume'}: no file {path}")
+    flag, files = ("--base", args.base) if args.base else ("--resume", [str(Path(args.resume) / "config.yaml")])
+    for path in files:
+        with blame(flag, (OSError,)):           # a name that no file can have
+            if not Path(path).is_file():
+                parser.error(f"{flag}: no file {path}")
     for text in args.overrides:
         if not SETTING.match(text) or text.endswith("=???"):
             parser.error(f"expected KEY=VALUE with the whole name, for example data.params.batch_size=8; got {text!r}")

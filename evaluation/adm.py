@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from evaluation.measure import (
     add_network,
     add_reference,
-    check_output,
     check_width,
     how_made,
     incomplete,
@@ -30,6 +29,7 @@ from evaluation.measure import (
 )
 from ldm.arguments import MOST
 from ldm.cli import BadInput, Parser, blame, command, whole
+from ldm.script import check_output
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evaluation.measure import RECIPES, add_run, check_output, how_made, incomplete, open_samples
+from evaluation.measure import RECIPES, add_run, how_made, incomplete, open_samples
 from ldm.cli import BadInput, Parser, blame, command
+from ldm.script import check_output
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from typing import Any
 
 from ldm.arguments import EMOJI64, SAMPLERS, count, finite, model_arguments, seed_argument, step_count
 from ldm.cli import BadInput, Parser, blame, command
+from ldm.script import check_outdir
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
 PLANS = ("off", "faster-diffusion", "uniform:6", "pro", "deepcache:3")
@@ -134,7 +135,6 @@ def draw(args: argparse.Namespace) -> None:
     """Make one figure and say where it is."""
     from evaluation.plots.scene import Scene, in_words
     from ldm.models.diffusion.loop import NonFiniteLatents
-    from ldm.script.setup import check_outdir
 
     stem = Path(args.out) / args.kind
     check_outdir(stem.parent, "--out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -251,16 +250,6 @@ def add_cache(p: argparse.ArgumentParser) -> None:
 
 def cache_of(args: argparse.Namespace) -> str | None:
     return None if args.cache == "none" else args.cache
-
-
-def check_output(path: str | None, flag: str = "--out") -> None:
-    """It must be possible to write the file; found out before the work."""
-    if path is None:
-        return
-    with blame(flag, (OSError,)):               # a name that no file can have
-        place = next(p for p in Path(path).absolute().parents if p.exists())
-        if Path(path).is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
-            raise BadInput(f"{flag}: can't write {path}; expected a file in a writable directory")
 
 
 def load_network(args: argparse.Namespace) -> tuple[Extractor, torch.device]:

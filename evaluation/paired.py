@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from evaluation.measure import (
     add_network,
     array,
-    check_output,
     how_made,
     incomplete,
     load_network,
@@ -25,6 +24,7 @@ from evaluation.measure import (
     open_samples,
 )
 from ldm.cli import BadInput, Parser, blame, command
+from ldm.script import check_output
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import check_output, how_made, incomplete, open_samples
+from evaluation.measure import how_made, incomplete, open_samples
 from ldm.cli import Parser, blame, command
+from ldm.script import check_output
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import check_output
 from evaluation.retrieval import DEFINITION, RANKS, SPLITS, RealSet, Verdict, load_extractor
 from ldm.arguments import MOST, count, finite, step_count
 from ldm.cli import BadInput, Parser, blame, command, did_you_mean, number, whole
+from ldm.script import check_output
 from ldm.util import PROJECT_ROOT
 
 # What needs PyTorch is imported where it is used: --help must answer at once.

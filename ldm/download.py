@@ -21,7 +21,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from ldm.files import alone, atomic_write, file_sha256
+from ldm.files import alone, atomic_write, destination, file_sha256
 from ldm.weight_file import CheckpointError, weight_format
 
 TIMEOUT = 30            # seconds without a byte
@@ -51,7 +51,7 @@ def fetch(url: str, target: Path, sha256: str | None = None,
 
     Args:
         url: http or https; if it ends in .zip, its one .ckpt file becomes the target.
-        target: file to write; its folder is made.
+        target: file to write; its folder is made. A link is followed.
         sha256: what the target's content must have, hexadecimal; None = not known: then its size, its first bytes and
             its table of contents are checked, see `weight_format`.
         progress: called with the bytes so far and in all (None = the server does not say).
@@ -60,7 +60,9 @@ def fetch(url: str, target: Path, sha256: str | None = None,
         DownloadError: no connection, an error of the server, no room, something else in place of a file of weights,
             another content than `sha256`, an archive without exactly one checkpoint, or another process is
             downloading it. The message says which, not the address.
+        OSError: something that is no file stands at the target.
     """
+    target = destination(target)
     with _whole_part(url, target, progress) as part:
         try:
             if urlsplit(url).path.endswith(".zip"):

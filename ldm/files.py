@@ -250,6 +250,21 @@ def file_sha256(*paths: str | Path) -> str:
 
 # Writing
 
+def destination(path: str | Path) -> Path:
+    """Where a file of this name is to be written: links are followed.
+
+    Raises:
+        OSError: the links lead nowhere, or to something that is no file.
+    """
+    path = Path(path)
+    if path.exists() and (found := kind(path)):
+        raise NotAFile(path, found)
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return path
+
+
 @contextmanager
 def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
     """Yield a temporary path; what is written there is at `path` only if the block succeeds.
@@ -264,16 +279,11 @@ def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
         OSError: it can't be written; a folder, socket or block device stands there; nobody reads the FIFO.
     """
     path = Path(path)
-    found = kind(path) if path.exists() else None
-    if found in ("a FIFO", "a device"):
+    if path.exists() and kind(path) in ("a FIFO", "a device"):
         with _written_to(path) as temporary:
             yield temporary
         return
-    if found:
-        raise NotAFile(path, found)
-    path = Path(os.path.realpath(path))
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    path = destination(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean_once(path.parent)
     with unfinished(path.parent) as place:

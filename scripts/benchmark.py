@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import count, side, step_count
-from ldm.cli import BadInput, Parser, blame, command, whole
+from ldm.cli import Parser, blame, command, whole
+from ldm.script import check_output
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -210,8 +211,7 @@ def run(args: argparse.Namespace) -> None:
         plans = {name: read_row(name, args.steps, Path(args.config).parent / "calibration") for name in args.rows}
     with blame("--config"):
         size = latent_size(args, diffusion_params(args.config))
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise BadInput(f"--json: {Path(args.json).absolute().parent}: no such directory")
+    check_output(args.json, "--json")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     about = machine() | {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "config": args.config,
                          "size": list(size), "steps": args.steps, "repeats": args.repeats,

@@ -26,6 +26,7 @@ from pathlib import Path
 from ldm.arguments import count
 from ldm.cli import BadInput, Parser, command
 from ldm.files import parse_json_lines, read_text
+from ldm.script import check_output
 
 SCRIPT = Path(__file__).resolve().with_name("txt2img.py")
 ROWS = ["off", "faster-diffusion"]
@@ -95,8 +96,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.files import atomic_write
     from ldm.measure.timing import machine
 
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise BadInput(f"--json: {Path(args.json).absolute().parent}: no such directory")
+    check_output(args.json, "--json")
     about = machine()
     print(f"{about['processor']}, {about['instructions']}, {about['threads']} threads, torch {about['torch']}; seconds "
           f"per image, medians of {args.repeats} processes; further: median of {args.further} batches")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.arguments import EMOJI64, count, model_arguments, sampling_arguments, seed_argument
 from ldm.cli import BadInput, Parser, blame, command, number
+from ldm.script import check_outdir, check_output, count_nodes, make_recipe, make_setup, prompts_in, run_facts
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.calibration import Calibration
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     seed_argument(what)
     sampling_arguments(p)
     model_arguments(p, EMOJI64)
-    p.set_defaults(outdir=".", plan="off", noise_weight=0.0, noise_below=500.0, noise_order="before", compare=False,
+    p.set_defaults(outdir=None, plan="off", noise_weight=0.0, noise_below=500.0, noise_order="before", compare=False,
                    tome=0.0)
     return p
 
@@ -56,7 +57,6 @@ def make_engine(args: argparse.Namespace) -> tuple[Engine, dict[str, Any], Path]
     from ldm.models.diffusion.plans import load_plan
     from ldm.sampling.conditions import Text
     from ldm.sampling.engine import Engine, Task
-    from ldm.script import count_nodes, make_recipe, make_setup, run_facts
 
     setup = make_setup(args, EMOJI64)
     recipe = make_recipe(args, (setup.sizes.default,) * 2, setup)
@@ -74,7 +74,6 @@ def calibrate(args: argparse.Namespace, engine: Engine, made_for: dict[str, Any]
 
     from ldm.generate import prompt_items
     from ldm.models.diffusion.calibration import Calibration, measure
-    from ldm.script import prompts_in
 
     prompts = prompts_in(args.from_file)[:args.n_samples]
     items = prompt_items(prompts, 1, args.seed, by_position=True)
@@ -111,13 +110,15 @@ def try_propagations(engine: Engine, plan: Plan, items: Sequence[Any]) -> dict[s
 def run(args: argparse.Namespace) -> None:
     if args.eta:
         raise BadInput(f"--ddim_eta: a calibration is of deterministic runs; expected 0, got {args.eta:g}")
+    check_output(args.out)
     engine, made_for, folder = make_engine(args)
+    if args.out is None:
+        check_outdir(folder, "--ckpt")
 
     from dataclasses import replace
 
     from ldm.generate import prompt_items
     from ldm.plan_table import spans
-    from ldm.script import prompts_in
 
     with blame("--ckpt", (ValueError,)):        # predictions that are not finite
         calibration = calibrate(args, engine, made_for)

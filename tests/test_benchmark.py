@@ -85,7 +85,9 @@ def test_rows_are_plans_with_their_propagation_and_batch():
 def test_prints_a_table_and_writes_json(tmp_path, capsys, against):
     if against:
         pytest.importorskip("diffusers")
-    model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": PARAMS}
+    model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": PARAMS | {
+        "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
+        "cond_stage_config": "__is_unconditional__"}}
     OmegaConf.save(OmegaConf.create({"model": model}), tmp_path / "c.yaml")
     args = ["--config", str(tmp_path / "c.yaml"), "--steps", "4", "--rows", "off", "0,2@2", "deepcache:2", "--tokens",
             "5", "--repeats", "1", "--batch", "1", "2", "--json", str(tmp_path / "out.json"), *against]
@@ -107,7 +109,7 @@ def test_prints_a_table_and_writes_json(tmp_path, capsys, against):
     (["--rows", "off@x"], "--rows: the number of decoder steps in a batch follows the @; got 'off@x'"),
     (["--rows", "online:0.1"], "--rows: online:0.1 decides during a run"),
     (["--config", "none.yaml"], "--config: none.yaml: no such file"),
-    (["--json", "none/out.json"], "--json: "),
+    (["--json", f"{__file__}/out.json"], "--json: can't write"), (["--json", "n" * 5000], "--json: "),
     (["--size", "7", "7", "--steps", "1"], "--config, --size: x must have height and width that are multiples")])
 def test_bad_input(capsys, args, why):
     assert main(args) == 2

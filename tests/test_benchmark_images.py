@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from txt2img_model import load_script, write_model
 
 benchmark = load_script("benchmark_images")
@@ -26,6 +27,14 @@ def test_the_table_has_medians_and_multiples_of_the_first_row():
     shown = benchmark.table(4, {"off": [(4.0, 2.0), (6.0, 3.0), (9.0, 2.5)], "fast": [(2.0, 1.0)] * 3})
     assert [line.split()[-2:] for line in shown.splitlines()[1:]] == [
         ["6.000", "2.500"], ["2.000", "1.000"], ["3.00", "2.50"]]
+
+
+@pytest.mark.parametrize("args, why", [
+    (["--images", "0"], "--images: expected a whole number in 1.."), (["--repeats", "1e9"], "--repeats: "),
+    (["--json", "n" * 5000], "--json: "), (["--json", f"{__file__}/times.json"], "--json: can't write")])
+def test_what_can_not_be_used_is_refused_before_anything_is_run(capsys, args, why):
+    assert benchmark.main(args) == 2
+    assert f"error: {why}" in capsys.readouterr().err
 
 
 def test_what_txt2img_refuses_is_said_in_a_line(tmp_path, capsys):

@@ -171,6 +171,13 @@ def test_predictions_that_overflow_end_in_one_line(tmp_path, capsys):
     assert line.startswith("calibrate_plan.py: error: --ckpt: latents are not finite") and not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("out", ["n" * 5000, f"{__file__}/plan.yaml"])
+def test_a_place_where_nothing_can_be_written_is_known_before_the_work(out, capsys):
+    assert load_script("calibrate_plan").main(["--out", out]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("calibrate_plan.py: error: --out: ")
+
+
 def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_elsewhere(tmp_path, capsys):
     """On the shipped model, copied so that its own table stays: 20 steps, two pictures."""
     import shutil

@@ -135,6 +135,19 @@ def test_a_broken_transfer_is_taken_up_where_it_stopped(site, target):
     assert ranges == [300_000, 500_000]
 
 
+def test_a_link_is_followed_and_what_is_no_file_is_left_alone(site, target, tmp_path):
+    target.parent.mkdir(parents=True)
+    target.symlink_to(tmp_path / "disk" / "real.ckpt")
+    fetch(f"{site.address}/model.ckpt", target)
+    assert target.is_symlink() and (tmp_path / "disk" / "real.ckpt").read_bytes() == CONTENT
+    assert os.listdir(target.parent) == ["model.ckpt"] and os.listdir(tmp_path / "disk") == ["real.ckpt"]
+    fifo = target.with_name("fifo")
+    os.mkfifo(fifo)
+    with pytest.raises(OSError, match="a FIFO; expected a file"):
+        fetch(f"{site.address}/model.ckpt", fifo)
+    assert fifo.is_fifo()
+
+
 def test_a_later_call_goes_on_with_what_is_there(site, target):
     site.breaks = [300_000] + [0] * 4
     with pytest.raises(DownloadError, match="broke off at 300000 of 1024000 bytes"):

@@ -347,7 +347,7 @@ def test_all_draws_what_is_not_left_out(tiny, tmp_path):
 @pytest.mark.parametrize("arguments, wrong", [
     (["pie"], "KIND: invalid choice: 'pie'"),
     (["evolution", "--steps", "1"], "--steps: a change from step to step needs at least 2 steps; got 1"),
-    (["evolution", "--steps", "5000"], "--steps: "),
+    (["evolution", "--steps", "5000"], "--steps: "), (["evolution", "--out", "n" * 5000], "--out: "),
     (["norms", "--count", "41"], "--count: "),
     (["norms", "--prompts", "missing.txt"], "--prompts: "),
     (["samplers", "--steps", "5"], "unrecognized arguments: --steps 5; not every command has --steps"),
@@ -359,7 +359,7 @@ def test_all_draws_what_is_not_left_out(tiny, tmp_path):
     (["norms", "--ckpt", "missing.ckpt"], "--ckpt: missing.ckpt: no such file"),
 ])
 def test_bad_input_is_one_line(arguments, wrong, tmp_path, capsys):
-    out = [] if arguments[0] == "pie" else ["--out", str(tmp_path / "figure")]
+    out = [] if arguments[0] == "pie" or "--out" in arguments else ["--out", str(tmp_path / "figure")]
     assert main([*arguments, *out]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"figures.py: error: {wrong}")

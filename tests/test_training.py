@@ -226,6 +226,7 @@ def test_an_old_run_is_not_overwritten(trained, capsys):
 
 @pytest.mark.parametrize("arguments, why", [
     ([], "--base"), (["-b", "nothing.yaml"], "no file nothing.yaml"), (["-r", "nowhere"], "--resume"),
+    (["-b", "n" * 5000], "--base: "), (["-r", "n" * 5000], "--resume: "),
     (["-b", "FIRST", "batch_size=3"], "expected KEY=VALUE with the whole name"),
     (["-b", "FIRST", "-t", "data"], "got 'data'"), (["-b", "FIRST", "data.params.root=[1"], "data.params.root=[1: "),
     (["-b", "FIRST", "--steps", "0"], "--steps: expected a whole number in 1.."),

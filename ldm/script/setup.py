@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,10 +51,12 @@ class Setup:
 def make_setup(args: argparse.Namespace, default: Files | None = None, processes: Processes | None = None) -> Setup:
     """What is quick to check comes before what is slow to load.
 
+    args: what `model_arguments` give, and outdir, which may be None.
     processes: that make each picture together; None = those that torchrun has started.
     """
     config_path, ckpt = model_files(args, default)
-    check_outdir(Path(args.outdir))
+    if args.outdir is not None:
+        check_outdir(Path(args.outdir))
     processes = Processes.of_run() if processes is None else processes
     device = find_device(args.device, processes)
     if processes.several and args.guidance_reuse:
@@ -85,9 +88,19 @@ def read_setup(config_path: Path, ckpt: Path, device: torch.device, processes: P
     return Setup(config_path, ckpt, config, sizes, device, processes)
 
 
+def check_output(path: str | None, flag: str = "--out") -> None:
+    """It must be possible to write the file; found out before the work."""
+    if path is None:
+        return
+    with blame(flag, (OSError,)):               # a name that no file can have
+        place = next(p for p in Path(path).absolute().parents if p.exists())
+        if Path(path).is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+            raise BadInput(f"{flag}: can't write {path}; expected a file in a writable directory")
+
+
 def check_outdir(outdir: Path, flag: str = "--outdir") -> None:
     """It must be possible to write there; nothing is left behind by finding out."""
-    with blame("--outdir", (OSError,)):         # a name that no file can have
+    with blame(flag, (OSError,)):         # a name that no file can have
         place = next(p for p in (outdir, *outdir.absolute().parents) if p.exists())
     if not place.is_dir():
         raise BadInput(f"{flag}: {place} is a file; expected a directory")
