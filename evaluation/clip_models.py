@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.errors import FeatureError, one_line
+from evaluation.errors import FeatureError
 from ldm.files import read_json
+from ldm.messages import one_line
 from ldm.modules.encoders.clip_image import MEAN, STD
 from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
 from ldm.modules.encoders.openclip import OpenCLIP, Vision

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ldm.messages import one_line
+
 
 class FeatureError(ValueError):
     """A network that cannot be had."""
@@ -13,11 +15,6 @@ class FeatureError(ValueError):
 
 class PictureError(ValueError):
     """Pictures or statistics that can't be measured."""
-
-
-def one_line(error: Exception) -> str:
-    """Its message on one line."""
-    return " ".join(str(error).split())
 
 
 @contextmanager

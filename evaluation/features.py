@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.clip_models import load_clip
-from evaluation.errors import FeatureError, one_line
+from evaluation.errors import FeatureError
 from evaluation.resize import RECIPES, resize
 from ldm.download import DownloadError, fetch
 from ldm.files import file_sha256
+from ldm.messages import one_line
 
 INSTALL = 'install it with: pip install -e ".[eval]"'
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"

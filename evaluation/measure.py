@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.arguments import count
 from ldm.cli import BadInput, blame
 from ldm.files import file_sha256
+from ldm.messages import some
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -279,9 +280,8 @@ def pictures_at(path: str) -> Pictures:
 
     pictures = open_pictures(path)
     if isinstance(pictures, Folder) and (left := pictures.left_out):
-        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         print(f"warning: {path}: {len(left)} of {len(left) + len(pictures.names)} files are left out, since their "
-              f"names do not end in {', '.join(SUFFIXES)}: {', '.join(left[:SHOWN])}{more}", file=sys.stderr)
+              f"names do not end in {', '.join(SUFFIXES)}{some(left, SHOWN)}", file=sys.stderr)
     return pictures
 
 

@@ -24,6 +24,7 @@ from evaluation.measure import (
     open_samples,
 )
 from ldm.cli import BadInput, Parser, blame, command
+from ldm.messages import one_line
 from ldm.script import check_output
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -121,7 +122,7 @@ def load_ssim() -> Measure:
     Raises:
         FeatureError: torchmetrics is missing or can't be imported.
     """
-    from evaluation.errors import FeatureError, one_line
+    from evaluation.errors import FeatureError
 
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
@@ -142,7 +143,7 @@ def load_lpips(device: torch.device) -> Measure:
     Raises:
         FeatureError: torchvision or the weights are missing.
     """
-    from evaluation.errors import FeatureError, one_line
+    from evaluation.errors import FeatureError
 
     try:
         from torchmetrics.image import LearnedPerceptualImagePatchSimilarity

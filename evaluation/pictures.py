@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.errors import PictureError, one_line, reading
+from evaluation.errors import PictureError, reading
 from ldm.arrays import Header, open_array
 from ldm.files import FileError, file_sha256, parse_json, read_json
 from ldm.images import MOST_PIXELS, SUFFIXES, from_pil, open_picture, opened
+from ldm.messages import one_line
 
 ARRAY = "arr_0"         # the pictures' name in the files of the ADM suite
 RUN_CARD = "run.json"

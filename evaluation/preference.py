@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.measure import how_made, incomplete, open_samples
 from ldm.cli import Parser, blame, command
+from ldm.messages import one_line
 from ldm.script import check_output
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -43,7 +44,7 @@ def load_judge(name: str) -> Judge:
     Raises:
         FeatureError: its package is not installed or does not work here, or its weights can't be had.
     """
-    from evaluation.errors import FeatureError, one_line
+    from evaluation.errors import FeatureError
 
     package = PACKAGES[name]
     try:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from evaluation.errors import PictureError, one_line
+from evaluation.errors import PictureError
 from evaluation.pictures import Folder, Pictures, settings_of
 from ldm.files import parse_json_lines, read_json, read_lines, read_text
+from ldm.messages import one_line
 
 FILE_KEYS, TEXT_KEYS = ("file", "file_name", "image"), ("prompt", "caption", "text")
 

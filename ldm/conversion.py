@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.messages import some
+
 UNET, VAE, CLIP, OPENCLIP = ("model.diffusion_model.", "first_stage_model.",
                              "cond_stage_model.transformer.text_model.", "cond_stage_model.model.")
 PARTS = {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model."}
@@ -118,11 +120,9 @@ def _rename(part: str, state: Mapping[str, Tensor], names: Mapping[str, str]) ->
         else:
             renamed[names[known] + key.removeprefix(known)] = value
     if unknown:
-        more = f", ... and {len(unknown) - 4} more" if len(unknown) > 4 else ""
-        raise ConversionError(f"{part}: keys that Stable Diffusion 1 and 2 do not have: "
-                              f"{', '.join(sorted(unknown)[:4])}{more}")
+        raise ConversionError(f"{part}: keys that Stable Diffusion 1 and 2 do not have{some(unknown, 4)}")
     if others := [f"{key} {value.dtype}" for key, value in renamed.items() if not value.is_floating_point()]:
-        raise ConversionError(f"{part}: weights that are no real numbers: {', '.join(sorted(others)[:4])}")
+        raise ConversionError(f"{part}: weights that are no real numbers{some(others, 4)}")
     return renamed
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import PACKAGE, BadInput, Parser, blame, command
+from ldm.messages import some
 from ldm.published import Published, load_manifest
 from ldm.script import fitting_configs, model_files
 from ldm.util import PROJECT_ROOT
@@ -140,7 +141,7 @@ def published(models: Iterable[Published], verify: bool, root: Path = PROJECT_RO
 
 def examine(config_path: Path, ckpt: Path) -> Iterator[Finding]:
     """Whether the two belong together."""
-    from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkpoint, some
+    from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkpoint
     from ldm.diagnosis import differences, facts_of_config, facts_of_weights, summary
 
     with blame("--config"):

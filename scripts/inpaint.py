@@ -25,6 +25,7 @@ from ldm.arguments import (
     sampling_arguments,
 )
 from ldm.cli import BadInput, Parser, blame, command
+from ldm.messages import some
 from ldm.script import GO_ON, image_items, inpainting_task, make_pictures, make_setup, named, pixels, stacked
 
 if TYPE_CHECKING:
@@ -86,11 +87,10 @@ def read_folder(folder: Path) -> Inputs:
         pictures[path.name], masks[mask_path.name] = picture, mask
     if not subjects:
         raise ValueError(f"{folder} has no masks; expected pictures NAME.png with masks NAME{MASK}")
-    left = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in pictures | masks)
+    left = [path.name for path in folder.iterdir() if path.is_file() and path.name not in pictures | masks]
     if left:
-        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-        print(f"warning: --indir: {len(left)} files are left alone, which are no pair of NAME.png and NAME{MASK}: "
-              f"{', '.join(left[:SHOWN])}{more}", file=sys.stderr)
+        print(f"warning: --indir: {len(left)} files are left alone, which are no pair of NAME.png and NAME{MASK}"
+              f"{some(left, SHOWN)}", file=sys.stderr)
     return Inputs(subjects, stacked(pictures), stacked(masks))
 
 

@@ -308,7 +308,7 @@ def test_a_text_encoder_of_another_kind_is_refused(folder, text, why):
 def test_keys_of_another_model_are_named(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(file) | {"add_embedding.linear_1.weight": torch.zeros(2)}, file)
-    with pytest.raises(CheckpointError, match="unet: keys .* do not have: add_embedding.linear_1.weight"):
+    with pytest.raises(CheckpointError, match="unet: keys .* do not have .add_embedding.linear_1.weight"):
         read_checkpoint(folder)
 
 
@@ -326,7 +326,7 @@ def test_a_checkpoint_of_another_model_is_refused(change, why):
 def test_weights_of_other_numbers_are_refused(dtype):
     key = "model.diffusion_model.out.2.bias"
     state = Small("sd_v1").state
-    with pytest.raises(ConversionError, match=f"unet: weights that are no real numbers: conv_out.bias {dtype}"):
+    with pytest.raises(ConversionError, match=f"unet: weights that are no real numbers .conv_out.bias {dtype}"):
         to_diffusers(state | {key: state[key].to(dtype)})
 
 

@@ -17,7 +17,7 @@ FLOORS = [  # lowest first; a file belongs to the first floor that names it
     ["ldm/files.py", "ldm/kinds.py", "ldm/typed.py"],
     [f"{D}/schedule.py"],
     ["ldm/compatibility.py"],
-    ["ldm/util.py", "ldm/cli.py"],
+    ["ldm/util.py", "ldm/messages.py", "ldm/cli.py"],
     [
         *("ldm/arguments.py", "ldm/class_names.py", "ldm/processes.py"),
         *(f"{DM}/features.py", f"{DM}/process.py", f"{DM}/util.py", f"{D}/plan.py"),

@@ -192,7 +192,7 @@ def test_files_that_are_left_alone_are_said(tmp_path, capsys):
     for name in ("lonely.png", "notes.txt"):
         Image.new("RGB", (32, 32)).save(tmp_path / name, format="PNG")
     assert len(read_folder(tmp_path).subjects) == 1
-    assert re.match("warning: --indir: 2 files are left alone, .*: lonely.png, notes.txt$", capsys.readouterr().err)
+    assert re.match(r"warning: --indir: 2 files are left alone, .* \(lonely.png, notes.txt\)$", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("arguments, why", [

@@ -800,7 +800,7 @@ def test_files_that_a_folder_leaves_out_are_said(tmp_path, capsys):
     for name in ("b.psd", "notes.txt", "run.json", ".hidden"):
         (tmp_path / name).touch()
     assert len(pictures_at(str(tmp_path)).names) == 4
-    assert "2 of 6 files are left out" in (said := capsys.readouterr().err) and said.endswith(": b.psd, notes.txt\n")
+    assert "2 of 6 files are left out" in (said := capsys.readouterr().err) and said.endswith(" (b.psd, notes.txt)\n")
     for name in ("b.psd", "notes.txt"):
         (tmp_path / name).unlink()
     pictures_at(str(tmp_path))

@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.checkpoint.messages import one_line, some
 from ldm.checkpoint.pickled import read_pickle, state_dict_in
 from ldm.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, to_ldm
 from ldm.files import atomic_write, file_sha256, read_json
+from ldm.messages import one_line, some
 from ldm.weight_file import CheckpointError, weight_format
 
 GROUP = 2 ** 28     # bytes of a safetensors file that are mapped, and let go of, together

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.file import read_checkpoint
-from ldm.checkpoint.messages import some
+from ldm.messages import some
 from ldm.modules.ema import ema_name
 from ldm.weight_file import CheckpointError
 

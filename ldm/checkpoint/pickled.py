@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.messages import some
+from ldm.messages import some
 from ldm.weight_file import CheckpointError
 
 WRAPPERS = ("state_dict", "model", "ema", "model_ema", "ema_state_dict", "model_state_dict", "module")

@@ -13,4 +13,5 @@ def some(names: Iterable[str], limit: int = 8) -> str:
 
 
 def one_line(error: BaseException) -> str:
+    """Its message, or its kind if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
