@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ldm.typed import fits, in_words
+from ldm.kinds import fits, in_words
 
 INSTALLED_FILES = Path(__file__).resolve().parent / "_project"     # where setup.py puts the folders beside ldm
 # From here paths such as models/ldm/emoji64/config.yaml start, in a checkout as in an installation.

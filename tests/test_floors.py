@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 D, M, S = "ldm/models/diffusion", "ldm/modules", "ldm/sampling"
 DM = f"{M}/diffusionmodules"
 FLOORS = [  # lowest first; a file belongs to the first floor that names it
-    ["ldm/files.py", "ldm/kinds.py", "ldm/typed.py"],
+    ["ldm/files.py", "ldm/kinds.py"],
     [f"{D}/schedule.py"],
     ["ldm/compatibility.py"],
     ["ldm/util.py", "ldm/messages.py", "ldm/cli.py"],

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.files import atomic_write
-from ldm.typed import fits, in_words
+from ldm.kinds import fits, in_words
 from ldm.util import ConfigError, check_config, find_file, get_obj_from_str, instantiate_from_config
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.cost import Macs, unet_macs
 from ldm.generate import Item
 from ldm.images import to_pil
+from ldm.kinds import fits
 from ldm.memory import decoder_bytes
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Denoiser, Guidance
@@ -29,7 +30,6 @@ from ldm.modules.packed import pack
 from ldm.noise import ImageNoise
 from ldm.sampling.canvas import Canvas
 from ldm.sampling.conditions import Condition
-from ldm.typed import fits
 
 Ran = tuple[list[Work], list[float]]    # what ran at each node of a run, and the nodes' timesteps
 
