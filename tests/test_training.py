@@ -278,7 +278,10 @@ def test_settings_may_stand_anywhere(trained):
     ("data.params.batch_size=20", "data.params.batch_size: 20 is more than the training set has: 19 images"),
     ("data.params.val_split=other", "accepted: train, heldout_concept"),
     ("training.params.learning_rate=-1", "training.params.learning_rate: expected a number above 0; got -1"),
+    ("model.params.embed_dim=0", "the network fails in its first step"),
     ("lightning.trainer.limit_train_batches=0", "no step was made"),
+    ("lightning.trainer.val_check_interval=0", "lightning.trainer.val_check_interval: expected batches from 1 on"),
+    ("lightning.trainer.devices=9999", "lightning.trainer.devices: 9999 processes on a CPU"),
     ("lightning.trainer.max_steps=0", "0 steps train nothing")])
 def test_a_refused_training_leaves_nothing(trained, tmp_path, refused, why, capsys):
     assert main(["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path / "logs"), "-n", "r", refused]) == 2
@@ -319,6 +322,31 @@ def test_a_damaged_state_is_noticed(trained, tmp_path, capsys):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged .*; begin a new run"):
             read_state(path)
+
+
+@pytest.mark.parametrize("part, value", [("state_dict", []), ("loops", None), ("callbacks", 5), ("lr_schedulers", {}),
+                                         ("optimizer_states", "x"), ("pytorch-lightning_version", None)])
+def test_a_file_that_is_no_state_is_refused(trained, tmp_path, part, value, capsys):
+    shutil.copytree(trained / "first", tmp_path / "r")
+    path = tmp_path / "r" / "last.ckpt"
+    torch.save(torch.load(path, weights_only=True) | {part: value}, path)
+    assert main(["--resume", str(tmp_path / "r"), "-t", "--steps", "9"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "last.ckpt is damaged (it holds no state of a training)" in err
+
+
+def test_a_state_of_another_model_is_refused(trained, tmp_path, capsys):
+    shutil.copytree(trained / "first", tmp_path / "r")
+    command = ["--resume", str(tmp_path / "r"), "-t", "--steps", "9"]
+    assert main([*command, "model.params.embed_dim=8"]) == 2
+    assert "last.ckpt does not fit the configuration: model.quant_conv.weight is (" in capsys.readouterr().err
+    path = tmp_path / "r" / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    state["state_dict"]["model.quant_conv.weight"] = state["state_dict"]["model.quant_conv.weight"].long()
+    torch.save(state, path)
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "torch.int64 there, and" in err and err.count("\n") == 1
 
 
 def test_a_damaged_state_names_the_one_before_it(trained, tmp_path, capsys):

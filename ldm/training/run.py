@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ldm.cli import did_you_mean
 from ldm.training.callbacks import KeptState, SampleGrid, StepBar
 from ldm.training.order import StepSeeds
-from ldm.training.state import LAST, read_state
+from ldm.training.state import LAST, check_fits, read_state
 from ldm.util import instantiate_from_config
 
 SECTIONS = {"model": {"target", "params"}, "training": {"target", "params"}, "data": {"target", "params"},
@@ -49,6 +50,8 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
     pl.seed_everything(seed, workers=True, verbose=False)
     model = built("model", config.model)
     module = built("training", config.training, model=model)
+    if state:
+        check_fits(state, module, last)
     data = built("data", config.data, seed=seed)
     settings = OmegaConf.to_container(config.lightning.trainer)
     bar = [StepBar()] if settings.pop("enable_progress_bar", True) else []
@@ -72,7 +75,12 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     print(f"{logdir}: {trained / 1e6:.2f} M weights, from step {done} to {trainer.max_steps}")
     with no_trace_unless_begun(logdir), kept.stopped_after_a_step():
-        trainer.fit(module, data, ckpt_path=last if state else None, weights_only=True)
+        try:
+            trainer.fit(module, data, ckpt_path=last if state else None, weights_only=True)
+        except RuntimeError as error:
+            if trainer.global_step > done:
+                raise
+            raise ValueError(f"the network fails in its first step: {error}") from error
         if trainer.global_step == done:
             raise ValueError("no step was made: lightning.trainer limits epochs, time or batches to none")
     return module
@@ -138,6 +146,13 @@ def trainer_of(settings: Mapping[str, Any], **ours: Any) -> pl.Trainer:
     for key in WHOLE & settings.keys():
         if isinstance(settings[key], bool) or not isinstance(settings[key], int | None):
             raise ValueError(f"lightning.trainer.{key}: expected a whole number; got {settings[key]!r}")
+    devices, cores = settings.get("devices"), os.cpu_count()
+    if accelerator == "cpu" and isinstance(devices, int) and devices > cores:
+        raise ValueError(f"lightning.trainer.devices: {devices} processes on a CPU of {cores} cores")
+    every = settings.get("val_check_interval")
+    if isinstance(every, int | float) and every <= 0:
+        raise ValueError(f"lightning.trainer.val_check_interval: expected batches from 1 on, or a share of an epoch "
+                         f"above 0; got {every!r}")
     quiet = {"enable_model_summary": False, "enable_progress_bar": False}
     try:
         return pl.Trainer(**quiet | settings, **ours, enable_checkpointing=False)

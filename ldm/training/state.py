@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from ldm.files import check_regular
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+PARTS = {"global_step": int, "epoch": int, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list,
+         "loops": dict, "callbacks": dict, "pytorch-lightning_version": str}
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -27,7 +30,7 @@ def read_state(path: Path) -> dict[str, Any]:
             damaged = file.testzip()
         if damaged is None:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if isinstance(state, dict) and isinstance(state.get("global_step"), int) and "state_dict" in state:
+            if isinstance(state, dict) and all(isinstance(state.get(part), kind) for part, kind in PARTS.items()):
                 return state
             raise ValueError("it holds no state of a training")
         raise ValueError(f"its part {damaged} is not what was written")
@@ -38,6 +41,20 @@ def read_state(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200] if isinstance(error, ValueError | zipfile.BadZipFile) \
             else type(error).__name__
         raise ValueError(f"{path} is damaged ({reason}); {advice}") from error
+
+
+def check_fits(state: Mapping[str, Any], module: torch.nn.Module, path: Path) -> None:
+    """Raise ValueError unless the weights of a state are those of the module: the same names, shapes and types."""
+    kept, wanted = state["state_dict"], module.state_dict()
+    for name in [*wanted, *kept]:
+        there, here = (described(weights.get(name)) for weights in (kept, wanted))
+        if there != here:
+            raise ValueError(f"{path} does not fit the configuration: {name} is {there} there, and {here} by the "
+                             f"configuration; a model that is changed needs a new run")
+
+
+def described(weight: Any) -> str:
+    return f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, torch.Tensor) else "missing"
 
 
 def steps_done(path: Path) -> int:
