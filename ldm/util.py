@@ -81,10 +81,15 @@ def instantiate_from_config(config: Mapping[str, Any], allow: Iterable[str] = ()
         given: arguments that are not the config's to say.
 
     Raises:
-        ConfigError: no target, a target that is not allowed, or arguments that it does not take.
+        ConfigError: no target, a target that is not allowed, or arguments that it does not take or can't be built
+            with, such as a negative width.
     """
     cls, params = _class_and_params(config, allow, given)
-    return cls(**params)
+    try:
+        return cls(**params)
+    except (RuntimeError, ArithmeticError) as error:        # PyTorch's word on sizes that no tensor has
+        raise ConfigError(f"params of target {config['target']!r}: nothing can be built with these values: "
+                          f"{error}") from error
 
 
 def check_config(config: Mapping[str, Any]) -> None:

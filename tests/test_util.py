@@ -70,6 +70,16 @@ def test_bad_configs_say_why(config, why):
         instantiate_from_config(config)
 
 
+@pytest.mark.parametrize("change", [{"in_channels": -3}, {"model_channels": 10 ** 12},
+                                    {"num_heads": 0, "attention_resolutions": [1]}])
+def test_sizes_that_no_network_has_are_the_fault_of_the_config(change):
+    params = {"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1,
+              "attention_resolutions": [], "channel_mult": [1], "num_heads": 1}
+    config = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params | change}
+    with torch.device("meta"), pytest.raises(ValueError, match="num_heads|nothing can be built with these values"):
+        instantiate_from_config(config)
+
+
 def test_an_error_inside_a_constructor_is_not_disguised():
     params = {"in_channels": 2, "out_channels": 3, "kernel_size": 1, "groups": 5}
     with pytest.raises(ValueError, match="divisible by groups") as error:
