@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from txt2img_model import load_script, tiny_params
 
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.data.emoji import EmojiPictures
+from ldm.files import UNFINISHED
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.ema import LitEma
@@ -217,6 +219,22 @@ def test_a_killed_process_resumes(trained, tmp_path):
     assert reached >= 1
     assert main(["-r", str(logdir), "-t", f"lightning.trainer.max_steps={reached + 2}"]) == 0
     assert steps_of(logdir) == reached + 2
+
+
+def test_several_processes_train_together(trained, tmp_path):
+    """As torchrun starts them; the first one writes the states."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = ["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "two", "lightning.trainer.devices=2"]
+    env = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    children = [Child(lambda: main(run), log, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+                for rank, log in enumerate(logs)]
+    assert [child.end() for child in children] == [0, 0], "".join(log.read_text() for log in logs)
+    assert steps_of(tmp_path / "two") == steps_done(tmp_path / "two" / "previous.ckpt") + 1 == 2
+    assert not list((tmp_path / "two").glob(f"{UNFINISHED}*"))
 
 
 def test_an_old_run_is_not_overwritten(trained, capsys):

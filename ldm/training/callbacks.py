@@ -45,11 +45,14 @@ class KeptState(pl.Callback):
         for name, parameter in trainer.lightning_module.named_parameters():
             if not parameter.isfinite().all():
                 self.fail(trainer, f"weights that are not finite ({name})")
-        with atomic_write(self.path) as unfinished:
-            trainer.save_checkpoint(unfinished)
-            if self.path.exists():
-                with atomic_write(self.path.with_name(PREVIOUS)) as previous:
-                    copy(self.path, previous)
+        if trainer.is_global_zero:
+            with atomic_write(self.path) as unfinished:
+                trainer.save_checkpoint(unfinished)
+                if self.path.exists():
+                    with atomic_write(self.path.with_name(PREVIOUS)) as previous:
+                        copy(self.path, previous)
+        else:
+            trainer.save_checkpoint(self.path)      # all processes take part, the first one writes
         self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
     def fail(self, trainer: pl.Trainer, what: str) -> None:
@@ -68,7 +71,8 @@ class KeptState(pl.Callback):
             self.fail(trainer, f"a loss of {loss.item()}")
         # The last step is kept here, too: after it Lightning counts a part of an epoch as a whole one.
         last = trainer.global_step == trainer.max_steps
-        if last or self.stopping or time.monotonic() - self.saved_at > self.every_seconds:
+        due = last or self.stopping or time.monotonic() - self.saved_at > self.every_seconds
+        if trainer.strategy.reduce_boolean_decision(due, all=False):        # processes save together, or wait for ever
             self.save(trainer)
         if self.stopping:
             raise Stopped
