@@ -17,13 +17,21 @@ PROJECT_FILES = ("configs/**/*.yaml", "models/*.yaml", "models/**/config.yaml", 
 
 
 class BuildWithFiles(build_py):
-    """Puts these files into the package, where `ldm.util.PROJECT_ROOT` finds them in an installation."""
+    """Puts these files into the package, where `ldm.util.PROJECT_ROOT` finds them in an installation; and into a
+    source distribution, from which a package can be built again."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        for path in sorted({path for pattern in PROJECT_FILES for path in Path().glob(pattern)}):
-            folder = path.parent.as_posix()
-            self.data_files.append(("ldm", folder, f"{self.build_lib}/ldm/_project/{folder}", [path.name]))
+        self.data_files += self.project_files()
+
+    def get_data_files_without_manifest(self) -> list[tuple[str, str, str, list[str]]]:
+        return [*super().get_data_files_without_manifest(), *self.project_files()]
+
+    def project_files(self) -> list[tuple[str, str, str, list[str]]]:
+        """Package, source folder, target folder and names."""
+        paths = sorted({path for pattern in PROJECT_FILES for path in Path().glob(pattern)})
+        return [("ldm", path.parent.as_posix(), f"{self.build_lib}/ldm/_project/{path.parent.as_posix()}", [path.name])
+                for path in paths]
 
 
 setup(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ldm.arguments import MOST
 from ldm.cli import BadInput, blame
 from ldm.devices import find_device
 from ldm.processes import stated
@@ -37,8 +38,8 @@ class Process:
 def shard(text: str) -> tuple[int, int]:
     """argparse type of --shard: 2/8 -> (1, 8)."""
     part, slash, parts = text.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
-        raise argparse.ArgumentTypeError(f"expected K/N, part K of 1..N; got {text!r}")
+    if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts) <= MOST):
+        raise argparse.ArgumentTypeError(f"expected K/N, part K of 1..N, and N at most {MOST}; got {text!r}")
     return int(part) - 1, int(parts)
 
 

@@ -54,11 +54,22 @@ def test_the_installed_copy_finds_its_files(installed, tmp_path):
     assert run.stdout.split("\n")[-2] == "(64, 64)"
 
 
-def test_all_committed_data_is_installed_and_no_downloaded_weights(installed):
+@pytest.fixture(scope="module")
+def for_code() -> set[str]:
+    """The committed files that the code reads from the project's folders."""
     listed = subprocess.run(["git", "ls-files", "configs", "models"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a checkout")
+    return {file for file in listed.stdout.split() if not file.endswith((".md", ".png"))}
+
+
+def test_all_committed_data_is_installed_and_no_downloaded_weights(installed, for_code):
     place = installed / "ldm" / "_project"
-    there = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
-    for_code = {file for file in listed.stdout.split() if not file.endswith((".md", ".png"))}
-    assert there == for_code
+    assert {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()} == for_code
+
+
+def test_a_source_distribution_has_the_same_files(for_code, tmp_path):
+    subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)], cwd=ROOT, check=True,
+                   capture_output=True)
+    sources = next(tmp_path.glob("*.egg-info/SOURCES.txt")).read_text().split("\n")
+    assert {file for file in sources if file.startswith(("configs/", "models/"))} == for_code
