@@ -271,6 +271,15 @@ def test_wrong_arguments_say_why(trained, tmp_path, arguments, why, capsys):
     assert not (tmp_path / "logs").exists()
 
 
+def test_the_config_of_a_first_stage_is_data(trained, tmp_path, capsys):
+    config = OmegaConf.load(trained / "first.yaml")
+    config.model.params.monitor = "${oc.env:HOME}"
+    OmegaConf.save(config, tmp_path / "asks.yaml")
+    assert main(["-b", str(trained / "second.yaml"), "-t", "-l", str(tmp_path), "-n", "run",
+                 f"data.params.first_stage.config={tmp_path / 'asks.yaml'}"]) == 2
+    assert "asks.yaml: model.params.monitor: an interpolation" in capsys.readouterr().err
+
+
 def test_help_answers_at_once():
     assert "--steps N" in quick_help(ROOT / "main.py")
 

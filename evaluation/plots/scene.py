@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ldm.arguments import EMOJI64
 from ldm.cli import BadInput, blame
-from ldm.files import read_lines
 from ldm.generate import Item, subject_items
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.plan import AnyPlan
@@ -21,7 +20,7 @@ from ldm.models.diffusion.plans import RunFacts, load_plan
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.sampling.conditions import Classes, Condition, Text
 from ldm.sampling.engine import Engine, Recipe, Task, num_nodes, usual_scale
-from ldm.script import CPU_POSITIONS, Setup, make_setup, run_facts, uses_autocast
+from ldm.script import CPU_POSITIONS, Setup, make_setup, prompts_in, run_facts, uses_autocast
 
 BATCH = 8       # pictures at a time
 
@@ -78,9 +77,7 @@ class Scene:
                 raise BadInput(f"--count: this model has {self.classes} classes; got {self.count}")
             step = max(1, self.classes // self.count)
             return subject_items([{"class": k * step} for k in range(self.count)], 1, self.seed, by_position=True)
-        with blame("--prompts"):
-            lines = read_lines(self.prompts)
-        prompts = [line.strip() for line in lines if line.strip()]
+        prompts = prompts_in(self.prompts, "--prompts")
         if len(prompts) < self.count:
             raise BadInput(f"--count: {self.prompts} has {len(prompts)} prompts; got {self.count}")
         return subject_items([{"prompt": prompt} for prompt in prompts[:self.count]], 1, self.seed, by_position=True)

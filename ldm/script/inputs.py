@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from ldm.sampling.engine import Sizes
 
 
-def prompts_in(path: str | Path) -> list[str]:
-    """The prompts in the file of --from-file, one per line."""
-    with blame("--from-file"):
+def prompts_in(path: str | Path, flag: str = "--from-file") -> list[str]:
+    """The prompts in a file, one per line; empty lines are skipped."""
+    with blame(flag):
         lines = read_lines(path)
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise BadInput(f"--from-file: {path} is empty; expected one prompt per line")
+        raise BadInput(f"{flag}: {path} is empty; expected one prompt per line")
     return prompts
 
 

@@ -9,9 +9,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.checkpoint import load_weights
+from ldm.checkpoint import load_config, load_weights
 from ldm.data.emoji import EmojiPictures, without_style
-from ldm.files import read_config
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.order import TrainingBatches
 from ldm.util import instantiate_from_config
@@ -158,7 +157,7 @@ class EmojiLatentsData(TrainingData):
         self.shares = CaptionShares(name_share, group_share, style_share)
 
     def setup(self, stage: str) -> None:
-        model = instantiate_from_config(read_config(self.first_stage["config"]).model)
+        model = instantiate_from_config(load_config(self.first_stage["config"]).model)
         load_weights(model, self.first_stage["ckpt"])
         self.train = self.encoded(model.eval(), "train")
         self.val = self.encoded(model, "heldout_pair", self.max_val)
