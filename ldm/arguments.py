@@ -205,13 +205,13 @@ def propagation_arguments(p: argparse.ArgumentParser, plan: str = "faster-diffus
                       help="inject before the prediction, after it, or after the solver's step "
                            "(default: %(default)s)")
     if compare:
-        fast.add_argument("--list-plans", action="store_const", const="list", dest="plan", default=argparse.SUPPRESS,
+        fast.add_argument("--list-plans", action="store_true",
                           help="print the named plans with their cost, and make nothing")
         fast.add_argument("--compare", action="store_true",
                           help="make each picture plain, as --plan says, and by the best calibrated plan of that cost; "
                                "save them side by side and say what each took")
     else:
-        p.set_defaults(compare=False)
+        p.set_defaults(compare=False, list_plans=False)
 
 
 def model_arguments(p: argparse.ArgumentParser, default: Files | None = None,

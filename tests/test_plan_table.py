@@ -25,7 +25,7 @@ def test_costs_of_the_named_plans():
     assert rows["deepcache:3"][:2] == ["43.9%", "43.9%"]                              # 17 * 100 + 33 * 15
 
 
-@pytest.mark.parametrize("flags", [["--list-plans"], ["--plan", "list"]])
+@pytest.mark.parametrize("flags", [["--list-plans"], ["--list-plans", "--plan", "off"]])
 def test_the_list_needs_no_weights(tmp_path, capsys, flags):
     assert load_script("txt2img").main([*flags, "--steps", "20", "--outdir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

@@ -54,7 +54,7 @@ def make_pictures(args: argparse.Namespace, setup: Setup, items: Sequence[Item],
     recipe = make_recipe(args, size, setup)
     check_guidance(recipe, task)
     nodes = count_nodes(recipe, setup, task.canvas.strength)
-    if args.plan == "list":
+    if args.list_plans:
         if setup.processes.rank == 0:
             list_plans(setup, recipe, task, nodes)
         return []
