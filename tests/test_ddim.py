@@ -47,6 +47,26 @@ def test_published_samples(name):
     assert_intermediates(intermediates, tensors, case)
 
 
+@pytest.mark.parametrize("name", ["eta0_cfg1", "eta0_cfg7.5", "vpred"])
+def test_published_steps_one_by_one(name):
+    case, tensors = load_case(f"sampler_ddim_{name}")
+    sampler, x = DDIMSampler(model(case.get("parameterization", "eps"))), tensors["x_T"]
+    sampler.make_schedule(case["S"], verbose=False)
+    for index in reversed(range(case["S"])):
+        t = torch.full((2,), sampler.ddim_timesteps[index])
+        x, _ = sampler.p_sample_ddim(x, tensors["c"], t, index=index, **guidance(case, tensors))
+    assert_golden(x, tensors["final"], case)
+
+
+def test_steps_draw_noise_of_their_own():
+    sampler, x = DDIMSampler(model()), torch.zeros(2, *SHAPE)
+    sampler.make_schedule(10, ddim_eta=1.0, verbose=False)
+    condition = load_case("sampler_ddim_eta0_cfg1")[1]["c"]
+    (one, x0), (two, again) = (sampler.p_sample_ddim(x, condition, 901, 9) for _ in range(2))
+    assert (one != two).any() and (one[0] != one[1]).any()
+    assert torch.equal(x0, again)
+
+
 def test_published_shortened_run():
     case, tensors = load_case("sampler_ddim_timesteps30")
     case["cfg_scale"] = 5.0  # missing from the case; found as the only round value that reproduces it
@@ -189,6 +209,11 @@ def test_published_signatures():
             "ucg_schedule": None,
         }.items()
     )
+    assert list(positional(DDIMSampler.p_sample_ddim)) == [
+        "x", "c", "t", "index", "repeat_noise", "use_original_steps", "quantize_denoised", "temperature",
+        "noise_dropout", "score_corrector", "corrector_kwargs", "unconditional_guidance_scale",
+        "unconditional_conditioning", "dynamic_threshold",
+    ]
     assert list(positional(DDIMSampler.stochastic_encode)) == ["x0", "t", "use_original_steps", "noise"]
     assert list(positional(DDIMSampler.decode)) == [
         "x_latent",
@@ -322,6 +347,9 @@ def test_bad_ranges_say_why():
     for t in (10, -1):
         with pytest.raises(ValueError, match=r"t must be 0..9; got"):
             sampler.stochastic_encode(x, t)
+    for index, t in ((10, 901), (-1, 901), (3, torch.tensor([1, 2]))):
+        with pytest.raises(ValueError, match=r"index must be 0..9; got|t must be one timestep"):
+            sampler.p_sample_ddim(x, None, t, index)
     for t_start in (0, 11):
         with pytest.raises(ValueError, match=r"t_start must leave 1..10 steps"):
             sampler.decode(x, None, t_start)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.models.diffusion.edits import Edit
@@ -240,6 +241,59 @@ class DDIMSampler(Sampler):
             log_every_t,
             verbose,
         )
+
+    def p_sample_ddim(
+        self,
+        x: Tensor,
+        c: Any,
+        t: Tensor | int,
+        index: int,
+        repeat_noise: bool = False,
+        use_original_steps: bool = False,
+        quantize_denoised: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: object | None = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        dynamic_threshold: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step, after `make_schedule`; for loops of one's own, which run the encoder at every step.
+
+        Args:
+            x: (B, C, H, W).
+            t: the timestep that the network is told, one for all images; one or (B,).
+            index: of the step in the ascending grid, or with use_original_steps the training timestep.
+            The rest: see `sample`.
+
+        Returns:
+            the next latents and the estimate of the clean ones, each (B, C, H, W).
+
+        Raises:
+            ValueError: index is outside the grid, several timesteps, or an argument that is not supported:
+                repeat_noise and those of `sample`.
+        """
+        refuse(
+            repeat_noise=repeat_noise,
+            quantize_denoised=quantize_denoised,
+            noise_dropout=noise_dropout,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            dynamic_threshold=dynamic_threshold,
+        )
+        told = torch.as_tensor(t).unique().tolist()
+        if len(told) != 1:
+            raise ValueError(f"t must be one timestep for all images; got {told}")
+        nodes = self._nodes(use_original_steps)
+        if not 0 <= index < len(nodes):
+            raise ValueError(f"index must be 0..{len(nodes) - 1}; got {index}")
+        node = nodes[-1 - index]
+        denoiser = self.model.denoiser(c, unconditional_conditioning, unconditional_guidance_scale)
+        noise = ImageNoise(self.draw_seeds(len(x))).node
+        rule = DDIM((Node(told[0], node.abar, node.abar_next),), self.ddim_eta, noise, temperature)
+        (state,) = self.states(denoiser, rule, x)
+        return state.x, state.x0
 
     def stochastic_encode(
         self, x0: Tensor, t: Tensor | int, use_original_steps: bool = False, noise: Tensor | None = None
