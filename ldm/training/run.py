@@ -63,27 +63,37 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
                 TensorBoardLogger(logdir, name="", version="tensorboard")] if train else False,
         callbacks=[StepSeeds(seed), kept, *([SampleGrid(logdir / "samples")] if train else []), *bar],
     )
+    resumed = last if state else None
     if not train:
         print(f"{logdir}: " + (f"validating step {done}" if state else "no training yet: validating new weights"))
-        trainer.validate(module, data, ckpt_path=last if state else None, weights_only=True, verbose=False)
-        return module
-    if trainer.max_steps == 0:
+        trainer.validate(module, data, ckpt_path=resumed, weights_only=True, verbose=False)
+    elif trainer.max_steps == 0:
         raise ValueError("lightning.trainer.max_steps: 0 steps train nothing")
-    if 0 < trainer.max_steps <= done:
+    elif 0 < trainer.max_steps <= done:
         print(f"{logdir}: all {trainer.max_steps} steps are done; lightning.trainer.max_steps=N goes on to step N")
-        return module
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    print(f"{logdir}: {trained / 1e6:.2f} M weights, from step {done} to {trainer.max_steps}")
-    with no_trace_unless_begun(logdir), kept.stopped_after_a_step():
-        try:
-            trainer.fit(module, data, ckpt_path=last if state else None, weights_only=True)
-        except RuntimeError as error:
-            if trainer.global_step > done:
-                raise
-            raise ValueError(f"the network fails in its first step: {error}") from error
-        if trainer.global_step == done:
-            raise ValueError("no step was made: lightning.trainer limits epochs, time or batches to none")
+    else:
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        print(f"{logdir}: {trained / 1e6:.2f} M weights, from step {done} to {trainer.max_steps}")
+        with no_trace_unless_begun(logdir), kept.stopped_after_a_step():
+            make_steps(trainer, module, data, resumed, done)
     return module
+
+
+def make_steps(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, resumed: Path | None,
+               done: int) -> None:
+    """Train on from step `done`, whose state is in the file `resumed`.
+
+    Raises:
+        ValueError: the first step fails, or none is made.
+    """
+    try:
+        trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
+    except RuntimeError as error:
+        if trainer.global_step > done:
+            raise
+        raise ValueError(f"the network fails in its first step: {error}") from error
+    if trainer.global_step == done:
+        raise ValueError("no step was made: lightning.trainer limits epochs, time or batches to none")
 
 
 @contextmanager
