@@ -48,6 +48,10 @@ class NotAFile(OSError):
 
     def __init__(self, path: str | Path, found: str) -> None:
         super().__init__(errno.EINVAL, f"{found}; expected a file", str(path))
+        self.found = found
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:       # from one process to another
+        return NotAFile, (self.filename, self.found)
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from ldm.cli import BadInput, Parser, command
 from ldm.files import atomic_write, clean, read_json, read_text, read_yaml, unfinished
+from ldm.script import check_outdir
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = Path(__file__).with_name("emoji_concepts.yaml")
@@ -484,6 +485,9 @@ def prepare(recipe: Recipe, out: Path, cache: Path) -> dict:
 def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("resvg_py") is None:    # before anything is fetched
         raise BadInput('the package resvg-py is needed to draw SVG pictures: pip install -e ".[train]", or ".[eval]"')
+    check_outdir(args.out, "--out")
+    if args.cache is not None:
+        check_outdir(args.cache, "--cache")
     try:
         images = prepare(RECIPES[args.size], args.out, args.cache or args.out / "packages")["images"]
     except OSError as error:

@@ -305,6 +305,17 @@ def test_without_the_package_for_svg_nothing_is_fetched(prepare, tmp_path, monke
     assert "resvg-py is needed" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--out", "--cache"])
+def test_a_folder_that_can_not_be_is_said_before_anything_is_fetched(prepare, tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.setenv("PATH", "")      # nothing can be
+    (tmp_path / "file").touch()
+    for place in ("n" * 5000, str(tmp_path / "file")):
+        assert prepare.main(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), flag, place]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"prepare_emoji.py: error: {flag}: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
 def test_without_npm_one_line_and_exit_2(tmp_path):
     done = run(tmp_path, tmp_path)
     assert done.returncode == 2 and "npm is not installed" in done.stderr and done.stderr.count("\n") == 1

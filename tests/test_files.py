@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -72,6 +73,8 @@ def test_only_files_are_read(tmp_path, read):
         read(tmp_path / "fifo")
     with pytest.raises(NotAFile, match="link: a FIFO"):
         read(tmp_path / "link")
+    error = pickle.loads(pickle.dumps(NotAFile(tmp_path / "fifo", "a FIFO")))      # as from another process
+    assert isinstance(error, NotAFile) and str(error).endswith("fifo: a FIFO; expected a file")
     with pytest.raises(NotAFile, match="a folder"):
         read(tmp_path)
     with pytest.raises(FileNotFoundError):
