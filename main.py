@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 import warnings
@@ -27,6 +28,7 @@ from ldm.util import instantiate_from_config  # noqa: F401  (published scripts i
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")      # read when Lightning is imported
 SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
 # What Lightning warns of and what is meant to be: frozen parts of a model stay in evaluation mode; the data is in
 # memory, where workers would only cost time; a small set has few batches. The rest is about PyTorch's own future.
@@ -102,6 +104,9 @@ def run(args: argparse.Namespace) -> None:
     logdir = Path(args.resume) if args.resume else Path(args.logdir) / (args.name or Path(args.base[0]).stem)
     if not args.resume and (logdir / "last.ckpt").exists():
         raise BadInput(f"--name: {logdir} holds a run already; go on with --resume {logdir} or choose another name")
+    for name in RANKS:
+        if not os.environ.get(name, "0").isdecimal():
+            raise BadInput(f"environment variable {name}: expected a whole number from 0 on; got {os.environ[name]!r}")
     config = configuration(args)
     # Imported late so that --help and a wrong flag answer at once.
     from ldm.training.run import fit

@@ -281,6 +281,15 @@ def test_the_config_of_a_first_stage_is_data(trained, tmp_path, capsys):
     assert "asks.yaml: model.params.monitor: an interpolation" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank", ["x", "-1", ""])
+def test_a_rank_that_is_none_is_said(trained, tmp_path, rank):
+    """In a new process: Lightning reads the variable when it is imported."""
+    run = subprocess.run([sys.executable, ROOT / "main.py", "-b", trained / "first.yaml", "-t", "-l", tmp_path],
+                         capture_output=True, text=True, env=os.environ | {"SLURM_PROCID": rank})
+    assert run.returncode == 2 and run.stderr == (
+        f"main.py: error: environment variable SLURM_PROCID: expected a whole number from 0 on; got {rank!r}\n")
+
+
 def test_help_answers_at_once():
     assert "--steps N" in quick_help(ROOT / "main.py")
 
