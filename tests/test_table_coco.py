@@ -431,7 +431,7 @@ MEASURED, TIMED = {"fid", "clip_score", "sfid", "inception_score", "precision", 
     ([], PUBLISHED, ("NVIDIA A40", "autocast"), set(), ""),
     ([], PUBLISHED, ("NVIDIA A40", "full"), TIMED, "timed on NVIDIA A40 in full precision, the paper's on an A40"),
     ([], PUBLISHED, ("NVIDIA A400", "autocast"), TIMED, "timed on NVIDIA A400 in autocast"),
-], ids=str)
+], ids=lambda value: str(sorted(value) if isinstance(value, set) else value))
 def test_what_is_like_for_like(argv, weights, timing, unlike, why):
     args = tables.parser().parse_args(["table1", "--world", "coco", *argv])
     job = tables.jobs_of(load_table("table1"), args)[0]
