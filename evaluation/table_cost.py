@@ -18,7 +18,7 @@ from evaluation.generate import default_model, make_engine, parse, select_prompt
 from evaluation.protocol import Protocol
 from evaluation.table_file import Row
 from ldm.cli import BadInput, blame
-from ldm.files import atomic_write, read_json
+from ldm.files import atomic_write, parse_json, read_text
 from ldm.kinds import MAPPING, TEXT, Kind, check, known, number, optional, whole
 from ldm.processes import ALONE
 from ldm.script import make_setup
@@ -112,7 +112,7 @@ def read_timing(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = read_json(path)
+        content = parse_json(read_text(path))
         known("it", content, {*NEEDED}, {*ALSO})
         check("", content, NEEDED | ALSO)
         return content

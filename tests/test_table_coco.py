@@ -303,7 +303,8 @@ def test_pictures_and_times_of_a_plan_that_was_edited_are_not_shown(world, tmp_p
     differ = "of another run: method.keys (null there, [0, 2] given)"
     assert refused(capfd, argv).endswith(f": results {differ}; seconds {differ}")
     plan.unlink()
-    assert f"results of a run that is no longer known: plan file {plan} cannot be read" in refused(capfd, argv)
+    unknown = f"results of a run that is no longer known: plan file {plan} is not a plan: it cannot be read"
+    assert unknown in refused(capfd, argv)
 
 
 def write_inception(world: World, folder: Path) -> list[str]:
@@ -383,7 +384,8 @@ def test_pictures_that_others_were_made_over_are_not_shown(world, other, capfd):
 
 
 @pytest.mark.parametrize("damage, why", [
-    ("{", "Expecting property name"), ("[]", "it must be a mapping"), ('{"seconds": [1.0]}', "it has no date, machine"),
+    ("{", "line 1, column 2: not JSON: Expecting property name"), ("[]", "it must be a mapping"),
+    ('{"seconds": [1.0]}', "it has no date, machine"),
     ({"seconds": []}, "seconds must be a list of numbers >= 0, one or more; got []"),
     ({"seconds": 3}, "seconds must be a list of numbers"), ({"seconds_unet": [None]}, "seconds_unet must be a list"),
     ({"machine": None}, "machine must be a text; got None"), ({"weights": None}, "weights must be a text; got None"),
