@@ -131,7 +131,8 @@ def test_a_model_of_other_classes_has_no_names(tmp_path, capsys):
 def test_compare(script, capsys):
     entries = script("--classes", "3", "--compare", "--plan", "0,3")
     assert [e["keys"] for e in entries] == [None, [0, 3]]
-    assert re.search(r"UNet MACs 1\.\d\d", capsys.readouterr().out) and list(script.out.glob("compare-*.png"))
+    assert re.search(r"\nplain / 0,3( +\d+\.\d\d){3} +1\.\d\d\n", capsys.readouterr().out)
+    assert list(script.out.glob("compare-*.png"))
 
 
 @pytest.mark.parametrize("arguments, why", [

@@ -103,7 +103,8 @@ def test_sizes_are_rounded_down_and_compare_shows_both(script, tmp_path, capsys)
     (["--init-img", "nowhere.png"], "--init-img: nowhere.png: no such file; expected a picture"),
     (["--strength", "0"], "--strength: expected a number above 0, up to 1; got '0'"),
     (["--strength", "0.1"], "--strength: strength 0.1 of 4 steps leaves none"),
-    (["--H", "96"], "--H: must be a multiple of 64"), (["--H", "x"], "--H: "),
+    (["--H", "96"], "--H: must be a multiple of 64"),
+    (["--H", "x"], "--H.*: expected a whole number in 1..16384; got .x."),
     (["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
      "--config: not a depth-to-image model: it is a LatentDiffusion, expected a LatentDepth2ImageDiffusion"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")

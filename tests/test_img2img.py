@@ -140,7 +140,7 @@ def test_compare_shows_both(script, tmp_path, capsys):
     entries = script("--init-img", str(tmp_path / "a.png"), "--compare", "--plan", "0,3")
     plain, fast = (torch.stack([from_pil(Image.open(script.out / e["file"])) for e in part])
                    for part in (entries[:2], entries[2:]))
-    assert f"mean {psnr(plain, fast).mean():.1f} dB" in capsys.readouterr().out
+    assert f"  {psnr(plain, fast).mean():.1f} dB, " in capsys.readouterr().out
     assert len(list(script.out.glob("compare-*.png"))) == 1
 
 
