@@ -12,7 +12,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ldm.files import FileError, add_line, appending, atomic_write, clean, parse_json, read_bytes
+from ldm.files import FileError, add_line, appending, clean, parse_json, read_bytes
 from ldm.images import find_png, save_png
 from ldm.parameters import parameters
 
@@ -215,14 +215,9 @@ class _Folder:
 
     def __init__(self, outdir: Path, settings: Settings, again: Sequence[Item] = ()):
         self.outdir, self.settings = outdir, dict(settings)
-        manifest = outdir / "manifest.jsonl"
         self.again = {self._place(item)[0].relative_to(outdir).as_posix() for item in again}
-        entries = read_manifest(manifest)
-        kept = [entry for entry in entries if entry["file"] not in self.again]
-        if len(kept) < len(entries):
-            with atomic_write(manifest) as temporary:
-                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        self.manifest = Manifest(manifest)
+        self.manifest = Manifest(outdir / "manifest.jsonl")
+        self.manifest.remove(self.again)
         self.refused: set[Path] = set()
         for folder in (outdir, outdir / "samples"):
             clean(folder)
@@ -271,12 +266,24 @@ class Manifest:
         if file in self.files:
             return
         with appending(self.path) as stream:
-            stream.seek(self.seen)
+            # Shorter than it was: another process has removed lines.
+            stream.seek(self.seen if self.seen <= stream.seek(0, os.SEEK_END) else 0)
             self.files |= {entry["file"] for entry in _entries(stream.read())}
             if file not in self.files:
                 add_line(stream, json.dumps({"file": file, **entry}).encode())
                 self.files.add(file)
             self.seen = stream.seek(0, os.SEEK_END)
+
+    def remove(self, files: Set[str]) -> None:
+        """Remove the lines of pictures. What a kill loses of the others is added when those pictures are found."""
+        if not files & self.files:
+            return
+        with appending(self.path) as stream:
+            stream.seek(0)
+            kept = [entry for entry in _entries(stream.read()) if entry["file"] not in files]
+            stream.truncate(0)
+            stream.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        self.files, self.seen = {entry["file"] for entry in kept}, 0
 
 
 def append_line(path: Path, entry: Settings) -> None:

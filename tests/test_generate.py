@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.generate import Item, first_words, generate, prompt_items, read_manifest, subject_items
+from ldm.generate import Item, Manifest, first_words, generate, prompt_items, read_manifest, subject_items
 from ldm.images import png_bytes, read_png
 
 ITEMS = prompt_items(["a red heart", "an \"owl\", näive\nstyle", "a cat"], samples=3, seed=42)
@@ -153,6 +153,22 @@ def test_lines_that_are_none_of_a_manifest_are_skipped(tmp_path, lines):
     assert read_manifest(tmp_path / "manifest.jsonl") == [{"file": "b"}]
     run(tmp_path)
     assert len(read_manifest(tmp_path / "manifest.jsonl")) == 10
+
+
+def test_lines_that_one_process_adds_stay_when_another_removes_some(tmp_path):
+    """Two runs at once, one of which makes its pictures again."""
+    path = tmp_path / "manifest.jsonl"
+    one = Manifest(path)
+    for file in ("a", "b", "c"):
+        one.add(file, {})
+    other = Manifest(path)
+    other.remove({"a", "c"})
+    one.add("d", {})
+    other.add("a", {})
+    other.add("d", {})
+    assert [entry["file"] for entry in read_manifest(path)] == ["b", "d", "a"]
+    Manifest(tmp_path / "none.jsonl").remove({"a"})
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_a_manifest_that_is_no_file_is_refused(tmp_path):
