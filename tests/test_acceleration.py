@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_denoise import EXACT, any_rule
 from toy import final, toy_denoiser, toy_inputs, toy_network, toy_rule
@@ -39,7 +39,6 @@ def serial(plan: Plan) -> Plan:
     return Plan(plan.num_nodes, plan.keys, 1, plan.shallow, plan.branch, plan.propagate, plan.refresh)
 
 
-@settings(deadline=None)
 @given(data=st.data(), name=st.sampled_from([*SOLVERS]), steps=st.integers(1, 9), guidance=st.sampled_from([*GUIDANCE]),
        batch=st.integers(1, 2))
 def test_parallel_is_serial_for_every_plan_solver_and_guidance(data, name, steps, guidance, batch):

@@ -30,7 +30,7 @@ def total_error(errors, keys):
     return sum(sum(errors[key][:stop - key]) for key, stop in zip(keys, (*keys[1:], len(errors)), strict=True))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(n=st.integers(1, 8), data=st.data())
 def test_the_best_keys_are_the_best_of_all(n, data):
     errors = [[0.0, *data.draw(st.lists(st.floats(0, 10), min_size=n - 1 - i, max_size=n - 1 - i))] for i in range(n)]

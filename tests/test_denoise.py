@@ -41,7 +41,6 @@ def guided_run(name, steps, eta, scale, batch, parameterization, when):
     return network, denoiser, any_rule(name, steps, eta), x, [prior_noise(x, 0.1, 600, when)]
 
 
-@settings(deadline=None)
 @given(data=st.data(), **any_run)
 def test_batched_decoding_changes_only_speed(data, **run):
     network, denoiser, rule, x, edits = guided_run(**run)
@@ -55,7 +54,6 @@ def test_batched_decoding_changes_only_speed(data, **run):
     assert network.decoded == [images * len(batch.nodes) for batch in plan.batches()]
 
 
-@settings(deadline=None)
 @given(**any_run)
 def test_every_node_a_key_node_is_the_plain_sampler(**run):
     """And a step is pure: it can be made again, or by another instance, from its state alone."""
@@ -73,7 +71,6 @@ def test_every_node_a_key_node_is_the_plain_sampler(**run):
     torch.testing.assert_close(actual, state.x, **EXACT)
 
 
-@settings(deadline=None)
 @given(**{**any_run, "name": st.just("ddim")})
 def test_the_loop_with_ddim_is_the_papers_formula(**run):
     _, denoiser, rule, x, _ = guided_run(**run)
@@ -90,7 +87,7 @@ def test_the_loop_with_ddim_is_the_papers_formula(**run):
     torch.testing.assert_close(actual, expected, **EXACT)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data(), scale=st.sampled_from([1.0, 4.0]), batch=st.integers(2, 4))
 def test_an_image_does_not_depend_on_its_batch(data, scale, batch):
     x, cond, uncond = toy_inputs(batch)

@@ -46,7 +46,7 @@ def gaussian(features: np.ndarray) -> Gaussian:
 
 # Moments
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(1, 39), max_size=6), offset=st.sampled_from([0, 1e6]))
 def test_shards_merge_to_one_pass(seed, cuts, offset):
     features = np.random.default_rng(seed).standard_normal((40, 5)) * [1, 2, 3, 0.1, 0] + offset
@@ -135,7 +135,7 @@ def test_a_damaged_cache_is_none(tmp_path):
 
 # The Fréchet distance
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(1, 8))
 def test_frechet_of_gaussians_with_the_same_axes_is_known(seed, width):
     """|m1 - m2|^2 + sum (sqrt a - sqrt b)^2 for variances a, b along shared axes."""

@@ -68,7 +68,6 @@ def test_a_second_run_makes_nothing_and_touches_no_file(tmp_path):
     assert not any(m.fresh for m in second) and second[3].run == first[3].run
 
 
-@settings(deadline=None)
 @given(stop=st.integers(0, 9), first=st.integers(1, 4), second=st.integers(1, 4))
 def test_a_killed_run_resumes_to_the_same_files(tmp_path_factory, stop, first, second):
     folder, whole = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("whole")
@@ -194,7 +193,7 @@ def test_another_prompt_in_the_same_place_is_another_picture(tmp_path):
     assert len(maker.batches) == 1 and len(list((tmp_path / "samples").iterdir())) == 2
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(stops=st.lists(st.integers(0, 4), max_size=4), batch=st.integers(1, 5), world_size=st.integers(1, 4))
 def test_every_picture_is_made_among_the_same_others(tmp_path_factory, stops, batch, world_size):
     """Whatever was stopped, and over however many machines: what a batched network's last digits depend on."""

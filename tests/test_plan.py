@@ -76,7 +76,6 @@ def test_every_plan_is_checked_here():
     assert set(plan_names()) == {name for name, _ in PUBLISHED}
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 60), data=st.data())
 def test_batches_cover_every_node_once(n, data):
     plan = data.draw(plans(n))
@@ -87,7 +86,7 @@ def test_batches_cover_every_node_once(n, data):
     assert tuple(i for i, work in enumerate(plan.works()) if work is Work.FULL) == plan.keys
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(n=st.integers(1, 60), most=st.integers(1, 30), data=st.data())
 def test_few_sizes_are_worth_their_first_calls(n, most, data):
     plan = data.draw(plans(n))
@@ -109,7 +108,6 @@ def test_the_published_plan_is_cut_into_fives():
 
 
 @pytest.mark.parametrize("name", plan_names())
-@settings(deadline=None)
 @given(n=st.integers(1, 400))
 def test_a_named_plan_fits_any_run(name, n):
     plan = load_plan(name, n)

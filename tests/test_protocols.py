@@ -9,7 +9,7 @@ from datetime import date
 
 import pytest
 from coco import captions, write_coco, write_protocol
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -124,7 +124,6 @@ def test_prompts_that_could_be_of_several_pictures_are_refused(tmp_path, name, c
 PROMPTS = list(coco_prompts(captions(12), {}))
 
 
-@settings(deadline=None)
 @given(count=st.integers(1, 24), seed=st.integers(0, 5), order=st.randoms(use_true_random=False))
 def test_the_rule_depends_on_ids_alone_and_begins_alike(count, seed, order: random.Random):
     select = Select(24, per_image=2, seed=seed)

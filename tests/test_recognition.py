@@ -37,7 +37,7 @@ def test_retrieval_asks_for_the_concept_among_the_k_nearest_directions():
     assert retrieval(asked, ["apple", "pear", "plum"], real, concepts, 2).tolist() == [True, True, False]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 5))
 def test_a_picture_left_out_is_one_that_is_not_there(seed, k):
     generator = torch.Generator().manual_seed(seed)

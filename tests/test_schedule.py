@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from contracts import load_case
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.models.diffusion.ddpm import DDPM
@@ -77,7 +77,6 @@ def test_published_levels(name):
             torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-6, atol=2e-7)
 
 
-@settings(deadline=None)
 @given(total=st.integers(1, 300), data=st.data(), method=st.sampled_from(["uniform", "quad"]))
 def test_a_grid_can_always_be_run(total, data, method):
     steps = data.draw(st.integers(1, total))
