@@ -1,4 +1,4 @@
-"""Every code block of docs/python.md runs, in order, in one process and from another folder."""
+"""The Python of the README and of docs/python.md runs, from another folder than the project's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 
 
+def blocks_of(file: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.S)
+
+
+def test_each_block_of_the_readme_runs_by_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, sampler = blocks_of("README.md")
+    exec(compile(first, "README.md, block 1", "exec"), {})
+    assert Image.open("heart.png").size == (64, 64)
+    names: dict[str, object] = {}
+    exec(compile(sampler, "README.md, block 2", "exec"), names)
+    assert names["images"].shape == (1, 3, 64, 64)
+
+
 def test_the_code_blocks_run(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    blocks = blocks_of("docs/python.md")
     assert len(blocks) == text.count("```") // 2 == 7
     assert len(blocks[0].strip().splitlines()) == 5
     monkeypatch.chdir(tmp_path)
