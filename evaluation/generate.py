@@ -18,49 +18,46 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.processes import MOST_DEVICES, Process, join, shard
-from evaluation.protocol import Protocol, identity, load_protocol, protocol_names
-from ldm.arguments import ROOT, count, model_arguments, propagation_arguments, step_count
-from ldm.cli import BadInput, Parser, blame, command, number, whole
-from ldm.processes import ALONE  # each process makes pictures of its own
-from ldm.script import (
-    CPU_POSITIONS,
-    GO_ON,
-    Setup,
-    check_network,
-    count_nodes,
-    make_plan,
-    make_recipe,
-    make_setup,
-    run_facts,
-    uses_autocast,
-)
+from evaluation.protocols.protocol import Protocol, identity, load_protocol, protocol_names
+from evaluation.runs.processes import MOST_DEVICES, Process, join, shard
+from ldm.cli.arguments import ROOT, count, model_arguments, propagation_arguments, step_count
+from ldm.cli.parser import Parser, command, number, whole
+from ldm.cli.processes import ALONE  # each process makes pictures of its own
+from ldm.cli.run import GO_ON, check_network
+from ldm.cli.settings import CPU_POSITIONS, count_nodes, make_plan, make_recipe, run_facts, uses_autocast
+from ldm.cli.setup import Setup, make_setup
+from ldm.io.errors import BadInput, blame
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
     from PIL import Image
 
-    from evaluation.run_folder import RunFolder
-    from evaluation.selection import Prompt
-    from ldm.generate import Item
+    from evaluation.protocols.prompts import Prompt
+    from evaluation.runs.folder import RunFolder
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.sampling.engine import Engine, Task
+    from ldm.sampling.generate import Item
 
 BATCH = 16
 # Last digits depend on how much is computed at a time, and by how many threads: on a CPU both are fixed, so that files
 # do not depend on them. Larger batches gain nothing there, nor do threads where there can be processes.
-CPU_BATCH, CPU_LATENTS, CPU_THREADS = 8, 512, 1     # most pictures, most positions of their latents
+CPU_BATCH, CPU_LATENTS, CPU_THREADS = 8, 512, 1  # most pictures, most positions of their latents
 
 
 # The command line
+
 
 def parser() -> Parser:
     p = Parser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
     what.add_argument("--protocol", metavar="NAME", help=f"{', '.join(protocol_names())}; or FILE.yaml")
     what.add_argument("--data", metavar="DIR", help="folder of the protocol's data (default: the protocol's)")
-    what.add_argument("--count", type=count, metavar="N",
-                      help="only the first N of the protocol's prompts; another protocol, by its hash")
+    what.add_argument(
+        "--count",
+        type=count,
+        metavar="N",
+        help="only the first N of the protocol's prompts; another protocol, by its hash",
+    )
     how = p.add_argument_group("how to sample (default: as the protocol says)")
     how.add_argument("--sampler", default="ddim", help="name of the solver")
     how.add_argument("--steps", type=step_count, default=50, metavar="N", help="sampling steps")
@@ -68,25 +65,46 @@ def parser() -> Parser:
     propagation_arguments(p, "off", compare=False)
     model_arguments(p, note="default: the protocol's")
     where = p.add_argument_group("one machine or many")
-    where.add_argument("--devices", type=whole(1, MOST_DEVICES), metavar="N",
-                       help="processes on each machine, one device each (default: what torchrun or SLURM says, or 1)")
-    where.add_argument("--num_nodes", type=whole(1, MOST_DEVICES), metavar="N",
-                       help="machines (default: what torchrun or SLURM says, or 1)")
-    where.add_argument("--strategy", choices=("auto", "ddp"), default="auto",
-                       help="auto = ddp if there are several processes (default: auto)")
-    where.add_argument("--shard", type=shard, default=(0, 1), metavar="K/N",
-                       help="only part K of 1..N, for machines that never meet")
-    where.add_argument("--batch_size", type=count, metavar="N",
-                       help=f"pictures at a time on a GPU, where it belongs to the run (default: the folder's, or "
-                            f"{BATCH}); on a CPU what is computed at a time follows from the size of the latents alone")
+    where.add_argument(
+        "--devices",
+        type=whole(1, MOST_DEVICES),
+        metavar="N",
+        help="processes on each machine, one device each (default: what torchrun or SLURM says, or 1)",
+    )
+    where.add_argument(
+        "--num_nodes",
+        type=whole(1, MOST_DEVICES),
+        metavar="N",
+        help="machines (default: what torchrun or SLURM says, or 1)",
+    )
+    where.add_argument(
+        "--strategy",
+        choices=("auto", "ddp"),
+        default="auto",
+        help="auto = ddp if there are several processes (default: auto)",
+    )
+    where.add_argument(
+        "--shard", type=shard, default=(0, 1), metavar="K/N", help="only part K of 1..N, for machines that never meet"
+    )
+    where.add_argument(
+        "--batch_size",
+        type=count,
+        metavar="N",
+        help=f"pictures at a time on a GPU, where it belongs to the run (default: the folder's, or "
+        f"{BATCH}); on a CPU what is computed at a time follows from the size of the latents alone",
+    )
     out = p.add_argument_group("output")
     out.add_argument("--out", "--outdir", dest="outdir", metavar="DIR", help="folder of the run")
-    out.add_argument("--npz", action="store_true",
-                     help="when all pictures are there write them into samples.npz, as the ADM suite reads them")
+    out.add_argument(
+        "--npz",
+        action="store_true",
+        help="when all pictures are there write them into samples.npz, as the ADM suite reads them",
+    )
     out.add_argument("--verify", action="store_true", help="make nothing; read the whole folder again and judge it")
     # What the protocol decides, or a run has no choice of.
-    p.set_defaults(plms=False, dpm=False, default_eta=0.0, eta_flag="--eta", guidance_interval=None,
-                   guidance_reuse=False)
+    p.set_defaults(
+        plms=False, dpm=False, default_eta=0.0, eta_flag="--eta", guidance_interval=None, guidance_reuse=False
+    )
     return p
 
 
@@ -111,8 +129,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Protocol | No
 
 # What to make, and with what
 
+
 def select_prompts(args: argparse.Namespace, protocol: Protocol) -> list[Prompt]:
-    from evaluation.selection import choose, read_prompts
+    from evaluation.protocols.prompts import choose, read_prompts
 
     with blame("--data"):
         prompts = read_prompts(protocol, protocol.folder(args.data))
@@ -150,7 +169,7 @@ def make_engine(args: argparse.Namespace, protocol: Protocol, setup: Setup, batc
     with blame("--ckpt", (CheckpointError,)):
         facts = run_facts(setup, recipe.sampler)
     plan = make_plan(args, nodes, facts)
-    if args.parallel is None and setup.device.type == "cpu":    # not by free memory: last digits depend on it
+    if args.parallel is None and setup.device.type == "cpu":  # not by free memory: last digits depend on it
         plan = replace(plan, parallel=max(1, CPU_POSITIONS // positions))
     model = setup.load(args.weights)
     check_network(model, recipe, plan)
@@ -160,19 +179,33 @@ def make_engine(args: argparse.Namespace, protocol: Protocol, setup: Setup, batc
     return engine
 
 
-def run_card(args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Prompt], setup: Setup, engine: Engine,
-             batch: int) -> dict[str, Any]:
+def run_card(
+    args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Prompt], setup: Setup, engine: Engine, batch: int
+) -> dict[str, Any]:
     """All that the pictures depend on, as JSON values, and under what it runs."""
-    from evaluation.run_folder import prompts_sha256
+    from evaluation.runs.folder import prompts_sha256
     from ldm.checkpoint import fingerprint
 
     asked = protocol.asked() | {"prompts_sha256": prompts_sha256(prompts)}
-    return {"name": protocol.name, "protocol_sha256": identity(asked), "protocol": asked,
-            "pictures": len(prompts) * protocol.repeats, "seeds": [protocol.seed], "plan": args.plan,
-            "method": engine.settings(), "ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}",
-            "weights": fingerprint(setup.ckpt), "config": fingerprint(setup.config_path), "averaged": args.weights,
-            "captions_cut": captions_cut(prompts, engine), "device": setup.device.type, "batch": batch,
-            "parallel": engine.plan.parallel, "metrics": dict(protocol.metrics), "versions": versions(setup)}
+    return {
+        "name": protocol.name,
+        "protocol_sha256": identity(asked),
+        "protocol": asked,
+        "pictures": len(prompts) * protocol.repeats,
+        "seeds": [protocol.seed],
+        "plan": args.plan,
+        "method": engine.settings(),
+        "ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}",
+        "weights": fingerprint(setup.ckpt),
+        "config": fingerprint(setup.config_path),
+        "averaged": args.weights,
+        "captions_cut": captions_cut(prompts, engine),
+        "device": setup.device.type,
+        "batch": batch,
+        "parallel": engine.plan.parallel,
+        "metrics": dict(protocol.metrics),
+        "versions": versions(setup),
+    }
 
 
 def captions_cut(prompts: Sequence[Prompt], engine: Engine) -> int:
@@ -199,7 +232,7 @@ def versions(setup: Setup) -> dict[str, str]:
 
 def batch_size(args: argparse.Namespace, protocol: Protocol, setup: Setup) -> int:
     """On a CPU always the same; else as asked for, or of the run that is there, or else the usual one."""
-    from evaluation.run_folder import CARD, read_card
+    from evaluation.runs.folder import CARD, read_card
 
     if setup.device.type == "cpu":
         return min(CPU_BATCH, max(1, CPU_LATENTS // (protocol.size // setup.sizes.factor) ** 2))
@@ -209,10 +242,12 @@ def batch_size(args: argparse.Namespace, protocol: Protocol, setup: Setup) -> in
 
 # The run
 
-def begin(args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Prompt], setup: Setup,
-          process: Process) -> tuple[RunFolder, Engine]:
+
+def begin(
+    args: argparse.Namespace, protocol: Protocol, prompts: Sequence[Prompt], setup: Setup, process: Process
+) -> tuple[RunFolder, Engine]:
     """The folder, new or gone on with, and the model."""
-    from evaluation.run_folder import RunFolder
+    from evaluation.runs.folder import RunFolder
 
     with blame("--out"):
         batch = batch_size(args, protocol, setup)
@@ -232,7 +267,7 @@ def make(folder: RunFolder, engine: Engine, process: Process) -> tuple[int, int,
     the place of files that were damaged or changed."""
     from tqdm import tqdm
 
-    from ldm.generate import fill
+    from ldm.sampling.generate import fill
 
     fresh = found = again = 0
     items, batch = folder.items, folder.card["batch"]
@@ -241,9 +276,9 @@ def make(folder: RunFolder, engine: Engine, process: Process) -> tuple[int, int,
         # The last batch is filled up where last digits would depend on it, see above.
         more = -len(part) % batch if folder.card["device"] == "cpu" else 0
         images, run = engine([*part, *[part[-1]] * more])
-        return images[:len(part)], run
+        return images[: len(part)], run
 
-    share = sum(len(items[k:k + batch]) for k in range(process.rank * batch, len(items), process.world_size * batch))
+    share = sum(len(items[k : k + batch]) for k in range(process.rank * batch, len(items), process.world_size * batch))
     with tqdm(total=share, desc=str(process), unit="image", disable=True if process.rank else None) as bar:
         for made in fill(folder, items, full, batch, process.rank, process.world_size):
             fresh, found, again = fresh + made.fresh, found + (not made.fresh), again + made.replaced
@@ -252,15 +287,17 @@ def make(folder: RunFolder, engine: Engine, process: Process) -> tuple[int, int,
 
 
 def verify(outdir: Path) -> None:
-    from evaluation.run_folder import RunFolder, some
+    from evaluation.runs.folder import RunFolder, some
 
     with blame("--verify"):
         folder = RunFolder(outdir)
         faults = folder.faults()
     if faults:
         raise BadInput(f"--verify: {outdir}: {some(faults)}")
-    print(f"{len(folder.items)} pictures, each there, whole and once; {folder.card['name']}, "
-          f"protocol {folder.card['protocol_sha256'][:16]}")
+    print(
+        f"{len(folder.items)} pictures, each there, whole and once; {folder.card['name']}, "
+        f"protocol {folder.card['protocol_sha256'][:16]}"
+    )
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -271,8 +308,10 @@ def run(argv: Sequence[str] | None) -> None:
     prompts = select_prompts(args, protocol)
     setup = make_setup(args, default_model(protocol), ALONE)
     if protocol.size % setup.sizes.multiple:
-        raise BadInput(f"--protocol: its pictures have {protocol.size} px; this model's must be a multiple of "
-                       f"{setup.sizes.multiple}")
+        raise BadInput(
+            f"--protocol: its pictures have {protocol.size} px; this model's must be a multiple of "
+            f"{setup.sizes.multiple}"
+        )
     process = join(args)
     setup = replace(setup, device=process.device)
 
@@ -290,21 +329,26 @@ def run(argv: Sequence[str] | None) -> None:
         if complete and args.npz and (fresh or not process.rank):
             print(f"arrays: {folder.write_npz()}")
     except OSError as error:
-        raise BadInput(f"--out: can't write to {folder.path}: {error.strerror or error}; what is there stays, and the "
-                       f"same command goes on from there") from error
+        raise BadInput(
+            f"--out: can't write to {folder.path}: {error.strerror or error}; what is there stays, and the "
+            f"same command goes on from there"
+        ) from error
     changed = f" ({again} of them in the place of files that were damaged or changed)" if again else ""
-    print(f"{process}: {fresh} made{changed}, {found} found in {time.perf_counter() - began:.1f} s; {folder.path}: "
-          f"{'complete' if complete else unfinished_state(folder)}")
+    print(
+        f"{process}: {fresh} made{changed}, {found} found in {time.perf_counter() - began:.1f} s; {folder.path}: "
+        f"{'complete' if complete else unfinished_state(folder)}"
+    )
 
 
 def unfinished_state(folder: RunFolder) -> str:
     """How far a run is that is not complete, in words."""
-    from evaluation.run_folder import some
+    from evaluation.runs.folder import some
 
     there, others = folder.there()
     state = f"{there} of {len(folder.items)} pictures there"
-    return f"{state}; not as they were made: {some(others)}; the part that made them makes them again" if others else \
-        state
+    return (
+        f"{state}; not as they were made: {some(others)}; the part that made them makes them again" if others else state
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import (
+from evaluation.metrics.reference import (
     add_network,
     array,
     how_made,
@@ -23,9 +23,9 @@ from evaluation.measure import (
     network_of,
     open_samples,
 )
-from ldm.cli import BadInput, Parser, blame, command
-from ldm.messages import one_line
-from ldm.script import check_output
+from ldm.cli.parser import Parser, command
+from ldm.cli.setup import check_output
+from ldm.io.errors import BadInput, blame, one_line
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from evaluation.features import Extractor
-    from evaluation.pictures import Pictures
+    from evaluation.metrics.extractors import Extractor
+    from evaluation.runs.images import Pictures
 
 # Of pairs of pictures (B, 3, H, W) in [-1, 1]: a value each, (B,).
 Measure = Callable[["Tensor", "Tensor"], "Tensor"]
 SHOWN = 3
-WINDOW = 11             # of SSIM, in pixels
-LPIPS_LEAST = 31        # pixels that AlexNet needs
+WINDOW = 11  # of SSIM, in pixels
+LPIPS_LEAST = 31  # pixels that AlexNet needs
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 
@@ -48,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="paired.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("plain", metavar="PLAIN", help="pictures of the plain run: a folder, or an npz or npy file")
     p.add_argument("accelerated", metavar="ACCELERATED", help="pictures of the other run")
-    p.add_argument("--lpips", action="store_true",
-                   help="perceptual distance LPIPS (AlexNet); needs torchvision and its weights")
+    p.add_argument(
+        "--lpips", action="store_true", help="perceptual distance LPIPS (AlexNet); needs torchvision and its weights"
+    )
     add_network(p)
     return p
 
@@ -61,34 +62,43 @@ def pair(plain: Pictures, fast: Pictures) -> tuple[Pictures, Pictures]:
         PictureError: a folder and an array, whose orders differ; runs from different noise; pictures without a
             partner, or several of the same noise and subject.
     """
-    from evaluation.errors import PictureError
-    from evaluation.pictures import Folder
+    from evaluation.runs.errors import PictureError
+    from evaluation.runs.images import Folder
 
     folders = [isinstance(pictures, Folder) for pictures in (plain, fast)]
     if any(folders) and not all(folders):
-        raise PictureError(f"can't pair {plain.path} with {fast.path}: a folder is in the order of its names, an array "
-                           f"is not; expected two folders or two arrays")
+        raise PictureError(
+            f"can't pair {plain.path} with {fast.path}: a folder is in the order of its names, an array "
+            f"is not; expected two folders or two arrays"
+        )
     if not all(folders):
         if len(plain.names) != len(fast.names):
-            raise PictureError(f"{plain.path} has {len(plain.names)} pictures, {fast.path} has {len(fast.names)}; "
-                               f"they are paired by place, so expected as many")
+            raise PictureError(
+                f"{plain.path} has {len(plain.names)} pictures, {fast.path} has {len(fast.names)}; "
+                f"they are paired by place, so expected as many"
+            )
         return plain, fast
     keys = [pictures.keys() for pictures in (plain, fast)]
     if set(keys[0]).isdisjoint(keys[1]):
         if all(of != list(pictures.names) for of, pictures in zip(keys, (plain, fast), strict=True)):
-            raise PictureError(f"different noise or subjects: no picture of {plain.path} has a partner in {fast.path}; "
-                               f"[noise, start, subject] is {min(keys[0])} there and {min(keys[1])} here")
+            raise PictureError(
+                f"different noise or subjects: no picture of {plain.path} has a partner in {fast.path}; "
+                f"[noise, start, subject] is {min(keys[0])} there and {min(keys[1])} here"
+            )
         keys = [list(plain.names), list(fast.names)]
     places = [{key: i for i, key in enumerate(of)} for of in keys]
     for pictures, of, place in zip((plain, fast), keys, places, strict=True):
         if len(place) < len(of):
-            raise PictureError(f"{pictures.path}: {len(of) - len(place)} pictures share noise and subject with "
-                               f"another; are there several runs in the folder?")
+            raise PictureError(
+                f"{pictures.path}: {len(of) - len(place)} pictures share noise and subject with "
+                f"another; are there several runs in the folder?"
+            )
     for one, other, path in ((0, 1, plain.path), (1, 0, fast.path)):
         alone = [(plain, fast)[one].names[i] for key, i in places[one].items() if key not in places[other]]
         if alone:
-            raise PictureError(f"mismatched sets: {len(alone)} pictures of {path} have no partner, such as "
-                               f"{', '.join(alone[:SHOWN])}")
+            raise PictureError(
+                f"mismatched sets: {len(alone)} pictures of {path} have no partner, such as {', '.join(alone[:SHOWN])}"
+            )
     shared = sorted(places[0])
     return plain.chosen([places[0][k] for k in shared]), fast.chosen([places[1][k] for k in shared])
 
@@ -102,14 +112,17 @@ def together(plain: Pictures, fast: Pictures, batch: int) -> Iterator[tuple[Tens
     import torch
     from tqdm import tqdm
 
-    from evaluation.errors import PictureError
+    from evaluation.runs.errors import PictureError
 
     waiting: list[tuple[Tensor, Tensor]] = []
-    for i, (a, b) in enumerate(tqdm(zip(plain, fast, strict=True), total=len(plain.names), desc="pairs", unit="pair",
-                                    disable=None)):
+    for i, (a, b) in enumerate(
+        tqdm(zip(plain, fast, strict=True), total=len(plain.names), desc="pairs", unit="pair", disable=None)
+    ):
         if a.shape != b.shape:
-            raise PictureError(f"{plain.names[i]} has {a.shape[2]} x {a.shape[1]} pixels, its partner "
-                               f"{fast.names[i]} has {b.shape[2]} x {b.shape[1]}")
+            raise PictureError(
+                f"{plain.names[i]} has {a.shape[2]} x {a.shape[1]} pixels, its partner "
+                f"{fast.names[i]} has {b.shape[2]} x {b.shape[1]}"
+            )
         waiting.append((a, b))
         if len(waiting) == batch or i == len(plain.names) - 1:
             yield torch.stack([a for a, _ in waiting]), torch.stack([b for _, b in waiting])
@@ -122,18 +135,20 @@ def load_ssim() -> Measure:
     Raises:
         FeatureError: torchmetrics is missing or can't be imported.
     """
-    from evaluation.errors import FeatureError
+    from evaluation.runs.errors import FeatureError
 
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
     except Exception as error:  # a missing package; or a torchvision that does not fit PyTorch, which it imports
-        raise FeatureError(f"SSIM needs torchmetrics, which can't be imported here: {one_line(error)[:160]}; "
-                           f'pip install -e ".[eval]", and no torchvision rather than one that does not fit PyTorch'
-                           ) from error
+        raise FeatureError(
+            f"SSIM needs torchmetrics, which can't be imported here: {one_line(error)[:160]}; "
+            f'pip install -e ".[eval]", and no torchvision rather than one that does not fit PyTorch'
+        ) from error
 
     def similarity(a: Tensor, b: Tensor) -> Tensor:
-        a, b = ((x.double() + 1) / 2 for x in (a, b))           # brightness counts in it, so 0..1
+        a, b = ((x.double() + 1) / 2 for x in (a, b))  # brightness counts in it, so 0..1
         return ssim(a, b, data_range=1.0, kernel_size=WINDOW, reduction="none").reshape(-1)
+
     return similarity
 
 
@@ -143,19 +158,28 @@ def load_lpips(device: torch.device) -> Measure:
     Raises:
         FeatureError: torchvision or the weights are missing.
     """
-    from evaluation.errors import FeatureError
+    from evaluation.runs.errors import FeatureError
 
     try:
         from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+
         measure = LearnedPerceptualImagePatchSimilarity("alex").to(device)
     except Exception as error:  # a missing package, a package that does not fit PyTorch, a download that fails
-        raise FeatureError(f"LPIPS needs torchvision (one that fits the installed PyTorch) and its weights "
-                           f"{LPIPS_WEIGHTS} in torch.hub's folder checkpoints: {one_line(error)[:160]}") from error
+        raise FeatureError(
+            f"LPIPS needs torchvision (one that fits the installed PyTorch) and its weights "
+            f"{LPIPS_WEIGHTS} in torch.hub's folder checkpoints: {one_line(error)[:160]}"
+        ) from error
     return lambda a, b: measure.net(a.to(device), b.to(device)).reshape(-1)
 
 
-def measure(plain: Pictures, fast: Pictures, extract: Extractor, device: torch.device, batch: int,
-            measures: Mapping[str, Measure]) -> tuple[dict[str, Any], int]:
+def measure(
+    plain: Pictures,
+    fast: Pictures,
+    extract: Extractor,
+    device: torch.device,
+    batch: int,
+    measures: Mapping[str, Measure],
+) -> tuple[dict[str, Any], int]:
     """All values of the pairs, by explicit name; and how many features the network has.
 
     measures: of pictures, by name, beside the distances of their features.
@@ -164,8 +188,8 @@ def measure(plain: Pictures, fast: Pictures, extract: Extractor, device: torch.d
     import torch
     from torch.nn import functional as F
 
-    from evaluation.distances import frechet, mean_of
-    from evaluation.moments import Moments, total
+    from evaluation.metrics.distances import frechet, mean_of
+    from evaluation.metrics.statistics import Moments, total
 
     each: dict[str, list[np.ndarray]] = {}
     moments: tuple[list[Moments], list[Moments]] = ([], [])
@@ -200,11 +224,16 @@ def check_made_alike(plain: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
         return flat({name: made.get(name, method.get(name)) or {} for name in names})
 
     ours, theirs = facts(plain), facts(fast)
-    differ = [f"{name} ({ours[name]} there, {theirs[name]} here)" for name in sorted(ours.keys() & theirs.keys())
-              if ours[name] != theirs[name]]
+    differ = [
+        f"{name} ({ours[name]} there, {theirs[name]} here)"
+        for name in sorted(ours.keys() & theirs.keys())
+        if ours[name] != theirs[name]
+    ]
     if differ:
-        raise BadInput(f"ACCELERATED: was not made as PLAIN was: {'; '.join(differ)}; expected runs that differ in "
-                       f"sampler, steps or plan only")
+        raise BadInput(
+            f"ACCELERATED: was not made as PLAIN was: {'; '.join(differ)}; expected runs that differ in "
+            f"sampler, steps or plan only"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -215,19 +244,21 @@ def run(args: argparse.Namespace) -> None:
     check_made_alike(of_plain, made)
     import torch
 
-    from evaluation.distances import cautions
-    from evaluation.errors import FeatureError, PictureError
+    from evaluation.metrics.distances import cautions
     from evaluation.results import Result, publish
-    from ldm.files import file_sha256
-    from ldm.images import psnr
+    from evaluation.runs.errors import FeatureError, PictureError
+    from ldm.io.files import file_sha256
+    from ldm.io.images import psnr
 
     with blame("ACCELERATED", (PictureError,)):
         plain, fast = pair(plain, fast)
     smallest = min(next(iter(plain)).shape[1:])
     least = LPIPS_LEAST if args.lpips else WINDOW
     if smallest < least or len(plain.names) < 2:
-        raise BadInput(f"PLAIN: expected at least 2 pictures of at least {least} x {least} pixels; got "
-                       f"{len(plain.names)} with a side of {smallest}")
+        raise BadInput(
+            f"PLAIN: expected at least 2 pictures of at least {least} x {least} pixels; got "
+            f"{len(plain.names)} with a side of {smallest}"
+        )
     extract, device = load_network(args)
     with blame("packages", (FeatureError,)):
         measures = {"psnr": psnr, "ssim": load_ssim()}
@@ -238,8 +269,13 @@ def run(args: argparse.Namespace) -> None:
     with blame("ACCELERATED", (PictureError,)):
         values, width = measure(plain, fast, extract, device, args.batch_size, measures)
     n = len(plain.names)
-    protocol = {"measure": "paired", **network_of(extract), "n": n, "plain": {"sha256": plain.sha256()},
-                "prompts": made.get("protocol_sha256")}
+    protocol = {
+        "measure": "paired",
+        **network_of(extract),
+        "n": n,
+        "plain": {"sha256": plain.sha256()},
+        "prompts": made.get("protocol_sha256"),
+    }
     if args.lpips:
         protocol["lpips"] = {"network": "alexnet", "sha256": lpips_sha256, "torchmetrics": version("torchmetrics")}
     warnings = [*incomplete(plain, of_plain), *incomplete(fast, made), *cautions(n, width, "fid_vs_plain")]

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from evaluation.measure import how_made, incomplete, open_samples
-from ldm.cli import Parser, blame, command
-from ldm.messages import one_line
-from ldm.script import check_output
+from evaluation.metrics.reference import how_made, incomplete, open_samples
+from ldm.cli.parser import Parser, command
+from ldm.cli.setup import check_output
+from ldm.io.errors import blame, one_line
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -44,17 +44,20 @@ def load_judge(name: str) -> Judge:
     Raises:
         FeatureError: its package is not installed or does not work here, or its weights can't be had.
     """
-    from evaluation.errors import FeatureError
+    from evaluation.runs.errors import FeatureError
 
     package = PACKAGES[name]
     try:
         return JUDGES[name](import_module(package))
     except ModuleNotFoundError as error:
-        raise FeatureError(f"{name} needs the package {package}, which is not installed or lacks {error.name}: "
-                           f"pip install {'image-reward' if package == 'ImageReward' else package}") from error
+        raise FeatureError(
+            f"{name} needs the package {package}, which is not installed or lacks {error.name}: "
+            f"pip install {'image-reward' if package == 'ImageReward' else package}"
+        ) from error
     except Exception as error:  # another project's code and its download can fail in any way
-        raise FeatureError(f"{name}: its package {package} or its weights can't be used here: "
-                           f"{one_line(error)[:200]}") from error
+        raise FeatureError(
+            f"{name}: its package {package} or its weights can't be used here: {one_line(error)[:200]}"
+        ) from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,23 +77,33 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from evaluation.distances import mean_of
-    from evaluation.errors import FeatureError, PictureError
-    from evaluation.prompts import prompts_of
+    from evaluation.metrics.captions import prompts_of
+    from evaluation.metrics.distances import mean_of
     from evaluation.results import Result, identity, publish
-    from ldm.images import to_pil
+    from evaluation.runs.errors import FeatureError, PictureError
+    from ldm.io.images import to_pil
 
     with blame("--prompts", (PictureError,)):
         prompts = prompts_of(pictures, args.prompts)
     with blame("--model", (FeatureError,)):
         judge = load_judge(args.model)
     with blame("SAMPLES", (PictureError,)):
-        each = np.array([judge(to_pil(picture[None])[0], prompt) for picture, prompt in
-                         tqdm(zip(pictures, prompts, strict=True), total=len(prompts), desc=args.model, disable=None)])
+        each = np.array(
+            [
+                judge(to_pil(picture[None])[0], prompt)
+                for picture, prompt in tqdm(
+                    zip(pictures, prompts, strict=True), total=len(prompts), desc=args.model, disable=None
+                )
+            ]
+        )
     name = args.model.replace("-", "_").replace(".", "_")
     values = mean_of(name, each, prompts)
-    protocol = {"measure": name, "n": len(each), "prompts": made.get("protocol_sha256"),
-                "captions_sha256": identity({"captions": prompts})}
+    protocol = {
+        "measure": name,
+        "n": len(each),
+        "prompts": made.get("protocol_sha256"),
+        "captions_sha256": identity({"captions": prompts}),
+    }
     publish(Result(values, protocol, made, incomplete(pictures, made)), args.out)
 
 

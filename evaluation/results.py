@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.protocol import identity
-from ldm.cli import BadInput, Parser, blame, command
-from ldm.files import atomic_write, read_json
-from ldm.kinds import MAPPING, TEXT, check
+from evaluation.protocols.protocol import identity
+from ldm.cli.parser import Parser, command
+from ldm.io.errors import BadInput, blame
+from ldm.io.files import atomic_write, read_json
+from ldm.io.kinds import MAPPING, TEXT, check
 
 
 class ResultError(ValueError):
@@ -90,15 +91,21 @@ def comparable(results: Mapping[str, Result]) -> None:
     """
     protocols = {name: flat(result.protocol) for name, result in results.items()}
     fields = dict.fromkeys(key for protocol in protocols.values() for key in protocol)
-    differ = [key for key in fields
-              if len({json.dumps(protocol.get(key), sort_keys=True) for protocol in protocols.values()}) > 1]
+    differ = [
+        key
+        for key in fields
+        if len({json.dumps(protocol.get(key), sort_keys=True) for protocol in protocols.values()}) > 1
+    ]
     if differ:
-        parts = (f"{key} ({', '.join(f'{name}: {protocol.get(key)}' for name, protocol in protocols.items())})"
-                 for key in differ)
+        parts = (
+            f"{key} ({', '.join(f'{name}: {protocol.get(key)}' for name, protocol in protocols.items())})"
+            for key in differ
+        )
         raise ResultError(f"different protocols can't be compared; they differ in {'; '.join(parts)}")
 
 
 # The command line
+
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="results.py", description="Print results side by side, if they were measured alike.")
@@ -112,8 +119,10 @@ def run(args: argparse.Namespace) -> None:
         comparable(results)
     # Where it is known of some only, they are refused.
     if any(result.protocol.get("prompts") is None for result in results.values()):
-        print("warning: it is not known which prompts the pictures are of; whether they are alike is yours to say",
-              file=sys.stderr)
+        print(
+            "warning: it is not known which prompts the pictures are of; whether they are alike is yours to say",
+            file=sys.stderr,
+        )
     for path, result in results.items():
         print(f"{path}  " + "  ".join(f"{name} {shown(value)}" for name, value in result.values.items()))
 

@@ -18,23 +18,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.protocol import load_protocol
-from evaluation.table_file import COLUMNS, SHORT, WORLDS, Table, load_table, table_names
-from ldm.arguments import MOST, count
-from ldm.cli import BadInput, Parser, blame, command, whole
-from ldm.script import GO_ON
+from evaluation.protocols.protocol import load_protocol
+from evaluation.table.spec import COLUMNS, SHORT, WORLDS, Table, load_table, table_names
+from ldm.cli.arguments import MOST, count
+from ldm.cli.parser import Parser, command, whole
+from ldm.cli.run import GO_ON
+from ldm.io.errors import BadInput, blame
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
     from evaluation.results import Result
-    from evaluation.table_fill import Found
-    from evaluation.table_job import Job
-    from evaluation.table_text import Sheet
+    from evaluation.table.fill import Found
+    from evaluation.table.job import Job
+    from evaluation.table.render import Sheet
 
 TIMED = 5
-COUNTED = ("GFLOPs, the paper's word, are GMAC of the UNet in its count (fvcore's: one product of attention; norms and "
-           "upsampling by element), two predictions a step where there is guidance; neither first stage nor text "
-           "encoder. All other GMAC of this project are in the exact count; evaluation/cost.py prints both.")
+COUNTED = (
+    "GFLOPs, the paper's word, are GMAC of the UNet in its count (fvcore's: one product of attention; norms and "
+    "upsampling by element), two predictions a step where there is guidance; neither first stage nor text "
+    "encoder. All other GMAC of this project are in the exact count; evaluation/cost.py prints both."
+)
 INSTEAD = ", other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score"
 
 
@@ -47,14 +50,22 @@ def parser() -> Parser:
     what.add_argument("--gflops-only", action="store_true", help="only the GFLOPs, from the config; needs no weights")
     what.add_argument("--show", action="store_true", help="make nothing; print what is there")
     p.add_argument("--count", type=count, metavar="N", help="pictures of a row (default: as the protocol says)")
-    p.add_argument("--timed", type=whole(0, MOST), default=TIMED, metavar="N",
-                   help="pictures that are timed for a row, one at a time; 0 = none (default: %(default)s)")
+    p.add_argument(
+        "--timed",
+        type=whole(0, MOST),
+        default=TIMED,
+        metavar="N",
+        help="pictures that are timed for a row, one at a time; 0 = none (default: %(default)s)",
+    )
     files = p.add_argument_group("files")
     files.add_argument("--data", metavar="DIR", help="of the protocol (default: the protocol's)")
     files.add_argument("--config", metavar="YAML", help="the model's config (default: the protocol's)")
     files.add_argument("--ckpt", metavar="FILE", help="its weights (default: the protocol's)")
-    files.add_argument("--inception", metavar="PATH",
-                       help="weights of the network of Fréchet distances (default, of inception-2015: torch.hub's)")
+    files.add_argument(
+        "--inception",
+        metavar="PATH",
+        help="weights of the network of Fréchet distances (default, of inception-2015: torch.hub's)",
+    )
     files.add_argument("--clip", metavar="DIR", help="CLIP ViT-B/32, for the CLIP-score")
     files.add_argument("--runs", default="outputs/tables", metavar="DIR", help="(default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
@@ -71,7 +82,7 @@ def row_numbers(text: str) -> list[int]:
 def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
     """What the rows need must be there, their plans such as can be run, and what their folders hold of the same model
     and networks: found out before hours of work."""
-    from evaluation.table_fill import counted, measured_alike, pictured, qualities, strange
+    from evaluation.table.fill import counted, measured_alike, pictured, qualities, strange
 
     now = {}
     for name, job in {job.protocol.name: job for job in jobs}.items():
@@ -89,8 +100,8 @@ def check(jobs: Sequence[Job], columns: Sequence[str]) -> None:
 def check_files(job: Job, wanted: list[str]) -> dict[str, dict[str, Any]]:
     """Model, data and networks of the job's protocol must be there, and enough to picture; returns what `Quality.now`
     does."""
-    from evaluation.table_quality import LEAST, need
-    from ldm.published import load_manifest
+    from evaluation.table.quality import LEAST, need
+    from ldm.checkpoint.published import load_manifest
 
     if not job.ckpt.exists():
         names = [entry.name for entry in load_manifest().values() if entry.file().resolve() == job.ckpt.resolve()]
@@ -110,17 +121,20 @@ def check_files(job: Job, wanted: list[str]) -> dict[str, dict[str, Any]]:
 
 # The whole table
 
+
 def compare(found: Sequence[Found]) -> None:
     """Rows of one protocol may stand in one table only if they are of one model and were measured alike."""
     from evaluation.results import ResultError, comparable
-    from evaluation.table_cost import compare_timings
+    from evaluation.table.cost import compare_timings
 
     for protocol in {row.job.protocol.name for row in found}:
         rows = {row.job.row.name: row for row in found if row.job.protocol.name == protocol}
         weights = {f"{name}: {stated[:SHORT]}": stated for name, row in rows.items() for stated in row.weights}
         if len({*weights.values()}) > 1:
-            raise BadInput(f"--runs: rows of different weights ({', '.join(weights)}); with --ckpt and the file there "
-                           f"only those of its weights are shown")
+            raise BadInput(
+                f"--runs: rows of different weights ({', '.join(weights)}); with --ckpt and the file there "
+                f"only those of its weights are shown"
+            )
         compare_timings({name: row.timing for name, row in rows.items() if row.timing})
         with blame("--runs", (ResultError,)):
             for measure in {measure for row in rows.values() for measure in row.results}:
@@ -142,8 +156,10 @@ def other_world(jobs: Sequence[Job]) -> str:
     """What the emoji world's numbers are of; where only one measure is another the heads say it."""
     names = ", ".join(dict.fromkeys(job.protocol.name for job in jobs))
     measures = INSTEAD if any({"fid", "clip_score"} <= job.quality().heads().keys() for job in jobs) else ""
-    return (f"World emoji: another model{measures}; a row that begins with its name was run with it in the place of "
-            f"the paper's, at the guidance of {names}.")
+    return (
+        f"World emoji: another model{measures}; a row that begins with its name was run with it in the place of "
+        f"the paper's, at the guidance of {names}."
+    )
 
 
 def not_compared(found: Sequence[Found], columns: Sequence[str], heads: Mapping[str, str]) -> list[str]:
@@ -159,15 +175,19 @@ def measured(result: Result) -> str:
     by = ", ".join(result.protocol[name] for name in ("measure", "extractor", "resize") if name in result.protocol)
     made = result.samples
     intervals = any(name.endswith("_interval") for name in result.values)
-    return (f"{by}: N = {result.protocol['n']} pictures of {made.get('ckpt')} ({made.get('weights', '')[:SHORT]}), "
-            f"protocol {made.get('name')} ({(made.get('protocol_sha256') or '')[:SHORT]})"
-            + ("; parentheses: 95 % intervals." if intervals else "."))
+    return (
+        f"{by}: N = {result.protocol['n']} pictures of {made.get('ckpt')} ({made.get('weights', '')[:SHORT]}), "
+        f"protocol {made.get('name')} ({(made.get('protocol_sha256') or '')[:SHORT]})"
+        + ("; parentheses: 95 % intervals." if intervals else ".")
+    )
 
 
 def told(timing: Mapping[str, Any]) -> str:
-    return (f"Seconds: median of {len(timing['seconds'])} pictures, one at a time, after two untimed; "
-            f"{timing['machine']}, threads: {timing['threads']}, {timing['precision']} precision, {timing['date']}, "
-            f"weights {timing['weights'][:SHORT]}.")
+    return (
+        f"Seconds: median of {len(timing['seconds'])} pictures, one at a time, after two untimed; "
+        f"{timing['machine']}, threads: {timing['threads']}, {timing['precision']} precision, {timing['date']}, "
+        f"weights {timing['weights'][:SHORT]}."
+    )
 
 
 def heads_of(jobs: Sequence[Job]) -> dict[str, str]:
@@ -180,8 +200,8 @@ def heads_of(jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def write(sheet: Sheet, stem: Path) -> None:
-    from evaluation.table_text import csv_text, latex, markdown
-    from ldm.files import atomic_write
+    from evaluation.table.render import csv_text, latex, markdown
+    from ldm.io.files import atomic_write
 
     print(markdown(sheet))
     with blame("--runs", (OSError,)):
@@ -192,7 +212,7 @@ def write(sheet: Sheet, stem: Path) -> None:
 
 
 def jobs_of(table: Table, args: argparse.Namespace) -> list[Job]:
-    from evaluation.table_job import Job
+    from evaluation.table.job import Job
 
     rows = table.rows_in(args.world)
     if not rows:
@@ -209,7 +229,7 @@ def jobs_of(table: Table, args: argparse.Namespace) -> list[Job]:
 
 
 def run(args: argparse.Namespace) -> None:
-    with blame("--runs", (OSError,)):           # a name that no file can have
+    with blame("--runs", (OSError,)):  # a name that no file can have
         if Path(args.runs).is_file():
             raise BadInput(f"--runs: {args.runs} is a file; expected a directory")
     with blame("TABLE"):
@@ -223,9 +243,9 @@ def run(args: argparse.Namespace) -> None:
     made = [job for job in chosen if not (job.row.missing or args.show or args.gflops_only)]
     check(made, columns)
 
-    from evaluation.table_fill import fill
-    from evaluation.table_job import few
-    from evaluation.table_text import Sheet
+    from evaluation.table.fill import fill
+    from evaluation.table.job import few
+    from evaluation.table.render import Sheet
 
     found = [fill(job, columns, job in made) for job in jobs]
     compare(found)
@@ -235,8 +255,10 @@ def run(args: argparse.Namespace) -> None:
     heads = heads_of(jobs)
     notes = remarks(found, columns, args.world, heads)
     counted = "-gflops" if args.gflops_only else ""
-    write(Sheet(table, args.world, columns, [row.filled() for row in found], notes, heads),
-          Path(args.runs) / f"{table.name}-{args.world}{few(args)}{counted}")
+    write(
+        Sheet(table, args.world, columns, [row.filled() for row in found], notes, heads),
+        Path(args.runs) / f"{table.name}-{args.world}{few(args)}{counted}",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

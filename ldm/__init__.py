@@ -19,8 +19,15 @@ if TYPE_CHECKING:
     from ldm.api import Model
 
 
-def load(name: str | Path | None = None, *, config: str | Path | None = None, ckpt: str | Path | None = None,
-         device: str | torch.device = "auto", weights: str = "auto", precision: str | None = None) -> Model:
+def load(
+    name: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    ckpt: str | Path | None = None,
+    device: str | torch.device = "auto",
+    weights: str = "auto",
+    precision: str | None = None,
+) -> Model:
     """A model to make pictures with; see `ldm.api.Model`.
 
     Args:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm.arguments import (
+from ldm.checkpoint.published import load_manifest
+from ldm.cli.arguments import (
     EMOJI64,
     Files,
     class_names_argument,
@@ -34,48 +35,34 @@ from ldm.arguments import (
     strength_argument,
     uncond_class_argument,
 )
-from ldm.cli import BadInput, Parser, Version
-from ldm.devices import find_device
-from ldm.generate import Item
-from ldm.images import from_pil, open_labels, open_mask, open_picture, to_pil
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.published import load_manifest
-from ldm.sampling.canvas import Canvas, Picture
-from ldm.sampling.conditions import Boxes, Condition, Text
-from ldm.sampling.engine import Engine, Task
-from ldm.script import (
-    Setup,
-    check_amount,
-    check_guidance,
-    check_network,
+from ldm.cli.devices import find_device
+from ldm.cli.inputs import given_names, image_items, in_size, named, stacked
+from ldm.cli.model_files import model_files
+from ldm.cli.parser import Parser, Version
+from ldm.cli.run import check_amount, check_guidance, check_network, what_is_cut
+from ldm.cli.settings import count_nodes, make_plan, make_recipe, run_facts, uses_autocast, with_batches
+from ldm.cli.setup import Setup, picture_size, read_setup
+from ldm.cli.tasks import (
     class_task,
-    count_nodes,
     depth_task,
-    given_names,
-    image_items,
-    in_size,
     inpainting_task,
     label_task,
     layout_task,
-    make_plan,
-    make_recipe,
-    model_files,
-    named,
-    picture_size,
-    read_setup,
-    run_facts,
     settle_upscaling,
-    stacked,
     upscaling_task,
-    uses_autocast,
-    what_is_cut,
-    with_batches,
 )
+from ldm.io.errors import BadInput
+from ldm.io.images import from_pil, open_labels, open_mask, open_picture, to_pil
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.sampling.conditions import Boxes, Condition, Text
+from ldm.sampling.engine import Engine, Task
+from ldm.sampling.generate import Item
+from ldm.sampling.start import Canvas, Picture
 from ldm.util import PROJECT_ROOT, find_file
 
 PictureLike = Image.Image | str | Path
 WEIGHTS = ("model.safetensors", "model.ckpt", "last.ckpt")
-BATCH = 4       # pictures at a time
+BATCH = 4  # pictures at a time
 
 
 class Model:
@@ -99,9 +86,17 @@ class Model:
     def __repr__(self) -> str:
         return f"<ldm model {self.setup.ckpt} ({self.kind}) on {self.setup.device}>"
 
-    def images(self, subjects: Any = None, *, image: PictureLike | Sequence[PictureLike] | None = None,
-               mask: PictureLike | Sequence[PictureLike] | None = None, samples: int = 1, seed: int = 42,
-               batch_size: int = BATCH, **settings: Any) -> list[Image.Image]:
+    def images(
+        self,
+        subjects: Any = None,
+        *,
+        image: PictureLike | Sequence[PictureLike] | None = None,
+        mask: PictureLike | Sequence[PictureLike] | None = None,
+        samples: int = 1,
+        seed: int = 42,
+        batch_size: int = BATCH,
+        **settings: Any,
+    ) -> list[Image.Image]:
         """Pictures, `samples` of each subject.
 
         Args:
@@ -123,12 +118,21 @@ class Model:
             ValueError: a value that is not accepted.
             FileNotFoundError: a file that is not there.
         """
-        return self.run(subjects, image=image, mask=mask, samples=samples, seed=seed, batch_size=batch_size,
-                        **settings).images()
+        return self.run(
+            subjects, image=image, mask=mask, samples=samples, seed=seed, batch_size=batch_size, **settings
+        ).images()
 
-    def run(self, subjects: Any = None, *, image: PictureLike | Sequence[PictureLike] | None = None,
-            mask: PictureLike | Sequence[PictureLike] | None = None, samples: int = 1, seed: int = 42,
-            batch_size: int = BATCH, **settings: Any) -> Run:
+    def run(
+        self,
+        subjects: Any = None,
+        *,
+        image: PictureLike | Sequence[PictureLike] | None = None,
+        mask: PictureLike | Sequence[PictureLike] | None = None,
+        samples: int = 1,
+        seed: int = 42,
+        batch_size: int = BATCH,
+        **settings: Any,
+    ) -> Run:
         """What `images` would make, before it is made; arguments and errors as there."""
         with python_errors():
             args = parsed(KINDS[self.kind], {"n_samples": samples, "seed": seed, "batch_size": batch_size, **settings})
@@ -178,8 +182,11 @@ class Run:
 
     def images(self) -> list[Image.Image]:
         with python_errors():
-            return [image for first in range(0, len(self.items), self.batch)
-                    for image in self._batch(self.items[first:first + self.batch])]
+            return [
+                image
+                for first in range(0, len(self.items), self.batch)
+                for image in self._batch(self.items[first : first + self.batch])
+            ]
 
     def _batch(self, items: Sequence[Item]) -> list[Image.Image]:
         pictures = self.engine.decode(self.engine.latents(items))
@@ -188,14 +195,23 @@ class Run:
 
 # Which model
 
-def load_by_name(name: str | Path | None, config: str | Path | None, ckpt: str | Path | None,
-                 device: str | torch.device, weights: str, precision: str | None) -> Model:
+
+def load_by_name(
+    name: str | Path | None,
+    config: str | Path | None,
+    ckpt: str | Path | None,
+    device: str | torch.device,
+    weights: str,
+    precision: str | None,
+) -> Model:
     """See `ldm.load`."""
     files = [Path(path) for path in (config, ckpt) if path is not None]
     if (name is None) == (not files):
         raise ValueError(f"give a model's name, or config and ckpt; got name {name}, config {config}, ckpt {ckpt}")
-    for argument, value, accepted in (("weights", weights, ("auto", "ema", "raw")),
-                                      ("precision", precision, (None, "full", "autocast"))):
+    for argument, value, accepted in (
+        ("weights", weights, ("auto", "ema", "raw")),
+        ("precision", precision, (None, "full", "autocast")),
+    ):
         if value not in accepted:
             raise ValueError(f"{argument} must be one of {', '.join(map(str, accepted))}; got {value!r}")
     with python_errors():
@@ -222,12 +238,16 @@ def named_files(name: str) -> Files:
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{name}: its weights are not here, neither from {Path.cwd()} nor from {PROJECT_ROOT}; get them by "
-                f"scripts/download_models.py {name}, or put {entry.urls[0]} at {entry.path}") from None
-    folders = [place for place in (PROJECT_ROOT / "models" / "ldm" / name, Path(name))
-               if (place / "config.yaml").is_file()]
+                f"scripts/download_models.py {name}, or put {entry.urls[0]} at {entry.path}"
+            ) from None
+    folders = [
+        place for place in (PROJECT_ROOT / "models" / "ldm" / name, Path(name)) if (place / "config.yaml").is_file()
+    ]
     if not folders:
-        raise ValueError(f"there is no model {name!r}; accepted: {EMOJI64[1].parent.name}, {', '.join(published)}, a "
-                         f"folder with config.yaml and weights, or config and ckpt")
+        raise ValueError(
+            f"there is no model {name!r}; accepted: {EMOJI64[1].parent.name}, {', '.join(published)}, a "
+            f"folder with config.yaml and weights, or config and ckpt"
+        )
     found = [folders[0] / file for file in WEIGHTS if (folders[0] / file).is_file()]
     if not found:
         raise FileNotFoundError(f"{folders[0]} has a config.yaml but no weights; expected {' or '.join(WEIGHTS)}")
@@ -244,8 +264,11 @@ def kind_of(model: Any) -> str:
     stage, key = params.get("cond_stage_config"), params.get("conditioning_key")
     if key is None:
         key = "concat" if params.get("concat_mode", True) else "crossattn"
-    by_class = {"LatentDepth2ImageDiffusion": "depth", "LatentInpaintDiffusion": "inpainting from text",
-                "LatentUpscaleDiffusion": "upscaling"}
+    by_class = {
+        "LatentDepth2ImageDiffusion": "depth",
+        "LatentInpaintDiffusion": "inpainting from text",
+        "LatentUpscaleDiffusion": "upscaling",
+    }
     if target in by_class:
         return by_class[target]
     if stage == "__is_unconditional__":
@@ -269,12 +292,13 @@ def name_of(target: str) -> str:
 
 # What is given
 
+
 @dataclass(frozen=True)
 class File:
     """A picture that was given, as a file; `remembered(role)` is how the item remembers it."""
 
     path: Path
-    digest: str | None      # of its pixels, if it was given as an image
+    digest: str | None  # of its pixels, if it was given as an image
 
     def remembered(self, role: str) -> dict[str, str]:
         return named(self.path, role) if self.digest is None else {role: "image", f"{role}_sha256": self.digest}
@@ -304,8 +328,11 @@ class Given:
 
     def only(self, *, subjects: bool = False, images: bool = False, masks: bool = False) -> None:
         """Raise ValueError if more is given than the kind takes."""
-        for name, value, taken in (("subjects", self.subjects, subjects), ("image", self.images, images),
-                                   ("mask", self.masks, masks)):
+        for name, value, taken in (
+            ("subjects", self.subjects, subjects),
+            ("image", self.images, images),
+            ("mask", self.masks, masks),
+        ):
             if value is not None and value != [] and not taken:
                 raise ValueError(f"{name} is not taken by this kind of model")
 
@@ -327,10 +354,13 @@ class Given:
             raise ValueError(f"mask: expected one for each image, {len(self.images)}; got {len(self.masks)}")
         masks = stacked({str(i): open_mask(file.path) for i, file in enumerate(self.masks)})
         if masks.shape[-2:] != pictures.shape[-2:]:
-            raise ValueError(f"mask must be as large as the image, {tuple(pictures.shape[-2:])}; got "
-                             f"{tuple(masks.shape[-2:])}")
-        subjects = [image.remembered("image") | mask.remembered("mask")
-                    for image, mask in zip(self.images, self.masks, strict=True)]
+            raise ValueError(
+                f"mask must be as large as the image, {tuple(pictures.shape[-2:])}; got {tuple(masks.shape[-2:])}"
+            )
+        subjects = [
+            image.remembered("image") | mask.remembered("mask")
+            for image, mask in zip(self.images, self.masks, strict=True)
+        ]
         return subjects, pictures, masks
 
 
@@ -358,7 +388,7 @@ def as_file(picture: PictureLike, folder: Path) -> File:
 
 # The kinds of models: which arguments they take, and what they picture
 
-Pictured = tuple[list[dict[str, Any]], Task, tuple[int, int]]       # subjects, task, height and width
+Pictured = tuple[list[dict[str, Any]], Task, tuple[int, int]]  # subjects, task, height and width
 
 
 @dataclass(frozen=True)
@@ -494,7 +524,7 @@ def labels(given: Given, args: argparse.Namespace, setup: Setup) -> Pictured:
         if not maps:
             raise ValueError("subjects must be maps of labels for this model; got none")
         labelled = {str(i): open_labels(file.path) for i, file in enumerate(maps)}
-        stacked(labelled)       # of one size
+        stacked(labelled)  # of one size
         subjects = [file.remembered("map") for file in maps]
     task, size = label_task(setup, labelled)
     return subjects, task, size
@@ -515,6 +545,7 @@ KINDS = {
 
 # Arguments
 
+
 def parsed(kind: Kind, given: dict[str, Any]) -> argparse.Namespace:
     """The values of a kind's arguments, checked as its script checks them; None stands for the default.
 
@@ -533,15 +564,17 @@ def parsed(kind: Kind, given: dict[str, Any]) -> argparse.Namespace:
         for name in (action.dest, *(option.lstrip("-").replace("-", "_") for option in action.option_strings)):
             actions.setdefault(name, action)
     if unknown := given.keys() - actions.keys():
-        raise TypeError(f"{', '.join(sorted(unknown))}: no argument of this kind of model; there are "
-                        f"{', '.join(sorted(actions))}")
+        raise TypeError(
+            f"{', '.join(sorted(unknown))}: no argument of this kind of model; there are {', '.join(sorted(actions))}"
+        )
     argv = []
     for name, value in given.items():
         action, flag = actions[name], actions[name].option_strings[0]
         if action.nargs == 0 and not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False; got {value!r}")
-        if action.nargs != 0 and (isinstance(value, bool) or
-                                  not isinstance(value, str | Path | Number | list | tuple | None)):
+        if action.nargs != 0 and (
+            isinstance(value, bool) or not isinstance(value, str | Path | Number | list | tuple | None)
+        ):
             raise TypeError(f"{name} must be a text, a number, or a list of them; got {value!r}")
         if action.nargs == 0:
             argv += [flag] if value else []
@@ -557,9 +590,11 @@ def python_errors() -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError):
         raise
-    except OSError as error:        # a device, a folder, a name that no file can have
+    except OSError as error:  # a device, a folder, a name that no file can have
         raise ValueError(str(error)) from error
     except BadInput as error:
+
         def argument(match: re.Match) -> str:
             return match[1].replace("-", "_")
+
         raise ValueError(re.sub(r"--([a-zA-Z][\w-]*)(?:/--?[\w-]+)*", argument, str(error))) from error.__cause__

@@ -24,6 +24,7 @@ AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 # Of ldm.util
 
+
 def exists(value: Any) -> bool:
     return value is not None
 
@@ -64,7 +65,7 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Te
     pictures = []
     for text in xc:
         picture = Image.new("RGB", (width, height), "white")
-        shown = text.encode("latin-1", "replace").decode("latin-1")     # what the built-in font has
+        shown = text.encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
         lines = wrap(shown, max(1, int(width / font.getlength("n"))))
         ImageDraw.Draw(picture).text((0, 0), "\n".join(lines), fill="black", font=font)
         pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1)
@@ -73,15 +74,18 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Te
 
 # Of ldm.modules.diffusionmodules.util
 
-def betas_for_alpha_bar(num_diffusion_timesteps: int, alpha_bar: Callable[[float], float],
-                        max_beta: float = 0.999) -> np.ndarray:
+
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
     """Betas (T,) of a schedule given as alpha-bar of the time 0..1."""
     edges = [alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)]
     return np.array([min(1 - later / earlier, max_beta) for earlier, later in zip(edges, edges[1:], strict=False)])
 
 
-def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int,
-                        verbose: bool = True) -> np.ndarray:
+def make_ddim_timesteps(
+    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
+) -> np.ndarray:
     """See `ddim_timesteps`; also prints the grid unless told not to."""
     steps = np.asarray(ddim_timesteps(num_ddim_timesteps, num_ddpm_timesteps, ddim_discr_method))
     if verbose:
@@ -89,8 +93,9 @@ def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddp
     return steps
 
 
-def make_ddim_sampling_parameters(alphacums: np.ndarray | Tensor, ddim_timesteps: Sequence[int], eta: float,
-                                  verbose: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def make_ddim_sampling_parameters(
+    alphacums: np.ndarray | Tensor, ddim_timesteps: Sequence[int], eta: float, verbose: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Standard deviations of the noise, alpha-bars and the previous ones' of an ascending grid, each (S,)."""
     table, steps = np.asarray(alphacums), np.asarray(ddim_timesteps)
     alphas = table[steps]

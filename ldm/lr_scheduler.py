@@ -18,8 +18,15 @@ class LambdaWarmUpCosineScheduler:
         verbosity_interval: accepted for published configs; logging is the trainer's.
     """
 
-    def __init__(self, warm_up_steps: int, lr_min: float, lr_max: float, lr_start: float,
-                 max_decay_steps: int, verbosity_interval: int = 0):
+    def __init__(
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
+    ):
         if not 0 <= warm_up_steps < max_decay_steps:
             raise ValueError(f"warm_up_steps must lie in [0, max_decay_steps={max_decay_steps}); got {warm_up_steps}")
         self.warm_up_steps, self.max_decay_steps = warm_up_steps, max_decay_steps
@@ -43,12 +50,21 @@ class LambdaLinearScheduler:
         verbosity_interval: accepted for published configs; logging is the trainer's.
     """
 
-    def __init__(self, warm_up_steps: Sequence[int], f_min: Sequence[float], f_max: Sequence[float],
-                 f_start: Sequence[float], cycle_lengths: Sequence[int], verbosity_interval: int = 0):
+    def __init__(
+        self,
+        warm_up_steps: Sequence[int],
+        f_min: Sequence[float],
+        f_max: Sequence[float],
+        f_start: Sequence[float],
+        cycle_lengths: Sequence[int],
+        verbosity_interval: int = 0,
+    ):
         lengths = {len(v) for v in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)}
         if len(lengths) != 1:
-            raise ValueError("warm_up_steps, f_min, f_max, f_start and cycle_lengths need one entry per cycle; "
-                             f"got lengths {sorted(lengths)}")
+            raise ValueError(
+                "warm_up_steps, f_min, f_max, f_start and cycle_lengths need one entry per cycle; "
+                f"got lengths {sorted(lengths)}"
+            )
         self.cycles = list(zip(warm_up_steps, f_min, f_max, f_start, cycle_lengths, strict=True))
 
     def __call__(self, step: int) -> float:

@@ -1,4 +1,5 @@
 """Build objects from the `target:` and `params:` of a config; find the files a config names."""
+
 from __future__ import annotations
 
 import inspect
@@ -8,9 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ldm.kinds import fits, in_words
+from ldm.io.kinds import fits, in_words
 
-INSTALLED_FILES = Path(__file__).resolve().parent / "_project"     # where setup.py puts the folders beside ldm
+INSTALLED_FILES = Path(__file__).resolve().parent / "_project"  # where setup.py puts the folders beside ldm
 # From here paths such as models/ldm/emoji64/config.yaml start, in a checkout as in an installation.
 PROJECT_ROOT = INSTALLED_FILES if INSTALLED_FILES.is_dir() else INSTALLED_FILES.parents[1]
 ALLOWED_PACKAGES = ("ldm", "torch.nn", "torch.optim")
@@ -55,8 +56,10 @@ def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
         raise ConfigError(f"target: expected a dotted name such as 'torch.nn.Identity'; got {target!r}")
     module_name, _, name = target.rpartition(".")
     if not _inside(module_name, packages):
-        raise ConfigError(f"target: {target!r} is outside the allowed packages ({choices}); if you trust it, "
-                          f"add its package with instantiate_from_config(config, allow=(...,))")
+        raise ConfigError(
+            f"target: {target!r} is outside the allowed packages ({choices}); if you trust it, "
+            f"add its package with instantiate_from_config(config, allow=(...,))"
+        )
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
@@ -87,9 +90,10 @@ def instantiate_from_config(config: Mapping[str, Any], allow: Iterable[str] = ()
     cls, params = _class_and_params(config, allow, given)
     try:
         return cls(**params)
-    except (RuntimeError, ArithmeticError) as error:        # PyTorch's word on sizes that no tensor has
-        raise ConfigError(f"params of target {config['target']!r}: nothing can be built with these values: "
-                          f"{error}") from error
+    except (RuntimeError, ArithmeticError) as error:  # PyTorch's word on sizes that no tensor has
+        raise ConfigError(
+            f"params of target {config['target']!r}: nothing can be built with these values: {error}"
+        ) from error
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -105,8 +109,9 @@ def check_config(config: Mapping[str, Any]) -> None:
             check_config(value)
 
 
-def _class_and_params(config: Mapping[str, Any], allow: Iterable[str],
-                      given: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
+def _class_and_params(
+    config: Mapping[str, Any], allow: Iterable[str], given: Mapping[str, Any]
+) -> tuple[type, dict[str, Any]]:
     if not isinstance(config, Mapping):
         raise ConfigError(f"config: expected a mapping with 'target' and 'params'; got {config!r}")
     if config.get("target") is None:
@@ -127,8 +132,9 @@ def _class_and_params(config: Mapping[str, Any], allow: Iterable[str],
         # Bound before the call, so that a TypeError from inside the constructor stays what it is.
         signature.bind(**params)
     except TypeError as error:
-        raise ConfigError(f"params of target {target!r}: {error}; "
-                          f"accepted: {', '.join(signature.parameters)}") from error
+        raise ConfigError(
+            f"params of target {target!r}: {error}; accepted: {', '.join(signature.parameters)}"
+        ) from error
     hints = _hints(cls)
     for key, value in params.items():
         if key in hints and not fits(value, hints[key]):

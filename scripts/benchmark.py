@@ -22,36 +22,45 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.arguments import count, side, step_count
-from ldm.cli import Parser, blame, command, whole
-from ldm.script import check_output
+from ldm.cli.arguments import count, side, step_count
+from ldm.cli.parser import Parser, command, whole
+from ldm.cli.setup import check_output
+from ldm.io.errors import blame
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
-    from ldm.measure.subject import Subject
-    from ldm.measure.timing import Seconds
-    from ldm.models.diffusion.plan import Plan
+    from ldm.models.diffusion.propagation.plan import Plan
+    from ldm.profiling.timing import Seconds
+    from ldm.profiling.workload import Subject
 
 EMOJI = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64" / "config.yaml"
 ROWS = ["off", "faster-diffusion", "faster-diffusion@8", "deepcache:3"]
 MOST_THREADS = 1024
 MATRIX, PEER = "matrix product", "diffusers"
-COMPILED = ", compiled"     # after the name of a row
+COMPILED = ", compiled"  # after the name of a row
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(EMOJI), metavar="YAML", help="of the model (default: emoji64)")
     parser.add_argument("--size", nargs=2, type=side, metavar=("H", "W"), help="of latents (default: the config's)")
-    parser.add_argument("--tokens", type=count,
-                        help="of the context, if there is one (default: what the config's encoder reads)")
-    parser.add_argument("--batch", nargs="+", type=count, default=[1], metavar="N",
-                        help="pictures at a time; guidance doubles them (default: 1)")
+    parser.add_argument(
+        "--tokens", type=count, help="of the context, if there is one (default: what the config's encoder reads)"
+    )
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=count,
+        default=[1],
+        metavar="N",
+        help="pictures at a time; guidance doubles them (default: 1)",
+    )
     parser.add_argument("--steps", type=step_count, default=10, help="of DDIM (default: 10)")
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"(default: {' '.join(ROWS)})")
     parser.add_argument("--against", choices=(PEER,), help="the plain run by this library, on the same weights")
-    parser.add_argument("--compile", action="store_true",
-                        help="every row also compiled by PyTorch, which takes minutes")
+    parser.add_argument(
+        "--compile", action="store_true", help="every row also compiled by PyTorch, which takes minutes"
+    )
     parser.add_argument("--repeats", type=count, default=3, metavar="N", help="timed rounds (default: 3)")
     parser.add_argument("--threads", type=whole(1, MOST_THREADS), metavar="N", help="(default: PyTorch's)")
     parser.add_argument("--json", metavar="FILE", help="also write what was measured")
@@ -80,8 +89,8 @@ class Row:
 
 def read_row(text: str, steps: int, calibrations: Path) -> Plan:
     """The plan of a row's name; calibrations: the folder with the model's own, for `auto:K`."""
-    from ldm.models.diffusion.plan import Plan
-    from ldm.models.diffusion.plans import RunFacts, load_plan
+    from ldm.models.diffusion.propagation.load import RunFacts, load_plan
+    from ldm.models.diffusion.propagation.plan import Plan
 
     name, _, parallel = text.partition("@")
     spec, _, propagate = name.partition("+")
@@ -101,12 +110,12 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     """All rows for one batch size, with what belongs to them."""
 
     from ldm.checkpoint import diffusion_params
-    from ldm.cost import context_tokens, unet_macs
-    from ldm.measure.peer import diffusers_peer
-    from ldm.measure.subject import Subject, random_network
-    from ldm.measure.timing import alternate, matrix_product, peak_memory, seconds_of, shares
-    from ldm.models.diffusion.compiled import Compiled
+    from ldm.models.diffusion.parallel.compiled import Compiled
     from ldm.modules.packed import pack
+    from ldm.profiling.cost import context_tokens, unet_macs
+    from ldm.profiling.diffusers_baseline import diffusers_peer
+    from ldm.profiling.timing import alternate, matrix_product, peak_memory, seconds_of, shares
+    from ldm.profiling.workload import Subject, random_network
 
     params = diffusion_params(args.config)
     size, network = latent_size(args, params), random_network(params)
@@ -131,19 +140,25 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     peaks = {name: peak_memory(call) for name, call in calls.items()}
     taken = alternate(calls, args.repeats)
     rate = operations / taken.pop(MATRIX).median
-    rows = [row(name, batch, seconds, plans.get(name), taken, unit, peaks[name], args.steps)
-            for name, seconds in taken.items()]
+    rows = [
+        row(name, batch, seconds, plans.get(name), taken, unit, peaks[name], args.steps)
+        for name, seconds in taken.items()
+    ]
     one = plain_plan(1)
     single = Subject(params, network, subject.x, subject.context, 1)
     plain = 2 * batch * unit.plain(args.steps) / taken["off"].median if "off" in taken else None
-    return result | {"matmul_flops": rate, "plain_flops": plain, "shares": shares(lambda: single.run(one)),
-                     "rows": [asdict(r) for r in rows]}
+    return result | {
+        "matmul_flops": rate,
+        "plain_flops": plain,
+        "shares": shares(lambda: single.run(one)),
+        "rows": [asdict(r) for r in rows],
+    }
 
 
 def against(unet: Any, subject: Subject, compile: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     """The plain run by diffusers, as it is fastest, and what to tell of it."""
-    from ldm.measure.peer import fastest
-    from ldm.measure.timing import seconds_of
+    from ldm.profiling.diffusers_baseline import fastest
+    from ldm.profiling.timing import seconds_of
 
     peer = fastest(unet, subject)
     difference = (peer.run(subject) - subject.run(plain_plan(subject.steps))).abs().max()
@@ -156,13 +171,21 @@ def against(unet: Any, subject: Subject, compile: bool) -> tuple[dict[str, Calla
 
 
 def plain_plan(steps: int) -> Plan:
-    from ldm.models.diffusion.plans import load_plan
+    from ldm.models.diffusion.propagation.load import load_plan
 
     return load_plan("off", steps)
 
 
-def row(name: str, batch: int, seconds: Seconds, plan: Plan | None, taken: Mapping[str, Seconds], unit: Any,
-        peak: int, steps: int) -> Row:
+def row(
+    name: str,
+    batch: int,
+    seconds: Seconds,
+    plan: Plan | None,
+    taken: Mapping[str, Seconds],
+    unit: Any,
+    peak: int,
+    steps: int,
+) -> Row:
     each, spread = seconds.median / batch, seconds.spread
     if plan is None:
         return Row(name, batch, each, spread, None, None, None, peak)
@@ -175,13 +198,18 @@ def row(name: str, batch: int, seconds: Seconds, plan: Plan | None, taken: Mappi
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:
     """Lines for one batch size."""
-    yield (f"batch {result['batch']:<20}{'s/picture':>10}{'spread':>8}{'GMAC':>9}{'critical':>10}"
-           f"{'saved/MACs':>12}{'peak MB':>9}")
+    yield (
+        f"batch {result['batch']:<20}{'s/picture':>10}{'spread':>8}{'GMAC':>9}{'critical':>10}"
+        f"{'saved/MACs':>12}{'peak MB':>9}"
+    )
     for r in result["rows"]:
         cells = [f"{r['seconds']:>10.3f}{r['spread']:>8.1%}"]
-        for value, form in ((r["macs"] and r["macs"] / 1e9, ">9.1f"),
-                            (r["critical_path"] and r["critical_path"] / 1e9, ">10.1f"), (r["saved"], ">12.1%"),
-                            (r["peak"] and r["peak"] / 2**20, ">9.0f")):
+        for value, form in (
+            (r["macs"] and r["macs"] / 1e9, ">9.1f"),
+            (r["critical_path"] and r["critical_path"] / 1e9, ">10.1f"),
+            (r["saved"], ">12.1%"),
+            (r["peak"] and r["peak"] / 2**20, ">9.0f"),
+        ):
             cells.append(f"{'':{form.split('.')[0]}}" if value is None else f"{value:{form}}")
         yield f"{r['name']:<26}" + "".join(cells)
     rate = result["matmul_flops"]
@@ -203,9 +231,9 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ldm.checkpoint import diffusion_params
-    from ldm.conversion import ConversionError
-    from ldm.files import atomic_write
-    from ldm.measure.timing import machine
+    from ldm.checkpoint.conversion import ConversionError
+    from ldm.io.files import atomic_write
+    from ldm.profiling.timing import machine
 
     with blame("--rows"):
         plans = {name: read_row(name, args.steps, Path(args.config).parent / "calibration") for name in args.rows}
@@ -213,11 +241,16 @@ def run(args: argparse.Namespace) -> None:
         size = latent_size(args, diffusion_params(args.config))
     check_output(args.json, "--json")
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    about = machine() | {"date": datetime.now(timezone.utc).isoformat(timespec="minutes"), "config": args.config,
-                         "size": list(size), "steps": args.steps, "repeats": args.repeats,
-                         "command": shlex.join(sys.argv)}
+    about = machine() | {
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "config": args.config,
+        "size": list(size),
+        "steps": args.steps,
+        "repeats": args.repeats,
+        "command": shlex.join(sys.argv),
+    }
     if args.compile:
-        from ldm.models.diffusion.compiled import check_compiler
+        from ldm.models.diffusion.parallel.compiled import check_compiler
 
         with blame("--compile"):
             check_compiler()
@@ -225,8 +258,10 @@ def run(args: argparse.Namespace) -> None:
         with blame("--against", (ImportError,)):
             import diffusers
         about["diffusers"] = diffusers.__version__
-    print(f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; {args.config}, latents "
-          f"{size[0]} x {size[1]}, {args.steps} DDIM steps, guided, float32, random weights; median of {args.repeats}")
+    print(
+        f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; {args.config}, latents "
+        f"{size[0]} x {size[1]}, {args.steps} DDIM steps, guided, float32, random weights; median of {args.repeats}"
+    )
     results = []
     with blame("--config, --size", (ValueError, TypeError, KeyError)), blame("--against", (ConversionError,)):
         for batch in args.batch:

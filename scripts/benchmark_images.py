@@ -23,10 +23,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm.arguments import count
-from ldm.cli import BadInput, Parser, command
-from ldm.files import parse_json_lines, read_text
-from ldm.script import check_output
+from ldm.cli.arguments import count
+from ldm.cli.parser import Parser, command
+from ldm.cli.setup import check_output
+from ldm.io.errors import BadInput
+from ldm.io.files import parse_json_lines, read_text
 
 SCRIPT = Path(__file__).resolve().with_name("txt2img.py")
 ROWS = ["off", "faster-diffusion"]
@@ -37,10 +38,12 @@ Times = list[tuple[float, float]]
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"(default: {' '.join(ROWS)})")
-    parser.add_argument("--images", nargs="+", type=count, default=[1, 4, 16], metavar="N",
-                        help="images in a batch (default: 1 4 16)")
-    parser.add_argument("--further", type=count, default=3, metavar="N",
-                        help="batches of a process after its first (default: 3)")
+    parser.add_argument(
+        "--images", nargs="+", type=count, default=[1, 4, 16], metavar="N", help="images in a batch (default: 1 4 16)"
+    )
+    parser.add_argument(
+        "--further", type=count, default=3, metavar="N", help="batches of a process after its first (default: 3)"
+    )
     parser.add_argument("--repeats", type=count, default=5, metavar="N", help="processes of each row (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="also write all times")
     parser.add_argument("options", nargs="*", metavar="-- OPTION", help="for txt2img.py")
@@ -60,14 +63,25 @@ def one_process(row: str, images: int, further: int, options: Sequence[str]) -> 
         BadInput: txt2img.py refuses the row or the options, or fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, str(SCRIPT), *options, *flags(row), "--n_samples", str(images), "--n_iter",
-               str(further + 1), "--outdir", folder, "--skip_grid"]
+        run = [
+            sys.executable,
+            str(SCRIPT),
+            *options,
+            *flags(row),
+            "--n_samples",
+            str(images),
+            "--n_iter",
+            str(further + 1),
+            "--outdir",
+            folder,
+            "--skip_grid",
+        ]
         done = subprocess.run(run, capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["it said nothing"]
             raise BadInput(f"--rows {row}: {said[-1]}")
         entries = parse_json_lines(read_text(Path(folder) / "manifest.jsonl"))
-    seconds = [entry["seconds"] for _, entry in entries[::images]]     # the images of a batch say the same
+    seconds = [entry["seconds"] for _, entry in entries[::images]]  # the images of a batch say the same
     return seconds[0], statistics.median(seconds[1:])
 
 
@@ -87,27 +101,32 @@ def table(images: int, times: Mapping[str, Times]) -> str:
     width = max(map(len, [*medians, *(f"{base} / {row}" for row, _ in others)])) + 2
     lines = [f"{f'images: {images}':{width}}{'first, s':>10}{'further, s':>12}"]
     lines += [f"{row:{width}}{first:>10.3f}{further:>12.3f}" for row, (first, further) in medians.items()]
-    lines += [f"{f'{base} / {row}':{width}}{plain[0] / first:>10.2f}{plain[1] / further:>12.2f}"
-              for row, (first, further) in others]
+    lines += [
+        f"{f'{base} / {row}':{width}}{plain[0] / first:>10.2f}{plain[1] / further:>12.2f}"
+        for row, (first, further) in others
+    ]
     return "\n".join(lines)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.files import atomic_write
-    from ldm.measure.timing import machine
+    from ldm.io.files import atomic_write
+    from ldm.profiling.timing import machine
 
     check_output(args.json, "--json")
     about = machine()
-    print(f"{about['processor']}, {about['instructions']}, {about['threads']} threads, torch {about['torch']}; seconds "
-          f"per image, medians of {args.repeats} processes; further: median of {args.further} batches")
+    print(
+        f"{about['processor']}, {about['instructions']}, {about['threads']} threads, torch {about['torch']}; seconds "
+        f"per image, medians of {args.repeats} processes; further: median of {args.further} batches"
+    )
     results = {}
     for images in args.images:
         results[images] = measure(args, images)
         print("\n" + table(images, results[images]), flush=True)
     if args.json:
         with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(about | {"options": args.options, "seconds": results}, indent=1) + "\n",
-                                 encoding="utf-8")
+            temporary.write_text(
+                json.dumps(about | {"options": args.options, "seconds": results}, indent=1) + "\n", encoding="utf-8"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import BadInput, Parser, blame, command
+from ldm.cli.parser import Parser, command
+from ldm.io.errors import BadInput, blame
 
 STATUS = Path("/proc/self/status")
 
@@ -33,10 +34,12 @@ class Case:
     bar: float
 
 
-CASES = {"fp32.safetensors": Case(".safetensors", "float32", 1.25),
-         "fp32.ckpt": Case(".ckpt", "float32", 1.6),
-         "fp16.safetensors": Case(".safetensors", "float16", 1.25),
-         "fp16.ckpt": Case(".ckpt", "float16", 1.6)}
+CASES = {
+    "fp32.safetensors": Case(".safetensors", "float32", 1.25),
+    "fp32.ckpt": Case(".ckpt", "float32", 1.6),
+    "fp16.safetensors": Case(".safetensors", "float16", 1.25),
+    "fp16.ckpt": Case(".ckpt", "float16", 1.6),
+}
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,19 @@ class Measured:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="YAML", help="of the model to measure")
-    parser.add_argument("--dir", default=tempfile.gettempdir(), metavar="DIR",
-                        help="where to put the checkpoints, one at a time (default: %(default)s)")
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES),
-                        help="kinds of files, as the model computes in fp32 (default: all)")
+    parser.add_argument(
+        "--dir",
+        default=tempfile.gettempdir(),
+        metavar="DIR",
+        help="where to put the checkpoints, one at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        help="kinds of files, as the model computes in fp32 (default: all)",
+    )
     return parser.parse_args(argv)
 
 
@@ -74,8 +86,10 @@ def make(config: str, path: Path, dtype: str) -> None:
     from ldm.checkpoint import unmade_model
 
     torch.manual_seed(0)
-    state = {key: torch.randn(value.shape).mul_(0.02).to(getattr(torch, dtype)) if value.is_meta else value
-             for key, value in unmade_model(config).state_dict().items()}
+    state = {
+        key: torch.randn(value.shape).mul_(0.02).to(getattr(torch, dtype)) if value.is_meta else value
+        for key, value in unmade_model(config).state_dict().items()
+    }
     if path.suffix == ".safetensors":
         save_file(state, path)
     else:
@@ -115,8 +129,11 @@ def run(args: argparse.Namespace) -> list[str]:
             in_fresh_process(make, args.config, path, case.dtype)
             size, got = path.stat().st_size, in_fresh_process(measure, args.config, path)
         ratio = got.peak / got.weights
-        print(f"{name:16}{size / 1e9:9.2f}{got.seconds:9.2f}{got.seconds_read:11.2f}{got.before / 1e9:12.2f}"
-              f"{got.peak / 1e9:10.2f}{got.weights / 1e9:13.2f}{ratio:10.2f} (at most {case.bar})", flush=True)
+        print(
+            f"{name:16}{size / 1e9:9.2f}{got.seconds:9.2f}{got.seconds_read:11.2f}{got.before / 1e9:12.2f}"
+            f"{got.peak / 1e9:10.2f}{got.weights / 1e9:13.2f}{ratio:10.2f} (at most {case.bar})",
+            flush=True,
+        )
         missed += [name] if ratio > case.bar else []
     return missed
 

@@ -19,13 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.arguments import EMOJI64, count, model_arguments, sampling_arguments, seed_argument
-from ldm.cli import BadInput, Parser, blame, command, number
-from ldm.script import check_outdir, check_output, count_nodes, make_recipe, make_setup, prompts_in, run_facts
+from ldm.cli.arguments import EMOJI64, count, model_arguments, sampling_arguments, seed_argument
+from ldm.cli.inputs import prompts_in
+from ldm.cli.parser import Parser, command, number
+from ldm.cli.settings import count_nodes, make_recipe, run_facts
+from ldm.cli.setup import check_outdir, check_output, make_setup
+from ldm.io.errors import BadInput, blame
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.calibration import Calibration
-    from ldm.models.diffusion.plan import Plan
+    from ldm.models.diffusion.propagation.calibration import Calibration
+    from ldm.models.diffusion.propagation.plan import Plan
     from ldm.sampling.engine import Engine
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
@@ -36,25 +39,42 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to find")
     size = what.add_mutually_exclusive_group()
     size.add_argument("--keys", type=count, default=9, metavar="K", help="key steps (default: %(default)s)")
-    size.add_argument("--macs", type=number(float, 0, 1, "a number in 0..1"), metavar="SHARE",
-                      help="as many key steps as this share of the plain run's MACs allows")
-    what.add_argument("--out", metavar="FILE.yaml",
-                      help="write the plan there, and nothing else (default: the table, beside the weights)")
-    what.add_argument("--from-file", default=str(PROMPTS), metavar="FILE",
-                      help="prompts to measure with, one per line (default: those of emoji64)")
-    what.add_argument("--n_samples", type=count, default=8, metavar="N",
-                      help="pictures to measure with, one of each of the first prompts (default: %(default)s)")
+    size.add_argument(
+        "--macs",
+        type=number(float, 0, 1, "a number in 0..1"),
+        metavar="SHARE",
+        help="as many key steps as this share of the plain run's MACs allows",
+    )
+    what.add_argument(
+        "--out",
+        metavar="FILE.yaml",
+        help="write the plan there, and nothing else (default: the table, beside the weights)",
+    )
+    what.add_argument(
+        "--from-file",
+        default=str(PROMPTS),
+        metavar="FILE",
+        help="prompts to measure with, one per line (default: those of emoji64)",
+    )
+    what.add_argument(
+        "--n_samples",
+        type=count,
+        default=8,
+        metavar="N",
+        help="pictures to measure with, one of each of the first prompts (default: %(default)s)",
+    )
     seed_argument(what)
     sampling_arguments(p)
     model_arguments(p, EMOJI64)
-    p.set_defaults(outdir=None, plan="off", noise_weight=0.0, noise_below=500.0, noise_order="before", compare=False,
-                   tome=0.0)
+    p.set_defaults(
+        outdir=None, plan="off", noise_weight=0.0, noise_below=500.0, noise_order="before", compare=False, tome=0.0
+    )
     return p
 
 
 def make_engine(args: argparse.Namespace) -> tuple[Engine, dict[str, Any], Path]:
     """The model ready for plain runs, what its runs are known by, and where its calibrations lie."""
-    from ldm.models.diffusion.plans import load_plan
+    from ldm.models.diffusion.propagation.load import load_plan
     from ldm.sampling.conditions import Text
     from ldm.sampling.engine import Engine, Task
 
@@ -72,16 +92,18 @@ def calibrate(args: argparse.Namespace, engine: Engine, made_for: dict[str, Any]
     import numpy as np
     from tqdm import tqdm
 
-    from ldm.generate import prompt_items
-    from ldm.models.diffusion.calibration import Calibration, measure
+    from ldm.models.diffusion.propagation.calibration import Calibration, measure
+    from ldm.sampling.generate import prompt_items
 
-    prompts = prompts_in(args.from_file)[:args.n_samples]
+    prompts = prompts_in(args.from_file)[: args.n_samples]
     items = prompt_items(prompts, 1, args.seed, by_position=True)
     tables = []
     for item in tqdm(items, desc="measuring", unit="picture", disable=None):
         tables.append(measure(*engine.plain_run([item])))
-    eps, features = ([[float(f"{v:.4g}") for v in np.mean(rows, axis=0)] for rows in zip(*table, strict=True)]
-                     for table in zip(*tables, strict=True))
+    eps, features = (
+        [[float(f"{v:.4g}") for v in np.mean(rows, axis=0)] for rows in zip(*table, strict=True)]
+        for table in zip(*tables, strict=True)
+    )
     unit = engine.unit
     how = {"prompts": len(prompts), "seed": args.seed, "scale": engine.recipe.scale, "eta": engine.recipe.eta}
     return Calibration(engine.plan.num_nodes, eps, features, unit.encode / unit.whole, "hold", made_for, how)
@@ -92,7 +114,7 @@ def try_propagations(engine: Engine, plan: Plan, items: Sequence[Any]) -> dict[s
     from dataclasses import replace
 
     from ldm.models.diffusion.loop import denoise
-    from ldm.models.diffusion.plan import PROPAGATIONS
+    from ldm.models.diffusion.propagation.plan import PROPAGATIONS
 
     def final(candidate: Plan) -> Any:
         *_, state = denoise(model, rule, replace(candidate, parallel=8), x)
@@ -117,14 +139,14 @@ def run(args: argparse.Namespace) -> None:
 
     from dataclasses import replace
 
-    from ldm.generate import prompt_items
-    from ldm.plan_table import spans
+    from ldm.profiling.plan_table import spans
+    from ldm.sampling.generate import prompt_items
 
-    with blame("--ckpt", (ValueError,)):        # predictions that are not finite
+    with blame("--ckpt", (ValueError,)):  # predictions that are not finite
         calibration = calibrate(args, engine, made_for)
     with blame("--macs" if args.macs else "--keys"):
         plan = calibration.plan_within(args.macs) if args.macs else calibration.plan(args.keys)
-    prompts = prompts_in(args.from_file)[:args.n_samples]
+    prompts = prompts_in(args.from_file)[: args.n_samples]
     with blame("--ckpt", (ValueError,)):
         errors = try_propagations(engine, plan, prompt_items(prompts, 1, args.seed, by_position=True))
     best = min(errors, key=errors.get)
@@ -143,16 +165,24 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_plan(path: str, plan: Plan, calibration: Calibration) -> None:
-    """A plan file of `ldm.models.diffusion.plans`, with how it was made."""
+    """A plan file of `ldm.models.diffusion.propagation.load`, with how it was made."""
     import yaml
 
-    from ldm.files import atomic_write
+    from ldm.io.files import atomic_write
 
     how = ", ".join(f"{name} {value}" for name, value in calibration.how.items())
-    text = yaml.safe_dump({
-        "source": "scripts/calibrate_plan.py", "note": f"least total error of its number of key steps ({how})",
-        "steps": {plan.num_nodes: [*plan.keys]}, "propagate": plan.propagate, "made_for": calibration.made_for},
-        sort_keys=False, default_flow_style=None, width=100)
+    text = yaml.safe_dump(
+        {
+            "source": "scripts/calibrate_plan.py",
+            "note": f"least total error of its number of key steps ({how})",
+            "steps": {plan.num_nodes: [*plan.keys]},
+            "propagate": plan.propagate,
+            "made_for": calibration.made_for,
+        },
+        sort_keys=False,
+        default_flow_style=None,
+        width=100,
+    )
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.arguments import (
+from ldm.cli.arguments import (
     IMAGENET,
     ROOT,
     class_names_argument,
@@ -22,19 +22,26 @@ from ldm.arguments import (
     size_arguments,
     uncond_class_argument,
 )
-from ldm.cli import Parser, command
-from ldm.script import CLASS_NAMES, GO_ON, class_task, image_items, make_pictures, make_setup, picture_size
+from ldm.cli.inputs import image_items
+from ldm.cli.parser import Parser, command
+from ldm.cli.run import GO_ON, make_pictures
+from ldm.cli.setup import make_setup, picture_size
+from ldm.cli.tasks import CLASS_NAMES, class_task
 
 CIN256 = (ROOT / "configs/latent-diffusion/cin256-v2.yaml", ROOT / "models/ldm/cin256-v2/model.ckpt")
 NOTEBOOK = ["25", "187", "448", "992"]  # the published example
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="class_conditional.py", description=__doc__,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="class_conditional.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
-    what.add_argument("--classes", nargs="+", default=NOTEBOOK, metavar="CLASS",
-                      help=f"class indices or names (default: {' '.join(NOTEBOOK)})")
+    what.add_argument(
+        "--classes",
+        nargs="+",
+        default=NOTEBOOK,
+        metavar="CLASS",
+        help=f"class indices or names (default: {' '.join(NOTEBOOK)})",
+    )
     class_names_argument(what, f"{CLASS_NAMES.relative_to(ROOT)} for models of {IMAGENET} or {IMAGENET + 1} classes")
     count_arguments(what, 4, 4, "pictures of each class")
     uncond_class_argument(what)

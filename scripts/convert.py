@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import BadInput, Parser, blame, command
+from ldm.cli.parser import Parser, command
+from ldm.io.errors import BadInput, blame
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -24,8 +25,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", required=True, choices=("ldm", "diffusers"), help="the layout to write")
     parser.add_argument("--out", required=True, help="file (.safetensors) or new folder to write")
     parser.add_argument("--config", metavar="YAML", help="the model's config; for diffusers, whose folder describes it")
-    parser.add_argument("--weights", choices=("auto", "ema", "raw"), help="for diffusers: averaged or last weights of "
-                        "the UNet (default: auto, averaged if there are any)")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        help="for diffusers: averaged or last weights of the UNet (default: auto, averaged if there are any)",
+    )
     return parser.parse_args(argv)
 
 
@@ -45,8 +49,8 @@ def to_ldm(args: argparse.Namespace) -> None:
 
 def to_diffusers(args: argparse.Namespace) -> None:
     from ldm.checkpoint import diffusion_params, load_state
-    from ldm.conversion import diffusers_configs, is_openclip
-    from ldm.conversion import to_diffusers as parts_of
+    from ldm.checkpoint.conversion import diffusers_configs, is_openclip
+    from ldm.checkpoint.conversion import to_diffusers as parts_of
 
     if args.config is None:
         raise BadInput("--config: needed with --to diffusers, to describe the model in its config.json files")
@@ -68,7 +72,7 @@ def to_diffusers(args: argparse.Namespace) -> None:
 def write_folder(folder: Path, parts: dict[str, dict[str, Any]], configs: dict[str, dict[str, Any]]) -> None:
     """The folder appears whole or not at all."""
     from ldm.checkpoint import PART_FILES, save_weights
-    from ldm.files import clean, unfinished
+    from ldm.io.files import clean, unfinished
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     clean(folder.parent)

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.arguments import (
+from ldm.cli.arguments import (
     ROOT,
     model_arguments,
     output_arguments,
@@ -18,11 +18,15 @@ from ldm.arguments import (
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli import Parser, command
-from ldm.script import GO_ON, depth_task, from_picture, make_pictures
+from ldm.cli.inputs import from_picture
+from ldm.cli.parser import Parser, command
+from ldm.cli.run import GO_ON, make_pictures
+from ldm.cli.tasks import depth_task
 
-DEPTH = (ROOT / "configs/stable-diffusion/v2-midas-inference.yaml",
-         ROOT / "models/ldm/stable-diffusion-v2/512-depth-ema.safetensors")
+DEPTH = (
+    ROOT / "configs/stable-diffusion/v2-midas-inference.yaml",
+    ROOT / "models/ldm/stable-diffusion-v2/512-depth-ema.safetensors",
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,10 +19,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import PACKAGE, BadInput, Parser, blame, command
-from ldm.messages import some
-from ldm.published import Published, load_manifest
-from ldm.script import fitting_configs, model_files
+from ldm.checkpoint.published import Published, load_manifest
+from ldm.cli.model_files import fitting_configs, model_files
+from ldm.cli.parser import PACKAGE, Parser, command
+from ldm.io.errors import BadInput, blame, some
 from ldm.util import PROJECT_ROOT
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import nn
 
-    from ldm.diagnosis import Facts
+    from ldm.checkpoint.diagnosis import Facts
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 DTYPES = ("float32", "bfloat16", "float16")
-MEASURE = 32        # largest height and width of the latents for the measured prediction
+MEASURE = 32  # largest height and width of the latents for the measured prediction
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,15 @@ class Finding:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="YAML", help="a model's config")
-    parser.add_argument("--ckpt", metavar="FILE", help="a checkpoint (or diffusers folder) to hold to it; of the two, "
-                        "one is found from the other where it can be")
-    parser.add_argument("--verify", action="store_true", help="read the published models that are here and hold "
-                        "them to their SHA-256")
+    parser.add_argument(
+        "--ckpt",
+        metavar="FILE",
+        help="a checkpoint (or diffusers folder) to hold to it; of the two, "
+        "one is found from the other where it can be",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read the published models that are here and hold them to their SHA-256"
+    )
     args = parser.parse_args(argv)
     if args.config is not None or args.ckpt is not None:
         args.config, args.ckpt = model_files(args, None)
@@ -65,6 +70,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 # The machine
+
 
 def packages() -> Iterator[Finding]:
     """The versions that the project asks for, as the installation knows them."""
@@ -97,8 +103,9 @@ def devices() -> Iterator[Finding]:
     yield Finding("ok", f"cpu, {torch.get_num_threads()} threads: {computes(torch.device('cpu'))}")
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(i)
-        yield Finding("ok", f"cuda:{i}, {about.name}, {about.total_memory / 1e9:.1f} GB: "
-                            f"{computes(torch.device('cuda', i))}")
+        yield Finding(
+            "ok", f"cuda:{i}, {about.name}, {about.total_memory / 1e9:.1f} GB: {computes(torch.device('cuda', i))}"
+        )
     if torch.backends.mps.is_available():
         yield Finding("ok", f"mps: {computes(torch.device('mps'))}")
 
@@ -126,23 +133,33 @@ def published(models: Iterable[Published], verify: bool, root: Path = PROJECT_RO
         if status == "absent":
             absent.append(model.name)
         elif status == "wrong":
-            yield Finding("FAULT", f"{model.name}: {model.path} is not the published file",
-                          f"delete it, then python scripts/download_models.py {model.name}")
+            yield Finding(
+                "FAULT",
+                f"{model.name}: {model.path} is not the published file",
+                f"delete it, then python scripts/download_models.py {model.name}",
+            )
         else:
-            said = {"present": "here, not verified (--verify)", "verified": "here, as published",
-                    "unverifiable": "here and readable; no published SHA-256 to hold it to"}[status]
+            said = {
+                "present": "here, not verified (--verify)",
+                "verified": "here, as published",
+                "unverifiable": "here and readable; no published SHA-256 to hold it to",
+            }[status]
             yield Finding("ok", f"{model.name}: {said}; {model.config}")
     if absent:
-        yield Finding("note", f"{len(absent)} published models are not here: {', '.join(absent[:4])}, ...; "
-                              f"python scripts/download_models.py --list")
+        yield Finding(
+            "note",
+            f"{len(absent)} published models are not here: {', '.join(absent[:4])}, ...; "
+            f"python scripts/download_models.py --list",
+        )
 
 
 # A config and a checkpoint
 
+
 def examine(config_path: Path, ckpt: Path) -> Iterator[Finding]:
     """Whether the two belong together."""
     from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkpoint
-    from ldm.diagnosis import differences, facts_of_config, facts_of_weights, summary
+    from ldm.checkpoint.diagnosis import differences, facts_of_config, facts_of_weights, summary
 
     with blame("--config"):
         config = load_config(config_path)
@@ -165,13 +182,16 @@ def examine(config_path: Path, ckpt: Path) -> Iterator[Finding]:
     except CheckpointError as error:
         yield Finding("FAULT", str(error), f"the checkpoint {advice(weights)}")
         return
-    except (ValueError, OSError, TypeError, KeyError) as error:     # anything that a constructor can raise
+    except (ValueError, OSError, TypeError, KeyError) as error:  # anything that a constructor can raise
         yield Finding("FAULT", f"the config does not build a model: {' '.join(str(error).split())}")
         return
     yield Finding("ok", "every weight has its place")
     if broken := not_finite(model):
-        yield Finding("FAULT", f"{len(broken)} weights hold NaN or infinite numbers{some(broken)}", "a training that "
-                      "diverged, or a damaged file: take an earlier checkpoint, or download it again")
+        yield Finding(
+            "FAULT",
+            f"{len(broken)} weights hold NaN or infinite numbers{some(broken)}",
+            "a training that diverged, or a damaged file: take an earlier checkpoint, or download it again",
+        )
         return
     if stated.channels is not None:
         yield from prediction(config, model, ckpt)
@@ -184,7 +204,7 @@ def not_finite(model: nn.Module) -> list[str]:
 
 def advice(weights: Facts) -> str:
     """Which of the published configs would fit."""
-    from ldm.diagnosis import summary
+    from ldm.checkpoint.diagnosis import summary
 
     if found := fitting_configs(weights):
         return f"fits --config {' or '.join(found)}"
@@ -193,7 +213,7 @@ def advice(weights: Facts) -> str:
 
 def prediction(config: DictConfig, model: LatentDiffusion, ckpt: Path) -> Iterator[Finding]:
     """Whether the network predicts what the config says; names and shapes do not tell."""
-    from ldm.diagnosis import stated_prediction
+    from ldm.checkpoint.diagnosis import stated_prediction
 
     params = config.model.params
     says = params.get("parameterization", "eps")
@@ -205,16 +225,19 @@ def prediction(config: DictConfig, model: LatentDiffusion, ckpt: Path) -> Iterat
     elif found == says:
         yield Finding("ok", f"parameterization {says}: {source} {found}")
     else:
-        yield Finding("FAULT", f"parameterization {says} in the config, but {source} {found}",
-                      f"set parameterization: {found} in the config's model.params (Stable Diffusion 2 at 768 x 768: "
-                      f"v, configs/stable-diffusion/v2-inference-v.yaml; at 512 x 512: eps, v2-inference.yaml)")
+        yield Finding(
+            "FAULT",
+            f"parameterization {says} in the config, but {source} {found}",
+            f"set parameterization: {found} in the config's model.params (Stable Diffusion 2 at 768 x 768: "
+            f"v, configs/stable-diffusion/v2-inference-v.yaml; at 512 x 512: eps, v2-inference.yaml)",
+        )
 
 
 def measured(model: LatentDiffusion) -> str | None:
     """See `measured_prediction`; None for a network that needs more than latents and context."""
     import torch
 
-    from ldm.diagnosis import measured_prediction
+    from ldm.checkpoint.diagnosis import measured_prediction
 
     unet, t = model.model.diffusion_model, torch.tensor([model.num_timesteps - 1])
     if model.model.conditioning_key not in (None, "crossattn") or unet.num_classes is not None:

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ldm.cli import BadInput, Parser, blame, command, did_you_mean
-from ldm.published import MANIFEST, Published, load_manifest
+from ldm.checkpoint.published import MANIFEST, Published, load_manifest
+from ldm.cli.parser import Parser, command
+from ldm.io.errors import BadInput, blame, did_you_mean
 from ldm.util import PROJECT_ROOT
 
 # What can be said of a file whose publisher states no SHA-256.
@@ -28,8 +29,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="say what there is and what is here (default: of all)")
     what.add_argument("--verify", action="store_true", help="hold files that are here to their SHA-256 (default: all)")
-    parser.add_argument("--root", default=PROJECT_ROOT, type=Path, metavar="DIR",
-                        help="folder that the models' paths start from (default: the project)")
+    parser.add_argument(
+        "--root",
+        default=PROJECT_ROOT,
+        type=Path,
+        metavar="DIR",
+        help="folder that the models' paths start from (default: the project)",
+    )
     parser.add_argument("--manifest", default=MANIFEST, metavar="YAML", help="(default: models/published.yaml)")
     return parser.parse_args(argv)
 
@@ -52,8 +58,12 @@ def show(models: list[Published], root: Path) -> None:
 
 def verify(models: list[Published], root: Path, named: bool) -> list[str]:
     """What is wrong; absent files are, if they were asked for by name."""
-    meaning = {"absent": "not here", "verified": "as published", "wrong": "NOT the published file; delete it and "
-               "download it again", "unverifiable": f"here; {UNPROVEN}"}
+    meaning = {
+        "absent": "not here",
+        "verified": "as published",
+        "wrong": "NOT the published file; delete it and download it again",
+        "unverifiable": f"here; {UNPROVEN}",
+    }
     wrong = []
     if not named and all(model.status(root) == "absent" for model in models):
         print("none of the published models is here; --list shows them")
@@ -70,7 +80,7 @@ def download(model: Published, root: Path) -> None:
     """From the first mirror that has it."""
     from tqdm import tqdm
 
-    from ldm.download import DownloadError, fetch
+    from ldm.checkpoint.download import DownloadError, fetch
 
     target, failures = model.file(root), []
     if target.is_file():
@@ -79,6 +89,7 @@ def download(model: Published, root: Path) -> None:
     print(f"{model.name}: {model.about}. Licence: {model.licence}", flush=True)
     for url in model.urls:
         with tqdm(desc=model.name, unit="B", unit_scale=True, disable=None) as bar:
+
             def progress(done: int, total: int | None, bar: tqdm = bar) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
@@ -89,8 +100,9 @@ def download(model: Published, root: Path) -> None:
                 return
             except DownloadError as error:
                 failures.append(f"{url}: {error}")
-    raise BadInput(f"{model.name}: no mirror has it: {'; '.join(failures)}. If you get the file elsewhere, put it "
-                   f"at {target}")
+    raise BadInput(
+        f"{model.name}: no mirror has it: {'; '.join(failures)}. If you get the file elsewhere, put it at {target}"
+    )
 
 
 def run(args: argparse.Namespace) -> list[str]:
@@ -110,8 +122,9 @@ def run(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     wrong: list[str] = []
-    code = command("download_models.py", lambda: wrong.extend(run(arguments(argv))),
-                   "stopped; the same command goes on from here")
+    code = command(
+        "download_models.py", lambda: wrong.extend(run(arguments(argv))), "stopped; the same command goes on from here"
+    )
     return code or (1 if wrong else 0)
 
 

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import BadInput, Parser, blame, command
+from ldm.cli.parser import Parser, command
+from ldm.io.errors import BadInput, blame
 
 if TYPE_CHECKING:
     from torch import Tensor

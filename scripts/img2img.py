@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.arguments import (
+from ldm.cli.arguments import (
     EMOJI64,
     model_arguments,
     output_arguments,
@@ -14,8 +14,9 @@ from ldm.arguments import (
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli import Parser, command
-from ldm.script import GO_ON, from_picture, make_pictures
+from ldm.cli.inputs import from_picture
+from ldm.cli.parser import Parser, command
+from ldm.cli.run import GO_ON, make_pictures
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,9 +32,9 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     picture, items, setup = from_picture(args, EMOJI64)
 
-    from ldm.sampling.canvas import Picture
     from ldm.sampling.conditions import Text
     from ldm.sampling.engine import Task
+    from ldm.sampling.start import Picture
 
     task = Task(Text(args.negative_prompt), Picture(picture, args.strength))
     make_pictures(args, setup, items, task, tuple(picture.shape[1:]), args.n_samples)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.arguments import (
+from ldm.cli.arguments import (
     EMOJI64,
     ROOT,
     count_arguments,
@@ -24,31 +24,40 @@ from ldm.arguments import (
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli import BadInput, Parser, blame, command
-from ldm.messages import some
-from ldm.script import GO_ON, image_items, inpainting_task, make_pictures, make_setup, named, pixels, stacked
+from ldm.cli.inputs import image_items, named, pixels, stacked
+from ldm.cli.parser import Parser, command
+from ldm.cli.run import GO_ON, make_pictures
+from ldm.cli.setup import make_setup
+from ldm.cli.tasks import inpainting_task
+from ldm.io.errors import BadInput, blame, some
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INPAINTING_BIG = (ROOT / "models/ldm/inpainting_big/config.yaml", ROOT / "models/ldm/inpainting_big/last.ckpt")
 MASK = "_mask.png"
-SHOWN = 3       # of files that are left alone, how many the warning names
+SHOWN = 3  # of files that are left alone, how many the warning names
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="inpaint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
-    what.add_argument("--indir", required=True, metavar="DIR",
-                      help=f"pictures NAME.png with masks NAME{MASK}, white where to paint; pictures of one size")
+    what.add_argument(
+        "--indir",
+        required=True,
+        metavar="DIR",
+        help=f"pictures NAME.png with masks NAME{MASK}, white where to paint; pictures of one size",
+    )
     what.add_argument("--prompt", help="what to paint, for a model that reads text")
     negative_argument(what)
     count_arguments(what, 1, 4, "results for each picture")
     sampling_arguments(p)
     propagation_arguments(p)
     model_arguments(p)
-    p.epilog = (f"Without --config and --ckpt: {EMOJI64[1].parent.relative_to(ROOT)} with --prompt, "
-                f"{INPAINTING_BIG[1].parent.relative_to(ROOT)} without.")
+    p.epilog = (
+        f"Without --config and --ckpt: {EMOJI64[1].parent.relative_to(ROOT)} with --prompt, "
+        f"{INPAINTING_BIG[1].parent.relative_to(ROOT)} without."
+    )
     output_arguments(p, "outputs/inpainting")
     return p
 
@@ -73,7 +82,7 @@ def read_folder(folder: Path) -> Inputs:
     Raises:
         ValueError: none, a mask without its picture or of another size, or pictures of several sizes.
     """
-    from ldm.images import from_pil, open_mask, open_picture
+    from ldm.io.images import from_pil, open_mask, open_picture
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -89,8 +98,11 @@ def read_folder(folder: Path) -> Inputs:
         raise ValueError(f"{folder} has no masks; expected pictures NAME.png with masks NAME{MASK}")
     left = [path.name for path in folder.iterdir() if path.is_file() and path.name not in pictures | masks]
     if left:
-        print(f"warning: --indir: {len(left)} files are left alone, which are no pair of NAME.png and NAME{MASK}"
-              f"{some(left, SHOWN)}", file=sys.stderr)
+        print(
+            f"warning: --indir: {len(left)} files are left alone, which are no pair of NAME.png and NAME{MASK}"
+            f"{some(left, SHOWN)}",
+            file=sys.stderr,
+        )
     return Inputs(subjects, stacked(pictures), stacked(masks))
 
 

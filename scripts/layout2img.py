@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ldm.arguments import (
+from ldm.cli.arguments import (
     ROOT,
     class_names_argument,
     count_arguments,
@@ -21,13 +21,19 @@ from ldm.arguments import (
     sampling_arguments,
     size_arguments,
 )
-from ldm.cli import Parser, blame, command
-from ldm.files import read_json
-from ldm.kinds import shown
-from ldm.script import GO_ON, given_names, image_items, layout_task, make_pictures, make_setup, picture_size
+from ldm.cli.inputs import given_names, image_items
+from ldm.cli.parser import Parser, command
+from ldm.cli.run import GO_ON, make_pictures
+from ldm.cli.setup import make_setup, picture_size
+from ldm.cli.tasks import layout_task
+from ldm.io.errors import blame
+from ldm.io.files import read_json
+from ldm.io.kinds import shown
 
-LAYOUT = (ROOT / "models/ldm/layout2img-openimages256/config.yaml",
-          ROOT / "models/ldm/layout2img-openimages256/model.ckpt")
+LAYOUT = (
+    ROOT / "models/ldm/layout2img-openimages256/config.yaml",
+    ROOT / "models/ldm/layout2img-openimages256/model.ckpt",
+)
 
 
 def parser() -> argparse.ArgumentParser:

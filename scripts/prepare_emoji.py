@@ -8,6 +8,7 @@ puts each picture on white at 64x64 or 128x128 and writes `pictures.npy` and `ca
 At 64 there are five sets; at 128 nine, skin tones too. Which concepts are kept is listed in
 scripts/emoji_concepts.yaml, what is held out in heldout.yaml of the model's folder.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,25 +29,27 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.cli import BadInput, Parser, command
-from ldm.files import atomic_write, clean, read_json, read_text, read_yaml, unfinished
-from ldm.script import check_outdir
+from ldm.cli.parser import Parser, command
+from ldm.cli.setup import check_outdir
+from ldm.io.errors import BadInput
+from ldm.io.files import atomic_write, clean, read_json, read_text, read_yaml, unfinished
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCEPTS = Path(__file__).with_name("emoji_concepts.yaml")
-RENDERED = 256           # pixels at which SVG is rendered before it is scaled down
-KEYWORDS = 5             # most captions of a picture besides its name
-SHARED = 4               # a keyword of more concepts than this says too little
+RENDERED = 256  # pixels at which SVG is rendered before it is scaled down
+KEYWORDS = 5  # most captions of a picture besides its name
+SHARED = 4  # a keyword of more concepts than this says too little
 SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 
 
 # --------------------------------------------------------------------------------------------- packages
 
+
 @dataclass(frozen=True)
 class Package:
     name: str
     version: str
-    wanted: tuple[str, ...]      # what is unpacked: paths inside the package, folders end with /
+    wanted: tuple[str, ...]  # what is unpacked: paths inside the package, folders end with /
 
     @property
     def folder(self) -> str:
@@ -55,7 +58,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Style:
-    name: str                    # as captions say it
+    name: str  # as captions say it
     package: Package
     license: str
     url: str
@@ -88,9 +91,10 @@ FLUENT_FLAT_STYLE = Style("fluent flat", FLUENT_FLAT, "MIT", MICROSOFT_URL, f"{M
 @dataclass(frozen=True)
 class Recipe:
     """What a dataset of one size is made of."""
-    size: int                    # pixels, as stored
+
+    size: int  # pixels, as stored
     styles: tuple[Style, ...]
-    varied: bool                 # skin tones (tier 4), and captions that leave open what is drawn
+    varied: bool  # skin tones (tier 4), and captions that leave open what is drawn
     heldout: Path
 
     @property
@@ -98,29 +102,71 @@ class Recipe:
         return list(dict.fromkeys([*(s.package for s in self.styles), GOOGLE, OPENMOJI, EMOJILIB]))
 
 
-EMOJI64 = Recipe(64, (
-    Style("noto", GOOGLE, "Apache-2.0", GOOGLE_URL, "Noto Emoji by Google"),
-    Style("twemoji", TWITTER, "CC-BY-4.0", "https://github.com/jdecked/twemoji",
-          "Twemoji by Twitter, Inc and other contributors"),
-    FLUENT_3D_STYLE, FLUENT_FLAT_STYLE,
-    Style("openmoji", OPENMOJI, "CC-BY-SA-4.0", "https://openmoji.org",
-          "OpenMoji, the open-source emoji and icon project"),
-), False, ROOT / "models/ldm/emoji64/heldout.yaml")
+EMOJI64 = Recipe(
+    64,
+    (
+        Style("noto", GOOGLE, "Apache-2.0", GOOGLE_URL, "Noto Emoji by Google"),
+        Style(
+            "twemoji",
+            TWITTER,
+            "CC-BY-4.0",
+            "https://github.com/jdecked/twemoji",
+            "Twemoji by Twitter, Inc and other contributors",
+        ),
+        FLUENT_3D_STYLE,
+        FLUENT_FLAT_STYLE,
+        Style(
+            "openmoji",
+            OPENMOJI,
+            "CC-BY-SA-4.0",
+            "https://openmoji.org",
+            "OpenMoji, the open-source emoji and icon project",
+        ),
+    ),
+    False,
+    ROOT / "models/ldm/emoji64/heldout.yaml",
+)
 
-EMOJI128 = Recipe(128, (
-    Style("noto", NOTO, "Apache-2.0", GOOGLE_URL, "Noto Emoji by Google, packaged by Iconify"),
-    Style("noto v1", NOTO_V1, "Apache-2.0", GOOGLE_URL, "Noto Emoji (v1) by Google, packaged by Iconify"),
-    Style("twemoji", TWEMOJI, "CC-BY-4.0", "https://github.com/jdecked/twemoji",
-          "Twemoji by Twitter, Inc and other contributors, packaged by Iconify"),
-    Style("fluent", FLUENT, "MIT", MICROSOFT_URL, f"{MICROSOFT} Iconify"),
-    FLUENT_FLAT_STYLE, FLUENT_3D_STYLE,
-    Style("openmoji", OPENMOJI_ICONS, "CC-BY-SA-4.0", "https://openmoji.org",
-          "OpenMoji, the open-source emoji and icon project, packaged by Iconify"),
-    Style("fxemoji", FXEMOJI, "Apache-2.0", "https://github.com/mozilla/fxemoji",
-          "FxEmoji by Mozilla, packaged by Iconify"),
-    Style("streamline", STREAMLINE, "CC-BY-4.0", "https://github.com/webalys-hq/streamline-vectors",
-          "Streamline Emojis by Streamline, packaged by Iconify"),
-), True, ROOT / "models/ldm/emoji128/heldout.yaml")
+EMOJI128 = Recipe(
+    128,
+    (
+        Style("noto", NOTO, "Apache-2.0", GOOGLE_URL, "Noto Emoji by Google, packaged by Iconify"),
+        Style("noto v1", NOTO_V1, "Apache-2.0", GOOGLE_URL, "Noto Emoji (v1) by Google, packaged by Iconify"),
+        Style(
+            "twemoji",
+            TWEMOJI,
+            "CC-BY-4.0",
+            "https://github.com/jdecked/twemoji",
+            "Twemoji by Twitter, Inc and other contributors, packaged by Iconify",
+        ),
+        Style("fluent", FLUENT, "MIT", MICROSOFT_URL, f"{MICROSOFT} Iconify"),
+        FLUENT_FLAT_STYLE,
+        FLUENT_3D_STYLE,
+        Style(
+            "openmoji",
+            OPENMOJI_ICONS,
+            "CC-BY-SA-4.0",
+            "https://openmoji.org",
+            "OpenMoji, the open-source emoji and icon project, packaged by Iconify",
+        ),
+        Style(
+            "fxemoji",
+            FXEMOJI,
+            "Apache-2.0",
+            "https://github.com/mozilla/fxemoji",
+            "FxEmoji by Mozilla, packaged by Iconify",
+        ),
+        Style(
+            "streamline",
+            STREAMLINE,
+            "CC-BY-4.0",
+            "https://github.com/webalys-hq/streamline-vectors",
+            "Streamline Emojis by Streamline, packaged by Iconify",
+        ),
+    ),
+    True,
+    ROOT / "models/ldm/emoji128/heldout.yaml",
+)
 
 RECIPES = {r.size: r for r in (EMOJI64, EMOJI128)}
 
@@ -138,8 +184,13 @@ def fetch(package: Package, cache: Path) -> Path:
     clean(cache)
     with unfinished(cache) as temporary:
         try:
-            subprocess.run(["npm", "pack", spec, "--silent", "--pack-destination", temporary],
-                           check=True, capture_output=True, text=True, timeout=900)
+            subprocess.run(
+                ["npm", "pack", spec, "--silent", "--pack-destination", temporary],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=900,
+            )
             [archive] = Path(temporary).glob("*.tgz")
             with tarfile.open(archive) as tar:
                 members = [m for m in tar if m.name.removeprefix("package/").startswith(package.wanted)]
@@ -217,14 +268,18 @@ def chars_by_name(icons: dict, codes: Mapping[str, str]) -> dict[str, str]:
 
 def iconify(icons: dict, chars: Mapping[str, str]) -> dict[str, str]:
     """SVG markup of each concept in an Iconify icon set."""
+
     def svg(name: str) -> str | None:
         name = icons.get("aliases", {}).get(name, {"parent": name})["parent"]
         icon = icons["icons"].get(name)
         if icon is None:
             return None
         width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
-        return (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>')
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+        )
+
     return {concept_id(code): markup for code, name in chars.items() if (markup := svg(name))}
 
 
@@ -234,9 +289,11 @@ def picture(source: Path | str, size: int) -> np.ndarray:
         source = read_text(source)
     if isinstance(source, str):
         import resvg_py
-        source = io.BytesIO(resvg_py.svg_to_bytes(svg_string=source, width=RENDERED, height=RENDERED,
-                                                  skip_system_fonts=True))
-    from ldm.images import opened  # needs PyTorch; --help must answer at once
+
+        source = io.BytesIO(
+            resvg_py.svg_to_bytes(svg_string=source, width=RENDERED, height=RENDERED, skip_system_fonts=True)
+        )
+    from ldm.io.images import opened  # needs PyTorch; --help must answer at once
 
     with opened(source) as image:
         image = image.convert("RGBA")
@@ -247,14 +304,15 @@ def picture(source: Path | str, size: int) -> np.ndarray:
 
 # --------------------------------------------------------------------------------------------- words
 
-MASS = frozenset("""
+MASS = frozenset(
+    """
     bacon bread broccoli butter cereal coffee coral corn cutlery denim dna dung eyewear fire fog fondue
     garbage garlic grain ice judo kale karate lettuce lipstick luggage maize meat milk money oatmeal oden
     pasta poop popcorn porridge ramen rice sake salt soap spaghetti sushi tempura tennis thread timber
-    trash treasure underwear vhs wheat whisky wood yarn""".split())
+    trash treasure underwear vhs wheat whisky wood yarn""".split()
+)
 PLURAL = frozenset("dice children men women people teeth".split())
-PREPOSITION = re.compile(
-    r" (?:of|with|without|on|in|from|for|at|over|behind|blowing|holding|rolling|licking|and) ")
+PREPOSITION = re.compile(r" (?:of|with|without|on|in|from|for|at|over|behind|blowing|holding|rolling|licking|and) ")
 COLOURS = frozenset("black blue brown green orange pink purple red white yellow".split())
 NO_ARTICLE = re.compile(r"(?:a|an|the|two|three|santa|mount|saturn|planet earth)(?= |$)")
 
@@ -282,12 +340,16 @@ def full_caption(words: str, style: str) -> str:
     return f"{words}, {style} style"
 
 
-def telling(keywords: Iterable[str], name: str, accepted: Container[str], shared: Mapping[str, int],
-            named: Container[str]) -> list[str]:
+def telling(
+    keywords: Iterable[str], name: str, accepted: Container[str], shared: Mapping[str, int], named: Container[str]
+) -> list[str]:
     """The accepted keywords that point at this concept: of few concepts, and in no other concept's name."""
     own = words_of(name)
-    return [k for k in keywords
-            if k in accepted and shared[k] <= SHARED and all(w in own or w not in named for w in words_of(k))]
+    return [
+        k
+        for k in keywords
+        if k in accepted and shared[k] <= SHARED and all(w in own or w not in named for w in words_of(k))
+    ]
 
 
 def words_of(name: str) -> list[str]:
@@ -296,19 +358,19 @@ def words_of(name: str) -> list[str]:
 
 # --------------------------------------------------------------------------------------------- concepts
 
+
 @dataclass(frozen=True)
 class Concept:
     id: str
-    name: str                     # CLDR name, as emoji_concepts.yaml lists it
+    name: str  # CLDR name, as emoji_concepts.yaml lists it
     category: str
     tier: int
-    phrases: tuple[str, ...]      # what captions say: the name, then keywords
-    base: str                     # the concept without skin tone, with which it is held out
-    groups: tuple[str, ...]       # what captions say that leave the concept open: 'a heart', 'an animal'
+    phrases: tuple[str, ...]  # what captions say: the name, then keywords
+    base: str  # the concept without skin tone, with which it is held out
+    groups: tuple[str, ...]  # what captions say that leave the concept open: 'a heart', 'an animal'
 
 
-def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict],
-                lib: dict[str, list[str]]) -> list[Concept]:
+def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict], lib: dict[str, list[str]]) -> list[Concept]:
     """Every concept that is kept, in the order of the emoji charts.
 
     Raises:
@@ -316,10 +378,12 @@ def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict],
     """
     annotated = {concept_id(entry["hexcode"]): entry for entry in openmoji}
     by_id = {concept_id("-".join(f"{ord(c):X}" for c in char)): words for char, words in lib.items()}
-    entries = {concept_id(e["unified"]): e for e in sorted(emoji, key=lambda e: e["sort_order"])
-               if e["category"] not in ("Flags", "Component")}
-    names = {id: annotated[id]["annotation"] if id in annotated else e["name"].lower()
-             for id, e in entries.items()}
+    entries = {
+        concept_id(e["unified"]): e
+        for e in sorted(emoji, key=lambda e: e["sort_order"])
+        if e["category"] not in ("Flags", "Component")
+    }
+    names = {id: annotated[id]["annotation"] if id in annotated else e["name"].lower() for id, e in entries.items()}
     check_listed(listed, set(names.values()), {e["subcategory"] for e in entries.values()})
     tiers = {id: tier_of(names[id], e["subcategory"], listed) for id, e in entries.items()}
     captioned = [id for id in entries if tiers[id] < 3]
@@ -334,19 +398,40 @@ def concepts_of(listed: dict, emoji: list[dict], openmoji: list[dict],
         found = telling(keywords[id], names[id], set(listed["keywords"]), shared, named)
         if entries[id]["subcategory"].startswith("face-") and "face" in own[0]:
             found = [f"{k} face" for k in found]
-        return tuple(dict.fromkeys(map(phrase, own + found)))[:1 + KEYWORDS]
+        return tuple(dict.fromkeys(map(phrase, own + found)))[: 1 + KEYWORDS]
 
-    return [Concept(id, names[id], e["category"], tiers[id], phrases(id), id,
-                    colourless(names[id], tiers[id]) + tuple(listed["groups"].get(e["subcategory"], ())))
-            for id, e in entries.items() if e["category"] != "Symbols" or tiers[id] < 3]
+    return [
+        Concept(
+            id,
+            names[id],
+            e["category"],
+            tiers[id],
+            phrases(id),
+            id,
+            colourless(names[id], tiers[id]) + tuple(listed["groups"].get(e["subcategory"], ())),
+        )
+        for id, e in entries.items()
+        if e["category"] != "Symbols" or tiers[id] < 3
+    ]
 
 
 def skin_tones(concepts: Iterable[Concept], emoji: list[dict]) -> list[Concept]:
     """Tier 4: each concept in each skin tone, where the tone is one for the whole picture."""
     variants = {concept_id(e["unified"]): e.get("skin_variations", {}) for e in emoji}
-    return [Concept(concept_id(variants[c.id][code]["unified"]), f"{c.name}: {tone} skin tone", c.category, 4,
-                    (f"{c.phrases[0]} with {tone} skin tone",), c.id, (c.phrases[0], *c.groups))
-            for c in concepts for code, tone in SKIN_TONES.items() if code in variants[c.id]]
+    return [
+        Concept(
+            concept_id(variants[c.id][code]["unified"]),
+            f"{c.name}: {tone} skin tone",
+            c.category,
+            4,
+            (f"{c.phrases[0]} with {tone} skin tone",),
+            c.id,
+            (c.phrases[0], *c.groups),
+        )
+        for c in concepts
+        for code, tone in SKIN_TONES.items()
+        if code in variants[c.id]
+    ]
 
 
 def colourless(name: str, tier: int) -> tuple[str, ...]:
@@ -380,6 +465,7 @@ def agreed_keywords(annotated: dict | None, lib: Iterable[str]) -> list[str]:
 
 # --------------------------------------------------------------------------------------------- the split
 
+
 def share(*key: str) -> float:
     """A number in [0, 1) that depends on the key alone."""
     return int.from_bytes(hashlib.sha256("/".join(key).encode()).digest()[:8], "big") / 2**64
@@ -389,8 +475,10 @@ def choose_heldout(concepts: list[Concept], iconic: Iterable[str], model: str, s
     """The text of heldout.yaml: about 5 % of the concepts of tiers 1 and 2, and 3 % of the other pairs."""
     captioned = [c for c in concepts if c.tier < 3]
     held = {c.id for c in captioned if c.name not in set(iconic) and share("concept", c.id) < 0.06}
-    lines = [f"# Kept out of the training of {model}. scripts/prepare_emoji.py obeys this file.",
-             "concepts:   # in no style"]
+    lines = [
+        f"# Kept out of the training of {model}. scripts/prepare_emoji.py obeys this file.",
+        "concepts:   # in no style",
+    ]
     lines += [f'  "{c.id}": {json.dumps(c.name)}' for c in captioned if c.id in held]
     lines += ["pairs:      # not in these styles"]
     for concept in captioned:
@@ -409,8 +497,10 @@ def split_of(concept: str, style: str, heldout: dict) -> str:
 
 # --------------------------------------------------------------------------------------------- the dataset
 
-def build(recipe: Recipe, concepts: list[Concept], found: Mapping[Style, dict[str, Path | str]],
-          heldout: dict) -> tuple[list[np.ndarray], dict]:
+
+def build(
+    recipe: Recipe, concepts: list[Concept], found: Mapping[Style, dict[str, Path | str]], heldout: dict
+) -> tuple[list[np.ndarray], dict]:
     """Pictures, each (size, size, 3) uint8, and the COCO captions that belong to them."""
     pictures, images, annotations = [], [], []
     for number, style in enumerate(recipe.styles, start=1):
@@ -419,24 +509,52 @@ def build(recipe: Recipe, concepts: list[Concept], found: Mapping[Style, dict[st
         for concept in tqdm(drawn, desc=style.name, leave=False, disable=None):
             drawing = picture(found[style][concept.id], recipe.size)
             digest = hashlib.sha256(drawing).digest()
-            if digest in seen:      # some sets draw one picture for several people or families
+            if digest in seen:  # some sets draw one picture for several people or families
                 continue
             seen.add(digest)
             row = len(images)
             pictures.append(drawing)
-            images.append({
-                "id": row, "file_name": f"{style.name.replace(' ', '_')}/{concept.id}.png",
-                "height": recipe.size, "width": recipe.size, "license": number, "concept": concept.id,
-                "name": concept.name, "style": style.name, "category": concept.category,
-                "tier": concept.tier, "split": split_of(concept.base, style.name, heldout)})
+            images.append(
+                {
+                    "id": row,
+                    "file_name": f"{style.name.replace(' ', '_')}/{concept.id}.png",
+                    "height": recipe.size,
+                    "width": recipe.size,
+                    "license": number,
+                    "concept": concept.id,
+                    "name": concept.name,
+                    "style": style.name,
+                    "category": concept.category,
+                    "tier": concept.tier,
+                    "split": split_of(concept.base, style.name, heldout),
+                }
+            )
             for kind, words in captions_of(concept, recipe.varied):
-                annotations.append({"id": len(annotations), "image_id": row, "phrase": words,
-                                    "caption": full_caption(words, style.name), "kind": kind})
-    licenses = [{"id": i, "name": s.license, "url": s.url, "attribution": s.attribution,
-                 "package": f"{s.package.name}@{s.package.version}"} for i, s in enumerate(recipe.styles, start=1)]
+                annotations.append(
+                    {
+                        "id": len(annotations),
+                        "image_id": row,
+                        "phrase": words,
+                        "caption": full_caption(words, style.name),
+                        "kind": kind,
+                    }
+                )
+    licenses = [
+        {
+            "id": i,
+            "name": s.license,
+            "url": s.url,
+            "attribution": s.attribution,
+            "package": f"{s.package.name}@{s.package.version}",
+        }
+        for i, s in enumerate(recipe.styles, start=1)
+    ]
     return pictures, {
         "info": {"description": "Emoji pictures on white with captions", "version": "1"},
-        "licenses": licenses, "images": images, "annotations": annotations}
+        "licenses": licenses,
+        "images": images,
+        "annotations": annotations,
+    }
 
 
 def captions_of(concept: Concept, varied: bool) -> list[tuple[str, str]]:
@@ -483,7 +601,7 @@ def prepare(recipe: Recipe, out: Path, cache: Path) -> dict:
 
 
 def run(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("resvg_py") is None:    # before anything is fetched
+    if importlib.util.find_spec("resvg_py") is None:  # before anything is fetched
         raise BadInput('the package resvg-py is needed to draw SVG pictures: pip install -e ".[train]", or ".[eval]"')
     check_outdir(args.out, "--out")
     if args.cache is not None:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.arguments import (
+from ldm.cli.arguments import (
     ROOT,
     count_arguments,
     model_arguments,
@@ -20,8 +20,12 @@ from ldm.arguments import (
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli import Parser, blame, command
-from ldm.script import GO_ON, image_items, make_pictures, make_setup, named, settle_upscaling, stacked, upscaling_task
+from ldm.cli.inputs import image_items, named, stacked
+from ldm.cli.parser import Parser, command
+from ldm.cli.run import GO_ON, make_pictures
+from ldm.cli.setup import make_setup
+from ldm.cli.tasks import settle_upscaling, upscaling_task
+from ldm.io.errors import blame
 
 BSR_SR = (ROOT / "models/ldm/bsr_sr/config.yaml", ROOT / "models/ldm/bsr_sr/model.ckpt")
 
@@ -29,10 +33,14 @@ BSR_SR = (ROOT / "models/ldm/bsr_sr/config.yaml", ROOT / "models/ldm/bsr_sr/mode
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="superresolution.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
-    what.add_argument("--images", nargs="+", required=True, metavar="FILE",
-                      help="small pictures of one size; each side comes out f times as long (4 times by both models)")
-    what.add_argument("--prompt",
-                      help="what the pictures show, for the x4 upscaler (default: nothing said)")
+    what.add_argument(
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="small pictures of one size; each side comes out f times as long (4 times by both models)",
+    )
+    what.add_argument("--prompt", help="what the pictures show, for the x4 upscaler (default: nothing said)")
     negative_argument(what)
     noise_level_argument(what)
     count_arguments(what, 1, 1, "results for each picture")
@@ -44,11 +52,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.images import from_pil, open_picture
+    from ldm.io.images import from_pil, open_picture
 
     with blame("--images"):
         images = {path: from_pil(open_picture(path)) for path in args.images}
-        pictures = stacked(images)                                                          # (N, 3, h, w)
+        pictures = stacked(images)  # (N, 3, h, w)
         subjects = [named(path, "image") for path in images]
     setup = make_setup(args, BSR_SR)
     text = settle_upscaling(args, setup)

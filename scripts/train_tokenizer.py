@@ -1,6 +1,6 @@
 """Learn a small vocabulary from the captions of a dataset.
 
-    python scripts/train_tokenizer.py --captions data/emoji64/captions.json --out models/ldm/emoji64/tokenizer.json
+python scripts/train_tokenizer.py --captions data/emoji64/captions.json --out models/ldm/emoji64/tokenizer.json
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ldm.arguments import count
-from ldm.cli import Parser, blame, command
+from ldm.cli.arguments import count
+from ldm.cli.parser import Parser, command
+from ldm.io.errors import blame
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.files import atomic_write, read_json
+    from ldm.io.files import atomic_write, read_json
     from ldm.modules.encoders.tokenizer import train_tokenizer
 
     with blame("--captions", (OSError, ValueError, KeyError)):

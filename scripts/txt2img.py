@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.arguments import (
+from ldm.cli.arguments import (
     EMOJI64,
     ROOT,
     model_arguments,
@@ -16,8 +16,10 @@ from ldm.arguments import (
     size_arguments,
     text_arguments,
 )
-from ldm.cli import Parser, command
-from ldm.script import GO_ON, make_pictures, make_setup, picture_size, text_items
+from ldm.cli.inputs import text_items
+from ldm.cli.parser import Parser, command
+from ldm.cli.run import GO_ON, make_pictures
+from ldm.cli.setup import make_setup, picture_size
 
 LAION400M = (ROOT / "configs/latent-diffusion/txt2img-1p4B-eval.yaml", ROOT / "models/ldm/text2img-large/model.ckpt")
 
@@ -28,8 +30,10 @@ def parser() -> argparse.ArgumentParser:
     sampling_arguments(p)
     propagation_arguments(p)
     model_arguments(p, EMOJI64).add_argument(
-        "--laion400m", action="store_true",
-        help="without --config and --ckpt: latent diffusion trained on LAION-400M, models/ldm/text2img-large")
+        "--laion400m",
+        action="store_true",
+        help="without --config and --ckpt: latent diffusion trained on LAION-400M, models/ldm/text2img-large",
+    )
     output_arguments(p, "outputs/txt2img-samples")
     return p
 

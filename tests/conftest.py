@@ -1,4 +1,5 @@
 """Every test runs on one thread and from the same seed, and none depends on how fast the machine is."""
+
 from __future__ import annotations
 
 import hypothesis

@@ -1,4 +1,5 @@
 """Golden cases and the recipe for their weights."""
+
 from __future__ import annotations
 
 import json
@@ -13,9 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 GOLDENS = Path(__file__).parent / "goldens"
-EMBEDDING_SUFFIXES = ("embedding.weight", "emb.weight", "emb.emb.weight", "positional_embedding",
-                      "token_embedding.weight", "position_embedding.weight", "label_emb.weight",
-                      "text_projection", "embedding_table.weight")
+EMBEDDING_SUFFIXES = (
+    "embedding.weight",
+    "emb.weight",
+    "emb.emb.weight",
+    "positional_embedding",
+    "token_embedding.weight",
+    "position_embedding.weight",
+    "label_emb.weight",
+    "text_projection",
+    "embedding_table.weight",
+)
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -38,8 +47,13 @@ def recipe_tensor(key: str, shape: tuple[int, ...], seed: int, gain: float) -> T
     return torch.from_numpy(np.asarray(r, dtype=np.float16)).float()
 
 
-def recipe_weights(module: Module, seed: int, gain: float = 1.0, stored: Mapping[str, Tensor] | None = None,
-                   sums: Mapping[str, tuple[list[int], float]] | None = None) -> Module:
+def recipe_weights(
+    module: Module,
+    seed: int,
+    gain: float = 1.0,
+    stored: Mapping[str, Tensor] | None = None,
+    sums: Mapping[str, tuple[list[int], float]] | None = None,
+) -> Module:
     """Fill a module's parameters by the recipe; returns it in eval mode.
 
     Args:

@@ -12,7 +12,7 @@ from contracts import from_recipe, load_case
 
 from ldm.models.diffusion.ddpm import DDPM
 
-SHAPE = (4, 8, 8)       # of a latent
+SHAPE = (4, 8, 8)  # of a latent
 
 
 @cache

@@ -46,8 +46,14 @@ class Child:
 def quick_help(script: Path) -> str:
     """What a command prints with --help: at once, since PyTorch, whose import takes seconds, is not imported."""
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-X", "importtime", str(script), "--help"], capture_output=True, text=True,
-                          check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(script), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported and not imported & {"torch", "pytorch_lightning", "transformers"}
     return done.stdout

@@ -16,7 +16,7 @@ from tiny_clip import TINY_OPEN, TINY_TEXT
 from txt2img_model import load_script
 
 from ldm.checkpoint import save_weights
-from ldm.generate import read_manifest
+from ldm.sampling.generate import read_manifest
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parents[1]
@@ -47,9 +47,9 @@ def tiny_model(folder: Path, published: str, latent: int = 8, **params: Any) -> 
     weights = recipe_weights(instantiate_from_config(config.model), seed=1, gain=0.6)
     state = weights.state_dict()
     if CODEBOOK in state:
-        state[CODEBOOK] *= 10       # as wide as the latents of a random network, lest all become the same few codes
+        state[CODEBOOK] *= 10  # as wide as the latents of a random network, lest all become the same few codes
     if DEPTH_BIAS in state:
-        state[DEPTH_BIAS] += 1      # the depth of a random network may be nowhere above 0, and is cut off there
+        state[DEPTH_BIAS] += 1  # the depth of a random network may be nowhere above 0, and is cut off there
     save_weights(folder / "model.safetensors", state)
     return ["--config", str(folder / "config.yaml"), "--ckpt", str(folder / "model.safetensors")]
 
@@ -62,8 +62,9 @@ def tiny_text_model(folder: Path, published: str, **params: Any) -> list[str]:
     encoder["vocabulary"] = str(write_vocabulary(folder))
     if "num_head_channels" in model.unet_config.params:
         params["unet_config__params__num_head_channels"] = 16
-    return tiny_model(folder, published, unet_config__params__context_dim=16, cond_stage_config__params=encoder,
-                      **params)
+    return tiny_model(
+        folder, published, unet_config__params__context_dim=16, cond_stage_config__params=encoder, **params
+    )
 
 
 class Script:

@@ -13,15 +13,20 @@ from toy import final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
 from ldm.models.diffusion.denoiser import Guidance
 from ldm.models.diffusion.loop import Rule, State, denoise
-from ldm.models.diffusion.online import OnlinePlan
-from ldm.models.diffusion.plan import PROPAGATIONS, Plan, Work
-from ldm.models.diffusion.plans import load_plan
-from ldm.models.diffusion.propagation import Propagation
-from ldm.models.diffusion.solvers import SOLVERS
+from ldm.models.diffusion.propagation.features import Propagation
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.online import OnlinePlan
+from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan, Work
+from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.modules.diffusionmodules.features import Features
 
-GUIDANCE = {"none": 1.0, "always": 3.0, "interval": Guidance(3.0, (100, 700)), "reuse": Guidance(3.0, reuse=True),
-            "both": Guidance(3.0, (100, 700), reuse=True)}
+GUIDANCE = {
+    "none": 1.0,
+    "always": 3.0,
+    "interval": Guidance(3.0, (100, 700)),
+    "reuse": Guidance(3.0, reuse=True),
+    "both": Guidance(3.0, (100, 700), reuse=True),
+}
 
 
 @st.composite
@@ -30,17 +35,28 @@ def family(draw, num_nodes: int, decoders_only: bool) -> Plan:
     kinds = draw(st.lists(st.sampled_from("kd" if decoders_only else "kds"), min_size=num_nodes, max_size=num_nodes))
     kinds[0] = "k"
     keys, shallow = (tuple(i for i, kind in enumerate(kinds) if kind == wanted) for wanted in "ks")
-    return Plan(num_nodes, keys, draw(st.integers(1, num_nodes + 1)), shallow,
-                draw(st.integers(0, 2)) if shallow else 0, draw(st.sampled_from([*PROPAGATIONS])),
-                0 if decoders_only else draw(st.integers(0, 2)))
+    return Plan(
+        num_nodes,
+        keys,
+        draw(st.integers(1, num_nodes + 1)),
+        shallow,
+        draw(st.integers(0, 2)) if shallow else 0,
+        draw(st.sampled_from([*PROPAGATIONS])),
+        0 if decoders_only else draw(st.integers(0, 2)),
+    )
 
 
 def serial(plan: Plan) -> Plan:
     return Plan(plan.num_nodes, plan.keys, 1, plan.shallow, plan.branch, plan.propagate, plan.refresh)
 
 
-@given(data=st.data(), name=st.sampled_from([*SOLVERS]), steps=st.integers(1, 9), guidance=st.sampled_from([*GUIDANCE]),
-       batch=st.integers(1, 2))
+@given(
+    data=st.data(),
+    name=st.sampled_from([*SOLVERS]),
+    steps=st.integers(1, 9),
+    guidance=st.sampled_from([*GUIDANCE]),
+    batch=st.integers(1, 2),
+)
 def test_parallel_is_serial_for_every_plan_solver_and_guidance(data, name, steps, guidance, batch):
     x, cond, uncond = toy_inputs(batch)
     network, rule = toy_network(), any_rule(name, steps)
@@ -152,7 +168,8 @@ def test_refreshed_skips_follow_the_latent():
     network, rule = toy_network(), toy_rule(4)
     model = toy_denoiser(network, cond, uncond, 2.0)
     plain, held, one, two = (
-        final(model, rule, plan, x) for plan in (load_plan("off", 4), *(Plan(4, (0,), refresh=n) for n in range(3))))
+        final(model, rule, plan, x) for plan in (load_plan("off", 4), *(Plan(4, (0,), refresh=n) for n in range(3)))
+    )
     errors = [(run - plain).norm().item() for run in (held, one, two)]
     assert errors[0] > errors[1] > 0 and errors[2] > 0
     assert network.refreshed.count(2) == 2 * 3, "at every node but the key node, for both halves of the guidance"
@@ -162,8 +179,13 @@ def test_guidance_is_computed_where_it_is_asked_for():
     x, cond, uncond = toy_inputs(1)
     rule, plan = toy_rule(8), Plan(8, (0, 3, 6))
     ts = [node.t for node in rule.nodes]
-    expected = {"always": [2] * 8, "none": [1] * 8, "interval": [1] * 3 + [2] * 3 + [2] * 2,
-                "reuse": [2, 1, 1] * 2 + [2, 1], "both": [1] * 3 + [2, 1, 1, 2, 1]}
+    expected = {
+        "always": [2] * 8,
+        "none": [1] * 8,
+        "interval": [1] * 3 + [2] * 3 + [2] * 2,
+        "reuse": [2, 1, 1] * 2 + [2, 1],
+        "both": [1] * 3 + [2, 1, 1, 2, 1],
+    }
     guidance = {name: g if isinstance(g, Guidance) else Guidance(g) for name, g in GUIDANCE.items()}
     assert ts[0] > 700 > ts[3] > ts[6] > 100
     for name, counts in expected.items():

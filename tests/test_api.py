@@ -24,47 +24,121 @@ DOG = {"class": 3, "box": [0, 0, 1, 1]}
 MODELS = {
     "text": lambda folder: ["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
     "inpainting from text": lambda folder: tiny_text_model(
-        folder, "configs/stable-diffusion/v1-inpainting-inference.yaml"),
+        folder, "configs/stable-diffusion/v1-inpainting-inference.yaml"
+    ),
     "inpainting": lambda folder: tiny_model(folder, "models/ldm/inpainting_big/config.yaml"),
-    "depth": lambda folder: tiny_text_model(folder, "configs/stable-diffusion/v2-midas-inference.yaml",
-                                            depth_stage_config__params__settings=TINY),
+    "depth": lambda folder: tiny_text_model(
+        folder, "configs/stable-diffusion/v2-midas-inference.yaml", depth_stage_config__params__settings=TINY
+    ),
     "upscaling": lambda folder: tiny_model(folder, "models/ldm/bsr_sr/config.yaml"),
     "classes": lambda folder: tiny_model(folder, "configs/latent-diffusion/cin256-v2.yaml", **NARROW),
     "nothing": lambda folder: tiny_model(folder, "models/ldm/ffhq256/config.yaml"),
     "boxes": lambda folder: tiny_model(
-        folder, "models/ldm/layout2img-openimages256/config.yaml", unet_config__params__context_dim=32,
-        unet_config__params__transformer_depth=1, cond_stage_config__params__n_embed=32,
-        cond_stage_config__params__n_layer=2),
+        folder,
+        "models/ldm/layout2img-openimages256/config.yaml",
+        unet_config__params__context_dim=32,
+        unet_config__params__transformer_depth=1,
+        cond_stage_config__params__n_embed=32,
+        cond_stage_config__params__n_layer=2,
+    ),
     "labels": lambda folder: tiny_model(folder, "models/ldm/semantic_synthesis256/config.yaml"),
     "upscaling, text": lambda folder: tiny_text_model(folder, "configs/stable-diffusion/x4-upscaling.yaml"),
 }
 HEART = "a red heart, noto style"
 CASES = {
-    "text": ("text", "txt2img", ["--prompt", HEART, "--n_samples", "2", "--plan", "auto:9", "--steps", "50"],
-             {"subjects": [HEART], "samples": 2, "plan": "auto:9", "steps": 50}),
-    "every flag": ("text", "txt2img", [
-        "--prompt", HEART, "--n_samples", "1", "--sampler", "euler-a", "--scale", "3", "--propagate", "linear",
-        "--noise-weight", "0.1", "--noise-order", "after", "--guidance-interval", "0,900", "--parallel", "2",
-        "--H", "32", "--W", "96"],
-        {"subjects": HEART, "sampler": "euler-a", "scale": 3, "propagate": "linear", "noise_weight": 0.1,
-         "noise_order": "after", "guidance_interval": (0, 900), "parallel": 2, "H": 32, "W": 96}),
-    "image to image": ("text", "img2img", ["--prompt", HEART, "--init-img", "a.png", "--n_samples", "2"],
-                       {"subjects": HEART, "image": "a.png", "samples": 2}),
-    "masked": ("text", "inpaint", ["--prompt", HEART, "--indir", "in"],
-               {"subjects": HEART, "image": ["in/bird.png", "in/cat.png"],
-                "mask": ["in/bird_mask.png", "in/cat_mask.png"]}),
-    "inpainting from text": ("inpainting from text", "inpaint", ["--prompt", "a cat", "--indir", "in"],
-                             {"subjects": ["a cat"], "image": ["in/bird.png", "in/cat.png"],
-                              "mask": ["in/bird_mask.png", "in/cat_mask.png"]}),
-    "inpainting": ("inpainting", "inpaint", ["--indir", "in"],
-                   {"image": ["in/bird.png", "in/cat.png"], "mask": ["in/bird_mask.png", "in/cat_mask.png"]}),
-    "depth": ("depth", "depth2img", ["--prompt", "a cat", "--init-img", "a.png", "--n_samples", "1"],
-              {"subjects": ["a cat"], "image": Path("a.png")}),
+    "text": (
+        "text",
+        "txt2img",
+        ["--prompt", HEART, "--n_samples", "2", "--plan", "auto:9", "--steps", "50"],
+        {"subjects": [HEART], "samples": 2, "plan": "auto:9", "steps": 50},
+    ),
+    "every flag": (
+        "text",
+        "txt2img",
+        [
+            "--prompt",
+            HEART,
+            "--n_samples",
+            "1",
+            "--sampler",
+            "euler-a",
+            "--scale",
+            "3",
+            "--propagate",
+            "linear",
+            "--noise-weight",
+            "0.1",
+            "--noise-order",
+            "after",
+            "--guidance-interval",
+            "0,900",
+            "--parallel",
+            "2",
+            "--H",
+            "32",
+            "--W",
+            "96",
+        ],
+        {
+            "subjects": HEART,
+            "sampler": "euler-a",
+            "scale": 3,
+            "propagate": "linear",
+            "noise_weight": 0.1,
+            "noise_order": "after",
+            "guidance_interval": (0, 900),
+            "parallel": 2,
+            "H": 32,
+            "W": 96,
+        },
+    ),
+    "image to image": (
+        "text",
+        "img2img",
+        ["--prompt", HEART, "--init-img", "a.png", "--n_samples", "2"],
+        {"subjects": HEART, "image": "a.png", "samples": 2},
+    ),
+    "masked": (
+        "text",
+        "inpaint",
+        ["--prompt", HEART, "--indir", "in"],
+        {"subjects": HEART, "image": ["in/bird.png", "in/cat.png"], "mask": ["in/bird_mask.png", "in/cat_mask.png"]},
+    ),
+    "inpainting from text": (
+        "inpainting from text",
+        "inpaint",
+        ["--prompt", "a cat", "--indir", "in"],
+        {
+            "subjects": ["a cat"],
+            "image": ["in/bird.png", "in/cat.png"],
+            "mask": ["in/bird_mask.png", "in/cat_mask.png"],
+        },
+    ),
+    "inpainting": (
+        "inpainting",
+        "inpaint",
+        ["--indir", "in"],
+        {"image": ["in/bird.png", "in/cat.png"], "mask": ["in/bird_mask.png", "in/cat_mask.png"]},
+    ),
+    "depth": (
+        "depth",
+        "depth2img",
+        ["--prompt", "a cat", "--init-img", "a.png", "--n_samples", "1"],
+        {"subjects": ["a cat"], "image": Path("a.png")},
+    ),
     "upscaling": ("upscaling", "superresolution", ["--images", "s.png"], {"image": "s.png"}),
-    "upscaling, text": ("upscaling, text", "superresolution", ["--images", "s.png", "--prompt", "a cat"],
-                        {"subjects": "a cat", "image": "s.png"}),
-    "classes": ("classes", "class_conditional", ["--classes", "3", "tench", "--n_samples", "1"],
-                {"subjects": [3, "tench"]}),
+    "upscaling, text": (
+        "upscaling, text",
+        "superresolution",
+        ["--images", "s.png", "--prompt", "a cat"],
+        {"subjects": "a cat", "image": "s.png"},
+    ),
+    "classes": (
+        "classes",
+        "class_conditional",
+        ["--classes", "3", "tench", "--n_samples", "1"],
+        {"subjects": [3, "tench"]},
+    ),
     "nothing": ("nothing", "sample_diffusion", ["-n", "2"], {"samples": 2}),
     "boxes": ("boxes", "layout2img", ["--boxes", "boxes.json"], {"subjects": [[DOG]]}),
     "labels": ("labels", "semantic2img", ["--maps", "map.png"], {"subjects": ["map.png"]}),
@@ -80,6 +154,7 @@ def models(tmp_path_factory):
         if kind not in made:
             made[kind] = MODELS[kind](tmp_path_factory.mktemp("model"))
         return made[kind]
+
     return files
 
 
@@ -106,7 +181,7 @@ def test_the_pictures_are_those_of_the_script(case, models, tmp_path):
     assert model.kind == kind.partition(",")[0]
     run = model.run(**told, seed=7)
     images = run.images()
-    if name not in ("txt2img", "img2img", "depth2img"):     # the last digits depend on the batch
+    if name not in ("txt2img", "img2img", "depth2img"):  # the last digits depend on the batch
         arguments = [*arguments, "--batch_size", str(len(run.items))]
     script = Script(name, tmp_path, *files)
     expected = [script.pixels(entry) for entry in script(*arguments, "--seed", "7")]
@@ -115,11 +190,17 @@ def test_the_pictures_are_those_of_the_script(case, models, tmp_path):
         assert image.mode == "RGB" and (np.asarray(image).astype(int) == pixels).all()
 
 
-SCRIPTS = {"text": ("txt2img", []), "inpainting from text": ("inpaint", ["--indir", "in"]),
-           "inpainting": ("inpaint", ["--indir", "in"]),
-           "depth": ("depth2img", ["--init-img", "a.png"]), "upscaling": ("superresolution", ["--images", "s.png"]),
-           "classes": ("class_conditional", []), "nothing": ("sample_diffusion", []),
-           "boxes": ("layout2img", ["--boxes", "boxes.json"]), "labels": ("semantic2img", ["--maps", "map.png"])}
+SCRIPTS = {
+    "text": ("txt2img", []),
+    "inpainting from text": ("inpaint", ["--indir", "in"]),
+    "inpainting": ("inpaint", ["--indir", "in"]),
+    "depth": ("depth2img", ["--init-img", "a.png"]),
+    "upscaling": ("superresolution", ["--images", "s.png"]),
+    "classes": ("class_conditional", []),
+    "nothing": ("sample_diffusion", []),
+    "boxes": ("layout2img", ["--boxes", "boxes.json"]),
+    "labels": ("semantic2img", ["--maps", "map.png"]),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,8 +209,11 @@ def test_defaults_are_those_of_the_script(kind):
     name, needed = SCRIPTS[kind]
     script = vars(load_script(name).parser().parse_args(needed))
     ours = vars(parsed(KINDS[kind], {}))
-    differ = {argument: (value, script[argument]) for argument, value in ours.items()
-              if argument in script and script[argument] != value}
+    differ = {
+        argument: (value, script[argument])
+        for argument, value in ours.items()
+        if argument in script and script[argument] != value
+    }
     assert not differ.keys() - {"n_samples", "batch_size", "scale" if kind == "inpainting" else ""}
 
 
@@ -143,7 +227,7 @@ def test_images_in_memory_are_read_as_files_are(models):
     see_through = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
     white = Image.new("RGB", (64, 64), "white")
     first, second = (model.images(HEART, image=one, steps=3, strength=0.4)[0] for one in (see_through, white))
-    assert first.tobytes() == second.tobytes()      # prompts name the noise, and what is transparent is white
+    assert first.tobytes() == second.tobytes()  # prompts name the noise, and what is transparent is white
 
 
 def test_sizes_follow_each_other_and_batches_change_nothing(models):
@@ -153,27 +237,39 @@ def test_sizes_follow_each_other_and_batches_change_nothing(models):
     assert small.size == (32, 32) and large.size == (64, 64) and small.tobytes() == again.tobytes()
 
 
-@pytest.mark.parametrize("told, error, why", [
-    ({}, ValueError, "subjects must be one or more prompts"), ({"subjects": []}, ValueError, "one or more prompts"),
-    ({"subjects": [3]}, ValueError, "one or more prompts"),
-    ({"subjects": HEART, "steps": 0}, ValueError, "^steps: expected a whole number in 1..10000; got '0'"),
-    ({"subjects": HEART, "step": 9}, TypeError, "step: no argument of this kind of model; there are"),
-    ({"subjects": HEART, "plms": 1}, TypeError, "plms must be True or False"),
-    ({"subjects": HEART, "H": 33}, ValueError, "^H: must be a multiple of 32"),
-    ({"subjects": HEART, "plan": "auto:9", "steps": 20}, ValueError, "^plan: auto plans need .* there is 50"),
-    ({"subjects": HEART, "strength": 0.5}, ValueError, "strength needs an image"),
-    ({"subjects": HEART, "image": "in/bird.png", "mask": "in/bird_mask.png", "strength": 0.5}, ValueError, "with mask"),
-    ({"subjects": HEART, "image": "in/bird.png", "mask": "map.png"}, ValueError, "mask must be as large as the image"),
-    ({"subjects": HEART, "mask": "in/bird_mask.png"}, ValueError, "image: needed"),
-    ({"subjects": HEART, "image": 3}, TypeError, "expected a PIL image or the path of a file; got a int"),
-    ({"subjects": HEART, "image": "in"}, ValueError, "^in: a folder; expected a file"),
-    ({"subjects": HEART, "image": "/dev/zero"}, ValueError, "^/dev/zero: a device; expected a file"),
-    ({"subjects": HEART, "version": True}, TypeError, "^version: no argument"),
-    ({"subjects": HEART, "negative_prompt": {"a": 1}}, TypeError, "^negative_prompt must be a text"),
-    ({"subjects": HEART, "steps": True}, TypeError, "^steps must be a text, a number"),
-    ({"subjects": HEART, "image": "none.png"}, FileNotFoundError, "none.png"),
-    ({"subjects": HEART, "tome": 2}, ValueError, "^tome: expected a number in 0..0.75"),
-])
+@pytest.mark.parametrize(
+    "told, error, why",
+    [
+        ({}, ValueError, "subjects must be one or more prompts"),
+        ({"subjects": []}, ValueError, "one or more prompts"),
+        ({"subjects": [3]}, ValueError, "one or more prompts"),
+        ({"subjects": HEART, "steps": 0}, ValueError, "^steps: expected a whole number in 1..10000; got '0'"),
+        ({"subjects": HEART, "step": 9}, TypeError, "step: no argument of this kind of model; there are"),
+        ({"subjects": HEART, "plms": 1}, TypeError, "plms must be True or False"),
+        ({"subjects": HEART, "H": 33}, ValueError, "^H: must be a multiple of 32"),
+        ({"subjects": HEART, "plan": "auto:9", "steps": 20}, ValueError, "^plan: auto plans need .* there is 50"),
+        ({"subjects": HEART, "strength": 0.5}, ValueError, "strength needs an image"),
+        (
+            {"subjects": HEART, "image": "in/bird.png", "mask": "in/bird_mask.png", "strength": 0.5},
+            ValueError,
+            "with mask",
+        ),
+        (
+            {"subjects": HEART, "image": "in/bird.png", "mask": "map.png"},
+            ValueError,
+            "mask must be as large as the image",
+        ),
+        ({"subjects": HEART, "mask": "in/bird_mask.png"}, ValueError, "image: needed"),
+        ({"subjects": HEART, "image": 3}, TypeError, "expected a PIL image or the path of a file; got a int"),
+        ({"subjects": HEART, "image": "in"}, ValueError, "^in: a folder; expected a file"),
+        ({"subjects": HEART, "image": "/dev/zero"}, ValueError, "^/dev/zero: a device; expected a file"),
+        ({"subjects": HEART, "version": True}, TypeError, "^version: no argument"),
+        ({"subjects": HEART, "negative_prompt": {"a": 1}}, TypeError, "^negative_prompt must be a text"),
+        ({"subjects": HEART, "steps": True}, TypeError, "^steps must be a text, a number"),
+        ({"subjects": HEART, "image": "none.png"}, FileNotFoundError, "none.png"),
+        ({"subjects": HEART, "tome": 2}, ValueError, "^tome: expected a number in 0..0.75"),
+    ],
+)
 def test_what_is_not_taken_is_said(models, told, error, why):
     files = models("text")
     with pytest.raises(error, match=why):
@@ -191,18 +287,25 @@ def test_a_prompt_that_is_not_read_to_its_end_is_said(models):
         ldm.load(config=files[1], ckpt=files[3]).run("a red heart " * 20)
 
 
-@pytest.mark.parametrize("given, error, why", [
-    ({}, ValueError, "give a model's name, or config and ckpt"),
-    ({"name": "emoji64", "ckpt": "a.ckpt"}, ValueError, "give a model's name"),
-    ({"ckpt": "map.png"}, ValueError, "^ckpt: map.png"),
-    ({"config": "a.yaml", "ckpt": "a.ckpt"}, FileNotFoundError, "a.yaml: no such file"),
-    ({"name": "nobody"}, ValueError, "there is no model 'nobody'; accepted: emoji64, sd-v1-4"),
-    ({"name": "sd-v1-5"}, FileNotFoundError, "download_models.py sd-v1-5, or put https://.* at models/ldm/stable-diff"),
-    ({"name": "emoji64", "weights": "ema2"}, ValueError, "weights must be one of auto, ema, raw"),
-    ({"name": "n" * 5000}, ValueError, "File name too long"),
-    ({"config": "n" * 5000}, ValueError, "File name too long"),
-    ({"name": "emoji64", "device": "cuda:99"}, ValueError, "^device: cuda:99 is not there"),
-])
+@pytest.mark.parametrize(
+    "given, error, why",
+    [
+        ({}, ValueError, "give a model's name, or config and ckpt"),
+        ({"name": "emoji64", "ckpt": "a.ckpt"}, ValueError, "give a model's name"),
+        ({"ckpt": "map.png"}, ValueError, "^ckpt: map.png"),
+        ({"config": "a.yaml", "ckpt": "a.ckpt"}, FileNotFoundError, "a.yaml: no such file"),
+        ({"name": "nobody"}, ValueError, "there is no model 'nobody'; accepted: emoji64, sd-v1-4"),
+        (
+            {"name": "sd-v1-5"},
+            FileNotFoundError,
+            "download_models.py sd-v1-5, or put https://.* at models/ldm/stable-diff",
+        ),
+        ({"name": "emoji64", "weights": "ema2"}, ValueError, "weights must be one of auto, ema, raw"),
+        ({"name": "n" * 5000}, ValueError, "File name too long"),
+        ({"config": "n" * 5000}, ValueError, "File name too long"),
+        ({"name": "emoji64", "device": "cuda:99"}, ValueError, "^device: cuda:99 is not there"),
+    ],
+)
 def test_models_that_are_not_there(given, error, why):
     with pytest.raises(error, match=why):
         ldm.load(**given)
@@ -215,7 +318,7 @@ def test_weights_are_found_from_the_working_directory_and_in_folders(models, tmp
         Path(place).parent.mkdir(parents=True, exist_ok=True)
         Path(place).write_bytes(Path(files[1] if place.endswith("yaml") else files[3]).read_bytes())
     assert ldm.load("run").kind == "classes"
-    with pytest.raises(ValueError, match="model.ckpt"):     # found; but what lies there is no .ckpt
+    with pytest.raises(ValueError, match="model.ckpt"):  # found; but what lies there is no .ckpt
         ldm.load("cin256-v2")
 
 

@@ -13,8 +13,17 @@ from ldm.training.export import fold
 
 
 def tiny_kl(**ddconfig) -> AutoencoderKL:
-    config = dict(double_z=True, z_channels=4, resolution=32, in_channels=3, out_ch=3, ch=32, ch_mult=(1, 2),
-                  num_res_blocks=1, attn_resolutions=[])
+    config = dict(
+        double_z=True,
+        z_channels=4,
+        resolution=32,
+        in_channels=3,
+        out_ch=3,
+        ch=32,
+        ch_mult=(1, 2),
+        num_res_blocks=1,
+        attn_resolutions=[],
+    )
     return AutoencoderKL(config | ddconfig, embed_dim=4).eval()
 
 

@@ -11,21 +11,39 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.cost import unet_macs
-from ldm.measure.subject import Subject, random_network
-from ldm.measure.timing import Seconds, alternate, peak_memory, shares
-from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
+from ldm.profiling.cost import unet_macs
+from ldm.profiling.timing import Seconds, alternate, peak_memory, shares
+from ldm.profiling.workload import Subject, random_network
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from benchmark import EMOJI, main, read_row  # noqa: E402
 
-PARAMS = dict(linear_start=0.00085, linear_end=0.012, image_size=16, channels=4, conditioning_key="crossattn",
-              unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": dict(
-                  image_size=16, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1,
-                  channel_mult=[1, 2], attention_resolutions=[1, 2], num_heads=2, use_spatial_transformer=True,
-                  context_dim=16, legacy=False)})
+PARAMS = dict(
+    linear_start=0.00085,
+    linear_end=0.012,
+    image_size=16,
+    channels=4,
+    conditioning_key="crossattn",
+    unet_config={
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": dict(
+            image_size=16,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            num_res_blocks=1,
+            channel_mult=[1, 2],
+            attention_resolutions=[1, 2],
+            num_heads=2,
+            use_spatial_transformer=True,
+            context_dim=16,
+            legacy=False,
+        ),
+    },
+)
 
 
 def subject(steps: int = 4) -> Subject:
@@ -57,8 +75,10 @@ def test_a_serial_propagated_run_needs_no_more_than_plain_and_the_features():
     """In a plain run, too, the features of the node before are still there."""
     run = subject()
     features = sum(tensor.nbytes for tensor in run.denoiser.encode(run.x, 500.0).tensors)
-    plain, held, linear = (peak_memory(lambda plan=plan: run.run(plan)) for plan in (
-        load_plan("off", 4), Plan(4, (0, 2)), Plan(4, (0, 2), propagate="linear")))
+    plain, held, linear = (
+        peak_memory(lambda plan=plan: run.run(plan))
+        for plan in (load_plan("off", 4), Plan(4, (0, 2)), Plan(4, (0, 2), propagate="linear"))
+    )
     assert held <= plain + features
     assert linear <= plain + 3 * features
     assert peak_memory(lambda: run.run(Plan(4, (0,), 4))) > held, "decoders in one batch need more"
@@ -85,12 +105,35 @@ def test_rows_are_plans_with_their_propagation_and_batch():
 def test_prints_a_table_and_writes_json(tmp_path, capsys, against):
     if against:
         pytest.importorskip("diffusers")
-    model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": PARAMS | {
-        "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
-        "cond_stage_config": "__is_unconditional__"}}
+    model = {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": PARAMS
+        | {
+            "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
+            "cond_stage_config": "__is_unconditional__",
+        },
+    }
     OmegaConf.save(OmegaConf.create({"model": model}), tmp_path / "c.yaml")
-    args = ["--config", str(tmp_path / "c.yaml"), "--steps", "4", "--rows", "off", "0,2@2", "deepcache:2", "--tokens",
-            "5", "--repeats", "1", "--batch", "1", "2", "--json", str(tmp_path / "out.json"), *against]
+    args = [
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--steps",
+        "4",
+        "--rows",
+        "off",
+        "0,2@2",
+        "deepcache:2",
+        "--tokens",
+        "5",
+        "--repeats",
+        "1",
+        "--batch",
+        "1",
+        "2",
+        "--json",
+        str(tmp_path / "out.json"),
+        *against,
+    ]
     assert main(args) == 0, capsys.readouterr().err
     written, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
     assert written["threads"] == torch.get_num_threads() and written["torch"] == torch.__version__
@@ -105,12 +148,17 @@ def test_prints_a_table_and_writes_json(tmp_path, capsys, against):
     assert printed.count("float32 matrix product") == 2 and "time of a plain step: convolution" in printed
 
 
-@pytest.mark.parametrize("args, why", [
-    (["--rows", "off@x"], "--rows: the number of decoder steps in a batch follows the @; got 'off@x'"),
-    (["--rows", "online:0.1"], "--rows: online:0.1 decides during a run"),
-    (["--config", "none.yaml"], "--config: none.yaml: no such file"),
-    (["--json", f"{__file__}/out.json"], "--json: can't write"), (["--json", "n" * 5000], "--json: "),
-    (["--size", "7", "7", "--steps", "1"], "--config, --size: x must have height and width that are multiples")])
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        (["--rows", "off@x"], "--rows: the number of decoder steps in a batch follows the @; got 'off@x'"),
+        (["--rows", "online:0.1"], "--rows: online:0.1 decides during a run"),
+        (["--config", "none.yaml"], "--config: none.yaml: no such file"),
+        (["--json", f"{__file__}/out.json"], "--json: can't write"),
+        (["--json", "n" * 5000], "--json: "),
+        (["--size", "7", "7", "--steps", "1"], "--config, --size: x must have height and width that are multiples"),
+    ],
+)
 def test_bad_input(capsys, args, why):
     assert main(args) == 2
     error = capsys.readouterr().err

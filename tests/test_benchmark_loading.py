@@ -17,8 +17,13 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 def call(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_measures_a_config_and_leaves_nothing_behind(tmp_path):
@@ -33,10 +38,14 @@ def test_measures_a_config_and_leaves_nothing_behind(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("args, why", [
-    (["--config", "missing.yaml"], "--config: missing.yaml: no such file"),
-    (["--config", "x.yaml", "--dir", "missing"], "--dir: missing: no such directory"),
-    (["--config", "x.yaml", "--case", "fp8.ckpt"], "--case: invalid choice: 'fp8.ckpt'")])
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        (["--config", "missing.yaml"], "--config: missing.yaml: no such file"),
+        (["--config", "x.yaml", "--dir", "missing"], "--dir: missing: no such directory"),
+        (["--config", "x.yaml", "--case", "fp8.ckpt"], "--case: invalid choice: 'fp8.ckpt'"),
+    ],
+)
 def test_bad_input(args, why):
     run = call(*args)
     assert run.returncode == 2 and why in run.stderr and run.stderr.count("\n") == 1

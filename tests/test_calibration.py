@@ -17,17 +17,17 @@ from script_runs import load_script
 from toy import toy_denoiser, toy_inputs, toy_network, toy_rule
 
 from ldm.checkpoint import fingerprint
-from ldm.models.diffusion.calibration import Calibration, best_keys, measure, read_calibration
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import RunFacts, calibrations_of, load_plan
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.propagation.calibration import Calibration, best_keys, measure, read_calibration
+from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, load_plan
+from ldm.models.diffusion.propagation.plan import Plan
 
 
 def total_error(errors, keys):
-    return sum(sum(errors[key][:stop - key]) for key, stop in zip(keys, (*keys[1:], len(errors)), strict=True))
+    return sum(sum(errors[key][: stop - key]) for key, stop in zip(keys, (*keys[1:], len(errors)), strict=True))
 
 
 @settings(max_examples=60)
@@ -57,8 +57,9 @@ def test_the_measured_error_is_that_of_one_wrong_node():
     for i, j in ((0, 1), (3, 7), (2, 9)):
         held = model.encode(xs[i], rule.nodes[i].t)
         wrong = model.to_eps(model.decode([held], [rule.nodes[j].t])[0], xs[j], rule.nodes[j])
-        right = model.to_eps(model.decode([model.encode(xs[j], rule.nodes[j].t)], [rule.nodes[j].t])[0], xs[j],
-                             rule.nodes[j])
+        right = model.to_eps(
+            model.decode([model.encode(xs[j], rule.nodes[j].t)], [rule.nodes[j].t])[0], xs[j], rule.nodes[j]
+        )
         with torch.no_grad():
             moved = rule.eta == 0 and (xs[j + 1] - stepped(rule, xs[j], j, wrong)).square().mean()
             assert torch.allclose(stepped(rule, xs[j], j, right), xs[j + 1])
@@ -69,6 +70,7 @@ def test_the_measured_error_is_that_of_one_wrong_node():
 
 def stepped(rule, x, i, eps):
     from ldm.models.diffusion.loop import State
+
     return rule.step(State(x), i, eps).x
 
 
@@ -99,9 +101,11 @@ def test_auto_plans_come_from_the_table_beside_the_weights(tmp_path):
         assert len(load_plan(share, 10, run=run).keys) == 3
     assert len(load_plan("auto:1", 10, run=run).keys) == 1
     assert len(load_plan("auto:100%", 10, run=run).keys) == 10
-    for facts, nodes, why in (({"sampler": "plms", "weights": "abc"}, 10, "for plms with 10 nodes; there is none"),
-                              ({"sampler": "ddim", "weights": "abc"}, 20, "for ddim with 20 nodes; there is 10"),
-                              ({"sampler": "ddim", "weights": "b"}, 10, "made for weights abc; this run's is b")):
+    for facts, nodes, why in (
+        ({"sampler": "plms", "weights": "abc"}, 10, "for plms with 10 nodes; there is none"),
+        ({"sampler": "ddim", "weights": "abc"}, 20, "for ddim with 20 nodes; there is 10"),
+        ({"sampler": "ddim", "weights": "b"}, 10, "made for weights abc; this run's is b"),
+    ):
         with pytest.raises(ValueError, match=why):
             load_plan("auto:5", nodes, run=RunFacts(facts, tmp_path))
     with pytest.raises(ValueError, match="not known from"):
@@ -111,10 +115,11 @@ def test_auto_plans_come_from_the_table_beside_the_weights(tmp_path):
 def test_facts_of_a_file_are_read_only_when_a_plan_needs_them(tmp_path):
     weights = tmp_path / "model.safetensors"
     run = RunFacts.of("ddim", weights)
-    assert load_plan("faster-diffusion", 50, run=run)       # there is no such file
+    assert load_plan("faster-diffusion", 50, run=run)  # there is no such file
     weights.write_bytes(b"weights")
     calibration(made_for={"sampler": "ddim", "weights": fingerprint(weights)[:16]}).save(
-        calibrations_of(weights) / "ddim-10.json")
+        calibrations_of(weights) / "ddim-10.json"
+    )
     assert len(load_plan("auto:5", 10, run=run).keys) == 5
     weights.write_bytes(b"others")
     with pytest.raises(ValueError, match="made for weights .* this run's is"):
@@ -124,8 +129,13 @@ def test_facts_of_a_file_are_read_only_when_a_plan_needs_them(tmp_path):
 @pytest.mark.parametrize("sampler, nodes", [(DDIMSampler, 10), (PLMSSampler, 11), (DPMSolverSampler, 10)])
 def test_published_samplers_take_auto_plans(sampler, nodes, tmp_path, monkeypatch):
     model = golden_sampler.model()
-    given = {"S": 10, "batch_size": 1, "shape": golden_sampler.SHAPE, "conditioning": torch.ones(1, 5, 24),
-             "verbose": False}
+    given = {
+        "S": 10,
+        "batch_size": 1,
+        "shape": golden_sampler.SHAPE,
+        "conditioning": torch.ones(1, 5, 24),
+        "verbose": False,
+    }
     with pytest.raises(ValueError, match="load the model with"):
         sampler(model).sample(**given, plan="auto:5")
     monkeypatch.setattr(model, "weights_file", tmp_path / "model.safetensors")
@@ -140,8 +150,15 @@ def test_published_samplers_take_auto_plans(sampler, nodes, tmp_path, monkeypatc
 TABLE = '{"num_nodes": %d, "eps": [[0]], "features": [[0]], "encoder": %g}'
 
 
-@pytest.mark.parametrize("text, why", [("{", "is no calibration"), ("[1]", "is no calibration"),
-                                       (TABLE % (2, 0.3), "rows of 2"), (TABLE % (1, 3), "between 0 and 1")])
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("{", "is no calibration"),
+        ("[1]", "is no calibration"),
+        (TABLE % (2, 0.3), "rows of 2"),
+        (TABLE % (1, 3), "between 0 and 1"),
+    ],
+)
 def test_faulty_tables_say_why(tmp_path, text, why):
     (tmp_path / "ddim-2.json").write_text(text)
     with pytest.raises(ValueError, match=why):
@@ -150,10 +167,25 @@ def test_faulty_tables_say_why(tmp_path, text, why):
         read_calibration(tmp_path / "missing.json")
 
 
-@pytest.mark.parametrize("name, value", [
-    ("num_nodes", -1), ("num_nodes", 2**40), ("num_nodes", True), ("num_nodes", 2.0), ("eps", [[None, 1], [0]]),
-    ("eps", {"0": 1}), ("features", [["a", "b"], "c"]), ("features", [[0, float("nan")], [0]]), ("encoder", "0.3"),
-    ("propagate", ["hold"]), ("made_for", None), ("made_for", ["ddim"]), ("how", 3)], ids=str)
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_nodes", -1),
+        ("num_nodes", 2**40),
+        ("num_nodes", True),
+        ("num_nodes", 2.0),
+        ("eps", [[None, 1], [0]]),
+        ("eps", {"0": 1}),
+        ("features", [["a", "b"], "c"]),
+        ("features", [[0, float("nan")], [0]]),
+        ("encoder", "0.3"),
+        ("propagate", ["hold"]),
+        ("made_for", None),
+        ("made_for", ["ddim"]),
+        ("how", 3),
+    ],
+    ids=str,
+)
 def test_values_of_another_kind_say_which(tmp_path, name, value):
     good = {"num_nodes": 2, "eps": [[0, 1], [0]], "features": [[0, 1], [0]], "encoder": 0.3}
     file = tmp_path / "ddim-2.json"
@@ -165,8 +197,12 @@ def test_values_of_another_kind_say_which(tmp_path, name, value):
 
 
 def test_predictions_that_overflow_end_in_one_line(tmp_path, capsys):
-    assert load_script("calibrate_plan").main(["--steps", "2", "--keys", "1", "--n_samples", "1", "--scale", "1e30",
-                                               "--out", str(tmp_path / "plan.yaml")]) == 2
+    assert (
+        load_script("calibrate_plan").main(
+            ["--steps", "2", "--keys", "1", "--n_samples", "1", "--scale", "1e30", "--out", str(tmp_path / "plan.yaml")]
+        )
+        == 2
+    )
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("calibrate_plan.py: error: --ckpt: latents are not finite") and not any(tmp_path.iterdir())
 
@@ -191,7 +227,7 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
     command = [*model, "--steps", "20", "--keys", "5", "--n_samples", "2"]
     kept = {*tmp_path.iterdir()}
     assert load_script("calibrate_plan").main([*command, "--out", str(plan)]) == 0
-    assert {*tmp_path.iterdir()} == kept | {plan}       # nothing beside the weights
+    assert {*tmp_path.iterdir()} == kept | {plan}  # nothing beside the weights
     assert load_script("calibrate_plan").main(command) == 0
     printed = capsys.readouterr().out
     written = yaml.safe_load(plan.read_text())
@@ -202,12 +238,43 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
     assert np.all(np.diff([sum(table.eps[0][:n]) for n in range(1, 21)]) > 0)
 
     def psnr(spec: str) -> float:
-        assert load_script("txt2img").main([*model, "--steps", "20", "--plan", spec, "--noise-weight", "0", "--compare",
-                                            "--n_samples", "2", "--outdir", str(tmp_path / "out")]) == 0
-        return float(re.search(r"([\d.]+) dB, ", capsys.readouterr().out)[1])      # the first row is the plan asked for
+        assert (
+            load_script("txt2img").main(
+                [
+                    *model,
+                    "--steps",
+                    "20",
+                    "--plan",
+                    spec,
+                    "--noise-weight",
+                    "0",
+                    "--compare",
+                    "--n_samples",
+                    "2",
+                    "--outdir",
+                    str(tmp_path / "out"),
+                ]
+            )
+            == 0
+        )
+        return float(re.search(r"([\d.]+) dB, ", capsys.readouterr().out)[1])  # the first row is the plan asked for
 
     published = "0,1,2,5,9"
     assert psnr("auto:5") == psnr(str(plan)) > psnr(published) + 5
-    assert load_script("txt2img").main([*model, "--steps", "20", "--sampler", "dpm-solver++", "--plan", str(plan),
-                                        "--outdir", str(tmp_path / "out")]) == 2
+    assert (
+        load_script("txt2img").main(
+            [
+                *model,
+                "--steps",
+                "20",
+                "--sampler",
+                "dpm-solver++",
+                "--plan",
+                str(plan),
+                "--outdir",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     assert "made for sampler ddim; this run's is dpm-solver++" in capsys.readouterr().err

@@ -51,6 +51,7 @@ def config(tmp_path) -> Path:
 
 # The published layout
 
+
 @pytest.mark.parametrize("weights, eps", [("raw", "eps"), ("ema", "eps_ema"), ("auto", "eps_ema")])
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_golden_checkpoint(tmp_path, config, suffix, weights, eps):
@@ -81,22 +82,32 @@ def test_report_names_what_was_left_aside(tmp_path, config, caplog):
     assert "1 optional keys absent (betas)" in line
 
 
-@pytest.mark.parametrize("key", [
-    "cond_stage_model.transformer.text_model.embeddings.position_ids", "cond_stage_model.model.logit_scale",
-    "cond_stage_model.model.text_projection", "loss.discriminator.main.0.weight", "logvar",
-    "model_ema.decay"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+        "cond_stage_model.model.logit_scale",
+        "cond_stage_model.model.text_projection",
+        "loss.discriminator.main.0.weight",
+        "logvar",
+        "model_ema.decay",
+    ],
+)
 def test_known_leftovers_are_accepted(tmp_path, config, key):
     load_model(config, write(tmp_path / "m.ckpt", STATE | {key: torch.zeros(2)}), weights="raw")
 
 
-@pytest.mark.parametrize("change, why", [
-    ({"model.diffusion_model.out.2.bias": None}, "1 missing .model.diffusion_model.out.2.bias."),
-    ({"model.diffusion_model.extra": torch.zeros(1)}, "1 unexpected .model.diffusion_model.extra."),
-    ({"scale_factor": torch.tensor(0.2)}, "1 unexpected .scale_factor."),
-    ({"cond_stage_model.decoder.conv_out.bias": torch.zeros(3)}, "1 unexpected"),
-    ({"model.diffusion_model.out.2.bias": torch.zeros(9)}, r"of another shape .*bias \(9,\), config \(4,\)"),
-    ({f"other{i}": torch.zeros(1) for i in range(30)}, "30 unexpected .other0, .* and 22 more"),
-])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"model.diffusion_model.out.2.bias": None}, "1 missing .model.diffusion_model.out.2.bias."),
+        ({"model.diffusion_model.extra": torch.zeros(1)}, "1 unexpected .model.diffusion_model.extra."),
+        ({"scale_factor": torch.tensor(0.2)}, "1 unexpected .scale_factor."),
+        ({"cond_stage_model.decoder.conv_out.bias": torch.zeros(3)}, "1 unexpected"),
+        ({"model.diffusion_model.out.2.bias": torch.zeros(9)}, r"of another shape .*bias \(9,\), config \(4,\)"),
+        ({f"other{i}": torch.zeros(1) for i in range(30)}, "30 unexpected .other0, .* and 22 more"),
+    ],
+)
 def test_keys_that_do_not_match_are_named(tmp_path, config, change, why):
     state = {key: value for key, value in (STATE | change).items() if value is not None}
     with pytest.raises(CheckpointError, match=why) as error:
@@ -134,14 +145,18 @@ def test_a_first_stage_that_is_also_the_conditioner(tmp_path):
 
 # Averages
 
+
 def test_averages_take_the_place_of_the_network_only():
     assert average_of("model.diffusion_model.time_embed.0.weight") in STATE
 
 
 def test_choice_of_weights(tmp_path):
     raw = {"model.a.weight": torch.zeros(2), "model.frozen": torch.zeros(1), "first.b": torch.zeros(3)}
-    both = raw | {"model_ema.aweight": torch.ones(2), "model_ema.decay": torch.tensor(0.9),
-                  "model_ema.num_updates": torch.tensor(3, dtype=torch.int32)}
+    both = raw | {
+        "model_ema.aweight": torch.ones(2),
+        "model_ema.decay": torch.tensor(0.9),
+        "model_ema.num_updates": torch.tensor(3, dtype=torch.int32),
+    }
     plain, averaged = write(tmp_path / "raw.ckpt", raw), write(tmp_path / "both.safetensors", both)
     assert load_state(averaged, "raw").keys() == load_state(averaged, "ema").keys() == raw.keys()
     assert load_state(averaged, "raw")["model.a.weight"].sum() == 0
@@ -173,6 +188,7 @@ def test_a_modules_own_average_restarts_from_the_loaded_weights(tmp_path):
 
 # Files that are not checkpoints
 
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch hacked",)
@@ -188,9 +204,23 @@ def cut(path: Path) -> Path:
 
 
 def bad_files(folder: Path) -> dict[str, Path]:
-    paths = {name: folder / name for name in (
-        "empty.ckpt", "page.safetensors", "pointer.ckpt", "text.ckpt", "short.safetensors", "plain.pkl",
-        "list.ckpt", "strange.ckpt", "none.ckpt", "evil.ckpt", "evil_old.ckpt", "opaque.ckpt")}
+    paths = {
+        name: folder / name
+        for name in (
+            "empty.ckpt",
+            "page.safetensors",
+            "pointer.ckpt",
+            "text.ckpt",
+            "short.safetensors",
+            "plain.pkl",
+            "list.ckpt",
+            "strange.ckpt",
+            "none.ckpt",
+            "evil.ckpt",
+            "evil_old.ckpt",
+            "opaque.ckpt",
+        )
+    }
     paths["empty.ckpt"].touch()
     paths["page.safetensors"].write_text("\n<!DOCTYPE html><title>404</title>")
     paths["pointer.ckpt"].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
@@ -213,15 +243,27 @@ def bad_files(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("name, why", [
-    ("empty.ckpt", "empty"), ("page.safetensors", "web page"), ("pointer.ckpt", "git lfs pull"),
-    ("text.ckpt", "neither"), ("short.safetensors", "truncated"), ("cut.safetensors", "truncated"),
-    ("cutTrue.ckpt", "truncated"), ("cutFalse.ckpt", "truncated"), ("plain.pkl", "not a PyTorch checkpoint"),
-    ("list.ckpt", "got list"), ("strange.ckpt", "not tensors: .net: dict, step: int."),
-    ("none.ckpt", "without entries"),
-    ("evil.ckpt", "refused.*asks for code .(posix|nt).system.;.*save_weights"),
-    ("evil_old.ckpt", "refused.*asks for code .(posix|nt).system.;"),
-    ("opaque.ckpt", "refused.*Opaque"), ("missing.ckpt", "no such file")])
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("empty.ckpt", "empty"),
+        ("page.safetensors", "web page"),
+        ("pointer.ckpt", "git lfs pull"),
+        ("text.ckpt", "neither"),
+        ("short.safetensors", "truncated"),
+        ("cut.safetensors", "truncated"),
+        ("cutTrue.ckpt", "truncated"),
+        ("cutFalse.ckpt", "truncated"),
+        ("plain.pkl", "not a PyTorch checkpoint"),
+        ("list.ckpt", "got list"),
+        ("strange.ckpt", "not tensors: .net: dict, step: int."),
+        ("none.ckpt", "without entries"),
+        ("evil.ckpt", "refused.*asks for code .(posix|nt).system.;.*save_weights"),
+        ("evil_old.ckpt", "refused.*asks for code .(posix|nt).system.;"),
+        ("opaque.ckpt", "refused.*Opaque"),
+        ("missing.ckpt", "no such file"),
+    ],
+)
 def test_what_is_not_a_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch, name, why):
     monkeypatch.chdir(tmp_path)
     path = bad_files(tmp_path)[name]
@@ -257,9 +299,17 @@ def test_a_callback_named_by_published_checkpoints_does_no_harm(tmp_path):
 
 # Configs
 
-@pytest.mark.parametrize("text, why", [
-    ("a: [", "not YAML"), ("- 1", "no model.target"), ("a: 1", "no model.target"), ("", "no model.target"),
-    ("model: {params: {}}", "no model.target")])
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("a: [", "not YAML"),
+        ("- 1", "no model.target"),
+        ("a: 1", "no model.target"),
+        ("", "no model.target"),
+        ("model: {params: {}}", "no model.target"),
+    ],
+)
 def test_what_is_not_a_config_is_refused_in_one_line(tmp_path, text, why):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=why) as error:
@@ -272,17 +322,28 @@ def test_what_is_not_a_config_is_refused_in_one_line(tmp_path, text, why):
 PLAIN = "model: {target: torch.nn.Identity}"
 
 
-@pytest.mark.parametrize("text, why", [
-    ("sampling: true", "sampling must be a mapping; got True"),
-    ("sampling: {scale: true}", "sampling.scale must be a finite number; got"),
-    ("sampling: {scale: high}", "sampling.scale must be a finite number; got"),
-    ("data: {path: '${oc.env:HOME}'}", "data.path: an interpolation, '${oc.env:HOME}'; write the value itself"),
-    ("data: [1, {a: '${model.target}'}]", "data.1.a: an interpolation"), ("seed: ???", "seed: no value"),
-    ("a: '${'", "(a: an interpolation|not a YAML config)"), ("a: &a [1]\nb: [*a, *a]", None),
-    ("a: " + "[" * 200 + "]" * 200, "nested deeper"), ("a: " + "[" * 100_000, "not YAML"),
-    ("a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "\n".join(
-        f"{chr(98 + i)}: &{chr(98 + i)} [{','.join('*' + chr(97 + i) for _ in range(10))}]" for i in range(9)),
-     "more than 20000000 values")])
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("sampling: true", "sampling must be a mapping; got True"),
+        ("sampling: {scale: true}", "sampling.scale must be a finite number; got"),
+        ("sampling: {scale: high}", "sampling.scale must be a finite number; got"),
+        ("data: {path: '${oc.env:HOME}'}", "data.path: an interpolation, '${oc.env:HOME}'; write the value itself"),
+        ("data: [1, {a: '${model.target}'}]", "data.1.a: an interpolation"),
+        ("seed: ???", "seed: no value"),
+        ("a: '${'", "(a: an interpolation|not a YAML config)"),
+        ("a: &a [1]\nb: [*a, *a]", None),
+        ("a: " + "[" * 200 + "]" * 200, "nested deeper"),
+        ("a: " + "[" * 100_000, "not YAML"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+            + "\n".join(
+                f"{chr(98 + i)}: &{chr(98 + i)} [{','.join('*' + chr(97 + i) for _ in range(10))}]" for i in range(9)
+            ),
+            "more than 20000000 values",
+        ),
+    ],
+)
 def test_a_config_is_data(tmp_path, text, why):
     """Nothing of the machine gets into it, and what is too much is told before it is made."""
     (tmp_path / "c.yaml").write_text(f"{PLAIN}\n{text}\n")
@@ -294,9 +355,21 @@ def test_a_config_is_data(tmp_path, text, why):
     assert str(error.value).startswith(f"{tmp_path / 'c.yaml'}: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("model", ["true", "[1]", "???", "x", "{target: [1]}", "{target: ???}", "{target: true}",
-                                   "{target: torch.nn.Identity, params: true}", "'${oc.env:HOME}'",
-                                   "{target: torch.nn.Linear, params: {in_features: true, out_features: 1}}"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "true",
+        "[1]",
+        "???",
+        "x",
+        "{target: [1]}",
+        "{target: ???}",
+        "{target: true}",
+        "{target: torch.nn.Identity, params: true}",
+        "'${oc.env:HOME}'",
+        "{target: torch.nn.Linear, params: {in_features: true, out_features: 1}}",
+    ],
+)
 def test_a_model_of_another_kind(tmp_path, model):
     (tmp_path / "c.yaml").write_text(f"model: {model}\n")
     with pytest.raises(ConfigError) as error:
@@ -304,7 +377,7 @@ def test_a_model_of_another_kind(tmp_path, model):
     assert str(error.value).startswith(f"{tmp_path / 'c.yaml'}: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("timesteps", [-5, 0, 10 ** 13])
+@pytest.mark.parametrize("timesteps", [-5, 0, 10**13])
 def test_a_number_of_timesteps_has_bounds(tmp_path, config, timesteps):
     changed = OmegaConf.load(config)
     changed.model.params.timesteps = timesteps
@@ -315,14 +388,15 @@ def test_a_number_of_timesteps_has_bounds(tmp_path, config, timesteps):
 
 def test_a_number_of_layers_has_bounds(tmp_path, config):
     changed = OmegaConf.load(config)
-    changed.model.params.unet_config.params.num_res_blocks = 10 ** 9
+    changed.model.params.unet_config.params.num_res_blocks = 10**9
     OmegaConf.save(changed, tmp_path / "c.yaml")
     with pytest.raises(ConfigError, match="a model of more than 10000 tensors"):
         checkpoint.unmade_model(tmp_path / "c.yaml")
 
 
 def test_every_published_config_is_read():
-    from ldm.published import load_manifest
+    from ldm.checkpoint.published import load_manifest
+
     for path in {model.config for model in load_manifest().values()}:
         load_config(ROOT / path)
 
@@ -335,6 +409,7 @@ def test_building_to_load_draws_no_random_numbers(tmp_path, config):
 
 # Memory
 
+
 def test_a_loaded_model_has_every_weight_and_real_buffers(tmp_path, config):
     model = load_model(config, write(tmp_path / "m.safetensors", STATE))
     kept_out = set(dict(model.named_buffers())) - model.state_dict().keys()
@@ -345,7 +420,7 @@ def test_a_loaded_model_has_every_weight_and_real_buffers(tmp_path, config):
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_the_layout_of_a_file_does_not_change_what_is_computed(tmp_path, config, suffix):
     """Weights at an odd place of the file are moved to where PyTorch would have put them."""
-    for size in range(1, 5):            # shifts what comes after it
+    for size in range(1, 5):  # shifts what comes after it
         state = {key: value.float() for key, value in STATE.items()} | {"betas": torch.zeros(1000 + size)[size:]}
         state["model_ema.decay"] = torch.zeros(size)
         model = load_model(config, write(tmp_path / f"{size}{suffix}", state), weights="raw")
@@ -378,7 +453,7 @@ def test_a_file_is_let_go_of_while_it_is_cast(tmp_path, dtype):
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc, which only Linux has")
     params = {"d_model": 1024, "nhead": 8, "num_encoder_layers": 2, "num_decoder_layers": 1, "batch_first": True}
-    config = {"model": {"target": "torch.nn.Transformer", "params": params}}        # 0.17 GB of weights in float32
+    config = {"model": {"target": "torch.nn.Transformer", "params": params}}  # 0.17 GB of weights in float32
     OmegaConf.save(OmegaConf.create(config), tmp_path / "c.yaml")
     shapes = checkpoint.unmade_model(tmp_path / "c.yaml").state_dict()
     write(tmp_path / "m.safetensors", {key: torch.ones(v.shape, dtype=dtype) for key, v in shapes.items()})
@@ -392,18 +467,29 @@ def test_a_file_is_let_go_of_while_it_is_cast(tmp_path, dtype):
         assert sum(p.sum().item() for p in model.parameters()) == weights / 4
         print((peak() - before) / weights)
     """
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 1.2
 
 
 # Writing
 
+
 def test_saved_weights_come_back_and_shared_ones_too(tmp_path):
     shared = torch.arange(6.0).view(2, 3)
-    state = {"a": shared, "b": shared, "view": shared.T, "half": torch.ones(2, dtype=torch.float16),
-             "n": torch.tensor(3, dtype=torch.int32)}
+    state = {
+        "a": shared,
+        "b": shared,
+        "view": shared.T,
+        "half": torch.ones(2, dtype=torch.float16),
+        "n": torch.tensor(3, dtype=torch.int32),
+    }
     save_weights(tmp_path / "sub" / "m.safetensors", state, {"source": "test"})
     back = read_checkpoint(tmp_path / "sub" / "m.safetensors")
     assert back.keys() == state.keys()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from txt2img_model import load_script
 
-from ldm.cli import BadInput, command, readable
+from ldm.cli.parser import command, readable
+from ldm.io.errors import BadInput
 
 LONG = "n" * 5000
 EMOJI64 = ("--config", "models/ldm/emoji64/config.yaml")
@@ -16,7 +17,7 @@ def test_what_is_long_in_a_message_is_cut_and_counted():
     cut = f"{'n' * 133}...(5001 characters)...{'n' * 33}:"
     assert readable(f"--ckpt: {LONG}: no such file") == f"--ckpt: {cut} no such file"
     assert len(readable("many words " * 5000)) < 2100
-    assert readable("a\nb\x1b[2J\x00c\u202e") == "a b?[2J?c?"        # nothing that moves a terminal's cursor
+    assert readable("a\nb\x1b[2J\x00c\u202e") == "a b?[2J?c?"  # nothing that moves a terminal's cursor
 
 
 def test_a_command_prints_it(capsys):
@@ -33,16 +34,24 @@ def test_a_fault_of_the_machine_is_no_traceback(tmp_path, capsys):
     assert "x.py: error: [Errno 2] No such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script, args", [
-    ("doctor", [*EMOJI64, "--ckpt", LONG]), ("doctor", ["--config", LONG, "--ckpt", "m.ckpt"]),
-    ("convert", [LONG, "--to", "ldm", "--out", "m.safetensors"]),
-    ("convert", [LONG, "--to", "diffusers", "--out", "m", *EMOJI64]),
-    ("convert", ["m.ckpt", "--to", "diffusers", "--out", LONG, *EMOJI64]),
-    ("convert", ["m.ckpt", "--to", "diffusers", "--out", "m", "--config", LONG]),
-    ("export_model", [LONG, "--out", "m.safetensors"]), ("export_model", [LONG, "--part", "a", "--out", "m"]),
-    ("export_model", ["models/ldm/emoji64/model.safetensors", "--part", "model", "--out", LONG]),
-    ("download_models", [LONG]), ("download_models", ["--manifest", LONG, "--list"]),
-    ("download_models", ["--root", LONG, "--list"]), ("download_models", ["--root", LONG, "kl-f8"])])
+@pytest.mark.parametrize(
+    "script, args",
+    [
+        ("doctor", [*EMOJI64, "--ckpt", LONG]),
+        ("doctor", ["--config", LONG, "--ckpt", "m.ckpt"]),
+        ("convert", [LONG, "--to", "ldm", "--out", "m.safetensors"]),
+        ("convert", [LONG, "--to", "diffusers", "--out", "m", *EMOJI64]),
+        ("convert", ["m.ckpt", "--to", "diffusers", "--out", LONG, *EMOJI64]),
+        ("convert", ["m.ckpt", "--to", "diffusers", "--out", "m", "--config", LONG]),
+        ("export_model", [LONG, "--out", "m.safetensors"]),
+        ("export_model", [LONG, "--part", "a", "--out", "m"]),
+        ("export_model", ["models/ldm/emoji64/model.safetensors", "--part", "model", "--out", LONG]),
+        ("download_models", [LONG]),
+        ("download_models", ["--manifest", LONG, "--list"]),
+        ("download_models", ["--root", LONG, "--list"]),
+        ("download_models", ["--root", LONG, "kl-f8"]),
+    ],
+)
 def test_names_that_no_file_can_have(script, args, capsys):
     code = load_script(script).main(args)
     error = capsys.readouterr().err

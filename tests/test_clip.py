@@ -58,11 +58,19 @@ def test_golden_openclip(layer):
 
 
 VISION_KEYS = {
-    "visual_projection.weight": "proj", "vision_model.": "", "encoder.layers": "transformer.resblocks",
-    "self_attn": "attn", "layer_norm": "ln_", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-    "embeddings.patch_embedding": "conv1", "embeddings.class_embedding": "class_embedding",
-    "embeddings.position_embedding.weight": "positional_embedding", "pre_layrnorm": "ln_pre",
-    "post_layernorm": "ln_post"}
+    "visual_projection.weight": "proj",
+    "vision_model.": "",
+    "encoder.layers": "transformer.resblocks",
+    "self_attn": "attn",
+    "layer_norm": "ln_",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+}
 
 
 def vision_key(key: str) -> str:
@@ -97,8 +105,10 @@ def test_the_vision_tower_is_that_of_transformers():
 
 @torch.no_grad()
 def test_text_is_the_embedding_of_its_tokens(vocabulary):
-    for embedder, padding in ((FrozenCLIPEmbedder(TINY_TEXT, vocabulary=str(vocabulary)), 49407),
-                              (FrozenOpenCLIPEmbedder(TINY_OPEN, vocabulary=str(vocabulary)), 0)):
+    for embedder, padding in (
+        (FrozenCLIPEmbedder(TINY_TEXT, vocabulary=str(vocabulary)), 49407),
+        (FrozenOpenCLIPEmbedder(TINY_OPEN, vocabulary=str(vocabulary)), 0),
+    ):
         tokens = torch.full((1, 77), padding)
         tokens[0, :6] = torch.tensor([49406, 320, 2368, 3309, 12906, 49407])
         assert torch.equal(embedder(["a cat wearing sunglasses"]), embedder(tokens))
@@ -147,15 +157,18 @@ def test_published_settings_that_no_shape_shows():
     assert image.model.visual.image_size == 224
 
 
-@pytest.mark.parametrize("build, why", [
-    (lambda: FrozenCLIPEmbedder("openai/clip-vit-base-patch32"), "version must be one of openai/clip-vit-large"),
-    (lambda: FrozenCLIPEmbedder(TINY_TEXT, max_length=78), r"max_length must be in 3..77"),
-    (lambda: FrozenCLIPEmbedder(TINY_TEXT, vocabulary="no/where"), "no/where"),
-    (lambda: FrozenOpenCLIPEmbedder("ViT-X"), "arch must be one of ViT-H-14"),
-    (lambda: FrozenOpenCLIPEmbedder(TINY_OPEN, layer="second"), "layer must be one of last, penultimate"),
-    (lambda: FrozenCLIPTextEmbedder(), "openai/clip-vit-large-patch14"),
-    (lambda: FrozenClipImageEmbedder("no/where"), "no/where: no such folder"),
-])
+@pytest.mark.parametrize(
+    "build, why",
+    [
+        (lambda: FrozenCLIPEmbedder("openai/clip-vit-base-patch32"), "version must be one of openai/clip-vit-large"),
+        (lambda: FrozenCLIPEmbedder(TINY_TEXT, max_length=78), r"max_length must be in 3..77"),
+        (lambda: FrozenCLIPEmbedder(TINY_TEXT, vocabulary="no/where"), "no/where"),
+        (lambda: FrozenOpenCLIPEmbedder("ViT-X"), "arch must be one of ViT-H-14"),
+        (lambda: FrozenOpenCLIPEmbedder(TINY_OPEN, layer="second"), "layer must be one of last, penultimate"),
+        (lambda: FrozenCLIPTextEmbedder(), "openai/clip-vit-large-patch14"),
+        (lambda: FrozenClipImageEmbedder("no/where"), "no/where: no such folder"),
+    ],
+)
 def test_bad_settings_say_why(build, why):
     with pytest.raises(ValueError, match=why):
         build()
@@ -165,15 +178,21 @@ def test_a_folder_that_is_no_model_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="not a CLIPVisionModelWithProjection"):
         FrozenClipImageEmbedder(tmp_path)
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
     CLIPTextModelWithProjection(CLIPTextConfig(**TINY_TEXT)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="are missing"):
         FrozenClipImageEmbedder(tmp_path)
 
 
-@pytest.mark.parametrize("tokens, why", [
-    (torch.zeros(1, 78, dtype=torch.long), "at most 77"), (torch.tensor([[49408]]), "in 0..49407"),
-    (torch.zeros(3, dtype=torch.long), r"\(B, L\)"), (torch.zeros(1, 3), "integers"),
-])
+@pytest.mark.parametrize(
+    "tokens, why",
+    [
+        (torch.zeros(1, 78, dtype=torch.long), "at most 77"),
+        (torch.tensor([[49408]]), "in 0..49407"),
+        (torch.zeros(3, dtype=torch.long), r"\(B, L\)"),
+        (torch.zeros(1, 3), "integers"),
+    ],
+)
 def test_bad_tokens_say_why(tokens, why):
     with pytest.raises(ValueError, match=why):
         FrozenOpenCLIPEmbedder(TINY_OPEN)(tokens)

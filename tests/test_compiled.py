@@ -9,19 +9,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.measure.subject import Subject, random_network
-from ldm.models.diffusion.compiled import Compiled, check_compiler
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.parallel.compiled import Compiled, check_compiler
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
+from ldm.profiling.workload import Subject, random_network
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import benchmark  # noqa: E402
 
-PARAMS = dict(linear_start=0.00085, linear_end=0.012, channels=4, conditioning_key="crossattn",
-              unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": dict(
-                  image_size=8, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1,
-                  channel_mult=[1, 2], attention_resolutions=[2], num_heads=2, use_spatial_transformer=True,
-                  context_dim=16, legacy=False)})
+PARAMS = dict(
+    linear_start=0.00085,
+    linear_end=0.012,
+    channels=4,
+    conditioning_key="crossattn",
+    unet_config={
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": dict(
+            image_size=8,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            num_res_blocks=1,
+            channel_mult=[1, 2],
+            attention_resolutions=[2],
+            num_heads=2,
+            use_spatial_transformer=True,
+            context_dim=16,
+            legacy=False,
+        ),
+    },
+)
 
 
 def test_whole_runs_are_the_same_and_each_part_is_one_graph():

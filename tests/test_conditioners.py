@@ -1,4 +1,5 @@
 """Conditioners: golden numbers, the tokenizer, errors."""
+
 from __future__ import annotations
 
 import subprocess
@@ -24,8 +25,7 @@ def bert(tokenizer=None, **changes) -> BERTEmbedder:
     return BERTEmbedder(**{**settings, **changes}, tokenizer=tokenizer).eval()
 
 
-@pytest.mark.parametrize("name, cls", [("transformer_embedder", TransformerEmbedder),
-                                       ("bert_embedder", BERTEmbedder)])
+@pytest.mark.parametrize("name, cls", [("transformer_embedder", TransformerEmbedder), ("bert_embedder", BERTEmbedder)])
 def test_golden_text_encoder(name, cls):
     case, tensors = load_case(name)
     embedder = from_recipe(cls(**case["kwargs"]), case, tensors)
@@ -50,8 +50,9 @@ def test_golden_spatial_rescaler(number):
     case, tensors = load_case("spatial_rescaler")
     rescaler = SpatialRescaler(**case["cases"][str(number)])
     prefix = f"{number}.w."
-    rescaler.load_state_dict({key.removeprefix(prefix): value.float() for key, value in tensors.items()
-                              if key.startswith(prefix)})
+    rescaler.load_state_dict(
+        {key.removeprefix(prefix): value.float() for key, value in tensors.items() if key.startswith(prefix)}
+    )
     assert_golden(rescaler(tensors["x"]), tensors[f"{number}.out"], case)
     assert_golden(rescaler.encode(tensors["x"]), tensors[f"{number}.out"], case)
 
@@ -70,8 +71,9 @@ def test_training_a_tokenizer_again_gives_the_same(tokenizer):
     assert train_tokenizer(iter(CAPTIONS), 100, 12).to_str() == tokenizer.to_str()
 
 
-@pytest.mark.parametrize("args, why", [(([], 100, 12), "captions"), ((CAPTIONS, 4, 12), "vocab_size"),
-                                       ((CAPTIONS, 100, 2), "max_length")])
+@pytest.mark.parametrize(
+    "args, why", [(([], 100, 12), "captions"), ((CAPTIONS, 4, 12), "vocab_size"), ((CAPTIONS, 100, 2), "max_length")]
+)
 def test_bad_tokenizer_settings_say_why(args, why):
     with pytest.raises(ValueError, match=why):
         train_tokenizer(*args)
@@ -115,6 +117,7 @@ def test_missing_or_broken_tokenizer_file_is_named(tmp_path):
 
 def test_tokenizer_without_padding_token():
     from tokenizers import Tokenizer, models
+
     with pytest.raises(ValueError, match=r"\[PAD\]"):
         of_length(Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")), 12)
 
@@ -131,28 +134,38 @@ def test_tokenizer_must_fit_the_model(tokenizer):
         bert(tokenizer, use_tokenizer=False)
 
 
-@pytest.mark.parametrize("text, why", [
-    ([], "string"), (["a", 3], "string"), (torch.tensor([[100]]), r"tokens must be in 0..99; got 100..100"),
-    (torch.tensor([[-1]]), "tokens must be in"), (torch.zeros(2, 13, dtype=torch.long), "max_seq_len = 12"),
-    (torch.zeros(3, dtype=torch.long), r"shape \(B, L\)"), (torch.zeros(2, 5), "integers"),
-])
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ([], "string"),
+        (["a", 3], "string"),
+        (torch.tensor([[100]]), r"tokens must be in 0..99; got 100..100"),
+        (torch.tensor([[-1]]), "tokens must be in"),
+        (torch.zeros(2, 13, dtype=torch.long), "max_seq_len = 12"),
+        (torch.zeros(3, dtype=torch.long), r"shape \(B, L\)"),
+        (torch.zeros(2, 5), "integers"),
+    ],
+)
 def test_bad_text_says_why(tokenizer, text, why):
     with pytest.raises(ValueError, match=why):
         bert(tokenizer)(text)
 
 
-@pytest.mark.parametrize("batch, why", [
-    (torch.tensor([11]), r"class_label must be in 0..10; got 11..11"),
-    (torch.tensor([[1]]), r"shape \(B,\)"), (torch.tensor([1.0]), "integers"),
-    ({"image": 1}, "'class_label'"),
-])
+@pytest.mark.parametrize(
+    "batch, why",
+    [
+        (torch.tensor([11]), r"class_label must be in 0..10; got 11..11"),
+        (torch.tensor([[1]]), r"shape \(B,\)"),
+        (torch.tensor([1.0]), "integers"),
+        ({"image": 1}, "'class_label'"),
+    ],
+)
 def test_bad_class_says_why(batch, why):
     with pytest.raises(ValueError, match=why):
         ClassEmbedder(16, n_classes=11, key="class_label")(batch)
 
 
-@pytest.mark.parametrize("settings, why", [(dict(method="lanczos"), "method"),
-                                           (dict(n_stages=-1), "n_stages")])
+@pytest.mark.parametrize("settings, why", [(dict(method="lanczos"), "method"), (dict(n_stages=-1), "n_stages")])
 def test_bad_rescaler_says_why(settings, why):
     with pytest.raises(ValueError, match=why):
         SpatialRescaler(**settings)
@@ -166,7 +179,9 @@ def test_embedding_dropout_acts_in_training_only(tokenizer):
 
 
 def test_import_loads_no_text_library():
-    code = ("import sys, ldm.modules.encoders.modules as m; m.BERTEmbedder(32, 1, 50);"
-            "print([n for n in ('transformers', 'open_clip', 'tokenizers') if n in sys.modules])")
+    code = (
+        "import sys, ldm.modules.encoders.modules as m; m.BERTEmbedder(32, 1, 50);"
+        "print([n for n in ('transformers', 'open_clip', 'tokenizers') if n in sys.modules])"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

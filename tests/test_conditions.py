@@ -14,48 +14,118 @@ from ldm.checkpoint import load_model, save_weights
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
 from ldm.util import ConfigError, instantiate_from_config
 
 MODULES = "ldm.modules.encoders.modules"
 NOISING = {"linear_start": 0.0001, "linear_end": 0.02}
 OPENCLIP = {"target": f"{MODULES}.FrozenOpenCLIPEmbedder", "params": {"arch": TINY_OPEN, "layer": "penultimate"}}
-KINDS = {   # class -> conditioning key, channels of the UNet, how it takes y, further parameters
+KINDS = {  # class -> conditioning key, channels of the UNet, how it takes y, further parameters
     "LatentInpaintDiffusion": ("hybrid", 9, {}, {"finetune_keys": None}),
-    "LatentDepth2ImageDiffusion": ("hybrid", 5, {}, {
-        "finetune_keys": None, "depth_stage_config": {
-            "target": "ldm.modules.midas.api.MiDaSInference",
-            "params": {"model_type": "dpt_hybrid", "settings": TINY_DEPTH}}}),
-    "LatentUpscaleDiffusion": ("hybrid-adm", 7, {"num_classes": 1000}, {
-        "low_scale_key": "lr", "low_scale_config": {
-            "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
-            "params": {"noise_schedule_config": NOISING, "max_noise_level": 350}}}),
+    "LatentDepth2ImageDiffusion": (
+        "hybrid",
+        5,
+        {},
+        {
+            "finetune_keys": None,
+            "depth_stage_config": {
+                "target": "ldm.modules.midas.api.MiDaSInference",
+                "params": {"model_type": "dpt_hybrid", "settings": TINY_DEPTH},
+            },
+        },
+    ),
+    "LatentUpscaleDiffusion": (
+        "hybrid-adm",
+        7,
+        {"num_classes": 1000},
+        {
+            "low_scale_key": "lr",
+            "low_scale_config": {
+                "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+                "params": {"noise_schedule_config": NOISING, "max_noise_level": 350},
+            },
+        },
+    ),
     "ImageEmbeddingConditionedLatentDiffusion": (
-        "crossattn-adm", 4, {"num_classes": "sequential", "adm_in_channels": 16}, {
+        "crossattn-adm",
+        4,
+        {"num_classes": "sequential", "adm_in_channels": 16},
+        {
             "embedding_dropout": 0.5,
             "embedder_config": {"target": f"{MODULES}.FrozenOpenCLIPImageEmbedder", "params": {"arch": TINY_OPEN}},
-            "noise_aug_config": {"target": f"{MODULES}.CLIPEmbeddingNoiseAugmentation", "params": {
-                "timestep_dim": 8,
-                "noise_schedule_config": {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}}}}),
+            "noise_aug_config": {
+                "target": f"{MODULES}.CLIPEmbeddingNoiseAugmentation",
+                "params": {
+                    "timestep_dim": 8,
+                    "noise_schedule_config": {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"},
+                },
+            },
+        },
+    ),
 }
 
 
-def config(kind: str, key: str = "crossattn", channels: int = 4, unet: dict | None = None, more: dict | None = None,
-           conditioner: dict = OPENCLIP) -> dict:
+def config(
+    kind: str,
+    key: str = "crossattn",
+    channels: int = 4,
+    unet: dict | None = None,
+    more: dict | None = None,
+    conditioner: dict = OPENCLIP,
+) -> dict:
     """8 x 8 latents of 4 channels, 16 x 16 pictures."""
-    return {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": {
-        "linear_start": 0.00085, "linear_end": 0.012, "image_size": 8, "channels": 4, "scale_factor": 0.18215,
-        "parameterization": "v", "conditioning_key": key, "cond_stage_key": "txt", "use_ema": False,
-        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {
-            "image_size": 8, "in_channels": channels, "out_channels": 4, "model_channels": 32,
-            "num_res_blocks": 1, "channel_mult": [1, 2], "attention_resolutions": [2], "num_heads": 2,
-            "use_spatial_transformer": True, "context_dim": 16, "legacy": False, **(unet or {})}},
-        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {
-            "embed_dim": 4, "ddconfig": {
-                "double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
-                "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}}},
-        "cond_stage_config": conditioner, **(more or {})}}
+    return {
+        "target": f"ldm.models.diffusion.ddpm.{kind}",
+        "params": {
+            "linear_start": 0.00085,
+            "linear_end": 0.012,
+            "image_size": 8,
+            "channels": 4,
+            "scale_factor": 0.18215,
+            "parameterization": "v",
+            "conditioning_key": key,
+            "cond_stage_key": "txt",
+            "use_ema": False,
+            "unet_config": {
+                "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                "params": {
+                    "image_size": 8,
+                    "in_channels": channels,
+                    "out_channels": 4,
+                    "model_channels": 32,
+                    "num_res_blocks": 1,
+                    "channel_mult": [1, 2],
+                    "attention_resolutions": [2],
+                    "num_heads": 2,
+                    "use_spatial_transformer": True,
+                    "context_dim": 16,
+                    "legacy": False,
+                    **(unet or {}),
+                },
+            },
+            "first_stage_config": {
+                "target": "ldm.models.autoencoder.AutoencoderKL",
+                "params": {
+                    "embed_dim": 4,
+                    "ddconfig": {
+                        "double_z": True,
+                        "z_channels": 4,
+                        "resolution": 16,
+                        "in_channels": 3,
+                        "out_ch": 3,
+                        "ch": 32,
+                        "ch_mult": [1, 1],
+                        "num_res_blocks": 1,
+                        "attn_resolutions": [],
+                        "dropout": 0.0,
+                    },
+                },
+            },
+            "cond_stage_config": conditioner,
+            **(more or {}),
+        },
+    }
 
 
 def model(kind: str) -> LatentDiffusion:
@@ -121,8 +191,10 @@ def test_depth_is_told_in_each_pictures_own_range():
     assert concat.shape == (2, 1, 8, 8) and concat.isfinite().all()
     torch.testing.assert_close(concat.amin((1, 2, 3)), torch.full((2,), -1.0))
     assert 0.9 < concat[0].max() <= 1
-    assert torch.equal(ldm.condition(torch.zeros(1, 5, 16), told["image"][:1], (8, 8)).concat.round(decimals=3),
-                       concat[:1].round(decimals=3))
+    assert torch.equal(
+        ldm.condition(torch.zeros(1, 5, 16), told["image"][:1], (8, 8)).concat.round(decimals=3),
+        concat[:1].round(decimals=3),
+    )
 
 
 @torch.no_grad()
@@ -140,8 +212,9 @@ def test_variations_are_told_the_embedding_and_lose_some_in_training():
     ldm, told = model(kind), given(kind)
     context = torch.zeros(2, 5, 16)
     y = ldm.condition(context, **told).y
-    assert torch.equal(y, torch.cat(ldm.noise_augmentor(ldm.embedder(told["image"]), told["noise_level"],
-                                                        told["noise"]), dim=1))
+    assert torch.equal(
+        y, torch.cat(ldm.noise_augmentor(ldm.embedder(told["image"]), told["noise_level"], told["noise"]), dim=1)
+    )
     many = {name: value[:1].expand(200, *value.shape[1:]) for name, value in told.items()}
     kept = ldm.train().condition(context, **many).y.abs().sum(1) > 0
     assert 60 < kept.sum() < 140
@@ -162,8 +235,10 @@ def test_unknown_parameters_of_a_kind_are_refused(kind):
 @torch.no_grad()
 def test_a_checkpoint_brings_the_text_encoder(tmp_path):
     """Saved with the keys of the installed transformers and of its older versions; loaded without a network."""
-    conditioner = {"target": f"{MODULES}.FrozenCLIPEmbedder", "params": {
-        "version": TINY_TEXT, "vocabulary": str(write_vocabulary(tmp_path))}}
+    conditioner = {
+        "target": f"{MODULES}.FrozenCLIPEmbedder",
+        "params": {"version": TINY_TEXT, "vocabulary": str(write_vocabulary(tmp_path))},
+    }
     settings = config("LatentDiffusion", conditioner=conditioner)
     OmegaConf.save(OmegaConf.create({"model": settings}), tmp_path / "config.yaml")
     written = recipe_weights(instantiate_from_config(settings), seed=8)

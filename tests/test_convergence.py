@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from toy import ABAR
 
-from ldm.models.diffusion.ancestral import Ancestral
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.dpm_solver.rules import DPMMultistep, DPMSinglestep, singlestep_nodes
-from ldm.models.diffusion.heun import Heun, heun_nodes
 from ldm.models.diffusion.levels import (
     CLEAN,
     Level,
@@ -30,8 +28,10 @@ from ldm.models.diffusion.levels import (
 from ldm.models.diffusion.loop import Rule, State
 from ldm.models.diffusion.plms import PLMS, plms_nodes
 from ldm.models.diffusion.schedule import Node
-from ldm.models.diffusion.solvers import solver
-from ldm.models.diffusion.unipc import UniPC
+from ldm.models.diffusion.solvers.ancestral import Ancestral
+from ldm.models.diffusion.solvers.heun import Heun, heun_nodes
+from ldm.models.diffusion.solvers.registry import solver
+from ldm.models.diffusion.solvers.unipc import UniPC
 
 MEAN, STD = 0.7, 0.4
 SCHEDULE = NoiseSchedule(ABAR)
@@ -96,10 +96,7 @@ ORDERS: dict[str, tuple[Callable[[int], Rule], int, int]] = {
         for k, p, v in product((1, 2, 3), BOTH, VARIANTS)
     },
     # One more than the predictor's order; at 3 the first step's error is what remains.
-    **{
-        f"unipc {k} {p}": (partial(unipc, order=k, predicts=p), min(k + 1, 3), 0)
-        for k, p in product((1, 2, 3), BOTH)
-    },
+    **{f"unipc {k} {p}": (partial(unipc, order=k, predicts=p), min(k + 1, 3), 0) for k, p in product((1, 2, 3), BOTH)},
 }
 
 
@@ -173,12 +170,7 @@ def dpmpp_2m(sigma, down, x, denoised, memory, again):
 
 @pytest.mark.parametrize(
     "name, update, ancestral",
-    [
-        ("euler", euler, False),
-        ("euler-a", euler, True),
-        ("heun", heun, False),
-        ("dpm++2m-karras", dpmpp_2m, False),
-    ],
+    [("euler", euler, False), ("euler-a", euler, True), ("heun", heun, False), ("dpm++2m-karras", dpmpp_2m, False)],
 )
 def test_rules_are_those_of_the_variance_exploding_literature(name, update, ancestral):
     """Their formulas are for x / alpha over sigma, the noise in it."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from txt2img_model import load_script
 
 from ldm.checkpoint import CheckpointError, fingerprint, read_checkpoint, save_weights
-from ldm.conversion import (
+from ldm.checkpoint.conversion import (
     CLIP,
     NOT_IN_FOLDERS,
     OPENCLIP,
@@ -35,8 +35,10 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 MODELS = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
 PUBLISHED = ["sd_v1", "sd_v2_base"]
-LOST = {"sd_v1": {f"{CLIP}embeddings.position_ids"},
-        "sd_v2_base": {f"{OPENCLIP}text_projection", f"{OPENCLIP}logit_scale"}}
+LOST = {
+    "sd_v1": {f"{CLIP}embeddings.position_ids"},
+    "sd_v2_base": {f"{OPENCLIP}text_projection", f"{OPENCLIP}logit_scale"},
+}
 ROOT = Path(__file__).parents[1]
 convert = load_script("convert").main
 
@@ -46,6 +48,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 # The published models, by name and shape
+
 
 @pytest.fixture(scope="module", params=PUBLISHED)
 def published(request) -> tuple[str, dict, dict[str, Tensor]]:
@@ -70,15 +73,18 @@ def test_the_other_side_has_the_names_and_shapes_that_diffusers_builds(published
     parts = to_diffusers(state)
     configs = diffusers_configs(params, parts, is_openclip(state))
     with torch.device("meta"):
-        theirs = {"unet": diffusers.UNet2DConditionModel.from_config(configs["unet"]),
-                  "vae": diffusers.AutoencoderKL.from_config(configs["vae"]),
-                  "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs["text_encoder"]))}
+        theirs = {
+            "unet": diffusers.UNet2DConditionModel.from_config(configs["unet"]),
+            "vae": diffusers.AutoencoderKL.from_config(configs["vae"]),
+            "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs["text_encoder"])),
+        }
     for part, model in theirs.items():
         ours = {key.removeprefix("text_model."): shape for key, shape in shapes(parts[part]).items()}
         assert ours == {k.removeprefix("text_model."): s for k, s in shapes(model.state_dict()).items()}, part
 
 
 # Small models of the same topology, by what they compute
+
 
 class OpenClipText(nn.Module):
     """OpenCLIP's text encoder in its own names, up to the layer before the last."""
@@ -90,10 +96,17 @@ class OpenClipText(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(width, width))
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.ln_final = nn.LayerNorm(width)
-        blocks = [nn.ModuleDict({
-            "ln_1": nn.LayerNorm(width), "attn": nn.MultiheadAttention(width, max(1, width // 64), batch_first=True),
-            "ln_2": nn.LayerNorm(width), "mlp": nn.ModuleDict({
-                "c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})}) for _ in range(layers)]
+        blocks = [
+            nn.ModuleDict(
+                {
+                    "ln_1": nn.LayerNorm(width),
+                    "attn": nn.MultiheadAttention(width, max(1, width // 64), batch_first=True),
+                    "ln_2": nn.LayerNorm(width),
+                    "mlp": nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)}),
+                }
+            )
+            for _ in range(layers)
+        ]
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -110,22 +123,48 @@ class Small:
     """A model of each published kind with 4 levels, at a fraction of the width."""
 
     def __init__(self, kind: str):
-        heads = {"sd_v1": {"num_heads": 2, "legacy": False},
-                 "sd_v2_base": {"num_head_channels": 8, "use_linear_in_transformer": True, "legacy": False}}[kind]
+        heads = {
+            "sd_v1": {"num_heads": 2, "legacy": False},
+            "sd_v2_base": {"num_head_channels": 8, "use_linear_in_transformer": True, "legacy": False},
+        }[kind]
         self.unet_params = {
-            "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 2,
-            "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "use_spatial_transformer": True,
-            "transformer_depth": 1, "context_dim": 64, **heads}
-        self.vae_params = {"embed_dim": 4, "ddconfig": {
-            "double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
-            "ch_mult": [1, 2, 2, 2], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}}
+            "image_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 32,
+            "num_res_blocks": 2,
+            "attention_resolutions": [4, 2, 1],
+            "channel_mult": [1, 2, 4, 4],
+            "use_spatial_transformer": True,
+            "transformer_depth": 1,
+            "context_dim": 64,
+            **heads,
+        }
+        self.vae_params = {
+            "embed_dim": 4,
+            "ddconfig": {
+                "double_z": True,
+                "z_channels": 4,
+                "resolution": 64,
+                "in_channels": 3,
+                "out_ch": 3,
+                "ch": 32,
+                "ch_mult": [1, 2, 2, 2],
+                "num_res_blocks": 2,
+                "attn_resolutions": [],
+                "dropout": 0.0,
+            },
+        }
         self.params = {
-            "image_size": 8, "scale_factor": 0.18215, "linear_start": 0.00085, "linear_end": 0.012,
+            "image_size": 8,
+            "scale_factor": 0.18215,
+            "linear_start": 0.00085,
+            "linear_end": 0.012,
             "parameterization": "eps" if kind == "sd_v1" else "v",
-            "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-                            "params": self.unet_params},
+            "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": self.unet_params},
             "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": self.vae_params},
-            "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}}
+            "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
+        }
         self.unet = recipe_weights(UNetModel(**self.unet_params), seed=3, gain=0.8)
         self.vae = recipe_weights(AutoencoderKL(**self.vae_params), seed=4)
         self.text = recipe_weights(OpenClipText(), seed=5) if kind == "sd_v2_base" else None
@@ -145,11 +184,22 @@ class Small:
 
 def clip_weights(layers: int = 2, width: int = 64) -> dict[str, Tensor]:
     """Random weights of a CLIP text encoder in its published names."""
-    linear = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (width, width), "mlp.fc1": (4 * width, width),
-              "self_attn.v_proj": (width, width), "self_attn.out_proj": (width, width), "mlp.fc2": (width, 4 * width),
-              "layer_norm1": (width,), "layer_norm2": (width,)}
-    sizes = {"embeddings.token_embedding.weight": (90, width), "embeddings.position_embedding.weight": (7, width),
-             "final_layer_norm.weight": (width,), "final_layer_norm.bias": (width,)}
+    linear = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (width, width),
+        "mlp.fc1": (4 * width, width),
+        "self_attn.v_proj": (width, width),
+        "self_attn.out_proj": (width, width),
+        "mlp.fc2": (width, 4 * width),
+        "layer_norm1": (width,),
+        "layer_norm2": (width,),
+    }
+    sizes = {
+        "embeddings.token_embedding.weight": (90, width),
+        "embeddings.position_embedding.weight": (7, width),
+        "final_layer_norm.weight": (width,),
+        "final_layer_norm.bias": (width,),
+    }
     for i in range(layers):
         for name, size in linear.items():
             sizes |= {f"encoder.layers.{i}.{name}.weight": size, f"encoder.layers.{i}.{name}.bias": size[:1]}
@@ -179,8 +229,9 @@ def test_diffusers_computes_the_same_from_the_folder(converted):
 
     pictures = torch.randn(1, 3, 32, 32, generator=random)
     vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
-    torch.testing.assert_close(vae.encode(pictures).latent_dist.mean, small.vae.encode(pictures).mean,
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        vae.encode(pictures).latent_dist.mean, small.vae.encode(pictures).mean, rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(vae.decode(x[:1]).sample, small.vae.decode(x[:1]), rtol=1e-4, atol=1e-4)
 
     text, info = transformers.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", output_loading_info=True)
@@ -191,8 +242,9 @@ def test_diffusers_computes_the_same_from_the_folder(converted):
         assert all(torch.equal(theirs[key], value) for key, value in clip_weights().items())
         assert text.config.hidden_act == "quick_gelu"
     else:
-        torch.testing.assert_close(text.eval()(small.tokens).last_hidden_state, small.text(small.tokens),
-                                   rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            text.eval()(small.tokens).last_hidden_state, small.text(small.tokens), rtol=1e-4, atol=1e-4
+        )
 
     schedule = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     ours = DDPM(small.params["unet_config"], linear_start=0.00085, linear_end=0.012, use_ema=False)
@@ -221,8 +273,11 @@ def test_a_folder_that_diffusers_wrote_is_read(converted, tmp_path):
     import transformers
 
     small, folder = converted
-    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
-             "text_encoder": transformers.CLIPTextModel}
+    kinds = {
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModel,
+    }
     for part, kind in kinds.items():
         kind.from_pretrained(folder, subfolder=part).save_pretrained(tmp_path / part)
     assert_same_model(read_checkpoint(tmp_path), small)
@@ -250,30 +305,68 @@ def test_older_names_and_files_are_read(converted, tmp_path):
 
 # A script on a folder
 
-@pytest.mark.parametrize("published, text", [
-    ("v1-inference", {"version": {"vocab_size": 49408, "hidden_size": 64, "intermediate_size": 64,
-                                  "num_hidden_layers": 2, "num_attention_heads": 1, "max_position_embeddings": 77,
-                                  "hidden_act": "quick_gelu"}}),
-    ("v2-inference", {"arch": {"embed_dim": 64, "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64,
-                                                             "heads": 1, "layers": 3}}})])
+
+@pytest.mark.parametrize(
+    "published, text",
+    [
+        (
+            "v1-inference",
+            {
+                "version": {
+                    "vocab_size": 49408,
+                    "hidden_size": 64,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 1,
+                    "max_position_embeddings": 77,
+                    "hidden_act": "quick_gelu",
+                }
+            },
+        ),
+        (
+            "v2-inference",
+            {
+                "arch": {
+                    "embed_dim": 64,
+                    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 3},
+                }
+            },
+        ),
+    ],
+)
 def test_a_script_takes_a_folder(tmp_path, published, text):
     """The pictures are those of the checkpoint that the folder was made of."""
     _, config, _, ckpt = files = tiny_model(
-        tmp_path / "m", f"configs/stable-diffusion/{published}.yaml", unet_config__params__context_dim=64,
+        tmp_path / "m",
+        f"configs/stable-diffusion/{published}.yaml",
+        unet_config__params__context_dim=64,
         **({} if published == "v1-inference" else {"unet_config__params__num_head_channels": 8}),
-        cond_stage_config__params=text | {"vocabulary": str(write_vocabulary(tmp_path))})
+        cond_stage_config__params=text | {"vocabulary": str(write_vocabulary(tmp_path))},
+    )
     folder = tmp_path / "f"
     assert convert([ckpt, "--to", "diffusers", "--config", config, "--out", str(folder)]) == 0
     made = []
     for name, weights in (("file", ckpt), ("folder", str(folder))):
-        script = Script("txt2img", tmp_path / name, *files[:2], "--ckpt", weights, "--prompt", "a cat", "--steps", "2",
-                        "--n_samples", "1")
+        script = Script(
+            "txt2img",
+            tmp_path / name,
+            *files[:2],
+            "--ckpt",
+            weights,
+            "--prompt",
+            "a cat",
+            "--steps",
+            "2",
+            "--n_samples",
+            "1",
+        )
         (entry,) = script()
         made.append(script.pixels(entry))
     assert made[0].std() > 1 and (made[0] == made[1]).all()
 
 
 # Bad input
+
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
@@ -285,8 +378,9 @@ def folder(tmp_path) -> Path:
     return tmp_path / "f"
 
 
-@pytest.mark.parametrize("part, name", [
-    ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
+@pytest.mark.parametrize(
+    "part, name", [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")]
+)
 def test_a_missing_part_is_named(folder, part, name, capsys):
     (folder / part / f"{name}.safetensors").unlink()
     with pytest.raises(CheckpointError, match=f"without {part}/{name}.safetensors"):
@@ -312,11 +406,15 @@ def test_keys_of_another_model_are_named(folder):
         read_checkpoint(folder)
 
 
-@pytest.mark.parametrize("change, why", [
-    ({"model.diffusion_model.label_emb.weight": torch.zeros(2)}, "unet: keys .*label_emb.weight"),
-    ({"first_stage_model.encoder.down.0.attn.0.q.weight": torch.zeros(2)}, "vae: keys .*attn.0.q.weight"),
-    ({"cond_stage_model.transformer.token_emb.weight": torch.zeros(2)}, "text_encoder: keys .*token_emb"),
-    ({"depth_model.a.b": torch.zeros(2)}, "keys .*depth_model.a.b")])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"model.diffusion_model.label_emb.weight": torch.zeros(2)}, "unet: keys .*label_emb.weight"),
+        ({"first_stage_model.encoder.down.0.attn.0.q.weight": torch.zeros(2)}, "vae: keys .*attn.0.q.weight"),
+        ({"cond_stage_model.transformer.token_emb.weight": torch.zeros(2)}, "text_encoder: keys .*token_emb"),
+        ({"depth_model.a.b": torch.zeros(2)}, "keys .*depth_model.a.b"),
+    ],
+)
 def test_a_checkpoint_of_another_model_is_refused(change, why):
     with pytest.raises(ConversionError, match=why):
         to_diffusers(Small("sd_v1").state | change)
@@ -336,13 +434,17 @@ def test_a_checkpoint_without_a_part_is_refused():
         to_diffusers(state)
 
 
-@pytest.mark.parametrize("args, why", [
-    (["m", "--to", "diffusers", "--out", "o"], "--config: needed"),
-    (["m", "--to", "ldm", "--out", "o"], "source: m: no such folder"),
-    (["m", "--to", "ldm", "--out", "o", "--weights", "ema"], "--config, --weights: only with --to diffusers"),
-    (["m", "--to", "diffusers", "--config", "c.yaml", "--out", "."], "--out: . exists"),
-    (["m", "--to", "diffusers", "--config", "c.yaml", "--out", "o"], "--config: c.yaml: no such file"),
-    (["m", "--to", "a1111", "--out", "o"], "--to: invalid choice: 'a1111'")])
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        (["m", "--to", "diffusers", "--out", "o"], "--config: needed"),
+        (["m", "--to", "ldm", "--out", "o"], "source: m: no such folder"),
+        (["m", "--to", "ldm", "--out", "o", "--weights", "ema"], "--config, --weights: only with --to diffusers"),
+        (["m", "--to", "diffusers", "--config", "c.yaml", "--out", "."], "--out: . exists"),
+        (["m", "--to", "diffusers", "--config", "c.yaml", "--out", "o"], "--config: c.yaml: no such file"),
+        (["m", "--to", "a1111", "--out", "o"], "--to: invalid choice: 'a1111'"),
+    ],
+)
 def test_bad_arguments(args, why, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert convert(args) == 2

@@ -3,22 +3,44 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.cost import Macs, count_macs, plan_macs, unet_macs
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.profiling.cost import Macs, count_macs, plan_macs, unet_macs
 
-SD_V1 = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": dict(
-    image_size=32, in_channels=4, out_channels=4, model_channels=320, attention_resolutions=[4, 2, 1],
-    num_res_blocks=2, channel_mult=[1, 2, 4, 4], num_heads=8, use_spatial_transformer=True,
-    transformer_depth=1, context_dim=768, legacy=False)}
+SD_V1 = {
+    "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "params": dict(
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        attention_resolutions=[4, 2, 1],
+        num_res_blocks=2,
+        channel_mult=[1, 2, 4, 4],
+        num_heads=8,
+        use_spatial_transformer=True,
+        transformer_depth=1,
+        context_dim=768,
+        legacy=False,
+    ),
+}
 # Counted on the published network, guidance batch of 2, 64 x 64 latents, 77 tokens.
 # Keys and values of 2 x 77 tokens of width 768, in the encoder with the middle block and in the decoder.
-ENCODER_ONCE, DECODER_ONCE = (2 * 2 * 77 * 768 * width for width in (2 * 320 + 2 * 640 + 3 * 1280,
-                                                                     3 * 320 + 3 * 640 + 3 * 1280))
+ENCODER_ONCE, DECODER_ONCE = (
+    2 * 2 * 77 * 768 * width for width in (2 * 320 + 2 * 640 + 3 * 1280, 3 * 320 + 3 * 640 + 3 * 1280)
+)
 ENCODER, MIDDLE, DECODER, OUT, TIME = 249335971840, 12099584000, 541739417600, 94371840, 4096000
 KEYS_50 = (0, 1, 2, 3, 5, 10, 15, 25, 35)
-TINY = dict(image_size=8, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1,
-            channel_mult=[1, 2], attention_resolutions=[2], num_heads=2)
+TINY = dict(
+    image_size=8,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    num_res_blocks=1,
+    channel_mult=[1, 2],
+    attention_resolutions=[2],
+    num_heads=2,
+)
 
 
 def test_stable_diffusion_v1_to_the_last_mac():
@@ -51,9 +73,17 @@ def test_both_products_of_attention_are_counted():
     assert count_macs(lambda: attention(q, k, k)) == 2 * (2 * 3 * 10 * 7 * 8)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"use_spatial_transformer": True, "context_dim": 16}, {"num_classes": 5},
-    {"num_classes": "continuous"}, {"num_classes": "sequential", "adm_in_channels": 6}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_spatial_transformer": True, "context_dim": 16},
+        {"num_classes": 5},
+        {"num_classes": "continuous"},
+        {"num_classes": "sequential", "adm_in_channels": 6},
+    ],
+    ids=str,
+)
 def test_a_living_network_is_counted_as_its_config_and_left_alone(options):
     params = TINY | options
     unet = UNetModel(**params)
@@ -64,8 +94,7 @@ def test_a_living_network_is_counted_as_its_config_and_left_alone(options):
     assert macs == unet_macs(config, (8, 8), batch=3, context_length=length)
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
     x, t = torch.zeros(3, 4, 8, 8), torch.zeros(3)
-    labels = {5: torch.zeros(3, dtype=torch.long), "continuous": torch.zeros(3, 1),
-              "sequential": torch.zeros(3, 6)}
+    labels = {5: torch.zeros(3, dtype=torch.long), "continuous": torch.zeros(3, 1), "sequential": torch.zeros(3, 6)}
     y = labels.get(options.get("num_classes"))
     context = torch.zeros(3, 5, 16) if length else None
     with torch.no_grad():

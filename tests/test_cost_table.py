@@ -6,7 +6,7 @@ import pytest
 
 from evaluation.cost import SD_V1, counts, main, published, read_unet
 from ldm.checkpoint import load_config, load_model
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.propagation.load import load_plan
 from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task
 
@@ -20,8 +20,10 @@ def sd():
     return unet, counts(unet, (side, side), 2, tokens)
 
 
-@pytest.mark.parametrize("steps, plan, gflops", [(50, "off", 37050), (50, "faster-diffusion", 27350),
-                                                 (20, "off", 14821), (20, "faster-diffusion", 11743)])
+@pytest.mark.parametrize(
+    "steps, plan, gflops",
+    [(50, "off", 37050), (50, "faster-diffusion", 27350), (20, "off", 14821), (20, "faster-diffusion", 11743)],
+)
 def test_table_1_of_the_paper_within_a_tenth_of_a_percent(sd, steps, plan, gflops):
     unet, units = sd
     plan = load_plan(plan, steps)
@@ -31,9 +33,9 @@ def test_table_1_of_the_paper_within_a_tenth_of_a_percent(sd, steps, plan, gflop
 
 def test_one_skipped_encoder_in_both_counts(sd):
     _, units = sd
-    assert units["paper"].encode / 1e9 == pytest.approx(236.491 + 0.004, abs=0.002)       # fvcore; time embedding
+    assert units["paper"].encode / 1e9 == pytest.approx(236.491 + 0.004, abs=0.002)  # fvcore; time embedding
     assert units["paper"].whole / 1e9 == pytest.approx(741.053 + 0.004, abs=0.002)
-    assert units["exact"].encode / 1e9 == pytest.approx(261.440 - 1.363, abs=0.001)   # keys and values once
+    assert units["exact"].encode / 1e9 == pytest.approx(261.440 - 1.363, abs=0.001)  # keys and values once
 
 
 def test_prints_where_the_paper_differs(capsys):
@@ -44,9 +46,16 @@ def test_prints_where_the_paper_differs(capsys):
     assert "37050" not in deepcache and not deepcache.endswith("%")
 
 
-@pytest.mark.parametrize("config, tokens", [
-    (EMOJI, 16), ("configs/latent-diffusion/cin256-v2.yaml", 1), ("models/ldm/celeba256/config.yaml", None),
-    ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", 77), ("models/ldm/layout2img-openimages256/config.yaml", 92)])
+@pytest.mark.parametrize(
+    "config, tokens",
+    [
+        (EMOJI, 16),
+        ("configs/latent-diffusion/cin256-v2.yaml", 1),
+        ("models/ldm/celeba256/config.yaml", None),
+        ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", 77),
+        ("models/ldm/layout2img-openimages256/config.yaml", 92),
+    ],
+)
 def test_tokens_come_from_the_config(config, tokens):
     assert read_unet(config)[2] == tokens
 
@@ -67,12 +76,16 @@ def test_another_model_has_no_row_in_the_paper(capsys):
     assert "37050" not in printed and "shallow node, 2 outer blocks" in printed
 
 
-@pytest.mark.parametrize("args, why", [
-    (["--config", "none.yaml"], "--config: none.yaml: no such file"),
-    (["--config", EMOJI, "--plan", "fast"], "--plan: unknown plan 'fast'"),
-    (["--config", EMOJI, "--plan", "online:0.1"], "--plan: online:0.1 decides during a run"),
-    (["--config", EMOJI, "--size", "7", "7"], "--config, --size: x must have height and width that are multiples"),
-    (["--config", EMOJI, "--steps", "0"], "--steps: expected a whole number in 1..10000")])
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        (["--config", "none.yaml"], "--config: none.yaml: no such file"),
+        (["--config", EMOJI, "--plan", "fast"], "--plan: unknown plan 'fast'"),
+        (["--config", EMOJI, "--plan", "online:0.1"], "--plan: online:0.1 decides during a run"),
+        (["--config", EMOJI, "--size", "7", "7"], "--config, --size: x must have height and width that are multiples"),
+        (["--config", EMOJI, "--steps", "0"], "--steps: expected a whole number in 1..10000"),
+    ],
+)
 def test_bad_input(capsys, args, why):
     assert main(args) == 2
     error = capsys.readouterr().err

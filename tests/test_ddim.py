@@ -12,8 +12,8 @@ from golden_sampler import SHAPE, model
 from ldm.models.diffusion.ddim import DDIM, DDIMSampler
 from ldm.models.diffusion.edits import inpainting, prior_noise
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps
 
 
@@ -109,9 +109,7 @@ def test_published_image_to_image():
     case, tensors = load_case("sampler_ddim_img2img")
     sampler = DDIMSampler(model())
     sampler.make_schedule(case["S"], verbose=False)
-    encoded = sampler.stochastic_encode(
-        tensors["x0"], torch.tensor([case["t_enc"]] * 2), noise=tensors["x_T"]
-    )
+    encoded = sampler.stochastic_encode(tensors["x0"], torch.tensor([case["t_enc"]] * 2), noise=tensors["x_T"])
     assert_golden(encoded, tensors["encoded"], case)
     assert_golden(
         sampler.stochastic_encode(tensors["x0"], 700, True, tensors["x_T"]),
@@ -210,9 +208,20 @@ def test_published_signatures():
         }.items()
     )
     assert list(positional(DDIMSampler.p_sample_ddim)) == [
-        "x", "c", "t", "index", "repeat_noise", "use_original_steps", "quantize_denoised", "temperature",
-        "noise_dropout", "score_corrector", "corrector_kwargs", "unconditional_guidance_scale",
-        "unconditional_conditioning", "dynamic_threshold",
+        "x",
+        "c",
+        "t",
+        "index",
+        "repeat_noise",
+        "use_original_steps",
+        "quantize_denoised",
+        "temperature",
+        "noise_dropout",
+        "score_corrector",
+        "corrector_kwargs",
+        "unconditional_guidance_scale",
+        "unconditional_conditioning",
+        "dynamic_threshold",
     ]
     assert list(positional(DDIMSampler.stochastic_encode)) == ["x0", "t", "use_original_steps", "noise"]
     assert list(positional(DDIMSampler.decode)) == [
@@ -247,9 +256,7 @@ def test_plan_and_edits_reach_the_loop():
     x_T = tensors["x_T"]
     samples, _ = sample(x_T=x_T, steps=10, plan="faster-diffusion", parallel=4, edits=[prior_noise(x_T)])
     rule = DDIM(ddim_nodes(model().alphas_cumprod, ddim_timesteps(10)))
-    *_, state = denoise(
-        model().denoiser(tensors["c"]), rule, load_plan("0-3,5,7", 10), x_T, [prior_noise(x_T)]
-    )
+    *_, state = denoise(model().denoiser(tensors["c"]), rule, load_plan("0-3,5,7", 10), x_T, [prior_noise(x_T)])
     torch.testing.assert_close(samples, state.x, rtol=0, atol=1e-4)
     plain, _ = sample(x_T=x_T, steps=10)
     assert (samples - plain).abs().max() > 1e-3

@@ -25,8 +25,12 @@ def test_wrapper_golden(key):
     wrapper = DiffusionWrapper({"target": UNET, "params": spec["unet"]}, key).eval()
     recipe_weights(wrapper.diffusion_model, spec["recipe_seed"], case["weight_recipe"]["gain"])
     tokens = [golden["c_crossattn_0"], golden["c_crossattn_1"]]
-    condition = {"concat": {"c_concat": [golden["c_concat"]]}, "crossattn": {"c_crossattn": tokens}, None: {},
-                 "hybrid": {"c_concat": [golden["c_concat"]], "c_crossattn": tokens[:1]}}[key]
+    condition = {
+        "concat": {"c_concat": [golden["c_concat"]]},
+        "crossattn": {"c_crossattn": tokens},
+        None: {},
+        "hybrid": {"c_concat": [golden["c_concat"]], "c_crossattn": tokens[:1]},
+    }[key]
     with torch.no_grad():
         out = wrapper(golden["x"], golden["t"], **condition)
     torch.testing.assert_close(out, golden[f"{key}.out"], **CLOSE)
@@ -35,8 +39,18 @@ def test_wrapper_golden(key):
 @pytest.mark.parametrize("name", ["train_l2_eps", "train_l2_eps_logvar", "train_l2_x0", "train_l2_v"])
 def test_training_loss_golden(name):
     case, golden = load_case(name)
-    options = {k: case[k] for k in ("loss_type", "parameterization", "learn_logvar", "logvar_init",
-                                    "original_elbo_weight", "l_simple_weight") if k in case}
+    options = {
+        k: case[k]
+        for k in (
+            "loss_type",
+            "parameterization",
+            "learn_logvar",
+            "logvar_init",
+            "original_elbo_weight",
+            "l_simple_weight",
+        )
+        if k in case
+    }
     model = tiny(case["unet_kwargs"], **options)
     network = model.model.diffusion_model
     recipe_weights(network, **case["weight_recipe"])
@@ -65,8 +79,9 @@ def test_the_network_is_trained_at_the_time_of_its_noise(parameterization):
     with torch.no_grad():
         loss = model.p_losses(x, c, t, noise)["loss_simple"]
         target = noise if parameterization == "eps" else model.get_v(x, noise, t)
-        at, elsewhere = ((network(model.q_sample(x, t, noise), time, c) - target).square().mean()
-                         for time in (t, t.flip(0)))
+        at, elsewhere = (
+            (network(model.q_sample(x, t, noise), time, c) - target).square().mean() for time in (t, t.flip(0))
+        )
     torch.testing.assert_close(loss, at)
     assert (elsewhere - at).abs() > 1e-3
 
@@ -104,9 +119,14 @@ def test_guidance_without_an_unconditional_condition_is_refused():
         model.denoiser(torch.randn(1, 5, 24), guidance=2.0)
 
 
-@pytest.mark.parametrize("change, why", [({"parameterization": "mu"}, "parameterization"),
-                                         ({"loss_type": "huber"}, "loss_type"),
-                                         ({"conditioning_key": "film"}, "conditioning_key")])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"parameterization": "mu"}, "parameterization"),
+        ({"loss_type": "huber"}, "loss_type"),
+        ({"conditioning_key": "film"}, "conditioning_key"),
+    ],
+)
 def test_wrong_settings_say_why(change, why):
     with pytest.raises(ValueError, match=why):
         tiny(load_case("train_l2_v")[0]["unet_kwargs"], **change)

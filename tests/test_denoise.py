@@ -13,10 +13,10 @@ from toy import ABAR, CHANNELS, final, node_noise, toy_denoiser, toy_inputs, toy
 from ldm.models.diffusion.denoiser import TO_EPS, Conditional, Conditioning, Guidance, Guided, Prediction
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.loop import NonFiniteLatents, Rule, State, denoise, first_nonfinite_layer
-from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps, diffuse
-from ldm.models.diffusion.solvers import SOLVERS, solver
+from ldm.models.diffusion.solvers.registry import SOLVERS, solver
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 any_run = {
@@ -80,9 +80,7 @@ def test_the_loop_with_ddim_is_the_papers_formula(**run):
         sigma = rule.eta * ((1 - node.abar_next) / (1 - node.abar) * (1 - node.abar / node.abar_next)) ** 0.5
         eps = denoiser.to_eps(prediction, expected, node)
         x0 = (expected - (1 - node.abar) ** 0.5 * eps) / node.abar**0.5
-        expected = (
-            node.abar_next**0.5 * x0 + (1 - node.abar_next - sigma**2) ** 0.5 * eps + sigma * node_noise(i, x)
-        )
+        expected = node.abar_next**0.5 * x0 + (1 - node.abar_next - sigma**2) ** 0.5 * eps + sigma * node_noise(i, x)
     actual = final(denoiser, rule, load_plan("off", len(rule.nodes), parallel=3), x)
     torch.testing.assert_close(actual, expected, **EXACT)
 
@@ -96,9 +94,7 @@ def test_an_image_does_not_depend_on_its_batch(data, scale, batch):
     together = final(toy_denoiser(network, cond, uncond, scale), toy_rule(10), plan, x)
     for b in range(batch):
         one = slice(b, b + 1)
-        model = toy_denoiser(
-            network, Conditioning(cond.context[one]), Conditioning(uncond.context[one]), scale
-        )
+        model = toy_denoiser(network, Conditioning(cond.context[one]), Conditioning(uncond.context[one]), scale)
         torch.testing.assert_close(final(model, toy_rule(10), plan, x[one]), together[one], **EXACT)
 
 
@@ -122,9 +118,7 @@ def test_fractional_timesteps_reach_the_network():
 
 def test_states_are_yielded_after_every_node_with_the_estimate():
     x, cond, uncond = toy_inputs(2)
-    states = list(
-        denoise(toy_denoiser(toy_network(), cond, uncond, 2.0), toy_rule(10), load_plan("0,4", 10), x)
-    )
+    states = list(denoise(toy_denoiser(toy_network(), cond, uncond, 2.0), toy_rule(10), load_plan("0,4", 10), x))
     assert len(states) == 10
     assert all(state.x0.shape == x.shape for state in states)
 
@@ -183,13 +177,7 @@ def test_non_finite_latents_name_node_and_layer():
 def test_a_solver_that_overflows_is_not_blamed_on_a_layer():
     x, cond, _ = toy_inputs(1)
     with pytest.raises(NonFiniteLatents, match="node 0 of 5 .*the update overflowed"):
-        final(
-            Conditional(toy_network(), cond),
-            toy_rule(5),
-            Plan(5, (0,)),
-            x,
-            [Edit(lambda x, _: x / 0, "update")],
-        )
+        final(Conditional(toy_network(), cond), toy_rule(5), Plan(5, (0,)), x, [Edit(lambda x, _: x / 0, "update")])
 
 
 def test_the_first_layer_is_the_innermost():

@@ -13,8 +13,8 @@ from test_inpaint import add
 from test_midas import TINY
 
 from ldm.checkpoint import load_model
-from ldm.generate import subject_items
-from ldm.images import from_pil
+from ldm.io.images import from_pil
+from ldm.sampling.generate import subject_items
 from ldm.sampling.hybrid import Depth
 
 CONFIG = "configs/stable-diffusion/v2-midas-inference.yaml"
@@ -34,8 +34,19 @@ def small_depth(monkeypatch):
 @pytest.fixture
 def script(files, tmp_path) -> Script:
     slope(tmp_path / "a.png")
-    return Script("depth2img", tmp_path, *files, "--steps", "4", "--n_samples", "2", "--prompt", "a cat",
-                  "--init-img", str(tmp_path / "a.png"))
+    return Script(
+        "depth2img",
+        tmp_path,
+        *files,
+        "--steps",
+        "4",
+        "--n_samples",
+        "2",
+        "--prompt",
+        "a cat",
+        "--init-img",
+        str(tmp_path / "a.png"),
+    )
 
 
 def slope(path, size=(64, 64), turned: bool = False) -> Image.Image:
@@ -99,15 +110,21 @@ def test_sizes_are_rounded_down_and_compare_shows_both(script, tmp_path, capsys)
     assert re.search(r"PSNR to plain: mean, lowest\nplain .*\n0,2 .* [\d.]+ dB, [\d.]+ dB\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("arguments, why", [
-    (["--init-img", "nowhere.png"], "--init-img: nowhere.png: no such file; expected a picture"),
-    (["--strength", "0"], "--strength: expected a number above 0, up to 1; got '0'"),
-    (["--strength", "0.1"], "--strength: strength 0.1 of 4 steps leaves none"),
-    (["--H", "96"], "--H: must be a multiple of 64"),
-    (["--H", "x"], "--H.*: expected a whole number in 1..16384; got .x."),
-    (["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
-     "--config: not a depth-to-image model: it is a LatentDiffusion, expected a LatentDepth2ImageDiffusion"),
-], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--init-img", "nowhere.png"], "--init-img: nowhere.png: no such file; expected a picture"),
+        (["--strength", "0"], "--strength: expected a number above 0, up to 1; got '0'"),
+        (["--strength", "0.1"], "--strength: strength 0.1 of 4 steps leaves none"),
+        (["--H", "96"], "--H: must be a multiple of 64"),
+        (["--H", "x"], "--H.*: expected a whole number in 1..16384; got .x."),
+        (
+            ["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
+            "--config: not a depth-to-image model: it is a LatentDiffusion, expected a LatentDepth2ImageDiffusion",
+        ),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
 def test_bad_arguments(script, capsys, arguments, why):
     assert re.match(why, script.refusal(capsys, *arguments))
 
@@ -120,8 +137,10 @@ def test_a_model_of_depth_is_no_text_to_image_model(files, tmp_path, capsys):
 def test_a_model_of_depth_paints_no_masks(files, tmp_path, capsys):
     add(tmp_path / "in", "a", (64, 64))
     line = Script("inpaint", tmp_path, *files, "--indir", str(tmp_path / "in")).refusal(capsys, "--prompt", "a cat")
-    assert line == ("--config: not a model for inpainting from text: it is a LatentDepth2ImageDiffusion, "
-                    "expected a LatentInpaintDiffusion")
+    assert line == (
+        "--config: not a model for inpainting from text: it is a LatentDepth2ImageDiffusion, "
+        "expected a LatentInpaintDiffusion"
+    )
 
 
 def test_the_published_checkpoint_is_asked_for_by_its_place(script, capsys):

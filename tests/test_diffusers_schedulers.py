@@ -22,9 +22,9 @@ from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.dpm_solver.rules import DPMMultistep
 from ldm.models.diffusion.levels import Level, nodes_between, noise_ratio
 from ldm.models.diffusion.loop import Rule, denoise
-from ldm.models.diffusion.plans import load_plan
-from ldm.models.diffusion.solvers import SOLVERS
-from ldm.models.diffusion.unipc import UniPC
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.models.diffusion.solvers.unipc import UniPC
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
 
@@ -36,8 +36,14 @@ SIGMAS = {"timestep_spacing": "linspace", "steps_offset": 0}
 EULER = {**SIGMAS, "interpolation_type": "linear", "use_karras_sigmas": False, "final_sigmas_type": "zero"}
 HEUN = {**SIGMAS, "use_karras_sigmas": False, "clip_sample": False}
 # Timesteps 999 .. 0, rounded; the last step lands on 0.
-TIMES = {"timestep_spacing": "linspace", "steps_offset": 0, "use_karras_sigmas": False,
-         "final_sigmas_type": "sigma_min", "lower_order_final": True, "thresholding": False}
+TIMES = {
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "use_karras_sigmas": False,
+    "final_sigmas_type": "sigma_min",
+    "lower_order_final": True,
+    "thresholding": False,
+}
 KARRAS = {**TIMES, "use_karras_sigmas": True, "final_sigmas_type": "zero"}
 # 'midpoint' is our variant 'dpmsolver', 'heun' is 'taylor'; of order 3 diffusers has the former only.
 MULTISTEP = {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False}
@@ -53,8 +59,9 @@ class Pair(NamedTuple):
 
     def scheduler(self, steps: int, parameterization: str = "eps") -> Any:
         theirs = getattr(diffusers, f"{self.kind}Scheduler")(
-            trained_betas=BETAS, prediction_type=PREDICTION_TYPES[parameterization], **self.options)
-        assert self.options.items() <= dict(theirs.config).items()      # it ignores an option that it does not know
+            trained_betas=BETAS, prediction_type=PREDICTION_TYPES[parameterization], **self.options
+        )
+        assert self.options.items() <= dict(theirs.config).items()  # it ignores an option that it does not know
         theirs.set_timesteps(steps)
         return theirs
 
@@ -81,14 +88,17 @@ SOLVER_PAIRS = {
 }
 SETTINGS = {
     "multistep 2 eps": Pair(
-        "DPMSolverMultistep", {**TIMES, **MULTISTEP, "algorithm_type": "dpmsolver"}, multistep(predicts="eps")),
+        "DPMSolverMultistep", {**TIMES, **MULTISTEP, "algorithm_type": "dpmsolver"}, multistep(predicts="eps")
+    ),
     "multistep 2 taylor": Pair(
-        "DPMSolverMultistep", {**TIMES, **MULTISTEP, "solver_type": "heun"}, multistep(variant="taylor")),
+        "DPMSolverMultistep", {**TIMES, **MULTISTEP, "solver_type": "heun"}, multistep(variant="taylor")
+    ),
     "multistep 3": Pair("DPMSolverMultistep", {**TIMES, **MULTISTEP, "solver_order": 3}, multistep(order=3)),
     "unipc 1": Pair("UniPCMultistep", {**UNIPC, "solver_order": 1}, unipc(order=1)),
     "unipc 3": Pair("UniPCMultistep", {**UNIPC, "solver_order": 3}, unipc(order=3)),
     "unipc 3 eps": Pair(
-        "UniPCMultistep", {**UNIPC, "solver_order": 3, "predict_x0": False}, unipc(order=3, predicts="eps")),
+        "UniPCMultistep", {**UNIPC, "solver_order": 3, "predict_x0": False}, unipc(order=3, predicts="eps")
+    ),
 }
 
 
@@ -115,7 +125,7 @@ def their_run(scheduler: Any, denoiser: Denoiser, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("parameterization", PREDICTION_TYPES)
-@pytest.mark.parametrize("steps", [10, 25])     # below 15 the last steps of some are of lower order
+@pytest.mark.parametrize("steps", [10, 25])  # below 15 the last steps of some are of lower order
 @pytest.mark.parametrize("name", [*SOLVER_PAIRS, *SETTINGS])
 def test_the_runs_of_diffusers(name, steps, parameterization):
     pair = {**SOLVER_PAIRS, **SETTINGS}[name]
@@ -133,13 +143,21 @@ def test_the_runs_of_diffusers(name, steps, parameterization):
 # UniPC and DPM-Solver++ have timesteps between the trained ones, which diffusers rounds: at 9 and 27 steps all are
 # whole. Of Karras levels it rounds the timestep that the network is told, but not the level. In a single step of
 # Euler or Heun it begins at timestep 0, we at 999.
-@pytest.mark.parametrize("name, counts, off_by", [
-    ("euler", (2, 10, 25), 1e-4), ("euler-a", (2, 10, 25), 1e-4), ("heun", (2, 10, 25), 1e-4),
-    ("dpm-solver++", (1, 9, 27), 1e-9), ("unipc", (1, 9, 27), 1e-9), ("dpm++2m-karras", (10, 25), 0.5),
-])
+@pytest.mark.parametrize(
+    "name, counts, off_by",
+    [
+        ("euler", (2, 10, 25), 1e-4),
+        ("euler-a", (2, 10, 25), 1e-4),
+        ("heun", (2, 10, 25), 1e-4),
+        ("dpm-solver++", (1, 9, 27), 1e-9),
+        ("unipc", (1, 9, 27), 1e-9),
+        ("dpm++2m-karras", (10, 25), 0.5),
+    ],
+)
 def test_the_levels_of_diffusers(name, counts, off_by):
     for steps in counts:
         ours, theirs = SOLVERS[name].levels(ABAR, steps), levels_of(SOLVER_PAIRS[name].scheduler(steps))
         assert [level.t for level in ours] == pytest.approx([level.t for level in theirs], abs=off_by)
         assert [noise_ratio(level.abar) for level in ours] == pytest.approx(
-            [noise_ratio(level.abar) for level in theirs], rel=5e-5)
+            [noise_ratio(level.abar) for level in theirs], rel=5e-5
+        )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evaluation.distances import (
+from evaluation.metrics.distances import (
     bootstrap,
     cautions,
     cmmd,
@@ -26,8 +26,8 @@ from evaluation.distances import (
     precision_recall,
     squared_distances,
 )
-from evaluation.errors import PictureError
-from evaluation.moments import Gaussian, Moments, cached_statistics, load_statistics, save_statistics, total
+from evaluation.metrics.statistics import Gaussian, Moments, cached_statistics, load_statistics, save_statistics, total
+from evaluation.runs.errors import PictureError
 
 GOLDEN = json.loads((GOLDENS / "torch_fidelity.json").read_text())
 
@@ -46,6 +46,7 @@ def gaussian(features: np.ndarray) -> Gaussian:
 
 # Moments
 
+
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(1, 39), max_size=6), offset=st.sampled_from([0, 1e6]))
 def test_shards_merge_to_one_pass(seed, cuts, offset):
@@ -56,8 +57,9 @@ def test_shards_merge_to_one_pass(seed, cuts, offset):
     np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("features, why", [
-    (np.zeros((0, 3)), "N > 0"), (np.zeros(3), r"\(N, D\)"), (np.full((2, 2), np.nan), "finite")])
+@pytest.mark.parametrize(
+    "features, why", [(np.zeros((0, 3)), "N > 0"), (np.zeros(3), r"\(N, D\)"), (np.full((2, 2), np.nan), "finite")]
+)
 def test_features_that_are_none_say_why(features, why):
     with pytest.raises(PictureError, match=why):
         Moments.of(features)
@@ -91,11 +93,16 @@ def test_statistics_keep_their_numbers_and_their_origin(tmp_path):
         load_statistics(tmp_path / "odd.npz")
 
 
-@pytest.mark.parametrize("covariance, why", [
-    (-np.eye(3), "has no eigenvalues below 0; got -1"),
-    (np.diag([1.0, 1.0, -0.01]), "has no eigenvalues below 0; got -0.01"),
-    (np.triu(np.ones((3, 3))), "must be symmetric; got entries that differ by 1 from"),
-    (np.full((3, 3), np.nan), "must be finite"), (np.eye(2), "don't belong together")])
+@pytest.mark.parametrize(
+    "covariance, why",
+    [
+        (-np.eye(3), "has no eigenvalues below 0; got -1"),
+        (np.diag([1.0, 1.0, -0.01]), "has no eigenvalues below 0; got -0.01"),
+        (np.triu(np.ones((3, 3))), "must be symmetric; got entries that differ by 1 from"),
+        (np.full((3, 3), np.nan), "must be finite"),
+        (np.eye(2), "don't belong together"),
+    ],
+)
 def test_a_covariance_that_is_none_says_why(tmp_path, covariance, why):
     """It would give a distance, and a wrong one: of -I from itself 0."""
     np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=covariance)
@@ -113,7 +120,7 @@ def test_statistics_of_nothing_say_why(tmp_path):
 
 
 def test_a_covariance_in_single_precision_is_one(tmp_path):
-    features = np.random.default_rng(0).normal(size=(40, 100)) + 5      # singular: eigenvalues of 0, and a little below
+    features = np.random.default_rng(0).normal(size=(40, 100)) + 5  # singular: eigenvalues of 0, and a little below
     covariance = np.cov(features, rowvar=False).astype(np.float32)
     assert np.linalg.eigvalsh(covariance.astype(np.float64)).min() < 0
     np.savez(tmp_path / "s.npz", mu=features.mean(0), sigma=covariance)
@@ -121,7 +128,7 @@ def test_a_covariance_in_single_precision_is_one(tmp_path):
 
 
 def test_a_damaged_cache_is_none(tmp_path):
-    from evaluation.moments import cache_file
+    from evaluation.metrics.statistics import cache_file
 
     about = {"extractor": "e"}
     assert cached_statistics(tmp_path, about) is None
@@ -135,6 +142,7 @@ def test_a_damaged_cache_is_none(tmp_path):
 
 # The Fréchet distance
 
+
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(1, 8))
 def test_frechet_of_gaussians_with_the_same_axes_is_known(seed, width):
@@ -143,7 +151,7 @@ def test_frechet_of_gaussians_with_the_same_axes_is_known(seed, width):
     axes = np.linalg.qr(random.standard_normal((width, width)))[0]
     a, b, gap = random.random(width), random.random(width) * 100, random.standard_normal(width)
     one, other = Gaussian(gap, axes * a @ axes.T), Gaussian(np.zeros(width), axes * b @ axes.T)
-    expected = gap @ gap + ((a ** 0.5 - b ** 0.5) ** 2).sum()
+    expected = gap @ gap + ((a**0.5 - b**0.5) ** 2).sum()
     assert frechet(one, other) == pytest.approx(expected, rel=1e-9)
     assert frechet(other, one) == pytest.approx(expected, rel=1e-9)
 
@@ -164,10 +172,10 @@ def test_singular_covariances_give_a_finite_distance(scale):
     x = random.standard_normal((10, 200)) * np.logspace(-6, 0, 200) * scale
     x[:, 50:60] = 7
     same, other = gaussian(x), gaussian(2 * x)
-    assert frechet(same, same) == pytest.approx(0, abs=1e-6 * scale ** 2)
-    expected = ((x.mean(0) ** 2).sum() + np.trace(same.covariance))         # (2 - 1)^2 times each
+    assert frechet(same, same) == pytest.approx(0, abs=1e-6 * scale**2)
+    expected = (x.mean(0) ** 2).sum() + np.trace(same.covariance)  # (2 - 1)^2 times each
     assert frechet(same, other) == pytest.approx(expected, rel=1e-6)
-    wide = gaussian(random.standard_normal((150, 200)) * scale)             # the product has the smaller rank
+    wide = gaussian(random.standard_normal((150, 200)) * scale)  # the product has the smaller rank
     assert np.isfinite([frechet(same, wide), frechet(wide, same)]).all()
     assert frechet(same, wide) == pytest.approx(frechet(wide, same), rel=1e-6)
     zero = Gaussian(np.zeros(200), np.zeros((200, 200)))
@@ -221,6 +229,7 @@ def test_torch_fidelity_agrees():
 
 # Few pictures
 
+
 def test_extrapolation_takes_the_bias_of_few_pictures_away():
     truth = Gaussian(np.zeros(20), np.eye(20))
     samples = [np.random.default_rng(seed).standard_normal((400, 20)) for seed in range(4)]
@@ -243,9 +252,9 @@ def test_bootstrap_covers_the_truth_and_pairs_sets():
     copies, prompts = np.repeat(values[:, 0], 5), [f"prompt {i // 5}" for i in range(2000)]
     assert mean_interval(copies, prompts) == pytest.approx(mean_interval(values[:, 0]))
     assert np.ptp(mean_interval(copies)) < 0.5 * np.ptp(mean_interval(values))
-    assert mean_of("score", copies[:5], prompts[:5]) == {"score": copies[0]}        # one prompt alone says nothing
+    assert mean_of("score", copies[:5], prompts[:5]) == {"score": copies[0]}  # one prompt alone says nothing
     shifted = bootstrap(values + 2, lambda x: float(x.mean()), count=300, seed=1)
-    np.testing.assert_allclose(shifted - again, 2)                  # the same pictures each time
+    np.testing.assert_allclose(shifted - again, 2)  # the same pictures each time
     assert not np.array_equal(again, bootstrap(values, lambda x: float(x.mean()), 300, seed=2))
 
 
@@ -257,6 +266,7 @@ def test_small_n_is_warned_of():
 
 # Kernels, scores, manifolds
 
+
 def test_cmmd_by_hand():
     """Unit vectors at right angles: k(x, x) = 1, k(x, y) = exp(-2 / 200)."""
     x, y = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
@@ -267,7 +277,7 @@ def test_cmmd_by_hand():
 def test_kid_is_unbiased_and_needs_two():
     random = np.random.default_rng(0)
     values = [kid(*random.standard_normal((2, 40, 6)), subsets=1)[0] for _ in range(200)]
-    assert abs(np.mean(values)) < 3 * np.std(values) / 200 ** 0.5
+    assert abs(np.mean(values)) < 3 * np.std(values) / 200**0.5
     with pytest.raises(PictureError, match="at least 2 pictures"):
         kid(np.ones((1, 3)), np.ones((5, 3)))
 
@@ -279,10 +289,14 @@ def test_a_short_rest_is_no_split_of_the_inception_score():
     assert inception_score(logits, split=5000)[1] == 0
 
 
-@pytest.mark.parametrize("logits, score", [
-    (1000 * np.eye(7), 7.0),                    # each picture a class of its own: as many as classes
-    (np.zeros((30, 5)), 1.0),                   # nothing is recognised
-    (1000 * np.eye(4)[[0, 0, 1, 1]], 2.0)])
+@pytest.mark.parametrize(
+    "logits, score",
+    [
+        (1000 * np.eye(7), 7.0),  # each picture a class of its own: as many as classes
+        (np.zeros((30, 5)), 1.0),  # nothing is recognised
+        (1000 * np.eye(4)[[0, 0, 1, 1]], 2.0),
+    ],
+)
 def test_inception_score_of_known_cases(logits, score):
     assert inception_score(logits) == pytest.approx((score, 0.0))
 
@@ -291,14 +305,17 @@ def line(*points: float) -> np.ndarray:
     return np.array(points)[:, None]
 
 
-@pytest.mark.parametrize("samples, real, k, precision, recall", [
-    (line(0, 1, 2, 3, 4), line(0, 1, 2, 3, 4), 3, 1.0, 1.0),
-    (line(0, 1, 2, 3), line(100, 101, 102, 103), 3, 0.0, 0.0),
-    # real 0, 1, 2 with k = 1 have radius 1: they cover -1..3. Of the samples 0.5 and 4 the radius is 3.5.
-    (line(0.5, 4), line(0, 1, 2), 1, 0.5, 1.0),
-    # samples in one place cover that place alone
-    (line(0, 0, 0, 0), line(0, 1, 2, 3), 3, 1.0, 0.25),
-])
+@pytest.mark.parametrize(
+    "samples, real, k, precision, recall",
+    [
+        (line(0, 1, 2, 3, 4), line(0, 1, 2, 3, 4), 3, 1.0, 1.0),
+        (line(0, 1, 2, 3), line(100, 101, 102, 103), 3, 0.0, 0.0),
+        # real 0, 1, 2 with k = 1 have radius 1: they cover -1..3. Of the samples 0.5 and 4 the radius is 3.5.
+        (line(0.5, 4), line(0, 1, 2), 1, 0.5, 1.0),
+        # samples in one place cover that place alone
+        (line(0, 0, 0, 0), line(0, 1, 2, 3), 3, 1.0, 0.25),
+    ],
+)
 def test_precision_and_recall_of_known_cases(samples, real, k, precision, recall):
     assert precision_recall(samples, real, k) == (precision, recall)
 

@@ -18,8 +18,14 @@ from safetensors.torch import load_file, save_file
 from txt2img_model import load_script
 
 from ldm.checkpoint import load_model
-from ldm.diagnosis import differences, facts_of_config, facts_of_weights, measured_prediction, stated_prediction
-from ldm.published import load_manifest
+from ldm.checkpoint.diagnosis import (
+    differences,
+    facts_of_config,
+    facts_of_weights,
+    measured_prediction,
+    stated_prediction,
+)
+from ldm.checkpoint.published import load_manifest
 
 ROOT = Path(__file__).parents[1]
 MODELS = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
@@ -30,6 +36,7 @@ doctor = sys.modules["doctor"]
 
 
 # Facts
+
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_a_published_config_and_its_checkpoint_state_the_same(name):
@@ -44,7 +51,8 @@ def test_a_published_config_and_its_checkpoint_state_the_same(name):
 def test_facts_of_stable_diffusion():
     one, two, inpainting, unclip = (
         facts_of_config(OmegaConf.load(ROOT / MODELS[name]["config"]).model)
-        for name in ("sd_v1", "sd_v2_base", "sd_v1_5_inpainting", "sd_v2_1_unclip_h"))
+        for name in ("sd_v1", "sd_v2_base", "sd_v1_5_inpainting", "sd_v2_1_unclip_h")
+    )
     assert (one.channels, one.context, one.linear, one.conditioner) == (4, 768, False, "CLIP")
     assert two == replace(one, context=1024, linear=True, conditioner="OpenCLIP")
     assert inpainting == replace(one, channels=9) and unclip == replace(two, labels=2048)
@@ -58,20 +66,34 @@ def test_a_config_of_something_else():
 
 # What a network predicts
 
+
 def test_one_prediction_on_noise_tells_eps_from_v():
     """emoji64 predicts v; the same network, its output turned into eps, predicts eps."""
     model = load_model(FILES[1], FILES[3])
     t, context = torch.tensor([999]), torch.zeros(1, 16, 192)
     for seed in range(3):
         assert measured_prediction(lambda x: model.apply_model(x, t, context), (1, 24, 8, 8), seed) == "v"
-        assert measured_prediction(lambda x: model.predict_eps_from_z_and_v(x, t, model.apply_model(x, t, context)),
-                                   (1, 24, 8, 8), seed) == "eps"
+        assert (
+            measured_prediction(
+                lambda x: model.predict_eps_from_z_and_v(x, t, model.apply_model(x, t, context)), (1, 24, 8, 8), seed
+            )
+            == "eps"
+        )
     assert measured_prediction(lambda x: -x, (1, 4, 8, 8)) is None
 
 
-@pytest.mark.parametrize("text, stated", [
-    ('{"prediction_type": "v_prediction"}', "v"), ('{"prediction_type": "epsilon"}', "eps"), ("{}", "eps"),
-    ('{"prediction_type": "other"}', None), ("[", None), ("[]", None), (None, None)])
+@pytest.mark.parametrize(
+    "text, stated",
+    [
+        ('{"prediction_type": "v_prediction"}', "v"),
+        ('{"prediction_type": "epsilon"}', "eps"),
+        ("{}", "eps"),
+        ('{"prediction_type": "other"}', None),
+        ("[", None),
+        ("[]", None),
+        (None, None),
+    ],
+)
 def test_a_folders_scheduler_states_it(tmp_path, text, stated):
     if text is not None:
         (tmp_path / "scheduler").mkdir()
@@ -80,6 +102,7 @@ def test_a_folders_scheduler_states_it(tmp_path, text, stated):
 
 
 # The script
+
 
 def test_the_machine(capsys):
     assert main([]) == 0
@@ -103,7 +126,7 @@ def test_formats_that_a_device_does_not_compute_in_are_left_out(monkeypatch):
 def test_published_models_that_are_here(tmp_path):
     models = list(load_manifest().values())
     good, bad, plain = (next(m for m in models if m.name == name) for name in ("sd-v1-4", "sd-v1-5", "kl-f8"))
-    good = replace(good, sha256="e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")     # of no bytes
+    good = replace(good, sha256="e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")  # of no bytes
     for model in (good, bad, plain):
         model.file(tmp_path).parent.mkdir(parents=True, exist_ok=True)
         model.file(tmp_path).touch()
@@ -142,11 +165,14 @@ def test_the_wrong_parameterization(tmp_path, capsys):
 def sd2(path: Path) -> Path:
     """A file with just what tells Stable Diffusion 2."""
     unet, transformer = "model.diffusion_model.", "model.diffusion_model.input_blocks.1.1."
-    sizes = {f"{unet}input_blocks.0.0.weight": (320, 4, 3, 3), f"{transformer}proj_in.weight": (320, 320),
-             f"{transformer}transformer_blocks.0.attn2.to_k.weight": (320, 1024),
-             "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3),
-             "first_stage_model.post_quant_conv.weight": (4, 4, 1, 1),
-             "cond_stage_model.model.token_embedding.weight": (1, 1024)}
+    sizes = {
+        f"{unet}input_blocks.0.0.weight": (320, 4, 3, 3),
+        f"{transformer}proj_in.weight": (320, 320),
+        f"{transformer}transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+        "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3),
+        "first_stage_model.post_quant_conv.weight": (4, 4, 1, 1),
+        "cond_stage_model.model.token_embedding.weight": (1, 1024),
+    }
     sizes |= {f"first_stage_model.encoder.down.{i}.block.0.norm1.bias": (1,) for i in range(4)}
     save_file({key: torch.zeros(size) for key, size in sizes.items()}, path)
     return path
@@ -158,8 +184,9 @@ def test_the_config_of_another_model(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "FAULT context width: 768 in the config, 1024 in the checkpoint" in lines
     assert "FAULT conditioner: CLIP in the config, OpenCLIP in the checkpoint" in lines
-    assert lines[-1].endswith("fits --config configs/stable-diffusion/v2-inference.yaml or "
-                              "configs/stable-diffusion/v2-inference-v.yaml")
+    assert lines[-1].endswith(
+        "fits --config configs/stable-diffusion/v2-inference.yaml or configs/stable-diffusion/v2-inference-v.yaml"
+    )
     assert not any("first stage" in line for line in lines)
 
 
@@ -211,11 +238,15 @@ def test_a_first_stage_by_itself(tmp_path, capsys):
     assert "first stage: KL, 24 channels, factor 8" in out and "parameterization" not in out
 
 
-@pytest.mark.parametrize("args, why", [
-    (["--config", "c.yaml"], "--config: c.yaml: no such file"),
-    ([*FILES, "--verify"], "--verify: not with --config"),
-    (["--config", "c.yaml", "--ckpt", "m.ckpt"], "--config: c.yaml: no such file"),
-    ([*FILES[:3], "m.ckpt"], "--ckpt: m.ckpt: no such file")])
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        (["--config", "c.yaml"], "--config: c.yaml: no such file"),
+        ([*FILES, "--verify"], "--verify: not with --config"),
+        (["--config", "c.yaml", "--ckpt", "m.ckpt"], "--config: c.yaml: no such file"),
+        ([*FILES[:3], "m.ckpt"], "--ckpt: m.ckpt: no such file"),
+    ],
+)
 def test_bad_arguments(args, why, capsys):
     assert main(args) == 2
     output = capsys.readouterr()

@@ -20,15 +20,15 @@ import pytest
 import yaml
 from txt2img_model import load_script
 
-from ldm.download import DownloadError, fetch
-from ldm.files import alone
-from ldm.published import MANIFEST, ManifestError, Published, load_manifest
+from ldm.checkpoint.download import DownloadError, fetch
+from ldm.checkpoint.published import MANIFEST, ManifestError, Published, load_manifest
+from ldm.io.files import alone
 
 
 def weights(size: int, first: int = 0) -> bytes:
     """A safetensors file of so many bytes, the first of its numbers given."""
     header = json.dumps({"a": {"dtype": "U8", "shape": [size - 128], "data_offsets": [0, size - 128]}}).encode()
-    data = bytes([first]) + (bytes(range(256)) * (size // 256 + 1))[1:size - 128]
+    data = bytes([first]) + (bytes(range(256)) * (size // 256 + 1))[1 : size - 128]
     return (120).to_bytes(8, "little") + header.ljust(120) + data
 
 
@@ -54,9 +54,9 @@ class Site:
     etag: str = '"1"'
     type: str = "application/octet-stream"
     announce: bool = True
-    headers: dict[str, str] = field(default_factory=dict)           # of every answer, instead of what is usual
-    partial: dict[str, str] = field(default_factory=dict)           # of answers to Range
-    statuses: list[int] = field(default_factory=list)               # of the coming answers, instead of content
+    headers: dict[str, str] = field(default_factory=dict)  # of every answer, instead of what is usual
+    partial: dict[str, str] = field(default_factory=dict)  # of answers to Range
+    statuses: list[int] = field(default_factory=list)  # of the coming answers, instead of content
     asked: list[str | None] = field(default_factory=list)
     if_range: list[str | None] = field(default_factory=list)
     address: str = ""
@@ -87,8 +87,8 @@ def handler(site: Site) -> type[BaseHTTPRequestHandler]:
                     self.send_header(name, value)
             self.end_headers()
             try:
-                self.wfile.write(content[start:start + stop])
-            except OSError:                     # the client has seen enough
+                self.wfile.write(content[start : start + stop])
+            except OSError:  # the client has seen enough
                 pass
 
         def log_message(self, *args):
@@ -128,7 +128,7 @@ def test_a_file_comes_whole_and_alone(site, target):
 
 
 def test_a_broken_transfer_is_taken_up_where_it_stopped(site, target):
-    site.breaks = [300_000, 0, 200_000]         # the first; the second looks only; then from 300,000 on
+    site.breaks = [300_000, 0, 200_000]  # the first; the second looks only; then from 300,000 on
     fetch(f"{site.address}/model.ckpt", target, SHA256)
     assert target.read_bytes() == CONTENT
     ranges = [int(asked.removeprefix("bytes=").rstrip("-")) for asked in site.asked if asked]
@@ -160,10 +160,15 @@ def test_a_later_call_goes_on_with_what_is_there(site, target):
 
 def test_a_process_that_was_killed_leaves_what_it_had(site, target):
     site.files["/model.ckpt"] = weights(40_000_000)
-    code = ("import os, sys; from pathlib import Path; from ldm.download import fetch\n"
-            "fetch(sys.argv[1], Path(sys.argv[2]), None, lambda done, total: done > 5e6 and os._exit(9))")
-    run = subprocess.run([sys.executable, "-c", code, f"{site.address}/model.ckpt", str(target)], cwd=ROOT,
-                         env=os.environ | {"PYTHONPATH": str(ROOT)})
+    code = (
+        "import os, sys; from pathlib import Path; from ldm.checkpoint.download import fetch\n"
+        "fetch(sys.argv[1], Path(sys.argv[2]), None, lambda done, total: done > 5e6 and os._exit(9))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, f"{site.address}/model.ckpt", str(target)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert run.returncode == 9 and not target.exists()
     have = parts(target)[0].stat().st_size
     assert have > 4e6
@@ -217,7 +222,7 @@ def test_the_rest_is_asked_for_of_this_version_only(site, target):
     fetch(f"{site.address}/model.ckpt", target)
     assert site.if_range == [None, '"1"'] and target.read_bytes() == CONTENT
     target.unlink()
-    site.etag = 'W/"1"'                 # weak: does not tell two files apart byte for byte
+    site.etag = 'W/"1"'  # weak: does not tell two files apart byte for byte
     site.headers = {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
     begun(site, target)
     fetch(f"{site.address}/model.ckpt", target)
@@ -233,11 +238,18 @@ def test_without_a_version_it_begins_anew(site, target):
     assert site.asked == [None] and target.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("partial, why", [
-    ({"ETag": '"2"'}, "the file has changed on the server"),
-    ({"Content-Range": "bytes 200000-1023999/1024000"}, "other bytes than those asked for: Content-Range 'bytes 2000"),
-    ({"Content-Range": "bytes 300000-1023998/1023999"}, "other bytes than those asked for"),
-    ({"Content-Range": ""}, "Content-Range ''")])
+@pytest.mark.parametrize(
+    "partial, why",
+    [
+        ({"ETag": '"2"'}, "the file has changed on the server"),
+        (
+            {"Content-Range": "bytes 200000-1023999/1024000"},
+            "other bytes than those asked for: Content-Range 'bytes 2000",
+        ),
+        ({"Content-Range": "bytes 300000-1023998/1023999"}, "other bytes than those asked for"),
+        ({"Content-Range": ""}, "Content-Range ''"),
+    ],
+)
 def test_an_answer_of_another_file_is_not_added(site, target, partial, why):
     begun(site, target)
     site.partial = partial
@@ -253,7 +265,7 @@ def test_a_rest_that_the_server_does_not_have(site, target):
     site.statuses = [200, 416]
     with pytest.raises(DownloadError, match="HTTP 416.*begins anew"):
         fetch(f"{site.address}/model.ckpt", target)
-    assert not parts(target)            # it would be in the way for ever
+    assert not parts(target)  # it would be in the way for ever
     fetch(f"{site.address}/model.ckpt", target)
     assert target.read_bytes() == CONTENT
 
@@ -265,11 +277,18 @@ def test_parts_of_other_versions_go_when_one_is_whole(site, target):
     assert os.listdir(target.parent) == ["model.ckpt"]
 
 
-@pytest.mark.parametrize("content, why", [
-    (b"", "the file is empty"), (b"<!DOCTYPE html><title>log in</title>", "web page"),
-    (gzip.compress(CONTENT), "compressed with gzip"), (b'{"error": "no such file"}', "neither"),
-    (CONTENT[:-1], "its header states 1024000"), (b"version https://git-lfs.github.com/spec/v1", "LFS pointer"),
-    (b"PK\x03\x04" + bytes(999), "table of contents at its end is not readable")])
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html><title>log in</title>", "web page"),
+        (gzip.compress(CONTENT), "compressed with gzip"),
+        (b'{"error": "no such file"}', "neither"),
+        (CONTENT[:-1], "its header states 1024000"),
+        (b"version https://git-lfs.github.com/spec/v1", "LFS pointer"),
+        (b"PK\x03\x04" + bytes(999), "table of contents at its end is not readable"),
+    ],
+)
 def test_what_is_no_file_of_weights_is_not_kept(site, target, content, why):
     """Served as the usual bytes, with status 200; there is no SHA-256 to find it out."""
     site.files["/model.ckpt"] = content
@@ -278,18 +297,34 @@ def test_what_is_no_file_of_weights_is_not_kept(site, target, content, why):
     assert not list(target.parent.iterdir()) and str(target) not in str(error.value)
 
 
-@pytest.mark.parametrize("headers, why", [
-    ({"Content-Length": "abc"}, "Content-Length 'abc'"), ({"Content-Length": "-5"}, "Content-Length '-5'"),
-    ({"Content-Length": "9" * 18}, r"needs 1000000000.00 GB; .* are free"), ({"Content-Length": "1" * 99}, "damaged"),
-    ({"Content-Encoding": "gzip"}, "compressed with gzip, which was not asked for")])
+@pytest.mark.parametrize(
+    "headers, why",
+    [
+        ({"Content-Length": "abc"}, "Content-Length 'abc'"),
+        ({"Content-Length": "-5"}, "Content-Length '-5'"),
+        ({"Content-Length": "9" * 18}, r"needs 1000000000.00 GB; .* are free"),
+        ({"Content-Length": "1" * 99}, "damaged"),
+        ({"Content-Encoding": "gzip"}, "compressed with gzip, which was not asked for"),
+    ],
+)
 def test_nonsense_of_a_server_is_told(site, target, headers, why):
     site.headers = headers
     with pytest.raises(DownloadError, match=why):
         fetch(f"{site.address}/model.ckpt", target)
 
 
-@pytest.mark.parametrize("location", ["http://[::1", "http://a b/", "file:///etc/passwd", "ftp://127.0.0.1:1/x",
-                                      "//[/", "http://127.0.0.1:99999/", "gopher://x"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://[::1",
+        "http://a b/",
+        "file:///etc/passwd",
+        "ftp://127.0.0.1:1/x",
+        "//[/",
+        "http://127.0.0.1:99999/",
+        "gopher://x",
+    ],
+)
 def test_addresses_that_a_server_leads_to(site, target, location):
     site.headers, site.statuses = {"Location": location}, [302]
     with pytest.raises(DownloadError):
@@ -322,8 +357,10 @@ def test_an_archive_gives_its_checkpoint(site, target):
     assert target.read_bytes() == CONTENT and os.listdir(target.parent) == ["model.ckpt"]
 
 
-@pytest.mark.parametrize("content, why", [
-    (archive("a.ckpt", "b.ckpt"), "one .ckpt file; got 2"), (archive("a.txt"), "got 0"), (b"text", "not a zip")])
+@pytest.mark.parametrize(
+    "content, why",
+    [(archive("a.ckpt", "b.ckpt"), "one .ckpt file; got 2"), (archive("a.txt"), "got 0"), (b"text", "not a zip")],
+)
 def test_an_archive_of_something_else(site, target, content, why):
     site.files["/x.zip"] = content
     with pytest.raises(DownloadError, match=why):
@@ -343,10 +380,14 @@ def damaged(content: bytes) -> bytes:
     return content[:2000] + bytes(200) + content[2200:]
 
 
-@pytest.mark.parametrize("content, why", [
-    (locked(archive("model.ckpt")), "an archive that can't be unpacked .*password"),
-    (damaged(archive("model.ckpt")), "not a zip archive, or a damaged one"),
-    (archive("model.ckpt").replace(CONTENT[128:500], b"<html>".ljust(372)), "damaged")])
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (locked(archive("model.ckpt")), "an archive that can't be unpacked .*password"),
+        (damaged(archive("model.ckpt")), "not a zip archive, or a damaged one"),
+        (archive("model.ckpt").replace(CONTENT[128:500], b"<html>".ljust(372)), "damaged"),
+    ],
+)
 def test_an_archive_that_does_not_open(site, target, content, why):
     site.files["/x.zip"] = content
     with pytest.raises(DownloadError, match=why):
@@ -370,14 +411,21 @@ def test_errors_of_the_server_are_told(site, target):
 
 # The script
 
+
 @pytest.fixture
 def manifest(site, tmp_path) -> Path:
     entry = {"about": "a model", "config": "c.yaml", "licence": "MIT"}
     models = {
-        "good": entry | {"path": "m/good.ckpt", "sha256": SHA256, "gb": 0.001,
-                         "urls": [f"{site.address}/nothing", f"{site.address}/model.ckpt"]},
+        "good": entry
+        | {
+            "path": "m/good.ckpt",
+            "sha256": SHA256,
+            "gb": 0.001,
+            "urls": [f"{site.address}/nothing", f"{site.address}/model.ckpt"],
+        },
         "plain": entry | {"path": "m/plain.ckpt", "urls": [f"{site.address}/model.ckpt?dl=1"]},
-        "bad": entry | {"path": "m/bad.ckpt", "sha256": "0" * 64, "urls": [f"{site.address}/model.ckpt"]}}
+        "bad": entry | {"path": "m/bad.ckpt", "sha256": "0" * 64, "urls": [f"{site.address}/model.ckpt"]},
+    }
     (tmp_path / "published.yaml").write_text(yaml.safe_dump(models, sort_keys=False))
     return tmp_path / "published.yaml"
 
@@ -394,19 +442,21 @@ def test_list_download_and_verify(manifest, capsys):
 
     assert call(manifest, "--verify") == 0
     assert capsys.readouterr().out == "none of the published models is here; --list shows them\n"
-    assert call(manifest, "good", "plain") == 0            # the first mirror of `good` has it no more
+    assert call(manifest, "good", "plain") == 0  # the first mirror of `good` has it no more
     out = capsys.readouterr().out
     assert "good.ckpt: as published" in out and "plain.ckpt: here; no published SHA-256" in out
     assert call(manifest, "good") == 0 and "is here" in capsys.readouterr().out
 
     assert call(manifest, "--verify") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "m/good.ckpt: as published", "m/plain.ckpt: here; no published SHA-256 to hold it to; its size, first bytes "
-        "and table of contents are those of weights"]
+        "m/good.ckpt: as published",
+        "m/plain.ckpt: here; no published SHA-256 to hold it to; its size, first bytes "
+        "and table of contents are those of weights",
+    ]
     assert call(manifest, "--verify", "bad") == 1
     with (manifest.parent / "m" / "good.ckpt").open("r+b") as file:
         file.write(b"?")
-    os.truncate(manifest.parent / "m" / "plain.ckpt", 1000)         # that is found out without a SHA-256
+    os.truncate(manifest.parent / "m" / "plain.ckpt", 1000)  # that is found out without a SHA-256
     assert call(manifest, "--verify") == 1
     out = capsys.readouterr().out
     assert "m/good.ckpt: NOT the published file" in out and "m/plain.ckpt: NOT the published file" in out
@@ -415,8 +465,9 @@ def test_list_download_and_verify(manifest, capsys):
 def test_a_reader_that_has_seen_enough():
     """As in --list | head: no traceback."""
     command = [sys.executable, str(ROOT / "scripts" / "download_models.py"), "--list"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 1
 
@@ -429,26 +480,45 @@ def test_a_model_that_no_mirror_has(manifest, capsys):
     assert not (manifest.parent / "m" / "bad.ckpt").exists()
 
 
-@pytest.mark.parametrize("args, why", [
-    (["nope"], "NAME: 'nope' is not one of good, plain, bad"), ([], "NAME: name the models"),
-    (["--list", "--verify"], "not allowed with")])
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        (["nope"], "NAME: 'nope' is not one of good, plain, bad"),
+        ([], "NAME: name the models"),
+        (["--list", "--verify"], "not allowed with"),
+    ],
+)
 def test_bad_arguments(manifest, capsys, args, why):
     assert call(manifest, *args) == 2
     error = capsys.readouterr().err
     assert why in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("change, why", [
-    ({"urls": ["file:///etc/passwd"]}, "m: urls must be http"), ({"urls": []}, "m: urls must be"),
-    ({"urls": "http://a"}, "m: expected an entry with a list of urls"), ({"path": "../x"}, "m: path must lie inside"),
-    ({"path": "/x"}, "m: path must lie inside"), ({"sha256": "12"}, "m: sha256 must be 64"),
-    ({"md5": "1"}, "m: unknown md5; known: about"), ({"licence": None}, "m: without licence"),
-    ({"urls": ["http://[::1"]}, "m: urls must be http"), ({"urls": ["https://"]}, "m: urls must be http"),
-    ({"urls": [7]}, "m: urls must be http"), ({"urls": ["https://a b"]}, "m: urls must be http"),
-    ({"path": ["a"]}, "m: path must be a text"), ({"about": {"a": 1}}, "m: about must be a text"),
-    ({"licence": 3}, "m: licence must be a text"), ({"sha256": 12}, "m: sha256 must be a text"),
-    ({"gb": True}, "m: gb must be a positive number"), ({"gb": "4"}, "m: gb must be"), ({"gb": -1}, "m: gb must be"),
-    ({"gb": float("nan")}, "m: gb must be")])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"urls": ["file:///etc/passwd"]}, "m: urls must be http"),
+        ({"urls": []}, "m: urls must be"),
+        ({"urls": "http://a"}, "m: expected an entry with a list of urls"),
+        ({"path": "../x"}, "m: path must lie inside"),
+        ({"path": "/x"}, "m: path must lie inside"),
+        ({"sha256": "12"}, "m: sha256 must be 64"),
+        ({"md5": "1"}, "m: unknown md5; known: about"),
+        ({"licence": None}, "m: without licence"),
+        ({"urls": ["http://[::1"]}, "m: urls must be http"),
+        ({"urls": ["https://"]}, "m: urls must be http"),
+        ({"urls": [7]}, "m: urls must be http"),
+        ({"urls": ["https://a b"]}, "m: urls must be http"),
+        ({"path": ["a"]}, "m: path must be a text"),
+        ({"about": {"a": 1}}, "m: about must be a text"),
+        ({"licence": 3}, "m: licence must be a text"),
+        ({"sha256": 12}, "m: sha256 must be a text"),
+        ({"gb": True}, "m: gb must be a positive number"),
+        ({"gb": "4"}, "m: gb must be"),
+        ({"gb": -1}, "m: gb must be"),
+        ({"gb": float("nan")}, "m: gb must be"),
+    ],
+)
 def test_a_manifest_with_a_fault_is_refused(tmp_path, change, why):
     entry = {"about": "a", "config": "c", "licence": "l", "path": "p", "urls": ["https://a"]} | change
     (tmp_path / "m.yaml").write_text(yaml.safe_dump({"m": {k: v for k, v in entry.items() if v is not None}}))
@@ -464,8 +534,13 @@ def test_our_manifest(tmp_path):
     assert len(set(hashes)) == len(hashes) >= 11
     assert all(model.config.endswith(".yaml") and model.file().is_relative_to(ROOT) for model in models.values())
     assert isinstance(models["kl-f8"], Published) and MANIFEST.parent == ROOT / "models"
-    for text, why in (("- 1", "entries by name"), ("a: [", "not YAML"), ("[" * 9999, "nested deeper"),
-                      ("a: ${oc.env:HOME}", "a: expected an entry"), ("a: 1", "a: expected an entry")):
+    for text, why in (
+        ("- 1", "entries by name"),
+        ("a: [", "not YAML"),
+        ("[" * 9999, "nested deeper"),
+        ("a: ${oc.env:HOME}", "a: expected an entry"),
+        ("a: 1", "a: expected an entry"),
+    ):
         (tmp_path / "m.yaml").write_text(text)
         with pytest.raises(ManifestError, match=why):
             load_manifest(tmp_path / "m.yaml")

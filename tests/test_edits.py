@@ -7,8 +7,8 @@ from toy import ABAR, final, node_noise, toy_denoiser, toy_inputs, toy_network, 
 from ldm.models.diffusion.denoiser import Conditional
 from ldm.models.diffusion.edits import Edit, inpainting, prior_noise
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node
 
 
@@ -33,8 +33,7 @@ def test_each_moment_sees_its_nodes_in_order(when):
 
 
 @pytest.mark.parametrize(
-    "when, encoder_sees, update_sees",
-    [("before", True, True), ("after", False, True), ("update", False, False)],
+    "when, encoder_sees, update_sees", [("before", True, True), ("after", False, True), ("update", False, False)]
 )
 def test_what_a_moment_reaches(when, encoder_sees, update_sees):
     """One node: an edit before it reaches prediction and update, after it the update, else the result."""

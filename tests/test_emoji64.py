@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ldm.checkpoint import fingerprint, load_config, load_model, read_checkpoint
-from ldm.generate import prompt_items
-from ldm.models.diffusion.plans import RunFacts, load_plan
+from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+from ldm.sampling.generate import prompt_items
 
 MODEL = Path(__file__).parents[1] / "models" / "ldm" / "emoji64"
 PROMPTS = ["a red heart, noto style", "a dog face, twemoji style", "a slice of pizza, openmoji style"]
@@ -24,8 +24,9 @@ def model():
     return load_model(MODEL / "config.yaml", MODEL / "model.safetensors")
 
 
-def pictures(model, recipe: Recipe = RECIPE, spec: str = "faster-diffusion", parallel: int = 1,
-             chosen: slice = slice(None)) -> torch.Tensor:
+def pictures(
+    model, recipe: Recipe = RECIPE, spec: str = "faster-diffusion", parallel: int = 1, chosen: slice = slice(None)
+) -> torch.Tensor:
     """The decoded pictures of some of the prompts, (B, 3, 64, 64)."""
     sizes = Sizes.of(load_config(MODEL / "config.yaml").model)
     maker = Engine(model, sizes, recipe, load_plan(spec, num_nodes(recipe), parallel), Task(Text()))
@@ -68,9 +69,15 @@ def test_the_calibration_is_of_these_weights_and_better_than_the_published_keys(
     """At the published number of key steps the final latents are at most half as far, squared, from the plain run."""
     run = RunFacts({"sampler": "ddim", "weights": fingerprint(MODEL / "model.safetensors")[:16]}, MODEL / "calibration")
     plain, auto, paper = (
-        Engine(model, Sizes.of(load_config(MODEL / "config.yaml").model), replace(RECIPE, steps=50, noise_weight=0.0),
-               load_plan(spec, 50, 8, run=run), Task(Text())).sampled(prompt_items(PROMPTS[:1], 1, seed=0))
-        for spec in ("off", "auto:9", "faster-diffusion"))
+        Engine(
+            model,
+            Sizes.of(load_config(MODEL / "config.yaml").model),
+            replace(RECIPE, steps=50, noise_weight=0.0),
+            load_plan(spec, 50, 8, run=run),
+            Task(Text()),
+        ).sampled(prompt_items(PROMPTS[:1], 1, seed=0))
+        for spec in ("off", "auto:9", "faster-diffusion")
+    )
     assert auto[1] == paper[1], "both costs are the same"
     errors = [float((x - plain[0]).square().mean()) for x, _ in (auto, paper)]
     assert errors[0] < 0.5 * errors[1]

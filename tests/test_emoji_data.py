@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def prepare():
     spec = importlib.util.spec_from_file_location("prepare_emoji", ROOT / "scripts/prepare_emoji.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module      # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
@@ -32,14 +32,29 @@ def folder(tmp_path):
     """Five pictures: tiers 1, 2, 1, 3, 4; the third is a held-out pair."""
     pictures = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     np.save(tmp_path / "pictures.npy", pictures)
-    entries = [("2764", "noto", 1, "train"), ("1F9A4", "noto", 2, "train"),
-               ("2764", "openmoji", 1, "heldout_pair"), ("1F9D1", "noto", 3, "train"),
-               ("1F9D1-1F3FD", "noto", 4, "train")]
-    images = [{"id": i, "concept": concept, "style": style, "tier": tier, "split": split}
-              for i, (concept, style, tier, split) in enumerate(entries)]
-    notes = [{"id": i, "image_id": r, "caption": c} for i, (r, c) in enumerate([
-        (0, "a red heart, noto style"), (1, "a dodo, noto style"), (0, "a heart, noto style"),
-        (2, "a red heart, openmoji style"), (3, "a person, noto style")])]
+    entries = [
+        ("2764", "noto", 1, "train"),
+        ("1F9A4", "noto", 2, "train"),
+        ("2764", "openmoji", 1, "heldout_pair"),
+        ("1F9D1", "noto", 3, "train"),
+        ("1F9D1-1F3FD", "noto", 4, "train"),
+    ]
+    images = [
+        {"id": i, "concept": concept, "style": style, "tier": tier, "split": split}
+        for i, (concept, style, tier, split) in enumerate(entries)
+    ]
+    notes = [
+        {"id": i, "image_id": r, "caption": c}
+        for i, (r, c) in enumerate(
+            [
+                (0, "a red heart, noto style"),
+                (1, "a dodo, noto style"),
+                (0, "a heart, noto style"),
+                (2, "a red heart, openmoji style"),
+                (3, "a person, noto style"),
+            ]
+        )
+    ]
     (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": notes}))
     return tmp_path
 
@@ -70,11 +85,19 @@ def test_bad_arguments_say_what_is_accepted(folder, kwargs, why):
 CAPTIONS, GROUPS = ["a red heart, noto style", "a love, noto style"], ["a heart, noto style"]
 
 
-@pytest.mark.parametrize("shares, drawn", [
-    ({}, {"a red heart, noto style"}), ({"name": 0.0}, {"a love, noto style"}),
-    ({"group": 1.0}, {"a heart, noto style"}), ({"style": 0.0}, {"a red heart"}),
-    ({"name": 0.5, "group": 0.5, "style": 0.5}, {
-        f"{words}{style}" for words in ("a red heart", "a love", "a heart") for style in ("", ", noto style")})])
+@pytest.mark.parametrize(
+    "shares, drawn",
+    [
+        ({}, {"a red heart, noto style"}),
+        ({"name": 0.0}, {"a love, noto style"}),
+        ({"group": 1.0}, {"a heart, noto style"}),
+        ({"style": 0.0}, {"a red heart"}),
+        (
+            {"name": 0.5, "group": 0.5, "style": 0.5},
+            {f"{words}{style}" for words in ("a red heart", "a love", "a heart") for style in ("", ", noto style")},
+        ),
+    ],
+)
 def test_shares_of_captions(shares, drawn):
     torch.manual_seed(0)
     assert {CaptionShares(**shares).draw(CAPTIONS, GROUPS) for _ in range(200)} == drawn
@@ -89,20 +112,26 @@ def test_a_share_is_a_share():
 def test_flip_mirrors_half_of_the_pictures(folder):
     data = EmojiPictures(folder)
     torch.manual_seed(0)
-    flipped = [bool((image == data[1].flip(-1)).all())
-               for image in (PictureBatches(data, [1], flip=True)[0]["image"] for _ in range(100))
-               if (image == data[1]).all() or (image == data[1].flip(-1)).all()]
+    flipped = [
+        bool((image == data[1].flip(-1)).all())
+        for image in (PictureBatches(data, [1], flip=True)[0]["image"] for _ in range(100))
+        if (image == data[1]).all() or (image == data[1].flip(-1)).all()
+    ]
     assert len(flipped) == 100 and 30 < sum(flipped) < 70
     assert all((PictureBatches(data, [1])[0]["image"] == data[1]).all() for _ in range(20))
 
 
-@pytest.mark.parametrize("break_it", [
-    lambda f: (f / "pictures.npy").unlink(),
-    lambda f: (f / "captions.json").write_text("{"),
-    lambda f: (f / "pictures.npy").write_bytes((f / "pictures.npy").read_bytes()[:5000]),
-    lambda f: (f / "pictures.npy").write_bytes(b""),
-    lambda f: np.save(f / "pictures.npy", np.zeros((3, 64, 64, 3), np.uint8)),
-    lambda f: np.save(f / "pictures.npy", np.zeros((5, 64, 64, 3), np.float32))])
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda f: (f / "pictures.npy").unlink(),
+        lambda f: (f / "captions.json").write_text("{"),
+        lambda f: (f / "pictures.npy").write_bytes((f / "pictures.npy").read_bytes()[:5000]),
+        lambda f: (f / "pictures.npy").write_bytes(b""),
+        lambda f: np.save(f / "pictures.npy", np.zeros((3, 64, 64, 3), np.uint8)),
+        lambda f: np.save(f / "pictures.npy", np.zeros((5, 64, 64, 3), np.float32)),
+    ],
+)
 def test_broken_dataset_names_the_command(folder, break_it):
     break_it(folder)
     with pytest.raises(ValueError, match="prepare_emoji.py --out") as error:
@@ -110,22 +139,43 @@ def test_broken_dataset_names_the_command(folder, break_it):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("Grinning Face", "a grinning face"), ("red heart", "a red heart"), ("eyes", "eyes"),
-    ("grapes", "grapes"), ("slice of pizza", "a slice of pizza"), ("pair of socks", "a pair of socks"),
-    ("bread", "bread"), ("loaf of bread", "a loaf of bread"), ("suv", "an suv"), ("cactus", "a cactus"),
-    ("octopus", "an octopus"), ("unicorn", "a unicorn"), ("glass of milk", "a glass of milk"),
-    ("x-ray", "an x-ray"), ("two hearts", "two hearts"), ("two-hump camel", "a two-hump camel"),
-    ("T-Rex", "a t-rex"), ("woman’s hat", "a woman's hat"),
-    ("face holding back tears", "a face holding back tears"), ("Christmas tree", "a christmas tree")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("Grinning Face", "a grinning face"),
+        ("red heart", "a red heart"),
+        ("eyes", "eyes"),
+        ("grapes", "grapes"),
+        ("slice of pizza", "a slice of pizza"),
+        ("pair of socks", "a pair of socks"),
+        ("bread", "bread"),
+        ("loaf of bread", "a loaf of bread"),
+        ("suv", "an suv"),
+        ("cactus", "a cactus"),
+        ("octopus", "an octopus"),
+        ("unicorn", "a unicorn"),
+        ("glass of milk", "a glass of milk"),
+        ("x-ray", "an x-ray"),
+        ("two hearts", "two hearts"),
+        ("two-hump camel", "a two-hump camel"),
+        ("T-Rex", "a t-rex"),
+        ("woman’s hat", "a woman's hat"),
+        ("face holding back tears", "a face holding back tears"),
+        ("Christmas tree", "a christmas tree"),
+    ],
+)
 def test_phrase(prepare, name, words):
     assert prepare.phrase(name) == words
 
 
 def test_keywords_point_at_one_concept(prepare):
-    found = prepare.telling(["pepperoni", "cheese", "italian", "food"], "pizza",
-                            accepted={"pepperoni", "cheese", "food"}, named={"cheese", "wedge", "pizza"},
-                            shared={"pepperoni": 1, "cheese": 1, "food": 90})
+    found = prepare.telling(
+        ["pepperoni", "cheese", "italian", "food"],
+        "pizza",
+        accepted={"pepperoni", "cheese", "food"},
+        named={"cheese", "wedge", "pizza"},
+        shared={"pepperoni": 1, "cheese": 1, "food": 90},
+    )
     assert found == ["pepperoni"]
 
 
@@ -135,8 +185,10 @@ def test_spellings_of_a_code_point_agree(prepare):
 
 def test_icons_without_code_points_are_found_by_name(prepare):
     codes = {"robot": "1F916", "raisedfist": "270A", "pizza": "1F355"}
-    icons = {"icons": dict.fromkeys(["robot-2", "robot", "pizza-1", "pizza-2", "brazil", "raised_fist"]),
-             "aliases": {"fist": {"parent": "raised_fist"}}}
+    icons = {
+        "icons": dict.fromkeys(["robot-2", "robot", "pizza-1", "pizza-2", "brazil", "raised_fist"]),
+        "aliases": {"fist": {"parent": "raised_fist"}},
+    }
     assert prepare.chars_by_name(icons, codes) == {"1F916": "robot", "270A": "raised_fist", "1F355": "pizza-1"}
 
 
@@ -146,9 +198,16 @@ def test_dogside_is_the_dog_and_dog_is_its_face(prepare):
     assert prepare.chars_by_name(icons, codes) == {"1F436": "dog", "1F415": "dogside", "1F409": "dragonside"}
 
 
-@pytest.mark.parametrize("name, tier, open_caption", [
-    ("red heart", 1, ("a heart",)), ("large orange diamond", 2, ("a large diamond",)), ("fox", 1, ()),
-    ("man: red hair", 3, ()), ("orange", 2, ())])
+@pytest.mark.parametrize(
+    "name, tier, open_caption",
+    [
+        ("red heart", 1, ("a heart",)),
+        ("large orange diamond", 2, ("a large diamond",)),
+        ("fox", 1, ()),
+        ("man: red hair", 3, ()),
+        ("orange", 2, ()),
+    ],
+)
 def test_colour_is_left_open(prepare, name, tier, open_caption):
     assert prepare.colourless(name, tier) == open_caption
 
@@ -161,17 +220,26 @@ def test_a_group_that_no_emoji_has_is_said(prepare):
 
 def test_the_first_source_that_knows_a_name_counts(prepare):
     codes = prepare.codes_by_name(
-        [{"1f436": "dog-face", "1f415": "dog"}], [{"name": "DOG FACE", "unified": "1F436", "short_names": ["dog"]},
-                                                  {"name": None, "unified": "2764-FE0F", "short_names": ["heart"]}],
-        [{"annotation": "red heart", "hexcode": "2764"}])
+        [{"1f436": "dog-face", "1f415": "dog"}],
+        [
+            {"name": "DOG FACE", "unified": "1F436", "short_names": ["dog"]},
+            {"name": None, "unified": "2764-FE0F", "short_names": ["heart"]},
+        ],
+        [{"annotation": "red heart", "hexcode": "2764"}],
+    )
     assert codes["dog"] == "1F415" and codes["dogface"] == "1F436" and codes["heart"] == codes["redheart"] == "2764"
 
 
 def test_a_skin_tone_is_held_out_with_its_concept(prepare):
-    hand = prepare.Concept("1F44B", "waving hand", "People & Body", 2, ("a waving hand", "a hello"), "1F44B",
-                           ("a hand",))
-    emoji = [{"unified": "1F44B", "skin_variations": {
-        "1F3FD": {"unified": "1F44B-1F3FD"}, "1F3FD-1F3FF": {"unified": "1F44B-1F3FD-1F3FF"}}}]
+    hand = prepare.Concept(
+        "1F44B", "waving hand", "People & Body", 2, ("a waving hand", "a hello"), "1F44B", ("a hand",)
+    )
+    emoji = [
+        {
+            "unified": "1F44B",
+            "skin_variations": {"1F3FD": {"unified": "1F44B-1F3FD"}, "1F3FD-1F3FF": {"unified": "1F44B-1F3FD-1F3FF"}},
+        }
+    ]
     [toned] = prepare.skin_tones([hand], emoji)
     assert (toned.id, toned.tier, toned.base) == ("1F44B-1F3FD", 4, "1F44B")
     assert toned.phrases == ("a waving hand with medium skin tone",)
@@ -220,12 +288,24 @@ def test_choice_is_by_hash_and_spares_the_iconic(prepare):
 
 
 SQUARE = '<rect x="2" y="2" width="4" height="4" fill="{}"/>'
-EMOJI = [{"unified": code, "sort_order": i, "category": category, "subcategory": group, "name": name.upper(),
-          "short_names": [name.replace(" ", "_")], "skin_variations": tones}
-         for i, (code, category, group, name, tones) in enumerate([
-             ("1F44B", "People & Body", "hand-fingers-open", "waving hand", {"1F3FF": {"unified": "1F44B-1F3FF"}}),
-             ("1F525", "Travel & Places", "sky & weather", "fire", {}),
-             ("1F1E7-1F1F7", "Flags", "country-flag", "flag brazil", {})])]
+EMOJI = [
+    {
+        "unified": code,
+        "sort_order": i,
+        "category": category,
+        "subcategory": group,
+        "name": name.upper(),
+        "short_names": [name.replace(" ", "_")],
+        "skin_variations": tones,
+    }
+    for i, (code, category, group, name, tones) in enumerate(
+        [
+            ("1F44B", "People & Body", "hand-fingers-open", "waving hand", {"1F3FF": {"unified": "1F44B-1F3FF"}}),
+            ("1F525", "Travel & Places", "sky & weather", "fire", {}),
+            ("1F1E7-1F1F7", "Flags", "country-flag", "flag brazil", {}),
+        ]
+    )
+]
 
 
 @pytest.fixture
@@ -233,15 +313,23 @@ def packages(prepare, tmp_path, monkeypatch):
     """A recipe of two icon sets, one without code points, whose packages lie in the cache already."""
     cache, sets = tmp_path / "packages", {}
     for name, files in {
-            "charted": {"icons.json": {"icons": {n: {"body": SQUARE.format(c)} for n, c in (
-                            ("wave", "red"), ("wave-dark", "maroon"), ("fire", "orange"), ("br", "green"))},
-                            "width": 8, "height": 8, "aliases": {"flame": {"parent": "fire"}}},
-                        "chars.json": {"1f44b": "wave", "1f44b-1f3ff": "wave-dark", "1f525": "flame",
-                                       "1f1e7-1f1f7": "br"}},
-            "named": {"icons.json": {"icons": {"fire-2": {"body": SQUARE.format("blue")}}, "width": 8, "height": 8}},
-            "google": {"emoji.json": EMOJI},
-            "openmoji": {"openmoji.json": []},
-            "lib": {"lib.json": {}}}.items():
+        "charted": {
+            "icons.json": {
+                "icons": {
+                    n: {"body": SQUARE.format(c)}
+                    for n, c in (("wave", "red"), ("wave-dark", "maroon"), ("fire", "orange"), ("br", "green"))
+                },
+                "width": 8,
+                "height": 8,
+                "aliases": {"flame": {"parent": "fire"}},
+            },
+            "chars.json": {"1f44b": "wave", "1f44b-1f3ff": "wave-dark", "1f525": "flame", "1f1e7-1f1f7": "br"},
+        },
+        "named": {"icons.json": {"icons": {"fire-2": {"body": SQUARE.format("blue")}}, "width": 8, "height": 8}},
+        "google": {"emoji.json": EMOJI},
+        "openmoji": {"openmoji.json": []},
+        "lib": {"lib.json": {}},
+    }.items():
         sets[name] = prepare.Package(name, "1", tuple(files))
         for file, content in files.items():
             (cache / sets[name].folder).mkdir(parents=True, exist_ok=True)
@@ -249,8 +337,16 @@ def packages(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "GOOGLE", sets["google"])
     monkeypatch.setattr(prepare, "OPENMOJI", sets["openmoji"])
     monkeypatch.setattr(prepare, "EMOJILIB", sets["lib"])
-    listed = {"tier1": {"all": ["fire"]}, "iconic": [], "extra": [], "dropped": [], "names": {}, "keywords": [],
-              "subcategories": ["hand-fingers-open"], "groups": {"hand-fingers-open": ["a hand"]}}
+    listed = {
+        "tier1": {"all": ["fire"]},
+        "iconic": [],
+        "extra": [],
+        "dropped": [],
+        "names": {},
+        "keywords": [],
+        "subcategories": ["hand-fingers-open"],
+        "groups": {"hand-fingers-open": ["a hand"]},
+    }
     (tmp_path / "concepts.yaml").write_text(yaml.safe_dump(listed))
     monkeypatch.setattr(prepare, "CONCEPTS", tmp_path / "concepts.yaml")
     heldout = tmp_path / "emoji0/heldout.yaml"
@@ -265,12 +361,20 @@ def test_a_dataset_from_icon_sets(prepare, packages, tmp_path):
     recipe, cache = packages
     captions = prepare.prepare(recipe, tmp_path / "out", cache)
     assert [(i["concept"], i["style"], i["tier"], i["split"]) for i in captions["images"]] == [
-        ("1F525", "one", 1, "train"), ("1F44B", "one", 2, "heldout_concept"),
-        ("1F44B-1F3FF", "one", 4, "heldout_concept"), ("1F525", "two", 1, "heldout_pair")]
+        ("1F525", "one", 1, "train"),
+        ("1F44B", "one", 2, "heldout_concept"),
+        ("1F44B-1F3FF", "one", 4, "heldout_concept"),
+        ("1F525", "two", 1, "heldout_pair"),
+    ]
     assert [(n["kind"], n["caption"]) for n in captions["annotations"]] == [
-        ("name", "fire, one style"), ("name", "a waving hand, one style"), ("group", "a hand, one style"),
-        ("name", "a waving hand with dark skin tone, one style"), ("group", "a waving hand, one style"),
-        ("group", "a hand, one style"), ("name", "fire, two style")]
+        ("name", "fire, one style"),
+        ("name", "a waving hand, one style"),
+        ("group", "a hand, one style"),
+        ("name", "a waving hand with dark skin tone, one style"),
+        ("group", "a waving hand, one style"),
+        ("group", "a hand, one style"),
+        ("name", "fire, two style"),
+    ]
     pictures = np.load(tmp_path / "out/pictures.npy")
     assert pictures.shape == (4, 128, 128, 3)
     assert [tuple(p[64, 64]) for p in pictures] == [(255, 165, 0), (255, 0, 0), (128, 0, 0), (0, 0, 255)]
@@ -287,16 +391,23 @@ def test_pictures_are_written_as_numpy_saves_them(prepare, tmp_path):
 
 def test_pictures_are_composited_on_white(prepare):
     pytest.importorskip("resvg_py")
-    image = prepare.picture('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">'
-                            '<rect x="2" y="2" width="4" height="4" fill="red"/></svg>', 64)
+    image = prepare.picture(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">'
+        '<rect x="2" y="2" width="4" height="4" fill="red"/></svg>',
+        64,
+    )
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8
     np.testing.assert_array_equal(image[2, 2], (255, 255, 255))
     np.testing.assert_array_equal(image[32, 32], (255, 0, 0))
 
 
 def run(tmp_path, path):
-    return subprocess.run([sys.executable, ROOT / "scripts/prepare_emoji.py", "--out", tmp_path / "out"],
-                          env={"PATH": str(path)}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts/prepare_emoji.py", "--out", tmp_path / "out"],
+        env={"PATH": str(path)},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_without_the_package_for_svg_nothing_is_fetched(prepare, tmp_path, monkeypatch, capsys):
@@ -307,7 +418,7 @@ def test_without_the_package_for_svg_nothing_is_fetched(prepare, tmp_path, monke
 
 @pytest.mark.parametrize("flag", ["--out", "--cache"])
 def test_a_folder_that_can_not_be_is_said_before_anything_is_fetched(prepare, tmp_path, monkeypatch, capsys, flag):
-    monkeypatch.setenv("PATH", "")      # nothing can be
+    monkeypatch.setenv("PATH", "")  # nothing can be
     (tmp_path / "file").touch()
     for place in ("n" * 5000, str(tmp_path / "file")):
         assert prepare.main(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), flag, place]) == 2

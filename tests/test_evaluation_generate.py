@@ -19,7 +19,7 @@ from processes import Child
 from txt2img_model import write_model
 
 from evaluation.generate import main
-from evaluation.protocol import identity
+from evaluation.protocols.protocol import identity
 
 PICTURES, BATCH = 40, 8
 
@@ -33,8 +33,18 @@ class Runs:
         self.model = ["--config", str(config), "--ckpt", str(ckpt)]
 
     def arguments(self, out: Path, *more: str) -> list[str]:
-        return ["--protocol", str(self.protocol), "--data", str(self.coco), *self.model, "--plan", "0,2",
-                "--out", str(out), *more]
+        return [
+            "--protocol",
+            str(self.protocol),
+            "--data",
+            str(self.coco),
+            *self.model,
+            "--plan",
+            "0,2",
+            "--out",
+            str(out),
+            *more,
+        ]
 
     def __call__(self, out: Path, *more: str) -> int:
         return main(self.arguments(out, *more))
@@ -54,8 +64,11 @@ def whole(runs, tmp_path_factory) -> Path:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*")
-            if path.is_file() and path.parent.name != "journal" and path.suffix != ".npz"}
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.parent.name != "journal" and path.suffix != ".npz"
+    }
 
 
 def pictures(out: Path) -> int:
@@ -70,6 +83,7 @@ def refused(capfd, code: int) -> str:
 
 
 # What is made
+
 
 def test_a_picture_for_every_caption_with_a_card(runs, whole):
     card = json.loads((whole / "run.json").read_text())
@@ -116,15 +130,33 @@ def test_plans_by_name(runs, tmp_path):
 
 # One process or many
 
+
 def torchrun(rank: int, port: int) -> dict[str, str]:
-    return {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3",
-            "LOCAL_WORLD_SIZE": "3", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {
+        "TORCHELASTIC_RUN_ID": "none",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "3",
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def slurm(rank: int, port: int) -> dict[str, str]:
-    return {"SLURM_NTASKS": "3", "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank),
-            "SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "run",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {
+        "SLURM_NTASKS": "3",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": str(rank),
+        "SLURM_NNODES": "3",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "run",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 @pytest.mark.parametrize("launcher", [torchrun, slurm])
@@ -142,6 +174,7 @@ def test_three_processes_make_the_files_of_one(runs, whole, tmp_path, launcher):
 
 
 # Stops
+
 
 def test_processes_killed_at_any_picture_leave_a_run_that_goes_on(runs, whole, tmp_path):
     """Each kills itself when it has made so many pictures: before one has its name, or after."""
@@ -192,18 +225,27 @@ def test_a_full_disk_leaves_what_is_there(runs, whole, tmp_path):
 
 # Bad input
 
-@pytest.mark.parametrize("arguments, why", [
-    (["--protocol", "coco"], "--protocol: unknown protocol 'coco'; accepted: coco2014-30k, "),
-    (["--count", "49"], "--count: 49 prompts are asked for, at most 2 of an image; there are 48 such"),
-    (["--data", "nowhere"], "--data: .*nowhere/annotations/captions_val2017.json: no such file; tiny reads"),
-    (["--shard", "3/2"], "--shard: expected K/N, part K of 1..N, .*; got '3/2'"),
-    (["--shard", "1/9999999"], "--shard: expected K/N, part K of 1..N, and N at most 1000000; got '1/9999999'"),
-    (["--devices", "0"], "--devices: .* in 1..1024; got"), (["--strategy", "fsdp"], "--strategy: .*'fsdp'"),
-    (["--sampler", "magic"], "--sampler: .*'magic'"), (["--steps", "2000"], "--steps: "),
-    (["--plan", "0,9"], "--plan: key 9 is past the last node 3"), (["--compare"], "unrecognized arguments: --compare"),
-    (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has "),
-    (["--ckpt", "nowhere"], "--ckpt: nowhere: no such file"), (["--device", "cuda:99"], "--device: cuda:99"),
-], ids=" ".join)
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--protocol", "coco"], "--protocol: unknown protocol 'coco'; accepted: coco2014-30k, "),
+        (["--count", "49"], "--count: 49 prompts are asked for, at most 2 of an image; there are 48 such"),
+        (["--data", "nowhere"], "--data: .*nowhere/annotations/captions_val2017.json: no such file; tiny reads"),
+        (["--shard", "3/2"], "--shard: expected K/N, part K of 1..N, .*; got '3/2'"),
+        (["--shard", "1/9999999"], "--shard: expected K/N, part K of 1..N, and N at most 1000000; got '1/9999999'"),
+        (["--devices", "0"], "--devices: .* in 1..1024; got"),
+        (["--strategy", "fsdp"], "--strategy: .*'fsdp'"),
+        (["--sampler", "magic"], "--sampler: .*'magic'"),
+        (["--steps", "2000"], "--steps: "),
+        (["--plan", "0,9"], "--plan: key 9 is past the last node 3"),
+        (["--compare"], "unrecognized arguments: --compare"),
+        (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has "),
+        (["--ckpt", "nowhere"], "--ckpt: nowhere: no such file"),
+        (["--device", "cuda:99"], "--device: cuda:99"),
+    ],
+    ids=" ".join,
+)
 def test_bad_arguments(runs, tmp_path, capfd, arguments, why):
     assert re.match(why, refused(capfd, runs(tmp_path / "out", *arguments)))
     assert not (tmp_path / "out").exists()
@@ -218,18 +260,24 @@ def test_what_is_needed(runs, capfd, tmp_path):
 
 
 def test_protocols_that_do_not_fit_the_model(runs, tmp_path, capfd):
-    for changes, why in (({"size": 18}, "--protocol: its pictures have 18 px; this model's must be a multiple of 4"),
-                         ({"data": {"kind": "classes", "classes": 9}, "select": {}}, "--config: not a class-cond")):
+    for changes, why in (
+        ({"size": 18}, "--protocol: its pictures have 18 px; this model's must be a multiple of 4"),
+        ({"data": {"kind": "classes", "classes": 9}, "select": {}}, "--config: not a class-cond"),
+    ):
         path = write_protocol(tmp_path / "p.yaml", **changes)
         assert re.match(why, refused(capfd, runs(tmp_path / "out", "--protocol", str(path))))
 
 
-@pytest.mark.parametrize("arguments, changes, fields", [
-    ([], {"seed": 3}, "protocol_sha256 .*; protocol.seed .0 there, 3 given."),
-    (["--count", "39"], {}, "protocol.select.count .40 there, 39 given.*; pictures .40 there, 39 given."),
-    (["--steps", "5"], {}, "method.steps .4 there, 5 given."),
-    (["--plan", "off"], {}, 'plan ."0,2" there, "off" given'),
-], ids=["seed", "count", "steps", "plan"])
+@pytest.mark.parametrize(
+    "arguments, changes, fields",
+    [
+        ([], {"seed": 3}, "protocol_sha256 .*; protocol.seed .0 there, 3 given."),
+        (["--count", "39"], {}, "protocol.select.count .40 there, 39 given.*; pictures .40 there, 39 given."),
+        (["--steps", "5"], {}, "method.steps .4 there, 5 given."),
+        (["--plan", "off"], {}, 'plan ."0,2" there, "off" given'),
+    ],
+    ids=["seed", "count", "steps", "plan"],
+)
 def test_another_run_in_the_folder_is_refused_by_its_fields(runs, whole, tmp_path, capfd, arguments, changes, fields):
     before = files(whole)
     path = write_protocol(tmp_path / "tiny.yaml", **changes)

@@ -16,19 +16,20 @@ from PIL import Image
 from test_clip import TINY_OPEN, TINY_TEXT, TINY_VISION
 from torch.nn import functional as F
 
-from evaluation import measure
-from evaluation.clip_models import load_clip
-from evaluation.errors import FeatureError
-from evaluation.features import EXTRACTORS, Inception2015, extractor, spatial
-from evaluation.inception import Inception
-from evaluation.resize import RECIPES, resize
-from ldm.images import from_pil
+from evaluation.metrics import reference as measure
+from evaluation.metrics.clip import load_clip
+from evaluation.metrics.extractors import EXTRACTORS, Inception2015, extractor, spatial
+from evaluation.metrics.inception import Inception
+from evaluation.metrics.resize import RECIPES, resize
+from evaluation.runs.errors import FeatureError
+from ldm.io.images import from_pil
 from ldm.modules.encoders.openclip import OpenCLIP
 
 GOLDEN = json.loads((GOLDENS / "torch_fidelity.json").read_text())
 
 
 # Resizing
+
 
 def test_the_flags_offer_what_there_is():
     """Written twice, so that --help need not wait for PyTorch."""
@@ -42,7 +43,7 @@ def test_recipes_differ_where_it_matters_and_keep_what_fits():
         torch.testing.assert_close(resize(checks, 40, name), checks, atol=1e-5, rtol=0)
         small = resize(checks, 13, name)
         assert small.shape == (2, 3, 13, 13) and small.dtype == torch.float32
-        torch.testing.assert_close(resize(checks[1:], 13, name), small[1:])              # each on its own
+        torch.testing.assert_close(resize(checks[1:], 13, name), small[1:])  # each on its own
         for other in RECIPES:
             if other != name:
                 assert (small - resize(checks, 13, other)).abs().mean() > 2e-3, (name, other)
@@ -53,12 +54,12 @@ def test_smoothing_recipes_keep_the_mean_of_stripes_and_the_others_alias():
     stripes[..., ::2] = -1
     for name in ("clean", "torch-antialias", "clip-crop"):
         assert resize(stripes, 16, name).abs().max() < 0.1
-    assert resize(stripes, 16, "tf1-bilinear").abs().min() == 1          # sees every fourth column only
+    assert resize(stripes, 16, "tf1-bilinear").abs().min() == 1  # sees every fourth column only
 
 
 def test_tf1_bilinear_is_that_of_torch_fidelity():
     picture = torch.from_numpy(np.random.RandomState(6).randint(0, 256, (1, 3, 40, 30))).float()
-    expected = torch.tensor(GOLDEN["tf1_bilinear_9x7"])                  # (9, 7)
+    expected = torch.tensor(GOLDEN["tf1_bilinear_9x7"])  # (9, 7)
     torch.testing.assert_close(resize(picture, 9, "tf1-bilinear")[0, 0, :, 0], expected[:, 0])
     torch.testing.assert_close(resize(picture, 7, "tf1-bilinear")[0, 0, 0], expected[0])
 
@@ -77,15 +78,20 @@ def test_clip_crop_cuts_the_middle():
     assert (resize(wide, 10, "clip-crop") == 1).all()
 
 
-@pytest.mark.parametrize("images, recipe, why", [
-    (torch.zeros(1, 3, 8, 8), "nearest", "resize: 'nearest' is not one of clean, tf1"),
-    (torch.zeros(3, 8, 8), "clean", r"\(B, 3, H, W\); got \(3, 8, 8\)")])
+@pytest.mark.parametrize(
+    "images, recipe, why",
+    [
+        (torch.zeros(1, 3, 8, 8), "nearest", "resize: 'nearest' is not one of clean, tf1"),
+        (torch.zeros(3, 8, 8), "clean", r"\(B, 3, H, W\); got \(3, 8, 8\)"),
+    ],
+)
 def test_bad_resizes_say_why(images, recipe, why):
     with pytest.raises(ValueError, match=why):
         resize(images, 4, recipe)
 
 
 # Inception
+
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory) -> Inception2015:
@@ -100,15 +106,18 @@ def test_inception_is_that_of_torch_fidelity(inception):
     views = inception.see(inception.prepare(torch.from_numpy(levels).float() / 127.5 - 1))
     golden = GOLDEN["inception"]
     assert views.pooled.shape == (1, 2048) and views.logits.shape == (1, 1008) and views.spatial.shape == (1, 2023)
-    for found, expected in ((views.pooled[0, :24], golden["pooled"]), (views.logits[0, :24], golden["logits"]),
-                            (views.spatial.view(17, 17, 7)[3, 5], golden["mixed_6"])):
+    for found, expected in (
+        (views.pooled[0, :24], golden["pooled"]),
+        (views.logits[0, :24], golden["logits"]),
+        (views.spatial.view(17, 17, 7)[3, 5], golden["mixed_6"]),
+    ):
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-3, atol=2e-3)
     assert views.pooled.double().sum().item() == pytest.approx(golden["pooled_sum"], rel=1e-4)
     assert views.spatial.double().sum().item() == pytest.approx(golden["mixed_6_sum"], rel=1e-4)
 
 
 def test_spatial_features_have_the_published_order():
-    maps = torch.arange(2 * 9 * 4).view(1, 9, 2, 4).repeat(2, 1, 1, 1)        # channels, rows, columns
+    maps = torch.arange(2 * 9 * 4).view(1, 9, 2, 4).repeat(2, 1, 1, 1)  # channels, rows, columns
     flat = spatial(maps)
     assert flat.shape == (2, 56) and flat[0, :8].tolist() == [0, 8, 16, 24, 32, 40, 48, 1]
 
@@ -134,13 +143,15 @@ def test_weights_are_data(tmp_path, capsys):
 
 
 def test_missing_weights_say_which_file_and_where_it_goes(monkeypatch, tmp_path):
-    from evaluation import features
+    from evaluation.metrics import extractors as features
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     # an address of this machine where nothing listens
     monkeypatch.setattr(features, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth")
-    with pytest.raises(FeatureError, match="downloaded: no connection.*; fetch weights-inception-2015.*put it at "
-                                           f"{tmp_path}/checkpoints/weights"):
+    with pytest.raises(
+        FeatureError,
+        match=f"downloaded: no connection.*; fetch weights-inception-2015.*put it at {tmp_path}/checkpoints/weights",
+    ):
         extractor("inception-2015")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"no")
@@ -150,14 +161,18 @@ def test_missing_weights_say_which_file_and_where_it_goes(monkeypatch, tmp_path)
 
 # DINOv2 and CLIP: real architectures, random weights
 
+
 @pytest.fixture(scope="module")
 def dino_folder(tmp_path_factory):
     from transformers import Dinov2Config, Dinov2Model
 
     path = tmp_path_factory.mktemp("dino")
     torch.manual_seed(0)
-    model = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2,
-                                     image_size=28, patch_size=14)).eval()
+    model = Dinov2Model(
+        Dinov2Config(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
+        )
+    ).eval()
     model.save_pretrained(path, safe_serialization=True)
     return path, model
 
@@ -222,11 +237,13 @@ def test_clip_of_open_clip(open_folder, tmp_path_factory):
     assert (tokens[1, 2:] == 0).all()
     hidden = model.text(tokens, skip_last=0)
     ends = torch.stack([h[t.tolist().index(49407)] for h, t in zip(hidden, tokens, strict=True)])
-    torch.testing.assert_close(clip.read(["a cat", "", "a cat wearing sunglasses"]),
-                               F.normalize(ends @ model.text_projection))
+    torch.testing.assert_close(
+        clip.read(["a cat", "", "a cat wearing sunglasses"]), F.normalize(ends @ model.text_projection)
+    )
     assert clip.see(torch.zeros(2, 3, 28, 28)).shape == (2, 8)
-    plain = OpenCLIP("both", **{**json.loads((path / "open_clip_config.json").read_text())["model_cfg"],
-                                "quick_gelu": False})
+    plain = OpenCLIP(
+        "both", **{**json.loads((path / "open_clip_config.json").read_text())["model_cfg"], "quick_gelu": False}
+    )
     plain.load_state_dict(model.state_dict())
     assert not torch.allclose(plain.visual(torch.ones(1, 3, 28, 28)), model.visual(torch.ones(1, 3, 28, 28)))
 
@@ -258,13 +275,21 @@ def test_open_clip_models_of_another_kind_are_refused(open_folder, tmp_path):
         load_clip(tmp_path)
 
 
-@pytest.mark.parametrize("name, weights, why", [
-    ("dinov2", None, "no weights are named: expected a folder with config.json and model.safetensors of facebook/dino"),
-    ("dinov2", "no/where", "no/where: expected a folder"),
-    ("clip", None, "clip: no weights are named; expected a folder with config.json"),
-    ("clip", "no/where", "clip: no/where: no such model; expected a folder"),
-    ("inception-2015", "no/where", "inception-2015: no/where: no such file"),
-    ("efficientnet-lite0", "no/where", "efficientnet-lite0: no/where: no such file")])
+@pytest.mark.parametrize(
+    "name, weights, why",
+    [
+        (
+            "dinov2",
+            None,
+            "no weights are named: expected a folder with config.json and model.safetensors of facebook/dino",
+        ),
+        ("dinov2", "no/where", "no/where: expected a folder"),
+        ("clip", None, "clip: no weights are named; expected a folder with config.json"),
+        ("clip", "no/where", "clip: no/where: no such model; expected a folder"),
+        ("inception-2015", "no/where", "inception-2015: no/where: no such file"),
+        ("efficientnet-lite0", "no/where", "efficientnet-lite0: no/where: no such file"),
+    ],
+)
 def test_networks_without_weights_say_what_is_needed(name, weights, why):
     with pytest.raises(FeatureError, match=why):
         extractor(name, weights)
@@ -281,7 +306,7 @@ def test_long_captions_are_told(clip_folder):
 
 
 def test_the_command_line_blames_the_flag():
-    from ldm.cli import BadInput
+    from ldm.io.errors import BadInput
 
     args = argparse.Namespace(device="cpu", extractor="dinov2", weights=None, resize=None)
     with pytest.raises(BadInput, match="^--extractor: dinov2: no weights are named"):

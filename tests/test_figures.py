@@ -38,8 +38,8 @@ from evaluation.plots.timeline import shares, together
 from evaluation.plots.times import measure, methods
 from ldm.models.diffusion.denoiser import Conditional, Conditioning
 from ldm.models.diffusion.loop import State, denoise
-from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -47,15 +47,16 @@ EXACT = {"rtol": 0, "atol": 1e-9}
 
 # Features along a run
 
+
 def test_change_is_equation_2_by_hand():
     now, before = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
     now[1, 0, 0, 0], before[1, 2, 1, 1] = 3.0, 1.0
-    np.testing.assert_allclose(change(now, before), [0, (9 + 1) / (3 * 2 * 2)])     # 1 / (d s^2) times the square
+    np.testing.assert_allclose(change(now, before), [0, (9 + 1) / (3 * 2 * 2)])  # 1 / (d s^2) times the square
 
 
 def test_frobenius_is_of_the_channels_mean():
     output = torch.stack([torch.full((2, 2), 1.0), torch.full((2, 2), 5.0)])[None]
-    np.testing.assert_allclose(frobenius(output), [math.sqrt(4 * 3 ** 2)])
+    np.testing.assert_allclose(frobenius(output), [math.sqrt(4 * 3**2)])
 
 
 def test_what_does_not_change_has_no_evolution():
@@ -81,14 +82,14 @@ def test_one_step_is_no_evolution():
 
 def test_a_resolution_looks_the_same_in_encoder_and_decoder():
     looks = looks_of(["E8", "E4", "E16", "B", "D4", "D16", "D8"])
-    assert [*looks] == ["E16", "D16", "E8", "D8", "E4", "D4", "B"]      # finest first
+    assert [*looks] == ["E16", "D16", "E8", "D8", "E4", "D4", "B"]  # finest first
     assert all(looks[f"E{size}"] == looks[f"D{size}"] for size in (4, 8, 16))
     for part in ("color", "marker"):
         assert len({looks[name][part] for name in ("E16", "E8", "E4", "B")}) == 4
 
 
 def test_blocks_end_where_the_resolution_changes():
-    sizes = [64, 64, 64, 32, 32, 32, 16, 16]        # two residual blocks a level, then the layer that halves
+    sizes = [64, 64, 64, 32, 32, 32, 16, 16]  # two residual blocks a level, then the layer that halves
     assert encoder_ends(sizes) == [(3, 64), (6, 32), (7, 16)]
     assert decoder_ends(sizes) == [(6, 16), (3, 32), (0, 64)]
     assert encoder_ends([8, 8]) == [(1, 8)] and decoder_ends([8, 8]) == [(0, 8)]
@@ -144,6 +145,7 @@ def test_the_run_is_the_plain_run_and_its_conditional_half():
 
 # Feature maps
 
+
 def test_three_components_of_three_channels_are_all():
     maps = torch.rand(4, 3, 5, 5)
     shown, share = colours(maps)
@@ -157,7 +159,7 @@ def test_the_first_component_is_where_the_variance_is():
     maps[:, 1] = 1e-3 * torch.rand(2, 4, 4)
     shown, share = colours(maps)
     red = torch.corrcoef(torch.stack([shown[:, 0].flatten(), maps[:, 4].flatten()]))[0, 1]
-    assert red > 0.99 and share > 0.999             # and of the right sign
+    assert red > 0.99 and share > 0.999  # and of the right sign
 
 
 def test_constant_maps_are_one_colour():
@@ -171,6 +173,7 @@ def test_thinning_keeps_both_ends():
 
 
 # Spectra
+
 
 @pytest.mark.parametrize("cycles", [1, 3, 8])
 def test_spectrum_of_a_wave_is_at_its_frequency(cycles):
@@ -193,6 +196,7 @@ def test_low_frequencies_keep_slow_waves_and_lose_fast_ones():
 
 # Timelines
 
+
 def test_timeline_of_a_plan():
     plan = Plan(5, (0, 3))
     assert together(plan) == [(0, 3), (3, 5)]
@@ -202,18 +206,20 @@ def test_timeline_of_a_plan():
 
 # Drawing
 
+
 def test_notes_are_moved_up_until_none_lies_on_another():
     axes = (figure := Figure(figsize=(4, 4))).subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    notes = [axes.annotate(text, place, xytext=(5, 0), textcoords="offset points")
-             for text, place in (("one", (0.5, 0.5)), ("two", (0.51, 0.5)), ("three", (0.49, 0.53)),
-                                 ("far", (0.1, 0.5)))]
+    notes = [
+        axes.annotate(text, place, xytext=(5, 0), textcoords="offset points")
+        for text, place in (("one", (0.5, 0.5)), ("two", (0.51, 0.5)), ("three", (0.49, 0.53)), ("far", (0.1, 0.5)))
+    ]
     keep_apart(notes)
     figure.draw_without_rendering()
     boxes = [note.get_window_extent() for note in notes]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert notes[0].xyann == notes[3].xyann == (5, 0) and notes[2].xyann[1] > notes[1].xyann[1] > 0
-    assert max(box.y1 for box in boxes) - boxes[0].y0 < 3.5 * boxes[0].height       # no farther than needed
+    assert max(box.y1 for box in boxes) - boxes[0].y0 < 3.5 * boxes[0].height  # no farther than needed
 
 
 def test_dollar_signs_in_texts_are_no_maths_but_powers_at_an_axis_are(tmp_path):
@@ -234,8 +240,9 @@ def test_dollar_signs_in_texts_are_no_maths_but_powers_at_an_axis_are(tmp_path):
 
 
 def points_of(specs, error: float) -> dict[str, dict[str, float]]:
-    return {spec: {"keys": 5 + i, "mean": error / (i + 1), "standard_error": error / 10}
-            for i, spec in enumerate(specs)}
+    return {
+        spec: {"keys": 5 + i, "mean": error / (i + 1), "standard_error": error / 10} for i, spec in enumerate(specs)
+    }
 
 
 def test_placement_draws_each_series_at_its_numbers_and_names_table_5():
@@ -244,11 +251,15 @@ def test_placement_draws_each_series_at_its_numbers_and_names_table_5():
     axes = Figure().subplots()
     chart(axes, found)
     drawn = {curve.get_label(): [*zip(*curve.lines[0].get_data(), strict=True)] for curve in axes.containers}
-    assert drawn == {label: [(point["keys"], point["mean"]) for point in points.values()]
-                     for label, points in found.items() if points}
+    assert drawn == {
+        label: [(point["keys"], point["mean"]) for point in points.values()]
+        for label, points in found.items()
+        if points
+    }
     assert {note.get_text(): note.xy for note in axes.texts} == {
         f"{name[0]} {name.split()[1]}": (found["table 5, held"][spec]["keys"], found["table 5, held"][spec]["mean"])
-        for spec, name in STRATEGIES.items()}
+        for spec, name in STRATEGIES.items()
+    }
     axes.set_xlim(3, 7)
     assert all(tick == int(tick) for tick in axes.get_xticks())
 
@@ -260,8 +271,12 @@ def test_standard_error_by_hand():
 
 # The commands
 
-SMALLEST = {"samplers": ["--samplers", "dpm-solver++:3"], "times": ["--samplers", "ddim:3", "--repeats", "2"],
-            "fewer-steps": ["--step-counts", "2"], "timeline": ["--plans", "uniform:2"]}
+SMALLEST = {
+    "samplers": ["--samplers", "dpm-solver++:3"],
+    "times": ["--samplers", "ddim:3", "--repeats", "2"],
+    "fewer-steps": ["--step-counts", "2"],
+    "timeline": ["--plans", "uniform:2"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +300,7 @@ def drawing(kind: str, arguments: list[str]) -> Drawing:
 def test_evolution_draws_the_numbers_that_it_writes(tiny):
     made = drawing("evolution", tiny)
     for row, key in enumerate(("norm", "mean", "relative")):
-        lines = [line for axes in made.figure.axes[2 * row:2 * row + 2] for line in axes.lines]
+        lines = [line for axes in made.figure.axes[2 * row : 2 * row + 2] for line in axes.lines]
         assert {line.get_label() for line in lines} == {*made.values}
         for line in lines:
             np.testing.assert_allclose(line.get_ydata(), made.values[line.get_label()][key])
@@ -318,7 +333,7 @@ def test_each_method_runs_once_untimed(tiny):
     assert len(nodes) == (2 + 1) * sum(engine.plan.num_nodes for engine in engines.values())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pareto"])     # has tests/test_pareto.py
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pareto"])  # has tests/test_pareto.py
 def test_every_kind_draws_any_model(kind, tiny, tmp_path):
     assert main([*smallest(kind), *tiny, "--out", str(tmp_path)]) == 0
     assert Image.open(tmp_path / f"{kind}.png").width > 300
@@ -344,20 +359,24 @@ def test_all_draws_what_is_not_left_out(tiny, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["norms.json", "timeline.json"]
 
 
-@pytest.mark.parametrize("arguments, wrong", [
-    (["pie"], "KIND: invalid choice: 'pie'"),
-    (["evolution", "--steps", "1"], "--steps: a change from step to step needs at least 2 steps; got 1"),
-    (["evolution", "--steps", "5000"], "--steps: "), (["evolution", "--out", "n" * 5000], "--out: "),
-    (["norms", "--count", "41"], "--count: "),
-    (["norms", "--prompts", "missing.txt"], "--prompts: "),
-    (["samplers", "--steps", "5"], "unrecognized arguments: --steps 5; not every command has --steps"),
-    (["times", "--steps", "5"], "unrecognized arguments: --steps 5; not every command has --steps"),
-    (["samplers", "--samplers", "ddim"], "--samplers: expected SAMPLER:STEPS"),
-    (["samplers", "--samplers", "magic:5"], "--samplers: expected SAMPLER:STEPS"),
-    (["timeline", "--plans", "online:0.1"], "--plans: online:0.1 decides during the run"),
-    (["timeline", "--plans", "nothing"], "--plans: unknown plan 'nothing'"),
-    (["norms", "--ckpt", "missing.ckpt"], "--ckpt: missing.ckpt: no such file"),
-])
+@pytest.mark.parametrize(
+    "arguments, wrong",
+    [
+        (["pie"], "KIND: invalid choice: 'pie'"),
+        (["evolution", "--steps", "1"], "--steps: a change from step to step needs at least 2 steps; got 1"),
+        (["evolution", "--steps", "5000"], "--steps: "),
+        (["evolution", "--out", "n" * 5000], "--out: "),
+        (["norms", "--count", "41"], "--count: "),
+        (["norms", "--prompts", "missing.txt"], "--prompts: "),
+        (["samplers", "--steps", "5"], "unrecognized arguments: --steps 5; not every command has --steps"),
+        (["times", "--steps", "5"], "unrecognized arguments: --steps 5; not every command has --steps"),
+        (["samplers", "--samplers", "ddim"], "--samplers: expected SAMPLER:STEPS"),
+        (["samplers", "--samplers", "magic:5"], "--samplers: expected SAMPLER:STEPS"),
+        (["timeline", "--plans", "online:0.1"], "--plans: online:0.1 decides during the run"),
+        (["timeline", "--plans", "nothing"], "--plans: unknown plan 'nothing'"),
+        (["norms", "--ckpt", "missing.ckpt"], "--ckpt: missing.ckpt: no such file"),
+    ],
+)
 def test_bad_input_is_one_line(arguments, wrong, tmp_path, capsys):
     out = [] if arguments[0] == "pie" or "--out" in arguments else ["--out", str(tmp_path / "figure")]
     assert main([*arguments, *out]) == 2

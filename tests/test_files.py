@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import save_weights
-from ldm.files import (
+from ldm.io.files import (
     MOST_DEPTH,
     UNFINISHED,
     FileError,
@@ -37,7 +37,14 @@ from ldm.files import (
 )
 
 READERS: list[Callable[[Path], object]] = [
-    read_bytes, read_text, read_lines, read_json, read_yaml, read_config, file_sha256]
+    read_bytes,
+    read_text,
+    read_lines,
+    read_json,
+    read_yaml,
+    read_config,
+    file_sha256,
+]
 
 
 def test_lines_end_where_editors_end_them(tmp_path):
@@ -73,7 +80,7 @@ def test_only_files_are_read(tmp_path, read):
         read(tmp_path / "fifo")
     with pytest.raises(NotAFile, match="link: a FIFO"):
         read(tmp_path / "link")
-    error = pickle.loads(pickle.dumps(NotAFile(tmp_path / "fifo", "a FIFO")))      # as from another process
+    error = pickle.loads(pickle.dumps(NotAFile(tmp_path / "fifo", "a FIFO")))  # as from another process
     assert isinstance(error, NotAFile) and str(error).endswith("fifo: a FIFO; expected a file")
     with pytest.raises(NotAFile, match="a folder"):
         read(tmp_path)
@@ -101,14 +108,17 @@ def test_what_is_nested_less_is_read(tmp_path):
 @pytest.mark.parametrize("read", [read_yaml, read_config])
 def test_references_can_not_multiply_without_end(tmp_path, read):
     path = tmp_path / "x"
-    path.write_text("a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
-        f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 20)))
+    path.write_text(
+        "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 20))
+    )
     with pytest.raises(FileError, match="more than [0-9]+ values"):
         read(path)
 
 
-@pytest.mark.parametrize("content, why", [
-    ("{", "line 1, column 2: not JSON"), ("9" * 5000, "not JSON"), ('["\\ud800"]', "lone surrogate")])
+@pytest.mark.parametrize(
+    "content, why", [("{", "line 1, column 2: not JSON"), ("9" * 5000, "not JSON"), ('["\\ud800"]', "lone surrogate")]
+)
 def test_json_that_can_not_be_used_is_said(tmp_path, content, why):
     (tmp_path / "x").write_text(content)
     with pytest.raises(FileError, match=f"x: .*{why}"):
@@ -128,6 +138,7 @@ def test_json_lines_keep_their_numbers_and_separators():
 
 
 # Writing
+
 
 def test_links_are_followed(tmp_path):
     (tmp_path / "there").mkdir()
@@ -149,11 +160,11 @@ def test_links_are_followed(tmp_path):
 def test_a_fifo_gets_the_bytes_and_stays(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    with pytest.raises(OSError, match="No such device"), atomic_write(fifo):      # nobody reads: it does not wait
+    with pytest.raises(OSError, match="No such device"), atomic_write(fifo):  # nobody reads: it does not wait
         pass
     reader, got = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), []
     os.set_blocking(reader, True)
-    content = b"x" * 1_000_000                                                    # more than a pipe holds
+    content = b"x" * 1_000_000  # more than a pipe holds
     reading = threading.Thread(target=lambda: got.append(os.fdopen(reader, "rb").read()))
     with atomic_write(fifo) as temporary:
         reading.start()
@@ -186,7 +197,7 @@ def test_a_folder_is_refused_before_anything_is_made(tmp_path):
 def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        save_weights(tmp_path / "model.safetensors", {"a": torch.zeros(1)})     # made for its owner alone
+        save_weights(tmp_path / "model.safetensors", {"a": torch.zeros(1)})  # made for its owner alone
         with atomic_write(tmp_path / "text") as temporary:
             temporary.write_text("")
     finally:
@@ -196,7 +207,7 @@ def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
 
 HOLD = """
 import sys, time
-from ldm.files import atomic_write
+from ldm.io.files import atomic_write
 with atomic_write(sys.argv[1]) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)
@@ -205,8 +216,9 @@ with atomic_write(sys.argv[1]) as temporary:
 
 
 def test_what_a_killed_process_left_is_cleaned_and_what_a_living_one_writes_is_not(tmp_path):
-    writers = [subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / f"{k}.txt"], stdout=subprocess.PIPE)
-               for k in range(2)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / f"{k}.txt"], stdout=subprocess.PIPE) for k in range(2)
+    ]
     try:
         for writer in writers:
             assert writer.stdout.readline() == b"writing\n"
@@ -230,7 +242,7 @@ def test_what_a_killed_process_left_is_cleaned_and_what_a_living_one_writes_is_n
 
 ADD = """
 import sys
-from ldm.files import add_line, appending
+from ldm.io.files import add_line, appending
 for k in range(200):
     with appending(sys.argv[1]) as stream:
         stream.seek(0)
@@ -258,16 +270,26 @@ def test_lines_are_added_to_files_only(tmp_path):
 
 # The whole tree
 
-READS = {   # what reads a file or text from outside, and where alone it may stand
-    ("Image", "open"): {"ldm/images.py"},
+READS = {  # what reads a file or text from outside, and where alone it may stand
+    ("Image", "open"): {"ldm/io/images.py"},
     ("json", "load"): set(),
-    ("json", "loads"): {"ldm/files.py"},
-    ("yaml", "safe_load"): {"ldm/files.py"},
-    ("OmegaConf", "load"): {"ldm/files.py"},
-    ("np", "load"): {"ldm/data/emoji.py"},          # mapped into memory, after a look at what it is
-    (None, "splitlines"): {"ldm/measure/timing.py", "ldm/memory.py", "scripts/benchmark_loading.py",   # of /proc
-                           "scripts/prepare_emoji.py", "scripts/benchmark_images.py"},     # of what commands printed
-    (None, "read_text"): {"ldm/files.py", "ldm/measure/timing.py", "ldm/memory.py", "scripts/benchmark_loading.py"},
+    ("json", "loads"): {"ldm/io/files.py"},
+    ("yaml", "safe_load"): {"ldm/io/files.py"},
+    ("OmegaConf", "load"): {"ldm/io/files.py"},
+    ("np", "load"): {"ldm/data/emoji.py"},  # mapped into memory, after a look at what it is
+    (None, "splitlines"): {
+        "ldm/profiling/timing.py",
+        "ldm/profiling/memory.py",
+        "scripts/benchmark_loading.py",  # of /proc
+        "scripts/prepare_emoji.py",
+        "scripts/benchmark_images.py",
+    },  # of what commands printed
+    (None, "read_text"): {
+        "ldm/io/files.py",
+        "ldm/profiling/timing.py",
+        "ldm/profiling/memory.py",
+        "scripts/benchmark_loading.py",
+    },
 }
 
 

@@ -18,13 +18,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.checkpoint import CheckpointError, fingerprint, load_state, load_weights, read_checkpoint
-from ldm.weight_file import weight_format
+from ldm.checkpoint.weight_file import weight_format
 
 STATE = {"model.a.weight": torch.arange(6.0).view(2, 3), "model.a.bias": torch.ones(2)}
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
-BESIDE = {"best": np.float64(0.25), "lr": np.float32(1e-4), "step": np.int64(7), "done": np.bool_(True),
-          "name": np.str_("x"), "history": np.arange(3.0), "dtype": np.dtype("float16"),
-          "nested": [{"a": (np.uint8(1), np.zeros((2, 2), dtype=">i4"))}]}
+BESIDE = {
+    "best": np.float64(0.25),
+    "lr": np.float32(1e-4),
+    "step": np.int64(7),
+    "done": np.bool_(True),
+    "name": np.str_("x"),
+    "history": np.arange(3.0),
+    "dtype": np.dtype("float16"),
+    "nested": [{"a": (np.uint8(1), np.zeros((2, 2), dtype=">i4"))}],
+}
 
 
 def save(path: Path, content: Any, zipped: bool = True) -> Path:
@@ -50,6 +57,7 @@ def same(state: dict, expected: dict) -> bool:
 
 
 # numpy beside the weights
+
 
 @FORMATS
 def test_numbers_of_numpy_beside_the_weights_are_let_be(tmp_path, zipped):
@@ -90,11 +98,13 @@ RECONSTRUCT, SCALAR = np._core.multiarray._reconstruct, np._core.multiarray.scal
 HOSTILE = {
     "a call": Call(os.system, TOUCH),
     "a call in an array": np.array([Call(os.system, TOUCH)], dtype=object),
-    "a call in nested arrays": [{"a": np.array([np.array([Call(os.system, TOUCH), 1], dtype=object), 2],
-                                               dtype=object)}],
+    "a call in nested arrays": [
+        {"a": np.array([np.array([Call(os.system, TOUCH), 1], dtype=object), 2], dtype=object)}
+    ],
     "a call as an array's type": Call(RECONSTRUCT, Call(os.system, TOUCH), (0,), b"b"),
-    "a call as an array's state": Call(RECONSTRUCT, np.ndarray, (0,), b"b",
-                                       state=(1, (1,), np.dtype("O"), False, [Call(os.system, TOUCH)])),
+    "a call as an array's state": Call(
+        RECONSTRUCT, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), False, [Call(os.system, TOUCH)])
+    ),
     "a call as a number": Call(SCALAR, np.dtype("f8"), Call(os.system, TOUCH)),
     "a call by eval": Call(eval, "__import__('os').system('touch hacked')"),
     "a call of numpy's": Call(np.fromfile, "secret"),
@@ -136,8 +146,10 @@ def test_a_stand_in_can_not_be_called_from_the_file(tmp_path, monkeypatch):
 
 # Where the state dict lies, and what its keys are called
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "ema", "model_ema", "ema_state_dict", "model_state_dict",
-                                     "module"])
+
+@pytest.mark.parametrize(
+    "wrapper", ["state_dict", "model", "ema", "model_ema", "ema_state_dict", "model_state_dict", "module"]
+)
 def test_the_state_dict_under_the_names_that_trainers_use(tmp_path, wrapper):
     content = {wrapper: STATE, "optimizer": {"state": {0: {"step": 3}}}, "args": {"lr": 0.1}, "epoch": 4}
     assert same(read_checkpoint(save(tmp_path / "m.ckpt", content)), STATE)
@@ -149,12 +161,17 @@ def test_several_state_dicts_are_named_not_guessed(tmp_path):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("content, why", [
-    ({"optimizer": {}, "epoch": 3}, r"not tensors: \(epoch: int, optimizer: dict\)"),
-    ({"state_dict": {"a": np.zeros(3)}}, r"not tensors: \(a: numpy array\)"),
-    ({"state_dict": {1: torch.zeros(1)}}, r"not tensors: \(1: Tensor\)"),
-    ({"model": {}, "ema": {}}, "not tensors: .ema: dict, model: dict"), (torch.zeros(2), "got Tensor"),
-    ({}, "got dict without entries")])
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ({"optimizer": {}, "epoch": 3}, r"not tensors: \(epoch: int, optimizer: dict\)"),
+        ({"state_dict": {"a": np.zeros(3)}}, r"not tensors: \(a: numpy array\)"),
+        ({"state_dict": {1: torch.zeros(1)}}, r"not tensors: \(1: Tensor\)"),
+        ({"model": {}, "ema": {}}, "not tensors: .ema: dict, model: dict"),
+        (torch.zeros(2), "got Tensor"),
+        ({}, "got dict without entries"),
+    ],
+)
 def test_what_holds_none_says_what_is_there(tmp_path, content, why):
     with pytest.raises(CheckpointError, match=why):
         read_checkpoint(save(tmp_path / "m.ckpt", content))
@@ -171,7 +188,7 @@ def test_prefixes_of_parallel_and_compiled_training_are_taken_off(tmp_path):
             assert same(read_checkpoint(tmp_path / f"{number}.{suffix}"), STATE)
     averaged = STATE | {"model_ema._orig_modaweight": torch.zeros(2, 3)}
     assert load_state(save(tmp_path / "e.ckpt", averaged), "ema")["model.a.weight"].sum() == 0
-    some_of_it = {"module.a": torch.ones(1), "b": torch.ones(1)}     # a part of the model that is called so
+    some_of_it = {"module.a": torch.ones(1), "b": torch.ones(1)}  # a part of the model that is called so
     assert same(read_checkpoint(save(tmp_path / "part.ckpt", some_of_it)), some_of_it)
     with pytest.raises(CheckpointError, match="the same weights twice"):
         read_checkpoint(save(tmp_path / "both.ckpt", STATE | compiled))
@@ -186,8 +203,11 @@ class Network(nn.Module):
 
 def test_a_file_of_averages_alone_is_a_model(tmp_path):
     rest = {"first.weight": torch.ones(1, 1), "first.bias": torch.ones(1)}
-    averages = {"model_ema.aweight": STATE["model.a.weight"], "model_ema.abias": STATE["model.a.bias"],
-                "model_ema.decay": torch.tensor(0.9)}
+    averages = {
+        "model_ema.aweight": STATE["model.a.weight"],
+        "model_ema.abias": STATE["model.a.bias"],
+        "model_ema.decay": torch.tensor(0.9),
+    }
     path = save(tmp_path / "m.ckpt", {"state_dict": averages | rest})
     for weights in ("auto", "ema"):
         network = Network()
@@ -202,6 +222,7 @@ def test_a_file_of_averages_alone_is_a_model(tmp_path):
 
 # Tensors that are no weights
 
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
 def test_weights_are_real_numbers(tmp_path, dtype, suffix):
@@ -215,10 +236,14 @@ def test_weights_are_real_numbers(tmp_path, dtype, suffix):
         load_weights(module, save(tmp_path / "ok.ckpt", {k: v.real.to(taken) for k, v in state.items()}))
 
 
-@pytest.mark.parametrize("make, kind", [
-    (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantized"),
-    (lambda: torch.ones(2, 2).to_sparse(), "layout torch.sparse_coo"),
-    (lambda: torch.ones(2, device="meta"), "no data")])
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantized"),
+        (lambda: torch.ones(2, 2).to_sparse(), "layout torch.sparse_coo"),
+        (lambda: torch.ones(2, device="meta"), "no data"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_of_kinds_that_no_layer_takes(tmp_path, make, kind):
     with pytest.raises(CheckpointError, match=rf"expected plain tensors; got \(weight: {kind}\)"):
@@ -227,9 +252,11 @@ def test_tensors_of_kinds_that_no_layer_takes(tmp_path, make, kind):
 
 # Files that are no files, and damaged ones
 
+
 @pytest.fixture
 def alarm():
     """A reader that waits for a FIFO or reads a device without end fails, instead of the suite standing still."""
+
     def ring(*_):
         raise TimeoutError("it was read")
 
@@ -243,7 +270,7 @@ def alarm():
 def special_files(folder: Path) -> list[Path]:
     os.mkfifo(folder / "fifo.ckpt")
     paths = [folder / "fifo.ckpt"]
-    try:        # nodes of our own: endless zeros, and always empty
+    try:  # nodes of our own: endless zeros, and always empty
         for name, minor in (("zero.ckpt", 5), ("null.ckpt", 3)):
             os.mknod(folder / name, stat.S_IFCHR | 0o600, os.makedev(1, minor))
             paths.append(folder / name)
@@ -266,15 +293,24 @@ def header(text: bytes, data: int = 0) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(data)
 
 
-@pytest.mark.parametrize("content, why", [
-    (header(b'{"a":' * 100_000), "header is not a table of tensors"), (header(b"{}"), "without tensors"),
-    (header(b"{[]"), "header is not a table"), (header(b'{"a":{"data_offsets":["0","4"]}}', 4), "not a table"),
-    (header(b'{"a":[1]}'), "not a table"),
-    (header(b'{"a":{"dtype":"F32","shape":[9999999999],"data_offsets":[0,4]}}', 4), "damaged"),
-    (header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 3), "its header states"),
-    (header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 5), "its header states"),
-    ((2 ** 62).to_bytes(8, "little") + b"{", "truncated"), (b"\x1f\x8b\x08" + bytes(99), "compressed with gzip"),
-    (b"\xef\xbb\xbf  <html>", "web page"), (b"GGUF" + bytes(99), "GGUF"), (b'{"error": "gone"}', "neither")])
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (header(b'{"a":' * 100_000), "header is not a table of tensors"),
+        (header(b"{}"), "without tensors"),
+        (header(b"{[]"), "header is not a table"),
+        (header(b'{"a":{"data_offsets":["0","4"]}}', 4), "not a table"),
+        (header(b'{"a":[1]}'), "not a table"),
+        (header(b'{"a":{"dtype":"F32","shape":[9999999999],"data_offsets":[0,4]}}', 4), "damaged"),
+        (header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 3), "its header states"),
+        (header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 5), "its header states"),
+        ((2**62).to_bytes(8, "little") + b"{", "truncated"),
+        (b"\x1f\x8b\x08" + bytes(99), "compressed with gzip"),
+        (b"\xef\xbb\xbf  <html>", "web page"),
+        (b"GGUF" + bytes(99), "GGUF"),
+        (b'{"error": "gone"}', "neither"),
+    ],
+)
 def test_damaged_and_foreign_files(tmp_path, content, why):
     (tmp_path / "m.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=why) as error:

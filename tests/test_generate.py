@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.generate import Item, Manifest, first_words, generate, prompt_items, read_manifest, subject_items
-from ldm.images import png_bytes, read_png
+from ldm.io.images import png_bytes, read_png
+from ldm.sampling.generate import Item, Manifest, first_words, generate, prompt_items, read_manifest, subject_items
 
-ITEMS = prompt_items(["a red heart", "an \"owl\", näive\nstyle", "a cat"], samples=3, seed=42)
+ITEMS = prompt_items(["a red heart", 'an "owl", näive\nstyle', "a cat"], samples=3, seed=42)
 SETTINGS = {"scale": 7.5, "keys": [0, 1, 2], "weights": "abc"}
 
 
@@ -39,8 +39,11 @@ def run(folder, items=ITEMS, settings=SETTINGS, maker=None, **options):
 
 
 def state(folder):
-    return {p.relative_to(folder).as_posix(): (p.stat().st_mtime_ns, p.read_bytes())
-            for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): (p.stat().st_mtime_ns, p.read_bytes())
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 def test_every_item_becomes_a_file_with_its_settings_and_a_line(tmp_path):
@@ -142,7 +145,8 @@ def test_two_equal_runs_at_once_list_each_picture_once(tmp_path):
     made, _ = run(tmp_path, maker=slow)
     assert all(m.fresh and not m.replaced for m in made) and len(made) == len(ITEMS)
     assert sorted(e["file"] for e in read_manifest(tmp_path / "manifest.jsonl")) == sorted(
-        f"samples/{path.name}" for path in (tmp_path / "samples").iterdir())
+        f"samples/{path.name}" for path in (tmp_path / "samples").iterdir()
+    )
     assert all(not m.replaced for m in run(tmp_path)[0])
 
 
@@ -205,7 +209,7 @@ def test_every_picture_is_made_among_the_same_others(tmp_path_factory, stops, ba
         except KeyboardInterrupt:
             pass
         batches += maker.batches
-    whole = [ITEMS[first:first + batch] for first in range(0, 9, batch)]
+    whole = [ITEMS[first : first + batch] for first in range(0, 9, batch)]
     assert all(b in whole for b in batches) and all(b in batches for b in whole)
     assert len(read_manifest(folder / "manifest.jsonl")) == 9
 
@@ -224,8 +228,9 @@ def test_of_a_batch_that_is_made_again_only_the_missing_are_saved(tmp_path):
 @given(world_size=st.integers(1, 12))
 def test_ranks_share_the_work_without_overlap(world_size):
     shares = [run(None, rank=rank, world_size=world_size)[0] for rank in range(world_size)]
-    assert sorted((m.item.prompt_index, m.item.sample) for share in shares for m in share) == \
-        [(i.prompt_index, i.sample) for i in ITEMS]
+    assert sorted((m.item.prompt_index, m.item.sample) for share in shares for m in share) == [
+        (i.prompt_index, i.sample) for i in ITEMS
+    ]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -250,6 +255,7 @@ def test_starting_noise_can_be_shared():
 
 # Where the noise of a picture comes from
 
+
 def seeds(*prompts: str, samples: int = 2, **options) -> dict[tuple[str, int], list[tuple[int, ...]]]:
     """The seeds of each prompt's samples, in the order of the list."""
     found: dict[tuple[str, int], list[tuple[int, ...]]] = {}
@@ -266,7 +272,7 @@ def test_noise_does_not_depend_on_the_order_of_the_list_nor_on_what_else_is_in_i
     more = seeds(*other, "a tree")
     assert all(more[key] == own for key, own in seeds(*prompts).items())
     every = [seed for own in more.values() for seed in own]
-    assert len(set(every)) == len(every)        # also of a prompt that is listed twice
+    assert len(set(every)) == len(every)  # also of a prompt that is listed twice
 
 
 def test_the_seed_of_a_prompt_never_changes():
@@ -275,25 +281,41 @@ def test_the_seed_of_a_prompt_never_changes():
 
 def test_noise_by_place_is_that_of_earlier_versions():
     assert seeds("a cat", "a dog", "a cat", by_position=True) == {
-        ("a cat", 0): [(42, 0, 0), (42, 2, 0)], ("a cat", 1): [(42, 0, 1), (42, 2, 1)],
-        ("a dog", 0): [(42, 1, 0)], ("a dog", 1): [(42, 1, 1)]}
+        ("a cat", 0): [(42, 0, 0), (42, 2, 0)],
+        ("a cat", 1): [(42, 0, 1), (42, 2, 1)],
+        ("a dog", 0): [(42, 1, 0)],
+        ("a dog", 1): [(42, 1, 1)],
+    }
 
 
 def test_noise_of_a_file_comes_from_its_content_and_of_nothing_from_the_sample_alone():
-    one, renamed, other = (subject_items([{"image": name, "image_sha256": digest, "prompt": name}], 1, 42)[0].seed
-                           for name, digest in (("a.png", "12ab"), ("b.png", "12ab"), ("a.png", "34cd")))
+    one, renamed, other = (
+        subject_items([{"image": name, "image_sha256": digest, "prompt": name}], 1, 42)[0].seed
+        for name, digest in (("a.png", "12ab"), ("b.png", "12ab"), ("a.png", "34cd"))
+    )
     assert one == renamed != other
     assert [item.seed for item in subject_items([{}], 2, 42)] == [(42, 0, 0), (42, 0, 1)]
 
 
 # Names of files
 
-@pytest.mark.parametrize("text, words", [
-    ("a red heart, noto style", "a-red-heart-noto-style"), ("../../etc/passwd", "etc-passwd"), ("C:\\a|b?*", "c-a-b"),
-    ("\u732b \u306e \u7d75", "\u732b-\u306e-\u7d75"),
-    ("\u0915\u0941\u0924\u094d\u0924\u093e",) * 2,
-    ("cafe\u0301", "caf\u00e9"), ("", ""), ("\u2764\ufe0f !", ""), (".hidden", "hidden"), ("x" * 300, "x" * 40),
-    ("one two three four five six seven eight nine", "one-two-three-four-five-six-seven-eight")])
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a red heart, noto style", "a-red-heart-noto-style"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("C:\\a|b?*", "c-a-b"),
+        ("\u732b \u306e \u7d75", "\u732b-\u306e-\u7d75"),
+        ("\u0915\u0941\u0924\u094d\u0924\u093e",) * 2,
+        ("cafe\u0301", "caf\u00e9"),
+        ("", ""),
+        ("\u2764\ufe0f !", ""),
+        (".hidden", "hidden"),
+        ("x" * 300, "x" * 40),
+        ("one two three four five six seven eight nine", "one-two-three-four-five-six-seven-eight"),
+    ],
+)
 def test_a_file_name_begins_with_the_first_words(text, words):
     assert first_words(text) == words
 
@@ -302,11 +324,18 @@ def test_a_file_name_begins_with_the_first_words(text, words):
 def test_every_text_makes_a_name_that_a_file_system_takes(text, tmp_path_factory):
     words = first_words(text)
     assert len(words) <= 40 and not words.startswith(("-", ".")) and not words.endswith("-")
-    assert not set(words) & set("/\\:*?\"<>|\0\n") and len(words.encode()) <= 160
+    assert not set(words) & set('/\\:*?"<>|\0\n') and len(words.encode()) <= 160
 
 
-@pytest.mark.parametrize("options, why", [({"batch": 0}, "batch"), ({"rank": 2, "world_size": 2}, "rank"),
-                                          ({"rank": -1}, "rank"), ({"world_size": 0}, "rank")])
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"batch": 0}, "batch"),
+        ({"rank": 2, "world_size": 2}, "rank"),
+        ({"rank": -1}, "rank"),
+        ({"world_size": 0}, "rank"),
+    ],
+)
 def test_bad_arguments_say_why(options, why):
     with pytest.raises(ValueError, match=why):
         run(None, **options)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, PngImagePlugin
 
-from ldm.images import (
+from ldm.io.images import (
     fit,
     from_pil,
     grid,
@@ -47,9 +47,14 @@ def test_values_are_rounded_not_cut_off(value):
     assert abs(picture.getpixel((0, 0))[0] - exact) <= 0.5 + 1e-4
 
 
-@pytest.mark.parametrize("images, why", [
-    (torch.zeros(3, 4, 4), "expected"), (torch.zeros(1, 1, 4, 4), "expected"),
-    (torch.full((1, 3, 2, 2), math.nan), "NaN")])
+@pytest.mark.parametrize(
+    "images, why",
+    [
+        (torch.zeros(3, 4, 4), "expected"),
+        (torch.zeros(1, 1, 4, 4), "expected"),
+        (torch.full((1, 3, 2, 2), math.nan), "NaN"),
+    ],
+)
 def test_what_is_not_a_picture_is_refused(images, why):
     with pytest.raises(ValueError, match=why):
         to_pil(images)
@@ -75,11 +80,11 @@ def test_grid_places_pictures_row_by_row():
 
 
 def test_a_grid_with_captions_has_ink_below_each_picture_that_begins_one():
-    pictures = [plain("red")] * 4                       # 8 x 6, enlarged 16 times
+    pictures = [plain("red")] * 4  # 8 x 6, enlarged 16 times
     sheet = np.asarray(grid(pictures, 2, ["a heart", "a heart", "a heart", "a tree"]).convert("L"))
     row = (sheet.shape[0] - 2) // 2
     assert sheet.shape[1] == 2 + 2 * 130 and 96 + 12 < row < 96 + 24
-    below = [sheet[2 + r * row + 96:(r + 1) * row, left:left + 128] for r in (0, 1) for left in (2, 132)]
+    below = [sheet[2 + r * row + 96 : (r + 1) * row, left : left + 128] for r in (0, 1) for left in (2, 132)]
     ink = [(part < 128).any() for part in below]
     assert ink == [True, False, True, True]
 
@@ -102,7 +107,7 @@ def test_spaces_between_words_can_be_seen():
     inked = [min(column) < 128 for column in np.asarray(sheet.convert("L")).T]
     first, last = inked.index(True), len(inked) - inked[::-1].index(True)
     gaps = "".join("#" if ink else " " for ink in inked[first:last]).split("#")
-    assert sorted(map(len, gaps))[-1] >= 4 > 2 >= sorted(map(len, gaps))[-2]        # the space, and between letters
+    assert sorted(map(len, gaps))[-1] >= 4 > 2 >= sorted(map(len, gaps))[-2]  # the space, and between letters
 
 
 def test_a_long_comparison_is_about_as_wide_as_high_and_shows_every_picture():
@@ -114,7 +119,7 @@ def test_a_long_comparison_is_about_as_wide_as_high_and_shows_every_picture():
 
 
 def test_settings_come_back_from_the_file(tmp_path):
-    settings = {"prompt": "ein rotes Herz ❤, \"naïve\"\nstyle", "seed": [42, 1], "scale": 7.5, "keys": None}
+    settings = {"prompt": 'ein rotes Herz ❤, "naïve"\nstyle', "seed": [42, 1], "scale": 7.5, "keys": None}
     save_png(tmp_path / "new" / "a.png", plain("red"), settings, {"seconds": 1.5})
     image, read, run = read_png(tmp_path / "new" / "a.png")
     assert (read, run) == (settings, {"seconds": 1.5, "proof": run["proof"]})
@@ -144,6 +149,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 # Files from elsewhere
 
+
 def ramp() -> Image.Image:
     """Grey, 8 wide and 4 high, no two rows or columns alike."""
     return Image.fromarray(np.arange(32, dtype=np.uint8).reshape(4, 8) * 8)
@@ -155,8 +161,13 @@ def test_a_picture_is_the_same_in_every_mode(tmp_path, mode):
         image = Image.fromarray(np.asarray(ramp()).astype(np.uint16) * 257)
         assert image.mode == "I;16"
     else:
-        image = ramp().convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE) if mode == "P" else \
-            ramp().convert("RGB").convert(mode) if mode == "CMYK" else ramp().convert(mode)
+        image = (
+            ramp().convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
+            if mode == "P"
+            else ramp().convert("RGB").convert(mode)
+            if mode == "CMYK"
+            else ramp().convert(mode)
+        )
     image.save(tmp_path / "a", format="TIFF" if mode == "CMYK" else "PNG")
     opened = open_picture(tmp_path / "a")
     assert opened.mode == "RGB" and opened.tobytes() == ramp().convert("RGB").tobytes()
@@ -170,9 +181,15 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, orientation):
     shown = ramp()
-    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
-            7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
     stored = shown.transpose(undo[orientation]) if orientation > 1 else shown
     exif = Image.Exif()
     exif[274] = orientation
@@ -230,7 +247,7 @@ def test_labels_are_levels_or_palette_indices(tmp_path):
 
 def test_fitting_covers_without_distortion_and_keeps_what_fits():
     disc = Image.new("RGB", (40, 20), "white")
-    disc.paste("black", (14, 4, 26, 16))                     # a square in the middle stays one
+    disc.paste("black", (14, 4, 26, 16))  # a square in the middle stays one
     small = np.asarray(fit(disc, 10, 10).convert("L")) < 128
     assert small.sum(0).max() == small.sum(1).max() == 6
     assert fit(disc, 20, 40).tobytes() == disc.tobytes()
@@ -268,7 +285,7 @@ def test_no_picture_starts_a_program(tmp_path, monkeypatch):
     assert not (tmp_path / "started").exists()
     with pytest.raises((OSError, subprocess.CalledProcessError)), Image.open(tmp_path / "face.png") as image:
         image.load()
-    assert (tmp_path / "started").exists()          # as it would have been
+    assert (tmp_path / "started").exists()  # as it would have been
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -278,8 +295,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 @pytest.mark.parametrize("width, height", [(60_000, 60_000), (10_000, 8_000)])
 def test_size_bombs_are_refused_before_they_are_decoded(tmp_path, width, height, recwarn):
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(
-        b"IEND", b""))
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
     with pytest.raises(ValueError, match="bomb.png: a picture of more than 67108864 pixels"):
         open_picture(tmp_path / "bomb.png")
     assert not recwarn.list
@@ -292,7 +310,7 @@ def test_truncated_pictures_are_said_to_be_damaged(tmp_path, kind, share):
     Image.fromarray(noise).save(tmp_path / "whole", format=kind)
     whole = (tmp_path / "whole").read_bytes()
     open_picture(tmp_path / "whole")
-    (tmp_path / "cut").write_bytes(whole[:int(len(whole) * share)])
+    (tmp_path / "cut").write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(ValueError, match="cut: (a damaged picture|not a picture)") as error:
         open_picture(tmp_path / "cut")
     assert "\n" not in str(error.value)
@@ -314,11 +332,15 @@ def test_settings_that_are_nested_too_deep_are_none(tmp_path, kind):
     assert read_png(tmp_path / "deep.png") is None
 
 
-@pytest.mark.parametrize("levels, why", [
-    (np.zeros((4, 4), np.uint8), "brightest level is 0"),
-    (np.eye(4, dtype=np.uint8), "brightest level is 1 of"),
-    (np.eye(4, dtype=np.uint16) * 255, "in more than 8 bits, which is black"),
-    (np.full((4, 4, 3), (200, 0, 0), np.uint8), "brightest level is 60 of 255; expected white")])
+@pytest.mark.parametrize(
+    "levels, why",
+    [
+        (np.zeros((4, 4), np.uint8), "brightest level is 0"),
+        (np.eye(4, dtype=np.uint8), "brightest level is 1 of"),
+        (np.eye(4, dtype=np.uint16) * 255, "in more than 8 bits, which is black"),
+        (np.full((4, 4, 3), (200, 0, 0), np.uint8), "brightest level is 60 of 255; expected white"),
+    ],
+)
 def test_masks_that_paint_nothing_are_refused(tmp_path, levels, why):
     Image.fromarray(levels).save(tmp_path / "mask.png")
     with pytest.raises(ValueError, match=f"mask.png: .*{why}"):

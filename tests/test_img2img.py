@@ -12,14 +12,14 @@ from script_runs import Script, check_resume
 from txt2img_model import write_model
 
 from ldm.checkpoint import load_model
-from ldm.images import from_pil, psnr, read_png
+from ldm.io.images import from_pil, psnr, read_png
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import diffuse
-from ldm.models.diffusion.solvers import SOLVERS
+from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.modules.diffusionmodules.features import Features
-from ldm.sampling.canvas import Picture, mean_latents
 from ldm.sampling.engine import Recipe
+from ldm.sampling.start import Picture, mean_latents
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,9 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def script(files, tmp_path):
-    return Script("img2img", tmp_path, "--config", str(files[0]), "--ckpt", str(files[1]), "--steps", "10",
-                  "--n_samples", "2")
+    return Script(
+        "img2img", tmp_path, "--config", str(files[0]), "--ckpt", str(files[1]), "--steps", "10", "--n_samples", "2"
+    )
 
 
 def drawing(side: int = 64) -> Image.Image:
@@ -42,8 +43,19 @@ def drawing(side: int = 64) -> Image.Image:
 
 def test_strength_leads_from_the_picture_to_the_text_on_the_model_that_ships(tmp_path):
     drawing().save(tmp_path / "red.png")
-    script = Script("img2img", tmp_path, "--init-img", str(tmp_path / "red.png"), "--n_samples", "1",
-                    "--steps", "20", "--skip_grid", "--prompt", "a blue circle, noto style")
+    script = Script(
+        "img2img",
+        tmp_path,
+        "--init-img",
+        str(tmp_path / "red.png"),
+        "--n_samples",
+        "1",
+        "--steps",
+        "20",
+        "--skip_grid",
+        "--prompt",
+        "a blue circle, noto style",
+    )
     entries = [script("--strength", str(strength))[0] for strength in (0.05, 0.4, 0.9)]
     shown = [script.pixels(entry) for entry in entries]
     original = np.asarray(drawing()).astype(int)
@@ -73,7 +85,7 @@ class Oracle:
         return out
 
 
-@pytest.mark.parametrize("sampler", sorted(SOLVERS.keys() - {"ddpm", "euler-a"}))       # these add fresh noise
+@pytest.mark.parametrize("sampler", sorted(SOLVERS.keys() - {"ddpm", "euler-a"}))  # these add fresh noise
 @pytest.mark.parametrize("strength", [0.1, 0.7])
 def test_every_solver_begins_at_the_noise_level_of_its_first_step(files, sampler, strength):
     """Then the true noise leads straight back to the picture."""
@@ -89,13 +101,29 @@ def test_every_solver_begins_at_the_noise_level_of_its_first_step(files, sampler
 @pytest.mark.parametrize("sampler", ["ddpm", "euler-a"])
 def test_solvers_with_fresh_noise_make_pictures_from_pictures(script, tmp_path, sampler):
     drawing(16).save(tmp_path / "a.png")
-    near, far = (script("--init-img", str(tmp_path / "a.png"), "--sampler", sampler, "--steps", "100",
-                        "--strength", str(strength), "--n_samples", "1")[0] for strength in (0.01, 0.9))
+    near, far = (
+        script(
+            "--init-img",
+            str(tmp_path / "a.png"),
+            "--sampler",
+            sampler,
+            "--steps",
+            "100",
+            "--strength",
+            str(strength),
+            "--n_samples",
+            "1",
+        )[0]
+        for strength in (0.01, 0.9)
+    )
     assert np.abs(script.pixels(near) - script.pixels(far)).mean() > 5
 
 
-@pytest.mark.parametrize("options, nodes", [([], 7), (["--strength", "0.5"], 5), (["--strength", "1"], 10),
-                                            (["--plms"], 8), (["--sampler", "heun"], 13)], ids=str)
+@pytest.mark.parametrize(
+    "options, nodes",
+    [([], 7), (["--strength", "0.5"], 5), (["--strength", "1"], 10), (["--plms"], 8), (["--sampler", "heun"], 13)],
+    ids=str,
+)
 def test_a_plan_counts_the_steps_that_are_run(script, tmp_path, options, nodes):
     drawing(16).save(tmp_path / "a.png")
     (entry,) = script("--init-img", str(tmp_path / "a.png"), "--plan", f"0,{nodes - 1}", "--n_samples", "1", *options)
@@ -110,7 +138,7 @@ def test_each_picture_has_its_own_noise_whatever_the_batch(script, tmp_path, cap
     for path in (script.out / "samples").iterdir():
         path.unlink()
     again = script("--init-img", str(tmp_path / "a.png"), "--n_samples", "1", "--n_iter", "2", "--skip_grid")
-    assert again == []                                       # the manifest has their lines already
+    assert again == []  # the manifest has their lines already
     for entry, before in zip(script.entries(), (one, two), strict=True):
         assert np.abs(script.pixels(entry) - before).max() <= 1
     check_resume(script, capsys, "--init-img", str(tmp_path / "a.png"), "--seed", "9")
@@ -138,27 +166,32 @@ def test_sizes_are_rounded_down_to_what_the_model_can_make(script, tmp_path, siz
 def test_compare_shows_both(script, tmp_path, capsys):
     drawing(16).save(tmp_path / "a.png")
     entries = script("--init-img", str(tmp_path / "a.png"), "--compare", "--plan", "0,3")
-    plain, fast = (torch.stack([from_pil(Image.open(script.out / e["file"])) for e in part])
-                   for part in (entries[:2], entries[2:]))
+    plain, fast = (
+        torch.stack([from_pil(Image.open(script.out / e["file"])) for e in part]) for part in (entries[:2], entries[2:])
+    )
     assert f"  {psnr(plain, fast).mean():.1f} dB, " in capsys.readouterr().out
     assert len(list(script.out.glob("compare-*.png"))) == 1
 
 
-@pytest.mark.parametrize("arguments, why", [
-    ([], "the following arguments are required: --init-img"),
-    (["--init-img", "nowhere.png"], "--init-img: nowhere.png: no such file; expected a picture"),
-    (["--init-img", "TEXT"], "--init-img: .*not a picture"),
-    (["--init-img", "CUT"], "--init-img: .*damaged"),
-    (["--init-img", "FLOAT"], "--init-img: .*expected 8 or 16 bits"),
-    (["--init-img", "GOOD", "--strength", "0"], "--strength: expected a number above 0, up to 1; got '0'"),
-    (["--init-img", "GOOD", "--strength", "1.01"], "--strength: expected"),
-    (["--init-img", "GOOD", "--strength", "nan"], "--strength: expected"),
-    (["--init-img", "GOOD", "--strength", "0.09"], "--strength: strength 0.09 of 10 steps leaves none"),
-    (["--init-img", "GOOD", "--steps", "2000"], "--steps: .*1..1000.*2000"),
-    (["--init-img", "GOOD", "--plms", "--ddim_eta", "0.5"], "--ddim_eta: plms has no choice"),
-    (["--init-img", "GOOD", "--H", "18"], "--H: must be a multiple of 4"),
-    (["--init-img", "GOOD", "--plan", "0,7"], "--plan: key 7 is past the last node 6"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        ([], "the following arguments are required: --init-img"),
+        (["--init-img", "nowhere.png"], "--init-img: nowhere.png: no such file; expected a picture"),
+        (["--init-img", "TEXT"], "--init-img: .*not a picture"),
+        (["--init-img", "CUT"], "--init-img: .*damaged"),
+        (["--init-img", "FLOAT"], "--init-img: .*expected 8 or 16 bits"),
+        (["--init-img", "GOOD", "--strength", "0"], "--strength: expected a number above 0, up to 1; got '0'"),
+        (["--init-img", "GOOD", "--strength", "1.01"], "--strength: expected"),
+        (["--init-img", "GOOD", "--strength", "nan"], "--strength: expected"),
+        (["--init-img", "GOOD", "--strength", "0.09"], "--strength: strength 0.09 of 10 steps leaves none"),
+        (["--init-img", "GOOD", "--steps", "2000"], "--steps: .*1..1000.*2000"),
+        (["--init-img", "GOOD", "--plms", "--ddim_eta", "0.5"], "--ddim_eta: plms has no choice"),
+        (["--init-img", "GOOD", "--H", "18"], "--H: must be a multiple of 4"),
+        (["--init-img", "GOOD", "--plan", "0,7"], "--plan: key 7 is past the last node 6"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_bad_arguments(script, tmp_path, capsys, arguments, why):
     drawing().save(tmp_path / "GOOD.png")
     (tmp_path / "TEXT.png").write_text("no picture")

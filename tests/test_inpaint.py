@@ -11,13 +11,13 @@ from PIL import Image
 from script_runs import EMOJI64, Script, check_batches, check_resume, tiny_model
 
 from ldm.checkpoint import load_config, load_model
-from ldm.generate import subject_items
-from ldm.images import from_pil, open_picture
-from ldm.models.diffusion.plans import load_plan
-from ldm.models.diffusion.solvers import SOLVERS
-from ldm.sampling.canvas import Frame, MaskedFrame, mean_latents
+from ldm.io.images import from_pil, open_picture
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.sampling.conditions import Masked, Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+from ldm.sampling.generate import subject_items
+from ldm.sampling.start import Frame, MaskedFrame, mean_latents
 from scripts.inpaint import read_folder
 
 
@@ -46,7 +46,7 @@ def add(folder, name: str, size: tuple[int, int], number: int = 0) -> np.ndarray
     folder.mkdir(exist_ok=True)
     scene(size, number).save(folder / f"{name}.png")
     mask = np.zeros(size[::-1], dtype=np.uint8)
-    mask[:, size[0] // 2:] = 255
+    mask[:, size[0] // 2 :] = 255
     Image.fromarray(mask).save(folder / f"{name}_mask.png")
     return mask > 0
 
@@ -57,10 +57,12 @@ def original(script: Script, entry) -> np.ndarray:
 
 # A model that was trained for it
 
+
 def test_what_is_masked_is_painted_and_all_else_stays_to_the_pixel(script, capsys):
     entries = script("--n_samples", "2")
     assert [(e["image"], e["mask"], e["sample"]) for e in entries] == [
-        (f"{name}.png", f"{name}_mask.png", k) for name in ("bird", "cat") for k in (0, 1)]
+        (f"{name}.png", f"{name}_mask.png", k) for name in ("bird", "cat") for k in (0, 1)
+    ]
     painted = []
     for entry in entries:
         before, after = original(script, entry), script.pixels(entry)
@@ -82,7 +84,7 @@ def test_the_network_sees_the_picture_without_its_masked_part_and_the_mask(files
     mask = torch.zeros(1, 32, 32)
     mask[:, :, 16:] = 1
     seen = picture.clone()
-    seen[:, :, 16:] = -1                                                     # black
+    seen[:, :, 16:] = -1  # black
     condition = Masked(torch.stack([picture, -picture]), torch.stack([mask, 1 - mask]))
     items = subject_items([{}, {}], 1, seed=0)
     beside = condition.of(model, items)
@@ -107,6 +109,7 @@ def test_compare_and_plans(script, capsys):
 
 
 # The text model that ships
+
 
 @pytest.fixture(scope="module")
 def emoji64():
@@ -134,7 +137,7 @@ def test_the_latents_of_what_stays_are_kept_on_the_way(emoji64, sampler):
     """So that the painted part fits; with only the pixels put back they end elsewhere."""
     sizes = Sizes.of(load_config(EMOJI64 / "config.yaml").model)
     picture, mask = from_pil(scene((64, 64)))[None], torch.zeros(1, 1, 64, 64)
-    mask[..., 33:] = 1                              # one latent is cut by the edge: it is painted, too
+    mask[..., 33:] = 1  # one latent is cut by the edge: it is painted, too
     recipe = Recipe(64, 64, sampler, steps=6, scale=1.0)
     plan = load_plan("off", num_nodes(recipe))
     items = subject_items([{"prompt": "a dog face, noto style"}], 1, seed=0)
@@ -149,6 +152,7 @@ def test_the_latents_of_what_stays_are_kept_on_the_way(emoji64, sampler):
 
 
 # Bad input
+
 
 def broken(folder, fault: str) -> None:
     add(folder, "a", (32, 32))
@@ -171,16 +175,19 @@ def broken(folder, fault: str) -> None:
         (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:60])
 
 
-@pytest.mark.parametrize("fault, why", [
-    ("mask size", "--indir: a_mask.png has 32 x 16 pixels, its picture 32 x 32 pixels"),
-    ("two sizes", "--indir: b.png has 64 x 32 pixels, a.png 32 x 32 pixels; expected one size"),
-    ("no picture", "--indir: .*a.png: no such file; expected a picture"),
-    ("no masks", "--indir: .* has no masks; expected pictures NAME.png with masks NAME_mask.png"),
-    ("empty", "--indir: .* has no masks; expected"),
-    ("nothing to paint", "--indir: .*a_mask.png: a mask that paints nothing: its brightest level is 1 of 255"),
-    ("transparent", "--indir: .*a_mask.png: a mask with transparent parts; expected white where to paint"),
-    ("damaged", "--indir: .*a.png: a damaged picture"),
-])
+@pytest.mark.parametrize(
+    "fault, why",
+    [
+        ("mask size", "--indir: a_mask.png has 32 x 16 pixels, its picture 32 x 32 pixels"),
+        ("two sizes", "--indir: b.png has 64 x 32 pixels, a.png 32 x 32 pixels; expected one size"),
+        ("no picture", "--indir: .*a.png: no such file; expected a picture"),
+        ("no masks", "--indir: .* has no masks; expected pictures NAME.png with masks NAME_mask.png"),
+        ("empty", "--indir: .* has no masks; expected"),
+        ("nothing to paint", "--indir: .*a_mask.png: a mask that paints nothing: its brightest level is 1 of 255"),
+        ("transparent", "--indir: .*a_mask.png: a mask with transparent parts; expected white where to paint"),
+        ("damaged", "--indir: .*a.png: a damaged picture"),
+    ],
+)
 def test_bad_folders(files, tmp_path, capsys, fault, why):
     broken(tmp_path / "in", fault)
     script = Script("inpaint", tmp_path, *files, "--indir", str(tmp_path / "in"))
@@ -195,14 +202,21 @@ def test_files_that_are_left_alone_are_said(tmp_path, capsys):
     assert re.match(r"warning: --indir: 2 files are left alone, .* \(lonely.png, notes.txt\)$", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("arguments, why", [
-    (["--indir", "nowhere"], "--indir: nowhere: no such folder"),
-    (["--scale", "3"], "--scale: there is guidance only with --prompt"),
-    (["--prompt", "a dog"], "--config: not a text-to-image model: its conditioning_key is 'concat'"),
-    (["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
-     "--config: not an inpainting model: its conditioning_key is 'crossattn', expected 'concat'"),
-    (["--n_samples", "0"], "--n_samples: expected"), (["--sampler", "magic"], "--sampler: .*'magic'"),
-], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--indir", "nowhere"], "--indir: nowhere: no such folder"),
+        (["--scale", "3"], "--scale: there is guidance only with --prompt"),
+        (["--prompt", "a dog"], "--config: not a text-to-image model: its conditioning_key is 'concat'"),
+        (
+            ["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
+            "--config: not an inpainting model: its conditioning_key is 'crossattn', expected 'concat'",
+        ),
+        (["--n_samples", "0"], "--n_samples: expected"),
+        (["--sampler", "magic"], "--sampler: .*'magic'"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
 def test_bad_arguments(script, capsys, arguments, why):
     assert re.match(why, script.refusal(capsys, *arguments))
 

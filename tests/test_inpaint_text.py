@@ -11,12 +11,14 @@ from script_runs import Script, check_batches, check_resume, tiny_text_model
 from test_inpaint import add, original, scene
 
 from ldm.checkpoint import load_model
-from ldm.generate import subject_items
-from ldm.images import from_pil
+from ldm.io.images import from_pil
+from ldm.sampling.generate import subject_items
 from ldm.sampling.hybrid import Surroundings
 
-CONFIGS = {"v1": "configs/stable-diffusion/v1-inpainting-inference.yaml",
-           "v2": "configs/stable-diffusion/v2-inpainting-inference.yaml"}
+CONFIGS = {
+    "v1": "configs/stable-diffusion/v1-inpainting-inference.yaml",
+    "v2": "configs/stable-diffusion/v2-inpainting-inference.yaml",
+}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -75,11 +77,15 @@ def test_any_size_comes_out_as_it_went_in_and_compare_shows_both(script):
     assert after.shape == (50, 70, 3) and (after[~mask] == before[~mask]).all() and (after[mask] != before[mask]).any()
 
 
-@pytest.mark.parametrize("arguments, why", [
-    ([], "--prompt: needed, since this model reads text; '' leaves it free"),
-    (["--prompt", "a cat", "--indir", "nowhere"], "--indir: nowhere: no such folder"),
-    (["--prompt", "a cat", "--C", "9"], "--C: this model's is 4; got 9"),
-], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        ([], "--prompt: needed, since this model reads text; '' leaves it free"),
+        (["--prompt", "a cat", "--indir", "nowhere"], "--indir: nowhere: no such folder"),
+        (["--prompt", "a cat", "--C", "9"], "--C: this model's is 4; got 9"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
 def test_bad_arguments(script, capsys, arguments, why):
     assert re.match(why, script.refusal(capsys, *arguments))
 

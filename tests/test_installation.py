@@ -11,12 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LOOK_UP = """
-import evaluation.protocol, evaluation.table_file, evaluation.recognition, evaluation.cost, evaluation.figures
+import evaluation.protocols.protocol, evaluation.table.spec, evaluation.recognition, evaluation.cost, evaluation.figures
 import ldm
-from ldm.arguments import EMOJI64
-from ldm.models.diffusion.plans import load_plan, plan_names
-from ldm.published import load_manifest
-from ldm.script import CLASS_NAMES
+from ldm.cli.arguments import EMOJI64
+from ldm.models.diffusion.propagation.load import load_plan, plan_names
+from ldm.checkpoint.published import load_manifest
+from ldm.cli.tasks import CLASS_NAMES
 from ldm.util import PROJECT_ROOT, find_file
 
 installed = evaluation.__file__.removesuffix("evaluation/__init__.py")
@@ -24,10 +24,10 @@ assert ldm.__file__.startswith(installed) and str(PROJECT_ROOT).startswith(insta
 assert len(load_plan("faster-diffusion", 50).keys) == 9
 for name in plan_names():
     load_plan(name, 50)
-for name in evaluation.protocol.protocol_names():
-    protocol = evaluation.protocol.load_protocol(name)
+for name in evaluation.protocols.protocol.protocol_names():
+    protocol = evaluation.protocols.protocol.load_protocol(name)
     assert (PROJECT_ROOT / protocol.defaults["config"]).is_file(), protocol.defaults
-assert len(evaluation.table_file.table_names()) >= 8
+assert len(evaluation.table.spec.table_names()) >= 8
 for model in load_manifest().values():
     assert (PROJECT_ROOT / model.config).is_file(), model.config
 for path in (*EMOJI64, CLASS_NAMES, evaluation.cost.SD_V1, evaluation.recognition.MODEL / "prompts.txt",
@@ -42,14 +42,23 @@ print(images[0].size)
 def installed(tmp_path_factory) -> Path:
     """What `pip install .` copies, without building a wheel."""
     folder = tmp_path_factory.mktemp("site")
-    subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(folder)], cwd=ROOT, check=True,
-                   capture_output=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(folder)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
 def test_the_installed_copy_finds_its_files(installed, tmp_path):
-    run = subprocess.run([sys.executable, "-c", LOOK_UP], cwd=tmp_path, capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": str(installed)})
+    run = subprocess.run(
+        [sys.executable, "-c", LOOK_UP],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split("\n")[-2] == "(64, 64)"
 
@@ -69,7 +78,11 @@ def test_all_committed_data_is_installed_and_no_downloaded_weights(installed, fo
 
 
 def test_a_source_distribution_has_the_same_files(for_code, tmp_path):
-    subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)], cwd=ROOT, check=True,
-                   capture_output=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     sources = next(tmp_path.glob("*.egg-info/SOURCES.txt")).read_text().split("\n")
     assert {file for file in sources if file.startswith(("configs/", "models/"))} == for_code

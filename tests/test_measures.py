@@ -24,19 +24,20 @@ from PIL import Image, ImageDraw
 from processes import quick_help
 from test_clip import TINY_TEXT, TINY_VISION
 
-from evaluation import adm, clip_score, fid, measure, paired, preference, results
+from evaluation import adm, clip_score, fid, paired, preference, results
 from evaluation.clip_score import VARIANTS, scores
-from evaluation.errors import PictureError
-from evaluation.features import extractor
-from evaluation.measure import look, pictures_at
-from evaluation.moments import Gaussian, load_statistics, save_statistics, total
-from evaluation.pictures import Array, Folder, open_pictures
-from evaluation.prompts import prompts_of
-from evaluation.protocol import Protocol
-from evaluation.real_pictures import real_pictures
+from evaluation.metrics import reference as measure
+from evaluation.metrics.captions import prompts_of
+from evaluation.metrics.extractors import extractor
+from evaluation.metrics.real_images import real_pictures
+from evaluation.metrics.reference import look, pictures_at
+from evaluation.metrics.statistics import Gaussian, load_statistics, save_statistics, total
+from evaluation.protocols.protocol import Protocol
 from evaluation.results import Result, ResultError, comparable, read_result
-from ldm.files import file_sha256
-from ldm.images import psnr, save_png
+from evaluation.runs.errors import PictureError
+from evaluation.runs.images import Array, Folder, open_pictures
+from ldm.io.files import file_sha256
+from ldm.io.images import psnr, save_png
 
 ROOT = Path(__file__).parents[1]
 N = 22
@@ -55,8 +56,17 @@ def draw(seed: int, side: int = 32) -> Image.Image:
 
 
 def settings(i: int, keys: list[int] | None) -> dict:
-    return {"prompt": f"shapes {i}", "prompt_index": i, "sample": 0, "seed": [7, i, 0], "start": [7, i, 0],
-            "weights": "abc", "steps": 9, "keys": keys, "noise_weight": 0.0}
+    return {
+        "prompt": f"shapes {i}",
+        "prompt_index": i,
+        "sample": 0,
+        "seed": [7, i, 0],
+        "start": [7, i, 0],
+        "weights": "abc",
+        "steps": 9,
+        "keys": keys,
+        "noise_weight": 0.0,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +94,7 @@ def lite0():
 @pytest.fixture
 def call(sets, lite0, monkeypatch):
     """Run a command line in this process, with the network loaded once unless other flags ask for another."""
+
     def load(args):
         same = (args.extractor, args.weights, args.resize) == ("efficientnet-lite0", None, None)
         return (lite0, torch.device("cpu")) if same else measure.load_network(args)
@@ -95,6 +106,7 @@ def call(sets, lite0, monkeypatch):
         flags += ["--cache", str(sets / "cache")] if module is fid and "--cache" not in arguments else []
         places = [str(sets / a) if (sets / a).exists() else a for a in arguments]
         return module.main([*flags, *places])
+
     run.sets = sets
     return run
 
@@ -104,6 +116,7 @@ def load_json(path: Path) -> dict:
 
 
 # Pictures to moments
+
 
 def test_batches_and_shards_change_nothing(sets, lite0):
     folder, cpu = Folder(sets / "plain"), torch.device("cpu")
@@ -142,14 +155,20 @@ def test_how_pictures_were_made_is_found(sets, tmp_path):
     assert Folder(sets / "real").made_with()["stated_by"] is None
     draw(0).save(tmp_path / "0.png")
     (tmp_path / "run.json").write_text(json.dumps({"plan": "p", "protocol_sha256": "q"}))
-    assert Folder(tmp_path).made_with() == {"plan": "p", "seeds": None, "weights": None, "protocol_sha256": "q",
-                                            "stated_by": "run.json"}
+    assert Folder(tmp_path).made_with() == {
+        "plan": "p",
+        "seeds": None,
+        "weights": None,
+        "protocol_sha256": "q",
+        "stated_by": "run.json",
+    }
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(PictureError, match="run.json: not a run card"):
         Folder(tmp_path).made_with()
 
 
 # fid.py
+
 
 def test_fid_says_what_it_is_of(call, tmp_path, capsys):
     out = tmp_path / "a.json"
@@ -202,8 +221,11 @@ def test_the_real_pictures_of_a_protocol(call, tmp_path, capsys):
     images = [{"id": 50 - k, "file_name": f"{k}", "split": "train" if k in (0, 2, 5) else "rest"} for k in range(6)]
     captions = tmp_path / "captions.json"
     captions.write_text(json.dumps({"images": images, "annotations": []}))
-    asks = {"data": {"kind": "captions", "file": "captions.json", "pictures": "pictures.npy",
-                     "where": {"split": "train"}}, "size": 32, "guidance": 1.0}
+    asks = {
+        "data": {"kind": "captions", "file": "captions.json", "pictures": "pictures.npy", "where": {"split": "train"}},
+        "size": 32,
+        "guidance": 1.0,
+    }
     (tmp_path / "p.yaml").write_text(json.dumps(asks))
     reference = f"protocol:{tmp_path / 'p.yaml'}"
     found = fid_of(call, tmp_path / "a.json", reference, "plain", "--data", str(tmp_path))
@@ -212,10 +234,11 @@ def test_the_real_pictures_of_a_protocol(call, tmp_path, capsys):
     assert found["protocol"]["reference"]["sha256"] == hashlib.sha256(levels[[0, 3, 5]]).hexdigest()
 
     for why, (other, more) in {
-            "REFERENCE: unknown protocol 'coco'; accepted: ": ("protocol:coco", ()),
-            "--data: is for a REFERENCE protocol:NAME; got ": ("real", ("--data", "x")),
-            "REFERENCE: protocol emoji64-prompts names no real pictures": ("protocol:emoji64-prompts", ()),
-            "REFERENCE: .*x.pictures.npy: can't be read: .*No such file": (reference, ("--data", "x"))}.items():
+        "REFERENCE: unknown protocol 'coco'; accepted: ": ("protocol:coco", ()),
+        "--data: is for a REFERENCE protocol:NAME; got ": ("real", ("--data", "x")),
+        "REFERENCE: protocol emoji64-prompts names no real pictures": ("protocol:emoji64-prompts", ()),
+        "REFERENCE: .*x.pictures.npy: can't be read: .*No such file": (reference, ("--data", "x")),
+    }.items():
         capsys.readouterr()
         assert call(fid, other, "plain", *more) == 2
         assert_one_line(capsys.readouterr().err, why)
@@ -257,9 +280,11 @@ def test_a_run_that_is_not_finished_is_told(call, sets, tmp_path, capsys):
 def test_too_few_pictures_are_found_before_the_work(call, sets, tmp_path, capsys):
     for name in ("a", "b", "c"):
         draw(ord(name)).save(tmp_path / f"{name}.png")
-    for arguments, why in (((fid, "real", str(tmp_path), "--infinity"), "--infinity: needs at least 20 samples; got 3"),
-                           ((adm, "real", str(tmp_path)), "SAMPLES: precision and recall, .* 4 pictures; got 3"),
-                           ((adm, str(tmp_path), "plain"), "REFERENCE: precision and recall, .* 4 pictures; got 3")):
+    for arguments, why in (
+        ((fid, "real", str(tmp_path), "--infinity"), "--infinity: needs at least 20 samples; got 3"),
+        ((adm, "real", str(tmp_path)), "SAMPLES: precision and recall, .* 4 pictures; got 3"),
+        ((adm, str(tmp_path), "plain"), "REFERENCE: precision and recall, .* 4 pictures; got 3"),
+    ):
         assert call(*arguments) == 2
         assert_one_line(capsys.readouterr().err, why)
 
@@ -279,6 +304,7 @@ def test_a_set_is_at_no_distance_from_itself_and_others_are(call, tmp_path):
 
 
 # adm.py
+
 
 def test_adm_reads_the_published_formats(call, sets, tmp_path, capsys):
     for name in ("real", "plain"):
@@ -325,14 +351,19 @@ def disk_with_room_for(size: int) -> Iterator[None]:
 
 def test_statistics_that_can_not_be_saved_cost_no_value(call, tmp_path, capsys):
     np.savez(tmp_path / "r.npz", arr_0=np.stack([np.array(draw(i)) for i in range(5)]))
-    for path, why in ((".", "can't write "), ("s", "expected a name that ends in .npz; got "),
-                      ("r.npz", ".*r.npz is REFERENCE itself; expected another file")):
+    for path, why in (
+        (".", "can't write "),
+        ("s", "expected a name that ends in .npz; got "),
+        ("r.npz", ".*r.npz is REFERENCE itself; expected another file"),
+    ):
         assert call(adm, str(tmp_path / "r.npz"), "plain", "--save-statistics", str(tmp_path / path)) == 2
         assert_one_line(capsys.readouterr().err, f"--save-statistics: {why}")
     (tmp_path / "r.npz").unlink()
     with disk_with_room_for(100_000):
-        assert call(adm, "real", "plain", "--save-statistics", str(tmp_path / "s.npz"), "--out",
-                    str(tmp_path / "a.json")) == 2
+        assert (
+            call(adm, "real", "plain", "--save-statistics", str(tmp_path / "s.npz"), "--out", str(tmp_path / "a.json"))
+            == 2
+        )
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1].startswith("adm.py: error: --save-statistics: ")
     assert "recall" in captured.out and "recall" in load_json(tmp_path / "a.json")["values"]
@@ -345,8 +376,10 @@ def test_statistics_that_are_saved_again_keep_their_doubts(call, lite0, tmp_path
     about = measure.network_of(lite0) | {"sha256": "x", "statistics": "in the file", "doubts": ["reference: of what?"]}
     save_statistics(tmp_path / "s.npz", features.moments.gaussian(), about, features.spatial.gaussian())
     copy = tmp_path / "t.npz"
-    assert call(adm, str(tmp_path / "s.npz"), "plain", "--save-statistics", str(copy), "--out",
-                str(tmp_path / "a.json")) == 0
+    assert (
+        call(adm, str(tmp_path / "s.npz"), "plain", "--save-statistics", str(copy), "--out", str(tmp_path / "a.json"))
+        == 0
+    )
     again = fid_of(call, tmp_path / "b.json", str(copy), "plain")
     for found in (load_json(tmp_path / "a.json"), again):
         assert found["protocol"]["reference"]["statistics"] == "in the file"
@@ -386,19 +419,23 @@ def test_published_statistics_are_not_taken_for_another_network(call, tmp_path, 
     pictures = np.stack([np.array(draw(i)) for i in range(5)])
     np.savez(tmp_path / "both.npz", arr_0=pictures, **statistics)
     assert call(adm, str(tmp_path / "only.npz"), "plain") == 2
-    assert_one_line(capsys.readouterr().err, "REFERENCE: .*only.npz: statistics of another extractor, inception-2015, "
-                                             "and no pictures; asked for is efficientnet-lite0")
+    assert_one_line(
+        capsys.readouterr().err,
+        "REFERENCE: .*only.npz: statistics of another extractor, inception-2015, "
+        "and no pictures; asked for is efficientnet-lite0",
+    )
     assert call(adm, str(tmp_path / "both.npz"), "plain", "--out", str(tmp_path / "a.json")) == 0
     assert load_json(tmp_path / "a.json")["protocol"]["reference"]["statistics"] == "of its pictures"
 
 
 # paired.py
 
+
 def test_pairs_are_of_the_same_noise(call, sets, tmp_path):
     assert call(paired, "plain", "fast", "--out", str(tmp_path / "a.json"), "--batch-size", "4") == 0
     found = load_json(tmp_path / "a.json")["values"]
     pairs = [(np.float64(draw(i)), np.float64(Image.open(sets / "fast" / f"{N - i:02}-b.png"))) for i in range(1, N)]
-    expected = np.mean([10 * np.log10(255 ** 2 / ((a - b) ** 2).mean()) for a, b in pairs])
+    expected = np.mean([10 * np.log10(255**2 / ((a - b) ** 2).mean()) for a, b in pairs])
     assert found["psnr_vs_plain"] == pytest.approx(expected, rel=1e-5) and found["identical_pictures"] == 1
     assert 0.5 < found["ssim_vs_plain"] < 1 and found["fid_vs_plain"] > 0 and found["feature_cosine_vs_plain"] < 1
     assert all(key.removesuffix("_interval").endswith("_vs_plain") for key in found if key != "identical_pictures")
@@ -407,7 +444,7 @@ def test_pairs_are_of_the_same_noise(call, sets, tmp_path):
 
 def test_ssim_by_hand():
     """Of two flat pictures only brightness is left: (2ab + c) / (a^2 + b^2 + c), c = 0.01^2, on 0..1."""
-    a, b = torch.full((1, 3, 16, 16), -0.6), torch.full((1, 3, 16, 16), 0.2)         # 0.2 and 0.6
+    a, b = torch.full((1, 3, 16, 16), -0.6), torch.full((1, 3, 16, 16), 0.2)  # 0.2 and 0.6
     ssim = paired.load_ssim()
     assert ssim(a, b).item() == pytest.approx((0.24 + 1e-4) / (0.4 + 1e-4), rel=1e-5)
     assert ssim(a, a).item() == pytest.approx(1)
@@ -439,13 +476,16 @@ def test_pictures_that_are_too_small_are_refused(call, tmp_path, capsys):
         assert_one_line(capsys.readouterr().err, f"PLAIN: .* at least {least} x {least} pixels; got 2 .* {side}$")
 
 
-@pytest.mark.parametrize("plain, fast, why", [
-    ("real", "plain", "ACCELERATED|PLAIN"),
-    ("plain", "short", "mismatched sets: 2 pictures of .*plain have no partner, such as"),
-    ("plain", "noise", r"different noise or subjects: .*\[\[7, 0, 0\], .* there and \[\[7, 100, 0\], .* here"),
-    ("plain", "array.npy", "can't pair .*plain with .*array.npy: .*expected two folders or two arrays"),
-    ("twice", "plain", "1 pictures share noise and subject with another; are there several runs"),
-])
+@pytest.mark.parametrize(
+    "plain, fast, why",
+    [
+        ("real", "plain", "ACCELERATED|PLAIN"),
+        ("plain", "short", "mismatched sets: 2 pictures of .*plain have no partner, such as"),
+        ("plain", "noise", r"different noise or subjects: .*\[\[7, 0, 0\], .* there and \[\[7, 100, 0\], .* here"),
+        ("plain", "array.npy", "can't pair .*plain with .*array.npy: .*expected two folders or two arrays"),
+        ("twice", "plain", "1 pictures share noise and subject with another; are there several runs"),
+    ],
+)
 def test_sets_that_do_not_match_are_refused(call, sets, capsys, plain, fast, why):
     np.save(sets / "array.npy", np.stack([np.array(draw(i)) for i in range(N)]))
     for i in range(N):
@@ -458,12 +498,26 @@ def test_sets_that_do_not_match_are_refused(call, sets, capsys, plain, fast, why
 
 
 def test_runs_that_differ_in_more_than_an_acceleration_are_refused(call, tmp_path, capsys):
-    card = {"plan": "off", "seeds": [7], "weights": "w", "protocol": {"guidance": 2.0, "size": 32}, "config": "c",
-            "averaged": "ema", "method": {"precision": "full", "steps": 50}}
-    others = {"other": {"seeds": [8], "protocol": {"guidance": 5.0}}, "raw": {"averaged": "raw"},
-              "config": {"config": "d"}, "half": {"method": {"precision": "autocast"}}}
-    for name, change in {"plain": {}, "fast": {"plan": "auto:9", "method": {"precision": "full", "steps": 20}}, **others
-                         }.items():
+    card = {
+        "plan": "off",
+        "seeds": [7],
+        "weights": "w",
+        "protocol": {"guidance": 2.0, "size": 32},
+        "config": "c",
+        "averaged": "ema",
+        "method": {"precision": "full", "steps": 50},
+    }
+    others = {
+        "other": {"seeds": [8], "protocol": {"guidance": 5.0}},
+        "raw": {"averaged": "raw"},
+        "config": {"config": "d"},
+        "half": {"method": {"precision": "autocast"}},
+    }
+    for name, change in {
+        "plain": {},
+        "fast": {"plan": "auto:9", "method": {"precision": "full", "steps": 20}},
+        **others,
+    }.items():
         (tmp_path / name).mkdir()
         np.savez(tmp_path / name / "samples.npz", arr_0=np.stack([np.array(draw(i)) for i in range(4)]))
         (tmp_path / name / "run.json").write_text(json.dumps(card | change))
@@ -473,10 +527,16 @@ def test_runs_that_differ_in_more_than_an_acceleration_are_refused(call, tmp_pat
     assert (made["plan"], made["plain"]["plan"]) == ("auto:9", "off")
     capsys.readouterr()
     assert call(paired, plain, other) == 2
-    assert_one_line(capsys.readouterr().err, r"ACCELERATED: was not made as PLAIN was: protocol.guidance \(2.0 there, "
-                                             r"5.0 here\); seeds \(\[7\] there, \[8\] here\); expected runs")
-    for name, why in {"raw": "averaged .ema there, raw here.", "config": "config .c there, d here.",
-                      "half": "precision .full there, autocast here."}.items():
+    assert_one_line(
+        capsys.readouterr().err,
+        r"ACCELERATED: was not made as PLAIN was: protocol.guidance \(2.0 there, "
+        r"5.0 here\); seeds \(\[7\] there, \[8\] here\); expected runs",
+    )
+    for name, why in {
+        "raw": "averaged .ema there, raw here.",
+        "config": "config .c there, d here.",
+        "half": "precision .full there, autocast here.",
+    }.items():
         assert call(paired, plain, str(tmp_path / name / "samples.npz")) == 2
         assert_one_line(capsys.readouterr().err, f"ACCELERATED: was not made as PLAIN was: {why}; expected runs")
 
@@ -495,6 +555,7 @@ def test_arrays_are_paired_by_place(call, tmp_path, capsys):
 
 
 # clip_score.py
+
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
@@ -526,9 +587,9 @@ def test_clip_score_end_to_end(call, sets, clip_folder, tmp_path, capsys):
     found = load_json(tmp_path / "a.json")
     assert found["values"]["captions_cut"] == 1 and found["protocol"]["resize"] == "clip-crop"
 
-    from evaluation.clip_models import load_clip
-    from evaluation.resize import resize
-    from ldm.images import from_pil
+    from evaluation.metrics.clip import load_clip
+    from evaluation.metrics.resize import resize
+    from ldm.io.images import from_pil
 
     model = load_clip(clip_folder)
     seen = model.see(torch.stack([resize(from_pil(draw(i))[None], 28, "clip-crop")[0] for i in range(N)]))
@@ -552,14 +613,19 @@ def test_clip_score_end_to_end(call, sets, clip_folder, tmp_path, capsys):
 
 def test_a_variant_takes_its_own_model_only(call, sets, clip_folder, capsys):
     assert call(clip_score, str(sets / "plain"), "--weights", str(clip_folder), network=False) == 2
-    assert_one_line(capsys.readouterr().err, "--weights: hessel-b32 is defined with openai/clip-vit-base-patch32 "
-                                             r".*\(224, 32, 768, 12\)\); .* has \(28, 14, 32, 2\); for another")
+    assert_one_line(
+        capsys.readouterr().err,
+        "--weights: hessel-b32 is defined with openai/clip-vit-base-patch32 "
+        r".*\(224, 32, 768, 12\)\); .* has \(28, 14, 32, 2\); for another",
+    )
 
 
 def test_cmmd_is_of_one_published_model(call, sets, clip_folder, tmp_path):
     out = tmp_path / "a.json"
-    assert call(fid, "real", "plain", "--cmmd", "--extractor", "clip", "--weights", str(clip_folder), "--out",
-                str(out)) == 0
+    assert (
+        call(fid, "real", "plain", "--cmmd", "--extractor", "clip", "--weights", str(clip_folder), "--out", str(out))
+        == 0
+    )
     assert load_json(out)["values"]["cmmd_real"] > 0
     assert load_json(out)["warnings"][-1].startswith("cmmd_real: published values are of another CLIP model")
 
@@ -575,12 +641,17 @@ def test_prompts_are_found(sets, tmp_path):
         assert prompts_of(pictures, tmp_path / name) == [f"p {name}" for name in pictures.names]
 
 
-@pytest.mark.parametrize("name, content, why", [
-    ("p.txt", "one\ntwo", "has 2 prompts for 22 pictures in .*; expected one line for each"),
-    ("p.json", "{}", "no prompt for 22 of 22 pictures, such as 00-a.png"),
-    ("p.json", '{"00-a.png": 3}', "not prompts: expected a text for every file"),
-    ("p.jsonl", '{"name": "x"}', "not prompts: an entry without file or file_name or image: it has name"),
-    ("p.jsonl", "{", "not prompts"), ("p.txt", None, "not prompts: .*No such file")])
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("p.txt", "one\ntwo", "has 2 prompts for 22 pictures in .*; expected one line for each"),
+        ("p.json", "{}", "no prompt for 22 of 22 pictures, such as 00-a.png"),
+        ("p.json", '{"00-a.png": 3}', "not prompts: expected a text for every file"),
+        ("p.jsonl", '{"name": "x"}', "not prompts: an entry without file or file_name or image: it has name"),
+        ("p.jsonl", "{", "not prompts"),
+        ("p.txt", None, "not prompts: .*No such file"),
+    ],
+)
 def test_bad_prompts_say_why(sets, tmp_path, name, content, why):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -592,9 +663,11 @@ def test_bad_prompts_say_why(sets, tmp_path, name, content, why):
 
 # Results
 
+
 def result(**changes) -> Result:
-    return Result({"fid_real": 1.5}, {"measure": "fid", "n": 10, "reference": {"sha256": "a", "n": 5}} | changes,
-                  {"plan": None})
+    return Result(
+        {"fid_real": 1.5}, {"measure": "fid", "n": 10, "reference": {"sha256": "a", "n": 5}} | changes, {"plan": None}
+    )
 
 
 def test_results_of_one_protocol_are_compared_and_others_refused(tmp_path, capsys):
@@ -614,8 +687,9 @@ def test_results_of_one_protocol_are_compared_and_others_refused(tmp_path, capsy
     result().write(tmp_path / "b.json")
     assert results.main([a, b, c]) == 2
     err = capsys.readouterr().err
-    assert_one_line(err, "JSON: different protocols can't be compared; they differ in n .*: 10, .*: 20.*"
-                         "reference.sha256")
+    assert_one_line(
+        err, "JSON: different protocols can't be compared; they differ in n .*: 10, .*: 20.*reference.sha256"
+    )
     assert "measure" not in err and "reference.n" not in err
 
 
@@ -626,8 +700,14 @@ def test_a_changed_result_is_not_one(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(ResultError, match="its protocol is not the one that its hash .* names"):
         read_result(tmp_path / "a.json")
-    for damaged in ([], None, content | {"values": []}, content | {"protocol": [1]}, content | {"samples": None},
-                    content | {"protocol_sha256": 3}):
+    for damaged in (
+        [],
+        None,
+        content | {"values": []},
+        content | {"protocol": [1]},
+        content | {"samples": None},
+        content | {"protocol_sha256": 3},
+    ):
         (tmp_path / "a.json").write_text(json.dumps(damaged))
         with pytest.raises(ResultError, match="a.json: not a result"):
             read_result(tmp_path / "a.json")
@@ -637,10 +717,12 @@ def test_a_full_disk_loses_no_value(tmp_path, capsys):
     """The system lets no file grow here, as a full disk would."""
     out = tmp_path / "a.json"
     out.write_text("before")
-    code = ("import resource, signal, sys; from evaluation import results; from ldm.cli import command;"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10));"
-            "r = results.Result({'fid_real': 1.5}, {}, {});"
-            f"sys.exit(command('fid.py', lambda: results.publish(r, {str(out)!r})))")
+    code = (
+        "import resource, signal, sys; from evaluation import results; from ldm.cli.parser import command;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10));"
+        "r = results.Result({'fid_real': 1.5}, {}, {});"
+        f"sys.exit(command('fid.py', lambda: results.publish(r, {str(out)!r})))"
+    )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout.split() == ["fid_real", "1.5000"]
     assert run.stderr.startswith(f"fid.py: error: --out: can't write {out}: File too large; the values are above")
@@ -648,6 +730,7 @@ def test_a_full_disk_loses_no_value(tmp_path, capsys):
 
 
 # Bad input
+
 
 def assert_one_line(err: str, why: str) -> None:
     lines = err.splitlines()
@@ -661,7 +744,7 @@ def bad(tmp_path_factory) -> Path:
         (root / name).mkdir()
     draw(0).save(root / "torn" / "a.png")
     content = (root / "torn" / "a.png").read_bytes()
-    (root / "torn" / "b.png").write_bytes(content[:len(content) // 2])
+    (root / "torn" / "b.png").write_bytes(content[: len(content) // 2])
     (root / "torn" / "c.jpg").write_text("no picture")
     (root / "torn" / ".being-written.png").write_text("")
     draw(0).save(root / "card" / "a.png")
@@ -675,14 +758,14 @@ def bad(tmp_path_factory) -> Path:
     np.save(root / "cut.npy", levels)
     (root / "cut.npy").write_bytes((root / "cut.npy").read_bytes()[:-100])
     (root / "junk.npz").write_text("junk")
-    for suffix in ("jpg", "bmp", "webp"):       # their formats have no checksums: only decoding tells
+    for suffix in ("jpg", "bmp", "webp"):  # their formats have no checksums: only decoding tells
         (root / "short").mkdir(exist_ok=True)
         draw(1, 64).save(root / "short" / f"a.{suffix}")
         content = (root / "short" / f"a.{suffix}").read_bytes()
-        (root / "short" / f"a.{suffix}").write_bytes(content[:len(content) * 2 // 3])
+        (root / "short" / f"a.{suffix}").write_bytes(content[: len(content) * 2 // 3])
     np.savez_compressed(root / "bits.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8))
     content = bytearray((root / "bits.npz").read_bytes())
-    content[len(content) // 2:len(content) // 2 + 40] = bytes(40)
+    content[len(content) // 2 : len(content) // 2 + 40] = bytes(40)
     (root / "bits.npz").write_bytes(content)
     whole = (root / "cut.npy").read_bytes()
     (root / "version.npy").write_bytes(whole[:6] + bytes([9, 0]) + whole[8:])
@@ -698,27 +781,31 @@ def bad(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name, why", [
-    ("nowhere", "no such folder; expected one with pictures, or an npz file"),
-    ("empty", "an empty folder: no .png"),
-    ("torn", "2 of 3 files are no pictures, or damaged: b.png, c.jpg$"),
-    ("sizes", r"pictures of 2 sizes, expected one: 32 x 32 \(a.png\), 40 x 40 \(b.png\)"),
-    ("card", "run.json: not a run card"),
-    ("other.npz", "other.npz: can't be read: has no array arr_0$"),
-    ("grey.npz", r"expected pictures uint8 \(N, H, W, 3\), N > 0; got uint8 \(4, 8, 8\)"),
-    ("float.npz", "got float32"),
-    ("cut.npy", r"cut off, or a wrong header: uint8 \(4, 8, 8, 3\) are 768 bytes, and there are 668$"),
-    ("minus.npy", r"an array of uint8 \(-3, 8, 8, 3\); expected numbers, and no side below 0"),
-    ("minus.npz", r"an array of uint8 \(-3, 8, 8, 3\)"),
-    ("liar.npz", r"wrong header: uint8 \(100000, 128, 128, 3\) are 4915200000 bytes, and there are 10$"),
-    ("fifo.npz", "fifo.npz: a FIFO; expected a file"),
-    ("fifo.npy", "fifo.npy: a FIFO; expected a file"),
-    ("junk.npz", "can't be read"),
-    ("short", "3 of 3 files are no pictures, or damaged: a.bmp, a.jpg, a.webp$"),
-    ("bits.npz", "bits.npz: can't be read: "),
-    ("version.npy", r"an array of npy version \(9, 0\); accepted: \(1, 0\), \(2, 0\)"),
-    ("header.npy", "header.npy: can't be read: "),
-    ("missing.npz", "can't be read: .*No such file")])
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("nowhere", "no such folder; expected one with pictures, or an npz file"),
+        ("empty", "an empty folder: no .png"),
+        ("torn", "2 of 3 files are no pictures, or damaged: b.png, c.jpg$"),
+        ("sizes", r"pictures of 2 sizes, expected one: 32 x 32 \(a.png\), 40 x 40 \(b.png\)"),
+        ("card", "run.json: not a run card"),
+        ("other.npz", "other.npz: can't be read: has no array arr_0$"),
+        ("grey.npz", r"expected pictures uint8 \(N, H, W, 3\), N > 0; got uint8 \(4, 8, 8\)"),
+        ("float.npz", "got float32"),
+        ("cut.npy", r"cut off, or a wrong header: uint8 \(4, 8, 8, 3\) are 768 bytes, and there are 668$"),
+        ("minus.npy", r"an array of uint8 \(-3, 8, 8, 3\); expected numbers, and no side below 0"),
+        ("minus.npz", r"an array of uint8 \(-3, 8, 8, 3\)"),
+        ("liar.npz", r"wrong header: uint8 \(100000, 128, 128, 3\) are 4915200000 bytes, and there are 10$"),
+        ("fifo.npz", "fifo.npz: a FIFO; expected a file"),
+        ("fifo.npy", "fifo.npy: a FIFO; expected a file"),
+        ("junk.npz", "can't be read"),
+        ("short", "3 of 3 files are no pictures, or damaged: a.bmp, a.jpg, a.webp$"),
+        ("bits.npz", "bits.npz: can't be read: "),
+        ("version.npy", r"an array of npy version \(9, 0\); accepted: \(1, 0\), \(2, 0\)"),
+        ("header.npy", "header.npy: can't be read: "),
+        ("missing.npz", "can't be read: .*No such file"),
+    ],
+)
 def test_bad_samples_are_one_line(call, bad, capsys, name, why):
     for module in (fid, adm, paired):
         assert call(module, "plain", str(bad / name)) == 2
@@ -727,19 +814,22 @@ def test_bad_samples_are_one_line(call, bad, capsys, name, why):
     assert_one_line(capsys.readouterr().err, why)
 
 
-@pytest.mark.parametrize("module, arguments, why", [
-    (fid, ("nowhere", "plain"), "REFERENCE: nowhere: no such folder"),
-    (fid, ("real", "plain", "--cmmd"), "--cmmd: .* needs --extractor clip; got efficientnet-lite0"),
-    (fid, ("real", "plain", "--bootstrap", "1"), "--bootstrap: expected a whole number in 2..1000000; got '1'"),
-    (fid, ("real", "plain", "--resize", "nearest"), "--resize: invalid choice: 'nearest'"),
-    (fid, ("real", "plain", "--out", "."), "--out: can't write"),
-    (fid, ("real", "plain", "--device", "cuda:9"), "--device: cuda:9 is not there"),
-    (paired, ("plain", "fast", "--lpips"), "--lpips: LPIPS needs torchvision .* alexnet-owt-7be5be79.pth"),
-    (paired, ("plain", "plain"), "packages: SSIM needs torchmetrics, which can't be imported here"),
-    (adm, ("nowhere", "plain"), "REFERENCE: nowhere: no such folder"),
-])
+@pytest.mark.parametrize(
+    "module, arguments, why",
+    [
+        (fid, ("nowhere", "plain"), "REFERENCE: nowhere: no such folder"),
+        (fid, ("real", "plain", "--cmmd"), "--cmmd: .* needs --extractor clip; got efficientnet-lite0"),
+        (fid, ("real", "plain", "--bootstrap", "1"), "--bootstrap: expected a whole number in 2..1000000; got '1'"),
+        (fid, ("real", "plain", "--resize", "nearest"), "--resize: invalid choice: 'nearest'"),
+        (fid, ("real", "plain", "--out", "."), "--out: can't write"),
+        (fid, ("real", "plain", "--device", "cuda:9"), "--device: cuda:9 is not there"),
+        (paired, ("plain", "fast", "--lpips"), "--lpips: LPIPS needs torchvision .* alexnet-owt-7be5be79.pth"),
+        (paired, ("plain", "plain"), "packages: SSIM needs torchmetrics, which can't be imported here"),
+        (adm, ("nowhere", "plain"), "REFERENCE: nowhere: no such folder"),
+    ],
+)
 def test_bad_flags_are_one_line(call, capsys, monkeypatch, module, arguments, why):
-    pytest.importorskip("torchmetrics.functional.image")        # or hiding one package would hide the other
+    pytest.importorskip("torchmetrics.functional.image")  # or hiding one package would hide the other
     for words, package in (("LPIPS", "torchmetrics.image"), ("SSIM", "torchmetrics.functional.image")):
         if words in why:
             monkeypatch.setitem(sys.modules, package, None)
@@ -760,7 +850,10 @@ def test_statistics_can_not_give_a_kernel_distance(call, lite0, tmp_path, capsys
     assert call(fid, str(reference), "plain", "--kid") == 2
     assert_one_line(capsys.readouterr().err, "REFERENCE: .*mean and covariance only; KID and CMMD need the pictures")
     assert fid_of(call, tmp_path / "a.json", str(reference), "plain")["protocol"]["reference"] == {
-        "sha256": "x", "n": 9, "statistics": "of its pictures"}
+        "sha256": "x",
+        "n": 9,
+        "statistics": "of its pictures",
+    }
     capsys.readouterr()
     save_statistics(reference, Gaussian(np.zeros(1280), np.eye(1280), 9), {"resize": "clean"})
     assert call(fid, str(reference), "plain") == 2
@@ -779,7 +872,8 @@ def test_statistics_that_do_not_say_what_they_are_of_are_inceptions(tmp_path):
         assert found.about["statistics"] == "in the file" and found.warnings == ()
     Network.resize = "clean"
     assert measure.reference(alone, Network(), 1, torch.device("cpu")).warnings == (
-        "reference: a file that does not say its resize; taken for clean",)
+        "reference: a file that does not say its resize; taken for clean",
+    )
     assert measure.stored_statistics(both, Network(), False, pictured=True) is None
 
 
@@ -807,9 +901,14 @@ def test_files_that_a_folder_leaves_out_are_said(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name, shape, why", [
-    ("sigma", (20_000, 20_000), "wrong header"), ("sigma", (-2, -2), "no side below 0"),
-    ("n", (10**9,), "wrong header")])
+@pytest.mark.parametrize(
+    "name, shape, why",
+    [
+        ("sigma", (20_000, 20_000), "wrong header"),
+        ("sigma", (-2, -2), "no side below 0"),
+        ("n", (10**9,), "wrong header"),
+    ],
+)
 def test_statistics_whose_headers_lie_are_refused_unread(tmp_path, name, shape, why):
     stream = BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": shape})

@@ -9,7 +9,7 @@ from contracts import recipe_weights
 from ldm.modules.midas.api import MiDaSInference, near_side
 
 TINY = {"width": 64, "heads": 4, "depth": 4, "taps": (1, 3), "stages": (1, 2, 1), "grid": 4, "features": 32}
-NAMES = {   # parts of a key, ours -> transformers', in this order
+NAMES = {  # parts of a key, ours -> transformers', in this order
     "pretrained.model.patch_embed.backbone.stem.conv": "dpt.embeddings.backbone.bit.embedder.convolution",
     "pretrained.model.patch_embed.backbone.stem": "dpt.embeddings.backbone.bit.embedder",
     "pretrained.model.patch_embed.backbone": "dpt.embeddings.backbone.bit.encoder",
@@ -17,13 +17,17 @@ NAMES = {   # parts of a key, ours -> transformers', in this order
     "pretrained.model.cls_token": "dpt.embeddings.cls_token",
     "pretrained.model.pos_embed": "dpt.embeddings.position_embeddings",
     "pretrained.model.blocks": "dpt.encoder.layer",
-    "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
     "pretrained.act_postprocess3.0.project": "neck.reassemble_stage.readout_projects.2",
     "pretrained.act_postprocess4.0.project": "neck.reassemble_stage.readout_projects.3",
     "pretrained.act_postprocess3.3": "neck.reassemble_stage.layers.2.projection",
     "pretrained.act_postprocess4.3": "neck.reassemble_stage.layers.3.projection",
     "pretrained.act_postprocess4.4": "neck.reassemble_stage.layers.3.resize",
-    "scratch.output_conv": "head.head", "out_conv": "projection", "resConfUnit": "residual_layer",
+    "scratch.output_conv": "head.head",
+    "out_conv": "projection",
+    "resConfUnit": "residual_layer",
     **{f"scratch.layer{i}_rn": f"neck.convs.{i - 1}" for i in range(1, 5)},
     **{f"scratch.refinenet{i}": f"neck.fusion_stage.layers.{4 - i}" for i in range(1, 5)},
 }
@@ -57,14 +61,38 @@ def test_depth_is_that_of_transformers():
     from transformers import BitConfig, DPTConfig, DPTForDepthEstimation
 
     ours = recipe_weights(MiDaSInference(settings=TINY), seed=2).model.double()
-    backbone = BitConfig(hidden_sizes=[256, 512, 1024], depths=list(TINY["stages"]), embedding_size=64,
-                         layer_type="bottleneck", global_padding="same", embedding_dynamic_padding=True,
-                         out_features=["stage1", "stage2", "stage3"])
-    theirs = DPTForDepthEstimation(DPTConfig(
-        is_hybrid=True, backbone_config=backbone, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=256, backbone_out_indices=[0, 1, 1, 3], image_size=64, backbone_featmap_shape=[1, 1024, 4, 4],
-        neck_hidden_sizes=[256, 512, 64, 64], fusion_hidden_size=32, readout_type="project",
-        reassemble_factors=[1, 1, 1, 0.5], neck_ignore_stages=[0, 1], layer_norm_eps=1e-6)).eval().double()
+    backbone = BitConfig(
+        hidden_sizes=[256, 512, 1024],
+        depths=list(TINY["stages"]),
+        embedding_size=64,
+        layer_type="bottleneck",
+        global_padding="same",
+        embedding_dynamic_padding=True,
+        out_features=["stage1", "stage2", "stage3"],
+    )
+    theirs = (
+        DPTForDepthEstimation(
+            DPTConfig(
+                is_hybrid=True,
+                backbone_config=backbone,
+                hidden_size=64,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                intermediate_size=256,
+                backbone_out_indices=[0, 1, 1, 3],
+                image_size=64,
+                backbone_featmap_shape=[1, 1024, 4, 4],
+                neck_hidden_sizes=[256, 512, 64, 64],
+                fusion_hidden_size=32,
+                readout_type="project",
+                reassemble_factors=[1, 1, 1, 0.5],
+                neck_ignore_stages=[0, 1],
+                layer_norm_eps=1e-6,
+            )
+        )
+        .eval()
+        .double()
+    )
     missing, unexpected = theirs.load_state_dict(their_weights(ours.state_dict()), strict=False)
     assert set(missing) <= {"dpt.layernorm.weight", "dpt.layernorm.bias"} and not unexpected
     picture = torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
@@ -76,16 +104,25 @@ def test_depth_is_that_of_transformers():
 def test_positions_fit_their_own_grid_and_stretch_to_others():
     network = MiDaSInference(settings=TINY).model.pretrained.model
     torch.testing.assert_close(network.positions(4, 4), network.pos_embed)
-    with torch.no_grad():   # a value for each column
+    with torch.no_grad():  # a value for each column
         network.pos_embed[0, 1:] = torch.arange(4.0).repeat(4)[:, None]
     stretched = network.positions(2, 8)[0, 1:, 0].view(2, 8)
     assert torch.equal(stretched[0], stretched[1])
     assert stretched[0, 0] == 0 and stretched[0, -1] == 3 and stretched[0].diff().ge(0).all()
 
 
-@pytest.mark.parametrize("size, at", [((384, 384), (384, 384)), ((512, 512), (384, 384)), ((512, 768), (384, 576)),
-                                      ((768, 512), (576, 384)), ((16, 16), (384, 384)), ((300, 600), (384, 768)),
-                                      ((200, 300), (256, 384))])
+@pytest.mark.parametrize(
+    "size, at",
+    [
+        ((384, 384), (384, 384)),
+        ((512, 512), (384, 384)),
+        ((512, 768), (384, 576)),
+        ((768, 512), (576, 384)),
+        ((16, 16), (384, 384)),
+        ((300, 600), (384, 768)),
+        ((200, 300), (256, 384)),
+    ],
+)
 def test_size_of_the_estimate(size, at):
     """The side that is nearer to 384 becomes 384: 300 x 600 by 1.28 or 0.64, 200 x 300 by 1.92 or 1.28."""
     assert near_side(*size) == at

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.noise import ImageNoise
+from ldm.models.diffusion.noise import ImageNoise
 
 KNOWN = [-0.1917676, -0.7883030, 1.4104905, -0.1767905]
 SEEDS = [(42, 0, 0), (42, 0, 1), (42, 1, 0), (7, 0, 0)]
@@ -24,7 +24,7 @@ def test_images_and_nodes_draw_independently():
     noise, x = ImageNoise(SEEDS), torch.zeros(4, 1, 64, 64)
     draws = torch.cat([noise.start((1, 64, 64)), noise.node(0, x), noise.node(1, x)]).flatten(1)
     correlation = torch.corrcoef(draws) - torch.eye(12)
-    assert correlation.abs().max() < 0.08         # 5 standard deviations at 4096 values
+    assert correlation.abs().max() < 0.08  # 5 standard deviations at 4096 values
     assert abs(draws.mean()) < 0.02 and abs(draws.std() - 1) < 0.02
 
 

@@ -6,15 +6,26 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.cost import unet_macs
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.packed import PackedConv2d, PackedLinear, PackedPointwise, convolution_shapes, pack, pack_layers
+from ldm.profiling.cost import unet_macs
 
-UNET = dict(image_size=8, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1, channel_mult=[1, 2],
-            attention_resolutions=[2], num_heads=2, use_spatial_transformer=True, context_dim=16)
+UNET = dict(
+    image_size=8,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    num_res_blocks=1,
+    channel_mult=[1, 2],
+    attention_resolutions=[2],
+    num_heads=2,
+    use_spatial_transformer=True,
+    context_dim=16,
+)
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512",
-    reason="only packed with oneDNN on a CPU with AVX-512")
+    reason="only packed with oneDNN on a CPU with AVX-512",
+)
 
 
 def small_unet(**options) -> UNetModel:
@@ -25,13 +36,19 @@ def small_unet(**options) -> UNetModel:
     return unet
 
 
-@pytest.mark.parametrize("layer, kind, shape", [
-    (nn.Linear(12, 20), PackedLinear, (3, 5, 12)), (nn.Linear(12, 20, bias=False), PackedLinear, (3, 12)),
-    (nn.Conv2d(12, 20, 1), PackedPointwise, (3, 12, 6, 4)),
-    (nn.Conv2d(12, 20, 3, padding=1), PackedConv2d, (3, 12, 6, 4)),
-    (nn.Conv2d(12, 20, 3, stride=2, padding=1), PackedConv2d, (3, 12, 6, 4)),
-    (nn.Conv2d(12, 24, 3, groups=4), PackedConv2d, (3, 12, 6, 4)),
-    (nn.Conv2d(12, 20, 1, stride=2), PackedConv2d, (3, 12, 6, 4))], ids=str)
+@pytest.mark.parametrize(
+    "layer, kind, shape",
+    [
+        (nn.Linear(12, 20), PackedLinear, (3, 5, 12)),
+        (nn.Linear(12, 20, bias=False), PackedLinear, (3, 12)),
+        (nn.Conv2d(12, 20, 1), PackedPointwise, (3, 12, 6, 4)),
+        (nn.Conv2d(12, 20, 3, padding=1), PackedConv2d, (3, 12, 6, 4)),
+        (nn.Conv2d(12, 20, 3, stride=2, padding=1), PackedConv2d, (3, 12, 6, 4)),
+        (nn.Conv2d(12, 24, 3, groups=4), PackedConv2d, (3, 12, 6, 4)),
+        (nn.Conv2d(12, 20, 1, stride=2), PackedConv2d, (3, 12, 6, 4)),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_a_packed_layer_computes_the_same(layer, kind, shape):
     torch.manual_seed(0)
@@ -62,13 +79,18 @@ def test_a_packed_network_costs_the_same_and_holds_no_other_weights():
     pack(network, (8, 8), 5)
     assert unet_macs(network, (8, 8), 2, 5) == expected
     assert not [name for name, p in network.named_parameters() if p.ndim > 1]
-    pack(network, (8, 8), 5)        # nothing is left to exchange
+    pack(network, (8, 8), 5)  # nothing is left to exchange
     assert unet_macs(network, (8, 8), 2, 5) == expected
 
 
 def test_what_can_not_be_packed_stays():
-    kept = nn.Sequential(nn.Linear(4, 4).double(), nn.Conv1d(4, 4, 1), nn.Conv2d(4, 4, 3, padding="same"),
-                         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Linear(4, 4, device="meta"))
+    kept = nn.Sequential(
+        nn.Linear(4, 4).double(),
+        nn.Conv1d(4, 4, 1),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Linear(4, 4, device="meta"),
+    )
     before = list(kept)
     pack_layers(kept, {str(i): (1, 4, 8, 8) for i in range(len(before))})
     assert list(kept) == before

@@ -16,33 +16,45 @@ from test_denoise import EXACT
 from toy import ToyNetwork, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 from txt2img_model import main, write_model
 
-from ldm.generate import read_manifest
-from ldm.images import from_pil, read_png
-from ldm.memory import decoder_bytes, decoders_that_fit, free_bytes, peak_bytes
+from ldm.cli.processes import Processes
+from ldm.io.images import from_pil, read_png
 from ldm.models.diffusion.denoiser import Guidance
-from ldm.models.diffusion.memory import Halving
-from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.spread import Spread
+from ldm.models.diffusion.parallel.backoff import Halving
+from ldm.models.diffusion.parallel.distributed import Spread
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.processes import Processes
+from ldm.profiling.memory import decoder_bytes, decoders_that_fit, free_bytes, peak_bytes
+from ldm.sampling.generate import read_manifest
 
-UNET = dict(image_size=8, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1, channel_mult=[1, 2],
-            attention_resolutions=[1, 2], num_heads=2, use_spatial_transformer=True, context_dim=16)
+UNET = dict(
+    image_size=8,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    num_res_blocks=1,
+    channel_mult=[1, 2],
+    attention_resolutions=[1, 2],
+    num_heads=2,
+    use_spatial_transformer=True,
+    context_dim=16,
+)
 GUIDANCE = {"always": Guidance(3.0), "reuse": Guidance(3.0, reuse=True)}
 
 
 # Memory
 
+
 def test_peak_bytes_are_of_what_lives_at_one_time():
     x = torch.zeros(1000)
 
     def call() -> torch.Tensor:
-        a = x + 1                       # 4000 bytes
-        b = a.view(10, 100) * 2         # and 4000; the view is none
+        a = x + 1  # 4000 bytes
+        b = a.view(10, 100) * 2  # and 4000; the view is none
         del a
-        c = b.double()                  # 4000 and 8000
+        c = b.double()  # 4000 and 8000
         return c.add_(1)
+
     assert peak_bytes(call) == 12000
     assert peak_bytes(lambda: x.view(10, 100).t()) == 0
 
@@ -76,15 +88,21 @@ class SmallDevice(ToyNetwork):
 
 
 def small_device(room: int) -> SmallDevice:
-    torch.manual_seed(5)                # the weights of toy_network
+    torch.manual_seed(5)  # the weights of toy_network
     network = SmallDevice().requires_grad_(False)
     network.room = room
     return network
 
 
-@pytest.mark.parametrize("guidance, plan, most", [
-    ("always", Plan(10, (0, 1), 20), 2), ("reuse", Plan(10, (0, 1), 20), 5),
-    ("always", Plan(10, (0, 6), 4, (4, 8), 1, "linear"), 2)], ids=str)
+@pytest.mark.parametrize(
+    "guidance, plan, most",
+    [
+        ("always", Plan(10, (0, 1), 20), 2),
+        ("reuse", Plan(10, (0, 1), 20), 5),
+        ("always", Plan(10, (0, 6), 4, (4, 8), 1, "linear"), 2),
+    ],
+    ids=str,
+)
 def test_a_run_that_hits_the_ceiling_goes_on_with_smaller_batches(guidance, plan, most):
     x, cond, uncond = toy_inputs(1)
     rule, network = toy_rule(10), small_device(5)
@@ -109,6 +127,7 @@ def test_a_single_node_that_does_not_fit_is_an_error():
 
 # Processes
 
+
 def in_processes(size: int, work: Callable[[int], object]) -> list[object]:
     """work(rank) in real processes with the environment that torchrun gives them; all results, by rank."""
     with socket.socket() as probe:
@@ -118,8 +137,13 @@ def in_processes(size: int, work: Callable[[int], object]) -> list[object]:
     pipes = [fork.Pipe(duplex=False) for _ in range(size)]
 
     def child(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         try:
             pipes[rank][1].send((True, work(rank)))
         except BaseException:
@@ -137,9 +161,9 @@ def in_processes(size: int, work: Callable[[int], object]) -> list[object]:
 
 
 SPREAD_PLANS = [
-    Plan(10, (0, 2, 3), 20),                            # groups of 2, 1 and 7 nodes
-    Plan(10, (0, 4), 3, propagate="quadratic"),         # batches of 3, 1, 3, 3
-    Plan(10, (0, 6), 5, (3, 8), 2, "linear"),           # with shallow nodes
+    Plan(10, (0, 2, 3), 20),  # groups of 2, 1 and 7 nodes
+    Plan(10, (0, 4), 3, propagate="quadratic"),  # batches of 3, 1, 3, 3
+    Plan(10, (0, 6), 5, (3, 8), 2, "linear"),  # with shallow nodes
     Plan(10, (0, 6), 5, refresh=1),
 ]
 
@@ -193,8 +217,21 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def command(files: tuple[Path, Path], out: Path, *more: str) -> list[str]:
-    return ["--config", str(files[0]), "--ckpt", str(files[1]), "--outdir", str(out), "--steps", "7", "--n_samples",
-            "2", "--plan", "0,1", *more]
+    return [
+        "--config",
+        str(files[0]),
+        "--ckpt",
+        str(files[1]),
+        "--outdir",
+        str(out),
+        "--steps",
+        "7",
+        "--n_samples",
+        "2",
+        "--plan",
+        "0,1",
+        *more,
+    ]
 
 
 def test_a_script_in_two_processes_makes_the_pictures_of_one(files, tmp_path):
@@ -213,22 +250,39 @@ def test_a_script_in_two_processes_makes_the_pictures_of_one(files, tmp_path):
 
 # Bad input
 
-@pytest.mark.parametrize("arguments, processes, why", [
-    (["--tome", "0.8"], 1, "--tome: expected a number in 0..0.75; got '0.8'"),
-    (["--tome", "-1"], 1, "--tome: expected a number in 0..0.75"),
-    (["--tome", "nan"], 1, "--tome: expected a number in 0..0.75"),
-    (["--tome", "0.5"], 1, "--tome: this network has no self-attention in spatial transformers at its finest level"),
-    (["--parallel", "7"], 1, "--parallel: 7 decoder steps need about 3 MB, 3 MB are free; expected auto or at most 5"),
-    (["--guidance-reuse"], 2, "--guidance-reuse: .* does not go with several processes"),
-    (["--device", "cpu:0"], 2, "--device: cpu:0 is one device, and there are 2 processes; accepted: auto, cuda, cpu"),
-    (["--device", "cuda"], 2, "--device: process 1 has no GPU of its own"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+
+@pytest.mark.parametrize(
+    "arguments, processes, why",
+    [
+        (["--tome", "0.8"], 1, "--tome: expected a number in 0..0.75; got '0.8'"),
+        (["--tome", "-1"], 1, "--tome: expected a number in 0..0.75"),
+        (["--tome", "nan"], 1, "--tome: expected a number in 0..0.75"),
+        (
+            ["--tome", "0.5"],
+            1,
+            "--tome: this network has no self-attention in spatial transformers at its finest level",
+        ),
+        (
+            ["--parallel", "7"],
+            1,
+            "--parallel: 7 decoder steps need about 3 MB, 3 MB are free; expected auto or at most 5",
+        ),
+        (["--guidance-reuse"], 2, "--guidance-reuse: .* does not go with several processes"),
+        (
+            ["--device", "cpu:0"],
+            2,
+            "--device: cpu:0 is one device, and there are 2 processes; accepted: auto, cuda, cpu",
+        ),
+        (["--device", "cuda"], 2, "--device: process 1 has no GPU of its own"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_bad_input_says_why(files, tmp_path, capsys, monkeypatch, arguments, processes, why):
     if arguments == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has GPUs")
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  900000 kB\nMemAvailable:  3000 kB\n")
-    monkeypatch.setattr("ldm.memory.MEMINFO", meminfo)
+    monkeypatch.setattr("ldm.profiling.memory.MEMINFO", meminfo)
     if processes > 1:
         for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": processes}.items():
             monkeypatch.setenv(name, str(value))
@@ -241,7 +295,7 @@ def test_bad_input_says_why(files, tmp_path, capsys, monkeypatch, arguments, pro
 def test_auto_takes_what_memory_allows(files, tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemAvailable:  3000 kB\n")
-    monkeypatch.setattr("ldm.memory.MEMINFO", meminfo)
+    monkeypatch.setattr("ldm.profiling.memory.MEMINFO", meminfo)
     for steps in ("25", "26"):
         assert main(command(files, tmp_path / "out", "--steps", steps)) == 0
     entries = read_manifest(tmp_path / "out" / "manifest.jsonl")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.models.diffusion.plan import CALLS, SIZES, Plan, Work, with_few_sizes
-from ldm.models.diffusion.plans import load_plan, plan_names
+from ldm.models.diffusion.propagation.load import load_plan, plan_names
+from ldm.models.diffusion.propagation.plan import CALLS, SIZES, Plan, Work, with_few_sizes
 
 FASTER_50 = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 # What the sources state about each list, in their own terms.
@@ -97,7 +97,8 @@ def test_few_sizes_are_worth_their_first_calls(n, most, data):
     assert len(lengths) + CALLS * len(cut.sizes) <= n, "never more than one by one"
     assert len(lengths) + CALLS * len(cut.sizes) <= min(
         sum(sum(divmod(len(group.nodes), size)) for group in Plan(n, plan.keys, n).batches()) + CALLS * (size > 1)
-        for size in range(1, most + 1)), "never more than with any one size"
+        for size in range(1, most + 1)
+    ), "never more than with any one size"
 
 
 def test_the_published_plan_is_cut_into_fives():

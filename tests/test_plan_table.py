@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from script_runs import load_script
 
-from ldm.cost import Macs
-from ldm.models.diffusion.plans import plan_names
-from ldm.plan_table import plan_table, spans
+from ldm.models.diffusion.propagation.load import plan_names
+from ldm.profiling.cost import Macs
+from ldm.profiling.plan_table import plan_table, spans
 
 
 def test_spans():
@@ -21,8 +21,8 @@ def test_costs_of_the_named_plans():
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
     assert rows.keys() >= {"off", "uniform:2", "pro", "deepcache:3", *plan_names()}
     assert rows["off"][:2] == ["100.0%", "100.0%"]
-    assert rows["faster-diffusion"] == ["75.4%", "18.0%", "0-3,5,10,15,25,35"]        # 9 * 30 + 50 * 70; 9 rounds
-    assert rows["deepcache:3"][:2] == ["43.9%", "43.9%"]                              # 17 * 100 + 33 * 15
+    assert rows["faster-diffusion"] == ["75.4%", "18.0%", "0-3,5,10,15,25,35"]  # 9 * 30 + 50 * 70; 9 rounds
+    assert rows["deepcache:3"][:2] == ["43.9%", "43.9%"]  # 17 * 100 + 33 * 15
 
 
 @pytest.mark.parametrize("flags", [["--list-plans"], ["--list-plans", "--plan", "off"]])
@@ -33,18 +33,25 @@ def test_the_list_needs_no_weights(tmp_path, capsys, flags):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags, why", [
-    (["--plan", "deepcache:2", "--guidance-reuse"], "--guidance-reuse: between key steps it needs the whole decoder"),
-    (["--plan", "deepcache:2", "--propagate", "linear"], "decodes nothing between its key nodes"),
-    (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has 6 on each side"),
-    (["--plan", "online:x"], "needs a threshold"),
-    (["--plan", "online:-1"], "threshold must be above 0"),
-    (["--plan", "online:warp:1"], "probe must be one of latent, time"),
-    (["--plan", "auto:99"], r"keys must be 1..4"),
-    (["--plan", "auto:0.1"], "share of MACs must lie in"),
-    (["--guidance-interval", "300"], "must be LOW,HIGH"),
-    (["--guidance-interval", "300,200"], "must be low,high; got 300,200"),
-], ids=str)
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (
+            ["--plan", "deepcache:2", "--guidance-reuse"],
+            "--guidance-reuse: between key steps it needs the whole decoder",
+        ),
+        (["--plan", "deepcache:2", "--propagate", "linear"], "decodes nothing between its key nodes"),
+        (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has 6 on each side"),
+        (["--plan", "online:x"], "needs a threshold"),
+        (["--plan", "online:-1"], "threshold must be above 0"),
+        (["--plan", "online:warp:1"], "probe must be one of latent, time"),
+        (["--plan", "auto:99"], r"keys must be 1..4"),
+        (["--plan", "auto:0.1"], "share of MACs must lie in"),
+        (["--guidance-interval", "300"], "must be LOW,HIGH"),
+        (["--guidance-interval", "300,200"], "must be low,high; got 300,200"),
+    ],
+    ids=str,
+)
 def test_options_that_do_not_go_together(tmp_path, capsys, shipped_calibration, flags, why):
     import re
 
@@ -61,7 +68,7 @@ def shipped_calibration(tmp_path_factory) -> list[str]:
     from pathlib import Path
 
     from ldm.checkpoint import fingerprint
-    from ldm.models.diffusion.calibration import Calibration
+    from ldm.models.diffusion.propagation.calibration import Calibration
 
     folder, shipped = tmp_path_factory.mktemp("model"), Path(__file__).parents[1] / "models/ldm/emoji64"
     files = [shutil.copy(shipped / name, folder) for name in ("config.yaml", "model.safetensors")]

@@ -17,8 +17,8 @@ from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.diffusion.denoiser import Denoiser, Guided, Prediction
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.loop import State, denoise
-from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import load_plan
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps
 from ldm.modules.diffusionmodules.features import Features
 
@@ -91,9 +91,7 @@ class Recording:
         return after
 
 
-def recorded_run(
-    name: str, denoiser: Denoiser, steps: int, plan: Plan, x_T: Tensor, edits: Sequence[Edit] = ()
-) -> Run:
+def recorded_run(name: str, denoiser: Denoiser, steps: int, plan: Plan, x_T: Tensor, edits: Sequence[Edit] = ()) -> Run:
     """A DDIM run on the schedule of the named model."""
     nodes = ddim_nodes(model(name).alphas_cumprod, ddim_timesteps(steps))
     run = Run(x_T, [], [], [], nodes)
@@ -103,11 +101,7 @@ def recorded_run(
 
 @pytest.mark.parametrize(
     "name, parallel",
-    [
-        (name, parallel)
-        for name, plan in SD_CASES.items()
-        for parallel in ((1,) if plan == "off" else (1, 4, 50))
-    ],
+    [(name, parallel) for name, plan in SD_CASES.items() for parallel in ((1,) if plan == "off" else (1, 4, 50))],
 )
 def test_released_trajectories(name, parallel):
     case, tensors = load_case(f"propagation_{name}")
@@ -235,8 +229,7 @@ class MisorderedContext:
         self.guided, self.network = guided, guided.network
         self.encode, self.to_eps = guided.encode, guided.to_eps
 
-    def decode(self, features: Sequence[Features], ts: Sequence[float],
-               last: Prediction | None) -> list[Prediction]:
+    def decode(self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None) -> list[Prediction]:
         n, cond = len(ts), self.guided.both.cond
         pictures = len(features[0]) // 2
         halves = [half for node in features for half in node.chunk(2)]
@@ -264,9 +257,7 @@ def test_what_the_forks_parallel_mode_does_differently(name):
 
 
 def test_the_two_orders_of_prior_noise_differ():
-    (_, before), (_, after) = (
-        load_case(f"propagation_{mode}_50ls_alpha1") for mode in ("serial", "parallel")
-    )
+    (_, before), (_, after) = (load_case(f"propagation_{mode}_50ls_alpha1") for mode in ("serial", "parallel"))
     assert (before["final"] - after["final"]).abs().max() > 0.1, "so the cases above tell them apart"
 
 

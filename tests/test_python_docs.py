@@ -32,7 +32,7 @@ def test_the_code_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
-        block = block.replace('"models/', f'"{ROOT.as_posix()}/models/')      # paths of files are from the project
+        block = block.replace('"models/', f'"{ROOT.as_posix()}/models/')  # paths of files are from the project
         exec(compile(block, f"docs/python.md, block {number + 1}", "exec"), names)
     assert Image.open("heart.png").size == (64, 64)
     assert names["pixels"].shape == (1, 3, 64, 64) and names["eps"].shape == (1, 24, 8, 8)

@@ -17,21 +17,22 @@ from tiny_data import SIDE, STYLES, write_data
 from txt2img_model import write_model
 
 from evaluation import recognition
-from evaluation.features import FeatureError, extractor
+from evaluation.metrics.extractors import FeatureError, extractor
+from evaluation.metrics.retrieval import nearest, retrieval, share, standardise
 from evaluation.recognition import main, spread
-from evaluation.retrieval import nearest, retrieval, share, standardise
 from ldm.data.emoji import EmojiPictures
-from ldm.images import from_pil
+from ldm.io.images import from_pil
 
 ROOT = Path(__file__).parents[1]
 
 
 # The measure
 
+
 def test_retrieval_asks_for_the_concept_among_the_k_nearest_directions():
     real = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]])
     concepts = ["apple", "pear", "pear", "apple"]
-    asked = torch.tensor([[100.0, 1.0], [100.0, 1.0], [-0.01, 0.001]])      # the length does not count
+    asked = torch.tensor([[100.0, 1.0], [100.0, 1.0], [-0.01, 0.001]])  # the length does not count
     assert nearest(asked, real, 2).tolist() == [[0, 1], [0, 1], [3, 2]]
     assert retrieval(asked, ["apple", "pear", "plum"], real, concepts, 1).tolist() == [True, False, False]
     assert retrieval(asked, ["apple", "pear", "plum"], real, concepts, 2).tolist() == [True, True, False]
@@ -45,7 +46,7 @@ def test_a_picture_left_out_is_one_that_is_not_there(seed, k):
     found = nearest(real, real, k, left_out=range(6))
     for i in range(6):
         others = torch.tensor([j for j in range(6) if j != i])
-        assert found[i].tolist() == others[nearest(real[i:i + 1], real[others], k)[0]].tolist()
+        assert found[i].tolist() == others[nearest(real[i : i + 1], real[others], k)[0]].tolist()
 
 
 def test_more_neighbours_than_real_pictures_is_an_error():
@@ -58,7 +59,7 @@ def test_more_neighbours_than_real_pictures_is_an_error():
 
 def test_standardise_scales_by_the_reference_alone():
     reference = torch.randn(50, 3) * torch.tensor([1.0, 100.0, 0.01]) + 7
-    reference[:, 0] = 0.1                                                   # constant
+    reference[:, 0] = 0.1  # constant
     over = standardise(reference, reference)
     torch.testing.assert_close(over.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(over.std(0, correction=0), torch.tensor([0.0, 1.0, 1.0]), atol=1e-5, rtol=0)
@@ -66,8 +67,10 @@ def test_standardise_scales_by_the_reference_alone():
     torch.testing.assert_close(standardise(reference[:2], reference), over[:2])
 
 
-@pytest.mark.parametrize("hits, n, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634),
-                                                (60, 200, 0.2407, 0.3668), (200, 200, 0.9812, 1.0)])
+@pytest.mark.parametrize(
+    "hits, n, low, high",
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (60, 200, 0.2407, 0.3668), (200, 200, 0.9812, 1.0)],
+)
 def test_share_has_wilson_interval(hits, n, low, high):
     assert share([True] * hits + [False] * (n - hits)) == {"share": hits / n, "interval": [low, high]}
 
@@ -84,7 +87,7 @@ def test_captions_are_spread_over_concepts_and_styles(count):
     for key, kinds in (("concept", 10), ("style", 5)):
         used = Counter(image[key] for image in chosen)
         assert max(used.values()) <= -(-count // kinds) + (key == "style")
-    assert spread(images, count, seed=3) == spread(images, 50, seed=3)[:count]      # more only adds
+    assert spread(images, count, seed=3) == spread(images, 50, seed=3)[:count]  # more only adds
     assert spread(images, 10, seed=3) != spread(images, 10, seed=4)
 
 
@@ -93,6 +96,7 @@ def test_a_small_split_is_taken_whole():
 
 
 # The features
+
 
 @pytest.fixture(scope="module")
 def lite0():
@@ -130,6 +134,7 @@ def test_foreign_feature_weights_are_refused(lite0, monkeypatch, tmp_path):
 
 # The command line
 
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> tuple[Path, Path]:
     return write_model(tmp_path_factory.mktemp("model"))
@@ -143,11 +148,13 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def call(model, data, lite0, monkeypatch):
     """Run the command line in this process on the tiny model and dataset, four steps."""
-    monkeypatch.setattr(recognition, "load_extractor", lambda: lite0)       # loaded once
+    monkeypatch.setattr(recognition, "load_extractor", lambda: lite0)  # loaded once
 
     def run(*arguments: str) -> int:
-        return main(["--data", str(data), "--config", str(model[0]), "--ckpt", str(model[1]), "--steps", "4",
-                     *arguments])
+        return main(
+            ["--data", str(data), "--config", str(model[0]), "--ckpt", str(model[1]), "--steps", "4", *arguments]
+        )
+
     return run
 
 
@@ -175,9 +182,14 @@ def test_the_right_pictures_are_recognised(call, data, monkeypatch, tmp_path):
     stored = np.load(data / "pictures.npy")
     images = json.loads((data / "captions.json").read_text())["images"]
     rows = {f"a {i['name']}, {i['style']} style": i["id"] for i in images}
-    for shift, recognised in ((0, 1.0), (5, 0.0)):          # five pictures on is the next concept
-        monkeypatch.setattr(recognition, "make_pictures", lambda maker, captions, seed, batch, shift=shift: [
-            Image.fromarray(stored[(rows[caption] + shift) % 20]) for caption in captions])
+    for shift, recognised in ((0, 1.0), (5, 0.0)):  # five pictures on is the next concept
+        monkeypatch.setattr(
+            recognition,
+            "make_pictures",
+            lambda maker, captions, seed, batch, shift=shift: [
+                Image.fromarray(stored[(rows[caption] + shift) % 20]) for caption in captions
+            ],
+        )
         assert call("--count", "19", "--out", str(tmp_path / "r.json")) == 0
         result = json.loads((tmp_path / "r.json").read_text())["results"]["generated"]
         assert result["R@1"]["share"] == recognised
@@ -197,27 +209,31 @@ def test_reconstruction_is_the_first_stage_without_noise(model, data):
 def test_held_out_split_and_no_model(call, data, tmp_path):
     assert call("--count", "9", "--split", "heldout_pair", "--out", str(tmp_path / "h.json")) == 0
     assert [p["caption"] for p in json.loads((tmp_path / "h.json").read_text())["pictures"]] == [
-        "a thing 3, openmoji style"]
+        "a thing 3, openmoji style"
+    ]
     assert main(["--data", str(data), "--count", "0", "--ckpt", "none", "--out", str(tmp_path / "o.json")]) == 0
     alone, beside = (json.loads((tmp_path / name).read_text())["results"] for name in ("o.json", "h.json"))
     assert alone == {"real": beside["real"]}
 
 
-@pytest.mark.parametrize("arguments, why", [
-    (["--data", "nowhere"], "--data: .*nowhere.* is missing; make the dataset with"),
-    (["--split", "heldout_concept"], "--data: .* 0 pictures in heldout_concept, the real set has 20"),
-    (["--max-tier", "3"], "--real-tier: must be at least --max-tier 3.*; got 2"),
-    (["--config", "none.yaml"], "--config: none.yaml: no such file"),
-    (["--ckpt", "none.safetensors"], "--ckpt: none.safetensors: no such file"),
-    (["--sampler", "warp"], "--sampler: 'warp' is not one of ddim"),
-    (["--plan", "0,1,90"], "--plan: .*past the last node"),
-    (["--steps", "2000"], "--steps: .*1..1000.*; got 2000"),
-    (["--count", "-1"], "--count: expected a whole number in 0..1000000; got '-1'"),
-    (["--scale", "nan"], "--scale: expected a finite number"),
-    (["--count", "0", "--pictures", "x.png"], "--pictures: with --count 0 there are none"),
-    (["--out", "."], "--out: can't write"),
-    (["--split", "test"], "--split: invalid choice"),
-])
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--data", "nowhere"], "--data: .*nowhere.* is missing; make the dataset with"),
+        (["--split", "heldout_concept"], "--data: .* 0 pictures in heldout_concept, the real set has 20"),
+        (["--max-tier", "3"], "--real-tier: must be at least --max-tier 3.*; got 2"),
+        (["--config", "none.yaml"], "--config: none.yaml: no such file"),
+        (["--ckpt", "none.safetensors"], "--ckpt: none.safetensors: no such file"),
+        (["--sampler", "warp"], "--sampler: 'warp' is not one of ddim"),
+        (["--plan", "0,1,90"], "--plan: .*past the last node"),
+        (["--steps", "2000"], "--steps: .*1..1000.*; got 2000"),
+        (["--count", "-1"], "--count: expected a whole number in 0..1000000; got '-1'"),
+        (["--scale", "nan"], "--scale: expected a finite number"),
+        (["--count", "0", "--pictures", "x.png"], "--pictures: with --count 0 there are none"),
+        (["--out", "."], "--out: can't write"),
+        (["--split", "test"], "--split: invalid choice"),
+    ],
+)
 def test_bad_input_is_one_line(call, capsys, arguments, why):
     assert call(*arguments) == 2
     assert_one_line(capsys.readouterr().err, why)

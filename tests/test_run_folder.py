@@ -15,22 +15,30 @@ import pytest
 from PIL import Image, PngImagePlugin
 from processes import Child
 
-import evaluation.run_folder
-from evaluation.pictures import Folder
-from evaluation.protocol import identity
-from evaluation.run_folder import FolderError, RunFolder, prompts_sha256
-from evaluation.selection import Prompt
-from ldm.files import UNFINISHED
-from ldm.generate import fill
-from ldm.images import read_png
+import evaluation.runs.folder
+from evaluation.protocols.prompts import Prompt
+from evaluation.protocols.protocol import identity
+from evaluation.runs.folder import FolderError, RunFolder, prompts_sha256
+from evaluation.runs.images import Folder
+from ldm.io.files import UNFINISHED
+from ldm.io.images import read_png
+from ldm.sampling.generate import fill
 
 PROMPTS = [Prompt(number, number, {"prompt": f"näive {number}", "image_id": 3}) for number in (7, 2, 9)]
 
 
 def card(**changes):
     protocol = {"seed": 5, "repeats": 2, "size": 4, "prompts_sha256": prompts_sha256(PROMPTS)} | changes
-    return {"name": "test", "protocol_sha256": identity(protocol), "protocol": protocol, "weights": "w", "plan": "off",
-            "method": {"steps": 4, "interval": (1, 2)}, "batch": 2, "versions": {"torch": "1"}}
+    return {
+        "name": "test",
+        "protocol_sha256": identity(protocol),
+        "protocol": protocol,
+        "weights": "w",
+        "plan": "off",
+        "method": {"steps": 4, "interval": (1, 2)},
+        "batch": 2,
+        "versions": {"torch": "1"},
+    }
 
 
 def colour(items):
@@ -46,8 +54,11 @@ def run(path: Path, rank: int = 0, world_size: int = 1) -> bool:
 
 def content(path: Path) -> dict[str, bytes]:
     """All files but the journals, which say who did what."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*")
-            if file.is_file() and file.parent.name != "journal"}
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file() and file.parent.name != "journal"
+    }
 
 
 @pytest.fixture
@@ -70,6 +81,7 @@ def test_what_a_run_leaves(whole):
 
 def killed_at(path: Path, number: int, log: Path) -> bool:
     """Run until the file system is changed for the number-th time, and be killed there; whether it came to that."""
+
     def work() -> int:
         calls = iter(range(number + 1))
 
@@ -78,11 +90,12 @@ def killed_at(path: Path, number: int, log: Path) -> bool:
                 if next(calls) == number:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return call(*arguments, **options)
+
             return wrapper
 
         def torn(journal, entry):
             if next(calls) == number:
-                with journal.open("ab") as stream:      # half a line
+                with journal.open("ab") as stream:  # half a line
                     stream.write(json.dumps(entry).encode()[:20])
                     stream.flush()
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -94,9 +107,9 @@ def killed_at(path: Path, number: int, log: Path) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
             write(path, content)
 
-        append_line, write = evaluation.run_folder.append_line, Path.write_bytes
+        append_line, write = evaluation.runs.folder.append_line, Path.write_bytes
         os.replace, os.link, shutil.rmtree = counted(os.replace), counted(os.link), counted(shutil.rmtree)
-        Path.write_bytes, evaluation.run_folder.append_line = half, torn
+        Path.write_bytes, evaluation.runs.folder.append_line = half, torn
         return 0 if run(path) else 1
 
     return Child(work, log).end() == -signal.SIGKILL
@@ -143,8 +156,11 @@ def test_damage_is_found_and_mended(whole):
     (whole / "samples" / "stray.png").touch()
     faults = RunFolder(whole).faults()
     assert sorted(fault.split(": ")[1] for fault in faults) == [
-        "missing", "no picture of this run", "not the file that manifest.jsonl lists",
-        "not the file that manifest.jsonl lists"]
+        "missing",
+        "no picture of this run",
+        "not the file that manifest.jsonl lists",
+        "not the file that manifest.jsonl lists",
+    ]
     (whole / "samples" / "stray.png").unlink()
     assert run(whole) and content(whole) == before and RunFolder(whole).faults() == []
 
@@ -164,7 +180,7 @@ def test_a_picture_with_other_pixels_is_not_taken_for_the_one_that_was_made(whol
     altered(first)
     assert read_png(first)[1]["prompt"] == "näive 2" and first.read_bytes() != before[f"samples/{first.name}"]
     assert [fault.split(": ")[1] for fault in RunFolder(whole).faults()] == ["not the file that manifest.jsonl lists"]
-    assert not RunFolder(whole).finish()                       # nor does a part that did not make it
+    assert not RunFolder(whole).finish()  # nor does a part that did not make it
     assert RunFolder(whole).there() == (5, [f"samples/{first.name}"])
     assert content(whole)["manifest.jsonl"] == before["manifest.jsonl"]
     assert run(whole) and content(whole) == before and RunFolder(whole).faults() == []
@@ -239,8 +255,11 @@ def test_pictures_missing_from_an_unfinished_run_are_counted(tmp_path):
 def test_another_run_is_refused_by_the_fields_that_differ(whole):
     before = content(whole)
     other = card(seed=6) | {"batch": 3, "weights": "w"}
-    with pytest.raises(FolderError, match=r"holds another run; different: protocol_sha256 .*; protocol.seed \(5 there, "
-                                          r"6 given\); batch \(2 there, 3 given\); choose another folder"):
+    with pytest.raises(
+        FolderError,
+        match=r"holds another run; different: protocol_sha256 .*; protocol.seed \(5 there, "
+        r"6 given\); batch \(2 there, 3 given\); choose another folder",
+    ):
         RunFolder.open(whole, other, PROMPTS)
     RunFolder.open(whole, card() | {"versions": {"torch": "2"}, "name": "other"}, PROMPTS)
     assert content(whole) == before
@@ -251,13 +270,16 @@ def test_files_that_were_changed_are_refused(whole, tmp_path):
     with pytest.raises(FolderError, match="prompts.jsonl: not the prompts of run.json"):
         RunFolder(whole)
     text = (whole / "run.json").read_text()
-    for changed, why in ((text.replace('"size": 4', '"size": 5'), "its protocol is not the one that its hash names"),
-                         (text[:40], "not a run card"), ("{}", "not a run card: it has no batch, method,"),
-                         (text.replace('"batch"', '"many"'), "not a run card: it has no batch"),
-                         (text.replace('"batch": 2', '"batch": "2"'), "not a run card: batch must be a whole number"),
-                         (text.replace('"seed": 5', '"seed": "5"'), "not a run card: protocol.seed must be a whole"),
-                         (text.replace('"repeats"', '"again"'), "not a run card: protocol has no repeats"),
-                         ("[]", "not a run card")):
+    for changed, why in (
+        (text.replace('"size": 4', '"size": 5'), "its protocol is not the one that its hash names"),
+        (text[:40], "not a run card"),
+        ("{}", "not a run card: it has no batch, method,"),
+        (text.replace('"batch"', '"many"'), "not a run card: it has no batch"),
+        (text.replace('"batch": 2', '"batch": "2"'), "not a run card: batch must be a whole number"),
+        (text.replace('"seed": 5', '"seed": "5"'), "not a run card: protocol.seed must be a whole"),
+        (text.replace('"repeats"', '"again"'), "not a run card: protocol has no repeats"),
+        ("[]", "not a run card"),
+    ):
         (whole / "run.json").write_text(changed)
         with pytest.raises(FolderError, match=f"run.json: {why}"):
             RunFolder(whole)

@@ -37,10 +37,17 @@ def test_defaults_are_the_published_ones(script):
     assert (args.n_samples, args.batch_size, args.steps, args.default_eta) == (50000, 10, 50, 1.0)
 
 
-@pytest.mark.parametrize("flags, expected", [
-    (["-e", "0"], {"eta": 0.0}), (["--plms"], {"sampler": "plms", "eta": 0.0}),
-    (["--sampler", "unipc"], {"sampler": "unipc", "eta": 0.0}), (["--plan", "off"], {"keys": None}),
-    (["--plan", "0,2"], {"keys": [0, 2]})], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["-e", "0"], {"eta": 0.0}),
+        (["--plms"], {"sampler": "plms", "eta": 0.0}),
+        (["--sampler", "unipc"], {"sampler": "unipc", "eta": 0.0}),
+        (["--plan", "off"], {"keys": None}),
+        (["--plan", "0,2"], {"keys": [0, 2]}),
+    ],
+    ids=" ".join,
+)
 def test_flags(script, flags, expected):
     (plain,), (entry,) = script("-n", "1", "--plan", "0"), script("-n", "1", *flags)
     assert entry.items() >= expected.items()
@@ -99,15 +106,24 @@ def test_resume_names_a_folder_or_the_weights_in_it(files, tmp_path, capsys):
     assert script.refusal(capsys, "-r", str(ckpt), *files).startswith("--resume: not allowed with --config")
 
 
-@pytest.mark.parametrize("arguments, why", [
-    (["-n", "0"], "-n/--n_samples: .* in 1..1000000"), (["--batch_size", "0"], "--batch_size: expected"),
-    (["-e", "2"], "-e/--eta: expected a number in 0..1"), (["-c", "1001"], "--steps: .*1..1000.*1001"),
-    (["-v", "--plms"], "--plms: not allowed with argument -v/--vanilla_sample"),
-    (["--plms", "-e", "1"], "--eta: plms has no choice of it"), (["--H", "33"], "--H: must be a multiple of 32"),
-    (["--scale", "3"], "unrecognized arguments: --scale 3"),
-    (["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
-     "--config: not an unconditional model: its conditioning_key is 'crossattn', expected None"),
-], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["-n", "0"], "-n/--n_samples: .* in 1..1000000"),
+        (["--batch_size", "0"], "--batch_size: expected"),
+        (["-e", "2"], "-e/--eta: expected a number in 0..1"),
+        (["-c", "1001"], "--steps: .*1..1000.*1001"),
+        (["-v", "--plms"], "--plms: not allowed with argument -v/--vanilla_sample"),
+        (["--plms", "-e", "1"], "--eta: plms has no choice of it"),
+        (["--H", "33"], "--H: must be a multiple of 32"),
+        (["--scale", "3"], "unrecognized arguments: --scale 3"),
+        (
+            ["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
+            "--config: not an unconditional model: its conditioning_key is 'crossattn', expected None",
+        ),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
 def test_bad_arguments(script, capsys, arguments, why):
     assert re.match(why, script.refusal(capsys, *arguments))
 

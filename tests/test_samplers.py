@@ -9,7 +9,6 @@ import torch
 from contracts import assert_golden, load_case
 from golden_sampler import SHAPE, model
 
-from ldm.models.diffusion.ancestral import Ancestral
 from ldm.models.diffusion.ddim import DDIM, DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.dpm_solver.rules import (
@@ -22,20 +21,12 @@ from ldm.models.diffusion.dpm_solver.rules import (
 from ldm.models.diffusion.edits import prior_noise
 from ldm.models.diffusion.levels import NoiseSchedule, ddim_levels, log_snr, nodes_between
 from ldm.models.diffusion.loop import Rule, State, denoise
-from ldm.models.diffusion.plans import load_plan
 from ldm.models.diffusion.plms import PLMS, PLMSSampler, plms_nodes
+from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps, diffuse, predict_x0
+from ldm.models.diffusion.solvers.ancestral import Ancestral
 
-DPM_RULES = [
-    "ms2_eps",
-    "ms2_x0",
-    "ms2_x0_taylor",
-    "ms3_eps",
-    "ms3_x0",
-    "ss2_x0",
-    "ssfixed2_eps",
-    "ssfixed3_eps",
-]
+DPM_RULES = ["ms2_eps", "ms2_x0", "ms2_x0_taylor", "ms3_eps", "ms3_x0", "ss2_x0", "ssfixed2_eps", "ssfixed3_eps"]
 
 
 def sample(sampler, case, tensors, **kwargs):
@@ -94,9 +85,7 @@ def test_published_dpm_sampler(name):
 def test_published_dpm_rules(name):
     case, tensors = load_case(f"sampler_dpm_{name}")
     rule = recorded_rule(case)
-    torch.testing.assert_close(
-        torch.tensor([n.t for n in rule.nodes]), tensors["unet_t"], rtol=1e-5, atol=1e-3
-    )
+    torch.testing.assert_close(torch.tensor([n.t for n in rule.nodes]), tensors["unet_t"], rtol=1e-5, atol=1e-3)
     denoiser = model().denoiser(tensors["c"], tensors["uc"], case["cfg_scale"])
     states = list(denoise(denoiser, rule, load_plan("off", len(rule.nodes)), tensors["x_T"]))
     latents = [tensors["x_T"], *(state.x for state in states)]
@@ -203,8 +192,13 @@ def test_plan_mask_and_edits_reach_the_loop(sampler):
 @pytest.mark.parametrize("sampler", [PLMSSampler, DPMSolverSampler])
 def test_bad_arguments_say_why(sampler, arguments, why):
     ddpm = model()
-    usual = {"S": 5, "batch_size": 2, "shape": SHAPE, "verbose": False,
-             "conditioning": torch.zeros(2, 5, ddpm.model.diffusion_model.context_dim)}
+    usual = {
+        "S": 5,
+        "batch_size": 2,
+        "shape": SHAPE,
+        "verbose": False,
+        "conditioning": torch.zeros(2, 5, ddpm.model.diffusion_model.context_dim),
+    }
     with pytest.raises(ValueError, match=why):
         sampler(ddpm).sample(**usual | arguments)
 

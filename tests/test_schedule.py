@@ -27,9 +27,7 @@ def test_published_betas(name):
         np.testing.assert_allclose(np.cumprod(1 - betas), abar, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(
-    "parameterization, v_posterior", [("eps", 0.0), ("eps", 0.5), ("x0", 0.0), ("x0", 0.5)]
-)
+@pytest.mark.parametrize("parameterization, v_posterior", [("eps", 0.0), ("eps", 0.5), ("x0", 0.0), ("x0", 0.5)])
 def test_published_buffers(parameterization, v_posterior):
     model = DDPM(
         {"target": "torch.nn.Identity"},
@@ -40,9 +38,7 @@ def test_published_buffers(parameterization, v_posterior):
         v_posterior=v_posterior,
     )
     prefix = f"ddpm_{parameterization}_vpost{v_posterior}."
-    stored = {
-        key.removeprefix(prefix): value for key, value in BETA_TENSORS.items() if key.startswith(prefix)
-    }
+    stored = {key.removeprefix(prefix): value for key, value in BETA_TENSORS.items() if key.startswith(prefix)}
     assert stored
     for name, expected in stored.items():
         torch.testing.assert_close(getattr(model, name), expected, rtol=ULP, atol=0)
@@ -58,9 +54,7 @@ def test_published_timestep_grid(name):
     assert list(grid) == (expected - int(overruns)).tolist()  # the grid that the published code cannot run
 
 
-@pytest.mark.parametrize(
-    "name", [key.removesuffix(".alphas") for key in GRID_TENSORS if key.endswith(".alphas")]
-)
+@pytest.mark.parametrize("name", [key.removesuffix(".alphas") for key in GRID_TENSORS if key.endswith(".alphas")])
 def test_published_levels(name):
     method, steps = name.removeprefix("ldm_").split("_")
     start, end = (0.0015, 0.0195) if name.startswith("ldm_") else (0.00085, 0.012)
@@ -90,12 +84,7 @@ def test_a_grid_can_always_be_run(total, data, method):
 
 @pytest.mark.parametrize(
     "steps, method, why",
-    [
-        (0, "uniform", "1..1000"),
-        (1001, "uniform", "1..1000"),
-        (-5, "quad", "1..1000"),
-        (10, "linear", "'quad'"),
-    ],
+    [(0, "uniform", "1..1000"), (1001, "uniform", "1..1000"), (-5, "quad", "1..1000"), (10, "linear", "'quad'")],
 )
 def test_bad_grids_say_why(steps, method, why):
     with pytest.raises(ValueError, match=why):

@@ -10,18 +10,20 @@ import pytest
 from processes import quick_help
 from script_runs import ROOT
 
-from ldm.arguments import SAMPLERS
-from ldm.models.diffusion.solvers import SOLVERS
+from ldm.cli.arguments import SAMPLERS
+from ldm.models.diffusion.solvers.registry import SOLVERS
 
-SHARED = "seed steps sampler plan parallel noise-weight noise-below noise-order compare config ckpt weights device " \
-         "precision outdir"
+SHARED = (
+    "seed steps sampler plan parallel noise-weight noise-below noise-order compare config ckpt weights device "
+    "precision outdir"
+)
 FLAGS = {
     "txt2img": "prompt outdir skip_grid skip_save ddim_steps plms dpm laion400m fixed_code ddim_eta n_iter H W C f "
-               "n_samples n_rows scale from-file repeat",
+    "n_samples n_rows scale from-file repeat",
     "img2img": "prompt init-img strength outdir skip_grid skip_save ddim_steps plms fixed_code ddim_eta n_iter C f "
-               "n_samples n_rows scale from-file",
+    "n_samples n_rows scale from-file",
     "depth2img": "prompt init-img strength outdir skip_grid skip_save ddim_steps fixed_code ddim_eta n_iter C f "
-                 "n_samples n_rows scale from-file",
+    "n_samples n_rows scale from-file",
     "inpaint": "indir outdir steps prompt scale",
     "sample_diffusion": "resume n_samples eta vanilla_sample logdir custom_steps batch_size npz",
     "class_conditional": "classes class-names uncond_class n_samples scale ddim_steps ddim_eta",
@@ -43,6 +45,12 @@ def test_help_names_the_solvers():
 
 
 def test_short_published_flags():
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "sample_diffusion.py"), "--help"], cwd=ROOT,
-                          capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "sample_diffusion.py"), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(ROOT)},
+    )
     assert all(re.search(rf"(?<![-\w]){flag}\b", done.stdout) for flag in ("-r", "-n", "-e", "-v", "-l", "-c"))

@@ -11,9 +11,9 @@ from script_runs import EMOJI64, Script, check_batches, check_resume, tiny_text_
 from test_picture_conditions import small
 
 from ldm.checkpoint import load_model
-from ldm.generate import subject_items
-from ldm.images import from_pil
-from ldm.noise import ImageNoise
+from ldm.io.images import from_pil
+from ldm.models.diffusion.noise import ImageNoise
+from ldm.sampling.generate import subject_items
 from ldm.sampling.hybrid import LowResolution
 
 
@@ -24,8 +24,16 @@ def files(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def script(files, tmp_path) -> Script:
-    return Script("superresolution", tmp_path, *files, "--steps", "3", "--images", small(tmp_path / "a.png"),
-                  small(tmp_path / "b.png", seed=1))
+    return Script(
+        "superresolution",
+        tmp_path,
+        *files,
+        "--steps",
+        "3",
+        "--images",
+        small(tmp_path / "a.png"),
+        small(tmp_path / "b.png", seed=1),
+    )
 
 
 def test_pictures_come_out_four_times_as_large_as_the_text_says(script, capsys):
@@ -62,8 +70,8 @@ def test_the_network_sees_the_small_picture_under_noise_of_the_item(files, tmp_p
     none = condition.none(model, told)
     assert told.y.tolist() == [200] * 4 and torch.equal(none.y, told.y) and torch.equal(none.concat, told.concat)
     torch.testing.assert_close(none.context, model.get_learned_conditioning([""] * 4))
-    abar = torch.cumprod(1 - torch.linspace(0.0001 ** 0.5, 0.02 ** 0.5, 1000, dtype=torch.float64) ** 2, 0)[200].item()
-    noise = (told.concat - abar ** 0.5 * pictures.repeat_interleave(2, 0)) / (1 - abar) ** 0.5
+    abar = torch.cumprod(1 - torch.linspace(0.0001**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2, 0)[200].item()
+    noise = (told.concat - abar**0.5 * pictures.repeat_interleave(2, 0)) / (1 - abar) ** 0.5
     assert 0.8 < noise.std() < 1.2 and all((a - b).abs().max() > 1 for k, a in enumerate(noise) for b in noise[:k])
     # It is the item's own, whatever its neighbours, and not what sampling begins from.
     torch.testing.assert_close(condition.of(model, items[3:]).concat[0], told.concat[3], rtol=0, atol=0)
@@ -76,14 +84,27 @@ def test_sizes_that_the_network_can_not_halve_and_compare(script, tmp_path, caps
     assert re.search(r"PSNR to plain: mean, lowest\nplain .*\n0,2 .* [\d.]+ dB, [\d.]+ dB\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("arguments, why", [
-    (["--noise_level", "350"], "--noise_level: expected 0..349 for this model; got 350"),
-    (["--noise_level", "-1"], "--noise_level: expected a whole number >= 0; got '-1'"),
-    (["--noise_level", "2.5"], "--noise_level: expected a whole number"),
-    (["--images", "nowhere.png"], "--images: nowhere.png: no such file"),
-    (["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors"), "--prompt", "a cat"],
-     "--prompt: only for an upscaler that reads text"),
-], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--noise_level", "350"], "--noise_level: expected 0..349 for this model; got 350"),
+        (["--noise_level", "-1"], "--noise_level: expected a whole number >= 0; got '-1'"),
+        (["--noise_level", "2.5"], "--noise_level: expected a whole number"),
+        (["--images", "nowhere.png"], "--images: nowhere.png: no such file"),
+        (
+            [
+                "--config",
+                str(EMOJI64 / "config.yaml"),
+                "--ckpt",
+                str(EMOJI64 / "model.safetensors"),
+                "--prompt",
+                "a cat",
+            ],
+            "--prompt: only for an upscaler that reads text",
+        ),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
 def test_bad_arguments(script, capsys, arguments, why):
     assert re.match(why, script.refusal(capsys, *arguments))
 

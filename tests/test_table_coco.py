@@ -21,20 +21,21 @@ from safetensors.torch import load_file
 from tiny_clip import TINY_TEXT, TINY_VISION
 from txt2img_model import write_model
 
-from evaluation import table_quality, tables
-from evaluation.clip_models import load_clip
-from evaluation.features import extractor
-from evaluation.inception import Inception
-from evaluation.pictures import Folder
-from evaluation.protocol import load_protocol
-from evaluation.resize import resize
+from evaluation import tables
+from evaluation.metrics.clip import load_clip
+from evaluation.metrics.extractors import extractor
+from evaluation.metrics.inception import Inception
+from evaluation.metrics.resize import resize
+from evaluation.protocols.protocol import load_protocol
 from evaluation.results import read_result
-from evaluation.table_file import COLUMNS, load_table
-from evaluation.table_quality import Quality
-from ldm.arguments import ROOT
+from evaluation.runs.images import Folder
+from evaluation.table import quality as table_quality
+from evaluation.table.quality import Quality
+from evaluation.table.spec import COLUMNS, load_table
 from ldm.checkpoint import fingerprint, save_weights
-from ldm.files import file_sha256
-from ldm.images import from_pil, open_picture
+from ldm.cli.arguments import ROOT
+from ldm.io.files import file_sha256
+from ldm.io.images import from_pil, open_picture
 
 PAPER = {"fid": 20.5, "clip_score": 0.773, "gflops": 0.2, "seconds": 2.0, "ftc": 53.0}
 RUNS = {"plain": "ddim_4_off", "ours": "ddim_4_0,2"}
@@ -54,8 +55,15 @@ class World:
 
     def argv(self, *more: str) -> list[str]:
         given = {"--inception": "inception.pth", "--clip": "clip", "--runs": "runs"}
-        return [str(self.folder / "two.yaml"), "--world", "coco", "--device", "cpu",
-                *(part for flag, name in given.items() for part in (flag, str(self.folder / name))), *more]
+        return [
+            str(self.folder / "two.yaml"),
+            "--world",
+            "coco",
+            "--device",
+            "cpu",
+            *(part for flag, name in given.items() for part in (flag, str(self.folder / name))),
+            *more,
+        ]
 
     def run(self, row: str) -> Path:
         return self.folder / "runs" / "tiny" / RUNS[row]
@@ -85,14 +93,27 @@ def write_table(folder: Path) -> None:
     config, ckpt = write_model(folder)
     data = write_coco(folder / "coco", REAL)
     protocol = write_protocol(
-        folder / "tiny.yaml", select__count=COUNT, defaults={"config": str(config), "ckpt": str(ckpt),
-                                                             "data": str(data)},
-        metrics={"fid": ["inception-2015/clean"], "clip_score": ["hessel"]})
+        folder / "tiny.yaml",
+        select__count=COUNT,
+        defaults={"config": str(config), "ckpt": str(ckpt), "data": str(data)},
+        metrics={"fid": ["inception-2015/clean"], "clip_score": ["hessel"]},
+    )
     how = {"sampler": "ddim", "steps": 4, "paper": PAPER}
-    (folder / "two.yaml").write_text(yaml.safe_dump({
-        "title": "Two", "source": "nowhere", "columns": [*PAPER], "protocol": {"coco": str(protocol)}, "rows": [
-            {"label": "plain", "plain": True, **how, "plan": "off"}, {"label": "ours", **how, "plan": "0,2"},
-            {"label": "other", "missing": "no such model", "paper": PAPER}]}))
+    (folder / "two.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "title": "Two",
+                "source": "nowhere",
+                "columns": [*PAPER],
+                "protocol": {"coco": str(protocol)},
+                "rows": [
+                    {"label": "plain", "plain": True, **how, "plan": "off"},
+                    {"label": "ours", **how, "plan": "0,2"},
+                    {"label": "other", "missing": "no such model", "paper": PAPER},
+                ],
+            }
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +136,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Of few features (N, D), by their N x N products: the trace of (C1 C2)^1/2 is a nuclear norm."""
     around_a, around_b = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))
     cross = np.linalg.norm(around_a @ around_b.T, "nuc")
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + (around_a ** 2).sum() + (around_b ** 2).sum() - 2 * cross
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + (around_a**2).sum() + (around_b**2).sum() - 2 * cross
 
 
 @pytest.mark.parametrize("row", RUNS)
@@ -126,8 +147,9 @@ def test_values_are_those_of_the_rows_pictures(world, row):
     made = read([world.run(row) / entry["file"] for entry in entries])
     real = read([*(world.folder / "coco" / "val2017").iterdir()])
     assert (len(made), len(real)) == (COUNT, REAL)
-    features = [np.concatenate([fid(picture).numpy() for picture in pictures]).astype(np.float64)
-                for pictures in (made, real)]
+    features = [
+        np.concatenate([fid(picture).numpy() for picture in pictures]).astype(np.float64) for pictures in (made, real)
+    ]
     found = world.csv()[row]
     assert float(found["fid"]) == pytest.approx(frechet(*features), rel=1e-4)
     captions = {entry["file"]: entry["prompt"] for entry in entries}
@@ -139,7 +161,8 @@ def test_values_are_those_of_the_rows_pictures(world, row):
 def test_printed_is_what_was_found_beside_the_papers(world):
     plain, ours = (world.csv()[row] for row in RUNS)
     fid, low, high, score, gflops, seconds, ftc = (
-        float(plain[name]) for name in ("fid", "fid_low", "fid_high", "clip_score", "gflops", "seconds", "ftc"))
+        float(plain[name]) for name in ("fid", "fid_low", "fid_high", "clip_score", "gflops", "seconds", "ftc")
+    )
     timing = json.loads((world.run("plain") / "cost-auto.json").read_text())
     assert [seconds] == timing["seconds"] and ftc == pytest.approx(fid * seconds / score)
     assert ours["seconds"] == ours["ftc"] == "" and float(plain["fid_difference"]) == pytest.approx(fid - 20.5)
@@ -147,18 +170,32 @@ def test_printed_is_what_was_found_beside_the_papers(world):
     cells = world.table()["plain"]
     assert cells[:3] == [f"{fid:.2f} ({low:.2f} to {high:.2f})", "20.50", f"{fid - 20.5:+.2f}"]
     assert cells[3].startswith(f"{score:.3f} (") and cells[4:6] == ["0.773", ""]
-    assert cells[6:] == [f"{gflops:.1f}", "0.2", f"{gflops / 0.2 - 1:+.2%}", f"{seconds:.2f}", "2.00", "",
-                         f"{ftc:.1f}", "53.0", "", ""]
-    assert world.table()["other"] == [*(["", paper, ""][i] for paper in ("20.50", "0.773", "0.2", "2.00", "53.0")
-                                        for i in range(3)), "no such model"]
+    assert cells[6:] == [
+        f"{gflops:.1f}",
+        "0.2",
+        f"{gflops / 0.2 - 1:+.2%}",
+        f"{seconds:.2f}",
+        "2.00",
+        "",
+        f"{ftc:.1f}",
+        "53.0",
+        "",
+        "",
+    ]
+    assert world.table()["other"] == [
+        *(["", paper, ""][i] for paper in ("20.50", "0.773", "0.2", "2.00", "53.0") for i in range(3)),
+        "no such model",
+    ]
     saved = float(ours["gflops"]) / gflops - 1
     assert f"| ours | {float(ours['fid']) - fid:+.2f} | +0.00 | " in world.printed and (
-        f" | {saved:+.0%} | +0% | " in world.printed and -0.25 < saved < -0.1)
+        f" | {saved:+.0%} | +0% | " in world.printed and -0.25 < saved < -0.1
+    )
     notes = world.printed.split("\n\n")
     assert [note for note in notes if note.startswith("No difference")] == [
         "No difference from the paper in CLIP-score (hessel), distance × s / CLIP: another measure.",
         f"No difference from the paper in s/image whole: timed on {timing['machine']} in full precision, the paper's "
-        "on an A40 in half precision."]
+        "on an A40 in half precision.",
+    ]
     assert "\n| row | FID | paper | difference | CLIP-score (hessel) | paper (CLIP-score) | diff" in world.printed
     assert f"fid, inception-2015, clean: N = {COUNT} pictures of " in world.printed
 
@@ -186,6 +223,7 @@ def test_a_second_run_makes_nothing_anew(world, capfd):
 
 
 # Other weights
+
 
 @pytest.fixture
 def other(world) -> Path:
@@ -238,31 +276,67 @@ def test_pictures_of_other_captions_are_not_shown(world, tmp_path, capfd):
     assert world.printed in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("columns, metric, count, argv, why", [
-    (["fid"], "fid", COUNT, ["--count", "1"], "--count: fid: at least 2 pictures are needed; got 1"),
-    (["fid"], "fid", 1, [], "TABLE: protocol few: fid: at least 2 pictures are needed; got 1"),
-    (["fid", "recall"], "adm", COUNT, [], "TABLE: protocol few: fid, recall: at least 4 pictures are needed; got 3"),
-    (["fid"], "fid", COUNT, ["--count", "9"], "--count: 9 prompts are asked for, at most 1 of an image; there are 4"),
-    (["fid"], "fid", 9, [], "TABLE: 9 prompts are asked for, at most 1 of an image; there are 4"),
-], ids=str)
+@pytest.mark.parametrize(
+    "columns, metric, count, argv, why",
+    [
+        (["fid"], "fid", COUNT, ["--count", "1"], "--count: fid: at least 2 pictures are needed; got 1"),
+        (["fid"], "fid", 1, [], "TABLE: protocol few: fid: at least 2 pictures are needed; got 1"),
+        (
+            ["fid", "recall"],
+            "adm",
+            COUNT,
+            [],
+            "TABLE: protocol few: fid, recall: at least 4 pictures are needed; got 3",
+        ),
+        (
+            ["fid"],
+            "fid",
+            COUNT,
+            ["--count", "9"],
+            "--count: 9 prompts are asked for, at most 1 of an image; there are 4",
+        ),
+        (["fid"], "fid", 9, [], "TABLE: 9 prompts are asked for, at most 1 of an image; there are 4"),
+    ],
+    ids=str,
+)
 def test_too_few_pictures_are_refused_before_any_is_made(world, tmp_path, capfd, columns, metric, count, argv, why):
     content = yaml.safe_load((world.folder / "tiny.yaml").read_text())
     content |= {"select": {"count": count}, "metrics": {metric: ["inception-2015/clean"]}}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(content))
-    (tmp_path / "t.yaml").write_text(yaml.safe_dump({
-        "title": "t", "source": "s", "columns": columns, "protocol": {"coco": str(tmp_path / "few.yaml")},
-        "rows": [{"label": "a", "steps": 4}]}))
+    (tmp_path / "t.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "title": "t",
+                "source": "s",
+                "columns": columns,
+                "protocol": {"coco": str(tmp_path / "few.yaml")},
+                "rows": [{"label": "a", "steps": 4}],
+            }
+        )
+    )
     runs = tmp_path / "runs"
     line = refused(capfd, [str(tmp_path / "t.yaml"), *world.argv("--runs", str(runs), *argv)[1:]])
     assert line.startswith(why) and not runs.exists()
 
 
-@pytest.mark.parametrize("metrics, argv, why", [
-    ({"fid": ["nope/clean"]}, [], "TABLE: protocol few: metrics: invalid choice: 'nope' (choose from "),
-    ({"fid": ["inception-2015/nope"]}, [], "TABLE: protocol few: metrics: invalid choice: 'nope' (choose from "),
-    ({"fid": ["inception-2015/clean"], "clip_score": ["nope"]}, [], "TABLE: protocol few: metrics: invalid choice: 'n"),
-    ({"fid": ["dinov2/clean"]}, ["--inception", "dino"], "--inception: dinov2: dino: expected a folder with config"),
-], ids=str)
+@pytest.mark.parametrize(
+    "metrics, argv, why",
+    [
+        ({"fid": ["nope/clean"]}, [], "TABLE: protocol few: metrics: invalid choice: 'nope' (choose from "),
+        ({"fid": ["inception-2015/nope"]}, [], "TABLE: protocol few: metrics: invalid choice: 'nope' (choose from "),
+        (
+            {"fid": ["inception-2015/clean"], "clip_score": ["nope"]},
+            [],
+            "TABLE: protocol few: metrics: invalid choice: 'n",
+        ),
+        (
+            {"fid": ["dinov2/clean"]},
+            ["--inception", "dino"],
+            "--inception: dinov2: dino: expected a folder with config",
+        ),
+    ],
+    ids=str,
+)
 def test_networks_of_the_protocol_that_can_not_be_had(world, tmp_path, capfd, metrics, argv, why):
     content = yaml.safe_load((world.folder / "tiny.yaml").read_text()) | {"metrics": metrics}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(content))
@@ -333,8 +407,10 @@ def write_reality(world: World, folder: Path) -> list[str]:
 def test_results_of_another_network_or_other_real_pictures_are_not_taken_for_these(world, tmp_path, capfd, write):
     measure, differ, *argv = write(world, tmp_path)
     line = refused(capfd, world.argv("--timed", "0", *argv))
-    assert line == (f"--runs: {world.run('plain') / measure}.json was measured otherwise ({differ}); without the file "
-                    f"it is measured again")
+    assert line == (
+        f"--runs: {world.run('plain') / measure}.json was measured otherwise ({differ}); without the file "
+        f"it is measured again"
+    )
     assert tables.main(world.argv("--show", *argv)) == 0
     for row in RUNS:
         assert [world.csv()[row][name] for name in ("fid", "remark")] == ["", f"results measured otherwise ({differ})"]
@@ -383,15 +459,23 @@ def test_pictures_that_others_were_made_over_are_not_shown(world, other, capfd):
     assert world.csv()["ours"]["fid"] == "" != world.csv()["plain"]["fid"]
 
 
-@pytest.mark.parametrize("damage, why", [
-    ("{", "line 1, column 2: not JSON: Expecting property name"), ("[]", "it must be a mapping"),
-    ('{"seconds": [1.0]}', "it has no date, machine"),
-    ({"seconds": []}, "seconds must be a list of numbers >= 0, one or more; got []"),
-    ({"seconds": 3}, "seconds must be a list of numbers"), ({"seconds_unet": [None]}, "seconds_unet must be a list"),
-    ({"machine": None}, "machine must be a text; got None"), ({"weights": None}, "weights must be a text; got None"),
-    ({"memory": "1"}, "memory must be a number of bytes or null"), ({"threads": 1.5}, "threads must be a whole number"),
-    ({"method": 3}, "method must be a mapping; got 3"),
-], ids=str)
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        ("{", "line 1, column 2: not JSON: Expecting property name"),
+        ("[]", "it must be a mapping"),
+        ('{"seconds": [1.0]}', "it has no date, machine"),
+        ({"seconds": []}, "seconds must be a list of numbers >= 0, one or more; got []"),
+        ({"seconds": 3}, "seconds must be a list of numbers"),
+        ({"seconds_unet": [None]}, "seconds_unet must be a list"),
+        ({"machine": None}, "machine must be a text; got None"),
+        ({"weights": None}, "weights must be a text; got None"),
+        ({"memory": "1"}, "memory must be a number of bytes or null"),
+        ({"threads": 1.5}, "threads must be a whole number"),
+        ({"method": 3}, "method must be a mapping; got 3"),
+    ],
+    ids=str,
+)
 def test_a_damaged_timing_is_refused_by_name(world, capfd, damage, why):
     timing = world.run("plain") / "cost-auto.json"
     kept = timing.read_text()
@@ -416,24 +500,32 @@ def test_times_of_other_weights_are_left_out_and_taken_again(world, other, capfd
 
 # What can be set against the paper's numbers
 
-PUBLISHED = "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa"      # in models/published.yaml
+PUBLISHED = "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa"  # in models/published.yaml
 V1, V2 = (str(ROOT / "configs" / "stable-diffusion" / f"{name}-inference.yaml") for name in ("v1", "v2"))
-MEASURED, TIMED = {"fid", "clip_score", "sfid", "inception_score", "precision", "recall", "ftc"}, {
-    "seconds", "seconds_unet", "memory", "ftc"}
+MEASURED, TIMED = (
+    {"fid", "clip_score", "sfid", "inception_score", "precision", "recall", "ftc"},
+    {"seconds", "seconds_unet", "memory", "ftc"},
+)
 
 
-@pytest.mark.parametrize("argv, weights, timing, unlike, why", [
-    ([], PUBLISHED, None, set(), ""), ([], None, None, set(), ""),
-    (["--count", "10000"], PUBLISHED, None, set(), ""), (["--config", V1], PUBLISHED, None, set(), ""),
-    (["--ckpt", "elsewhere.safetensors"], PUBLISHED, None, set(), ""),
-    ([], "12" * 32, None, MEASURED | TIMED, "other weights than coco2017-10k's"),
-    (["--ckpt", "elsewhere.safetensors"], "12" * 32, None, MEASURED | TIMED, "other weights than coco2017-10k's"),
-    (["--count", "5"], PUBLISHED, None, MEASURED, "of 5 prompts, where coco2017-10k has 10000"),
-    (["--config", V2], PUBLISHED, None, {*COLUMNS}, "another config than coco2017-10k's"),
-    ([], PUBLISHED, ("NVIDIA A40", "autocast"), set(), ""),
-    ([], PUBLISHED, ("NVIDIA A40", "full"), TIMED, "timed on NVIDIA A40 in full precision, the paper's on an A40"),
-    ([], PUBLISHED, ("NVIDIA A400", "autocast"), TIMED, "timed on NVIDIA A400 in autocast"),
-], ids=lambda value: str(sorted(value) if isinstance(value, set) else value))
+@pytest.mark.parametrize(
+    "argv, weights, timing, unlike, why",
+    [
+        ([], PUBLISHED, None, set(), ""),
+        ([], None, None, set(), ""),
+        (["--count", "10000"], PUBLISHED, None, set(), ""),
+        (["--config", V1], PUBLISHED, None, set(), ""),
+        (["--ckpt", "elsewhere.safetensors"], PUBLISHED, None, set(), ""),
+        ([], "12" * 32, None, MEASURED | TIMED, "other weights than coco2017-10k's"),
+        (["--ckpt", "elsewhere.safetensors"], "12" * 32, None, MEASURED | TIMED, "other weights than coco2017-10k's"),
+        (["--count", "5"], PUBLISHED, None, MEASURED, "of 5 prompts, where coco2017-10k has 10000"),
+        (["--config", V2], PUBLISHED, None, {*COLUMNS}, "another config than coco2017-10k's"),
+        ([], PUBLISHED, ("NVIDIA A40", "autocast"), set(), ""),
+        ([], PUBLISHED, ("NVIDIA A40", "full"), TIMED, "timed on NVIDIA A40 in full precision, the paper's on an A40"),
+        ([], PUBLISHED, ("NVIDIA A400", "autocast"), TIMED, "timed on NVIDIA A400 in autocast"),
+    ],
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
+)
 def test_what_is_like_for_like(argv, weights, timing, unlike, why):
     args = tables.parser().parse_args(["table1", "--world", "coco", *argv])
     job = tables.jobs_of(load_table("table1"), args)[0]
@@ -465,7 +557,8 @@ def test_what_is_said_of_the_emoji_world_is_of_its_protocol():
     jobs = [replace(job, protocol=replace(job.protocol, metrics=metrics, name="mine")) for job in jobs]
     assert tables.other_world(jobs) == (
         "World emoji: another model; a row that begins with its name was run with it in the place of the paper's, at "
-        "the guidance of mine.")
+        "the guidance of mine."
+    )
 
 
 def test_nothing_of_the_emoji_world_is_like_the_papers():
@@ -473,17 +566,28 @@ def test_nothing_of_the_emoji_world_is_like_the_papers():
     assert {*tables.jobs_of(load_table("table1"), args)[0].unlike(None, None)} == {*COLUMNS}
 
 
-@pytest.mark.parametrize("metrics, heads", [
-    ({"fid": ["inception-2015/clean"], "clip_score": ["hessel-b32"]}, {}),
-    ({"adm": ["inception-2015/tf1-bilinear"], "clip_score": ["hessel-b32", "cos100-g14"]}, {}),
-    ({"clip_score": ["hessel-b32"]}, {}),
-    ({"fid": ["dinov2/clean"], "clip_score": ["hessel-b32"]},
-     {"fid": "Fréchet distance (dinov2)", "recall": "recall (dinov2)", "ftc": "distance × s / CLIP"}),
-    ({"fid": ["inception-2015/clean"], "clip_score": ["cos100-g14"]}, {"clip_score": "CLIP-score (cos100-g14)"}),
-    ({"fid": ["efficientnet-lite0/torch-antialias"]},
-     {"fid": "Fréchet distance (EfficientNet-lite0)", "clip_score": "concept retrieval R@5",
-      "ftc": "distance × s / R@5"}),
-], ids=str)
+@pytest.mark.parametrize(
+    "metrics, heads",
+    [
+        ({"fid": ["inception-2015/clean"], "clip_score": ["hessel-b32"]}, {}),
+        ({"adm": ["inception-2015/tf1-bilinear"], "clip_score": ["hessel-b32", "cos100-g14"]}, {}),
+        ({"clip_score": ["hessel-b32"]}, {}),
+        (
+            {"fid": ["dinov2/clean"], "clip_score": ["hessel-b32"]},
+            {"fid": "Fréchet distance (dinov2)", "recall": "recall (dinov2)", "ftc": "distance × s / CLIP"},
+        ),
+        ({"fid": ["inception-2015/clean"], "clip_score": ["cos100-g14"]}, {"clip_score": "CLIP-score (cos100-g14)"}),
+        (
+            {"fid": ["efficientnet-lite0/torch-antialias"]},
+            {
+                "fid": "Fréchet distance (EfficientNet-lite0)",
+                "clip_score": "concept retrieval R@5",
+                "ftc": "distance × s / R@5",
+            },
+        ),
+    ],
+    ids=str,
+)
 def test_heads_say_what_is_measured(metrics, heads):
     found = Quality(replace(load_protocol("coco2017-10k"), metrics=metrics), "", Path(), Path()).heads()
     assert bool(found) == bool(heads) and heads.items() <= found.items() and "gflops" not in found

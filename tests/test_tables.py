@@ -19,18 +19,20 @@ import yaml
 from coco import write_coco, write_protocol
 from tiny_data import write_data
 
-from evaluation import generate, table_cost, table_quality, tables
-from evaluation.features import extractor
-from evaluation.measure import network_of, reference
-from evaluation.moments import save_statistics
-from evaluation.protocol import load_protocol
-from evaluation.table_file import Row, Table, load_table, table_names
-from evaluation.table_now import real_now
-from evaluation.table_quality import Quality
-from evaluation.table_text import Filled, Sheet, csv_text, latex, markdown, notes, title
-from ldm.arguments import ROOT
-from ldm.cli import BadInput
-from ldm.images import open_picture
+from evaluation import generate, tables
+from evaluation.metrics.extractors import extractor
+from evaluation.metrics.reference import network_of, reference
+from evaluation.metrics.statistics import save_statistics
+from evaluation.protocols.protocol import load_protocol
+from evaluation.table import cost as table_cost
+from evaluation.table import quality as table_quality
+from evaluation.table.now import real_now
+from evaluation.table.quality import Quality
+from evaluation.table.render import Filled, Sheet, csv_text, latex, markdown, notes, title
+from evaluation.table.spec import Row, Table, load_table, table_names
+from ldm.cli.arguments import ROOT
+from ldm.io.errors import BadInput
+from ldm.io.images import open_picture
 
 ALL = ("table1", "table3", "table4", "table5", "table6", "table8", "table11", "table14")
 NUMBERS = {name: {row.name: row.paper for row in load_table(name).rows} for name in ALL}
@@ -46,50 +48,69 @@ def refused(capfd, argv: list[str]) -> str:
 
 # The files
 
+
 def test_every_table_is_there():
     assert table_names() == tuple(sorted(ALL, key=lambda name: (len(name), name)))
     counts = {name: len(NUMBERS[name]) for name in ALL}
-    assert counts == {"table1": 12, "table3": 9, "table4": 12, "table5": 10, "table6": 3, "table8": 34, "table11": 12,
-                      "table14": 5}
+    assert counts == {
+        "table1": 12,
+        "table3": 9,
+        "table4": 12,
+        "table5": 10,
+        "table6": 3,
+        "table8": 34,
+        "table11": 12,
+        "table14": 5,
+    }
 
 
 def test_the_docs_repeat_what_the_files_say():
-    for name in (name for name in ALL if name != "table4"):     # which is not in this world
+    for name in (name for name in ALL if name != "table4"):  # which is not in this world
         table, shown = load_table(name), (ROOT / "docs" / "tables" / f"{name}-emoji.md").read_text(encoding="utf-8")
         parts = shown.rstrip().split("\n\n")
         assert {*notes(Sheet(table, "emoji", table.columns, []))} <= {*parts} and (
-            parts[0] == f"### {title(Sheet(table, 'emoji', table.columns, []))}")
+            parts[0] == f"### {title(Sheet(table, 'emoji', table.columns, []))}"
+        )
         names = [Filled(row, model="" if row.missing else "emoji64").name for row in table.rows_in("emoji")]
         assert [line.split(" | ")[0].removeprefix("| ") for line in parts[1].splitlines()[2:]] == names
 
 
-@pytest.mark.parametrize("table, row, numbers", [
-    ("table1", "DeepFloyd-IF: DDPM 225 + ours", [23.73, 0.782, 626523, 25.61, 26.27]),
-    ("table1", "SD v1.5: DDIM + ToMe", [22.32, 0.782, 35123, 2.07, 2.26]),
-    ("table3", "DiT-XL/2 512: DDPM 250 + ours", [3.25, 5.05, 245.13, 0.83, 0.51, 17.35]),
-    ("table3", "LDM cin256-v2: guidance 6 + ours", [4.09, 5.99, 207.49, 0.848, 0.482, 3.373]),
-    ("table4", "ControlNet (scribble): + ours", [16.42, 0.775, 35990, 1.83, 1.93]),
-    ("table4", "VideoFusion: plain", [0.700, 224700, 16.71 / 16, 17.93 / 16]),
-    ("table5", "non-uniform II (9)", [35.25, 0.742, 27350, 1.25, 1.42, 67.4]),
-    ("table6", "propagation without z_T", [21.71, 0.779]),
-    ("table8", "ControlNet (edges): parallel", [1.52, 5.09]), ("table8", "VideoFusion: serial", [12.27, 11.98]),
-    ("table11", "DDIM: 9 steps with z_T", [27.63, 0.736]), ("table14", "encoder and decoder dropped", [199.48, 0.679]),
-])
+@pytest.mark.parametrize(
+    "table, row, numbers",
+    [
+        ("table1", "DeepFloyd-IF: DDPM 225 + ours", [23.73, 0.782, 626523, 25.61, 26.27]),
+        ("table1", "SD v1.5: DDIM + ToMe", [22.32, 0.782, 35123, 2.07, 2.26]),
+        ("table3", "DiT-XL/2 512: DDPM 250 + ours", [3.25, 5.05, 245.13, 0.83, 0.51, 17.35]),
+        ("table3", "LDM cin256-v2: guidance 6 + ours", [4.09, 5.99, 207.49, 0.848, 0.482, 3.373]),
+        ("table4", "ControlNet (scribble): + ours", [16.42, 0.775, 35990, 1.83, 1.93]),
+        ("table4", "VideoFusion: plain", [0.700, 224700, 16.71 / 16, 17.93 / 16]),
+        ("table5", "non-uniform II (9)", [35.25, 0.742, 27350, 1.25, 1.42, 67.4]),
+        ("table6", "propagation without z_T", [21.71, 0.779]),
+        ("table8", "ControlNet (edges): parallel", [1.52, 5.09]),
+        ("table8", "VideoFusion: serial", [12.27, 11.98]),
+        ("table11", "DDIM: 9 steps with z_T", [27.63, 0.736]),
+        ("table14", "encoder and decoder dropped", [199.48, 0.679]),
+    ],
+)
 def test_the_papers_numbers(table, row, numbers):
     assert list(NUMBERS[table][row].values()) == numbers
 
 
 def test_numbers_of_several_tables_agree():
     plain, ours = (NUMBERS["table1"][f"SD v1.5: {name}"] for name in ("DDIM", "DDIM + ours"))
-    pairs = {"table5": ("plain", "non-uniform IV (9), the paper's"), "table6": ("plain", "propagation with z_T"),
-             "table11": ("DDIM: 50 steps", "DDIM: 50 steps + ours"),
-             "table14": ("nothing (plain)", "encoder (the paper's)"),
-             "table8": ("SD v1.5 DDIM-50: plain", "SD v1.5 DDIM-50: parallel")}
+    pairs = {
+        "table5": ("plain", "non-uniform IV (9), the paper's"),
+        "table6": ("plain", "propagation with z_T"),
+        "table11": ("DDIM: 50 steps", "DDIM: 50 steps + ours"),
+        "table14": ("nothing (plain)", "encoder (the paper's)"),
+        "table8": ("SD v1.5 DDIM-50: plain", "SD v1.5 DDIM-50: parallel"),
+    }
     for table, names in pairs.items():
         for name, expected in zip(names, (plain, ours), strict=True):
             shared = NUMBERS[table][name].keys() & expected.keys()
-            assert shared and {key: NUMBERS[table][name][key] for key in shared} == {key: expected[key]
-                                                                                      for key in shared}
+            assert shared and {key: NUMBERS[table][name][key] for key in shared} == {
+                key: expected[key] for key in shared
+            }
     for row in filter(None, NUMBERS["table5"].values()):
         assert row["fid"] * row["seconds"] / row["clip_score"] == pytest.approx(row["ftc"], abs=0.3)
 
@@ -98,13 +119,16 @@ def test_rows_are_compared_with_the_plain_row_of_their_group():
     table = load_table("table3")
     sheet = Sheet(table, "coco", ("fid",), [Filled(row) for row in table.rows])
     found = {filled.row.name: plain and plain.row.name for filled in sheet.rows if (plain := sheet.plain_of(filled))}
-    assert found == {"DiT-XL/2 256: DDPM 250 + ours": "DiT-XL/2 256: DDPM 250",
-                     "DiT-XL/2 512: DDPM 250 + ours": "DiT-XL/2 512: DDPM 250",
-                     "LDM cin256-v2: guidance 1.5 + ours (not in the fork)": "LDM cin256-v2: guidance 1.5",
-                     "LDM cin256-v2: guidance 6 + ours": "LDM cin256-v2: guidance 6 (not in the fork)"}
+    assert found == {
+        "DiT-XL/2 256: DDPM 250 + ours": "DiT-XL/2 256: DDPM 250",
+        "DiT-XL/2 512: DDPM 250 + ours": "DiT-XL/2 512: DDPM 250",
+        "LDM cin256-v2: guidance 1.5 + ours (not in the fork)": "LDM cin256-v2: guidance 1.5",
+        "LDM cin256-v2: guidance 6 + ours": "LDM cin256-v2: guidance 6 (not in the fork)",
+    }
 
 
 # GFLOPs
+
 
 def test_gflops_of_stable_diffusion_are_the_papers():
     rows = [row for row in load_table("table1").rows if not row.missing and not row.tome]
@@ -133,11 +157,15 @@ def test_gflops_only_needs_no_weights(tmp_path, capfd):
 
 # How a table is shown
 
+
 def sheet(world: str) -> Sheet:
     table = load_table("table6")
     plain, without, injected = table.rows
-    rows = [Filled(plain, {"fid": (20.0, [19.5, 20.5]), "clip_score": (0.75, None)}),
-            Filled(without, {"fid": (21.5, None)}), Filled(injected, remark="not supported: 100 % & more")]
+    rows = [
+        Filled(plain, {"fid": (20.0, [19.5, 20.5]), "clip_score": (0.75, None)}),
+        Filled(without, {"fid": (21.5, None)}),
+        Filled(injected, remark="not supported: 100 % & more"),
+    ]
     heads = Quality(load_protocol(table.protocol[world]), table.protocol[world], Path(), Path()).heads()
     return Sheet(table, world, table.columns, rows, ["A note."], heads)
 
@@ -146,9 +174,11 @@ def test_markdown():
     lines = markdown(sheet("coco")).splitlines()
     assert lines[0] == "### Prior noise injection (Table 6), coco"
     assert lines[2:6] == [
-        "| row | FID | paper | difference | CLIP-score | paper | difference | remark |", "|" + " --- |" * 8,
+        "| row | FID | paper | difference | CLIP-score | paper | difference | remark |",
+        "|" + " --- |" * 8,
         "| plain | 20.00 (19.50 to 20.50) | 21.75 | -1.75 | 0.750 | 0.773 | -0.023 |  |",
-        "| propagation without z_T | 21.50 | 21.71 | -0.21 |  | 0.779 |  |  |"]
+        "| propagation without z_T | 21.50 | 21.71 | -0.21 |  | 0.779 |  |  |",
+    ]
     assert "| propagation without z_T | +1.50 | -0.04 |  | +0.006 |" in lines
     assert lines[-1] == "A note." and all(line.count("|") in (0, 6, 9) for line in lines)
 
@@ -169,14 +199,26 @@ def test_a_row_of_another_model_names_it():
 def test_csv():
     first, second, third = csv.DictReader(csv_text(sheet("coco")).splitlines())
     assert [first[key] for key in ("fid", "fid_low", "fid_high", "fid_paper", "compared_with")] == [
-        "20.0", "19.5", "20.5", "21.75", ""]
+        "20.0",
+        "19.5",
+        "20.5",
+        "21.75",
+        "",
+    ]
     assert float(first["fid_difference"]) == -1.75 and second["compared_with"] == "plain"
     assert (third["fid"], third["fid_paper"], third["remark"]) == ("", "21.08", "not supported: 100 % & more")
 
 
 def test_what_would_break_a_format_is_escaped():
-    table = Table("t", "A\ntitle", "from\nthere", ["fid"], {"coco": "coco2017-10k"}, [
-        Row("a|b\nc", plain=True, missing="no\n\nsuch | model"), Row("[*", missing="x")], note="one\ntwo")
+    table = Table(
+        "t",
+        "A\ntitle",
+        "from\nthere",
+        ["fid"],
+        {"coco": "coco2017-10k"},
+        [Row("a|b\nc", plain=True, missing="no\n\nsuch | model"), Row("[*", missing="x")],
+        note="one\ntwo",
+    )
     made = Sheet(table, "coco", ["fid"], [Filled(row, remark=row.missing) for row in table.rows], ["three\n% four"])
     text = markdown(made)
     assert text.startswith("### A title, coco\n\n") and "\n| a\\|b c |  |  |  | no such \\| model |\n" in text
@@ -199,21 +241,43 @@ def test_latex():
 
 # Two rows, end to end
 
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[list[str], str]:
     """The command that made a table of two rows that run and one that can't, and what it printed."""
     folder = tmp_path_factory.mktemp("tables")
     file = folder / "two.yaml"
     how = {"sampler": "ddim", "steps": 4}
-    file.write_text(yaml.safe_dump({
-        "title": "Two", "source": "nowhere", "columns": ["fid", "clip_score", "gflops"],
-        "protocol": {"emoji": "emoji64"}, "rows": [
-            {"label": "plain", "plain": True, **how, "plan": "off", "paper": {"gflops": 9}},
-            {"label": "ours", **how, "plan": "0,2", "parallel": 1}, {"label": "other", "missing": "no such model"}]}))
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "title": "Two",
+                "source": "nowhere",
+                "columns": ["fid", "clip_score", "gflops"],
+                "protocol": {"emoji": "emoji64"},
+                "rows": [
+                    {"label": "plain", "plain": True, **how, "plan": "off", "paper": {"gflops": 9}},
+                    {"label": "ours", **how, "plan": "0,2", "parallel": 1},
+                    {"label": "other", "missing": "no such model"},
+                ],
+            }
+        )
+    )
     (folder / "data").mkdir()
     write_data(folder / "data", side=64)
-    argv = [str(file), "--world", "emoji", "--data", str(folder / "data"), "--runs", str(folder / "runs"), "--count",
-            "2", "--device", "cpu"]
+    argv = [
+        str(file),
+        "--world",
+        "emoji",
+        "--data",
+        str(folder / "data"),
+        "--runs",
+        str(folder / "runs"),
+        "--count",
+        "2",
+        "--device",
+        "cpu",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table_quality, "RESAMPLES", 3)
         assert tables.main([*argv, "--timed", "0"]) == 0
@@ -227,7 +291,8 @@ def test_two_rows_of_the_shipped_model(made, capfd):
     for name, line in (("plain", plain), ("ours", ours)):
         assert re.match(rf"\| emoji64: {name} \| {distance} \|  \| {share} \|  \| \d", line)
     assert other.endswith("| no such model |") and (
-        "R@5, efficientnet-lite0, torch-antialias: N = 2 pictures of emoji64/model" in text)
+        "R@5, efficientnet-lite0, torch-antialias: N = 2 pictures of emoji64/model" in text
+    )
     runs = [path.parent for path in sorted((Path(argv[6]) / "emoji64-2").rglob("manifest.jsonl"))]
     assert [path.name for path in runs] == ["ddim_4_0,2", "ddim_4_off"]
     result = json.loads((runs[0] / "retrieval.json").read_text())
@@ -259,11 +324,28 @@ def test_results_of_different_protocols_are_refused(made, capfd):
 
 
 def test_pictures_are_timed_one_by_one(made, tmp_path):
-    argv = ["--protocol", "emoji64", "--steps", "2", "--plan", "0", "--count", "2", "--data", made[0][4], "--device",
-            "cpu", "--out", str(tmp_path / "run"), "--parallel", "1"]
+    argv = [
+        "--protocol",
+        "emoji64",
+        "--steps",
+        "2",
+        "--plan",
+        "0",
+        "--count",
+        "2",
+        "--data",
+        made[0][4],
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+        "--parallel",
+        "1",
+    ]
     found = table_cost.time_pictures(argv, 2)
-    assert len(found["seconds"]) == 2 and all(0 < u < s for u, s in zip(found["seconds_unet"], found["seconds"],
-                                                                        strict=True))
+    assert len(found["seconds"]) == 2 and all(
+        0 < u < s for u, s in zip(found["seconds_unet"], found["seconds"], strict=True)
+    )
     assert found["parallel"] == 1 and isinstance(found["memory"], int) and not (tmp_path / "run").exists()
     assert table_cost.costs(found | {"seconds": [3.0, 1.0, 2.0]})["seconds"] == 2.0
     kept = tmp_path / "cost.json"
@@ -277,19 +359,29 @@ def test_pictures_are_timed_one_by_one(made, tmp_path):
 
 # Bad input
 
-@pytest.mark.parametrize("how, why", [
-    ({"plan": "nope"}, "unknown plan 'nope'; accepted: "), ({"steps": 5000}, "steps must be 1..1000, "),
-    ({"plan": "0,4"}, "key 4 is past the last node 3"), ({"sampler": "nope"}, "solver must be one of ddim, "),
-    ({"sampler": "dpm-solver", "eta": 0.5}, "eta must be 0 for dpm-solver"),
-    ({"plan": "auto:2"}, "auto plans need a calibration of this model for ddim with 4 nodes"),
-    ({"plan": "deepcache:2:9"}, "9 blocks are to run anew; this network has 6 on each side"),
-    ({"plan": "deepcache:2", "propagate": "linear"}, "deepcache:2 decodes nothing between its key nodes"),
-], ids=str)
+
+@pytest.mark.parametrize(
+    "how, why",
+    [
+        ({"plan": "nope"}, "unknown plan 'nope'; accepted: "),
+        ({"steps": 5000}, "steps must be 1..1000, "),
+        ({"plan": "0,4"}, "key 4 is past the last node 3"),
+        ({"sampler": "nope"}, "solver must be one of ddim, "),
+        ({"sampler": "dpm-solver", "eta": 0.5}, "eta must be 0 for dpm-solver"),
+        ({"plan": "auto:2"}, "auto plans need a calibration of this model for ddim with 4 nodes"),
+        ({"plan": "deepcache:2:9"}, "9 blocks are to run anew; this network has 6 on each side"),
+        ({"plan": "deepcache:2", "propagate": "linear"}, "deepcache:2 decodes nothing between its key nodes"),
+    ],
+    ids=str,
+)
 def test_a_row_that_cant_be_run_is_named_before_any_is_made(made, tmp_path, capfd, how, why):
     file, runs = tmp_path / "t.yaml", tmp_path / "runs"
     rows = [{"label": "good", "steps": 4}, {"label": "bad", "steps": 4, **how}]
-    file.write_text(yaml.safe_dump({"title": "t", "source": "s", "columns": ["fid", "gflops"], "rows": rows,
-                                    "protocol": {"emoji": "emoji64"}}))
+    file.write_text(
+        yaml.safe_dump(
+            {"title": "t", "source": "s", "columns": ["fid", "gflops"], "rows": rows, "protocol": {"emoji": "emoji64"}}
+        )
+    )
     for more in (["--timed", "0"], ["--gflops-only"]):
         argv = [str(file), *made[0][1:5], "--runs", str(runs), "--count", "2", "--device", "cpu", *more]
         assert refused(capfd, argv).startswith(f"TABLE: bad: {why}") and not runs.exists()
@@ -311,21 +403,39 @@ def test_a_timing_that_is_killed_is_one_line(tmp_path):
 
 def test_files_are_called_as_table_world_and_count_say(tmp_path):
     file = tmp_path / "my.v2.yaml"
-    file.write_text(yaml.safe_dump({"title": "t", "source": "s", "columns": ["gflops"], "rows": [
-        {"label": "a", "steps": 4}], "protocol": dict.fromkeys(("coco", "emoji"), "emoji64")}))
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "title": "t",
+                "source": "s",
+                "columns": ["gflops"],
+                "rows": [{"label": "a", "steps": 4}],
+                "protocol": dict.fromkeys(("coco", "emoji"), "emoji64"),
+            }
+        )
+    )
     for world, more in (("coco", []), ("emoji", []), ("emoji", ["--count", "3"])):
         runs = str(tmp_path / "runs")
         assert tables.main([str(file), "--world", world, "--gflops-only", "--runs", runs, *more]) == 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
-        f"my.v2-{stem}-gflops.{x}" for stem in ("coco", "emoji", "emoji-3") for x in ("csv", "md", "tex")}
+        f"my.v2-{stem}-gflops.{x}" for stem in ("coco", "emoji", "emoji-3") for x in ("csv", "md", "tex")
+    }
 
 
 def test_a_row_that_cant_be_run_does_not_hide_what_others_have(made, tmp_path, capfd):
     argv, _ = made
     file, how = tmp_path / "t.yaml", {"sampler": "ddim", "steps": 4}
-    file.write_text(yaml.safe_dump({
-        "title": "t", "source": "s", "columns": ["fid", "gflops"], "protocol": {"emoji": "emoji64"},
-        "rows": [{"label": "good", **how, "plan": "off"}, {"label": "bad", **how, "plan": "auto:2"}]}))
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "title": "t",
+                "source": "s",
+                "columns": ["fid", "gflops"],
+                "protocol": {"emoji": "emoji64"},
+                "rows": [{"label": "good", **how, "plan": "off"}, {"label": "bad", **how, "plan": "auto:2"}],
+            }
+        )
+    )
     for more in (["--show"], ["--rows", "1", "--timed", "0"]):
         assert tables.main([str(file), *argv[1:], *more]) == 0
         good, bad = capfd.readouterr().out.splitlines()[4:6]
@@ -335,37 +445,68 @@ def test_a_row_that_cant_be_run_does_not_hide_what_others_have(made, tmp_path, c
 
 def test_a_plan_that_decides_on_the_way_says_why_it_has_no_gflops(tmp_path, capfd):
     file = tmp_path / "t.yaml"
-    file.write_text(yaml.safe_dump({"title": "t", "source": "s", "columns": ["gflops"], "rows": [
-        {"label": "plain", "steps": 4}, {"label": "online", "steps": 4, "plan": "online:0.1", "propagate": "linear"}],
-        "protocol": {"emoji": "emoji64"}}))
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "title": "t",
+                "source": "s",
+                "columns": ["gflops"],
+                "rows": [
+                    {"label": "plain", "steps": 4},
+                    {"label": "online", "steps": 4, "plan": "online:0.1", "propagate": "linear"},
+                ],
+                "protocol": {"emoji": "emoji64"},
+            }
+        )
+    )
     assert tables.main([str(file), "--world", "emoji", "--gflops-only", "--runs", str(tmp_path / "runs")]) == 0
     why = "online:0.1 decides during a run: its GFLOPs are not known before"
     assert f"\n| online |  |  | {why} |\n" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("argv, why", [
-    (["table2", "--world", "emoji"], "TABLE: unknown table 'table2'; accepted: table1, table3, table4, "),
-    (["table1"], "the following arguments are required: --world"), (["table1", "--world", "moon"], "--world: invalid"),
-    (["table6", "--world", "emoji", "--gflops-only"], "--gflops-only: table6 has no GFLOPs; it has fid, clip_score"),
-    (["table1", "--world", "emoji", "--rows", "0"], "--rows: expected row numbers from 1"),
-    (["table1", "--world", "emoji", "--rows", "13"], "--rows: table1 has 12 rows in the emoji world; got 13"),
-    (["table1", "--world", "coco", "--ckpt", "gone"], "--ckpt: gone is not there: no such file; --gflops"),
-    (["table4", "--world", "emoji"], "--world: table4 is not in the emoji world"),
-    (["table6", "--world", "emoji", "--show"], "TABLE: no row of table6 is finished in .*: not run$"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv, why",
+    [
+        (["table2", "--world", "emoji"], "TABLE: unknown table 'table2'; accepted: table1, table3, table4, "),
+        (["table1"], "the following arguments are required: --world"),
+        (["table1", "--world", "moon"], "--world: invalid"),
+        (
+            ["table6", "--world", "emoji", "--gflops-only"],
+            "--gflops-only: table6 has no GFLOPs; it has fid, clip_score",
+        ),
+        (["table1", "--world", "emoji", "--rows", "0"], "--rows: expected row numbers from 1"),
+        (["table1", "--world", "emoji", "--rows", "13"], "--rows: table1 has 12 rows in the emoji world; got 13"),
+        (["table1", "--world", "coco", "--ckpt", "gone"], "--ckpt: gone is not there: no such file; --gflops"),
+        (["table4", "--world", "emoji"], "--world: table4 is not in the emoji world"),
+        (["table6", "--world", "emoji", "--show"], "TABLE: no row of table6 is finished in .*: not run$"),
+    ],
+    ids=" ".join,
+)
 def test_bad_arguments(tmp_path, capfd, argv, why):
     assert re.match(why, refused(capfd, [*argv, "--runs", str(tmp_path / "runs")]))
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("column, why", [
-    ("fid", "has no metrics fid or adm, which say the network of Fréchet distances"),
-    ("clip_score", "has neither metrics clip_score nor pictures in which concepts could be found"),
-])
+@pytest.mark.parametrize(
+    "column, why",
+    [
+        ("fid", "has no metrics fid or adm, which say the network of Fréchet distances"),
+        ("clip_score", "has neither metrics clip_score nor pictures in which concepts could be found"),
+    ],
+)
 def test_a_protocol_that_can_not_be_judged_is_refused_before_the_work(tmp_path, capfd, column, why):
     file = tmp_path / "t.yaml"
-    file.write_text(yaml.safe_dump({"title": "t", "source": "s", "columns": [column], "rows": [{"label": "a"}],
-                                    "protocol": {"emoji": "emoji64-prompts"}}))
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "title": "t",
+                "source": "s",
+                "columns": [column],
+                "rows": [{"label": "a"}],
+                "protocol": {"emoji": "emoji64-prompts"},
+            }
+        )
+    )
     line = refused(capfd, [str(file), "--world", "emoji", "--runs", str(tmp_path / "runs"), "--count", "1"])
     assert line == f"TABLE: protocol emoji64-prompts {why}" and not (tmp_path / "runs").exists()
 
@@ -374,13 +515,19 @@ def test_what_the_papers_data_need(tmp_path, capfd):
     """Each file in turn, with how to get it, before anything is made."""
     runs, ckpt = ["--runs", str(tmp_path / "runs")], tmp_path / "model.safetensors"
     usual = refused(capfd, ["table1", "--world", "coco", *runs])
-    assert re.match(r"--ckpt: .*v1-5-pruned-emaonly.safetensors is not there: python scripts/download_models.py "
-                    r"sd-v1-5 fetches it; --gflops-only needs no weights", usual)
+    assert re.match(
+        r"--ckpt: .*v1-5-pruned-emaonly.safetensors is not there: python scripts/download_models.py "
+        r"sd-v1-5 fetches it; --gflops-only needs no weights",
+        usual,
+    )
     ckpt.write_bytes(b"")
     coco = tmp_path / "coco"
     argv = ["table1", "--world", "coco", *runs, "--ckpt", str(ckpt), "--data", str(coco)]
-    assert re.match(r"--data: .*/annotations/captions_val2017.json is not there, which coco2017-10k needs: "
-                    r"annotations_trainval2017.zip of https://cocodataset.org/#download", refused(capfd, argv))
+    assert re.match(
+        r"--data: .*/annotations/captions_val2017.json is not there, which coco2017-10k needs: "
+        r"annotations_trainval2017.zip of https://cocodataset.org/#download",
+        refused(capfd, argv),
+    )
     write_coco(coco)
     (coco / "val2017").rename(coco / "elsewhere")
     assert re.match(r"--data: .*/val2017 is not there, .*: val2017.zip of https", refused(capfd, argv))
@@ -393,7 +540,7 @@ def test_what_the_papers_data_need(tmp_path, capfd):
 
 def test_rows_share_a_folder_only_if_their_pictures_are_the_same():
     folders: dict[str, set[tuple]] = {}
-    for name in (name for name in ALL if name != "table4"):     # which is not in this world
+    for name in (name for name in ALL if name != "table4"):  # which is not in this world
         args = tables.parser().parse_args([name, "--world", "emoji"])
         for job in tables.jobs_of(load_table(name), args):
             if not job.row.missing:

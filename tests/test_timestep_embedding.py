@@ -1,4 +1,5 @@
 """The timestep embedding: golden numbers and laws."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_integer_and_equal_fractional_timesteps_agree():
 
 def test_every_pair_of_cosine_and_sine_lies_on_the_unit_circle():
     cos, sin = timestep_embedding(torch.rand(5) * 1000, 64).chunk(2, dim=-1)
-    torch.testing.assert_close(cos ** 2 + sin ** 2, torch.ones(5, 32))
+    torch.testing.assert_close(cos**2 + sin**2, torch.ones(5, 32))
 
 
 def test_max_period_is_the_longest_period():

@@ -8,18 +8,28 @@ from contracts import recipe_weights
 from test_cost import SD_V1
 from toy import ABAR, final
 
-from ldm.cost import unet_macs
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.ddpm import DiffusionWrapper
 from ldm.models.diffusion.denoiser import Conditional, Conditioning
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.token_merging import Merging
+from ldm.profiling.cost import unet_macs
 
-UNET = dict(image_size=8, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1, channel_mult=[1, 2],
-            attention_resolutions=[1, 2], num_heads=2, use_spatial_transformer=True, context_dim=16)
+UNET = dict(
+    image_size=8,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    num_res_blocks=1,
+    channel_mult=[1, 2],
+    attention_resolutions=[1, 2],
+    num_heads=2,
+    use_spatial_transformer=True,
+    context_dim=16,
+)
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -30,9 +40,9 @@ def small_unet(**params) -> UNetModel:
 def test_the_most_similar_tokens_are_merged_into_what_they_resemble():
     """By hand: a map of 2 x 4, whose tokens 0 and 2 stay; the angles of the others to them are 40, 30, 20, 10, ..."""
     angles = torch.tensor([[0.0, 30.0, 90.0, 100.0], [-40.0, 45.5, 70.0, 150.0]]).flatten().deg2rad()
-    length = torch.tensor([1.0, 2.0, 1.0, 5.0, 1.0, 1.0, 3.0, 1.0])      # no part of the cosine
+    length = torch.tensor([1.0, 2.0, 1.0, 5.0, 1.0, 1.0, 3.0, 1.0])  # no part of the cosine
     tokens = torch.stack([angles.cos() * length, angles.sin() * length], dim=-1)[None]
-    merging = Merging.of(tokens, (2, 4), 0.4)                            # 3 of 8: tokens 3 and 6 into 2, 1 into 0
+    merging = Merging.of(tokens, (2, 4), 0.4)  # 3 of 8: tokens 3 and 6 into 2, 1 into 0
     assert merging.count == 5
     same = merging.place[0][:, None] == merging.place[0]
     groups = {tuple(row.nonzero().flatten().tolist()) for row in same}
@@ -62,7 +72,7 @@ def test_identical_tokens_merge_without_loss():
     """Where every cell is of one colour, three quarters of the tokens can go: softmax does not see equal counts."""
     torch.manual_seed(3)
     small = torch.randn(2, 32, 3, 4, dtype=torch.float64)
-    x = small.repeat_interleave(2, 2).repeat_interleave(2, 3)           # (2, 32, 6, 8)
+    x = small.repeat_interleave(2, 2).repeat_interleave(2, 3)  # (2, 32, 6, 8)
     transformer = recipe_weights(SpatialTransformer(32, 2, 16, depth=2, context_dim=16), seed=1, gain=0.6).double()
     context = torch.randn(2, 5, 16, dtype=torch.float64)
     with torch.no_grad():
@@ -78,8 +88,11 @@ def test_identical_tokens_merge_without_loss():
 
 def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(4)
-    return (torch.randn(batch, 4, 8, 8, generator=g), torch.full((batch,), 500.0),
-            torch.randn(batch, 5, 16, generator=g))
+    return (
+        torch.randn(batch, 4, 8, 8, generator=g),
+        torch.full((batch,), 500.0),
+        torch.randn(batch, 5, 16, generator=g),
+    )
 
 
 def test_share_0_is_plain_to_the_last_bit_and_others_are_not():
@@ -103,8 +116,9 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 def test_merging_goes_with_every_kind_of_node_and_with_parallel_decoders():
-    network = DiffusionWrapper({"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNET},
-                               "crossattn")
+    network = DiffusionWrapper(
+        {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNET}, "crossattn"
+    )
     recipe_weights(network, seed=1, gain=0.6).requires_grad_(False)
     x, _, context = inputs(1)
     rule = DDIM(ddim_nodes(ABAR, ddim_timesteps(5)))
@@ -128,8 +142,15 @@ def test_the_cost_is_that_of_fewer_tokens_and_of_finding_them():
     assert 27350 - 2 * (9 * 2 + 50 * 3) * paper / 1e9 == pytest.approx(26053, rel=1e-3)
 
 
-@pytest.mark.parametrize("params", [{"attention_resolutions": [2]}, {"disable_self_attentions": [True, False]},
-                                    {"use_spatial_transformer": False, "context_dim": None}], ids=str)
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"attention_resolutions": [2]},
+        {"disable_self_attentions": [True, False]},
+        {"use_spatial_transformer": False, "context_dim": None},
+    ],
+    ids=str,
+)
 def test_a_network_without_such_tokens_says_so(params):
     unet, (x, t, context) = small_unet(**params), inputs(1)
     with pytest.raises(ValueError, match="no tokens to merge; accepted: 0; got 0.5"):

@@ -24,7 +24,7 @@ from txt2img_model import load_script, tiny_params
 
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.data.emoji import EmojiPictures
-from ldm.files import UNFINISHED
+from ldm.io.files import UNFINISHED
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.ema import LitEma
@@ -39,37 +39,76 @@ from ldm.util import instantiate_from_config
 from main import arguments, configuration, main
 
 ROOT = Path(__file__).parents[1]
-DDCONFIG = {"double_z": True, "z_channels": 4, "resolution": SIDE, "in_channels": 3, "out_ch": 3, "ch": 32,
-            "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "patch_size": 2, "linear_shortcut": True}
-LIGHTNING = {"checkpoint_every_minutes": 0.0,
-             "trainer": {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2, "log_every_n_steps": 1,
-                         "check_val_every_n_epoch": None, "enable_progress_bar": False}}
+DDCONFIG = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": SIDE,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "patch_size": 2,
+    "linear_shortcut": True,
+}
+LIGHTNING = {
+    "checkpoint_every_minutes": 0.0,
+    "trainer": {
+        "accelerator": "cpu",
+        "max_steps": 2,
+        "val_check_interval": 2,
+        "log_every_n_steps": 1,
+        "check_val_every_n_epoch": None,
+        "enable_progress_bar": False,
+    },
+}
 
 
 def first_stage_config(data: Path) -> dict:
-    return {"model": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {
-                "embed_dim": 4, "ddconfig": DDCONFIG,
-                "lossconfig": {"target": "ldm.modules.losses.reconstruction.ReconstructionLoss"}}},
-            "training": {"target": "ldm.training.autoencoder.AutoencoderTraining",
-                         "params": {"learning_rate": 1e-3}},
-            "data": {"target": "ldm.training.data.EmojiPicturesData",
-                     "params": {"root": str(data), "batch_size": 4, "val_split": "heldout_pair"}},
-            "lightning": LIGHTNING}
+    return {
+        "model": {
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": {
+                "embed_dim": 4,
+                "ddconfig": DDCONFIG,
+                "lossconfig": {"target": "ldm.modules.losses.reconstruction.ReconstructionLoss"},
+            },
+        },
+        "training": {"target": "ldm.training.autoencoder.AutoencoderTraining", "params": {"learning_rate": 1e-3}},
+        "data": {
+            "target": "ldm.training.data.EmojiPicturesData",
+            "params": {"root": str(data), "batch_size": 4, "val_split": "heldout_pair"},
+        },
+        "lightning": LIGHTNING,
+    }
 
 
 def diffusion_config(data: Path, folder: Path) -> dict:
     """On the first stage that the run `folder`/first exported."""
     params = tiny_params(folder) | {"cond_stage_trainable": True, "parameterization": "v"}
     weights = str(folder / "first.safetensors")
-    params["first_stage_config"] = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {
-        "embed_dim": 4, "ddconfig": DDCONFIG, "ckpt_path": weights}}
-    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params},
-            "training": {"target": "ldm.training.diffusion.DiffusionTraining",
-                         "params": {"learning_rate": 1e-3, "sample_steps": 2}},
-            "data": {"target": "ldm.training.data.EmojiLatentsData", "params": {
-                "root": str(data), "batch_size": 4, "max_tier": 1,
-                "first_stage": {"config": str(folder / "first.yaml"), "ckpt": weights}}},
-            "lightning": LIGHTNING}
+    params["first_stage_config"] = {
+        "target": "ldm.models.autoencoder.AutoencoderKL",
+        "params": {"embed_dim": 4, "ddconfig": DDCONFIG, "ckpt_path": weights},
+    }
+    return {
+        "model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params},
+        "training": {
+            "target": "ldm.training.diffusion.DiffusionTraining",
+            "params": {"learning_rate": 1e-3, "sample_steps": 2},
+        },
+        "data": {
+            "target": "ldm.training.data.EmojiLatentsData",
+            "params": {
+                "root": str(data),
+                "batch_size": 4,
+                "max_tier": 1,
+                "first_stage": {"config": str(folder / "first.yaml"), "ckpt": weights},
+            },
+        },
+        "lightning": LIGHTNING,
+    }
 
 
 def steps_of(logdir: Path) -> int:
@@ -107,7 +146,7 @@ def test_the_exported_first_stage_has_normalized_latents(trained):
     data = EmojiPictures(trained / "data")
     with torch.no_grad():
         z = torch.cat([model.encode(data[i][None]).mean for i in range(len(data))])
-    assert z.mean((0, 2, 3)).abs().max() < 0.2      # the statistics are of whole batches: 16 of 19 pictures
+    assert z.mean((0, 2, 3)).abs().max() < 0.2  # the statistics are of whole batches: 16 of 19 pictures
     assert 0.7 < z.std() < 1.3
 
 
@@ -145,6 +184,7 @@ def test_resume_goes_on_where_the_run_stood(trained):
 
 def killed(main_arguments: list[str], step: int, moment: str, log: Path) -> None:
     """A training that is killed at a step: before its state is written, in the middle of it, or after."""
+
     def work() -> int:
         save_checkpoint, batch_end = pl.Trainer.save_checkpoint, KeptState.on_train_batch_end
 
@@ -192,7 +232,7 @@ def test_kills_change_nothing(trained, tmp_path, kind):
     base = ["-b", str(trained / f"{kind}.yaml"), *steps]
     assert main([*base, "-n", "calm", "lightning.trainer.val_check_interval=5"]) == 0
     moments = random.Random(kind)
-    kills = [4, *sorted(moments.sample(range(5, 11), 2))]        # one at the end of an epoch
+    kills = [4, *sorted(moments.sample(range(5, 11), 2))]  # one at the end of an epoch
     assert main([*base, "-n", "killed", "lightning.trainer.max_steps=2", "lightning.checkpoint_every_minutes=9"]) == 0
     again = ["-r", str(tmp_path / "killed"), *steps, "lightning.checkpoint_every_minutes=0"]
     for step in kills:
@@ -206,8 +246,18 @@ def test_kills_change_nothing(trained, tmp_path, kind):
 
 def test_a_killed_process_resumes(trained, tmp_path):
     """The command itself, killed when its first state is written."""
-    command = [sys.executable, "main.py", "-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "k",
-               "lightning.trainer.max_steps=100000"]
+    command = [
+        sys.executable,
+        "main.py",
+        "-b",
+        str(trained / "first.yaml"),
+        "-t",
+        "-l",
+        str(tmp_path),
+        "-n",
+        "k",
+        "lightning.trainer.max_steps=100000",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     logdir = tmp_path / "k"
     while not (logdir / "last.ckpt").exists():
@@ -228,11 +278,19 @@ def test_several_processes_train_together(trained, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     run = ["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "two", "lightning.trainer.devices=2"]
-    env = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env = {
+        "TORCHELASTIC_RUN_ID": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     logs = [tmp_path / f"log{rank}" for rank in range(2)]
-    children = [Child(lambda: main(run), log, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-                for rank, log in enumerate(logs)]
+    children = [
+        Child(lambda: main(run), log, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, log in enumerate(logs)
+    ]
     assert [child.end() for child in children] == [0, 0], "".join(log.read_text() for log in logs)
     assert steps_of(tmp_path / "two") == steps_done(tmp_path / "two" / "previous.ckpt") + 1 == 2
     assert not list((tmp_path / "two").glob(f"{UNFINISHED}*"))
@@ -243,24 +301,32 @@ def test_an_old_run_is_not_overwritten(trained, capsys):
     assert "--name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, why", [
-    ([], "--base"), (["-b", "nothing.yaml"], "no file nothing.yaml"), (["-r", "nowhere"], "--resume"),
-    (["-b", "n" * 5000], "--base: "), (["-r", "n" * 5000], "--resume: "),
-    (["-b", "FIRST", "batch_size=3"], "expected KEY=VALUE with the whole name"),
-    (["-b", "FIRST", "-t", "data"], "got 'data'"), (["-b", "FIRST", "data.params.root=[1"], "data.params.root=[1: "),
-    (["-b", "FIRST", "--steps", "0"], "--steps: expected a whole number in 1.."),
-    (["-b", "LIST"], "got a list"), (["-b", "DAMAGED"], "not YAML"),
-    (["-b", "FIRST", "trainer.max_steps=3"], "no section 'trainer'; accepted: model"),
-    (["-b", "FIRST", "data.parms.batch_size=3"], "data.parms is not known; did you mean params?"),
-    (["-b", "FIRST", "data.params.batch_siz=3"], "batch_siz"),
-    (["-b", "FIRST", "data.params.batch_size=few"], "batch_size: expected a whole number"),
-    (["-b", "FIRST", "training.params.foo=1"], "accepted: model, learning_rate, scheduler_config"),
-    (["-b", "FIRST", "lightning.trainer=5"], "lightning.trainer: expected settings by name"),
-    (["-b", "FIRST", "lightning.trainer.max_step=3"], "max_step is not known; did you mean max_steps"),
-    (["-b", "FIRST", "lightning.trainer.max_steps=few"], "max_steps: expected a whole number; got 'few'"),
-    (["-b", "FIRST", "lightning.trainer.precision=17"], "Precision 17 is invalid"),
-    (["-b", "FIRST", "lightning.trainer.logger=false"], "lightning.trainer.logger is not known"),
-])
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        ([], "--base"),
+        (["-b", "nothing.yaml"], "no file nothing.yaml"),
+        (["-r", "nowhere"], "--resume"),
+        (["-b", "n" * 5000], "--base: "),
+        (["-r", "n" * 5000], "--resume: "),
+        (["-b", "FIRST", "batch_size=3"], "expected KEY=VALUE with the whole name"),
+        (["-b", "FIRST", "-t", "data"], "got 'data'"),
+        (["-b", "FIRST", "data.params.root=[1"], "data.params.root=[1: "),
+        (["-b", "FIRST", "--steps", "0"], "--steps: expected a whole number in 1.."),
+        (["-b", "LIST"], "got a list"),
+        (["-b", "DAMAGED"], "not YAML"),
+        (["-b", "FIRST", "trainer.max_steps=3"], "no section 'trainer'; accepted: model"),
+        (["-b", "FIRST", "data.parms.batch_size=3"], "data.parms is not known; did you mean params?"),
+        (["-b", "FIRST", "data.params.batch_siz=3"], "batch_siz"),
+        (["-b", "FIRST", "data.params.batch_size=few"], "batch_size: expected a whole number"),
+        (["-b", "FIRST", "training.params.foo=1"], "accepted: model, learning_rate, scheduler_config"),
+        (["-b", "FIRST", "lightning.trainer=5"], "lightning.trainer: expected settings by name"),
+        (["-b", "FIRST", "lightning.trainer.max_step=3"], "max_step is not known; did you mean max_steps"),
+        (["-b", "FIRST", "lightning.trainer.max_steps=few"], "max_steps: expected a whole number; got 'few'"),
+        (["-b", "FIRST", "lightning.trainer.precision=17"], "Precision 17 is invalid"),
+        (["-b", "FIRST", "lightning.trainer.logger=false"], "lightning.trainer.logger is not known"),
+    ],
+)
 def test_wrong_arguments_say_why(trained, tmp_path, arguments, why, capsys):
     (tmp_path / "list.yaml").write_text("- model")
     (tmp_path / "damaged.yaml").write_text("model: [1, {a:")
@@ -276,18 +342,36 @@ def test_the_config_of_a_first_stage_is_data(trained, tmp_path, capsys):
     config = OmegaConf.load(trained / "first.yaml")
     config.model.params.monitor = "${oc.env:HOME}"
     OmegaConf.save(config, tmp_path / "asks.yaml")
-    assert main(["-b", str(trained / "second.yaml"), "-t", "-l", str(tmp_path), "-n", "run",
-                 f"data.params.first_stage.config={tmp_path / 'asks.yaml'}"]) == 2
+    assert (
+        main(
+            [
+                "-b",
+                str(trained / "second.yaml"),
+                "-t",
+                "-l",
+                str(tmp_path),
+                "-n",
+                "run",
+                f"data.params.first_stage.config={tmp_path / 'asks.yaml'}",
+            ]
+        )
+        == 2
+    )
     assert "asks.yaml: model.params.monitor: an interpolation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", ["x", "-1", ""])
 def test_a_rank_that_is_none_is_said(trained, tmp_path, rank):
     """In a new process: Lightning reads the variable when it is imported."""
-    run = subprocess.run([sys.executable, ROOT / "main.py", "-b", trained / "first.yaml", "-t", "-l", tmp_path],
-                         capture_output=True, text=True, env=os.environ | {"SLURM_PROCID": rank})
+    run = subprocess.run(
+        [sys.executable, ROOT / "main.py", "-b", trained / "first.yaml", "-t", "-l", tmp_path],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SLURM_PROCID": rank},
+    )
     assert run.returncode == 2 and run.stderr == (
-        f"main.py: error: environment variable SLURM_PROCID: expected a whole number from 0 on; got {rank!r}\n")
+        f"main.py: error: environment variable SLURM_PROCID: expected a whole number from 0 on; got {rank!r}\n"
+    )
 
 
 def test_help_answers_at_once():
@@ -302,24 +386,30 @@ def test_no_gpu_is_said(trained, tmp_path, monkeypatch, capsys):
 
 def test_settings_may_stand_anywhere(trained):
     first = str(trained / "first.yaml")
-    for argv in (["-b", first, "data.params.batch_size=3", "-t", "lightning.trainer.max_steps=7"],
-                 ["data.params.batch_size=3", "-b", first, "-t", "lightning.trainer.max_steps=7"],
-                 ["-b", first, "-t", "data.params.batch_size=3", "-n", "x", "lightning.trainer.max_steps=7"]):
+    for argv in (
+        ["-b", first, "data.params.batch_size=3", "-t", "lightning.trainer.max_steps=7"],
+        ["data.params.batch_size=3", "-b", first, "-t", "lightning.trainer.max_steps=7"],
+        ["-b", first, "-t", "data.params.batch_size=3", "-n", "x", "lightning.trainer.max_steps=7"],
+    ):
         args = arguments(argv)
         config = configuration(args)
         assert args.base == [first] and args.train
         assert config.data.params.batch_size == 3 and config.lightning.trainer.max_steps == 7
 
 
-@pytest.mark.parametrize("refused, why", [
-    ("data.params.batch_size=20", "data.params.batch_size: 20 is more than the training set has: 19 images"),
-    ("data.params.val_split=other", "accepted: train, heldout_concept"),
-    ("training.params.learning_rate=-1", "training.params.learning_rate: expected a number above 0; got -1"),
-    ("model.params.embed_dim=0", "the network fails in its first step"),
-    ("lightning.trainer.limit_train_batches=0", "no step was made"),
-    ("lightning.trainer.val_check_interval=0", "lightning.trainer.val_check_interval: expected batches from 1 on"),
-    ("lightning.trainer.devices=9999", "lightning.trainer.devices: 9999 processes on a CPU"),
-    ("lightning.trainer.max_steps=0", "0 steps train nothing")])
+@pytest.mark.parametrize(
+    "refused, why",
+    [
+        ("data.params.batch_size=20", "data.params.batch_size: 20 is more than the training set has: 19 images"),
+        ("data.params.val_split=other", "accepted: train, heldout_concept"),
+        ("training.params.learning_rate=-1", "training.params.learning_rate: expected a number above 0; got -1"),
+        ("model.params.embed_dim=0", "the network fails in its first step"),
+        ("lightning.trainer.limit_train_batches=0", "no step was made"),
+        ("lightning.trainer.val_check_interval=0", "lightning.trainer.val_check_interval: expected batches from 1 on"),
+        ("lightning.trainer.devices=9999", "lightning.trainer.devices: 9999 processes on a CPU"),
+        ("lightning.trainer.max_steps=0", "0 steps train nothing"),
+    ],
+)
 def test_a_refused_training_leaves_nothing(trained, tmp_path, refused, why, capsys):
     assert main(["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path / "logs"), "-n", "r", refused]) == 2
     err = capsys.readouterr().err
@@ -328,8 +418,17 @@ def test_a_refused_training_leaves_nothing(trained, tmp_path, refused, why, caps
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_its_state_is_not_kept(trained, tmp_path, capsys):
-    command = ["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "r",
-               "training.params.learning_rate=1e30", "lightning.trainer.max_steps=9"]
+    command = [
+        "-b",
+        str(trained / "first.yaml"),
+        "-t",
+        "-l",
+        str(tmp_path),
+        "-n",
+        "r",
+        "training.params.learning_rate=1e30",
+        "lightning.trainer.max_steps=9",
+    ]
     assert main(command) == 2
     err = capsys.readouterr().err
     kept = steps_of(tmp_path / "r")
@@ -355,14 +454,23 @@ def test_a_damaged_state_is_noticed(trained, tmp_path, capsys):
             assert "is damaged" in str(error)
             noticed += 1
     assert noticed > 20
-    for damaged in (bytes(content[:len(content) // 2]), b"", b"text"):
+    for damaged in (bytes(content[: len(content) // 2]), b"", b"text"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged .*; begin a new run"):
             read_state(path)
 
 
-@pytest.mark.parametrize("part, value", [("state_dict", []), ("loops", None), ("callbacks", 5), ("lr_schedulers", {}),
-                                         ("optimizer_states", "x"), ("pytorch-lightning_version", None)])
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("state_dict", []),
+        ("loops", None),
+        ("callbacks", 5),
+        ("lr_schedulers", {}),
+        ("optimizer_states", "x"),
+        ("pytorch-lightning_version", None),
+    ],
+)
 def test_a_file_that_is_no_state_is_refused(trained, tmp_path, part, value, capsys):
     shutil.copytree(trained / "first", tmp_path / "r")
     path = tmp_path / "r" / "last.ckpt"
@@ -393,8 +501,10 @@ def test_a_damaged_state_names_the_one_before_it(trained, tmp_path, capsys):
     content[len(content) // 2] ^= 1
     (logdir / "last.ckpt").write_bytes(content)
     resume = ["-r", str(logdir), "-t"]
-    for command in (lambda: main(resume), lambda: load_script("export_model").main(
-            [str(logdir), "--out", str(tmp_path / "m.safetensors")])):
+    for command in (
+        lambda: main(resume),
+        lambda: load_script("export_model").main([str(logdir), "--out", str(tmp_path / "m.safetensors")]),
+    ):
         assert command() == 2
         err = capsys.readouterr().err
         assert "last.ckpt is damaged" in err and "previous.ckpt" in err and err.count("\n") == 1
@@ -433,8 +543,10 @@ def test_a_state_without_its_place_in_the_data_resumes_with_a_note(trained, tmp_
 def test_steps_scale_the_schedule(trained, tmp_path):
     config = OmegaConf.load(trained / "first.yaml")
     schedule = {"warm_up_steps": 300, "max_decay_steps": 12000, "lr_start": 0.01, "lr_max": 1.0, "lr_min": 0.05}
-    config.training.params.scheduler_config = {"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler",
-                                               "params": schedule}
+    config.training.params.scheduler_config = {
+        "target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler",
+        "params": schedule,
+    }
     config.lightning.trainer.update(max_steps=10000, val_check_interval=1500)
     OmegaConf.save(config, tmp_path / "c.yaml")
     short = configuration(arguments(["-b", str(tmp_path / "c.yaml"), "-t", "--steps", "500"]))
@@ -444,7 +556,7 @@ def test_steps_scale_the_schedule(trained, tmp_path):
     whole, scaled = (LambdaWarmUpCosineScheduler(**p) for p in (schedule, params))
     assert [scaled(s) for s in (3, 15, 100, 500)] == pytest.approx([whole(20 * s) for s in (3, 15, 100, 500)])
     one = configuration(arguments(["-b", str(tmp_path / "c.yaml"), "--steps", "1"])).training.params.scheduler_config
-    assert instantiate_from_config(one)(1) == pytest.approx(0.525)      # half of its two steps of decay
+    assert instantiate_from_config(one)(1) == pytest.approx(0.525)  # half of its two steps of decay
     cycles = OmegaConf.create({"warm_up_steps": [10], "cycle_lengths": [1e4]})
     scale_schedule(cycles, 0.5)
     assert cycles == {"warm_up_steps": [5], "cycle_lengths": [5000]}
@@ -452,8 +564,16 @@ def test_steps_scale_the_schedule(trained, tmp_path):
 
 def test_the_screen_shows_what_is_trained_and_nothing_else(trained, tmp_path):
     logs = tmp_path / "log"
-    command = ["-b", str(trained / "second.yaml"), "-t", "-l", str(tmp_path), "-n", "r",
-               "lightning.trainer.enable_progress_bar=true"]
+    command = [
+        "-b",
+        str(trained / "second.yaml"),
+        "-t",
+        "-l",
+        str(tmp_path),
+        "-n",
+        "r",
+        "lightning.trainer.enable_progress_bar=true",
+    ]
     assert Child(lambda: main(command), logs).end() == 0
     first, *rest = logs.read_text().splitlines()
     assert first.startswith(f"{tmp_path}/r: ") and first.endswith(" M weights, from step 0 to 2")
@@ -473,8 +593,19 @@ def test_only_frozen_parts_are_in_evaluation_mode_while_training(trained):
 @pytest.mark.parametrize("kind, algorithm", [("first", "norm"), ("first", "value"), ("second", "norm")])
 def test_gradients_are_clipped_under_bf16(trained, tmp_path, kind, algorithm):
     """The optimizer is fused, for which Lightning itself refuses."""
-    config = OmegaConf.merge(OmegaConf.load(trained / f"{kind}.yaml"), {"lightning": {"trainer": {
-        "max_steps": 1, "precision": "bf16-mixed", "gradient_clip_val": 1e-4, "gradient_clip_algorithm": algorithm}}})
+    config = OmegaConf.merge(
+        OmegaConf.load(trained / f"{kind}.yaml"),
+        {
+            "lightning": {
+                "trainer": {
+                    "max_steps": 1,
+                    "precision": "bf16-mixed",
+                    "gradient_clip_val": 1e-4,
+                    "gradient_clip_algorithm": algorithm,
+                }
+            }
+        },
+    )
     module = fit(config, tmp_path / "run")
     gradients = [p.grad for p in module.model.parameters() if p.grad is not None]
     if algorithm == "value":
@@ -485,6 +616,7 @@ def test_gradients_are_clipped_under_bf16(trained, tmp_path, kind, algorithm):
 
 def test_ctrl_c_keeps_the_step_that_was_made(trained, tmp_path):
     """However seldom states are written."""
+
     def work() -> int:
         batch_end = KeptState.on_train_batch_end
 
@@ -494,8 +626,19 @@ def test_ctrl_c_keeps_the_step_that_was_made(trained, tmp_path):
             batch_end(self, trainer, *rest)
 
         KeptState.on_train_batch_end = interrupted
-        return main(["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "r",
-                     "lightning.trainer.max_steps=1000", "lightning.checkpoint_every_minutes=1000"])
+        return main(
+            [
+                "-b",
+                str(trained / "first.yaml"),
+                "-t",
+                "-l",
+                str(tmp_path),
+                "-n",
+                "r",
+                "lightning.trainer.max_steps=1000",
+                "lightning.checkpoint_every_minutes=1000",
+            ]
+        )
 
     assert Child(work, tmp_path / "log").end() == 130
     assert steps_of(tmp_path / "r") == 3
@@ -504,9 +647,10 @@ def test_ctrl_c_keeps_the_step_that_was_made(trained, tmp_path):
 
 # Parts
 
+
 def test_the_first_stage_begins_as_the_best_linear_one():
     torch.manual_seed(0)
-    model = AutoencoderKL(DDCONFIG | {"z_channels": 12}, embed_dim=12).eval()       # as many as a patch has pixels
+    model = AutoencoderKL(DDCONFIG | {"z_channels": 12}, embed_dim=12).eval()  # as many as a patch has pixels
     pictures = torch.rand(8, 3, SIDE, SIDE) * 2 - 1
     start_from_principal_components(model, pictures)
     with torch.no_grad():
@@ -535,7 +679,7 @@ def test_min_snr_weights_never_exceed_the_plain_ones(trained):
     training = DiffusionTraining(instantiate_from_config(config.model), learning_rate=1e-3, min_snr_gamma=5.0)
     weights = training.timestep_weights(torch.arange(1000))
     snr = training.model.alphas_cumprod / (1 - training.model.alphas_cumprod)
-    torch.testing.assert_close(weights * (snr + 1), snr.clamp(max=5.0))     # v-prediction: error in x_0 is 1/(SNR+1)
+    torch.testing.assert_close(weights * (snr + 1), snr.clamp(max=5.0))  # v-prediction: error in x_0 is 1/(SNR+1)
 
 
 def test_warm_up_then_cosine():

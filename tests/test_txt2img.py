@@ -17,13 +17,13 @@ from processes import quick_help
 from txt2img_model import SCRIPT, main, write_model
 
 from ldm.checkpoint import load_config, load_model
-from ldm.generate import prompt_items, read_manifest, subject_seed
-from ldm.images import from_pil, psnr, read_png
+from ldm.cli.settings import best_plan
+from ldm.io.images import from_pil, psnr, read_png
 from ldm.models.diffusion.ddpm import DiffusionWrapper
-from ldm.models.diffusion.plans import RunFacts, load_plan
+from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
-from ldm.script.recipe import best_plan
+from ldm.sampling.generate import prompt_items, read_manifest, subject_seed
 
 ROOT = SCRIPT.parents[1]
 
@@ -36,9 +36,22 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture
 def call(files, tmp_path):
     """Run the command line in this process on the tiny model, six steps, output in tmp_path / out."""
+
     def run(*arguments: str) -> int:
-        return main(["--config", str(files[0]), "--ckpt", str(files[1]), "--outdir", str(tmp_path / "out"),
-                     "--steps", "5", *arguments])
+        return main(
+            [
+                "--config",
+                str(files[0]),
+                "--ckpt",
+                str(files[1]),
+                "--outdir",
+                str(tmp_path / "out"),
+                "--steps",
+                "5",
+                *arguments,
+            ]
+        )
+
     return run
 
 
@@ -47,8 +60,11 @@ def pictures(folder: Path) -> dict[str, Path]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes())
-            for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes())
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -57,10 +73,15 @@ def pixels(path: Path) -> np.ndarray:
 
 # What a run leaves behind
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--prompt", "a dog face " * 9], "1 of 1 prompts longer than the text encoder reads"),
-    (["--prompt", "a dog face", "--negative_prompt", "an owl " * 9], "1 of 2 prompts longer"),
-    (["--prompt", "a dog face"], "")])
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--prompt", "a dog face " * 9], "1 of 1 prompts longer than the text encoder reads"),
+        (["--prompt", "a dog face", "--negative_prompt", "an owl " * 9], "1 of 2 prompts longer"),
+        (["--prompt", "a dog face"], ""),
+    ],
+)
 def test_prompts_that_are_cut_are_counted(call, capsys, arguments, said):
     assert call("--n_samples", "1", "--steps", "1", *arguments) == 0
     output = capsys.readouterr().out
@@ -75,15 +96,30 @@ def test_pictures_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
     entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
     assert [e["file"] for e in entries] == [f"samples/{name}" for name in files]
     seed = [42, *subject_seed({"prompt": "a dog face"}), 0, 3]
-    assert entries[3] | {"prompt": "a dog face", "sample": 3, "seed": seed, "steps": 5, "scale": 3.0,
-                         "keys": [0, 1, 2, 3], "noise_weight": 0.003, "precision": "full"} == entries[3]
+    assert (
+        entries[3]
+        | {
+            "prompt": "a dog face",
+            "sample": 3,
+            "seed": seed,
+            "steps": 5,
+            "scale": 3.0,
+            "keys": [0, 1, 2, 3],
+            "noise_weight": 0.003,
+            "precision": "full",
+        }
+        == entries[3]
+    )
     settings = read_png(tmp_path / "out" / entries[0]["file"])[1]
     assert settings.items() <= entries[0].items() and len(settings["weights"]) == 16
     (grid,) = (tmp_path / "out").glob("grid-*.png")
-    assert Image.open(grid).size[0] == 2 + 3 * 130      # enlarged 8 times, with captions
+    assert Image.open(grid).size[0] == 2 + 3 * 130  # enlarged 8 times, with captions
     out = capsys.readouterr().out
-    assert re.match(r"plan faster-diffusion \(4 key steps of 5\), sampler ddim, scale 3, parallel \d+, device cpu "
-                    r"\(\d+ threads?\), model model\d*/model.safetensors\n", out)
+    assert re.match(
+        r"plan faster-diffusion \(4 key steps of 5\), sampler ddim, scale 3, parallel \d+, device cpu "
+        r"\(\d+ threads?\), model model\d*/model.safetensors\n",
+        out,
+    )
     assert re.search(r"each picture: [\d.]+ s, [\d.]+ s of it UNet, [\d.]+ GMAC", out)
     last = out.splitlines()[-1]
     assert re.fullmatch(r"4 pictures \(4 made, 0 found\) in .*out/samples; spent [\d.]+ s, [\d.]+ GMAC", last)
@@ -138,6 +174,7 @@ def test_the_order_of_the_prompts_changes_no_picture(call, tmp_path):
 
 # A picture depends on its seed, its prompt and its settings alone
 
+
 @pytest.fixture(scope="module")
 def text_to_image(files):
     """Makers on one loaded model."""
@@ -147,6 +184,7 @@ def text_to_image(files):
         options = {"steps": 5, "scale": 3.0, "noise_weight": 0.003} | options
         recipe = Recipe(sizes.default, sizes.default, **options)
         return Engine(model, sizes, recipe, load_plan(plan, num_nodes(recipe), parallel), Task(Text()))
+
     return build
 
 
@@ -196,18 +234,49 @@ def first(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
 
     def again(*arguments: str) -> int:
-        return main(["--config", str(files[0]), "--ckpt", str(files[1]), "--outdir", str(folder / "out"),
-                     "--steps", "5", "--n_samples", "1", "--noise-weight", "0.05", "--skip_grid", *arguments])
+        return main(
+            [
+                "--config",
+                str(files[0]),
+                "--ckpt",
+                str(files[1]),
+                "--outdir",
+                str(folder / "out"),
+                "--steps",
+                "5",
+                "--n_samples",
+                "1",
+                "--noise-weight",
+                "0.05",
+                "--skip_grid",
+                *arguments,
+            ]
+        )
+
     assert again() == 0
     (path,) = pictures(folder).values()
     return folder, path, again
 
 
-@pytest.mark.parametrize("change", [
-    ["--seed", "43"], ["--scale", "5"], ["--steps", "6"], ["--plan", "0,2"], ["--prompt", "a green tree"],
-    ["--noise-weight", "0.1"], ["--noise-order", "update"], ["--noise-below", "900"],
-    ["--ddim_eta", "0.7"], ["--H", "32"], ["--W", "32"], ["--negative_prompt", "a dog face"], ["--seed-by-position"]],
-    ids=" ".join)
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--seed", "43"],
+        ["--scale", "5"],
+        ["--steps", "6"],
+        ["--plan", "0,2"],
+        ["--prompt", "a green tree"],
+        ["--noise-weight", "0.1"],
+        ["--noise-order", "update"],
+        ["--noise-below", "900"],
+        ["--ddim_eta", "0.7"],
+        ["--H", "32"],
+        ["--W", "32"],
+        ["--negative_prompt", "a dog face"],
+        ["--seed-by-position"],
+    ],
+    ids=" ".join,
+)
 def test_every_flag_that_should_changes_the_picture(first, change):
     folder, path, again = first
     before = pictures(folder)
@@ -230,9 +299,20 @@ def test_published_flags_name_their_samplers(first, flag, name, capsys):
     assert "(0 made, 1 found)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [["--parallel", "4"], ["--device", "cpu"], ["--f", "2", "--C", "4"],
-                                    ["--ddim_steps", "5"], ["--H", "16"], ["--num_inference_steps", "5"],
-                                    ["--guidance_scale", "3"], ["--height", "16", "--width", "16"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--parallel", "4"],
+        ["--device", "cpu"],
+        ["--f", "2", "--C", "4"],
+        ["--ddim_steps", "5"],
+        ["--H", "16"],
+        ["--num_inference_steps", "5"],
+        ["--guidance_scale", "3"],
+        ["--height", "16", "--width", "16"],
+    ],
+    ids=" ".join,
+)
 def test_other_flags_find_the_same_picture(first, change, capsys):
     _, _, again = first
     assert again(*change) == 0
@@ -240,21 +320,47 @@ def test_other_flags_find_the_same_picture(first, change, capsys):
 
 
 def test_weights_alone_find_the_config_beside_them(files, first, capsys):
-    assert main(["--ckpt", str(files[1]), "--outdir", str(first[0] / "out"), "--steps", "5", "--n_samples", "1",
-                 "--noise-weight", "0.05", "--skip_grid"]) == 0
+    assert (
+        main(
+            [
+                "--ckpt",
+                str(files[1]),
+                "--outdir",
+                str(first[0] / "out"),
+                "--steps",
+                "5",
+                "--n_samples",
+                "1",
+                "--noise-weight",
+                "0.05",
+                "--skip_grid",
+            ]
+        )
+        == 0
+    )
     assert "(0 made, 1 found)" in capsys.readouterr().out
 
 
 def test_other_programs_read_how_a_picture_was_made(call, files, tmp_path):
-    call("--prompt", "an owl: \"big\", brown", "--negative_prompt", "a dog", "--n_samples", "1", "--skip_grid")
+    call("--prompt", 'an owl: "big", brown', "--negative_prompt", "a dog", "--n_samples", "1", "--skip_grid")
     (path,) = pictures(tmp_path).values()
     prompt, negative, last = Image.open(path).text["parameters"].split("\n")
-    assert (prompt, negative) == ("an owl: \"big\", brown", "Negative prompt: a dog")
+    assert (prompt, negative) == ('an owl: "big", brown', "Negative prompt: a dog")
     # The expression by which the web UI takes the last line apart.
     fields = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
-    assert fields.items() >= {"Steps": "5", "Sampler": "DDIM", "CFG scale": "3.0", "Seed": "42", "Size": "16x16",
-                              "Model": "model", "Model hash": hashlib.sha256(files[1].read_bytes()).hexdigest()[:10],
-                              "Key steps": '"0,1,2,3"'}.items()
+    assert (
+        fields.items()
+        >= {
+            "Steps": "5",
+            "Sampler": "DDIM",
+            "CFG scale": "3.0",
+            "Seed": "42",
+            "Size": "16x16",
+            "Model": "model",
+            "Model hash": hashlib.sha256(files[1].read_bytes()).hexdigest()[:10],
+            "Key steps": '"0,1,2,3"',
+        }.items()
+    )
 
 
 def test_another_config_of_the_same_weights_makes_another_picture(files, first, tmp_path):
@@ -277,10 +383,23 @@ def test_autocast_makes_nearly_the_same_picture(call, tmp_path):
 
 # Prompts
 
+
 def test_prompts_from_a_file(call, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red heart\n\n  an owl \n\n\na green tree", encoding="utf-8")
-    assert call("--from-file", str(tmp_path / "prompts.txt"), "--repeat", "2", "--n_iter", "2",
-                "--n_samples", "5", "--skip_grid") == 0
+    assert (
+        call(
+            "--from-file",
+            str(tmp_path / "prompts.txt"),
+            "--repeat",
+            "2",
+            "--n_iter",
+            "2",
+            "--n_samples",
+            "5",
+            "--skip_grid",
+        )
+        == 0
+    )
     entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
     assert [e["prompt"] for e in entries[::2]] == ["a red heart"] * 2 + ["an owl"] * 2 + ["a green tree"] * 2
     assert [(e["prompt_index"], e["sample"]) for e in entries] == [(p, s) for p in range(6) for s in range(2)]
@@ -315,24 +434,31 @@ def test_compare_shows_both_with_cost_and_distance(call, tmp_path, capsys):
     assert all(e["keys"] is None and e["noise_weight"] == 0 for e in plain)
     assert all(e["keys"] == [0, 3] and e["noise_weight"] == 0.003 for e in fast)
     assert [e["seed"] for e in plain] == [e["seed"] for e in fast]
-    shown = [torch.stack([from_pil(Image.open(tmp_path / "out" / e["file"])) for e in part])
-             for part in (plain, fast)]
+    shown = [torch.stack([from_pil(Image.open(tmp_path / "out" / e["file"])) for e in part]) for part in (plain, fast)]
     assert "no third column: auto plans need a calibration of this model for ddim with 5 nodes" in out
     gmac = [e["unet_macs"] / 1e9 for e in (plain[0], fast[0])]
     assert re.search(rf"^plain( +\d+\.\d{{3}}){{3}} +{gmac[0]:.2f}$", out, re.M)
     distance = psnr(*shown)
-    assert re.search(rf"^0,3( +\d+\.\d{{3}}){{3}} +{gmac[1]:.2f}  {distance.mean():.1f} dB, {distance.min():.1f} dB$",
-                     out, re.M)
+    assert re.search(
+        rf"^0,3( +\d+\.\d{{3}}){{3}} +{gmac[1]:.2f}  {distance.mean():.1f} dB, {distance.min():.1f} dB$", out, re.M
+    )
     assert re.search(rf"^plain / 0,3( +\d+\.\d\d){{3}} +{gmac[0] / gmac[1]:.2f}$", out, re.M)
     (sheet,) = (tmp_path / "out").glob("compare-*.png")
     assert Image.open(sheet).size[0] == 2 + 2 * (192 + 2)
 
 
-@pytest.mark.parametrize("spec, sampler, said_first", [
-    ("faster-diffusion", "ddim", "auto:9"), ("0,10,20,30,40", "ddim", "auto:5"),
-    ("auto:9", "ddim", "the plan is auto:9 already"), ("deepcache:3", "ddim", "calibration chooses key steps"),
-    ("online:0.1", "ddim", "calibration chooses key steps"), ("off", "ddim", "the plan skips no encoder"),
-    ("faster-diffusion", "plms", "auto plans need a calibration of this model for plms with 50 nodes")])
+@pytest.mark.parametrize(
+    "spec, sampler, said_first",
+    [
+        ("faster-diffusion", "ddim", "auto:9"),
+        ("0,10,20,30,40", "ddim", "auto:5"),
+        ("auto:9", "ddim", "the plan is auto:9 already"),
+        ("deepcache:3", "ddim", "calibration chooses key steps"),
+        ("online:0.1", "ddim", "calibration chooses key steps"),
+        ("off", "ddim", "the plan skips no encoder"),
+        ("faster-diffusion", "plms", "auto plans need a calibration of this model for plms with 50 nodes"),
+    ],
+)
 def test_the_third_column_is_the_best_plan_of_the_same_cost(spec, sampler, said_first):
     facts = RunFacts({"sampler": sampler}, ROOT / "models/ldm/emoji64/calibration")
     plan = load_plan(spec, 50, run=facts)
@@ -377,8 +503,10 @@ def test_methods_take_turns_warmed_up_and_nothing_else_is_timed(call, monkeypatc
     warm_up, make, timed, unet_macs = Engine.warm_up, Engine.__call__, engine.timed, engine.unet_macs
 
     def note(kind, real):
-        return lambda self, items, *rest: (happened.append((kind, self.plan.plain, len(items))),
-                                           real(self, items, *rest))[1]
+        return lambda self, items, *rest: (
+            happened.append((kind, self.plan.plain, len(items))),
+            real(self, items, *rest),
+        )[1]
 
     def watched(call, device):
         timing.append(True)
@@ -399,14 +527,25 @@ def test_methods_take_turns_warmed_up_and_nothing_else_is_timed(call, monkeypatc
     assert happened == [("warm", True, 2), ("warm", False, 2), *[("make", True, 2), ("make", False, 2)] * 2]
 
 
-@pytest.mark.parametrize("flags", ["--plan 0,3", "--plan 0,3 --parallel 1", "--plan deepcache:2", "--plan online:0.1",
-                                   "--plan uniform:2 --guidance-reuse", "--plan 0,3 --guidance-interval 0,500"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--plan 0,3",
+        "--plan 0,3 --parallel 1",
+        "--plan deepcache:2",
+        "--plan online:0.1",
+        "--plan uniform:2 --guidance-reuse",
+        "--plan 0,3 --guidance-interval 0,500",
+    ],
+)
 def test_warming_up_computes_every_shape_of_a_run_twice(call, monkeypatch, flags):
     computed: list[tuple[str, int, int]] = []
 
     def spied(name, real):
-        return lambda self, x, *rest: (computed.append((name, len(x), len(getattr(x, "skips", ())))),
-                                       real(self, x, *rest))[1]
+        return lambda self, x, *rest: (
+            computed.append((name, len(x), len(getattr(x, "skips", ())))),
+            real(self, x, *rest),
+        )[1]
 
     for name in ("encode", "encode_outer", "advance", "decode"):
         monkeypatch.setattr(DiffusionWrapper, name, spied(name, getattr(DiffusionWrapper, name)))
@@ -466,9 +605,14 @@ def test_a_grid_keeps_the_order_of_the_items_whatever_was_found(call, tmp_path):
 
 def test_how_many_decoder_steps_share_a_batch(call, tmp_path):
     """50 steps of one group: as many as are faster, in batches of one size."""
-    runs = {"--seed 1 --n_samples 1": 24, "--seed 2 --n_samples 2": 10, "--seed 3 --n_samples 1 --scale 1": 25,
-            "--seed 4 --n_samples 1 --H 32": 10, "--seed 5 --n_samples 1 --parallel 3": 3,
-            "--seed 6 --n_samples 1 --H 96 --W 128": 1}
+    runs = {
+        "--seed 1 --n_samples 1": 24,
+        "--seed 2 --n_samples 2": 10,
+        "--seed 3 --n_samples 1 --scale 1": 25,
+        "--seed 4 --n_samples 1 --H 32": 10,
+        "--seed 5 --n_samples 1 --parallel 3": 3,
+        "--seed 6 --n_samples 1 --H 96 --W 128": 1,
+    }
     for arguments in runs:
         assert call("--skip_grid", "--device", "cpu", "--plan", "0", "--steps", "50", *arguments.split()) == 0
     entries = {e["seed"][0]: e["parallel"] for e in read_manifest(tmp_path / "out" / "manifest.jsonl")}
@@ -486,6 +630,7 @@ def test_macs_of_a_run_are_those_of_its_plan(text_to_image):
 
 # The model that ships
 
+
 def test_the_shipped_model_is_the_default(tmp_path):
     if not (ROOT / "models" / "ldm" / "emoji64" / "model.safetensors").is_file():
         pytest.skip("models/ldm/emoji64 has no weights yet")
@@ -501,18 +646,34 @@ def test_the_shipped_model_is_the_default(tmp_path):
 
 # As a program
 
+
 def test_the_command_as_a_user_runs_it(files, tmp_path):
-    command = [sys.executable, str(SCRIPT), "--config", str(files[0]), "--ckpt", str(files[1]),
-               "--steps", "2", "--n_samples", "1", "--outdir", "out"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--config",
+        str(files[0]),
+        "--ckpt",
+        str(files[1]),
+        "--steps",
+        "2",
+        "--n_samples",
+        "1",
+        "--outdir",
+        "out",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
     assert "1 picture (1 made, 0 found) in out/samples" in done.stdout
     assert "Traceback" not in done.stderr and json.loads((tmp_path / "out" / "manifest.jsonl").read_text())
 
 
 def test_help_answers_at_once():
     printed = quick_help(SCRIPT)
-    published = "prompt from-file outdir steps ddim_steps ddim_eta n_iter n_samples n_rows H W C f scale " \
+    published = (
+        "prompt from-file outdir steps ddim_steps ddim_eta n_iter n_samples n_rows H W C f scale "
         "seed fixed_code config ckpt precision device skip_grid skip_save repeat plms dpm".split()
+    )
     new = "sampler plan parallel noise-weight noise-below noise-order compare weights again".split()
     assert all(re.search(rf"--{flag}\b", printed) for flag in published + new)

@@ -1,4 +1,5 @@
 """The UNet: golden numbers, the split into encoder and decoder, checkpointing, errors."""
+
 from __future__ import annotations
 
 import pytest
@@ -13,9 +14,18 @@ from ldm.modules.diffusionmodules.util import GroupNorm32
 
 CASES = sorted(path.stem for path in GOLDENS.glob("unet_*.json"))
 TIME_CASES = [name for name in CASES if name.startswith("unet_time_")]
-SMALL = dict(image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=1,
-             attention_resolutions=[1, 2], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True,
-             context_dim=24)
+SMALL = dict(
+    image_size=8,
+    in_channels=4,
+    model_channels=32,
+    out_channels=4,
+    num_res_blocks=1,
+    attention_resolutions=[1, 2],
+    channel_mult=[1, 2],
+    num_heads=4,
+    use_spatial_transformer=True,
+    context_dim=24,
+)
 
 
 def small_unet(**changes) -> UNetModel:
@@ -50,7 +60,7 @@ def test_golden(name):
         assert_golden(skip, tensors[f"skip.{i}"], case)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in TIME_CASES])    # these don't record them
+@pytest.mark.parametrize("name", [name for name in CASES if name not in TIME_CASES])  # these don't record them
 def test_golden_decoder_blocks(name):
     case, tensors, unet, condition = golden_unet(name)
     outputs = []
@@ -60,7 +70,7 @@ def test_golden_decoder_blocks(name):
         unet(tensors["x"], *condition)
     for i, out in enumerate(outputs):
         expected = tensors[f"up.{i}"]
-        assert_golden(out[:len(expected)], expected, case)
+        assert_golden(out[: len(expected)], expected, case)
 
 
 @pytest.mark.parametrize("name", TIME_CASES)
@@ -85,11 +95,16 @@ def test_forward_is_encode_then_decode(name):
         assert torch.equal(unet(tensors["x"], *condition), split)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(num_classes=7), dict(use_linear_in_transformer=True, transformer_depth=2),
-    dict(use_scale_shift_norm=True, resblock_updown=True),
-    dict(use_spatial_transformer=False, context_dim=None),
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(num_classes=7),
+        dict(use_linear_in_transformer=True, transformer_depth=2),
+        dict(use_scale_shift_norm=True, resblock_updown=True),
+        dict(use_spatial_transformer=False, context_dim=None),
+    ],
+)
 def test_tiled_features_decode_as_one_by_one(changes):
     unet, (x, key, context) = small_unet(**changes), inputs()
     context = None if unet.context_dim is None else context
@@ -98,10 +113,13 @@ def test_tiled_features_decode_as_one_by_one(changes):
     with torch.no_grad():
         features = unet.encode(x, key, context, y)
         single = torch.cat([unet.decode(features, t.expand(batch), context, y) for t in steps])
-        tiled = unet.decode(Features.cat([features] * 3), steps.repeat_interleave(batch),
-                            None if context is None else context.repeat(3, 1, 1),
-                            None if y is None else y.repeat(3))
-    assert (single[:batch] - single[batch:2 * batch]).abs().max() > 1e-2
+        tiled = unet.decode(
+            Features.cat([features] * 3),
+            steps.repeat_interleave(batch),
+            None if context is None else context.repeat(3, 1, 1),
+            None if y is None else y.repeat(3),
+        )
+    assert (single[:batch] - single[batch : 2 * batch]).abs().max() > 1e-2
     torch.testing.assert_close(tiled, single, rtol=1e-5, atol=1e-5)
 
 
@@ -182,7 +200,7 @@ def test_an_advanced_decoder_ends_where_the_whole_one_does():
 
 def gradients(unet: UNetModel) -> dict[str, Tensor]:
     x, t, context = (torch.linspace(-1, 1, value.numel()).view_as(value) for value in inputs())
-    torch.manual_seed(3)     # of the dropout masks
+    torch.manual_seed(3)  # of the dropout masks
     unet.train()(x, 500 + 400 * t, context).square().mean().backward()
     return {key: p.grad for key, p in unet.named_parameters()}
 
@@ -282,7 +300,7 @@ def test_other_dimensions(dims, shape):
         features = unet.encode(torch.randn(2, 4, *shape), torch.tensor([1, 2]))
         out = unet.decode(features, torch.tensor([1, 2]))
     assert out.shape == (2, 4, *shape)
-    halved = (4,) if dims == 1 else (3, 4, 4)     # of 3-D data, only height and width
+    halved = (4,) if dims == 1 else (3, 4, 4)  # of 3-D data, only height and width
     assert features.hidden.shape == (2, 64, *halved)
 
 
@@ -292,7 +310,7 @@ def test_new_attention_order_is_a_permutation_of_the_weights():
     new = small_unet(**plain, use_new_attention_order=True)
     weights = legacy.state_dict()
     for key, value in weights.items():
-        if ".qkv." in key:     # (heads, 3, d, ...) -> (3, heads, d, ...)
+        if ".qkv." in key:  # (heads, 3, d, ...) -> (3, heads, d, ...)
             weights[key] = value.unflatten(0, (4, 3, -1)).transpose(0, 1).flatten(0, 2)
     x, t, _ = inputs()
     with torch.no_grad():
@@ -302,12 +320,18 @@ def test_new_attention_order_is_a_permutation_of_the_weights():
     assert (different - legacy(x, t)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("changes, y, keys", [
-    (dict(num_classes=7), torch.tensor([1, 6]), {"label_emb.weight"}),
-    (dict(num_classes="continuous"), torch.tensor([[0.5], [2.0]]), {"label_emb.weight", "label_emb.bias"}),
-    (dict(num_classes="sequential", adm_in_channels=6), torch.randn(2, 6),
-     {f"label_emb.0.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}),
-])
+@pytest.mark.parametrize(
+    "changes, y, keys",
+    [
+        (dict(num_classes=7), torch.tensor([1, 6]), {"label_emb.weight"}),
+        (dict(num_classes="continuous"), torch.tensor([[0.5], [2.0]]), {"label_emb.weight", "label_emb.bias"}),
+        (
+            dict(num_classes="sequential", adm_in_channels=6),
+            torch.randn(2, 6),
+            {f"label_emb.0.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")},
+        ),
+    ],
+)
 def test_label_is_added_to_the_timestep_embedding(changes, y, keys):
     unet, (x, t, context) = small_unet(**changes), inputs()
     assert {key for key in unet.state_dict() if key.startswith("label_emb.")} == keys
@@ -320,36 +344,42 @@ def test_label_is_added_to_the_timestep_embedding(changes, y, keys):
         assert (out - unet.decode(features, t, context, y.flip(0))).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("changes, why", [
-    (dict(num_heads=-1), "num_heads or num_head_channels"),
-    (dict(num_heads=5), "num_heads must divide the 32 channels"),
-    (dict(num_heads=-1, num_head_channels=24), "num_head_channels must divide the 32 channels"),
-    (dict(context_dim=None), "context_dim"),
-    (dict(use_spatial_transformer=False), "context_dim must be None"),
-    (dict(dims=3), "dims must be"),
-    (dict(dims=4, use_spatial_transformer=False, context_dim=None), "dims must be"),
-    (dict(num_res_blocks=[1, 1, 1]), "num_res_blocks must have one entry for each of the 2 levels"),
-    (dict(disable_self_attentions=[True]), "disable_self_attentions must have one entry"),
-    (dict(num_attention_blocks=[2, 1]), "num_attention_blocks must not exceed"),
-    (dict(num_classes="sequential"), "adm_in_channels"),
-    (dict(num_classes="discrete"), "num_classes"),
-    (dict(model_channels=40), "multiple of 32"),
-])
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        (dict(num_heads=-1), "num_heads or num_head_channels"),
+        (dict(num_heads=5), "num_heads must divide the 32 channels"),
+        (dict(num_heads=-1, num_head_channels=24), "num_head_channels must divide the 32 channels"),
+        (dict(context_dim=None), "context_dim"),
+        (dict(use_spatial_transformer=False), "context_dim must be None"),
+        (dict(dims=3), "dims must be"),
+        (dict(dims=4, use_spatial_transformer=False, context_dim=None), "dims must be"),
+        (dict(num_res_blocks=[1, 1, 1]), "num_res_blocks must have one entry for each of the 2 levels"),
+        (dict(disable_self_attentions=[True]), "disable_self_attentions must have one entry"),
+        (dict(num_attention_blocks=[2, 1]), "num_attention_blocks must not exceed"),
+        (dict(num_classes="sequential"), "adm_in_channels"),
+        (dict(num_classes="discrete"), "num_classes"),
+        (dict(model_channels=40), "multiple of 32"),
+    ],
+)
 def test_arguments_that_do_not_fit_say_why(changes, why):
     with pytest.raises(ValueError, match=why):
         UNetModel(**{**SMALL, **changes})
 
 
-@pytest.mark.parametrize("changes, why", [
-    (dict(context=None), r"context must have shape \(2, L, 24\); got None"),
-    (dict(context=torch.zeros(2, 5, 23)), r"got \(2, 5, 23\)"),
-    (dict(context=torch.zeros(1, 5, 24)), r"got \(1, 5, 24\)"),
-    (dict(y=torch.zeros(2)), "y must be None"),
-    (dict(timesteps=torch.tensor(5)), r"timesteps must have shape \(2,\)"),
-    (dict(timesteps=torch.tensor([5])), r"timesteps must have shape \(2,\)"),
-    (dict(x=torch.zeros(2, 3, 8, 8)), r"x must have shape \(B, 4, ...\)"),
-    (dict(x=torch.zeros(2, 4, 8, 9)), "multiples of 2"),
-])
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        (dict(context=None), r"context must have shape \(2, L, 24\); got None"),
+        (dict(context=torch.zeros(2, 5, 23)), r"got \(2, 5, 23\)"),
+        (dict(context=torch.zeros(1, 5, 24)), r"got \(1, 5, 24\)"),
+        (dict(y=torch.zeros(2)), "y must be None"),
+        (dict(timesteps=torch.tensor(5)), r"timesteps must have shape \(2,\)"),
+        (dict(timesteps=torch.tensor([5])), r"timesteps must have shape \(2,\)"),
+        (dict(x=torch.zeros(2, 3, 8, 8)), r"x must have shape \(B, 4, ...\)"),
+        (dict(x=torch.zeros(2, 4, 8, 9)), "multiples of 2"),
+    ],
+)
 def test_bad_inputs_say_why(changes, why):
     x, t, context = inputs()
     with pytest.raises(ValueError, match=why):

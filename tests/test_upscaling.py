@@ -26,8 +26,15 @@ def test_random_levels_stay_below_the_highest():
     assert set(levels.tolist()) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("level, why", [(torch.tensor([350]), "in 0..349"), (torch.tensor([-1]), "in 0..349"),
-                                        (torch.tensor([1, 2]), "shape"), (torch.tensor([1.0]), "integers")])
+@pytest.mark.parametrize(
+    "level, why",
+    [
+        (torch.tensor([350]), "in 0..349"),
+        (torch.tensor([-1]), "in 0..349"),
+        (torch.tensor([1, 2]), "shape"),
+        (torch.tensor([1.0]), "integers"),
+    ],
+)
 def test_bad_levels_say_why(level, why):
     with pytest.raises(ValueError, match=why):
         ImageConcatWithNoiseAugmentation(LINEAR, max_noise_level=350)(torch.zeros(1, 3, 4, 4), level)

@@ -9,23 +9,35 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.files import atomic_write
-from ldm.kinds import fits, in_words
+from ldm.io.files import atomic_write
+from ldm.io.kinds import fits, in_words
 from ldm.util import ConfigError, check_config, find_file, get_obj_from_str, instantiate_from_config
 
 
 def test_builds_what_a_config_names():
-    config = OmegaConf.create({"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 3},
-                               "base_learning_rate": 1e-4})
+    config = OmegaConf.create(
+        {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 3}, "base_learning_rate": 1e-4}
+    )
     assert instantiate_from_config(config).weight.shape == (3, 2)
     for empty in ({}, {"params": None}):
         built = instantiate_from_config({"target": "torch.nn.Identity"} | empty)
         assert isinstance(built, torch.nn.Identity)
 
 
-@pytest.mark.parametrize("target", [
-    "os.system", "builtins.eval", "subprocess.Popen", "torch.load", "torch.hub.load", "ldmx.module.Thing",
-    "torch.nnx.Thing", "Linear", ""])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "subprocess.Popen",
+        "torch.load",
+        "torch.hub.load",
+        "ldmx.module.Thing",
+        "torch.nnx.Thing",
+        "Linear",
+        "",
+    ],
+)
 def test_other_packages_are_refused_by_name(target):
     with pytest.raises(ConfigError, match="outside the allowed packages"):
         get_obj_from_str(target)
@@ -37,10 +49,20 @@ def test_a_target_is_a_name(target):
         get_obj_from_str(target)
 
 
-@pytest.mark.parametrize("target", [
-    "ldm.util.os.system", "ldm.util.os", "ldm.util.import_module", "ldm.util.Path", "ldm.util.inspect",
-    "torch.nn.modules.module.torch", "torch.nn.parallel.distributed.os.system", "ldm.util.ALLOWED_PACKAGES",
-    "torch.nn.modules.module.partial"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "ldm.util.os.system",
+        "ldm.util.os",
+        "ldm.util.import_module",
+        "ldm.util.Path",
+        "ldm.util.inspect",
+        "torch.nn.modules.module.torch",
+        "torch.nn.parallel.distributed.os.system",
+        "ldm.util.ALLOWED_PACKAGES",
+        "torch.nn.modules.module.partial",
+    ],
+)
 def test_what_a_module_merely_imports_is_out_of_reach(target):
     with pytest.raises(ConfigError, match="target"):
         get_obj_from_str(target)
@@ -59,22 +81,40 @@ def test_the_refusal_names_the_target_and_the_way_out():
     assert instantiate_from_config({"target": "fractions.Fraction"}, allow=("fractions",)) == 0
 
 
-@pytest.mark.parametrize("config, why", [
-    ({"params": {}}, "'target' is missing"), ("__is_first_stage__", "expected a mapping"), (None, "mapping"),
-    ({"target": "torch.nn.Nothing"}, "has no 'Nothing'"), ({"target": "ldm.nothing.Thing"}, "no module"),
-    ({"target": "torch.nn.Linear", "params": {"in_features": 1, "out_features": 1, "colour": 2}},
-     "'torch.nn.Linear'.*colour.*accepted: in_features"),
-    ({"target": "torch.nn.Linear", "params": {"in_features": 1}}, "'torch.nn.Linear'.*out_features")])
+@pytest.mark.parametrize(
+    "config, why",
+    [
+        ({"params": {}}, "'target' is missing"),
+        ("__is_first_stage__", "expected a mapping"),
+        (None, "mapping"),
+        ({"target": "torch.nn.Nothing"}, "has no 'Nothing'"),
+        ({"target": "ldm.nothing.Thing"}, "no module"),
+        (
+            {"target": "torch.nn.Linear", "params": {"in_features": 1, "out_features": 1, "colour": 2}},
+            "'torch.nn.Linear'.*colour.*accepted: in_features",
+        ),
+        ({"target": "torch.nn.Linear", "params": {"in_features": 1}}, "'torch.nn.Linear'.*out_features"),
+    ],
+)
 def test_bad_configs_say_why(config, why):
     with pytest.raises(ConfigError, match=why):
         instantiate_from_config(config)
 
 
-@pytest.mark.parametrize("change", [{"in_channels": -3}, {"model_channels": 10 ** 12},
-                                    {"num_heads": 0, "attention_resolutions": [1]}])
+@pytest.mark.parametrize(
+    "change", [{"in_channels": -3}, {"model_channels": 10**12}, {"num_heads": 0, "attention_resolutions": [1]}]
+)
 def test_sizes_that_no_network_has_are_the_fault_of_the_config(change):
-    params = {"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1,
-              "attention_resolutions": [], "channel_mult": [1], "num_heads": 1}
+    params = {
+        "image_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "model_channels": 32,
+        "num_res_blocks": 1,
+        "attention_resolutions": [],
+        "channel_mult": [1],
+        "num_heads": 1,
+    }
     config = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params | change}
     with torch.device("meta"), pytest.raises(ValueError, match="num_heads|nothing can be built with these values"):
         instantiate_from_config(config)
@@ -87,22 +127,35 @@ def test_an_error_inside_a_constructor_is_not_disguised():
     assert not isinstance(error.value, ConfigError)
 
 
-@pytest.mark.parametrize("change, why", [
-    ({"timesteps": True}, "timesteps: expected a whole number; got True"),
-    ({"timesteps": 1000.5}, "timesteps: expected a whole number; got 1000.5"),
-    ({"timesteps": "1000"}, "timesteps: expected a whole number; got '1000'"),
-    ({"scale_factor": float("nan")}, "scale_factor: expected a number; got nan"),
-    ({"scale_by_std": "no"}, "scale_by_std: expected true or false; got 'no'"),
-    ({"conditioning_key": ["crossattn"]}, "conditioning_key: expected text or null; got"),
-    ({"parameterization": None}, "parameterization: expected text; got None"),
-    ({"first_stage_config": True}, "first_stage_config: expected a mapping; got True"),
-    ({"given_betas": [0.1, "x"]}, "given_betas: expected a list or null; got"),
-    ({"unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-                      "params": {"channel_mult": True}}}, "UNetModel.*(missing|channel_mult)")])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"timesteps": True}, "timesteps: expected a whole number; got True"),
+        ({"timesteps": 1000.5}, "timesteps: expected a whole number; got 1000.5"),
+        ({"timesteps": "1000"}, "timesteps: expected a whole number; got '1000'"),
+        ({"scale_factor": float("nan")}, "scale_factor: expected a number; got nan"),
+        ({"scale_by_std": "no"}, "scale_by_std: expected true or false; got 'no'"),
+        ({"conditioning_key": ["crossattn"]}, "conditioning_key: expected text or null; got"),
+        ({"parameterization": None}, "parameterization: expected text; got None"),
+        ({"first_stage_config": True}, "first_stage_config: expected a mapping; got True"),
+        ({"given_betas": [0.1, "x"]}, "given_betas: expected a list or null; got"),
+        (
+            {
+                "unet_config": {
+                    "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                    "params": {"channel_mult": True},
+                }
+            },
+            "UNetModel.*(missing|channel_mult)",
+        ),
+    ],
+)
 def test_a_value_of_another_kind_is_named(change, why):
     stage = {"target": "torch.nn.Identity"}
-    config = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion",
-              "params": {"first_stage_config": stage, "cond_stage_config": stage, "unet_config": stage}}
+    config = {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {"first_stage_config": stage, "cond_stage_config": stage, "unet_config": stage},
+    }
     check_config(config)
     config["params"] |= change
     for check in (check_config, instantiate_from_config):
@@ -111,13 +164,33 @@ def test_a_value_of_another_kind_is_named(change, why):
                 check(config)
 
 
-@pytest.mark.parametrize("value, hint, good", [
-    (1, float, True), (True, float, False), (True, int, False), (1, bool, False), ("a", str, True), (None, str, False),
-    ([1, 2], Sequence[int], True), ([1, "a"], Sequence[int], False), ("ab", Sequence[str], False),
-    ((1, 2), tuple[int, int], True), ({"a": 1}, Mapping[str, int], True), ([], Mapping[str, int], False),
-    (None, int | None, True), ("x", int | None, False), ("a", Literal["a", "b"], True), ("c", Literal["a", "b"], False),
-    (OmegaConf.create([1, 2]), Sequence[int], True), (OmegaConf.create({"a": 1}), Mapping[str, int], True),
-    (object(), Any, True), (float("inf"), float, False), (1.0, int, False), (10 ** 40, int, True)])
+@pytest.mark.parametrize(
+    "value, hint, good",
+    [
+        (1, float, True),
+        (True, float, False),
+        (True, int, False),
+        (1, bool, False),
+        ("a", str, True),
+        (None, str, False),
+        ([1, 2], Sequence[int], True),
+        ([1, "a"], Sequence[int], False),
+        ("ab", Sequence[str], False),
+        ((1, 2), tuple[int, int], True),
+        ({"a": 1}, Mapping[str, int], True),
+        ([], Mapping[str, int], False),
+        (None, int | None, True),
+        ("x", int | None, False),
+        ("a", Literal["a", "b"], True),
+        ("c", Literal["a", "b"], False),
+        (OmegaConf.create([1, 2]), Sequence[int], True),
+        (OmegaConf.create({"a": 1}), Mapping[str, int], True),
+        (object(), Any, True),
+        (float("inf"), float, False),
+        (1.0, int, False),
+        (10**40, int, True),
+    ],
+)
 def test_which_values_fit_an_annotation(value, hint, good):
     assert fits(value, hint) is good
     assert in_words(hint)

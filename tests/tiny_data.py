@@ -18,11 +18,23 @@ def write_data(folder: Path, side: int = SIDE) -> Path:
     colours = random.integers(0, 120, (5, 1, 1, 3))
     pictures = [np.where(pattern, colour, 255) for pattern in patterns for colour in colours]
     np.save(folder / "pictures.npy", np.stack(pictures).astype(np.uint8))
-    images = [{"id": 5 * c + s, "concept": f"c{c}", "name": f"thing {c}", "style": style, "tier": 1,
-               "category": "even" if c % 2 == 0 else "odd",
-               "split": "heldout_pair" if (c, s) == (3, 4) else "train"}
-              for c in range(4) for s, style in enumerate(STYLES)]
-    notes = [{"id": 2 * i["id"] + n, "image_id": i["id"], "caption": caption} for i in images
-             for n, caption in enumerate((f"a {i['name']}, {i['style']} style", "a keyword"))]
+    images = [
+        {
+            "id": 5 * c + s,
+            "concept": f"c{c}",
+            "name": f"thing {c}",
+            "style": style,
+            "tier": 1,
+            "category": "even" if c % 2 == 0 else "odd",
+            "split": "heldout_pair" if (c, s) == (3, 4) else "train",
+        }
+        for c in range(4)
+        for s, style in enumerate(STYLES)
+    ]
+    notes = [
+        {"id": 2 * i["id"] + n, "image_id": i["id"], "caption": caption}
+        for i in images
+        for n, caption in enumerate((f"a {i['name']}, {i['style']} style", "a keyword"))
+    ]
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": notes}))
     return folder

@@ -25,8 +25,7 @@ class ToyNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inward = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64) for _ in "12")
-        self.outward = nn.ModuleList(nn.Conv2d(2 * CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64)
-                                     for _ in "12")
+        self.outward = nn.ModuleList(nn.Conv2d(2 * CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64) for _ in "12")
         self.encoded: list[int] = []
         self.refreshed: list[int] = []
         self.decoded: list[int] = []
@@ -39,8 +38,9 @@ class ToyNetwork(nn.Module):
         skips = self._outer(x, t, cond, 2, tome)
         return Features(torch.tanh(2 * skips[-1]), skips)
 
-    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int,
-                     tome: float = 0.0) -> tuple[Tensor, ...]:
+    def encode_outer(
+        self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
+    ) -> tuple[Tensor, ...]:
         self.refreshed.append(len(x))
         return self._outer(x, t, cond, blocks, tome)
 
@@ -50,10 +50,9 @@ class ToyNetwork(nn.Module):
             skips.append(torch.tanh(layer(skips[-1]) + shift(t, cond) + tome))
         return tuple(skips[1:])
 
-    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int,
-                tome: float = 0.0) -> Features:
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0) -> Features:
         h, skips = features.hidden, list(features.skips)
-        for layer in self.outward[2 - len(skips):2 - blocks]:
+        for layer in self.outward[2 - len(skips) : 2 - blocks]:
             h = torch.tanh(layer(torch.cat([torch.sin(h + 2 * shift(t, cond) + tome), skips.pop()], dim=1)))
         return Features(h, tuple(skips))
 
@@ -81,8 +80,14 @@ def toy_inputs(batch: int) -> tuple[Tensor, Conditioning, Conditioning]:
     return draw(1, CHANNELS, 4, 4), Conditioning(draw(2, 2, CHANNELS)), Conditioning(draw(3, 2, CHANNELS))
 
 
-def toy_denoiser(network: ToyNetwork, cond: Conditioning, uncond: Conditioning, guidance: float | Guidance,
-                 parameterization: str = "eps", tome: float = 0.0) -> Denoiser:
+def toy_denoiser(
+    network: ToyNetwork,
+    cond: Conditioning,
+    uncond: Conditioning,
+    guidance: float | Guidance,
+    parameterization: str = "eps",
+    tome: float = 0.0,
+) -> Denoiser:
     """Scale 1 leaves guidance out."""
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     conditional = Conditional(network, cond, parameterization, tome)

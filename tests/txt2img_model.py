@@ -33,19 +33,59 @@ main = load_script("txt2img").main
 def tiny_params(folder: Path) -> dict:
     """8 x 8 latents of 4 channels, 16 x 16 pictures."""
     return {
-        "linear_start": 0.00085, "linear_end": 0.012, "image_size": 8, "channels": 4, "scale_factor": 1.0,
-        "conditioning_key": "crossattn", "cond_stage_key": "caption", "use_ema": False,
-        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {
-            "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32,
-            "num_res_blocks": 1, "channel_mult": [1, 2], "attention_resolutions": [2], "num_heads": 2,
-            "use_spatial_transformer": True, "context_dim": 16, "legacy": False}},
-        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {
-            "embed_dim": 4, "ddconfig": {
-                "double_z": True, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
-                "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}}},
-        "cond_stage_config": {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": {
-            "n_embed": 16, "n_layer": 1, "vocab_size": 60, "max_seq_len": 8,
-            "tokenizer": str(folder / "tokenizer.json")}}}
+        "linear_start": 0.00085,
+        "linear_end": 0.012,
+        "image_size": 8,
+        "channels": 4,
+        "scale_factor": 1.0,
+        "conditioning_key": "crossattn",
+        "cond_stage_key": "caption",
+        "use_ema": False,
+        "unet_config": {
+            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "params": {
+                "image_size": 8,
+                "in_channels": 4,
+                "out_channels": 4,
+                "model_channels": 32,
+                "num_res_blocks": 1,
+                "channel_mult": [1, 2],
+                "attention_resolutions": [2],
+                "num_heads": 2,
+                "use_spatial_transformer": True,
+                "context_dim": 16,
+                "legacy": False,
+            },
+        },
+        "first_stage_config": {
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": {
+                "embed_dim": 4,
+                "ddconfig": {
+                    "double_z": True,
+                    "z_channels": 4,
+                    "resolution": 16,
+                    "in_channels": 3,
+                    "out_ch": 3,
+                    "ch": 32,
+                    "ch_mult": [1, 1],
+                    "num_res_blocks": 1,
+                    "attn_resolutions": [],
+                    "dropout": 0.0,
+                },
+            },
+        },
+        "cond_stage_config": {
+            "target": "ldm.modules.encoders.modules.BERTEmbedder",
+            "params": {
+                "n_embed": 16,
+                "n_layer": 1,
+                "vocab_size": 60,
+                "max_seq_len": 8,
+                "tokenizer": str(folder / "tokenizer.json"),
+            },
+        },
+    }
 
 
 def write_model(folder: Path) -> tuple[Path, Path]:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.propagation.plan import Plan
 
-Outputs = dict[str, Tensor]     # name -> (B, C, h, w), in the order of the computation
+Outputs = dict[str, Tensor]  # name -> (B, C, h, w), in the order of the computation
 
 
 def plain_outputs(model: Denoiser, rule: Rule, x: Tensor) -> Iterator[Outputs]:
@@ -30,7 +30,7 @@ def plain_outputs(model: Denoiser, rule: Rule, x: Tensor) -> Iterator[Outputs]:
     plain = Plan(len(nodes), tuple(range(len(nodes))))
     states = denoise(model, rule, plan=plain, x=x)
     for node in nodes:
-        yield {name: output[-len(x):] for name, output in block_outputs(model, x, node.t).items()}
+        yield {name: output[-len(x) :] for name, output in block_outputs(model, x, node.t).items()}
         x = next(states).x
 
 
@@ -102,5 +102,6 @@ def evolution(run: Iterator[Outputs]) -> Evolution:
         before = now
     if not absolute:
         raise ValueError("a change from step to step needs at least 2 steps; got 1")
-    return Evolution(*({name: np.stack(values) for name, values in found.items()}
-                       for found in (norm, absolute, relative)))
+    return Evolution(
+        *({name: np.stack(values) for name, values in found.items()} for found in (norm, absolute, relative))
+    )

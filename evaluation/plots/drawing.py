@@ -17,17 +17,25 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from ldm.cli import blame
-from ldm.files import atomic_write
+from ldm.io.errors import blame
+from ldm.io.files import atomic_write
 
 # Okabe and Ito's colours, told apart by the colour-blind; the markers and lines tell them apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vP*X"
 DPI = 130
-STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.linewidth": 0.3, "grid.alpha": 0.6, "legend.frameon": False, "lines.linewidth": 1.2,
-         "svg.hashsalt": "figure"}     # without the salt, two files of the same figure differ
-CELL = 0.95     # inches, of a small picture
+STYLE = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.3,
+    "grid.alpha": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+    "svg.hashsalt": "figure",
+}  # without the salt, two files of the same figure differ
+CELL = 0.95  # inches, of a small picture
 
 
 @dataclass(frozen=True)
@@ -54,14 +62,15 @@ class Drawing:
         Raises:
             BadInput: they can't be written.
         """
-        width = int(self.figure.get_size_inches()[0] * 19)      # characters of this size in the figure's width
+        width = int(self.figure.get_size_inches()[0] * 19)  # characters of this size in the figure's width
         caption = f"{self.notes} {caption}"
         self.figure.supxlabel(textwrap.fill(caption, width), fontsize=6.5, color="#333333")
         no_maths(self.figure)
         keep_apart(self.figure.findobj(Annotation))
         record = {"caption": caption, **settings, **self.of, "values": self.values}
         texts = {"json": json.dumps(record, indent=1, default=_rounded)} | (
-            {"md": f"{caption}\n\n{self.table}"} if self.table else {})
+            {"md": f"{caption}\n\n{self.table}"} if self.table else {}
+        )
         with blame("--out", (OSError,)), matplotlib.rc_context(STYLE):
             for suffix in ("svg", "png"):
                 with atomic_write(f"{out}.{suffix}") as part:
@@ -90,8 +99,9 @@ def show_picture(axes: Axes, picture: Tensor) -> None:
         spine.set_visible(False)
 
 
-def picture_rows(part: Figure | SubFigure, rows: Sequence[Sequence[Tensor]], columns: Sequence[str],
-                 labels: Sequence[str] = ()) -> None:
+def picture_rows(
+    part: Figure | SubFigure, rows: Sequence[Sequence[Tensor]], columns: Sequence[str], labels: Sequence[str] = ()
+) -> None:
     """A grid of pictures (see `show_picture`) with a label above each column and, if given, left of each row."""
     grid = part.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
     for line, pictures in zip(grid, rows, strict=True):
@@ -116,7 +126,7 @@ def keep_apart(notes: Sequence[Annotation]) -> None:
     if not notes:
         return
     figure = notes[0].get_figure(root=True)
-    figure.draw_without_rendering()     # before it nothing has its place
+    figure.draw_without_rendering()  # before it nothing has its place
     placed: list[Bbox] = []
     boxes = {note: note.get_window_extent() for note in notes if note.get_text()}
     for note, box in sorted(boxes.items(), key=lambda pair: pair[1].y0):

@@ -6,12 +6,15 @@ import argparse
 
 from evaluation.plots.drawing import CELL, COLOURS, MARKERS, Drawing, canvas, picture_rows
 from evaluation.plots.scene import Scene
-from ldm.arguments import NOISE_WEIGHT
-from ldm.images import psnr
+from ldm.cli.arguments import NOISE_WEIGHT
+from ldm.io.images import psnr
 
-METHODS = {"plain": ("off", 0.0), "plain, prior noise": ("off", NOISE_WEIGHT),   # plan, weight of the noise
-           "encoder propagation": ("faster-diffusion", 0.0),
-           "encoder propagation, prior noise": ("faster-diffusion", NOISE_WEIGHT)}
+METHODS = {
+    "plain": ("off", 0.0),
+    "plain, prior noise": ("off", NOISE_WEIGHT),  # plan, weight of the noise
+    "encoder propagation": ("faster-diffusion", 0.0),
+    "encoder propagation, prior noise": ("faster-diffusion", NOISE_WEIGHT),
+}
 SAMPLERS = ("ddim", "dpm-solver++")
 
 
@@ -41,8 +44,11 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
         axes.invert_xaxis()
     charts[0].set_ylabel(f"PSNR to the plain\n{args.steps} steps (dB)")
     lower.legend(*charts[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(METHODS), fontsize=7)
-    return Drawing(figure, f"Pictures: “{scene.names[0]}”. Key steps of the paper, scaled to each number of "
-                           f"steps; prior noise {NOISE_WEIGHT:g} in every step below t = 500. PSNR to the plain "
-                           f"run of the same sampler with {args.steps} steps, mean over the pictures; plain with as "
-                           "many is that run itself.",
-                   {"steps": counts, "psnr": values})
+    return Drawing(
+        figure,
+        f"Pictures: “{scene.names[0]}”. Key steps of the paper, scaled to each number of "
+        f"steps; prior noise {NOISE_WEIGHT:g} in every step below t = 500. PSNR to the plain "
+        f"run of the same sampler with {args.steps} steps, mean over the pictures; plain with as "
+        "many is that run itself.",
+        {"steps": counts, "psnr": values},
+    )

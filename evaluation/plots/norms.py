@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from evaluation.plots.blocks import evolution, plain_outputs
 from evaluation.plots.drawing import COLOURS, Drawing, canvas
 from evaluation.plots.scene import Scene
-from ldm.cli import blame
+from ldm.io.errors import blame
 
 
 def make(scene: Scene, args: argparse.Namespace) -> Drawing:
@@ -21,8 +21,13 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     figure = canvas(9, 3.2)
     boxes, deviation, relative = figure.subplots(1, 3, width_ratios=[1.3, 1, 1])
     colours = [colour_of(name) for name in found]
-    drawn = boxes.boxplot([*found.values()], tick_labels=[*found], patch_artist=True, medianprops={"color": "black"},
-                          flierprops={"markersize": 3})
+    drawn = boxes.boxplot(
+        [*found.values()],
+        tick_labels=[*found],
+        patch_artist=True,
+        medianprops={"color": "black"},
+        flierprops={"markersize": 3},
+    )
     for box, colour in zip(drawn["boxes"], colours, strict=True):
         box.set_facecolor(colour)
     boxes.set_yscale("log")
@@ -34,12 +39,14 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     relative.bar([*shares], [*shares.values()], color=colours)
     relative.set_ylabel("standard deviation, % of the mean")
     relative.grid(False, axis="x")
-    return Drawing(figure, "Frobenius norm of each block's output averaged over its channels, at the "
-                           f"{len(found['B'])} steps of a plain DDIM run, mean over the pictures. Boxes: quartiles "
-                           "over the steps; whiskers: 1.5 times their distance. Blue: encoder; green: middle; orange: "
-                           "decoder.",
-                   {name: {"norm": values, "deviation": values.std(), "percent": shares[name]}
-                    for name, values in found.items()})
+    return Drawing(
+        figure,
+        "Frobenius norm of each block's output averaged over its channels, at the "
+        f"{len(found['B'])} steps of a plain DDIM run, mean over the pictures. Boxes: quartiles "
+        "over the steps; whiskers: 1.5 times their distance. Blue: encoder; green: middle; orange: "
+        "decoder.",
+        {name: {"norm": values, "deviation": values.std(), "percent": shares[name]} for name, values in found.items()},
+    )
 
 
 def colour_of(name: str) -> str:
@@ -50,7 +57,8 @@ def points(axes: Axes, heights: Mapping[str, float]) -> None:
     """On a logarithmic axis, for values of several orders of magnitude; there a bar would have no foot."""
     for name, height in heights.items():
         axes.plot(name, height, "o", color=colour_of(name), markeredgecolor="black", markeredgewidth=0.6)
-        axes.annotate(f"{height:.2g}", (name, height), xytext=(0, 6), textcoords="offset points", ha="center",
-                      fontsize=6.5)
+        axes.annotate(
+            f"{height:.2g}", (name, height), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=6.5
+        )
     axes.set_yscale("log")
     axes.margins(x=0.1, y=0.1)

@@ -24,47 +24,56 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.distances import frechet
-from evaluation.moments import Moments
+from evaluation.metrics.distances import frechet
+from evaluation.metrics.retrieval import SPLITS, RealSet, features_of, load_extractor
+from evaluation.metrics.statistics import Moments
 from evaluation.paired import Measure, load_ssim
 from evaluation.plots.drawing import MARKERS, Drawing, canvas
 from evaluation.plots.scene import BATCH, Scene, uncalibrated
+from evaluation.protocols.yaml_file import reading
 from evaluation.recognition import Asked
-from evaluation.retrieval import SPLITS, RealSet, features_of, load_extractor
-from evaluation.run_folder import differences, some
-from evaluation.table_file import ROW, TABLE
-from evaluation.yaml_file import reading
-from ldm.arguments import PROPAGATE
+from evaluation.runs.folder import differences, some
+from evaluation.table.spec import ROW, TABLE
 from ldm.checkpoint import fingerprint
-from ldm.cli import BadInput, blame
+from ldm.cli.arguments import PROPAGATE
 from ldm.data.emoji import EmojiPictures
-from ldm.files import atomic_write, file_sha256, read_json
-from ldm.generate import Item, digest, prompt_items
-from ldm.images import from_pil, psnr, to_pil
-from ldm.kinds import MAPPING, NUMBER, TEXT, Kind, check, choice, known, optional
-from ldm.models.diffusion.plan import AnyPlan
+from ldm.io.errors import BadInput, blame
+from ldm.io.files import atomic_write, file_sha256, read_json
+from ldm.io.images import from_pil, psnr, to_pil
+from ldm.io.kinds import MAPPING, NUMBER, TEXT, Kind, check, choice, known, optional
+from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.sampling.engine import Spent
+from ldm.sampling.generate import Item, digest, prompt_items
 
-LISTS = ("sampler", "steps", "plan", "propagate")       # what may be a list in a row: one row for each
+LISTS = ("sampler", "steps", "plan", "propagate")  # what may be a list in a row: one row for each
 FIELDS = {name: ROW[name] for name in ("steps", "sampler", "plan", "noise_weight")} | {
-    "family": TEXT, "propagate": optional(choice(*PROPAGATE)),
+    "family": TEXT,
+    "propagate": optional(choice(*PROPAGATE)),
     "guidance_reuse": Kind("true or false", lambda value: type(value) is bool),
-    "label": Kind("text", lambda value: isinstance(value, str))}
+    "label": Kind("text", lambda value: isinstance(value, str)),
+}
 KEPT = {"resolved": MAPPING, "macs_share": NUMBER, "critical_share": NUMBER, "mse_latents": NUMBER} | dict.fromkeys(
-    ("psnr", "ssim", "feature_distance", "fid_real", "R@5"), optional(NUMBER))      # what is read of a finished row
+    ("psnr", "ssim", "feature_distance", "fid_real", "R@5"), optional(NUMBER)
+)  # what is read of a finished row
 # Okabe and Ito's colours but the yellow, which is faint on paper.
 COLOURS = ("#000000", "#7F7F7F", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
 COSTS = {"macs_share": "MACs of the UNet", "critical_share": "MACs on the critical path"}
-COLUMNS = {"MACs": ("macs_share", "{:.0%}"), "critical path": ("critical_share", "{:.0%}"),
-           "latents' MSE": ("mse_latents", "{:.5f}"), "PSNR": ("psnr", "{:.1f}"), "SSIM": ("ssim", "{:.3f}"),
-           "feature distance": ("feature_distance", "{:.1f}"), "Fréchet distance": ("fid_real", "{:.1f}"),
-           "R@5": ("R@5", "{:.2f}")}
-Values = dict[str, Any]     # of a row: what it is, what it costs, how good it is
+COLUMNS = {
+    "MACs": ("macs_share", "{:.0%}"),
+    "critical path": ("critical_share", "{:.0%}"),
+    "latents' MSE": ("mse_latents", "{:.5f}"),
+    "PSNR": ("psnr", "{:.1f}"),
+    "SSIM": ("ssim", "{:.3f}"),
+    "feature distance": ("feature_distance", "{:.1f}"),
+    "Fréchet distance": ("fid_real", "{:.1f}"),
+    "R@5": ("R@5", "{:.2f}"),
+}
+Values = dict[str, Any]  # of a row: what it is, what it costs, how good it is
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to make pictures; see evaluation/pareto.yaml.
+    """One way to make pictures; see evaluation/plots/pareto.yaml.
 
     label: beside the row's mark, with fields of the row in braces.
 
@@ -111,9 +120,11 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
         axes.set_ylabel("latents' mean squared error\nto the plain run")
     panels[0].xaxis.set_tick_params(labelbottom=True)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    notes = (f"Error against what a run costs; mean over the pictures. The plain run is that of the same sampler with "
-             f"{args.steps} steps. Lines join the rows of a family that no cheaper one of it equals."
-             f"{' Pictures of captions of the dataset.' if args.data else ''}{remark}")
+    notes = (
+        f"Error against what a run costs; mean over the pictures. The plain run is that of the same sampler with "
+        f"{args.steps} steps. Lines join the rows of a family that no cheaper one of it equals."
+        f"{' Pictures of captions of the dataset.' if args.data else ''}{remark}"
+    )
     return Drawing(figure, notes, {"rows": kept | rows}, table="\n".join(table(rows)), of=bench.settings)
 
 
@@ -123,7 +134,7 @@ def read_rows(path: str, steps: int) -> list[Row]:
     Raises:
         ValueError: it can't be read, or holds something else.
     """
-    with reading("file of rows as in evaluation/pareto.yaml", Path(path)) as content:
+    with reading("file of rows as in evaluation/plots/pareto.yaml", Path(path)) as content:
         known("it", content, {"rows"}, set())
         check("", content, {"rows": TABLE["rows"]})
         rows = [row for k, entry in enumerate(content["rows"], 1) for row in rows_of(f"row {k}", entry, steps)]
@@ -138,8 +149,9 @@ def rows_of(place: str, entry: Any, steps: int) -> list[Row]:
     lists = {name: entry[name] if isinstance(entry[name], list) else [entry[name]] for name in LISTS if name in entry}
     if empty := [name for name, values in lists.items() if not values]:
         raise ValueError(f"{place}: {empty[0]} is an empty list; expected a value or more")
-    return [Row(**{"steps": steps} | entry | dict(zip(lists, values, strict=True)))
-            for values in product(*lists.values())]
+    return [
+        Row(**{"steps": steps} | entry | dict(zip(lists, values, strict=True))) for values in product(*lists.values())
+    ]
 
 
 def plans_of(scene: Scene, rows: Sequence[Row]) -> tuple[dict[Row, AnyPlan], str]:
@@ -154,6 +166,7 @@ def plans_of(scene: Scene, rows: Sequence[Row]) -> tuple[dict[Row, AnyPlan], str
 
 
 # Measuring
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -192,9 +205,14 @@ class Bench:
         scene, items = self.scene, digest([item.settings() for item in self.items])
         with blame("--data"):
             data = self.data and file_sha256(*(Path(self.data) / name for name in ("pictures.npy", "captions.json")))
-        return {"config": fingerprint(scene.setup.config_path)[:16], "averaged": scene.averaged,
-                "precision": "autocast" if scene.autocast else "full", "steps": self.steps,
-                "data": data and data[:16], "items": items}
+        return {
+            "config": fingerprint(scene.setup.config_path)[:16],
+            "averaged": scene.averaged,
+            "precision": "autocast" if scene.autocast else "full",
+            "steps": self.steps,
+            "data": data and data[:16],
+            "items": items,
+        }
 
     @cached_property
     def items(self) -> list[Item]:
@@ -205,7 +223,7 @@ class Bench:
     def made(self, row: Row, plan: AnyPlan) -> tuple[Tensor, Tensor, Spent]:
         """Latents, pictures (N, 3, H, W) in [-1, 1] as they are saved, and the cost of one picture."""
         engine = self.scene.engine(row.sampler, row.steps, plan, row.noise_weight, row.guidance_reuse)
-        parts = [engine.sampled(self.items[k:k + BATCH]) for k in range(0, len(self.items), BATCH)]
+        parts = [engine.sampled(self.items[k : k + BATCH]) for k in range(0, len(self.items), BATCH)]
         x = torch.cat([latents for latents, _ in parts])
         pictures = torch.stack([from_pil(image) for image in to_pil(self.scene.decode(engine, x))])
         return x, pictures, Spent.mean([spent for (latents, spent) in parts for _ in latents])
@@ -217,22 +235,31 @@ class Bench:
         """All values of one row; `plain` is what its sampler's plain run made."""
         x, pictures, spent = self.made(row, plan)
         ratio = psnr(pictures, plain[1]).numpy()
-        return asdict(row) | {
-            "resolved": plan.settings(),
-            "macs": spent.macs, "critical": spent.critical, "macs_share": spent.macs / plain[2].macs,
-            "critical_share": spent.critical / plain[2].critical,
-            "mse_latents": float((x - plain[0]).square().mean()),
-            "psnr": float(np.mean(ratio)) if np.isfinite(ratio).all() else None,
-            "ssim": float(self.ssim(pictures, plain[1]).mean())} | (
-                self.against_real(row, pictures, plain[1]) if self.data else {})
+        return (
+            asdict(row)
+            | {
+                "resolved": plan.settings(),
+                "macs": spent.macs,
+                "critical": spent.critical,
+                "macs_share": spent.macs / plain[2].macs,
+                "critical_share": spent.critical / plain[2].critical,
+                "mse_latents": float((x - plain[0]).square().mean()),
+                "psnr": float(np.mean(ratio)) if np.isfinite(ratio).all() else None,
+                "ssim": float(self.ssim(pictures, plain[1]).mean()),
+            }
+            | (self.against_real(row, pictures, plain[1]) if self.data else {})
+        )
 
     def against_real(self, row: Row, pictures: Tensor, plain: Tensor) -> Values:
         """What the dataset's pictures and features say of pictures (N, 3, H, W) in [-1, 1]."""
         ours, plains = (features_of(some, self.real.extract, BATCH, str(row)) for some in (pictures, plain))
         fid = frechet(*(Moments.of(f.double().numpy()).gaussian() for f in (ours, self.real.raw)))
         verdict = self.real.judge(to_pil(pictures), self.asked.entries, str(row))
-        return {"feature_distance": float((ours - plains).norm(dim=1).mean()), "fid_real": fid,
-                "R@5": float(np.mean(verdict.hits[5]))}
+        return {
+            "feature_distance": float((ours - plains).norm(dim=1).mean()),
+            "fid_real": fid,
+            "R@5": float(np.mean(verdict.hits[5])),
+        }
 
 
 def results(bench: Bench, plans: Mapping[Row, AnyPlan], save: Path) -> dict[str, Values]:
@@ -284,6 +311,7 @@ def kept_rows(save: Path, head: Mapping[str, Any]) -> dict[str, Values]:
 
 # Showing
 
+
 def table(rows: Mapping[str, Values]) -> Iterator[str]:
     """Markdown, with a column for each measure that there is."""
     columns = {name: how for name, how in COLUMNS.items() if any(how[0] in values for values in rows.values())}
@@ -298,14 +326,32 @@ def plot(axes: Axes, rows: Sequence[Values], cost: str) -> None:
     """Error against one of COSTS: a mark for each row that has an error, a line along each family's front."""
     families = dict.fromkeys(values["family"] for values in rows)
     for family, colour, marker in zip(families, cycle(COLOURS), cycle(MARKERS), strict=False):
-        points = [(100 * values[cost], values["mse_latents"], values["label"].format(**values)) for values in rows
-                  if values["family"] == family and values["mse_latents"] > 0]     # the axis has no place for 0
-        axes.plot([x for x, *_ in points], [y for _, y, _ in points], marker, color=colour, label=family,
-                  markersize=4.5, zorder=4)      # above the labels
+        points = [
+            (100 * values[cost], values["mse_latents"], values["label"].format(**values))
+            for values in rows
+            if values["family"] == family and values["mse_latents"] > 0
+        ]  # the axis has no place for 0
+        axes.plot(
+            [x for x, *_ in points],
+            [y for _, y, _ in points],
+            marker,
+            color=colour,
+            label=family,
+            markersize=4.5,
+            zorder=4,
+        )  # above the labels
         axes.plot(*zip(*front([point[:2] for point in points]), strict=True), color=colour, linewidth=0.8)
         for x, y, label in points:
-            axes.annotate(label, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=6.5,
-                          color=colour, bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.3})
+            axes.annotate(
+                label,
+                (x, y),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6.5,
+                color=colour,
+                bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.3},
+            )
     axes.set_yscale("log")
     axes.set_xlim(0, 105 * max([1.0, *(values[cost] for values in rows)]))
 

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from evaluation.plots.drawing import CELL, COLOURS, Drawing, canvas, picture_rows
 from evaluation.plots.scene import Scene
-from ldm.arguments import NOISE_WEIGHT
+from ldm.cli.arguments import NOISE_WEIGHT
 
-CUT = 0.125     # cycles per pixel between low and high frequencies; 0.5 is the finest that a picture can hold
-METHODS = {"plain": ("off", 0.0), "encoder propagation": ("faster-diffusion", 0.0),
-           "encoder propagation, prior noise": ("faster-diffusion", NOISE_WEIGHT)}
+CUT = 0.125  # cycles per pixel between low and high frequencies; 0.5 is the finest that a picture can hold
+METHODS = {
+    "plain": ("off", 0.0),
+    "encoder propagation": ("faster-diffusion", 0.0),
+    "encoder propagation, prior noise": ("faster-diffusion", NOISE_WEIGHT),
+}
 CONTRAST = 2.0  # of the high frequencies, which are faint
 
 
@@ -30,8 +33,9 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     picture_rows(upper, rows, columns, [*made])
     absolute, ratio = lower.subplots(1, 2)
     spectra = {name: spectrum(pictures) for name, pictures in made.items()}
-    for (name, (frequencies, amplitudes)), colour, line in zip(spectra.items(), COLOURS, ("-", "--", "-."),
-                                                               strict=False):
+    for (name, (frequencies, amplitudes)), colour, line in zip(
+        spectra.items(), COLOURS, ("-", "--", "-."), strict=False
+    ):
         absolute.plot(frequencies, amplitudes, line, color=colour, label=name)
         ratio.plot(frequencies, 20 * torch.log10(amplitudes / spectra["plain"][1]), line, color=colour)
     absolute.set_yscale("log")
@@ -41,11 +45,14 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     for axes in (absolute, ratio):
         axes.set_xlabel("frequency (cycles per pixel)")
         axes.axvline(CUT, color="#999999", linewidth=0.8, linestyle=":")
-    return Drawing(figure, f"{args.steps} DDIM steps, the paper's key steps, prior noise {NOISE_WEIGHT:g} in every "
-                           "step below t = 500. Low and high frequencies are those below and above "
-                           f"{CUT:g} cycles per pixel (dotted); the high ones at {CONTRAST:g} times their contrast. "
-                           "Spectra: amplitude of the grey pictures, mean over directions and pictures.",
-                   {"frequencies": spectra["plain"][0], "amplitudes": {name: s[1] for name, s in spectra.items()}})
+    return Drawing(
+        figure,
+        f"{args.steps} DDIM steps, the paper's key steps, prior noise {NOISE_WEIGHT:g} in every "
+        "step below t = 500. Low and high frequencies are those below and above "
+        f"{CUT:g} cycles per pixel (dotted); the high ones at {CONTRAST:g} times their contrast. "
+        "Spectra: amplitude of the grey pictures, mean over directions and pictures.",
+        {"frequencies": spectra["plain"][0], "amplitudes": {name: s[1] for name, s in spectra.items()}},
+    )
 
 
 def radii(height: int, width: int) -> Tensor:
@@ -66,9 +73,9 @@ def spectrum(pictures: Tensor) -> tuple[Tensor, Tensor]:
     """
     grey = pictures.double().mean(1)
     height, width = grey.shape[-2:]
-    amplitude = torch.fft.fft2(grey).abs().mean(0) / (height * width)               # (H, W)
+    amplitude = torch.fft.fft2(grey).abs().mean(0) / (height * width)  # (H, W)
     side = min(height, width)
     ring = (radii(height, width).double() * side).round().long().flatten()
     totals = torch.zeros(int(ring.max()) + 1, dtype=torch.float64).index_add(0, ring, amplitude.flatten())
-    rings = slice(1, side // 2 + 1)         # the mean is no wave; beyond there are corners only
+    rings = slice(1, side // 2 + 1)  # the mean is no wave; beyond there are corners only
     return torch.arange(side)[rings] / side, (totals / torch.bincount(ring))[rings]

@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.arguments import EMOJI64
-from ldm.cli import BadInput, blame
-from ldm.generate import Item, subject_items
+from ldm.cli.arguments import EMOJI64
+from ldm.cli.inputs import prompts_in
+from ldm.cli.settings import CPU_POSITIONS, run_facts, uses_autocast
+from ldm.cli.setup import Setup, make_setup
+from ldm.io.errors import BadInput, blame
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.plan import AnyPlan
-from ldm.models.diffusion.plans import RunFacts, load_plan
+from ldm.models.diffusion.propagation.load import RunFacts, load_plan
+from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.sampling.conditions import Classes, Condition, Text
 from ldm.sampling.engine import Engine, Recipe, Task, num_nodes, usual_scale
-from ldm.script import CPU_POSITIONS, Setup, make_setup, prompts_in, run_facts, uses_autocast
+from ldm.sampling.generate import Item, subject_items
 
-BATCH = 8       # pictures at a time
+BATCH = 8  # pictures at a time
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Scene:
     @staticmethod
     def of(args: argparse.Namespace) -> Scene:
         setup = make_setup(args, EMOJI64)
-        return Scene(setup, args.weights, uses_autocast(args, setup.device), args.prompts, args.count, args.seed,
-                     args.scale)
+        return Scene(
+            setup, args.weights, uses_autocast(args, setup.device), args.prompts, args.count, args.seed, args.scale
+        )
 
     @cached_property
     def model(self) -> LatentDiffusion:
@@ -80,7 +83,7 @@ class Scene:
         prompts = prompts_in(self.prompts, "--prompts")
         if len(prompts) < self.count:
             raise BadInput(f"--count: {self.prompts} has {len(prompts)} prompts; got {self.count}")
-        return subject_items([{"prompt": prompt} for prompt in prompts[:self.count]], 1, self.seed, by_position=True)
+        return subject_items([{"prompt": prompt} for prompt in prompts[: self.count]], 1, self.seed, by_position=True)
 
     @cached_property
     def task(self) -> Task:
@@ -118,8 +121,14 @@ class Scene:
                 raise
             return None
 
-    def engine(self, sampler: str, steps: int, plan: str | AnyPlan = "off", noise_weight: float = 0.0,
-               guidance_reuse: bool = False) -> Engine:
+    def engine(
+        self,
+        sampler: str,
+        steps: int,
+        plan: str | AnyPlan = "off",
+        noise_weight: float = 0.0,
+        guidance_reuse: bool = False,
+    ) -> Engine:
         """Ready to run the items.
 
         Raises:
@@ -133,13 +142,14 @@ class Scene:
 
     def _recipe(self, sampler: str, steps: int, noise_weight: float = 0.0, guidance_reuse: bool = False) -> Recipe:
         side = self.setup.sizes.default
-        return Recipe(side, side, sampler, steps, scale=self.guidance, guidance_reuse=guidance_reuse,
-                      noise_weight=noise_weight)
+        return Recipe(
+            side, side, sampler, steps, scale=self.guidance, guidance_reuse=guidance_reuse, noise_weight=noise_weight
+        )
 
     def latents(self, engine: Engine) -> Tensor:
         """Of all items, (N, C, h, w)."""
         with blame("--ckpt"):
-            return torch.cat([engine.latents(self.items[k:k + BATCH]) for k in range(0, self.count, BATCH)])
+            return torch.cat([engine.latents(self.items[k : k + BATCH]) for k in range(0, self.count, BATCH)])
 
     def decode(self, engine: Engine, latents: Tensor) -> Tensor:
         """Latents to pictures in -1..1, (N, 3, H, W), on the CPU."""
@@ -165,8 +175,7 @@ def in_words(settings: Mapping[str, Any]) -> str:
     if "pictures" not in settings:
         return f"{text}."
     number = settings["pictures"]
-    return (f"{text}; {number} picture{'s' * (number != 1)}, seed {settings['seed']}, "
-            f"guidance {settings['guidance']:g}.")
+    return f"{text}; {number} picture{'s' * (number != 1)}, seed {settings['seed']}, guidance {settings['guidance']:g}."
 
 
 def uncalibrated(specs: Iterable[str]) -> str:

@@ -11,14 +11,16 @@ import torch
 
 from evaluation.plots.drawing import COLOURS, Drawing, canvas
 from evaluation.plots.scene import Scene
-from ldm.arguments import NOISE_WEIGHT
+from ldm.cli.arguments import NOISE_WEIGHT
 from ldm.sampling.engine import Engine
 
 
 def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     load = os.getloadavg()[0]
-    found = {f"{sampler}, {steps}": measure(methods(scene, sampler, steps), scene, args.repeats)
-             for sampler, steps in args.samplers}
+    found = {
+        f"{sampler}, {steps}": measure(methods(scene, sampler, steps), scene, args.repeats)
+        for sampler, steps in args.samplers
+    }
     figure = canvas(2.8 + 1.5 * len(found), 3.4)
     axes = figure.subplots()
     names = list(next(iter(found.values())))
@@ -26,25 +28,37 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
         runs = [found[sampler][name] for sampler in found]
         middle = np.array([np.median(seconds) for seconds in runs])
         spread = [middle - [min(seconds) for seconds in runs], [max(seconds) for seconds in runs] - middle]
-        bars = axes.bar(np.arange(len(runs)) + 0.27 * (k - 1), middle, 0.25, yerr=spread, color=colour, label=name,
-                        error_kw={"linewidth": 0.8})
+        bars = axes.bar(
+            np.arange(len(runs)) + 0.27 * (k - 1),
+            middle,
+            0.25,
+            yerr=spread,
+            color=colour,
+            label=name,
+            error_kw={"linewidth": 0.8},
+        )
         axes.bar_label(bars, fmt="%.2f", fontsize=6.5, padding=2)
     axes.set_xticks(range(len(found)), [f"{name} steps" for name in found])
     axes.grid(False, axis="x")
     axes.set_ylabel("seconds per picture, with the first stage")
     figure.legend(loc="outside upper center", ncols=len(names))
-    return Drawing(figure, f"Median of {args.repeats} runs of {scene.count} pictures in one batch, the three methods "
-                           "in turn, after a run of each that is not timed; lines: fastest and slowest. Device "
-                           f"{scene.setup.device.type}, threads: {torch.get_num_threads()}; load of the machine "
-                           f"before: {load:.1f} on {os.cpu_count()} cores (what else runs makes timings worthless).",
-                   {"seconds": found, "load": load})
+    return Drawing(
+        figure,
+        f"Median of {args.repeats} runs of {scene.count} pictures in one batch, the three methods "
+        "in turn, after a run of each that is not timed; lines: fastest and slowest. Device "
+        f"{scene.setup.device.type}, threads: {torch.get_num_threads()}; load of the machine "
+        f"before: {load:.1f} on {os.cpu_count()} cores (what else runs makes timings worthless).",
+        {"seconds": found, "load": load},
+    )
 
 
 def methods(scene: Scene, sampler: str, steps: int) -> dict[str, Engine]:
     fast = scene.plan("faster-diffusion", sampler, steps)
-    return {"plain": scene.engine(sampler, steps),
-            "serial": scene.engine(sampler, steps, replace(fast, parallel=1), NOISE_WEIGHT),
-            "parallel": scene.engine(sampler, steps, fast, NOISE_WEIGHT)}
+    return {
+        "plain": scene.engine(sampler, steps),
+        "serial": scene.engine(sampler, steps, replace(fast, parallel=1), NOISE_WEIGHT),
+        "parallel": scene.engine(sampler, steps, fast, NOISE_WEIGHT),
+    }
 
 
 def measure(engines: dict[str, Engine], scene: Scene, repeats: int) -> dict[str, list[float]]:

@@ -10,24 +10,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.checkpoint.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, to_ldm
 from ldm.checkpoint.pickled import read_pickle, state_dict_in
-from ldm.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, to_ldm
-from ldm.files import atomic_write, file_sha256, read_json
-from ldm.messages import one_line, some
-from ldm.weight_file import CheckpointError, weight_format
+from ldm.checkpoint.weight_file import CheckpointError, weight_format
+from ldm.io.errors import one_line, some
+from ldm.io.files import atomic_write, file_sha256, read_json
 
-GROUP = 2 ** 28     # bytes of a safetensors file that are mapped, and let go of, together
-PART_FILES = {part: [f"{stem}{variant}{suffix}" for suffix, stem in stems.items() for variant in ("", ".fp16")]
-              for part, stems in {
-                  **dict.fromkeys(("unet", "vae"), dict.fromkeys((".safetensors", ".bin"), "diffusion_pytorch_model")),
-                  "text_encoder": {".safetensors": "model", ".bin": "pytorch_model"}}.items()}
+GROUP = 2**28  # bytes of a safetensors file that are mapped, and let go of, together
+PART_FILES = {
+    part: [f"{stem}{variant}{suffix}" for suffix, stem in stems.items() for variant in ("", ".fp16")]
+    for part, stems in {
+        **dict.fromkeys(("unet", "vae"), dict.fromkeys((".safetensors", ".bin"), "diffusion_pytorch_model")),
+        "text_encoder": {".safetensors": "model", ".bin": "pytorch_model"},
+    }.items()
+}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a .safetensors file, or of a .ckpt / .pt / .pth one, see `state_dict_in`.
 
     A folder of the diffusers library (Stable Diffusion 1 or 2) is read as the CompVis checkpoint that it stands for,
-    see `ldm.conversion`.
+    see `ldm.checkpoint.conversion`.
 
     The format is told from the content, not from the name. Tensors are mapped from the file where the
     format allows it. Nothing in the file can run code.
@@ -96,8 +99,10 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
         openclip = {kind: which for which, kind in TEXT_ACTIVATIONS.items()}[activation]
     except (OSError, ValueError, KeyError, TypeError) as error:
         kinds = " or ".join(TEXT_ACTIVATIONS.values())
-        raise CheckpointError(f"{settings}: expected JSON with hidden_act {kinds}, which tells CLIP from OpenCLIP; "
-                              f"got {type(error).__name__} {one_line(error)}") from error
+        raise CheckpointError(
+            f"{settings}: expected JSON with hidden_act {kinds}, which tells CLIP from OpenCLIP; "
+            f"got {type(error).__name__} {one_line(error)}"
+        ) from error
     try:
         return to_ldm({part: read_checkpoint(file) for part, file in files.items()}, openclip)
     except ConversionError as error:
@@ -114,8 +119,10 @@ def part_files(path: Path) -> dict[str, Path]:
     for part, names in PART_FILES.items():
         found = [file for file in (path / part / name for name in names) if file.is_file()]
         if not found:
-            raise CheckpointError(f"{path}: a folder without {part}/{names[0]} (or {', '.join(names[1:])}); a "
-                                  f"diffusers folder needs {'/, '.join(PARTS)}/, anything else is a file")
+            raise CheckpointError(
+                f"{path}: a folder without {part}/{names[0]} (or {', '.join(names[1:])}); a "
+                f"diffusers folder needs {'/, '.join(PARTS)}/, anything else is a file"
+            )
         files[part] = found[0]
     return files
 
@@ -134,7 +141,7 @@ def _map_safetensors(path: Path) -> dict[str, Tensor]:
                 file, room = safe_open(path, framework="pt"), GROUP
             state[key] = file.get_tensor(key)
             room -= state[key].nbytes
-    except (SafetensorError, TypeError, AttributeError) as error:       # the last two: a dtype that PyTorch lacks
+    except (SafetensorError, TypeError, AttributeError) as error:  # the last two: a dtype that PyTorch lacks
         raise CheckpointError(f"{path}: truncated or damaged safetensors file: {one_line(error)}") from error
     if not state:
         raise CheckpointError(f"{path}: a safetensors file without tensors")
@@ -143,8 +150,8 @@ def _map_safetensors(path: Path) -> dict[str, Tensor]:
 
 # Writing and naming
 
-def save_weights(path: str | Path, state: Mapping[str, Tensor],
-                 metadata: Mapping[str, str] | None = None) -> None:
+
+def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a state dict as .safetensors; the file appears whole or not at all.
 
     Args:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.file import read_checkpoint
-from ldm.messages import some
+from ldm.checkpoint.weight_file import CheckpointError
+from ldm.io.errors import some
 from ldm.modules.ema import ema_name
-from ldm.weight_file import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +26,15 @@ WEIGHTS = ("auto", "ema", "raw")
 EMA_BOOKKEEPING = ("model_ema.decay", "model_ema.num_updates")
 SCHEDULE = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod"
-    r"|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights")
+    r"|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights"
+)
 OPTIONAL = re.compile(
-    SCHEDULE.pattern +
-    r"|logvar"
+    SCHEDULE.pattern + r"|logvar"
     r"|model_ema\..+"
     r"|(.+\.)?(position_ids|logit_scale|text_projection)"
-    r"|(first_stage_model\.)?loss\..+")
-ALIGNMENT = 64      # bytes, of the memory that PyTorch allocates
+    r"|(first_stage_model\.)?loss\..+"
+)
+ALIGNMENT = 64  # bytes, of the memory that PyTorch allocates
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,14 @@ class Report:
     absent: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (f"{self.path}: {self.weights} weights; {len(self.ignored)} optional keys ignored"
-                f"{some(self.ignored)}; {len(self.absent)} optional keys absent{some(self.absent)}")
+        return (
+            f"{self.path}: {self.weights} weights; {len(self.ignored)} optional keys ignored"
+            f"{some(self.ignored)}; {len(self.absent)} optional keys absent{some(self.absent)}"
+        )
 
 
 # Choosing the weights
+
 
 def average_of(key: str) -> str:
     """'model.diffusion_model.out.0.bias' -> 'model_ema.diffusion_modelout0bias', as published."""
@@ -82,8 +86,9 @@ def choose_weights(path: str | Path, state: dict[str, Tensor], weights: str) -> 
     averages = {k: v for k, v in state.items() if k.startswith("model_ema.") and k not in EMA_BOOKKEEPING}
     chosen = {k: v for k, v in state.items() if not k.startswith("model_ema.")}
     if weights == "ema" and not averages:
-        raise CheckpointError(f"{path}: weights 'ema' asked for, but the file has no model_ema.* keys; "
-                              f"use 'raw' or 'auto'")
+        raise CheckpointError(
+            f"{path}: weights 'ema' asked for, but the file has no model_ema.* keys; use 'raw' or 'auto'"
+        )
     if averages and not any(key.startswith("model.") for key in chosen):
         return _averages_alone(path, chosen | averages, weights)
     if weights == "raw" or not averages:
@@ -104,12 +109,15 @@ def refuse_averages(left: Collection[str], path: str | Path) -> None:
 def _averages_alone(path: str | Path, state: dict[str, Tensor], weights: str) -> tuple[dict[str, Tensor], str]:
     """A file of averages without the weights that they are of, as trainers write for sampling; `fill` names them."""
     if weights == "raw":
-        raise CheckpointError(f"{path}: weights 'raw' asked for, but the file has only averages (model_ema.*) of the "
-                              f"network, no model.* weights; use 'ema' or 'auto'")
+        raise CheckpointError(
+            f"{path}: weights 'raw' asked for, but the file has only averages (model_ema.*) of the "
+            f"network, no model.* weights; use 'ema' or 'auto'"
+        )
     return state, "ema"
 
 
 # Filling a module
+
 
 def load_weights(module: nn.Module, path: str | Path, weights: str = "auto") -> Report:
     """Fill `module` from a checkpoint file; values are cast to the module's dtypes.
@@ -139,11 +147,11 @@ def fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str, ass
     for key in [key for key in state if key in expected and _rounded(key, state[key], expected[key])]:
         del state[key]
         ignored.add(key)
-    for key in list(state):     # one after the other, so that the file is let go of on the way
+    for key in list(state):  # one after the other, so that the file is let go of on the way
         value = state.pop(key)
         if key in expected:
             state[key] = _aligned(value.to(expected[key].dtype))
-    if assign:                  # what the file leaves out and the model never reads still needs a place
+    if assign:  # what the file leaves out and the model never reads still needs a place
         state |= {key: torch.zeros_like(expected[key], device="cpu") for key in absent if expected[key].is_meta}
     module.load_state_dict(state, strict=False, assign=assign)
     return Report(path, used, tuple(sorted(ignored)), tuple(sorted(absent)))
@@ -167,16 +175,27 @@ def _unmatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path
     unexpected = {key for key in state if key not in expected and not _copied(key, state)}
     copies = {key for key in state if key not in expected} - unexpected
     absent, ignored = ({key for key in keys if OPTIONAL.fullmatch(key)} for keys in (missing, unexpected))
-    shapes = {f"{key} {tuple(value.shape)}, config {tuple(expected[key].shape)}"
-              for key, value in state.items() if key in expected and value.shape != expected[key].shape}
-    dtypes = {f"{key} {value.dtype}, config {expected[key].dtype}" for key, value in state.items()
-              if key in expected and expected[key].is_floating_point() and not value.is_floating_point()}
-    faults = {"missing": missing - absent, "unexpected": unexpected - ignored, "of another shape": shapes,
-              "that are no real numbers": dtypes}
+    shapes = {
+        f"{key} {tuple(value.shape)}, config {tuple(expected[key].shape)}"
+        for key, value in state.items()
+        if key in expected and value.shape != expected[key].shape
+    }
+    dtypes = {
+        f"{key} {value.dtype}, config {expected[key].dtype}"
+        for key, value in state.items()
+        if key in expected and expected[key].is_floating_point() and not value.is_floating_point()
+    }
+    faults = {
+        "missing": missing - absent,
+        "unexpected": unexpected - ignored,
+        "of another shape": shapes,
+        "that are no real numbers": dtypes,
+    }
     if any(faults.values()):
         problems = [f"{len(names)} {what}{some(names)}" for what, names in faults.items() if names]
-        raise CheckpointError(f"{path}: keys do not match the config (is it the config of another model?): "
-                              f"{'; '.join(problems)}")
+        raise CheckpointError(
+            f"{path}: keys do not match the config (is it the config of another model?): {'; '.join(problems)}"
+        )
     return ignored | copies, absent
 
 
@@ -194,11 +213,9 @@ def _twin(key: str) -> str:
 
 def _shared(key: str, expected: Mapping[str, Tensor]) -> bool:
     """A module whose conditioner is its first stage lists the same tensors twice."""
-    return (key.startswith("cond_stage_model.") and _twin(key) in expected
-            and expected[key] is expected[_twin(key)])
+    return key.startswith("cond_stage_model.") and _twin(key) in expected and expected[key] is expected[_twin(key)]
 
 
 def _copied(key: str, state: Mapping[str, Tensor]) -> bool:
     """A file of such a model may hold the first stage's weights twice."""
-    return (key.startswith("cond_stage_model.") and _twin(key) in state
-            and torch.equal(state[key], state[_twin(key)]))
+    return key.startswith("cond_stage_model.") and _twin(key) in state and torch.equal(state[key], state[_twin(key)])

@@ -13,14 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.file import read_checkpoint
 from ldm.checkpoint.fill import choose_weights, fill
-from ldm.files import FileError, read_config
-from ldm.kinds import MAPPING, NUMBER, check, whole
+from ldm.io.files import FileError, read_config
+from ldm.io.kinds import MAPPING, NUMBER, check, whole
 from ldm.util import ConfigError, check_config, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
 
-MOST_TENSORS = 10_000       # of a model; the largest of this family has some 3,000
+MOST_TENSORS = 10_000  # of a model; the largest of this family has some 3,000
 MOST_TIMESTEPS = 100_000
 
 
@@ -34,8 +34,10 @@ class Bounded(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.tensors += func is torch.empty
         if self.tensors > MOST_TENSORS:
-            raise ConfigError(f"the config describes a model of more than {MOST_TENSORS} tensors; see its numbers of "
-                              f"blocks and layers")
+            raise ConfigError(
+                f"the config describes a model of more than {MOST_TENSORS} tensors; see its numbers of "
+                f"blocks and layers"
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -123,8 +125,9 @@ def unmade_model(config_path: str | Path) -> nn.Module:
         return instantiate_from_config(config)
 
 
-def load_model(config_path: str | Path, ckpt_path: str | Path, device: str | torch.device = "cpu",
-               weights: str = "auto") -> nn.Module:
+def load_model(
+    config_path: str | Path, ckpt_path: str | Path, device: str | torch.device = "cpu", weights: str = "auto"
+) -> nn.Module:
     """The model of a config (a `LatentDiffusion`), filled from a checkpoint, ready to sample from.
 
     It is in evaluation mode, without gradients and without a moving average of its own. Its weights may be the
@@ -134,7 +137,7 @@ def load_model(config_path: str | Path, ckpt_path: str | Path, device: str | tor
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: see `unmade_model` and `load_weights`.
     """
-    load_config(config_path)        # what is quick to check comes first
+    load_config(config_path)  # what is quick to check comes first
     state, used = choose_weights(ckpt_path, read_checkpoint(ckpt_path), weights)
     model = unmade_model(config_path)
     log.info("%s", fill(model, state, Path(ckpt_path), used, assign=True))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.messages import some
-from ldm.weight_file import CheckpointError
+from ldm.checkpoint.weight_file import CheckpointError
+from ldm.io.errors import some
 
 WRAPPERS = ("state_dict", "model", "ema", "model_ema", "ema_state_dict", "model_state_dict", "module")
 PLAIN_DTYPE = re.compile(r"[?bBhHiIlLqQefdgFDGSUmM]|[biufcSUmM]\d+")
@@ -53,10 +53,16 @@ class _NumpyDtype(_Inert):
 
 # Old checkpoints (Lightning 1.x) hold numpy numbers beside the weights: a best score, a learning rate. They are dropped
 # with all that is no tensor, so each name becomes a stand-in, and numpy's own functions never see what a file says.
-INERT = [(_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"), (_NumpyDtype, "numpy.dtype"),
-         (_NumpyArrayType, "numpy.ndarray"),
-         *((stand_in, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")
-           for name, stand_in in (("scalar", _NumpyScalar), ("_reconstruct", _NumpyArray)))]
+INERT = [
+    (_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (_NumpyDtype, "numpy.dtype"),
+    (_NumpyArrayType, "numpy.ndarray"),
+    *(
+        (stand_in, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, stand_in in (("scalar", _NumpyScalar), ("_reconstruct", _NumpyArray))
+    ),
+]
 
 
 def read_pickle(path: Path, zipped: bool) -> Any:
@@ -74,11 +80,13 @@ def read_pickle(path: Path, zipped: bool) -> Any:
                 raise CheckpointError(
                     f"{path}: refused, because the pickle asks for code{some(wanted)}; ask its author for a "
                     f".safetensors file, or convert it in a sandbox: torch.load(weights_only=False), then "
-                    f"ldm.checkpoint.save_weights of its state_dict") from error
+                    f"ldm.checkpoint.save_weights of its state_dict"
+                ) from error
             if found := re.search("a numpy array of dtype .*", str(error)):
                 raise CheckpointError(f"{path}: refused, because the pickle holds {found[0]}") from error
-            raise CheckpointError(f"{path}: truncated, damaged or not a PyTorch checkpoint: "
-                                  f"{type(error).__name__}") from error
+            raise CheckpointError(
+                f"{path}: truncated, damaged or not a PyTorch checkpoint: {type(error).__name__}"
+            ) from error
 
 
 def _unsafe_globals(path: Path, zipped: bool, refusal: str) -> list[str]:
@@ -104,20 +112,29 @@ def state_dict_in(path: Path, content: Any) -> dict[str, Tensor]:
         return dict(found.get("state_dict") or next(iter(found.values())))
     if found:
         which = ", ".join(f"{name!r} ({len(state)} tensors)" for name, state in found.items())
-        raise CheckpointError(f"{path}: holds several state dicts: {which}; save the one that you want by itself, "
-                              f"with ldm.checkpoint.save_weights")
+        raise CheckpointError(
+            f"{path}: holds several state dicts: {which}; save the one that you want by itself, "
+            f"with ldm.checkpoint.save_weights"
+        )
     inner = content.get("state_dict", content)
     if isinstance(inner, Mapping) and inner:
-        strangers = [f"{key}: {_kind(value)}" for key, value in inner.items()
-                     if not (isinstance(key, str) and isinstance(value, Tensor))]
+        strangers = [
+            f"{key}: {_kind(value)}"
+            for key, value in inner.items()
+            if not (isinstance(key, str) and isinstance(value, Tensor))
+        ]
         raise CheckpointError(f"{path}: expected {_expected()}; not tensors:{some(strangers)}")
-    raise CheckpointError(f"{path}: expected {_expected()}; got {_kind(inner)}"
-                          f"{' without entries' if inner == {} else ''}")
+    raise CheckpointError(
+        f"{path}: expected {_expected()}; got {_kind(inner)}{' without entries' if inner == {} else ''}"
+    )
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and len(value) > 0 and all(
-        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
+    )
 
 
 def _expected() -> str:

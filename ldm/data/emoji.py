@@ -1,4 +1,5 @@
 """Emoji pictures with captions, as scripts/prepare_emoji.py writes them."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.files import check_regular, read_json
+from ldm.io.files import check_regular, read_json
 
 MAKE = "make the dataset with: python scripts/prepare_emoji.py --out {}"
 TIERS = (1, 2, 3, 4)
@@ -89,9 +90,11 @@ def _read(root: Path) -> tuple[np.ndarray, dict]:
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"the dataset in {root} cannot be read ({error}); {MAKE.format(root)}") from None
     if pictures.ndim != 4 or pictures.shape[3] != 3 or pictures.dtype != np.uint8:
-        raise ValueError(f"{root}/pictures.npy holds {pictures.dtype} {pictures.shape}, "
-                         f"not uint8 (N, H, W, 3); {MAKE.format(root)}")
+        raise ValueError(
+            f"{root}/pictures.npy holds {pictures.dtype} {pictures.shape}, not uint8 (N, H, W, 3); {MAKE.format(root)}"
+        )
     if rows != list(range(len(pictures))):
-        raise ValueError(f"{root} holds {len(pictures)} pictures but captions.json describes {len(rows)}; "
-                         f"{MAKE.format(root)}")
+        raise ValueError(
+            f"{root} holds {len(pictures)} pictures but captions.json describes {len(rows)}; {MAKE.format(root)}"
+        )
     return pictures, coco

@@ -26,9 +26,15 @@ class AutoencoderKL(nn.Module):
         lossconfig, monitor, image_key, ckpt_path: for training only.
     """
 
-    def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int,
-                 lossconfig: Mapping[str, Any] | None = None, monitor: str | None = None,
-                 image_key: str = "image", ckpt_path: str | None = None):
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        embed_dim: int,
+        lossconfig: Mapping[str, Any] | None = None,
+        monitor: str | None = None,
+        image_key: str = "image",
+        ckpt_path: str | None = None,
+    ):
         super().__init__()
         if not ddconfig.get("double_z", True):
             raise ValueError("ddconfig.double_z must be true for AutoencoderKL (mean and log-variance)")
@@ -62,9 +68,16 @@ class VQModel(nn.Module):
         lossconfig, monitor, image_key, ckpt_path: for training only.
     """
 
-    def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int, n_embed: int,
-                 lossconfig: Mapping[str, Any] | None = None, monitor: str | None = None,
-                 image_key: str = "image", ckpt_path: str | None = None):
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        embed_dim: int,
+        n_embed: int,
+        lossconfig: Mapping[str, Any] | None = None,
+        monitor: str | None = None,
+        image_key: str = "image",
+        ckpt_path: str | None = None,
+    ):
         super().__init__()
         self.lossconfig, self.monitor, self.image_key, self.ckpt_path = lossconfig, monitor, image_key, ckpt_path
         self.embed_dim = embed_dim

@@ -1,4 +1,5 @@
 """Cross-attention and the spatial transformer of the UNet."""
+
 from __future__ import annotations
 
 import torch.nn.functional as F
@@ -43,8 +44,9 @@ class CrossAttention(nn.Module):
         dropout: of the output.
     """
 
-    def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64,
-                 dropout: float = 0.0) -> None:
+    def __init__(
+        self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         inner_dim = heads * dim_head
         self.heads = heads
@@ -67,12 +69,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """(B, N, query_dim), (B, L, context_dim) -> (B, N, query_dim)."""
-        q = self._split(self.to_q(x))                                           # (B, heads, N, dim_head)
+        q = self._split(self.to_q(x))  # (B, heads, N, dim_head)
         if isinstance(context, ProjectedContext):
-            k, v = context.of(self)                                             # (B, heads, L, dim_head)
+            k, v = context.of(self)  # (B, heads, L, dim_head)
         else:
             k, v = self.keys_values(x if context is None else context)
-        attended = F.scaled_dot_product_attention(q, k, v)                      # (B, heads, N, dim_head)
+        attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, dim_head)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
@@ -89,9 +91,16 @@ class BasicTransformerBlock(nn.Module):
         disable_self_attn: the first attention attends to the context as well.
     """
 
-    def __init__(self, dim: int, n_heads: int, d_head: int, dropout: float = 0.0,
-                 context_dim: int | None = None, checkpoint: bool = False,
-                 disable_self_attn: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        d_head: int,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        checkpoint: bool = False,
+        disable_self_attn: bool = False,
+    ) -> None:
         super().__init__()
         self.disable_self_attn = disable_self_attn
         self.checkpoint = checkpoint
@@ -102,8 +111,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, context: Context | None = None,
-                merging: Merging | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None, merging: Merging | None = None) -> Tensor:
         """(B, N, dim), (B, L, context_dim) -> (B, N, dim); self-attention is among merged tokens, if so told."""
         return checkpoint(self._forward, x, context, merging, enabled=self.checkpoint)
 
@@ -136,29 +144,38 @@ class SpatialTransformer(nn.Module):
         use_checkpoint: recompute the activations of each block in the backward pass.
     """
 
-    def __init__(self, in_channels: int, n_heads: int, d_head: int, depth: int = 1, dropout: float = 0.0,
-                 context_dim: int | None = None, disable_self_attn: bool = False, use_linear: bool = False,
-                 use_checkpoint: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        n_heads: int,
+        d_head: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
+        disable_self_attn: bool = False,
+        use_linear: bool = False,
+        use_checkpoint: bool = False,
+    ) -> None:
         super().__init__()
         inner_dim = n_heads * d_head
         self.use_linear = use_linear
         self.norm = normalization(in_channels, eps=1e-6)
-        self.proj_in = (
-            nn.Linear(in_channels, inner_dim) if use_linear else nn.Conv2d(in_channels, inner_dim, 1))
+        self.proj_in = nn.Linear(in_channels, inner_dim) if use_linear else nn.Conv2d(in_channels, inner_dim, 1)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner_dim, n_heads, d_head, dropout, context_dim, use_checkpoint,
-                                  disable_self_attn)
-            for _ in range(depth))
+            BasicTransformerBlock(inner_dim, n_heads, d_head, dropout, context_dim, use_checkpoint, disable_self_attn)
+            for _ in range(depth)
+        )
         self.proj_out = zero_module(
-            nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, 1))
+            nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, 1)
+        )
 
     def forward(self, x: Tensor, context: Context | None = None, tome: float = 0.0) -> Tensor:
         """(B, C, H, W), (B, L, context_dim) -> (B, C, H, W); tome: share of tokens to merge for self-attention."""
-        h = self.norm(x)                                                        # (B, C, H, W)
+        h = self.norm(x)  # (B, C, H, W)
         if self.use_linear:
-            h = self.proj_in(to_tokens(h))                                      # (B, H * W, inner)
+            h = self.proj_in(to_tokens(h))  # (B, H * W, inner)
         else:
-            h = to_tokens(self.proj_in(h))                                      # (B, H * W, inner)
+            h = to_tokens(self.proj_in(h))  # (B, H * W, inner)
         for block in self.transformer_blocks:
             h = block(h, context, Merging.of(h, x.shape[2:], tome) if tome else None)
         if self.use_linear:

@@ -45,4 +45,4 @@ class ProjectedContext:
         return (k, v) if self.copies == 1 else (k.repeat(self.copies, 1, 1, 1), v.repeat(self.copies, 1, 1, 1))
 
 
-Context = Tensor | ProjectedContext     # (B, L, context_dim), or made into keys and values
+Context = Tensor | ProjectedContext  # (B, L, context_dim), or made into keys and values

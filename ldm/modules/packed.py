@@ -3,6 +3,7 @@
 PyTorch's own layers keep the order of training and bring the weights into that of the kernel at every call. On the
 small feature maps of a UNet's inner levels that takes longer than the computation.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.cost import meta_unet
+from ldm.modules.diffusionmodules.meta import meta_unet
 
 
 class PackedLinear(nn.Module):
@@ -79,8 +80,9 @@ def pack(unet: nn.Module, size: Sequence[int], context_length: int | None = None
         pack_layers(unet, convolution_shapes(unet, size, context_length))
 
 
-def convolution_shapes(unet: nn.Module, size: Sequence[int],
-                       context_length: int | None = None) -> dict[str, Sequence[int]]:
+def convolution_shapes(
+    unet: nn.Module, size: Sequence[int], context_length: int | None = None
+) -> dict[str, Sequence[int]]:
     """The shapes that each two-dimensional convolution of a UNet gets, by its name; arguments as for `pack`."""
     shapes: dict[str, Sequence[int]] = {}
     with torch.device("meta"), torch.no_grad():

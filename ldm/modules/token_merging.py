@@ -1,4 +1,5 @@
 """Fewer tokens for self-attention: the most similar ones are averaged before it and share its result after it."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST = 0.75     # three tokens of every 2 x 2 cell; the fourth is what they can be merged into
+MOST = 0.75  # three tokens of every 2 x 2 cell; the fourth is what they can be merged into
 
 
 def check_ratio(ratio: float) -> None:
@@ -47,14 +48,14 @@ class Merging:
         """
         check_ratio(ratio)
         cells = torch.arange(tokens.shape[1], device=tokens.device).view(size)
-        staying = cells[::2, ::2].flatten()                                     # (D,)
-        others = torch.cat([cells[::2, 1::2].flatten(), cells[1::2].flatten()])         # (S,)
+        staying = cells[::2, ::2].flatten()  # (D,)
+        others = torch.cat([cells[::2, 1::2].flatten(), cells[1::2].flatten()])  # (S,)
         merged = min(int(ratio * tokens.shape[1]), len(others))
 
         unit = F.normalize(tokens, dim=-1)
-        likeness, nearest = (unit[:, others] @ unit[:, staying].mT).max(dim=-1)         # (B, S) each
+        likeness, nearest = (unit[:, others] @ unit[:, staying].mT).max(dim=-1)  # (B, S) each
         rank = likeness.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        place = cells.new_empty(tokens.shape[:2])                               # (B, N)
+        place = cells.new_empty(tokens.shape[:2])  # (B, N)
         place[:, staying] = torch.arange(len(staying), device=cells.device)
         place[:, others] = torch.where(rank < merged, nearest, len(staying) + rank - merged)
         return Merging(place, tokens.shape[1] - merged)

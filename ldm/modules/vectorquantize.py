@@ -33,9 +33,9 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / n_e, 1.0 / n_e)
 
     def forward(self, z: Tensor) -> Quantized:
-        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])              # (B*h*w, D), in b, h, w order
-        codes = self.embedding.weight                                     # (n_e, D)
-        distances = codes.square().sum(1) - 2.0 * flat @ codes.t()        # up to a constant per row
+        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (B*h*w, D), in b, h, w order
+        codes = self.embedding.weight  # (n_e, D)
+        distances = codes.square().sum(1) - 2.0 * flat @ codes.t()  # up to a constant per row
         indices = distances.argmin(dim=1)
         z_q = self.codes(indices, (z.shape[0], *z.shape[2:]))
         to_encoder = (z_q.detach() - z).square().mean()

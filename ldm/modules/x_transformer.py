@@ -1,4 +1,5 @@
 """A BERT-style text encoder under the state-dict keys of the published text-to-image models."""
+
 from __future__ import annotations
 
 import torch
@@ -18,8 +19,9 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for project in (self.to_q, self.to_k, self.to_v))            # (B, heads, L, dim_head)
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
+        )  # (B, heads, L, dim_head)
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -29,8 +31,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, mult: int = 4) -> None:
         super().__init__()
         # The published keys are net.0.0 and net.2.
-        self.net = nn.Sequential(nn.Sequential(nn.Linear(dim, mult * dim), nn.GELU()), nn.Identity(),
-                                 nn.Linear(mult * dim, dim))
+        self.net = nn.Sequential(
+            nn.Sequential(nn.Linear(dim, mult * dim), nn.GELU()), nn.Identity(), nn.Linear(mult * dim, dim)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -50,7 +53,9 @@ class Encoder(nn.Module):
         self.dim = dim
         self.layers = nn.ModuleList(
             nn.ModuleList((nn.LayerNorm(dim), layer))
-            for _ in range(depth) for layer in (Attention(dim, heads, dim_head), FeedForward(dim)))
+            for _ in range(depth)
+            for layer in (Attention(dim, heads, dim_head), FeedForward(dim))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, dim) -> (B, L, dim), not normalised at the end."""
@@ -80,8 +85,7 @@ class TransformerWrapper(nn.Module):
         emb_dropout: dropout of the embedded input.
     """
 
-    def __init__(self, num_tokens: int, max_seq_len: int, attn_layers: Encoder,
-                 emb_dropout: float = 0.0) -> None:
+    def __init__(self, num_tokens: int, max_seq_len: int, attn_layers: Encoder, emb_dropout: float = 0.0) -> None:
         super().__init__()
         dim = attn_layers.dim
         self.num_tokens = num_tokens
@@ -107,11 +111,9 @@ class TransformerWrapper(nn.Module):
             ValueError: tokens of another shape or type, or too many of them.
         """
         if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"tokens must be integers of shape (B, L); "
-                             f"got {tokens.dtype} {tuple(tokens.shape)}")
+            raise ValueError(f"tokens must be integers of shape (B, L); got {tokens.dtype} {tuple(tokens.shape)}")
         if tokens.shape[1] > self.max_seq_len:
-            raise ValueError(f"tokens must be at most max_seq_len = {self.max_seq_len} long; "
-                             f"got {tokens.shape[1]}")
-        x = self.token_emb(tokens) + self.pos_emb(tokens.shape[1])              # (B, L, dim)
-        x = self.norm(self.attn_layers(self.emb_dropout(x)))                    # (B, L, dim)
+            raise ValueError(f"tokens must be at most max_seq_len = {self.max_seq_len} long; got {tokens.shape[1]}")
+        x = self.token_emb(tokens) + self.pos_emb(tokens.shape[1])  # (B, L, dim)
+        x = self.norm(self.attn_layers(self.emb_dropout(x)))  # (B, L, dim)
         return x if return_embeddings else self.to_logits(x)

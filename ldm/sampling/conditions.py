@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.generate import Item
 from ldm.models.diffusion.ddpm import ConditionLike, LatentDiffusion
 from ldm.modules.encoders.modules import ClassEmbedder, SpatialRescaler
+from ldm.sampling.generate import Item
 
 
 class Condition:
     """No condition; and what every condition offers."""
 
     kind = "an unconditional model"
-    key: str | None = None      # the model's conditioning_key
+    key: str | None = None  # the model's conditioning_key
 
     def tokens(self, model: LatentDiffusion) -> int | None:
         """Context tokens of one picture, None for a network without cross-attention.
@@ -26,8 +26,10 @@ class Condition:
         Raises:
             ValueError: the model does not take this condition.
         """
-        self._need(model.model.conditioning_key == self.key,
-                   f"its conditioning_key is {model.model.conditioning_key!r}, expected {self.key!r}")
+        self._need(
+            model.model.conditioning_key == self.key,
+            f"its conditioning_key is {model.model.conditioning_key!r}, expected {self.key!r}",
+        )
         return None
 
     def settings(self) -> dict[str, Any]:
@@ -75,12 +77,13 @@ class Text(Condition):
         super().tokens(model)
         try:
             return self._embed(model, [""]).shape[1]
-        except (TypeError, AttributeError) as error:     # a ValueError says itself what a text encoder lacks
-            raise ValueError(f"not {self.kind}: its conditioner {type(model.cond_stage_model).__name__} "
-                             f"takes no text ({error})") from error
+        except (TypeError, AttributeError) as error:  # a ValueError says itself what a text encoder lacks
+            raise ValueError(
+                f"not {self.kind}: its conditioner {type(model.cond_stage_model).__name__} takes no text ({error})"
+            ) from error
 
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
-        return self._embed(model, [item.subject["prompt"] for item in items])              # (B, L, D)
+        return self._embed(model, [item.subject["prompt"] for item in items])  # (B, L, D)
 
     def none(self, model: LatentDiffusion, told: Tensor) -> Tensor:
         return self._embed(model, [self.negative]).expand_as(told)
@@ -112,7 +115,7 @@ class Classes(Condition):
         return {"uncond_class": self.absent}
 
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
-        return self._embed(model, [item.subject["class"] for item in items])               # (B, 1, D)
+        return self._embed(model, [item.subject["class"] for item in items])  # (B, 1, D)
 
     def none(self, model: LatentDiffusion, told: Tensor) -> Tensor:
         return super().none(model, told) if self.absent is None else self._embed(model, [self.absent] * len(told))
@@ -130,20 +133,22 @@ class Boxes(Condition):
     """
 
     kind, key = "a layout-to-image model", "crossattn"
-    told_of = "coordinates_bbox"        # the model's cond_stage_key
+    told_of = "coordinates_bbox"  # the model's cond_stage_key
 
     def __init__(self, ids: Tensor):
         self.ids = ids
 
     def tokens(self, model: LatentDiffusion) -> int:
         super().tokens(model)
-        self._need(model.cond_stage_key == self.told_of,
-                   f"its cond_stage_key is {model.cond_stage_key!r}, expected {self.told_of!r}")
+        self._need(
+            model.cond_stage_key == self.told_of,
+            f"its cond_stage_key is {model.cond_stage_key!r}, expected {self.told_of!r}",
+        )
         return self.ids.shape[1]
 
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
         with torch.no_grad():
-            return model.get_learned_conditioning(self.ids[[item.prompt_index for item in items]])   # (B, L, D)
+            return model.get_learned_conditioning(self.ids[[item.prompt_index for item in items]])  # (B, L, D)
 
 
 class Beside(Condition):
@@ -163,8 +168,10 @@ class Beside(Condition):
         super().tokens(model)
         unet = model.model.diffusion_model
         extra = self._channels(model)
-        self._need(unet.in_channels == model.channels + extra,
-                   f"its UNet takes {unet.in_channels} channels, expected {model.channels} of the latents and {extra}")
+        self._need(
+            unet.in_channels == model.channels + extra,
+            f"its UNet takes {unet.in_channels} channels, expected {model.channels} of the latents and {extra}",
+        )
 
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
         with torch.no_grad():
@@ -190,15 +197,17 @@ class Labels(Beside):
 
     def tokens(self, model: LatentDiffusion) -> None:
         rescaler = model.cond_stage_model
-        self._need(isinstance(rescaler, SpatialRescaler) and rescaler.channel_mapper is not None,
-                   f"its conditioner {type(rescaler).__name__} takes no map of labels")
+        self._need(
+            isinstance(rescaler, SpatialRescaler) and rescaler.channel_mapper is not None,
+            f"its conditioner {type(rescaler).__name__} takes no map of labels",
+        )
         super().tokens(model)
 
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
-        labels = self._chosen(self.pictures, items).to(model.device)                       # (B, H, W)
+        labels = self._chosen(self.pictures, items).to(model.device)  # (B, H, W)
         one_hot = F.one_hot(labels.long(), model.cond_stage_model.channel_mapper.in_channels)
         with torch.no_grad():
-            return model.get_learned_conditioning(one_hot.movedim(-1, 1).float())          # (B, C', h, w)
+            return model.get_learned_conditioning(one_hot.movedim(-1, 1).float())  # (B, C', h, w)
 
     def _channels(self, model: LatentDiffusion) -> int:
         return model.cond_stage_model.channel_mapper.out_channels
@@ -221,7 +230,7 @@ class Masked(Beside):
         self.masks = masks
 
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
-        seen = super().of(model, items)                                                    # (B, C, h, w)
+        seen = super().of(model, items)  # (B, C, h, w)
         masks = self._chosen(self.masks, items).to(seen)
         return torch.cat([seen, 2 * F.interpolate(masks, size=seen.shape[-2:]) - 1], dim=1)
 

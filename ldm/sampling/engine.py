@@ -12,26 +12,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.cost import Macs, unet_macs
-from ldm.generate import Item
-from ldm.images import to_pil
-from ldm.kinds import fits
-from ldm.memory import decoder_bytes
+from ldm.io.images import to_pil
+from ldm.io.kinds import fits
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Denoiser, Guidance
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.loop import Rule, denoise
-from ldm.models.diffusion.memory import Halving
-from ldm.models.diffusion.plan import AnyPlan, Work
-from ldm.models.diffusion.solvers import num_steps, solver
-from ldm.models.diffusion.spread import Spread
-from ldm.models.diffusion.warm_up import WarmUp, timed
+from ldm.models.diffusion.noise import ImageNoise
+from ldm.models.diffusion.parallel.backoff import Halving
+from ldm.models.diffusion.parallel.distributed import Spread
+from ldm.models.diffusion.parallel.warm_up import WarmUp, timed
+from ldm.models.diffusion.propagation.plan import AnyPlan, Work
+from ldm.models.diffusion.solvers.registry import num_steps, solver
 from ldm.modules.packed import pack
-from ldm.noise import ImageNoise
-from ldm.sampling.canvas import Canvas
+from ldm.profiling.cost import Macs, unet_macs
+from ldm.profiling.memory import decoder_bytes
 from ldm.sampling.conditions import Condition
+from ldm.sampling.generate import Item
+from ldm.sampling.start import Canvas
 
-Ran = tuple[list[Work], list[float]]    # what ran at each node of a run, and the nodes' timesteps
+Ran = tuple[list[Work], list[float]]  # what ran at each node of a run, and the nodes' timesteps
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Recipe:
 
     height, width: in pixels. Where they are no multiple of what the model needs, larger pictures are made and
         cut off on the right and at the bottom.
-    sampler, steps, eta: see `ldm.models.diffusion.solvers.solver`.
+    sampler, steps, eta: see `ldm.models.diffusion.solvers.registry.solver`.
     scale: guidance scale; exactly 1 = none.
     guidance_interval, guidance_reuse: see `Guidance`.
     tome: share of the UNet's finest tokens merged for self-attention, see `Merging`; 0 = none.
@@ -112,7 +112,7 @@ class Recipe:
             ValueError: see `solver`; or no step is left.
         """
         total = num_steps(self.sampler, alphas_cumprod, self.steps)
-        kept = int(strength * total + 1e-9)     # 0.29 of 100 steps is 29
+        kept = int(strength * total + 1e-9)  # 0.29 of 100 steps is 29
         if kept < 1:
             raise ValueError(f"strength {strength:g} of {total} steps leaves none")
         return solver(self.sampler, alphas_cumprod, self.steps, self.eta, noise, skip=total - kept)
@@ -133,7 +133,7 @@ def num_nodes(recipe: Recipe, timesteps: int = 1000, strength: float = 1.0) -> i
     Raises:
         ValueError: see `Recipe.rule`.
     """
-    alphas_cumprod = torch.linspace(0.999, 0.001, timesteps)     # any schedule has as many nodes
+    alphas_cumprod = torch.linspace(0.999, 0.001, timesteps)  # any schedule has as many nodes
     return len(recipe.rule(alphas_cumprod, lambda i, x: x, strength).nodes)
 
 
@@ -158,7 +158,7 @@ class Spent:
 
 
 class Engine:
-    """Makes the pictures of a batch of items; a `make` for `ldm.generate.generate`.
+    """Makes the pictures of a batch of items; a `make` for `ldm.sampling.generate.generate`.
 
     A picture depends on the weights, the task, the recipe, the keys of the plan and its item. Its batch, and threads,
     change the last digits of what is computed: some values of the 8-bit picture may differ by one level.
@@ -176,11 +176,20 @@ class Engine:
         ValueError: the model does not take the task's condition.
     """
 
-    def __init__(self, model: LatentDiffusion, sizes: Sizes, recipe: Recipe, plan: AnyPlan, task: Task,
-                 autocast: bool = False, on_node: Callable[[], None] = lambda: None, spread: bool = False):
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        sizes: Sizes,
+        recipe: Recipe,
+        plan: AnyPlan,
+        task: Task,
+        autocast: bool = False,
+        on_node: Callable[[], None] = lambda: None,
+        spread: bool = False,
+    ):
         self.model, self.recipe, self.plan, self.task = model, recipe, plan, task
         self.autocast, self.on_node, self.spread = autocast, on_node, spread
-        self._most: int | None = None       # decoders in a batch, if memory has run out
+        self._most: int | None = None  # decoders in a batch, if memory has run out
         self.shape = (sizes.channels, *(sizes.whole(side) // sizes.factor for side in (recipe.height, recipe.width)))
         self._tokens = task.condition.tokens(model)
 
@@ -195,14 +204,19 @@ class Engine:
         return unet_macs(self.model.model.diffusion_model, self.shape[1:], 1, self._tokens, self.recipe.tome)
 
     def decoder_bytes(self, batch: int) -> int:
-        """What one decoder node of `batch` predictions needs; see `ldm.memory`."""
+        """What one decoder node of `batch` predictions needs; see `ldm.profiling.memory`."""
         unet = self.model.model.diffusion_model
         return decoder_bytes(unet, self.shape[1:], batch, self._tokens, self.recipe.tome)
 
     def settings(self) -> dict[str, Any]:
         """What pictures depend on beside weights and item, as JSON values."""
-        return (asdict(self.recipe) | self.plan.settings() | {"precision": "autocast" if self.autocast else "full"}
-                | self.task.condition.settings() | self.task.canvas.settings())
+        return (
+            asdict(self.recipe)
+            | self.plan.settings()
+            | {"precision": "autocast" if self.autocast else "full"}
+            | self.task.condition.settings()
+            | self.task.canvas.settings()
+        )
 
     def __call__(self, items: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
         """The items' pictures, and for each of them what it cost: seconds, and MACs of the UNet.
@@ -216,9 +230,14 @@ class Engine:
         images, decoding = timed(lambda: to_pil(self.task.canvas.finish(self.decode(latents), items)), device)
         spent = self._spent(runs)
         seconds, seconds_unet = (round(total / len(items), 4) for total in (sampling + decoding, sampling))
-        return images, {"seconds": seconds, "seconds_unet": seconds_unet, "unet_macs": spent.macs,
-                        "batch": len(items), "parallel": min(self.plan.parallel, self._most or self.plan.parallel),
-                        "device": device.type}
+        return images, {
+            "seconds": seconds,
+            "seconds_unet": seconds_unet,
+            "unet_macs": spent.macs,
+            "batch": len(items),
+            "parallel": min(self.plan.parallel, self._most or self.plan.parallel),
+            "device": device.type,
+        }
 
     def warm_up(self, items: Sequence[Item], first_calls: dict[Hashable, float]) -> float:
         """Call all that makes a batch of items, once for every shape, so that what is timed later is sampling alone.
@@ -233,7 +252,7 @@ class Engine:
         network = WarmUp(self.model.model, first_calls, self.model.device)
         _, first = timed(lambda: self.decode(self._run(items, network)[0]), self.model.device)
         _, again = timed(lambda: self.decode(self._run(items, network)[0]), self.model.device)
-        rest = ("rest", len(items))     # text encoder, first stage, solver
+        rest = ("rest", len(items))  # text encoder, first stage, solver
         first_calls.setdefault(rest, max(0.0, first - network.seconds - again))
         return sum(first_calls[key] for key in (rest, *network.results))
 
@@ -263,8 +282,12 @@ class Engine:
     def _spent(self, runs: Sequence[Ran]) -> Spent:
         """What one picture cost, on average."""
         images = [self.recipe.guidance.images(works, ts) for works, ts in runs]
-        return Spent.mean([Spent(self.unit.run(self.plan, works, n), self.unit.critical_path(self.plan, works, n))
-                           for (works, _), n in zip(runs, images, strict=True)])
+        return Spent.mean(
+            [
+                Spent(self.unit.run(self.plan, works, n), self.unit.critical_path(self.plan, works, n))
+                for (works, _), n in zip(runs, images, strict=True)
+            ]
+        )
 
     def _run(self, items: Sequence[Item], network: ConditionedNetwork | None = None) -> tuple[Tensor, Ran]:
         """The items' latents, by the model's network or another; what ran at each node, and its timestep."""
@@ -286,7 +309,7 @@ class Engine:
         """Latents (B, C, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
         with self._precision():
             pictures = self.model.decode_first_stage(latents)
-        return pictures[..., :self.recipe.height, :self.recipe.width]
+        return pictures[..., : self.recipe.height, : self.recipe.width]
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

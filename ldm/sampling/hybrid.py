@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.generate import Item
 from ldm.models.diffusion.ddpm import (
     LatentDepth2ImageDiffusion,
     LatentDiffusion,
@@ -17,10 +16,11 @@ from ldm.models.diffusion.ddpm import (
     LatentUpscaleDiffusion,
 )
 from ldm.models.diffusion.denoiser import Conditioning
-from ldm.noise import ImageNoise
+from ldm.models.diffusion.noise import ImageNoise
 from ldm.sampling.conditions import Text
+from ldm.sampling.generate import Item
 
-AUGMENTATION_STREAM = 2     # appended to an image's seed: the noise on its condition is not the solver's noise
+AUGMENTATION_STREAM = 2  # appended to an image's seed: the noise on its condition is not the solver's noise
 
 
 class Hybrid(Text):
@@ -30,8 +30,10 @@ class Hybrid(Text):
     model_class: type[LatentDiffusion]
 
     def tokens(self, model: LatentDiffusion) -> int:
-        self._need(isinstance(model, self.model_class),
-                   f"it is a {type(model).__name__}, expected a {self.model_class.__name__}")
+        self._need(
+            isinstance(model, self.model_class),
+            f"it is a {type(model).__name__}, expected a {self.model_class.__name__}",
+        )
         return super().tokens(model)
 
     def none(self, model: LatentDiffusion, told: Conditioning) -> Conditioning:
@@ -55,7 +57,7 @@ class Depth(Hybrid):
 
     def of(self, model: LatentDepth2ImageDiffusion, items: Sequence[Item]) -> Conditioning:
         told = model.condition(super().of(model, items), self.picture[None].to(model.device), self.size)
-        return replace(told, concat=told.concat.expand(len(items), -1, -1, -1))            # (B, 1, h, w)
+        return replace(told, concat=told.concat.expand(len(items), -1, -1, -1))  # (B, 1, h, w)
 
 
 class Surroundings(Hybrid):

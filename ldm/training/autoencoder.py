@@ -13,8 +13,8 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.optim import ClippedTraining, adamw
 from ldm.util import instantiate_from_config
 
-SAMPLE = 1024               # training pictures that the linear start is made from
-INITIAL_LOGVAR = -6.0       # posterior noise far below the latents' own variance of about 1
+SAMPLE = 1024  # training pictures that the linear start is made from
+INITIAL_LOGVAR = -6.0  # posterior noise far below the latents' own variance of about 1
 
 
 @torch.no_grad()
@@ -27,9 +27,9 @@ def start_from_principal_components(model: AutoencoderKL, pictures: Tensor) -> N
         pictures: (N, 3, H, W) in [-1, 1], a sample of the training pictures.
     """
     encoder, decoder, channels = model.encoder, model.decoder, model.embed_dim
-    patches = F.pixel_unshuffle(pictures, encoder.factor).movedim(1, -1).flatten(0, -2)     # (N*h*w, 3*f*f)
+    patches = F.pixel_unshuffle(pictures, encoder.factor).movedim(1, -1).flatten(0, -2)  # (N*h*w, 3*f*f)
     mean = patches.mean(0)
-    components = torch.linalg.svd((patches - mean).T.cov()).U[:, :channels]                 # (3*f*f, C)
+    components = torch.linalg.svd((patches - mean).T.cov()).U[:, :channels]  # (3*f*f, C)
     std = ((patches - mean) @ components).std()
     for deep in (encoder.conv_out, decoder.conv_out):
         deep.weight.zero_()
@@ -73,9 +73,10 @@ class AutoencoderTraining(ClippedTraining):
         reconstruction, posterior = self.model(picture, sample_posterior)
         losses = self.loss(picture, reconstruction, posterior)
         error = (reconstruction.clamp(-1, 1) - picture).square().flatten(1).mean(1)
-        losses["psnr"] = (10 * torch.log10(4.0 / error)).mean()      # peak to peak is 2
-        self.log_dict({f"{prefix}/{k}": v.detach() for k, v in losses.items()},
-                      prog_bar=prefix == "val", batch_size=len(picture))
+        losses["psnr"] = (10 * torch.log10(4.0 / error)).mean()  # peak to peak is 2
+        self.log_dict(
+            {f"{prefix}/{k}": v.detach() for k, v in losses.items()}, prog_bar=prefix == "val", batch_size=len(picture)
+        )
         return losses["loss"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

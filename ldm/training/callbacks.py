@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.files import atomic_write
-from ldm.images import grid, save_png, to_pil
+from ldm.io.files import atomic_write
+from ldm.io.images import grid, save_png, to_pil
 from ldm.training.state import PREVIOUS, steps_done
 
 
@@ -52,13 +52,15 @@ class KeptState(pl.Callback):
                     with atomic_write(self.path.with_name(PREVIOUS)) as previous:
                         copy(self.path, previous)
         else:
-            trainer.save_checkpoint(self.path)      # all processes take part, the first one writes
+            trainer.save_checkpoint(self.path)  # all processes take part, the first one writes
         self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
     def fail(self, trainer: pl.Trainer, what: str) -> None:
         kept = f"{self.path} holds step {steps_done(self.path)}" if self.path.exists() else "nothing was kept yet"
-        raise ValueError(f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}); {kept}. A lower "
-                         f"training.params.learning_rate or lightning.trainer.gradient_clip_val may help")
+        raise ValueError(
+            f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}); {kept}. A lower "
+            f"training.params.learning_rate or lightning.trainer.gradient_clip_val may help"
+        )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # Not before: what is refused leaves no run behind.
@@ -72,7 +74,7 @@ class KeptState(pl.Callback):
         # The last step is kept here, too: after it Lightning counts a part of an epoch as a whole one.
         last = trainer.global_step == trainer.max_steps
         due = last or self.stopping or time.monotonic() - self.saved_at > self.every_seconds
-        if trainer.strategy.reduce_boolean_decision(due, all=False):        # processes save together, or wait for ever
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # processes save together, or wait for ever
             self.save(trainer)
         if self.stopping:
             raise Stopped
@@ -84,11 +86,12 @@ class KeptState(pl.Callback):
         Raises:
             KeyboardInterrupt: that has happened.
         """
+
         def stop(*_: object) -> None:
             self.stopping = True
             signal.signal(signal.SIGINT, before)
 
-        if threading.current_thread() is not threading.main_thread():     # elsewhere Python takes no signals
+        if threading.current_thread() is not threading.main_thread():  # elsewhere Python takes no signals
             yield
             return
         before = signal.signal(signal.SIGINT, stop)
@@ -125,8 +128,11 @@ class SampleGrid(pl.Callback):
         count = self.columns * self.rows
         batch = {k: v[:count].to(module.device) if isinstance(v, Tensor) else v[:count] for k, v in batch.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_png(self.folder / f"{trainer.global_step:08d}.png", grid(to_pil(module.pictures(batch)), self.columns),
-                 {"step": trainer.global_step})
+        save_png(
+            self.folder / f"{trainer.global_step:08d}.png",
+            grid(to_pil(module.pictures(batch)), self.columns),
+            {"step": trainer.global_step},
+        )
 
 
 class StepBar(pl.Callback):
@@ -142,8 +148,11 @@ class StepBar(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            measured = (f"{name} {value.item():.4g}" for name, value in sorted(trainer.callback_metrics.items())
-                        if isinstance(value, Tensor) and name.startswith("val/"))
+            measured = (
+                f"{name} {value.item():.4g}"
+                for name, value in sorted(trainer.callback_metrics.items())
+                if isinstance(value, Tensor) and name.startswith("val/")
+            )
             step = f"step {trainer.global_step}: " if trainer.state.fn == "fit" else ""
             tqdm.write(f"{step}{', '.join(measured)}")
 

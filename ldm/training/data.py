@@ -73,8 +73,16 @@ class EmojiPicturesData(TrainingData):
         seed: of the pictures' order and mirroring.
     """
 
-    def __init__(self, root: str, batch_size: int, val_split: str = "heldout_concept", max_val: int = 256,
-                 max_tier: int = 3, flip: bool = False, seed: int = 23):
+    def __init__(
+        self,
+        root: str,
+        batch_size: int,
+        val_split: str = "heldout_concept",
+        max_val: int = 256,
+        max_tier: int = 3,
+        flip: bool = False,
+        seed: int = 23,
+    ):
         super().__init__(batch_size, seed)
         self.root = root
         self.val_split, self.max_val = val_split, whole("max_val", max_val)
@@ -120,8 +128,13 @@ class CaptionShares:
 class CaptionedLatents(Dataset):
     """Latents with one of their captions, drawn anew each time."""
 
-    def __init__(self, latents: torch.Tensor, captions: Sequence[Sequence[str]], groups: Sequence[Sequence[str]],
-                 shares: CaptionShares):
+    def __init__(
+        self,
+        latents: torch.Tensor,
+        captions: Sequence[Sequence[str]],
+        groups: Sequence[Sequence[str]],
+        shares: CaptionShares,
+    ):
         self.latents, self.captions, self.groups, self.shares = latents, captions, groups, shares
 
     def __len__(self) -> int:
@@ -148,9 +161,18 @@ class EmojiLatentsData(TrainingData):
         ValueError: a share is not in [0, 1], or a number is none.
     """
 
-    def __init__(self, root: str, first_stage: Mapping[str, str], batch_size: int, max_tier: int = 2,
-                 name_share: float = 0.7, group_share: float = 0.0, style_share: float = 1.0, max_val: int = 128,
-                 seed: int = 23):
+    def __init__(
+        self,
+        root: str,
+        first_stage: Mapping[str, str],
+        batch_size: int,
+        max_tier: int = 2,
+        name_share: float = 0.7,
+        group_share: float = 0.0,
+        style_share: float = 1.0,
+        max_val: int = 128,
+        seed: int = 23,
+    ):
         super().__init__(batch_size, seed)
         self.root, self.first_stage = root, first_stage
         self.max_tier, self.max_val = max_tier, whole("max_val", max_val)
@@ -166,8 +188,13 @@ class EmojiLatentsData(TrainingData):
     def encoded(self, first_stage: AutoencoderKL, split: str, limit: int | None = None) -> CaptionedLatents:
         pictures = EmojiPictures(self.root, split=split, max_tier=self.max_tier)
         chosen = list(range(len(pictures)))[:limit]
-        latents = [first_stage.encode(torch.stack([pictures[i] for i in part])).mode()
-                   for part in (chosen[i:i + 64] for i in range(0, len(chosen), 64))]
-        return CaptionedLatents(torch.cat(latents), [pictures.captions(i) for i in chosen],
-                                [pictures.groups(i) for i in chosen],
-                                self.shares if split == "train" else CaptionShares())
+        latents = [
+            first_stage.encode(torch.stack([pictures[i] for i in part])).mode()
+            for part in (chosen[i : i + 64] for i in range(0, len(chosen), 64))
+        ]
+        return CaptionedLatents(
+            torch.cat(latents),
+            [pictures.captions(i) for i in chosen],
+            [pictures.groups(i) for i in chosen],
+            self.shares if split == "train" else CaptionShares(),
+        )

@@ -13,10 +13,10 @@ from torch import Tensor
 from ldm.checkpoint import load_weights
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.plans import load_plan
-from ldm.models.diffusion.solvers import solver
+from ldm.models.diffusion.noise import ImageNoise
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.solvers.registry import solver
 from ldm.modules.ema import LitEma
-from ldm.noise import ImageNoise
 from ldm.training.optim import ClippedTraining, adamw
 
 
@@ -36,9 +36,18 @@ class DiffusionTraining(ClippedTraining):
         guidance_scale, sample_steps: of the sample grids.
     """
 
-    def __init__(self, model: LatentDiffusion, learning_rate: float, scheduler_config: DictConfig | None = None,
-                 condition_dropout: float = 0.1, unconditional: str = "", min_snr_gamma: float | None = None,
-                 ema_decay: float = 0.9999, guidance_scale: float = 4.0, sample_steps: int = 25):
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        learning_rate: float,
+        scheduler_config: DictConfig | None = None,
+        condition_dropout: float = 0.1,
+        unconditional: str = "",
+        min_snr_gamma: float | None = None,
+        ema_decay: float = 0.9999,
+        guidance_scale: float = 4.0,
+        sample_steps: int = 25,
+    ):
         super().__init__()
         if not 0.0 <= condition_dropout <= 1.0:
             raise ValueError(f"condition_dropout must lie in [0, 1]; got {condition_dropout}")
@@ -47,7 +56,7 @@ class DiffusionTraining(ClippedTraining):
         if model.ckpt_path:
             load_weights(model, model.ckpt_path)
         self.model = model
-        model.model.to(memory_format=torch.channels_last)       # a tenth faster on CPUs
+        model.model.to(memory_format=torch.channels_last)  # a tenth faster on CPUs
         self.network_ema = LitEma(model.model, ema_decay)
         self.conditioner_ema = LitEma(model.cond_stage_model, ema_decay) if model.cond_stage_trainable else None
         self.learning_rate = learning_rate
@@ -70,8 +79,9 @@ class DiffusionTraining(ClippedTraining):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         model, z = self.model, self.latents(batch)
         dropped = torch.rand(len(z)) < self.condition_dropout
-        condition = [self.unconditional if drop else c
-                     for drop, c in zip(dropped, batch[model.cond_stage_key], strict=True)]
+        condition = [
+            self.unconditional if drop else c for drop, c in zip(dropped, batch[model.cond_stage_key], strict=True)
+        ]
         t = torch.randint(0, model.num_timesteps, (len(z),), device=z.device)
         losses = self.losses(z, condition, t, torch.randn_like(z))
         self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=len(z))
@@ -127,8 +137,10 @@ class DiffusionTraining(ClippedTraining):
         noise = ImageNoise([(i,) for i in range(len(condition))])
         start = noise.start((model.channels, model.image_size, model.image_size)).to(self.device)
         with self.averaged():
-            denoiser = model.denoiser(model.get_learned_conditioning(condition),
-                                      model.get_learned_conditioning([self.unconditional] * len(condition)),
-                                      self.guidance_scale)
+            denoiser = model.denoiser(
+                model.get_learned_conditioning(condition),
+                model.get_learned_conditioning([self.unconditional] * len(condition)),
+                self.guidance_scale,
+            )
             *_, last = denoise(denoiser, rule, load_plan("off", len(rule.nodes)), start)
         return model.decode_first_stage(last.x).clamp(-1, 1)

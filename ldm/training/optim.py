@@ -15,8 +15,9 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from ldm.util import instantiate_from_config
 
 
-def adamw(parameters: Iterable[nn.Parameter], learning_rate: float,
-          scheduler_config: DictConfig | None = None) -> dict[str, Any]:
+def adamw(
+    parameters: Iterable[nn.Parameter], learning_rate: float, scheduler_config: DictConfig | None = None
+) -> dict[str, Any]:
     """AdamW with decay on matrices and kernels only, and a learning-rate factor per step.
 
     Args:
@@ -32,8 +33,10 @@ def adamw(parameters: Iterable[nn.Parameter], learning_rate: float,
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float) or not 0 < learning_rate < inf:
         raise ValueError(f"training.params.learning_rate: expected a number above 0; got {learning_rate!r}")
     trained = [p for p in parameters if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.01},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.01},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
     if scheduler_config is None:
         return {"optimizer": optimizer}
@@ -50,8 +53,12 @@ class ClippedTraining(pl.LightningModule):
 
     model: nn.Module
 
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
-                                    gradient_clip_algorithm: str | None = None) -> None:
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
         if gradient_clip_val is not None:
             clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
             clip(self.model.parameters(), gradient_clip_val)

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-IMAGE, STEP = 0, 1      # what numbers are drawn for
+IMAGE, STEP = 0, 1  # what numbers are drawn for
 
 
 def seed_of(purpose: int, *place: int) -> int:
@@ -61,10 +61,12 @@ class TrainingBatches(DataLoader):
         order = ImageOrder(dataset, processes, rank, shuffle=True, seed=seed, drop_last=True)
         if len(order) < batch_size:
             each = f" for each of {processes} processes" if processes > 1 else ""
-            raise ValueError(f"data.params.batch_size: {batch_size} is more than the training set has: "
-                             f"{len(order)} images{each}; only whole batches are trained on")
+            raise ValueError(
+                f"data.params.batch_size: {batch_size} is more than the training set has: "
+                f"{len(order)} images{each}; only whole batches are trained on"
+            )
         super().__init__(SeededImages(dataset), batch_size, sampler=order, drop_last=True)
-        self.given = 0                      # batches of this epoch
+        self.given = 0  # batches of this epoch
         self.resumed = {"epoch": -1, "given": 0}
 
     def __iter__(self) -> Iterator[Any]:

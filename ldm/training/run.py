@@ -18,16 +18,20 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.cli import did_you_mean
+from ldm.io.errors import did_you_mean
 from ldm.training.callbacks import KeptState, SampleGrid, StepBar
 from ldm.training.order import StepSeeds
 from ldm.training.state import LAST, check_fits, read_state
 from ldm.util import instantiate_from_config
 
-SECTIONS = {"model": {"target", "params"}, "training": {"target", "params"}, "data": {"target", "params"},
-            "lightning": {"trainer", "checkpoint_every_minutes", "seed"}}
-SEED = 23                               # of weights, data order and noise, if the configuration names none
-OURS = {"logger", "callbacks", "enable_checkpointing", "use_distributed_sampler"}      # that a config can't set
+SECTIONS = {
+    "model": {"target", "params"},
+    "training": {"target", "params"},
+    "data": {"target", "params"},
+    "lightning": {"trainer", "checkpoint_every_minutes", "seed"},
+}
+SEED = 23  # of weights, data order and noise, if the configuration names none
+OURS = {"logger", "callbacks", "enable_checkpointing", "use_distributed_sampler"}  # that a config can't set
 WHOLE = {"max_steps", "min_steps", "max_epochs", "min_epochs", "accumulate_grad_batches", "log_every_n_steps"}
 TRAINER = set(inspect.signature(pl.Trainer.__init__).parameters) - OURS - {"self"}
 
@@ -59,8 +63,12 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
     trainer = trainer_of(
         settings,
         # The CSV logger deletes what it finds in its folder, so every start of the run gets its own.
-        logger=[CSVLogger(logdir, name="metrics", version=f"{done:08d}"),
-                TensorBoardLogger(logdir, name="", version="tensorboard")] if train else False,
+        logger=[
+            CSVLogger(logdir, name="metrics", version=f"{done:08d}"),
+            TensorBoardLogger(logdir, name="", version="tensorboard"),
+        ]
+        if train
+        else False,
         callbacks=[StepSeeds(seed), kept, *([SampleGrid(logdir / "samples")] if train else []), *bar],
     )
     resumed = last if state else None
@@ -79,8 +87,9 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
     return module
 
 
-def make_steps(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, resumed: Path | None,
-               done: int) -> None:
+def make_steps(
+    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, resumed: Path | None, done: int
+) -> None:
     """Train on from step `done`, whose state is in the file `resumed`.
 
     Raises:
@@ -120,12 +129,16 @@ def check(config: DictConfig) -> None:
         required = "trainer" if name == "lightning" else "target"
         section = config.get(name)
         if not OmegaConf.is_dict(section) or section.get(required) is None:
-            raise ValueError(f"the section {name} is missing, or has no {required}; a training needs the sections "
-                             f"{', '.join(SECTIONS)}")
+            raise ValueError(
+                f"the section {name} is missing, or has no {required}; a training needs the sections "
+                f"{', '.join(SECTIONS)}"
+            )
         for key in section:
             if key not in accepted:
-                raise ValueError(f"{name}.{key} is not known{did_you_mean(str(key), accepted)}; accepted in {name}: "
-                                 f"{', '.join(sorted(accepted))}")
+                raise ValueError(
+                    f"{name}.{key} is not known{did_you_mean(str(key), accepted)}; accepted in {name}: "
+                    f"{', '.join(sorted(accepted))}"
+                )
     if not OmegaConf.is_dict(config.lightning.trainer):
         raise ValueError(f"lightning.trainer: expected settings by name; got {config.lightning.trainer!r}")
     minutes, seed = config.lightning.get("checkpoint_every_minutes", 0), config.lightning.get("seed", 0)
@@ -147,12 +160,16 @@ def trainer_of(settings: Mapping[str, Any], **ours: Any) -> pl.Trainer:
     """A trainer with the settings of `lightning.trainer`, of which none may be unknown."""
     for key in settings:
         if key not in TRAINER:
-            raise ValueError(f"lightning.trainer.{key} is not known{did_you_mean(str(key), TRAINER)}; accepted: "
-                             f"{', '.join(sorted(TRAINER))}")
+            raise ValueError(
+                f"lightning.trainer.{key} is not known{did_you_mean(str(key), TRAINER)}; accepted: "
+                f"{', '.join(sorted(TRAINER))}"
+            )
     accelerator = settings.get("accelerator")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(f"lightning.trainer.accelerator: {accelerator!r}, but there is no GPU that PyTorch can use; "
-                         f"accepted here: 'cpu', 'auto'")
+        raise ValueError(
+            f"lightning.trainer.accelerator: {accelerator!r}, but there is no GPU that PyTorch can use; "
+            f"accepted here: 'cpu', 'auto'"
+        )
     for key in WHOLE & settings.keys():
         if isinstance(settings[key], bool) or not isinstance(settings[key], int | None):
             raise ValueError(f"lightning.trainer.{key}: expected a whole number; got {settings[key]!r}")
@@ -161,23 +178,28 @@ def trainer_of(settings: Mapping[str, Any], **ours: Any) -> pl.Trainer:
         raise ValueError(f"lightning.trainer.devices: {devices} processes on a CPU of {cores} cores")
     every = settings.get("val_check_interval")
     if isinstance(every, int | float) and every <= 0:
-        raise ValueError(f"lightning.trainer.val_check_interval: expected batches from 1 on, or a share of an epoch "
-                         f"above 0; got {every!r}")
+        raise ValueError(
+            f"lightning.trainer.val_check_interval: expected batches from 1 on, or a share of an epoch "
+            f"above 0; got {every!r}"
+        )
     quiet = {"enable_model_summary": False, "enable_progress_bar": False}
     try:
         return pl.Trainer(**quiet | settings, **ours, enable_checkpointing=False)
-    except Exception as error:      # what a setting can't be is for Lightning to say, in exceptions of many kinds
+    except Exception as error:  # what a setting can't be is for Lightning to say, in exceptions of many kinds
         raise ValueError(f"lightning.trainer: {error}; got {dict(settings)}") from error
 
 
 # A run that goes on
 
+
 def say_what_changed(state: Mapping[str, Any], config: DictConfig, logdir: Path) -> None:
     """Print each setting that is not what the state was trained with."""
     kept = state.get("callbacks", {}).get(KeptState.__name__, {}).get("config")
     if kept is None:
-        print(f"{logdir}: {LAST} was written before its place in the data was kept: the rest of this epoch comes in "
-              f"another order, so the weights will differ from those of a run without a stop")
+        print(
+            f"{logdir}: {LAST} was written before its place in the data was kept: the rest of this epoch comes in "
+            f"another order, so the weights will differ from those of a run without a stop"
+        )
         return
     before, now = flat(OmegaConf.to_container(OmegaConf.create(kept))), flat(OmegaConf.to_container(config))
     for key in sorted(before.keys() | now.keys()):
@@ -194,6 +216,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # A shorter or longer run
+
 
 def with_steps(config: DictConfig, steps: int) -> DictConfig:
     """The configuration for another number of steps: the learning-rate schedule keeps its shape.
@@ -217,5 +240,6 @@ def scale_schedule(params: DictConfig | None, ratio: float) -> None:
     for key, rounded in (("warm_up_steps", math.floor), ("max_decay_steps", math.ceil), ("cycle_lengths", math.ceil)):
         if params is not None and key in params:
             value = params[key]
-            params[key] = rounded(value * ratio) if isinstance(value, int | float) else \
-                [rounded(v * ratio) for v in value]
+            params[key] = (
+                rounded(value * ratio) if isinstance(value, int | float) else [rounded(v * ratio) for v in value]
+            )

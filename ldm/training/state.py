@@ -9,11 +9,19 @@ from typing import Any
 
 import torch
 
-from ldm.files import check_regular
+from ldm.io.files import check_regular
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-PARTS = {"global_step": int, "epoch": int, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list,
-         "loops": dict, "callbacks": dict, "pytorch-lightning_version": str}
+PARTS = {
+    "global_step": int,
+    "epoch": int,
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "pytorch-lightning_version": str,
+}
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -34,12 +42,18 @@ def read_state(path: Path) -> dict[str, Any]:
                 return state
             raise ValueError("it holds no state of a training")
         raise ValueError(f"its part {damaged} is not what was written")
-    except Exception as error:      # a damaged pickle can make the reader fail in any way
+    except Exception as error:  # a damaged pickle can make the reader fail in any way
         previous = path.with_name(PREVIOUS)
-        advice = f"the state before it is in {previous.name}: to go on from that, give it the name {path.name}" \
-            if previous.exists() and path.name != PREVIOUS else "begin a new run"
-        reason = " ".join(str(error).split())[:200] if isinstance(error, ValueError | zipfile.BadZipFile) \
+        advice = (
+            f"the state before it is in {previous.name}: to go on from that, give it the name {path.name}"
+            if previous.exists() and path.name != PREVIOUS
+            else "begin a new run"
+        )
+        reason = (
+            " ".join(str(error).split())[:200]
+            if isinstance(error, ValueError | zipfile.BadZipFile)
             else type(error).__name__
+        )
         raise ValueError(f"{path} is damaged ({reason}); {advice}") from error
 
 
@@ -49,8 +63,10 @@ def check_fits(state: Mapping[str, Any], module: torch.nn.Module, path: Path) ->
     for name in [*wanted, *kept]:
         there, here = (described(weights.get(name)) for weights in (kept, wanted))
         if there != here:
-            raise ValueError(f"{path} does not fit the configuration: {name} is {there} there, and {here} by the "
-                             f"configuration; a model that is changed needs a new run")
+            raise ValueError(
+                f"{path} does not fit the configuration: {name} is {there} there, and {here} by the "
+                f"configuration; a model that is changed needs a new run"
+            )
 
 
 def described(weight: Any) -> str:

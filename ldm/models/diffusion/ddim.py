@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ldm.models.diffusion.edits import Edit
 from ldm.models.diffusion.loop import State
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.noise import ImageNoise
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.sampler import Intermediates, Sampler, mask_edits, per_image, refuse
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_sigma, ddim_timesteps, diffuse, predict_x0
-from ldm.noise import ImageNoise
 
 Noise = Callable[[int, Tensor], Tensor]
 
@@ -73,11 +73,7 @@ class DDIMSampler(Sampler):
     ddim_eta: float = 0.0
 
     def make_schedule(
-        self,
-        ddim_num_steps: int,
-        ddim_discretize: str = "uniform",
-        ddim_eta: float = 0.0,
-        verbose: bool = True,
+        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
         """Fix the timestep grid and eta for `decode`, `encode`, `stochastic_encode` and `ddim_sampling`.
 
@@ -219,15 +215,11 @@ class DDIMSampler(Sampler):
         nodes = self._nodes(ddim_use_original_steps)
         if timesteps is not None:
             # Written as published: the rounding of this expression decides which grid is kept.
-            kept = (
-                timesteps if ddim_use_original_steps else int(min(timesteps / len(nodes), 1) * len(nodes)) - 1
-            )
+            kept = timesteps if ddim_use_original_steps else int(min(timesteps / len(nodes), 1) * len(nodes)) - 1
             nodes = last(nodes, kept, "timesteps")
         seeds = self.draw_seeds(shape[0])
         if normals_sequence is not None and len(normals_sequence) != len(nodes):
-            raise ValueError(
-                f"normals_sequence must hold noise for {len(nodes)} steps; got {len(normals_sequence)}"
-            )
+            raise ValueError(f"normals_sequence must hold noise for {len(nodes)} steps; got {len(normals_sequence)}")
         noise = ImageNoise(seeds).node if normals_sequence is None else lambda i, x: normals_sequence[i].to(x)
         return self.run(
             self.model.denoiser(cond, unconditional_conditioning, unconditional_guidance_scale),

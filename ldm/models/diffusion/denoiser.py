@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.plan import Work
+from ldm.models.diffusion.propagation.plan import Work
 from ldm.models.diffusion.schedule import Node
 from ldm.modules.context import Context, ProjectedContext
 from ldm.modules.diffusionmodules.features import Features
@@ -47,13 +47,21 @@ class Conditioning:
         """Repeat for n decoder steps, step-major: (B, ...) -> (n*B, ...)."""
         if n == 1:
             return self
-        return Conditioning(**{name: p.tile(n) if isinstance(p, ProjectedContext) else p.repeat(n, *[1] * (p.ndim - 1))
-                               for name, p in self.parts().items()})
+        return Conditioning(
+            **{
+                name: p.tile(n) if isinstance(p, ProjectedContext) else p.repeat(n, *[1] * (p.ndim - 1))
+                for name, p in self.parts().items()
+            }
+        )
 
     def images(self, which: slice) -> Conditioning:
         """Of some images of the batch."""
-        return Conditioning(**{name: p.images(which) if isinstance(p, ProjectedContext) else p[which]
-                               for name, p in self.parts().items()})
+        return Conditioning(
+            **{
+                name: p.images(which) if isinstance(p, ProjectedContext) else p[which]
+                for name, p in self.parts().items()
+            }
+        )
 
     @staticmethod
     def cat(first: Conditioning, second: Conditioning) -> Conditioning:
@@ -68,8 +76,7 @@ class Conditioning:
         for name in one:
             if one[name].shape[1:] != two[name].shape[1:]:
                 raise ValueError(
-                    f"conditionings to join differ in {name}: "
-                    f"{tuple(one[name].shape)} and {tuple(two[name].shape)}"
+                    f"conditionings to join differ in {name}: {tuple(one[name].shape)} and {tuple(two[name].shape)}"
                 )
         return Conditioning(**{name: torch.cat([one[name], two[name]]) for name in one})
 
@@ -108,8 +115,9 @@ class Denoiser(Protocol):
     def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
         """The features of each of n nodes, decoded at its timestep until `blocks` blocks remain."""
 
-    def decode(self, features: Sequence[Features], ts: Sequence[float],
-               last: Prediction | None = None) -> list[Prediction]:
+    def decode(
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+    ) -> list[Prediction]:
         """The prediction at each of n timesteps, from the features of each, computed as one batch.
 
         last: the prediction of the node before, if it is of the same key node.
@@ -146,11 +154,7 @@ def eps_from_v(out: Tensor, x: Tensor, abar: float) -> Tensor:
     return sqrt(abar) * out + sqrt(1 - abar) * x
 
 
-TO_EPS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "eps": eps_from_eps,
-    "x0": eps_from_x0,
-    "v": eps_from_v,
-}
+TO_EPS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"eps": eps_from_eps, "x0": eps_from_x0, "v": eps_from_v}
 
 
 class Conditional:
@@ -194,15 +198,16 @@ class Conditional:
         return features.with_outer(self.network.encode_outer(x, self._times(x, [t]), self.cond, blocks, self.tome))
 
     def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
-        joined = Features.cat(features)                                                  # n*B
+        joined = Features.cat(features)  # n*B
         t = self._times(joined.hidden, ts)
         return self.network.advance(joined, t, self.cond.tile(len(ts)), blocks, self.tome).chunk(len(ts))
 
-    def decode(self, features: Sequence[Features], ts: Sequence[float],
-               last: Prediction | None = None) -> list[Prediction]:
-        joined = Features.cat(features)                                                  # n*B
+    def decode(
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+    ) -> list[Prediction]:
+        joined = Features.cat(features)  # n*B
         t = self._times(joined.hidden, ts)
-        out = self.network.decode(joined, t, self.cond.tile(len(ts)), self.tome)         # (n*B, C, H, W)
+        out = self.network.decode(joined, t, self.cond.tile(len(ts)), self.tome)  # (n*B, C, H, W)
         return [Prediction(part) for part in out.chunk(len(ts))]
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
@@ -215,9 +220,7 @@ class Conditional:
     def _check(self, x: Tensor) -> None:
         for name, part in self.cond.parts().items():
             if len(part) != len(x):
-                raise ValueError(
-                    f"conditioning {name} is for a batch of {len(part)}, the latents are {len(x)}"
-                )
+                raise ValueError(f"conditioning {name} is for a batch of {len(part)}, the latents are {len(x)}")
 
 
 @dataclass(frozen=True)
@@ -293,8 +296,9 @@ class Guided:
         denoiser = self.conditional if self._unguided(features[0]) else self.both
         return denoiser.advance(features, ts, blocks)
 
-    def decode(self, features: Sequence[Features], ts: Sequence[float],
-               last: Prediction | None = None) -> list[Prediction]:
+    def decode(
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+    ) -> list[Prediction]:
         if self._unguided(features[0]):
             return self.conditional.decode(features, ts)
         if not self.guidance.reuse:
@@ -318,8 +322,9 @@ class Guided:
 
     def _check_no_reuse(self) -> None:
         if self.guidance.reuse:
-            raise ValueError("reuse of the guidance offset needs decoder nodes only; the plan has shallow or refreshed "
-                             "nodes")
+            raise ValueError(
+                "reuse of the guidance offset needs decoder nodes only; the plan has shallow or refreshed nodes"
+            )
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
         return self.both.to_eps(prediction, x, node)
@@ -347,8 +352,9 @@ class Wrapper:
     def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
         return self.inner.advance(features, ts, blocks)
 
-    def decode(self, features: Sequence[Features], ts: Sequence[float],
-               last: Prediction | None = None) -> list[Prediction]:
+    def decode(
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+    ) -> list[Prediction]:
         return self.inner.decode(features, ts, last)
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:

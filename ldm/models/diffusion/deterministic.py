@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.edits import Edit
 from ldm.models.diffusion.loop import Rule
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.sampler import Intermediates, Sampler, mask_edits, refuse
 
 

@@ -56,9 +56,7 @@ def prior_noise(x_T: Tensor, weight: float = 0.003, below: float = 500, when: Mo
 
     def inject(x: Tensor, node: Node) -> Tensor:
         if x.shape != x_T.shape:
-            raise ValueError(
-                f"x_T {tuple(x_T.shape)} and the latents {tuple(x.shape)} must have the same shape"
-            )
+            raise ValueError(f"x_T {tuple(x_T.shape)} and the latents {tuple(x.shape)} must have the same shape")
         return x + weight * x_T if node.t < below else x
 
     return Edit(inject, when)

@@ -170,6 +170,4 @@ def _log_noise_ratios(alphas_cumprod: Tensor) -> np.ndarray:
 
 def check_steps(steps: int, total: int) -> None:
     if not 1 <= steps <= total:
-        raise ValueError(
-            f"steps must be 1..{total}, the timesteps that the model was trained with; got {steps}"
-        )
+        raise ValueError(f"steps must be 1..{total}, the timesteps that the model was trained with; got {steps}")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.edits import Edit, Moment
-from ldm.models.diffusion.plan import AnyPlan, Work
-from ldm.models.diffusion.propagation import Propagation
+from ldm.models.diffusion.propagation.features import Propagation
+from ldm.models.diffusion.propagation.plan import AnyPlan, Work
 from ldm.models.diffusion.schedule import Node
 
 
@@ -47,9 +47,7 @@ class NonFiniteLatents(ValueError):
 
 
 @torch.no_grad()
-def denoise(
-    model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequence[Edit] = ()
-) -> Iterator[State]:
+def denoise(model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequence[Edit] = ()) -> Iterator[State]:
     """Run a solver from x, yielding the state after every node; the last one holds the sample.
 
     Args:
@@ -117,12 +115,8 @@ def _edited(state: State, node: Node, edits: Sequence[Edit], moment: Moment) -> 
 
 
 def _diagnosis(model: Denoiser, key_x: Tensor, nodes: Sequence[Node], key_t: float, i: int) -> str:
-    layer = first_nonfinite_layer(
-        model.network, lambda: model.decode([model.encode(key_x, key_t)], [nodes[i].t])
-    )
-    cause = (
-        f"first in layer {layer}" if layer else "though every layer's output is finite: the update overflowed"
-    )
+    layer = first_nonfinite_layer(model.network, lambda: model.decode([model.encode(key_x, key_t)], [nodes[i].t]))
+    cause = f"first in layer {layer}" if layer else "though every layer's output is finite: the update overflowed"
     return f"latents are not finite after node {i} of {len(nodes)} (t = {nodes[i].t:g}), {cause}"
 
 

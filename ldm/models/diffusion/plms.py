@@ -13,12 +13,7 @@ from ldm.models.diffusion.levels import Level, ddim_levels, eps_weight, nodes_be
 from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.schedule import Node, predict_x0
 
-ADAMS_BASHFORTH = (
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 @dataclass(frozen=True)

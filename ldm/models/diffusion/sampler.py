@@ -13,10 +13,10 @@ from tqdm import tqdm
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.edits import Edit, inpainting
 from ldm.models.diffusion.loop import Rule, State, denoise
-from ldm.models.diffusion.plan import Plan
-from ldm.models.diffusion.plans import RunFacts, load_plan
+from ldm.models.diffusion.noise import ImageNoise
+from ldm.models.diffusion.propagation.load import RunFacts, load_plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node
-from ldm.noise import ImageNoise
 
 MASK_STREAM = 1  # appended to an image's seed: the noise of a kept region is not the solver's noise
 
@@ -37,10 +37,11 @@ class Sampler:
         ValueError: another schedule or device.
     """
 
-    solver: str     # its name among `ldm.models.diffusion.solvers`, for which calibrations are made
+    solver: str  # its name among `ldm.models.diffusion.solvers.registry`, for which calibrations are made
 
-    def __init__(self, model: Any, schedule: str = "linear", device: torch.device | str | None = None, *,
-                 seed: int = 0) -> None:
+    def __init__(
+        self, model: Any, schedule: str = "linear", device: torch.device | str | None = None, *, seed: int = 0
+    ) -> None:
         if schedule != "linear":
             raise ValueError(f"schedule must be 'linear'; got {schedule!r}")
         if device is not None and not same_device(torch.device(device), model.device):
@@ -62,9 +63,7 @@ class Sampler:
         if x_T is None:
             return ImageNoise(seeds).start(tuple(shape[1:])).to(self.model.device)
         if x_T.shape != tuple(shape):
-            raise ValueError(
-                f"x_T must have the shape {tuple(shape)} of batch_size and shape; got {tuple(x_T.shape)}"
-            )
+            raise ValueError(f"x_T must have the shape {tuple(shape)} of batch_size and shape; got {tuple(x_T.shape)}")
         return x_T.to(self.model.device)
 
     def states(

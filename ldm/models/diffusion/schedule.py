@@ -44,9 +44,7 @@ def ddim_timesteps(steps: int, total: int = 1000, method: str = "uniform") -> tu
     Source: DDIM (arXiv 2010.02502), section 4.2 and appendix D.3.
     """
     if not 1 <= steps <= total:
-        raise ValueError(
-            f"steps must be 1..{total}, the timesteps that the model was trained with; got {steps}"
-        )
+        raise ValueError(f"steps must be 1..{total}, the timesteps that the model was trained with; got {steps}")
     if method == "uniform":
         grid = np.arange(0, total, total // steps)
     elif method == "quad":
@@ -57,9 +55,7 @@ def ddim_timesteps(steps: int, total: int = 1000, method: str = "uniform") -> tu
     return tuple(int(t) + shift for t in grid)
 
 
-def ddim_nodes(
-    alphas_cumprod: Tensor, timesteps: Sequence[int], abar_end: float | None = None
-) -> tuple[Node, ...]:
+def ddim_nodes(alphas_cumprod: Tensor, timesteps: Sequence[int], abar_end: float | None = None) -> tuple[Node, ...]:
     """Nodes from the noisiest to the cleanest timestep, each landing on the next one's level.
 
     Args:

@@ -1,4 +1,5 @@
 """What a network's encoder leaves for its decoder."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ class Features:
     hidden: (B, C, h, w).
     skips:  outputs of the outermost input blocks, first to last, each (B, C_i, H_i, W_i).
     """
+
     hidden: Tensor
     skips: tuple[Tensor, ...]
 
@@ -61,11 +63,12 @@ class Features:
 
     def with_outer(self, skips: Sequence[Tensor]) -> Features:
         """With the outermost skips replaced by these."""
-        return Features(self.hidden, (*skips, *self.skips[len(skips):]))
+        return Features(self.hidden, (*skips, *self.skips[len(skips) :]))
 
     @staticmethod
     def combine(parts: Sequence[Features], weights: Sequence[float]) -> Features:
         """The weighted sum of features of the same shapes."""
+
         def total(same: Sequence[Tensor]) -> Tensor:
             out = same[0] * weights[0]
             for tensor, weight in zip(same[1:], weights[1:], strict=True):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")     # the second names another kernel for the same result
+ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")  # the second names another kernel for the same result
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -77,7 +77,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)           # (B, 1, H*W, C)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H*W, C)
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
 
@@ -102,12 +102,10 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution; `downsample` / `upsample` is added by the owner where there is one."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, dropout: float,
-                 attn_type: str | None):
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, dropout: float, attn_type: str | None):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, dropout)
-                                   for a, b in pairwise(widths))
+        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(make_attn(out_channels, attn_type) for _ in self.block if attn_type)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -134,19 +132,32 @@ class Encoder(nn.Module):
             (residual autoencoding, arXiv 2410.10733); false in every published model.
     """
 
-    def __init__(self, *, ch: int, out_ch: int, num_res_blocks: int, attn_resolutions: Sequence[int],
-                 in_channels: int, resolution: int, z_channels: int, ch_mult: Sequence[int] = (1, 2, 4, 8),
-                 dropout: float = 0.0, resamp_with_conv: bool = True, double_z: bool = True,
-                 attn_type: str = "vanilla", patch_size: int = 1, linear_shortcut: bool = False):
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        double_z: bool = True,
+        attn_type: str = "vanilla",
+        patch_size: int = 1,
+        linear_shortcut: bool = False,
+    ):
         super().__init__()
         self.patch_size = patch_size
         self.factor = patch_size * 2 ** (len(ch_mult) - 1)
-        self.conv_in = nn.Conv2d(in_channels * patch_size ** 2, ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, ch, 3, padding=1)
         self.down = nn.ModuleList()
         width, size = ch, resolution // patch_size
         for i, mult in enumerate(ch_mult):
-            level = Level(width, ch * mult, num_res_blocks, dropout,
-                          attn_type if size in attn_resolutions else None)
+            level = Level(width, ch * mult, num_res_blocks, dropout, attn_type if size in attn_resolutions else None)
             width = ch * mult
             if i < len(ch_mult) - 1:
                 level.downsample = Downsample(width, resamp_with_conv)
@@ -156,7 +167,7 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(width)
         out_channels = 2 * z_channels if double_z else z_channels
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels * self.factor ** 2, out_channels, 1) if linear_shortcut else None
+        self.shortcut = nn.Conv2d(in_channels * self.factor**2, out_channels, 1) if linear_shortcut else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, z_channels or twice that, H/f, W/f)."""
@@ -175,11 +186,26 @@ class Decoder(nn.Module):
     tanh_out squashes the picture into [-1, 1]; give_pre_end returns the features before the last norm.
     """
 
-    def __init__(self, *, ch: int, out_ch: int, num_res_blocks: int, attn_resolutions: Sequence[int],
-                 in_channels: int, resolution: int, z_channels: int, ch_mult: Sequence[int] = (1, 2, 4, 8),
-                 dropout: float = 0.0, resamp_with_conv: bool = True, double_z: bool = True,
-                 attn_type: str = "vanilla", patch_size: int = 1, linear_shortcut: bool = False,
-                 tanh_out: bool = False, give_pre_end: bool = False):
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        double_z: bool = True,
+        attn_type: str = "vanilla",
+        patch_size: int = 1,
+        linear_shortcut: bool = False,
+        tanh_out: bool = False,
+        give_pre_end: bool = False,
+    ):
         super().__init__()
         self.factor = patch_size * 2 ** (len(ch_mult) - 1)
         self.patch_size, self.tanh_out, self.give_pre_end = patch_size, tanh_out, give_pre_end
@@ -188,8 +214,9 @@ class Decoder(nn.Module):
         self.mid = Middle(width, dropout, attn_type)
         levels = []
         for i, mult in reversed(list(enumerate(ch_mult))):
-            level = Level(width, ch * mult, num_res_blocks + 1, dropout,
-                          attn_type if size in attn_resolutions else None)
+            level = Level(
+                width, ch * mult, num_res_blocks + 1, dropout, attn_type if size in attn_resolutions else None
+            )
             width = ch * mult
             if i > 0:
                 level.upsample = Upsample(width, resamp_with_conv)
@@ -198,8 +225,8 @@ class Decoder(nn.Module):
         # Checkpoints index the levels by resolution, the finest first; they run the other way round.
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = group_norm(width)
-        self.conv_out = nn.Conv2d(width, out_ch * patch_size ** 2, 3, padding=1)
-        self.shortcut = nn.Conv2d(z_channels, out_ch * self.factor ** 2, 1) if linear_shortcut else None
+        self.conv_out = nn.Conv2d(width, out_ch * patch_size**2, 3, padding=1)
+        self.shortcut = nn.Conv2d(z_channels, out_ch * self.factor**2, 1) if linear_shortcut else None
 
     @property
     def last_layer(self) -> nn.Parameter:

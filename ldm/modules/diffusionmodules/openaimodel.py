@@ -1,4 +1,5 @@
 """The UNet of latent diffusion, split into an encoder and a decoder."""
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -29,7 +30,7 @@ class Upsample(nn.Module):
         self.conv = CONVOLUTIONS[dims](channels, out_channels or channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=self.scale, mode="nearest")           # (B, C, 2H, 2W)
+        x = F.interpolate(x, scale_factor=self.scale, mode="nearest")  # (B, C, 2H, 2W)
         return x if self.conv is None else self.conv(x)
 
 
@@ -45,7 +46,7 @@ class Downsample(nn.Module):
             self.op = AVERAGE_POOLS[dims](stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)                                                       # (B, C, H/2, W/2)
+        return self.op(x)  # (B, C, H/2, W/2)
 
 
 class TimestepBlock(nn.Module, ABC):
@@ -70,16 +71,24 @@ class ResBlock(TimestepBlock):
         up, down: also double or halve the resolution.
     """
 
-    def __init__(self, channels: int, emb_channels: int, dropout: float, out_channels: int | None = None,
-                 use_scale_shift_norm: bool = False, dims: int = 2, use_checkpoint: bool = False,
-                 up: bool = False, down: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
         super().__init__()
         out_channels = out_channels or channels
         conv = CONVOLUTIONS[dims]
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), conv(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), conv(channels, out_channels, 3, padding=1))
         if up:
             self.resample = Upsample(channels, use_conv=False, dims=dims)
         elif down:
@@ -87,10 +96,14 @@ class ResBlock(TimestepBlock):
         else:
             self.resample = nn.Identity()
         self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if use_scale_shift_norm else 1)))
+            nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if use_scale_shift_norm else 1))
+        )
         self.out_layers = nn.Sequential(
-            normalization(out_channels), nn.SiLU(), nn.Dropout(dropout),
-            zero_module(conv(out_channels, out_channels, 3, padding=1)))
+            normalization(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(conv(out_channels, out_channels, 3, padding=1)),
+        )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else conv(channels, out_channels, 1)
 
@@ -101,9 +114,9 @@ class ResBlock(TimestepBlock):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm_in, act_in, conv_in = self.in_layers
         norm_out, act_out, dropout, conv_out = self.out_layers
-        h = conv_in(self.resample(act_in(norm_in(x))))                          # (B, C_out, H', W')
-        shift = self.emb_layers(emb)                                            # (B, C_out or 2 C_out)
-        shift = shift.view(*shift.shape, *[1] * (h.ndim - 2))                   # (B, ..., 1, 1)
+        h = conv_in(self.resample(act_in(norm_in(x))))  # (B, C_out, H', W')
+        shift = self.emb_layers(emb)  # (B, C_out or 2 C_out)
+        shift = shift.view(*shift.shape, *[1] * (h.ndim - 2))  # (B, ..., 1, 1)
         if self.use_scale_shift_norm:
             scale, shift = shift.chunk(2, dim=1)
             h = norm_out(h) * (1 + scale) + shift
@@ -123,8 +136,9 @@ class AttentionBlock(nn.Module):
             split into heads with each of them [q | k | v].
     """
 
-    def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False,
-                 use_new_attention_order: bool = False) -> None:
+    def __init__(
+        self, channels: int, num_heads: int = 1, use_checkpoint: bool = False, use_new_attention_order: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.use_checkpoint = use_checkpoint
@@ -138,19 +152,19 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, x, enabled=self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x).flatten(2))                                 # (B, 3C, L)
+        qkv = self.qkv(self.norm(x).flatten(2))  # (B, 3C, L)
         return x + self.proj_out(_attend(qkv, self.num_heads, self.use_new_attention_order)).view_as(x)
 
 
 def _attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
     """Self-attention from its projections, (B, 3C, L) -> (B, C, L); for the order see `AttentionBlock`."""
-    qkv = qkv.mT.contiguous()                                                   # (B, L, 3C)
+    qkv = qkv.mT.contiguous()  # (B, L, 3C)
     if new_order:
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)                   # (B, L, heads, d)
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)  # (B, L, heads, d)
     else:
-        q, k, v = qkv.unflatten(-1, (heads, 3, -1)).unbind(3)                   # (B, L, heads, d)
+        q, k, v = qkv.unflatten(-1, (heads, 3, -1)).unbind(3)  # (B, L, heads, d)
     attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return attended.transpose(1, 2).flatten(2).mT                               # (B, C, L)
+    return attended.transpose(1, 2).flatten(2).mT  # (B, C, L)
 
 
 class QKVAttention(nn.Module):
@@ -185,16 +199,17 @@ class AttentionPool2d(nn.Module):
     Source: CLIP (arXiv 2103.00020), section 2.4.
     """
 
-    def __init__(self, spacial_dim: int, embed_dim: int, num_heads_channels: int,
-                 output_dim: int | None = None) -> None:
+    def __init__(
+        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
+    ) -> None:
         super().__init__()
-        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim ** 2 + 1) / embed_dim ** 0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
         self.qkv_proj = nn.Conv1d(embed_dim, 3 * embed_dim, 1)
         self.c_proj = nn.Conv1d(embed_dim, output_dim or embed_dim, 1)
         self.attention = QKVAttention(embed_dim // num_heads_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2)                                                   # (B, C, L)
+        tokens = x.flatten(2)  # (B, C, L)
         tokens = torch.cat([tokens.mean(2, keepdim=True), tokens], dim=2) + self.positional_embedding
         return self.c_proj(self.attention(self.qkv_proj(tokens)))[..., 0]
 
@@ -222,29 +237,37 @@ class Level:
     attention_blocks: how many of them, in encoder and decoder each, are followed by attention.
     context_only:     its transformers attend to the context only.
     """
+
     channels: int
     res_blocks: int
     attention_blocks: int
     context_only: bool
 
 
-def _levels(model_channels: int, channel_mult: Sequence[int], num_res_blocks: int | Sequence[int],
-            attention_resolutions: Sequence[int], num_attention_blocks: Sequence[int] | None,
-            disable_self_attentions: Sequence[bool] | None) -> list[Level]:
+def _levels(
+    model_channels: int,
+    channel_mult: Sequence[int],
+    num_res_blocks: int | Sequence[int],
+    attention_resolutions: Sequence[int],
+    num_attention_blocks: Sequence[int] | None,
+    disable_self_attentions: Sequence[bool] | None,
+) -> list[Level]:
     """The levels, finest first, that UNetModel's arguments describe."""
     count = len(channel_mult)
     res_blocks = [num_res_blocks] * count if isinstance(num_res_blocks, int) else list(num_res_blocks)
     # No limit given means every residual block, also the additional one of the decoder.
     attention = [n + 1 for n in res_blocks] if num_attention_blocks is None else list(num_attention_blocks)
     context_only = [False] * count if disable_self_attentions is None else list(disable_self_attentions)
-    for name, values in (("num_res_blocks", res_blocks), ("num_attention_blocks", attention),
-                         ("disable_self_attentions", context_only)):
+    for name, values in (
+        ("num_res_blocks", res_blocks),
+        ("num_attention_blocks", attention),
+        ("disable_self_attentions", context_only),
+    ):
         if len(values) != count:
-            raise ValueError(f"{name} must have one entry for each of the {count} levels of channel_mult; "
-                             f"got {values}")
+            raise ValueError(f"{name} must have one entry for each of the {count} levels of channel_mult; got {values}")
     if num_attention_blocks is not None and any(a > r for a, r in zip(attention, res_blocks, strict=True)):
         raise ValueError(f"num_attention_blocks must not exceed num_res_blocks {res_blocks}; got {attention}")
-    attention = [n if 2 ** i in attention_resolutions else 0 for i, n in enumerate(attention)]
+    attention = [n if 2**i in attention_resolutions else 0 for i, n in enumerate(attention)]
     channels = [model_channels * mult for mult in channel_mult]
     return list(map(Level, channels, res_blocks, attention, context_only))
 
@@ -252,6 +275,7 @@ def _levels(model_channels: int, channel_mult: Sequence[int], num_res_blocks: in
 @dataclass(frozen=True)
 class Attention:
     """How one UNet builds its attention layers; the fields are arguments of UNetModel."""
+
     num_heads: int
     num_head_channels: int
     num_heads_upsample: int
@@ -267,19 +291,29 @@ class Attention:
         if self.num_heads == -1 and self.num_head_channels == -1:
             raise ValueError("num_heads or num_head_channels must be given; got -1 for both")
         if self.use_spatial_transformer and self.context_dim is None:
-            raise ValueError("context_dim, the width of the context tokens, must be given "
-                             "with use_spatial_transformer=True; got None")
+            raise ValueError(
+                "context_dim, the width of the context tokens, must be given "
+                "with use_spatial_transformer=True; got None"
+            )
         if self.context_dim is not None and not self.use_spatial_transformer:
-            raise ValueError(f"context_dim must be None without use_spatial_transformer, as plain attention "
-                             f"takes no context; got {self.context_dim}")
+            raise ValueError(
+                f"context_dim must be None without use_spatial_transformer, as plain attention "
+                f"takes no context; got {self.context_dim}"
+            )
 
     def __call__(self, channels: int, context_only: bool = False, decoder: bool = False) -> nn.Module:
         heads = self._heads(channels, decoder)
         if self.use_spatial_transformer:
             return SpatialTransformer(
-                channels, heads, channels // heads, depth=self.transformer_depth,
-                context_dim=self.context_dim, disable_self_attn=context_only, use_linear=self.use_linear,
-                use_checkpoint=self.use_checkpoint)
+                channels,
+                heads,
+                channels // heads,
+                depth=self.transformer_depth,
+                context_dim=self.context_dim,
+                disable_self_attn=context_only,
+                use_linear=self.use_linear,
+                use_checkpoint=self.use_checkpoint,
+            )
         return AttentionBlock(channels, heads, self.use_checkpoint, self.use_new_attention_order)
 
     def _heads(self, channels: int, decoder: bool) -> int:
@@ -302,8 +336,10 @@ def _label_embedding(num_classes: int | str, adm_in_channels: int | None, width:
     if num_classes == "sequential" and adm_in_channels is not None:
         layers = nn.Linear(adm_in_channels, width), nn.SiLU(), nn.Linear(width, width)
         return nn.Sequential(nn.Sequential(*layers))
-    raise ValueError(f"num_classes must be a number of classes, 'continuous', 'sequential' together with "
-                     f"adm_in_channels, or None; got {num_classes!r} with adm_in_channels={adm_in_channels}")
+    raise ValueError(
+        f"num_classes must be a number of classes, 'continuous', 'sequential' together with "
+        f"adm_in_channels, or None; got {num_classes!r} with adm_in_channels={adm_in_channels}"
+    )
 
 
 class UNetModel(nn.Module):
@@ -385,15 +421,35 @@ class UNetModel(nn.Module):
         super().__init__()
         if dims not in CONVOLUTIONS or (use_spatial_transformer and dims != 2):
             raise ValueError(f"dims must be 1, 2 or 3, and 2 with use_spatial_transformer; got {dims}")
-        levels = _levels(model_channels, channel_mult, num_res_blocks, attention_resolutions,
-                         num_attention_blocks, disable_self_attentions)
+        levels = _levels(
+            model_channels,
+            channel_mult,
+            num_res_blocks,
+            attention_resolutions,
+            num_attention_blocks,
+            disable_self_attentions,
+        )
         attention = Attention(
-            num_heads, num_head_channels, num_heads_upsample, legacy, use_spatial_transformer,
-            transformer_depth, context_dim, use_linear_in_transformer, use_new_attention_order,
-            use_checkpoint)
+            num_heads,
+            num_head_channels,
+            num_heads_upsample,
+            legacy,
+            use_spatial_transformer,
+            transformer_depth,
+            context_dim,
+            use_linear_in_transformer,
+            use_new_attention_order,
+            use_checkpoint,
+        )
         emb_channels = 4 * model_channels
-        res = partial(ResBlock, emb_channels=emb_channels, dropout=dropout, dims=dims,
-                      use_scale_shift_norm=use_scale_shift_norm, use_checkpoint=use_checkpoint)
+        res = partial(
+            ResBlock,
+            emb_channels=emb_channels,
+            dropout=dropout,
+            dims=dims,
+            use_scale_shift_norm=use_scale_shift_norm,
+            use_checkpoint=use_checkpoint,
+        )
         if resblock_updown:
             down, up = partial(res, down=True), partial(res, up=True)
         else:
@@ -410,22 +466,25 @@ class UNetModel(nn.Module):
         self.context_dim = context_dim
         self.use_fp16 = use_fp16
         self.downsampling = 2 ** (len(levels) - 1)
-        self.finest = levels[0].res_blocks + 1      # blocks of the finest level, on each side
+        self.finest = levels[0].res_blocks + 1  # blocks of the finest level, on each side
         self.merges_tokens = use_spatial_transformer and levels[0].attention_blocks > 0 and not levels[0].context_only
 
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
         if num_classes is not None:
             self.label_emb = _label_embedding(num_classes, adm_in_channels, emb_channels)
         self.input_blocks, widths = _encoder(levels, conv(in_channels, model_channels), res, attention, down)
         middle = widths[-1]
         self.middle_block = TimestepEmbedSequential(
-            res(middle), attention(middle, disable_middle_self_attn), res(middle))
+            res(middle), attention(middle, disable_middle_self_attn), res(middle)
+        )
         self.output_blocks = _decoder(levels, widths, res, attention, up)
         last = levels[0].channels
         self.out = nn.Sequential(normalization(last), nn.SiLU(), zero_module(conv(last, out_channels)))
-        self.id_predictor = None if n_embed is None else nn.Sequential(
-            normalization(last), CONVOLUTIONS[dims](last, n_embed, 1))
+        self.id_predictor = (
+            None if n_embed is None else nn.Sequential(normalization(last), CONVOLUTIONS[dims](last, n_embed, 1))
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -445,8 +504,9 @@ class UNetModel(nn.Module):
                 projections |= block.projections(context)
         return ProjectedContext(projections, len(context))
 
-    def encode(self, x: Tensor, timesteps: Tensor, context: Context | None = None,
-               y: Tensor | None = None, tome: float = 0.0) -> Features:
+    def encode(
+        self, x: Tensor, timesteps: Tensor, context: Context | None = None, y: Tensor | None = None, tome: float = 0.0
+    ) -> Features:
         """The part that encoder propagation skips: input blocks and middle block.
 
         Args:
@@ -463,13 +523,20 @@ class UNetModel(nn.Module):
         self._check_input(x)
         self.check_merging(tome)
         context = self._checked_context(context, len(x))
-        emb = self.embed(timesteps, y, len(x))                                  # (B, D)
+        emb = self.embed(timesteps, y, len(x))  # (B, D)
         skips = self._outer(x, emb, context, len(self.input_blocks), tome)
-        h = self.middle_block(skips[-1], emb, context)                          # (B, C_mid, h, w)
+        h = self.middle_block(skips[-1], emb, context)  # (B, C_mid, h, w)
         return Features(hidden=h, skips=skips)
 
-    def encode_outer(self, x: Tensor, timesteps: Tensor, context: Context | None = None, y: Tensor | None = None,
-                     blocks: int = 1, tome: float = 0.0) -> tuple[Tensor, ...]:
+    def encode_outer(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Context | None = None,
+        y: Tensor | None = None,
+        blocks: int = 1,
+        tome: float = 0.0,
+    ) -> tuple[Tensor, ...]:
         """The outputs of the first `blocks` input blocks alone, each (B, C_i, H_i, W_i); arguments as for `encode`.
 
         Raises:
@@ -483,33 +550,48 @@ class UNetModel(nn.Module):
         return self._outer(x, self.embed(timesteps, y, len(x)), context, blocks, tome)
 
     def _outer(self, x: Tensor, emb: Tensor, context: Context | None, blocks: int, tome: float) -> tuple[Tensor, ...]:
-        h, skips = x.to(self.dtype), []                                         # (B, C_in, H, W)
+        h, skips = x.to(self.dtype), []  # (B, C_in, H, W)
         for i, block in enumerate(self.input_blocks[:blocks]):
-            h = block(h, emb, context, tome if i < self.finest else 0.0)        # (B, C_i, H_i, W_i)
+            h = block(h, emb, context, tome if i < self.finest else 0.0)  # (B, C_i, H_i, W_i)
             skips.append(h)
         return tuple(skips)
 
-    def advance(self, features: Features, timesteps: Tensor, context: Context | None = None,
-                y: Tensor | None = None, blocks: int = 0, tome: float = 0.0) -> Features:
+    def advance(
+        self,
+        features: Features,
+        timesteps: Tensor,
+        context: Context | None = None,
+        y: Tensor | None = None,
+        blocks: int = 0,
+        tome: float = 0.0,
+    ) -> Features:
         """Decode until `blocks` output blocks remain; arguments as for `decode`.
 
         Raises:
             ValueError: as `decode`, or fewer blocks than that remain already.
         """
         if not 0 <= blocks <= len(features.skips) <= len(self.output_blocks):
-            raise ValueError(f"features must have {max(blocks, 1)}..{len(self.output_blocks)} skips for this network; "
-                             f"got {len(features.skips)}")
+            raise ValueError(
+                f"features must have {max(blocks, 1)}..{len(self.output_blocks)} skips for this network; "
+                f"got {len(features.skips)}"
+            )
         self.check_merging(tome)
-        h, skips = features.hidden, list(features.skips)                        # (B, C, h, w)
+        h, skips = features.hidden, list(features.skips)  # (B, C, h, w)
         context = self._checked_context(context, len(h))
-        emb = self.embed(timesteps, y, len(h))                                  # (B, D): of this step
-        for block in self.output_blocks[len(self.output_blocks) - len(skips):len(self.output_blocks) - blocks]:
+        emb = self.embed(timesteps, y, len(h))  # (B, D): of this step
+        for block in self.output_blocks[len(self.output_blocks) - len(skips) : len(self.output_blocks) - blocks]:
             share = tome if len(skips) <= self.finest else 0.0
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context, share)  # (B, C_i, H_i, W_i)
         return Features(h, tuple(skips))
 
-    def decode(self, features: Features, timesteps: Tensor, context: Context | None = None,
-               y: Tensor | None = None, tome: float = 0.0) -> Tensor:
+    def decode(
+        self,
+        features: Features,
+        timesteps: Tensor,
+        context: Context | None = None,
+        y: Tensor | None = None,
+        tome: float = 0.0,
+    ) -> Tensor:
         """The prediction (B, C_out, H, W) at `timesteps` from features of the same or an earlier step.
 
         Args:
@@ -522,8 +604,7 @@ class UNetModel(nn.Module):
         h = self.advance(features, timesteps, context, y, tome=tome).hidden
         return self.out(h) if self.id_predictor is None else self.id_predictor(h)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Context | None = None,
-                y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Context | None = None, y: Tensor | None = None) -> Tensor:
         """`encode` and `decode` at the same timesteps: (B, C_in, H, W) -> (B, C_out, H, W)."""
         return self.decode(self.encode(x, timesteps, context, y), timesteps, context, y)
 
@@ -534,8 +615,7 @@ class UNetModel(nn.Module):
     def embed(self, timesteps: Tensor, y: Tensor | None, batch: int) -> Tensor:
         """Embedding (B, D) of timesteps and label, which every residual block is told."""
         if timesteps.shape != (batch,):
-            raise ValueError(f"timesteps must have shape ({batch},), one for each sample; "
-                             f"got {tuple(timesteps.shape)}")
+            raise ValueError(f"timesteps must have shape ({batch},), one for each sample; got {tuple(timesteps.shape)}")
         emb = self.embed_time(timesteps)
         if self.num_classes is None:
             if y is not None:
@@ -543,25 +623,32 @@ class UNetModel(nn.Module):
             return emb
         width = {"continuous": (1,), "sequential": (self.adm_in_channels,)}.get(self.num_classes, ())
         if y is None or y.shape != (batch, *width):
-            raise ValueError(f"y must have shape {(batch, *width)} for num_classes={self.num_classes!r}; "
-                             f"got {None if y is None else tuple(y.shape)}")
+            raise ValueError(
+                f"y must have shape {(batch, *width)} for num_classes={self.num_classes!r}; "
+                f"got {None if y is None else tuple(y.shape)}"
+            )
         return emb + self.label_emb(y.to(self.dtype) if width else y)
 
     def check_merging(self, tome: float) -> None:
         """Raise ValueError unless that share of tokens can be merged in this network."""
         check_ratio(tome)
         if tome and not self.merges_tokens:
-            raise ValueError("this network has no self-attention in spatial transformers at its finest level, so there "
-                             f"are no tokens to merge; accepted: 0; got {tome:g}")
+            raise ValueError(
+                "this network has no self-attention in spatial transformers at its finest level, so there "
+                f"are no tokens to merge; accepted: 0; got {tome:g}"
+            )
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 2 + self.dims or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have shape (B, {self.in_channels}, ...) with {self.dims} spatial "
-                             f"dimensions; got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have shape (B, {self.in_channels}, ...) with {self.dims} spatial "
+                f"dimensions; got {tuple(x.shape)}"
+            )
         # The last two sizes, or the only one, are what the levels halve.
         if any(size % self.downsampling for size in x.shape[2:][-2:]):
-            raise ValueError(f"x must have height and width that are multiples of {self.downsampling}; "
-                             f"got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have height and width that are multiples of {self.downsampling}; got {tuple(x.shape)}"
+            )
 
     def _checked_context(self, context: Context | None, batch: int) -> Context | None:
         if self.context_dim is None:
@@ -573,13 +660,20 @@ class UNetModel(nn.Module):
                 raise ValueError(f"context must be for {batch} samples; got one projected for {len(context)}")
             return context
         if context is None or context.ndim != 3 or context.shape[::2] != (batch, self.context_dim):
-            raise ValueError(f"context must have shape ({batch}, L, {self.context_dim}); "
-                             f"got {None if context is None else tuple(context.shape)}")
+            raise ValueError(
+                f"context must have shape ({batch}, L, {self.context_dim}); "
+                f"got {None if context is None else tuple(context.shape)}"
+            )
         return context.to(self.dtype)
 
 
-def _encoder(levels: Sequence[Level], conv_in: nn.Module, res: Callable[..., nn.Module],
-             attention: Attention, down: Callable[[int], nn.Module]) -> tuple[nn.ModuleList, list[int]]:
+def _encoder(
+    levels: Sequence[Level],
+    conv_in: nn.Module,
+    res: Callable[..., nn.Module],
+    attention: Attention,
+    down: Callable[[int], nn.Module],
+) -> tuple[nn.ModuleList, list[int]]:
     """Input blocks, and the channels that each of them puts out."""
     blocks, widths = [TimestepEmbedSequential(conv_in)], [conv_in.out_channels]
     for level in levels:
@@ -595,8 +689,13 @@ def _encoder(levels: Sequence[Level], conv_in: nn.Module, res: Callable[..., nn.
     return nn.ModuleList(blocks), widths
 
 
-def _decoder(levels: Sequence[Level], widths: Sequence[int], res: Callable[..., nn.Module],
-             attention: Attention, up: Callable[[int], nn.Module]) -> nn.ModuleList:
+def _decoder(
+    levels: Sequence[Level],
+    widths: Sequence[int],
+    res: Callable[..., nn.Module],
+    attention: Attention,
+    up: Callable[[int], nn.Module],
+) -> nn.ModuleList:
     """Output blocks; each takes the skip of one input block, last to first."""
     blocks, channels, skips = [], widths[-1], iter(reversed(widths))
     for level in reversed(levels):
@@ -623,35 +722,73 @@ class EncoderUNetModel(nn.Module):
         ValueError: arguments that do not fit together, or an unknown pool.
     """
 
-    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int,
-                 num_res_blocks: int, attention_resolutions: Sequence[int], dropout: float = 0.0,
-                 channel_mult: Sequence[int] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
-                 use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1,
-                 num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False,
-                 resblock_updown: bool = False, use_new_attention_order: bool = False,
-                 pool: str = "adaptive") -> None:
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        pool: str = "adaptive",
+    ) -> None:
         super().__init__()
         levels = _levels(model_channels, channel_mult, num_res_blocks, attention_resolutions, None, None)
-        attention = Attention(num_heads, num_head_channels, num_heads_upsample, True, False, 1, None, False,
-                              use_new_attention_order, use_checkpoint)
+        attention = Attention(
+            num_heads,
+            num_head_channels,
+            num_heads_upsample,
+            True,
+            False,
+            1,
+            None,
+            False,
+            use_new_attention_order,
+            use_checkpoint,
+        )
         emb_channels = 4 * model_channels
-        res = partial(ResBlock, emb_channels=emb_channels, dropout=dropout, dims=dims,
-                      use_scale_shift_norm=use_scale_shift_norm, use_checkpoint=use_checkpoint)
+        res = partial(
+            ResBlock,
+            emb_channels=emb_channels,
+            dropout=dropout,
+            dims=dims,
+            use_scale_shift_norm=use_scale_shift_norm,
+            use_checkpoint=use_checkpoint,
+        )
         down = partial(res, down=True) if resblock_updown else partial(Downsample, use_conv=conv_resample, dims=dims)
         self.model_channels, self.pool, self.use_fp16 = model_channels, pool, use_fp16
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
         conv_in = CONVOLUTIONS[dims](in_channels, model_channels, 3, padding=1)
         self.input_blocks, widths = _encoder(levels, conv_in, res, attention, down)
         middle = widths[-1]
         self.middle_block = TimestepEmbedSequential(res(middle), attention(middle), res(middle))
         if pool == "adaptive":
-            self.out = nn.Sequential(normalization(middle), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)),
-                                     zero_module(CONVOLUTIONS[dims](middle, out_channels, 1)), nn.Flatten())
+            self.out = nn.Sequential(
+                normalization(middle),
+                nn.SiLU(),
+                nn.AdaptiveAvgPool2d((1, 1)),
+                zero_module(CONVOLUTIONS[dims](middle, out_channels, 1)),
+                nn.Flatten(),
+            )
         elif pool == "attention":
             side = image_size // 2 ** (len(levels) - 1)
-            self.out = nn.Sequential(normalization(middle), nn.SiLU(),
-                                     AttentionPool2d(side, middle, num_head_channels, out_channels))
+            self.out = nn.Sequential(
+                normalization(middle), nn.SiLU(), AttentionPool2d(side, middle, num_head_channels, out_channels)
+            )
         elif pool in ("spatial", "spatial_v2"):
             between = [nn.ReLU()] if pool == "spatial" else [normalization(2048), nn.SiLU()]
             self.out = nn.Sequential(nn.Linear(sum(widths) + middle, 2048), *between, nn.Linear(2048, out_channels))
@@ -664,6 +801,6 @@ class EncoderUNetModel(nn.Module):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
         h, means = x.to(dtype), []
         for block in [*self.input_blocks, self.middle_block]:
-            h = block(h, emb)                                                   # (B, C_i, H_i, W_i)
+            h = block(h, emb)  # (B, C_i, H_i, W_i)
             means.append(h.flatten(2).mean(2))
         return self.out(torch.cat(means, dim=1) if self.pool.startswith("spatial") else h)

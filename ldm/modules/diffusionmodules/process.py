@@ -44,5 +44,7 @@ class ForwardProcess(nn.Module):
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; t: (B,) integers, x_start: (B, ...)."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        return (at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-                + at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise)
+        return (
+            at(self.sqrt_alphas_cumprod, t, x_start) * x_start
+            + at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        )

@@ -49,14 +49,16 @@ class ImageConcatWithNoiseAugmentation(ForwardProcess):
         if noise_level is None:
             return torch.randint(0, self.max_noise_level, (len(x),), device=x.device)
         if noise_level.shape != (len(x),) or noise_level.is_floating_point():
-            raise ValueError(f"noise_level must be integers of shape ({len(x)},); "
-                             f"got {noise_level.dtype} {tuple(noise_level.shape)}")
+            raise ValueError(
+                f"noise_level must be integers of shape ({len(x)},); got {noise_level.dtype} {tuple(noise_level.shape)}"
+            )
         if not 0 <= noise_level.min() <= noise_level.max() < self.max_noise_level:
             raise ValueError(f"noise_level must be in 0..{self.max_noise_level - 1}; got {noise_level.tolist()}")
         return noise_level.to(x.device)
 
-    def forward(self, x: Tensor, noise_level: Tensor | None = None,
-                noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, noise_level: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> the same with noise, and the levels (B,).
 
         Args:
@@ -81,17 +83,26 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
         ValueError: the file is missing or holds something else.
     """
 
-    def __init__(self, noise_schedule_config: Mapping[str, Any], max_noise_level: int = 1000,
-                 timestep_dim: int = 256, clip_stats_path: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        noise_schedule_config: Mapping[str, Any],
+        max_noise_level: int = 1000,
+        timestep_dim: int = 256,
+        clip_stats_path: str | Path | None = None,
+    ) -> None:
         super().__init__(noise_schedule_config, max_noise_level)
         self.timestep_dim = timestep_dim
-        mean, std = (torch.zeros(timestep_dim), torch.ones(timestep_dim)) if clip_stats_path is None else \
-            _statistics(clip_stats_path, timestep_dim)
+        mean, std = (
+            (torch.zeros(timestep_dim), torch.ones(timestep_dim))
+            if clip_stats_path is None
+            else _statistics(clip_stats_path, timestep_dim)
+        )
         self.register_buffer("data_mean", mean[None], persistent=False)
         self.register_buffer("data_std", std[None], persistent=False)
 
-    def forward(self, x: Tensor, noise_level: Tensor | None = None,
-                noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, noise_level: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings (B, D) -> the same with noise, and the embedded levels (B, D)."""
         z, noise_level = super().forward((x - self.data_mean) / self.data_std, noise_level, noise)
         return z * self.data_std + self.data_mean, timestep_embedding(noise_level, self.timestep_dim)
@@ -100,7 +111,7 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
 def _statistics(path: str | Path, dim: int) -> tuple[Tensor, Tensor]:
     try:
         stats = torch.load(find_file(path), map_location="cpu", weights_only=True)
-    except Exception as error:      # a hostile or cut-off pickle can make the reader fail in any way
+    except Exception as error:  # a hostile or cut-off pickle can make the reader fail in any way
         raise ValueError(f"clip_stats_path: {' '.join(str(error).split())}; expected a file of two tensors") from error
     if not (isinstance(stats, (tuple, list)) and [getattr(s, "shape", None) for s in stats] == [(dim,)] * 2):
         raise ValueError(f"clip_stats_path: {path}: expected two tensors of {dim} numbers")

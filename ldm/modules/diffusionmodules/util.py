@@ -1,4 +1,5 @@
 """Beta schedules, the timestep embedding, normalisation and activation checkpointing."""
+
 from __future__ import annotations
 
 import math
@@ -34,8 +35,9 @@ def _cosine_betas(n_timestep: int, cosine_s: float) -> np.ndarray:
     return np.clip(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0, 0.999)
 
 
-def make_beta_schedule(schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2,
-                       cosine_s: float = 8e-3) -> np.ndarray:
+def make_beta_schedule(
+    schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
+) -> np.ndarray:
     """Variances of the forward noising steps, under the names of the published configs.
 
     Args:
@@ -57,19 +59,17 @@ def make_beta_schedule(schedule: str, n_timestep: int, linear_start: float = 1e-
     if n_timestep < 1:
         raise ValueError(f"n_timestep must be at least 1; got {n_timestep}")
     if schedule == "linear":
-        return np.linspace(linear_start ** 0.5, linear_end ** 0.5, n_timestep, dtype=np.float64) ** 2
+        return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
     if schedule == "sqrt_linear":
         return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64)
     if schedule == "sqrt":
         return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64) ** 0.5
     if schedule in ("cosine", "squaredcos_cap_v2"):
         return _cosine_betas(n_timestep, cosine_s)
-    raise ValueError(f"schedule must be one of linear, cosine, squaredcos_cap_v2, sqrt_linear, sqrt; "
-                     f"got {schedule!r}")
+    raise ValueError(f"schedule must be one of linear, cosine, squaredcos_cap_v2, sqrt_linear, sqrt; got {schedule!r}")
 
 
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000,
-                       repeat_only: bool = False) -> Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
     """Sinusoidal embedding [cos | sin] of timesteps.
 
     Args:
@@ -83,13 +83,13 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000,
 
     Source: Vaswani et al. (arXiv 1706.03762), section 3.5, with cosines first.
     """
-    t = timesteps.float()[:, None]                                              # (B, 1)
+    t = timesteps.float()[:, None]  # (B, 1)
     if repeat_only:
         return t.repeat(1, dim)
     half = dim // 2
     # This order of operations rounds as the published one; at t = 1000 the difference would show.
-    index = torch.arange(half, dtype=torch.float32, device=timesteps.device)    # (D // 2,)
-    angles = t * torch.exp(-math.log(max_period) * index / half)                # (B, D // 2)
+    index = torch.arange(half, dtype=torch.float32, device=timesteps.device)  # (D // 2,)
+    angles = t * torch.exp(-math.log(max_period) * index / half)  # (B, D // 2)
     return F.pad(torch.cat((angles.cos(), angles.sin()), dim=-1), (0, dim % 2))
 
 
@@ -141,5 +141,7 @@ class HybridConditioner(nn.Module):
         self.crossattn_conditioner = instantiate_from_config(c_crossattn_config)
 
     def forward(self, c_concat: Any, c_crossattn: Any) -> dict[str, list[Any]]:
-        return {"c_concat": [self.concat_conditioner(c_concat)],
-                "c_crossattn": [self.crossattn_conditioner(c_crossattn)]}
+        return {
+            "c_concat": [self.concat_conditioner(c_concat)],
+            "c_crossattn": [self.crossattn_conditioner(c_crossattn)],
+        }

@@ -37,8 +37,9 @@ class DiagonalGaussianDistribution:
         if other is None:
             terms = self.mean.square() + self.var - 1.0 - self.logvar
         else:
-            terms = ((self.mean - other.mean).square() / other.var + self.var / other.var
-                     - 1.0 - self.logvar + other.logvar)
+            terms = (
+                (self.mean - other.mean).square() / other.var + self.var / other.var - 1.0 - self.logvar + other.logvar
+            )
         return 0.5 * terms.flatten(1).sum(1)
 
     def nll(self, sample: Tensor) -> Tensor:

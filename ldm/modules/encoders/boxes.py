@@ -1,4 +1,5 @@
 """Boxes as tokens: what the layout-to-image model is conditioned on, through its BERTEmbedder."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -35,8 +36,12 @@ class Box:
             raise ValueError(f"box: must lie in the picture, 0..1; got left, top, right, bottom {edges}")
 
 
-def box_tokens(boxes: Sequence[Box], max_boxes: int = 30, vocab_size: int = 8192,
-               crop: tuple[float, float, float, float] | None = (0.0, 0.0, 1.0, 1.0)) -> Tensor:
+def box_tokens(
+    boxes: Sequence[Box],
+    max_boxes: int = 30,
+    vocab_size: int = 8192,
+    crop: tuple[float, float, float, float] | None = (0.0, 0.0, 1.0, 1.0),
+) -> Tensor:
     """Token ids of a picture's boxes, (3 * max_boxes + 2,), int64.
 
     Each box is its category and its top left and bottom right corners on a grid of isqrt(vocab_size) points a
@@ -61,6 +66,7 @@ def box_tokens(boxes: Sequence[Box], max_boxes: int = 30, vocab_size: int = 8192
     def corners(x: float, y: float, width: float, height: float) -> tuple[int, int]:
         def token(x: float, y: float) -> int:
             return round(y * (side - 1)) * side + round(x * (side - 1))
+
         return token(x, y), token(x + width, y + height)
 
     ids: list[int] = []

@@ -3,6 +3,7 @@
 Nothing is fetched: an encoder is built from its hyper-parameters and filled from the diffusion model's checkpoint,
 or read from a folder. Source: CLIP (arXiv 2103.00020).
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,19 @@ from ldm.modules.encoders.clip_tokenizer import ClipConditioner, ClipTokenizer
 
 TEXT_MODELS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": {
-        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768,
-        "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-        "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407,
-    },
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "projection_dim": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 49407,
+    }
 }
 
 
@@ -34,8 +43,10 @@ def transformers() -> ModuleType:
     try:
         import transformers as library
     except ModuleNotFoundError as error:
-        raise ValueError("the CLIP text encoder of Stable Diffusion 1 needs the transformers library, which is not "
-                         "installed: pip install -e '.[text]'") from error
+        raise ValueError(
+            "the CLIP text encoder of Stable Diffusion 1 needs the transformers library, which is not "
+            "installed: pip install -e '.[text]'"
+        ) from error
     return library
 
 
@@ -54,13 +65,20 @@ class FrozenCLIPEmbedder(ClipConditioner):
         ValueError: unknown version, transformers is missing, or a vocabulary is named that is not there.
     """
 
-    def __init__(self, version: str | Mapping[str, Any] = "openai/clip-vit-large-patch14", device: str | None = None,
-                 max_length: int = 77, freeze: bool = True, vocabulary: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        version: str | Mapping[str, Any] = "openai/clip-vit-large-patch14",
+        device: str | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        vocabulary: str | Path | None = None,
+    ) -> None:
         if isinstance(version, str) and version not in TEXT_MODELS:
             raise ValueError(f"version must be one of {', '.join(TEXT_MODELS)}, or hyper-parameters; got {version!r}")
         settings = dict(TEXT_MODELS[version] if isinstance(version, str) else version)
-        super().__init__(ClipTokenizer(vocabulary, max_length), settings["vocab_size"],
-                         settings["max_position_embeddings"])
+        super().__init__(
+            ClipTokenizer(vocabulary, max_length), settings["vocab_size"], settings["max_position_embeddings"]
+        )
         library = transformers()
         # CLIPTextModel dropped the prefix "text_model." of its keys in version 5; inside this class it never had one.
         tower = library.CLIPTextModelWithProjection(library.CLIPTextConfig(**settings)).text_model
@@ -79,17 +97,19 @@ def from_folder(name: str, weights: str | Path | None) -> nn.Module:
         ValueError: no such folder, or not such a model.
     """
     if weights is None or not Path(weights).is_dir():
-        raise ValueError(f"weights: {weights}: no such folder; the diffusion model's checkpoint does not hold this "
-                         f"encoder: download config.json and model.safetensors of openai/clip-vit-large-patch14 "
-                         f"into a folder and set weights to it")
+        raise ValueError(
+            f"weights: {weights}: no such folder; the diffusion model's checkpoint does not hold this "
+            f"encoder: download config.json and model.safetensors of openai/clip-vit-large-patch14 "
+            f"into a folder and set weights to it"
+        )
     library = transformers()
-    library.utils.logging.disable_progress_bar()        # it is quick, and the bar would go into files too
+    library.utils.logging.disable_progress_bar()  # it is quick, and the bar would go into files too
     try:
         model, info = getattr(library, name).from_pretrained(
-            weights, local_files_only=True, use_safetensors=True, output_loading_info=True)
+            weights, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"weights: {weights}: not a {name} of transformers: "
-                         f"{' '.join(str(error).split())}") from error
+        raise ValueError(f"weights: {weights}: not a {name} of transformers: {' '.join(str(error).split())}") from error
     missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
     if missing:
         raise ValueError(f"weights: {weights}: {len(missing)} weights of {name} are missing, such as {missing[0]}")
@@ -111,11 +131,19 @@ class FrozenCLIPTextEmbedder(ClipConditioner):
     Source: arXiv 2204.11824.
     """
 
-    def __init__(self, weights: str | Path | None = None, device: str | None = None, max_length: int = 77,
-                 n_repeat: int = 1, normalize: bool = True, vocabulary: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        device: str | None = None,
+        max_length: int = 77,
+        n_repeat: int = 1,
+        normalize: bool = True,
+        vocabulary: str | Path | None = None,
+    ) -> None:
         model = from_folder("CLIPTextModelWithProjection", weights)
-        super().__init__(ClipTokenizer(vocabulary, max_length), model.config.vocab_size,
-                         model.config.max_position_embeddings)
+        super().__init__(
+            ClipTokenizer(vocabulary, max_length), model.config.vocab_size, model.config.max_position_embeddings
+        )
         self.model, self.n_repeat, self.normalize = model, n_repeat, normalize
         self.settle(device, freeze=True)
 

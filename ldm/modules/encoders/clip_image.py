@@ -1,11 +1,12 @@
 """What the CLIP image encoders look at."""
+
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)      # of red, green, blue in the pictures CLIP was trained on, 0..1
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in the pictures CLIP was trained on, 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 

@@ -1,4 +1,5 @@
 """Texts to token ids for the CLIP text encoders, with a vocabulary on this machine."""
+
 from __future__ import annotations
 
 import gzip
@@ -12,17 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldm.files import read_bytes
+from ldm.io.files import read_bytes
 from ldm.modules.encoders.tokenizer import check_ids, cut
 from ldm.util import find_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MERGES = 48894      # then, with 512 single bytes and 2 special tokens, the vocabulary has 49408 entries
+MERGES = 48894  # then, with 512 single bytes and 2 special tokens, the vocabulary has 49408 entries
 START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
-PACKAGES = ("open_clip", "clip")        # that bring the vocabulary along
+PACKAGES = ("open_clip", "clip")  # that bring the vocabulary along
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
@@ -42,9 +43,11 @@ def find_vocabulary(path: str | Path | None = None) -> Path:
         found = [folder / VOCABULARY for folder in folders if (folder / VOCABULARY).is_file()]
         if found:
             return found[0]
-        raise ValueError(f"text needs CLIP's vocabulary, {VOCABULARY}, which no installed package has: "
-                         f"'pip install --no-deps open-clip-torch' brings it, or set the conditioner's vocabulary "
-                         f"to that file or to a transformers folder of a CLIP tokenizer (merges.txt)")
+        raise ValueError(
+            f"text needs CLIP's vocabulary, {VOCABULARY}, which no installed package has: "
+            f"'pip install --no-deps open-clip-torch' brings it, or set the conditioner's vocabulary "
+            f"to that file or to a transformers folder of a CLIP tokenizer (merges.txt)"
+        )
     for name in (".", VOCABULARY, "merges.txt", f"tokenizer/{VOCABULARY}", "tokenizer/merges.txt"):
         try:
             return find_file(Path(path) / name)
@@ -64,7 +67,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"vocabulary: {path}: cannot be read: {error}") from error
-    pairs = [tuple(line.split()) for line in text.split("\n")[1:MERGES + 1]]     # the first line is a comment
+    pairs = [tuple(line.split()) for line in text.split("\n")[1 : MERGES + 1]]  # the first line is a comment
     if len(pairs) < MERGES or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"vocabulary: {path}: expected a comment line and at least {MERGES} lines of two symbols")
     return pairs
@@ -103,14 +106,19 @@ class ClipTokenizer:
         words = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges] + [START, END]
         ids = {word: i for i, word in enumerate(words)}
         bpe = Tokenizer(models.BPE(ids, merges, end_of_word_suffix="</w>"))
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         bpe.post_processor = processors.TemplateProcessing(
-            single=f"{START} $A {END}", special_tokens=[(token, ids[token]) for token in (START, END)])
+            single=f"{START} $A {END}", special_tokens=[(token, ids[token]) for token in (START, END)]
+        )
         bpe.enable_truncation(self.max_length)
-        bpe.enable_padding(length=self.max_length, pad_id=ids[END] if self.padding is None else self.padding,
-                           pad_token=END)
+        bpe.enable_padding(
+            length=self.max_length, pad_id=ids[END] if self.padding is None else self.padding, pad_token=END
+        )
         return bpe
 
     def __call__(self, text: str | Sequence[str]) -> Tensor:

@@ -2,6 +2,7 @@
 
 Published configs name all conditioners in this module; those on CLIP are in neighbours of it.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,18 @@ from ldm.modules.x_transformer import Encoder, TransformerWrapper
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["BERTEmbedder", "CLIPEmbeddingNoiseAugmentation", "ClassEmbedder", "FrozenCLIPEmbedder",
-           "FrozenCLIPTextEmbedder", "FrozenClipImageEmbedder", "FrozenOpenCLIPEmbedder",
-           "FrozenOpenCLIPImageEmbedder", "SpatialRescaler", "TransformerEmbedder"]
+__all__ = [
+    "BERTEmbedder",
+    "CLIPEmbeddingNoiseAugmentation",
+    "ClassEmbedder",
+    "FrozenCLIPEmbedder",
+    "FrozenCLIPTextEmbedder",
+    "FrozenClipImageEmbedder",
+    "FrozenOpenCLIPEmbedder",
+    "FrozenOpenCLIPImageEmbedder",
+    "SpatialRescaler",
+    "TransformerEmbedder",
+]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "area")
 
 
@@ -50,8 +60,7 @@ class ClassEmbedder(nn.Module):
             raise ValueError(f"batch must have the entry {self.key!r}; got {sorted(map(str, batch))}")
         classes = batch[self.key] if isinstance(batch, Mapping) else batch
         if classes.ndim != 1 or classes.is_floating_point():
-            raise ValueError(f"{self.key} must be integers of shape (B,); "
-                             f"got {classes.dtype} {tuple(classes.shape)}")
+            raise ValueError(f"{self.key} must be integers of shape (B,); got {classes.dtype} {tuple(classes.shape)}")
         check_ids(self.key, classes, self.n_classes)
         return self.embedding(classes.to(self.embedding.weight.device))[:, None]
 
@@ -68,8 +77,15 @@ class TransformerEmbedder(nn.Module):
         embedding_dropout: dropout of the embedded tokens in training.
     """
 
-    def __init__(self, n_embed: int, n_layer: int, vocab_size: int, max_seq_len: int = 77,
-                 device: str | None = None, embedding_dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int,
+        max_seq_len: int = 77,
+        device: str | None = None,
+        embedding_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         layers = Encoder(n_embed, n_layer)
         self.transformer = TransformerWrapper(vocab_size, max_seq_len, layers, embedding_dropout)
@@ -105,9 +121,17 @@ class BERTEmbedder(TransformerEmbedder):
         ValueError: the tokenizer is missing, broken, unwanted, or larger than vocab_size.
     """
 
-    def __init__(self, n_embed: int, n_layer: int, vocab_size: int = 30522, max_seq_len: int = 77,
-                 device: str | None = None, use_tokenizer: bool = True, embedding_dropout: float = 0.0,
-                 tokenizer: str | Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int = 30522,
+        max_seq_len: int = 77,
+        device: str | None = None,
+        use_tokenizer: bool = True,
+        embedding_dropout: float = 0.0,
+        tokenizer: str | Tokenizer | None = None,
+    ) -> None:
         super().__init__(n_embed, n_layer, vocab_size, max_seq_len, device, embedding_dropout)
         self.tokenizer = None
         if tokenizer is None:
@@ -140,9 +164,11 @@ class BERTEmbedder(TransformerEmbedder):
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError("text needs a tokenizer, which this model was built without: set tokenizer to a "
-                             "JSON file of the tokenizers library (for the published BERT models: the "
-                             "tokenizer.json of bert-base-uncased), or pass token ids")
+            raise ValueError(
+                "text needs a tokenizer, which this model was built without: set tokenizer to a "
+                "JSON file of the tokenizers library (for the published BERT models: the "
+                "tokenizer.json of bert-base-uncased), or pass token ids"
+            )
         return self.tokenizer
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
@@ -165,8 +191,15 @@ class SpatialRescaler(nn.Module):
         ValueError: unknown method, negative n_stages.
     """
 
-    def __init__(self, n_stages: int = 1, method: str = "bilinear", multiplier: float = 0.5,
-                 in_channels: int = 3, out_channels: int | None = None, bias: bool = False) -> None:
+    def __init__(
+        self,
+        n_stages: int = 1,
+        method: str = "bilinear",
+        multiplier: float = 0.5,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         if n_stages < 0:
             raise ValueError(f"n_stages must not be negative; got {n_stages}")

@@ -4,6 +4,7 @@ The towers are here and not taken from the open_clip package, because that impor
 PyTorch has. Their state-dict keys are the published ones, and the weights come from the model's checkpoint.
 Source: CLIP (arXiv 2103.00020), OpenCLIP (arXiv 2212.07143).
 """
+
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -22,10 +23,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "embed_dim": 1024,
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
         "vision_cfg": {"image_size": 224, "patch_size": 14, "width": 1280, "head_width": 80, "layers": 32},
-    },
+    }
 }
 TOWERS = {"text": ("text",), "vision": ("vision",), "both": ("text", "vision")}
-SKIPPED = {"last": 0, "penultimate": 1}     # blocks at the end of the text transformer that are left out
+SKIPPED = {"last": 0, "penultimate": 1}  # blocks at the end of the text transformer that are left out
 
 
 def architecture(arch: str | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -63,9 +64,13 @@ class ResidualBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, hidden), gelu=QuickGELU() if quick_gelu else nn.GELU(),
-            c_proj=nn.Linear(hidden, width)))
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, hidden),
+                gelu=QuickGELU() if quick_gelu else nn.GELU(),
+                c_proj=nn.Linear(hidden, width),
+            )
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.ln_1(x)
@@ -81,7 +86,7 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(ResidualBlock(width, heads, mlp_ratio, quick_gelu) for _ in range(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, skip_last: int = 0) -> Tensor:
-        for block in self.resblocks[:len(self.resblocks) - skip_last]:
+        for block in self.resblocks[: len(self.resblocks) - skip_last]:
             x = block(x, mask)
         return x
 
@@ -97,11 +102,20 @@ class Vision(nn.Module):
         mlp_ratio, quick_gelu: see `ResidualBlock`.
     """
 
-    def __init__(self, embed_dim: int, image_size: int, patch_size: int, width: int, layers: int,
-                 head_width: int = 64, mlp_ratio: float = 4.0, quick_gelu: bool = False) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        head_width: int = 64,
+        mlp_ratio: float = 4.0,
+        quick_gelu: bool = False,
+    ) -> None:
         super().__init__()
         self.image_size = image_size
-        std = width ** -0.5
+        std = width**-0.5
         self.class_embedding = nn.Parameter(std * torch.randn(width))
         self.positional_embedding = nn.Parameter(std * torch.randn((image_size // patch_size) ** 2 + 1, width))
         self.proj = nn.Parameter(std * torch.randn(width, embed_dim))
@@ -112,7 +126,7 @@ class Vision(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised pictures (B, 3, image_size, image_size) -> embeddings (B, embed_dim)."""
-        x = self.conv1(x).flatten(2).transpose(1, 2)                              # (B, patches, width)
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, patches, width)
         first = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([first, x], dim=1) + self.positional_embedding
         x = self.transformer(self.ln_pre(x))
@@ -130,12 +144,18 @@ class OpenCLIP(nn.Module):
         quick_gelu: see `ResidualBlock`.
     """
 
-    def __init__(self, tower: str, embed_dim: int, text_cfg: Mapping[str, int],
-                 vision_cfg: Mapping[str, Any] | None = None, quick_gelu: bool = False) -> None:
+    def __init__(
+        self,
+        tower: str,
+        embed_dim: int,
+        text_cfg: Mapping[str, int],
+        vision_cfg: Mapping[str, Any] | None = None,
+        quick_gelu: bool = False,
+    ) -> None:
         super().__init__()
         width = text_cfg["width"]
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(text_cfg["context_length"], width))
-        self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, embed_dim))
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(100.0).log())
         self.token_embedding = nn.Embedding(text_cfg["vocab_size"], width)
         self.ln_final = nn.LayerNorm(width)
@@ -172,8 +192,15 @@ class FrozenOpenCLIPEmbedder(ClipConditioner):
         ValueError: unknown arch or layer, or a vocabulary is named that is not there.
     """
 
-    def __init__(self, arch: str | Mapping[str, Any] = "ViT-H-14", device: str | None = None, max_length: int = 77,
-                 freeze: bool = True, layer: str = "last", vocabulary: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "ViT-H-14",
+        device: str | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "last",
+        vocabulary: str | Path | None = None,
+    ) -> None:
         if layer not in SKIPPED:
             raise ValueError(f"layer must be one of {', '.join(SKIPPED)}; got {layer!r}")
         settings = architecture(arch)
@@ -196,8 +223,13 @@ class FrozenOpenCLIPImageEmbedder(nn.Module):
         antialias: see `clip_pixels`.
     """
 
-    def __init__(self, arch: str | Mapping[str, Any] = "ViT-H-14", device: str | None = None, freeze: bool = True,
-                 antialias: bool = True) -> None:
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "ViT-H-14",
+        device: str | None = None,
+        freeze: bool = True,
+        antialias: bool = True,
+    ) -> None:
         super().__init__()
         self.model = OpenCLIP("vision", **architecture(arch))
         self.antialias = antialias

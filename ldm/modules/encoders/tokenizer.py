@@ -1,4 +1,5 @@
 """Tokenizers of the `tokenizers` library: train, load, and turn text into token ids."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -7,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.files import read_text
+from ldm.io.files import read_text
 from ldm.util import find_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")   # in the order of their ids: [PAD] is 0
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # in the order of their ids: [PAD] is 0
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
@@ -41,12 +42,11 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")])
+        single="[CLS] $A [SEP]", special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    )
     return of_length(tokenizer, max_length)
 
 

@@ -22,15 +22,17 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.gradient_weight, self.kl_weight = gradient_weight, kl_weight
 
-    def forward(self, picture: Tensor, reconstruction: Tensor,
-                posterior: DiagonalGaussianDistribution) -> dict[str, Tensor]:
+    def forward(
+        self, picture: Tensor, reconstruction: Tensor, posterior: DiagonalGaussianDistribution
+    ) -> dict[str, Tensor]:
         """Pictures and reconstructions (B, C, H, W) in [-1, 1] -> scalars: `loss` and its parts."""
         difference = reconstruction - picture
         gradient = sum(d.abs().mean() for d in (difference.diff(dim=-1), difference.diff(dim=-2)))
-        parts = {"l1": difference.abs().mean(),
-                 "mse": F.mse_loss(reconstruction, picture),
-                 "gradient": gradient,
-                 "kl": posterior.kl().sum() / posterior.mean.numel()}
-        loss = (parts["l1"] + parts["mse"] + self.gradient_weight * parts["gradient"]
-                + self.kl_weight * parts["kl"])
+        parts = {
+            "l1": difference.abs().mean(),
+            "mse": F.mse_loss(reconstruction, picture),
+            "gradient": gradient,
+            "kl": posterior.kl().sum() / posterior.mean.numel(),
+        }
+        loss = parts["l1"] + parts["mse"] + self.gradient_weight * parts["gradient"] + self.kl_weight * parts["kl"]
         return {"loss": loss, **parts}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.modules.midas.dpt import DPTHybrid
 
-SIDE = 384      # near which the network was trained
+SIDE = 384  # near which the network was trained
 
 
 def near_side(height: int, width: int) -> tuple[int, int]:

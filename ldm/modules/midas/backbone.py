@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STEM, STAGES = 64, (256, 512, 1024)     # channels of the ResNet; each stage but the first halves the size
+STEM, STAGES = 64, (256, 512, 1024)  # channels of the ResNet; each stage but the first halves the size
 
 
 def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
@@ -75,8 +75,9 @@ class Stage(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, stride: int) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(Bottleneck(out_channels if i else in_channels, out_channels, 1 if i else stride)
-                                      for i in range(depth)))
+        self.blocks = nn.Sequential(
+            *(Bottleneck(out_channels if i else in_channels, out_channels, 1 if i else stride) for i in range(depth))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)
@@ -90,7 +91,8 @@ class ResNet(nn.Module):
         self.stem = ConvNorm(3, STEM, 7, 2)
         self.stages = nn.ModuleList(
             Stage(before, after, depth, stride)
-            for (before, after), depth, stride in zip(pairwise((STEM, *STAGES)), depths, (1, 2, 2), strict=True))
+            for (before, after), depth, stride in zip(pairwise((STEM, *STAGES)), depths, (1, 2, 2), strict=True)
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         # Nothing is below zero after the ReLU, so the padding never is the maximum that counts.
@@ -112,7 +114,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (B, heads, L, width/heads)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, width/heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -182,7 +184,7 @@ class HybridTransformer(nn.Module):
     def forward(self, x: Tensor, taps: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """(B, 3, H, W) -> the ResNet's maps, and the tokens (B, 1 + H/16 * W/16, D) after each block in `taps`."""
         maps = self.patch_embed.backbone(x)
-        patches = self.patch_embed.proj(maps[-1])                                 # (B, D, H/16, W/16)
+        patches = self.patch_embed.proj(maps[-1])  # (B, D, H/16, W/16)
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
         tokens = tokens + self.positions(*patches.shape[2:])
         tapped = []

@@ -48,8 +48,9 @@ class Reassemble(nn.Module):
 class Pretrained(nn.Module):
     """(B, 3, H, W) -> four maps, (B, 256, H/4, W/4) to (B, width, H/32, W/32)."""
 
-    def __init__(self, width: int, heads: int, depth: int, taps: tuple[int, int], stages: Sequence[int],
-                 grid: int) -> None:
+    def __init__(
+        self, width: int, heads: int, depth: int, taps: tuple[int, int], stages: Sequence[int], grid: int
+    ) -> None:
         super().__init__()
         self.taps = taps
         self.model = HybridTransformer(width, heads, depth, stages, grid)
@@ -100,7 +101,11 @@ class Scratch(nn.Module):
         self.output_conv = nn.Sequential(
             nn.Conv2d(features, features // 2, 3, padding=1),
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 1), nn.ReLU())
+            nn.Conv2d(features // 2, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 1, 1),
+            nn.ReLU(),
+        )
 
     def forward(self, first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> Tensor:
         x = self.refinenet4(self.layer4_rn(fourth))
@@ -121,8 +126,16 @@ class DPTHybrid(nn.Module):
         features: channels of the fused maps.
     """
 
-    def __init__(self, width: int = 768, heads: int = 12, depth: int = 12, taps: tuple[int, int] = (8, 11),
-                 stages: Sequence[int] = (3, 4, 9), grid: int = 24, features: int = 256) -> None:
+    def __init__(
+        self,
+        width: int = 768,
+        heads: int = 12,
+        depth: int = 12,
+        taps: tuple[int, int] = (8, 11),
+        stages: Sequence[int] = (3, 4, 9),
+        grid: int = 24,
+        features: int = 256,
+    ) -> None:
         super().__init__()
         self.pretrained = Pretrained(width, heads, depth, taps, stages, grid)
         self.scratch = Scratch(width, features)

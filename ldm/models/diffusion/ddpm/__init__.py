@@ -10,5 +10,13 @@ from ldm.models.diffusion.ddpm.stable_diffusion_2 import (
     LatentUpscaleDiffusion,
 )
 
-__all__ = ["ConditionLike", "DDPM", "DiffusionWrapper", "ImageEmbeddingConditionedLatentDiffusion",
-           "LatentDepth2ImageDiffusion", "LatentDiffusion", "LatentInpaintDiffusion", "LatentUpscaleDiffusion"]
+__all__ = [
+    "ConditionLike",
+    "DDPM",
+    "DiffusionWrapper",
+    "ImageEmbeddingConditionedLatentDiffusion",
+    "LatentDepth2ImageDiffusion",
+    "LatentDiffusion",
+    "LatentInpaintDiffusion",
+    "LatentUpscaleDiffusion",
+]

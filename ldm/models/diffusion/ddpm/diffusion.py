@@ -16,14 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm.network import DiffusionWrapper
-from ldm.models.diffusion.denoiser import (
-    Conditional,
-    ConditionedNetwork,
-    Conditioning,
-    Denoiser,
-    Guidance,
-    Guided,
-)
+from ldm.models.diffusion.denoiser import Conditional, ConditionedNetwork, Conditioning, Denoiser, Guidance, Guided
 from ldm.modules.diffusionmodules.process import ForwardProcess, at
 from ldm.modules.diffusionmodules.util import make_beta_schedule
 from ldm.modules.ema import LitEma
@@ -54,17 +47,40 @@ class DDPM(ForwardProcess):
 
     weights_file: Path | None = None
 
-    def __init__(self, unet_config: Mapping[str, Any], timesteps: int = 1000, beta_schedule: str = "linear",
-                 loss_type: str = "l2", monitor: str | None = None, use_ema: bool = True,
-                 first_stage_key: str = "image", image_size: int = 256, channels: int = 3,
-                 log_every_t: int = 100, linear_start: float = 1e-4, linear_end: float = 2e-2,
-                 cosine_s: float = 8e-3, given_betas: Sequence[float] | None = None,
-                 original_elbo_weight: float = 0.0, v_posterior: float = 0.0, l_simple_weight: float = 1.0,
-                 conditioning_key: str | None = None, parameterization: str = "eps",
-                 scheduler_config: Mapping[str, Any] | None = None, learn_logvar: bool = False,
-                 logvar_init: float = 0.0, ckpt_path: str | None = None):
-        betas = np.asarray(given_betas if given_betas is not None else make_beta_schedule(
-            beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s), np.float64)
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        loss_type: str = "l2",
+        monitor: str | None = None,
+        use_ema: bool = True,
+        first_stage_key: str = "image",
+        image_size: int = 256,
+        channels: int = 3,
+        log_every_t: int = 100,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+        given_betas: Sequence[float] | None = None,
+        original_elbo_weight: float = 0.0,
+        v_posterior: float = 0.0,
+        l_simple_weight: float = 1.0,
+        conditioning_key: str | None = None,
+        parameterization: str = "eps",
+        scheduler_config: Mapping[str, Any] | None = None,
+        learn_logvar: bool = False,
+        logvar_init: float = 0.0,
+        ckpt_path: str | None = None,
+    ):
+        betas = np.asarray(
+            given_betas
+            if given_betas is not None
+            else make_beta_schedule(
+                beta_schedule, timesteps, linear_start=linear_start, linear_end=linear_end, cosine_s=cosine_s
+            ),
+            np.float64,
+        )
         super().__init__(betas)
         if parameterization not in PARAMETERIZATIONS:
             raise ValueError(f"parameterization {parameterization!r} is not one of {PARAMETERIZATIONS}")
@@ -98,12 +114,12 @@ class DDPM(ForwardProcess):
         elif self.parameterization == "v":
             weights = np.ones_like(f_betas)
         else:
-            with np.errstate(divide="ignore"):      # the first variance is 0; its weight is replaced below
-                weights = f_betas ** 2 / (2 * f_variance * f_alphas * (1 - f_abar))
+            with np.errstate(divide="ignore"):  # the first variance is 0; its weight is replaced below
+                weights = f_betas**2 / (2 * f_variance * f_alphas * (1 - f_abar))
         weights[0] = weights[1]
         for name, values in {
             "posterior_variance": variance,
-            "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),     # the first is 0
+            "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),  # the first is 0
             "posterior_mean_coef1": betas * np.sqrt(abar_prev) / (1.0 - abar),
             "posterior_mean_coef2": (1.0 - abar_prev) * np.sqrt(alphas) / (1.0 - abar),
         }.items():
@@ -113,8 +129,7 @@ class DDPM(ForwardProcess):
     # The process
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return (at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
-                - at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise)
+        return at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
 
     def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         return at(self.sqrt_alphas_cumprod, t, x_t) * x_t - at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
@@ -144,8 +159,9 @@ class DDPM(ForwardProcess):
         error = prediction - target
         return (error.abs() if self.loss_type == "l1" else error.square()).flatten(1).mean(1)
 
-    def p_losses(self, x_start: Tensor, cond: ConditionLike, t: Tensor,
-                 noise: Tensor | None = None) -> dict[str, Tensor]:
+    def p_losses(
+        self, x_start: Tensor, cond: ConditionLike, t: Tensor, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The published training loss at timesteps t.
 
         loss = l_simple_weight * mean(L / exp(s_t) + s_t) + original_elbo_weight * mean(w_t L)
@@ -161,8 +177,11 @@ class DDPM(ForwardProcess):
         logvar = self.logvar[t]
         gamma = simple / logvar.exp() + logvar
         vlb = (self.lvlb_weights[t] * simple).mean()
-        losses = {"loss": self.l_simple_weight * gamma.mean() + self.original_elbo_weight * vlb,
-                  "loss_simple": simple.mean(), "loss_vlb": vlb}
+        losses = {
+            "loss": self.l_simple_weight * gamma.mean() + self.original_elbo_weight * vlb,
+            "loss_simple": simple.mean(),
+            "loss_vlb": vlb,
+        }
         if self.learn_logvar:
             losses |= {"loss_gamma": gamma.mean(), "logvar": self.logvar.mean()}
         return losses
@@ -189,9 +208,14 @@ class DDPM(ForwardProcess):
         cond = self.conditioning(cond)
         return self.model.decode(self.model.encode(x, t, cond), t, cond)
 
-    def denoiser(self, cond: ConditionLike = None, uncond: ConditionLike = None,
-                 guidance: Guidance | float = 1.0, tome: float = 0.0,
-                 network: ConditionedNetwork | None = None) -> Denoiser:
+    def denoiser(
+        self,
+        cond: ConditionLike = None,
+        uncond: ConditionLike = None,
+        guidance: Guidance | float = 1.0,
+        tome: float = 0.0,
+        network: ConditionedNetwork | None = None,
+    ) -> Denoiser:
         """The network under a condition, with classifier-free guidance (arXiv 2207.12598) unless its scale is 1.
 
         Args:
@@ -212,8 +236,11 @@ class DDPM(ForwardProcess):
             raise ValueError(f"uncond: guidance scale {guidance.scale} needs an unconditional conditioning; got None")
         both = self.model.project(Conditioning.cat(self.conditioning(uncond), cond))
         conditional = both.images(slice(both.batch // 2, None))
-        return Guided(Conditional(network, both, self.parameterization, tome), guidance,
-                      Conditional(network, conditional, self.parameterization, tome))
+        return Guided(
+            Conditional(network, both, self.parameterization, tome),
+            guidance,
+            Conditional(network, conditional, self.parameterization, tome),
+        )
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:

@@ -30,26 +30,35 @@ class DiffusionWrapper(nn.Module):
         self.diffusion_model = instantiate_from_config(diff_model_config)
         self.conditioning_key = conditioning_key
 
-    def conditioning(self, c_concat: Sequence[Tensor] | None = None, c_crossattn: Sequence[Tensor] | None = None,
-                     c_adm: Tensor | None = None) -> Conditioning:
+    def conditioning(
+        self,
+        c_concat: Sequence[Tensor] | None = None,
+        c_crossattn: Sequence[Tensor] | None = None,
+        c_adm: Tensor | None = None,
+    ) -> Conditioning:
         """The published lists of condition tensors as one `Conditioning`."""
         key = self.conditioning_key
         if key == "adm":
             return Conditioning(y=c_crossattn[0] if c_crossattn else c_adm)
         return Conditioning(
-            context=torch.cat(list(c_crossattn), dim=1) if c_crossattn else None,   # along the tokens
-            concat=torch.cat(list(c_concat), dim=1) if c_concat else None,          # along the channels
-            y=c_adm)
+            context=torch.cat(list(c_crossattn), dim=1) if c_crossattn else None,  # along the tokens
+            concat=torch.cat(list(c_concat), dim=1) if c_concat else None,  # along the channels
+            y=c_adm,
+        )
 
     def check(self, cond: Conditioning) -> None:
         key = self.conditioning_key or ""
-        wanted = {"context": "crossattn" in key or key.startswith("hybrid"),
-                  "concat": key == "concat" or key.startswith("hybrid"),
-                  "y": "adm" in key}
+        wanted = {
+            "context": "crossattn" in key or key.startswith("hybrid"),
+            "concat": key == "concat" or key.startswith("hybrid"),
+            "y": "adm" in key,
+        }
         for part, needed in wanted.items():
             if (getattr(cond, part) is not None) != needed:
-                raise ValueError(f"conditioning: conditioning_key {self.conditioning_key!r} "
-                                 f"{'needs' if needed else 'takes no'} {part}")
+                raise ValueError(
+                    f"conditioning: conditioning_key {self.conditioning_key!r} "
+                    f"{'needs' if needed else 'takes no'} {part}"
+                )
 
     def project(self, cond: Conditioning) -> Conditioning:
         """The condition with the network's keys and values in the place of its context, for all steps of a run."""
@@ -62,8 +71,9 @@ class DiffusionWrapper(nn.Module):
     def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Features:
         return self.diffusion_model.encode(self._input(x, cond), t, cond.context, cond.y, tome)
 
-    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int,
-                     tome: float = 0.0) -> tuple[Tensor, ...]:
+    def encode_outer(
+        self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
+    ) -> tuple[Tensor, ...]:
         return self.diffusion_model.encode_outer(self._input(x, cond), t, cond.context, cond.y, blocks, tome)
 
     def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0) -> Features:
@@ -76,8 +86,14 @@ class DiffusionWrapper(nn.Module):
         self.check(cond)
         return x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
 
-    def forward(self, x: Tensor, t: Tensor, c_concat: Sequence[Tensor] | None = None,
-                c_crossattn: Sequence[Tensor] | None = None, c_adm: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Sequence[Tensor] | None = None,
+        c_crossattn: Sequence[Tensor] | None = None,
+        c_adm: Tensor | None = None,
+    ) -> Tensor:
         """(B, C, H, W), (B,) -> raw prediction (B, C, H, W); condition as lists of tensors."""
         cond = self.conditioning(c_concat, c_crossattn, c_adm)
         return self.decode(self.encode(x, t, cond), t, cond)

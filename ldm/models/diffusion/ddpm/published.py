@@ -19,11 +19,11 @@ from ldm.compatibility import isimage, log_txt_as_img
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.edits import Edit
 from ldm.models.diffusion.loop import State, denoise
-from ldm.models.diffusion.plan import Plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.sampler import refuse
 from ldm.models.diffusion.schedule import Node
 
-Clean = Callable[[Tensor], Tensor]      # a change of the predicted clean latents, (B, C, H, W)
+Clean = Callable[[Tensor], Tensor]  # a change of the predicted clean latents, (B, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,22 @@ class PublishedMethods:
     # One step
 
     @torch.no_grad()
-    def p_mean_variance(self, x: Tensor, c: Any, t: Tensor, clip_denoised: bool, return_codebook_ids: bool = False,
-                        quantize_denoised: bool = False, return_x0: bool = False, score_corrector: object = None,
-                        corrector_kwargs: object = None) -> tuple[Tensor, ...]:
+    def p_mean_variance(
+        self,
+        x: Tensor,
+        c: Any,
+        t: Tensor,
+        clip_denoised: bool,
+        return_codebook_ids: bool = False,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+        score_corrector: object = None,
+        corrector_kwargs: object = None,
+    ) -> tuple[Tensor, ...]:
         """Mean, variance and log-variance of p(x_{t-1} | x_t), and x0 if asked for; t is (B,)."""
-        refuse(return_codebook_ids=return_codebook_ids, score_corrector=score_corrector,
-               corrector_kwargs=corrector_kwargs)
+        refuse(
+            return_codebook_ids=return_codebook_ids, score_corrector=score_corrector, corrector_kwargs=corrector_kwargs
+        )
         out = self.apply_model(x, t, c)
         if self.parameterization == "eps":
             out = self.predict_start_from_noise(x, t, out)
@@ -68,16 +78,28 @@ class PublishedMethods:
         return (*posterior, x0) if return_x0 else posterior
 
     @torch.no_grad()
-    def p_sample(self, x: Tensor, c: Any, t: Tensor, clip_denoised: bool = False, repeat_noise: bool = False,
-                 return_codebook_ids: bool = False, quantize_denoised: bool = False, return_x0: bool = False,
-                 temperature: float = 1.0, noise_dropout: float = 0.0, score_corrector: object = None,
-                 corrector_kwargs: object = None) -> Tensor | tuple[Tensor, Tensor]:
+    def p_sample(
+        self,
+        x: Tensor,
+        c: Any,
+        t: Tensor,
+        clip_denoised: bool = False,
+        repeat_noise: bool = False,
+        return_codebook_ids: bool = False,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: object = None,
+        corrector_kwargs: object = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """x_{t-1}, and x0 if asked for; t is (B,)."""
         refuse(noise_dropout=noise_dropout)
         mean, _, log_variance, x0 = self.p_mean_variance(
-            x, c, t, clip_denoised, return_codebook_ids, quantize_denoised, True, score_corrector, corrector_kwargs)
+            x, c, t, clip_denoised, return_codebook_ids, quantize_denoised, True, score_corrector, corrector_kwargs
+        )
         noise = torch.randn_like(x[:1]).expand_as(x) if repeat_noise else torch.randn_like(x)
-        drawn = (t > 0).view(-1, *[1] * (x.ndim - 1))       # none in the last step
+        drawn = (t > 0).view(-1, *[1] * (x.ndim - 1))  # none in the last step
         x = mean + drawn * (log_variance / 2).exp() * temperature * noise
         return (x, x0) if return_x0 else x
 
@@ -85,14 +107,24 @@ class PublishedMethods:
         def clean(x0: Tensor) -> Tensor:
             x0 = x0.clamp(-1, 1) if clip else x0
             return self.first_stage_model.quantize(x0).z if quantize else x0
+
         return clean
 
     # Whole runs
 
-    def _ancestral(self, cond: Any, x: Tensor, steps: int, mask: Tensor | None, x0: Tensor | None,
-                   quantize_denoised: bool, temperature: float, verbose: bool) -> Iterator[tuple[int, State]]:
+    def _ancestral(
+        self,
+        cond: Any,
+        x: Tensor,
+        steps: int,
+        mask: Tensor | None,
+        x0: Tensor | None,
+        quantize_denoised: bool,
+        temperature: float,
+        verbose: bool,
+    ) -> Iterator[tuple[int, State]]:
         """The timestep and the state after each of the last `steps` training timesteps."""
-        abar = [1.0, *self.alphas_cumprod.tolist()]         # before each timestep
+        abar = [1.0, *self.alphas_cumprod.tolist()]  # before each timestep
         nodes = tuple(Node(t, abar[t + 1], abar[t]) for t in reversed(range(steps)))
         rule = Posterior(self, nodes, self._clean(False, quantize_denoised), temperature)
         edits = () if mask is None else (self._kept(mask, x0),)
@@ -107,6 +139,7 @@ class PublishedMethods:
         def keep(x: Tensor, node: Node) -> Tensor:
             t = torch.full((len(x),), int(node.t), device=x.device)
             return mask * self.q_sample(x0, t) + (1 - mask) * x
+
         return Edit(keep, "update")
 
     def _steps(self, timesteps: int | None, start_T: int | None) -> int:
@@ -117,11 +150,22 @@ class PublishedMethods:
         return steps
 
     @torch.no_grad()
-    def p_sample_loop(self, cond: Any, shape: Sequence[int], return_intermediates: bool = False,
-                      x_T: Tensor | None = None, verbose: bool = True, callback: Callable[[int], None] | None = None,
-                      timesteps: int | None = None, quantize_denoised: bool = False, mask: Tensor | None = None,
-                      x0: Tensor | None = None, img_callback: Callable[[Tensor, int], None] | None = None,
-                      start_T: int | None = None, log_every_t: int | None = None) -> Any:
+    def p_sample_loop(
+        self,
+        cond: Any,
+        shape: Sequence[int],
+        return_intermediates: bool = False,
+        x_T: Tensor | None = None,
+        verbose: bool = True,
+        callback: Callable[[int], None] | None = None,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        start_T: int | None = None,
+        log_every_t: int | None = None,
+    ) -> Any:
         """Latents of the given shape (B, C, H, W) by the last `timesteps` of the training's timesteps (default: all).
 
         Returns:
@@ -137,13 +181,25 @@ class PublishedMethods:
         return (x, kept) if return_intermediates else x
 
     @torch.no_grad()
-    def progressive_denoising(self, cond: Any, shape: Sequence[int], verbose: bool = True,
-                              callback: Callable[[int], None] | None = None, quantize_denoised: bool = False,
-                              img_callback: Callable[[Tensor, int], None] | None = None, mask: Tensor | None = None,
-                              x0: Tensor | None = None, temperature: float = 1.0, noise_dropout: float = 0.0,
-                              score_corrector: object = None, corrector_kwargs: object = None,
-                              batch_size: int | None = None, x_T: Tensor | None = None, start_T: int | None = None,
-                              log_every_t: int | None = None) -> tuple[Tensor, list[Tensor]]:
+    def progressive_denoising(
+        self,
+        cond: Any,
+        shape: Sequence[int],
+        verbose: bool = True,
+        callback: Callable[[int], None] | None = None,
+        quantize_denoised: bool = False,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: object = None,
+        corrector_kwargs: object = None,
+        batch_size: int | None = None,
+        x_T: Tensor | None = None,
+        start_T: int | None = None,
+        log_every_t: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
         """The same; returns the latents, and what was predicted of the clean ones at every log_every_t-th timestep.
 
         Args:
@@ -174,22 +230,41 @@ class PublishedMethods:
         return batch_size, self.channels, self.image_size, self.image_size
 
     @torch.no_grad()
-    def sample(self, cond: Any, batch_size: int = 16, return_intermediates: bool = False, x_T: Tensor | None = None,
-               verbose: bool = True, timesteps: int | None = None, quantize_denoised: bool = False,
-               mask: Tensor | None = None, x0: Tensor | None = None, shape: Sequence[int] | None = None,
-               **kwargs: Any) -> Any:
+    def sample(
+        self,
+        cond: Any,
+        batch_size: int = 16,
+        return_intermediates: bool = False,
+        x_T: Tensor | None = None,
+        verbose: bool = True,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        shape: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """`p_sample_loop`, of the model's own shape unless another is given; of cond the first batch_size."""
         shape = self._shape(batch_size) if shape is None else shape
-        return self.p_sample_loop(first(cond, batch_size), shape, return_intermediates, x_T, verbose,
-                                  timesteps=timesteps, quantize_denoised=quantize_denoised, mask=mask, x0=x0, **kwargs)
+        return self.p_sample_loop(
+            first(cond, batch_size),
+            shape,
+            return_intermediates,
+            x_T,
+            verbose,
+            timesteps=timesteps,
+            quantize_denoised=quantize_denoised,
+            mask=mask,
+            x0=x0,
+            **kwargs,
+        )
 
     @torch.no_grad()
-    def sample_log(self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int,
-                   **kwargs: Any) -> tuple[Tensor, Any]:
+    def sample_log(self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int, **kwargs: Any) -> tuple[Tensor, Any]:
         """Latents and intermediates by DDIM, or by all timesteps of the training; kwargs are theirs."""
         if not ddim:
             return self.sample(cond, batch_size, return_intermediates=True, **kwargs)
-        sampler = DDIMSampler(self, seed=int(torch.randint(2 ** 31, ())))
+        sampler = DDIMSampler(self, seed=int(torch.randint(2**31, ())))
         return sampler.sample(ddim_steps, batch_size, self._shape(batch_size)[1:], cond, verbose=False, **kwargs)
 
     # Conditions and batches
@@ -217,9 +292,16 @@ class PublishedMethods:
         return c.expand(batch_size, *c.shape[1:]) if len(c) == 1 else c
 
     @torch.no_grad()
-    def get_input(self, batch: Mapping[str, Any], k: str, return_first_stage_outputs: bool = False,
-                  force_c_encode: bool = False, cond_key: str | None = None, return_original_cond: bool = False,
-                  bs: int | None = None) -> list[Any]:
+    def get_input(
+        self,
+        batch: Mapping[str, Any],
+        k: str,
+        return_first_stage_outputs: bool = False,
+        force_c_encode: bool = False,
+        cond_key: str | None = None,
+        return_original_cond: bool = False,
+        bs: int | None = None,
+    ) -> list[Any]:
         """Latents and condition of a batch of a data set.
 
         Args:
@@ -241,12 +323,24 @@ class PublishedMethods:
         return [*out, raw] if return_original_cond else out
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], N: int = 8, n_row: int = 4, sample: bool = True,
-                   ddim_steps: int | None = 200, ddim_eta: float = 1.0, return_keys: Sequence[str] | None = None,
-                   quantize_denoised: bool = False, inpaint: bool = True, plot_denoise_rows: bool = False,
-                   plot_progressive_rows: bool = True, plot_diffusion_rows: bool = True,
-                   unconditional_guidance_scale: float = 1.0, unconditional_guidance_label: Any = None,
-                   use_ema_scope: bool = True) -> dict[str, Tensor]:
+    def log_images(
+        self,
+        batch: Mapping[str, Any],
+        N: int = 8,
+        n_row: int = 4,
+        sample: bool = True,
+        ddim_steps: int | None = 200,
+        ddim_eta: float = 1.0,
+        return_keys: Sequence[str] | None = None,
+        quantize_denoised: bool = False,
+        inpaint: bool = True,
+        plot_denoise_rows: bool = False,
+        plot_progressive_rows: bool = True,
+        plot_diffusion_rows: bool = True,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_guidance_label: Any = None,
+        use_ema_scope: bool = True,
+    ) -> dict[str, Tensor]:
         """What a training shows of a batch, each (B, 3, H, W) or a sheet (1, 3, H', W'), about [-1, 1].
 
         inputs, reconstruction, conditioning; samples and with them, as asked for: diffusion_row (pictures made noisy),
@@ -259,23 +353,51 @@ class PublishedMethods:
             return_keys: only these.
         """
         refuse(quantize_denoised=quantize_denoised)
-        z, c, x, reconstruction, raw = self.get_input(batch, self.first_stage_key, True, True,
-                                                      return_original_cond=True, bs=N)
+        z, c, x, reconstruction, raw = self.get_input(
+            batch, self.first_stage_key, True, True, return_original_cond=True, bs=N
+        )
         log = {"inputs": x, "reconstruction": reconstruction}
         if (shown := conditioning_picture(raw, tuple(x.shape[2:]))) is not None:
             log["conditioning"] = shown
         if plot_diffusion_rows:
             ts = [t for t in range(self.num_timesteps) if t % self.log_every_t == 0 or t == self.num_timesteps - 1]
             noise = torch.randn_like(z[:n_row])
-            log["diffusion_row"] = sheet([self.decode_first_stage(self.q_sample(
-                z[:n_row], torch.full((len(noise),), t, device=z.device), noise)) for t in ts])
+            log["diffusion_row"] = sheet(
+                [
+                    self.decode_first_stage(
+                        self.q_sample(z[:n_row], torch.full((len(noise),), t, device=z.device), noise)
+                    )
+                    for t in ts
+                ]
+            )
         with self.ema_scope("Plotting") if use_ema_scope else nullcontext():
-            log |= self._samples(z, c, sample, ddim_steps, ddim_eta, plot_denoise_rows, plot_progressive_rows, inpaint,
-                                 unconditional_guidance_scale, unconditional_guidance_label)
+            log |= self._samples(
+                z,
+                c,
+                sample,
+                ddim_steps,
+                ddim_eta,
+                plot_denoise_rows,
+                plot_progressive_rows,
+                inpaint,
+                unconditional_guidance_scale,
+                unconditional_guidance_label,
+            )
         return log if not return_keys else {key: log[key] for key in return_keys if key in log}
 
-    def _samples(self, z: Tensor, c: Any, sample: bool, steps: int | None, eta: float, denoise_rows: bool,
-                 progressive_rows: bool, inpaint: bool, scale: float, label: Any) -> dict[str, Tensor]:
+    def _samples(
+        self,
+        z: Tensor,
+        c: Any,
+        sample: bool,
+        steps: int | None,
+        eta: float,
+        denoise_rows: bool,
+        progressive_rows: bool,
+        inpaint: bool,
+        scale: float,
+        label: Any,
+    ) -> dict[str, Tensor]:
         log = {}
 
         def drawn(**more: Any) -> tuple[Tensor, Any]:
@@ -290,13 +412,20 @@ class PublishedMethods:
                 log["denoise_row"] = sheet([self.decode_first_stage(row) for row in rows])
         if sample and scale > 1:
             uncond = self.get_unconditional_conditioning(len(z), label)
-            latents, _ = self.sample_log(c, len(z), True, steps or self.num_timesteps, eta=eta,
-                                         unconditional_guidance_scale=scale, unconditional_conditioning=uncond)
+            latents, _ = self.sample_log(
+                c,
+                len(z),
+                True,
+                steps or self.num_timesteps,
+                eta=eta,
+                unconditional_guidance_scale=scale,
+                unconditional_conditioning=uncond,
+            )
             log[f"samples_cfg_scale_{scale:.2f}"] = self.decode_first_stage(latents)
         if sample and inpaint:
             height, width = z.shape[2:]
-            mask = torch.ones(len(z), 1, height, width, device=z.device)        # 1 is kept
-            mask[..., height // 4:3 * height // 4, width // 4:3 * width // 4] = 0
+            mask = torch.ones(len(z), 1, height, width, device=z.device)  # 1 is kept
+            mask[..., height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 0
             log["mask"] = mask
             for name, kept in (("inpainting", mask), ("outpainting", 1 - mask)):
                 log[f"samples_{name}"] = self.decode_first_stage(drawn(mask=kept, x0=z)[0])
@@ -311,8 +440,10 @@ def first(cond: Any, count: int | None) -> Any:
     if cond is None or count is None:
         return cond
     if isinstance(cond, Mapping):
-        return {key: [part[:count] for part in value] if isinstance(value, list) else value[:count]
-                for key, value in cond.items()}
+        return {
+            key: [part[:count] for part in value] if isinstance(value, list) else value[:count]
+            for key, value in cond.items()
+        }
     if isinstance(cond, list) and all(isinstance(part, Tensor) for part in cond):
         return [part[:count] for part in cond]
     return cond[:count]
@@ -326,7 +457,7 @@ def pictures(batch: Any) -> Tensor:
 
 def sheet(rows: Sequence[Tensor]) -> Tensor:
     """Pictures side by side, a line for each picture of the batch: (B, 3, H, W) per column -> (1, 3, B H, n W)."""
-    lines = torch.cat(list(rows), dim=3)                                        # (B, 3, H, n W)
+    lines = torch.cat(list(rows), dim=3)  # (B, 3, H, n W)
     return torch.cat(list(lines), dim=1)[None]
 
 

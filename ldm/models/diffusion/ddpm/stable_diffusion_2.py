@@ -70,7 +70,7 @@ class LatentDepth2ImageDiffusion(LatentDiffusion):
             image: whose depth is taken, (B, 3, H, W) in [-1, 1].
             size: height and width of the latents.
         """
-        depth = F.interpolate(self.depth_model(image), size=size, mode="bicubic")          # (B, 1, h, w)
+        depth = F.interpolate(self.depth_model(image), size=size, mode="bicubic")  # (B, 1, h, w)
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
         # Each picture's own range to [-1, 1]; the published 0.001 keeps a flat one finite.
         return Conditioning(context, 2 * (depth - low) / (high - low + 0.001) - 1)
@@ -115,8 +115,15 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         rest: see `LatentDiffusion`.
     """
 
-    def __init__(self, embedder_config: Mapping[str, Any], noise_aug_config: Mapping[str, Any] | None = None,
-                 embedding_key: str = "jpg", embedding_dropout: float = 0.5, freeze_embedder: bool = True, **rest: Any):
+    def __init__(
+        self,
+        embedder_config: Mapping[str, Any],
+        noise_aug_config: Mapping[str, Any] | None = None,
+        embedding_key: str = "jpg",
+        embedding_dropout: float = 0.5,
+        freeze_embedder: bool = True,
+        **rest: Any,
+    ):
         super().__init__(**rest)
         self.embedding_key, self.embedding_dropout = embedding_key, embedding_dropout
         self.embedder = instantiate_from_config(embedder_config)
@@ -124,8 +131,9 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
             self.embedder.eval().requires_grad_(False)
         self.noise_augmentor = None if noise_aug_config is None else instantiate_from_config(noise_aug_config)
 
-    def condition(self, context: Tensor, image: Tensor, noise_level: Tensor | None = None,
-                  noise: Tensor | None = None) -> Conditioning:
+    def condition(
+        self, context: Tensor, image: Tensor, noise_level: Tensor | None = None, noise: Tensor | None = None
+    ) -> Conditioning:
         """The condition of B pictures.
 
         Args:
@@ -134,9 +142,9 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
             noise_level: (B,) integers; 0 = almost no noise; None = random, as in training.
             noise: unit normal like the embeddings; None = PyTorch's generator.
         """
-        y = self.embedder(image)                                                    # (B, D)
+        y = self.embedder(image)  # (B, D)
         if self.noise_augmentor is not None:
-            y = torch.cat(self.noise_augmentor(y, noise_level, noise), dim=1)       # (B, 2 D)
+            y = torch.cat(self.noise_augmentor(y, noise_level, noise), dim=1)  # (B, 2 D)
         if self.training:
             y = y * (torch.rand(len(y), 1, device=y.device) >= self.embedding_dropout)
         return Conditioning(context, y=y)

@@ -10,10 +10,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.exponential import Leap, Predicts, check_predicts, derivatives, expansion
 from ldm.models.diffusion.levels import NoiseSchedule, check_steps, nodes_between
 from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.schedule import Node, predict_x0
+from ldm.models.diffusion.solvers.exponential import Leap, Predicts, check_predicts, derivatives, expansion
 
 Variant = Literal["dpmsolver", "taylor"]
 FEW_STEPS = 15  # below this, lower_order_final acts
@@ -58,8 +58,7 @@ class _DPMSolver:
             raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}; got {self.variant!r}")
         if self.threshold is not None and not (self.predicts == "x0" and 0 < self.threshold <= 1):
             raise ValueError(
-                f"threshold must be a quantile in 0..1, with predicts 'x0'; "
-                f"got {self.threshold} with {self.predicts!r}"
+                f"threshold must be a quantile in 0..1, with predicts 'x0'; got {self.threshold} with {self.predicts!r}"
             )
 
     def _predictions(self, x: Tensor, eps: Tensor, node: Node) -> tuple[Tensor, Tensor]:
@@ -74,7 +73,7 @@ class _DPMSolver:
 class DPMMultistep(_DPMSolver):
     """The expansion's derivatives come from the predictions at earlier nodes: one node per step.
 
-    x <- ratio x - scale (psi_1 m + ...), see `ldm.models.diffusion.exponential`, of order
+    x <- ratio x - scale (psi_1 m + ...), see `ldm.models.diffusion.solvers.exponential`, of order
 
         1: psi_1 m, which is the deterministic DDIM
         2: + psi_1 / 2 h m' ('dpmsolver') or + psi_2 h m' ('taylor')
@@ -135,7 +134,7 @@ class DPMMultistep(_DPMSolver):
 class DPMSinglestep(_DPMSolver):
     """The expansion's derivatives come from nodes inside the step: as many nodes per step as its order.
 
-    x <- ratio x - scale (psi_1 m + ...), see `ldm.models.diffusion.exponential`; m_1, m_2 are predictions at
+    x <- ratio x - scale (psi_1 m + ...), see `ldm.models.diffusion.solvers.exponential`; m_1, m_2 are predictions at
     places r_1, r_2 of the step, on the way to which the latents are taken with the terms known by then:
 
         2: + psi_1 / 2 (m_1 - m) / r_1 ('dpmsolver') or + psi_2 (m_1 - m) / r_1 ('taylor')

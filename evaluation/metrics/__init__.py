@@ -1,0 +1,1 @@
+"""Measures of images, from files to numbers."""

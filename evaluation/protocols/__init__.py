@@ -1,0 +1,1 @@
+"""Protocols: which prompts and settings every method is measured with."""

@@ -1,0 +1,319 @@
+"""The folder of one run: what was asked for, its pictures, and the proof that they are all there.
+
+    run.json          the run card: protocol, method, weights, versions
+    prompts.jsonl     what is pictured, in order
+    samples/          ID-REPEAT.png
+    journal/          what each process made, and how, with its SHA-256; a line is written before its picture
+    manifest.jsonl    one line for each picture, in order, with its SHA-256; there once all are there
+
+Any number of processes write into it without talking to each other: each makes its own share, and whoever finds that
+all is there writes the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from evaluation.protocols.prompts import Prompt
+from evaluation.protocols.protocol import identity
+from ldm.cli.arguments import LARGEST_SIDE, MOST
+from ldm.io.files import atomic_write, clean, file_sha256, parse_json_lines, read_bytes, read_json
+from ldm.io.images import opened, png_bytes, read_png
+from ldm.io.kinds import MAPPING, TEXT, check, known, whole
+from ldm.sampling.generate import Item, Made, append_line, read_manifest
+
+CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"
+NPZ = "samples.npz"
+MAY_DIFFER = ("name", "metrics", "versions")  # in run cards of one run
+# What a card must have, for a run to be gone on with.
+NEEDED = {
+    "protocol": MAPPING,
+    "protocol_sha256": TEXT,
+    "plan": TEXT,
+    "method": MAPPING,
+    "weights": TEXT,
+    "batch": whole(1, MOST),
+}
+ASKED = {"prompts_sha256": TEXT, "seed": whole(0), "repeats": whole(1, MOST), "size": whole(1, LARGEST_SIDE)}
+SHOWN = 5  # of what differs or is wrong, how much a message names
+
+Card = Mapping[str, Any]
+
+
+class FolderError(ValueError):
+    """A folder that is not what it should be."""
+
+
+def make_items(lines: Sequence[Mapping[str, Any]], seed: int, repeats: int) -> list[Item]:
+    """The pictures of a run. Noise comes from (seed, prompt's id, repeat), wherever in the list the prompt stands."""
+    return [
+        Item(index, repeat, line, (seed, line["id"], repeat), (seed, line["id"], repeat))
+        for index, line in enumerate(lines)
+        for repeat in range(repeats)
+    ]
+
+
+def file_name(item: Item) -> str:
+    return f"{SAMPLES}/{item.subject['id']:08d}-{item.sample:03d}.png"
+
+
+def json_lines(entries: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
+
+
+def prompt_lines(prompts: Sequence[Prompt]) -> bytes:
+    """The content of prompts.jsonl."""
+    return json_lines([prompt.line() for prompt in prompts])
+
+
+def prompts_sha256(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256(prompt_lines(prompts)).hexdigest()
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names."""
+    out: dict[str, Any] = {}
+    for key, value in content.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return out
+
+
+def differences(there: Card, given: Card) -> list[str]:
+    """The fields in which two run cards are of different runs, with both values."""
+    a, b = (flat(decisive(card)) for card in (there, given))
+    return [
+        f"{key} ({shown(a, key)} there, {shown(b, key)} given)"
+        for key in dict.fromkeys([*a, *b])
+        if shown(a, key) != shown(b, key)
+    ]
+
+
+def shown(fields: Mapping[str, Any], key: str) -> str:
+    return json.dumps(fields[key], ensure_ascii=False) if key in fields else "nothing"
+
+
+def some(names: Sequence[str]) -> str:
+    return "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+class RunFolder:
+    """A run's folder for one of its processes; a `Store` for `ldm.sampling.generate.fill`.
+
+    Raises:
+        FolderError: no run card, or not one of ours; prompts that are not the card's.
+    """
+
+    def __init__(self, path: Path, process: str = "0-of-1") -> None:
+        self.path = path
+        self.journal = path / JOURNAL / f"{process}.jsonl"
+        self.card = read_card(path)
+        try:
+            content = read_bytes(path / PROMPTS)
+        except OSError as error:
+            raise FolderError(f"{path / PROMPTS}: {error.strerror}") from error
+        if self.card["protocol"]["prompts_sha256"] != hashlib.sha256(content).hexdigest():
+            raise FolderError(f"{path / PROMPTS}: not the prompts of {CARD}; the file was changed")
+        lines = [line for _, line in parse_json_lines(content.decode())]
+        self._refused: set[str] = set()
+        self.items = make_items(lines, self.card["protocol"]["seed"], self.card["protocol"]["repeats"])
+        self.settings = {
+            "protocol": self.card["protocol_sha256"],
+            "run": identity(decisive(self.card)),
+            "weights": self.card["weights"],
+            "plan": self.card["plan"],
+            **self.card["method"],
+        }
+
+    @staticmethod
+    def open(path: Path, card: Card, prompts: Sequence[Prompt], process: str = "0-of-1") -> RunFolder:
+        """Begin a run, or go on with it.
+
+        Raises:
+            FolderError: another run is there; it names the fields that differ. Or pictures without a run card.
+        """
+        if not (path / CARD).is_file():
+            if (path / SAMPLES).exists():
+                raise FolderError(
+                    f"{path} has {SAMPLES}/ but no {CARD}: pictures that are not from an evaluation; "
+                    f"choose another folder"
+                )
+            with atomic_write(path / PROMPTS) as temporary:
+                temporary.write_bytes(prompt_lines(prompts))
+            with atomic_write(path / CARD, keep=True) as temporary:
+                temporary.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        there = read_card(path)
+        if differ := differences(there, card):
+            raise FolderError(f"{path} holds another run; different: {some(differ)}; choose another folder")
+        (path / JOURNAL).mkdir(exist_ok=True)
+        for folder in (path, path / SAMPLES):
+            clean(folder)
+        return RunFolder(path, process)
+
+    # A store
+
+    def find(self, item: Item) -> Made | None:
+        name = file_name(item)
+        path = self.path / name
+        if self._proven(name) is None:
+            self._refused |= {name} if path.exists() else set()
+            return None
+        return Made(item, None, path, False, {})
+
+    def save(self, item: Item, image: Image.Image, run: Mapping[str, Any]) -> Made:
+        name = file_name(item)
+        path = self.path / name
+        # How long it took is not in the file: the same picture must be the same bytes.
+        content = png_bytes(image, item.settings() | self.settings)
+        self._list(name, hashlib.sha256(content).hexdigest(), run)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
+        return Made(item, image, path, True, run, name in self._refused)
+
+    def _proven(self, name: str) -> str | None:
+        """The hash of a picture that is the one that a process listed when it made it; None if it is not there, or
+        another."""
+        if name not in self._listed or not (self.path / name).is_file():
+            return None
+        sha256 = file_sha256(self.path / name)
+        return sha256 if sha256 in self._listed[name] else None
+
+    @cached_property
+    def _listed(self) -> dict[str, set[str]]:
+        """The hashes that all processes listed so far, of each file."""
+        listed: dict[str, set[str]] = {}
+        for journal in sorted((self.path / JOURNAL).glob("*.jsonl")):
+            for entry in read_manifest(journal):
+                listed.setdefault(entry["file"], set()).add(str(entry.get("sha256")))
+        return listed
+
+    def _list(self, name: str, sha256: str, run: Mapping[str, Any]) -> None:
+        append_line(self.journal, {"file": name, "sha256": sha256, **run})
+        self._listed.setdefault(name, set()).add(sha256)
+
+    # The whole
+
+    def finish(self) -> bool:
+        """Write the manifest if every picture is there; whether it is."""
+        self.__dict__.pop("_listed", None)  # the other processes' lines of the meantime
+        names = [file_name(item) for item in self.items]
+        hashes = [self._proven(name) for name in names] if {*names} <= self._listed.keys() else [None]
+        if None in hashes:
+            return False
+        content = json_lines(
+            [
+                {"file": name, "sha256": sha256, **item.settings()}
+                for name, sha256, item in zip(names, hashes, self.items, strict=True)
+            ]
+        )
+        if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_bytes() != content:
+            with atomic_write(self.path / MANIFEST) as temporary:
+                temporary.write_bytes(content)
+        for folder in (self.path, self.path / SAMPLES):
+            clean(folder)
+        return True
+
+    def there(self) -> tuple[int, list[str]]:
+        """How many pictures are there as they were made; the names of those that are others."""
+        names = [file_name(item) for item in self.items]
+        proven = {name for name in names if self._proven(name)}
+        return len(proven), [name for name in names if name not in proven and (self.path / name).exists()]
+
+    def faults(self) -> list[str]:
+        """What is wrong with the folder, everything read again: nothing, if each picture is there, whole, once."""
+        if not (self.path / MANIFEST).is_file():
+            missing = sum(not (self.path / file_name(item)).is_file() for item in self.items)
+            return [f"unfinished: no {MANIFEST}, {missing} of {len(self.items)} pictures missing"]
+        lines = read_manifest(self.path / MANIFEST)
+        names = [file_name(item) for item in self.items]
+        faults = [] if [line.get("file") for line in lines] == names else [f"{MANIFEST}: not a line for each picture"]
+        listed = {line.get("file"): line.get("sha256") for line in lines}
+        for item, name in zip(self.items, names, strict=True):
+            faults += self._faults_of(item, name, listed.get(name))
+        strays = {
+            f"{SAMPLES}/{path.name}"
+            for path in (self.path / SAMPLES).iterdir()
+            if not (path.is_dir() and path.name.startswith("."))
+        } - {*names}
+        if (self.path / NPZ).exists() and not self._npz_is_whole():
+            faults.append(f"{NPZ}: not the whole pictures of this run; delete it, --npz writes it anew")
+        return faults + [f"{stray}: no picture of this run" for stray in sorted(strays)]
+
+    def _faults_of(self, item: Item, name: str, sha256: str | None) -> list[str]:
+        path = self.path / name
+        if not path.is_file():
+            return [f"{name}: missing"]
+        if file_sha256(path) != sha256:
+            return [f"{name}: not the file that {MANIFEST} lists"]
+        found = read_png(path)
+        if found is None or found[1] != item.settings() | self.settings:
+            return [f"{name}: not a whole picture of this run"]
+        return []
+
+    def write_npz(self) -> Path:
+        """All pictures as `arr_0`, (N, H, W, 3) uint8, in the order of the manifest; one in memory at a time."""
+        path = self.path / NPZ
+        if self._npz_is_whole():
+            return path
+        side = self.card["protocol"]["size"]
+        with atomic_write(path) as temporary:
+            with (
+                zipfile.ZipFile(temporary, "w") as archive,
+                archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream,
+            ):
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.items), side, side, 3)}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for levels in self._levels():
+                    stream.write(levels.tobytes())
+            self._list(self._npz_of(), file_sha256(temporary), {})
+        return path
+
+    def _npz_of(self) -> str:
+        """What the journals call the array of these pictures."""
+        return f"{NPZ} of {file_sha256(self.path / MANIFEST)}"
+
+    def _npz_is_whole(self) -> bool:
+        path = self.path / NPZ
+        return path.is_file() and file_sha256(path) in self._listed.get(self._npz_of(), ())
+
+    def _levels(self) -> Iterator[np.ndarray]:
+        for item in self.items:
+            with opened(self.path / file_name(item)) as image:
+                yield np.asarray(image)
+
+
+def decisive(card: Card) -> dict[str, Any]:
+    """What the pictures depend on."""
+    return {name: value for name, value in card.items() if name not in MAY_DIFFER}
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The run card of a folder.
+
+    Raises:
+        FolderError: there is none, or it was changed.
+    """
+    path = folder / CARD
+    try:
+        card = read_json(path)
+        known("it", card, {*NEEDED}, {*card})
+        check("", card, NEEDED)
+        known("protocol", card["protocol"], {*ASKED}, {*card["protocol"]})
+        check("protocol.", card["protocol"], ASKED)
+        if identity(card["protocol"]) != card["protocol_sha256"]:
+            raise FolderError(f"{path}: its protocol is not the one that its hash names; the file was changed")
+        return card
+    except OSError as error:
+        raise FolderError(f"{path}: {error.strerror}; expected the folder of a run") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, FolderError):
+            raise
+        raise FolderError(f"{path}: not a run card: {' '.join(str(error).split())}") from error

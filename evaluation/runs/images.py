@@ -1,0 +1,275 @@
+"""The pictures that are measured: a folder of files or an array in a file, one picture in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.runs.errors import PictureError, reading
+from ldm.io.arrays import Header, open_array
+from ldm.io.errors import one_line
+from ldm.io.files import FileError, file_sha256, parse_json, read_json
+from ldm.io.images import MOST_PIXELS, SUFFIXES, from_pil, open_picture, opened
+
+ARRAY = "arr_0"  # the pictures' name in the files of the ADM suite
+RUN_CARD = "run.json"
+BESIDE = (".json", ".jsonl", ".npz", ".npy")  # what may stand beside pictures: how they were made, or their array
+PLAN = ("keys", "noise_weight", "noise_below", "noise_order")
+SHOWN = 3  # of many bad pictures, how many a message names
+
+
+class Pictures(Protocol):
+    """N pictures in a fixed order.
+
+    path:  where they are.
+    names: of each picture.
+    """
+
+    path: Path
+    names: Sequence[str]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Each picture (3, H, W) in [-1, 1].
+
+        Raises:
+            PictureError: one can't be read.
+        """
+
+    def check(self, one_size: bool) -> None:
+        """Look for what can't be measured, without decoding all: worth doing before a network runs for hours.
+
+        Args:
+            one_size: pictures of several sizes are an error, as they are of a model's pictures.
+
+        Raises:
+            PictureError: damaged pictures, or several sizes.
+        """
+
+    def sha256(self) -> str:
+        """Of the content of all pictures, whatever they are called."""
+
+    def made_with(self) -> dict[str, Any]:
+        """How they were made, as far as it is known: plan, seeds, weights, ... as JSON values."""
+
+
+class Folder:
+    """All pictures in a folder and its subfolders, by name.
+
+    left_out: other files there, which are neither pictures by their endings nor tell of pictures.
+
+    Raises:
+        PictureError: no such folder, or no pictures in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise PictureError(f"{path}: no such folder; expected one with pictures, or an npz file")
+        # What begins with a dot is a picture that is being written, or a folder of some tool's copies.
+        found = sorted(
+            file
+            for file in self.path.rglob("*")
+            if not file.is_dir() and not any(part.startswith(".") for part in file.relative_to(self.path).parts)
+        )
+        self.files = [file for file in found if file.suffix.lower() in SUFFIXES]
+        if not self.files:
+            raise PictureError(f"{path}: an empty folder: no {', '.join(SUFFIXES)} files in it")
+        self.names = [str(file.relative_to(self.path)) for file in self.files]
+        self.left_out = [
+            str(file.relative_to(self.path)) for file in found if file.suffix.lower() not in (*SUFFIXES, *BESIDE)
+        ]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for file in self.files:
+            try:
+                yield from_pil(open_picture(file))
+            except (ValueError, OSError) as error:
+                raise PictureError(one_line(error)) from error
+
+    def check(self, one_size: bool) -> None:
+        sizes: dict[tuple[int, int], str] = {}
+        damaged = []
+        for file, name in zip(self.files, self.names, strict=True):
+            try:
+                with reading(file, "can't be read"):
+                    sizes.setdefault(whole_picture(file), name)
+            except PictureError:
+                damaged.append(name)
+        if damaged:
+            more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+            raise PictureError(
+                f"{self.path}: {len(damaged)} of {len(self.files)} files are no pictures, or damaged: "
+                f"{', '.join(damaged[:SHOWN])}{more}"
+            )
+        if one_size and len(sizes) > 1:
+            found = ", ".join(f"{w} x {h} ({name})" for (w, h), name in list(sizes.items())[:SHOWN])
+            raise PictureError(f"{self.path}: pictures of {len(sizes)} sizes, expected one: {found}")
+
+    def sha256(self) -> str:
+        return file_sha256(*self.files)
+
+    def keys(self) -> list[str]:
+        """What tells each picture from the others in every run: its noise and subject, if they are in the file, else
+        its name."""
+        settings = [settings_of(file) for file in self.files]
+        if any(s is None or not {"seed", "start"} <= s.keys() for s in settings):
+            return list(self.names)
+        return [json.dumps([s["seed"], s["start"], next(iter(s.values()))]) for s in settings]
+
+    def chosen(self, order: Sequence[int]) -> Folder:
+        """Some of the pictures, in this order."""
+        part = Folder(self.path)
+        part.files, part.names = ([of[i] for i in order] for of in (self.files, self.names))
+        return part
+
+    def made_with(self) -> dict[str, Any]:
+        for folder in (self.path, self.path.parent):
+            if (folder / RUN_CARD).is_file():
+                return read_run_card(folder / RUN_CARD)
+        return common_settings([settings_of(file) for file in self.files])
+
+
+def whole_picture(file: Path) -> tuple[int, int]:
+    """Width and height of a picture file, of which all has been read."""
+    with opened(file) as image:
+        size = image.size
+        if image.format == "PNG":
+            image.verify()  # by its checksums
+        else:
+            image.draft("L", (1, 1))  # an eighth of a JPEG's size: all of it is read, little is computed
+            image.load()
+    return size
+
+
+class Array:
+    """Pictures in an array uint8 (N, H, W, 3): `arr_0` of an npz file, read piece by piece, or an npy file.
+
+    Raises:
+        PictureError: no such file, or no such array in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with self._open() as (_, header):
+            self.shape = header.shape
+        self.rows: Sequence[int] = range(self.shape[0])
+
+    @property
+    def names(self) -> list[str]:
+        return [str(row) for row in self.rows]
+
+    def chosen(self, rows: Sequence[int]) -> Array:
+        """Some of the pictures, in this order.
+
+        Raises:
+            PictureError: none.
+        """
+        if not rows:
+            raise PictureError(f"{self.path}: none of its {self.shape[0]} pictures is asked for")
+        part = copy(self)
+        part.rows = rows
+        return part
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[IO[bytes], Header]]:
+        with reading(self.path, "can't be read"), open_array(self.path, ARRAY) as (stream, header):
+            shape = header.shape
+            if len(shape) != 4 or shape[3] != 3 or header.dtype != np.uint8 or header.fortran or not all(shape):
+                raise PictureError(
+                    f"{self.path}: expected pictures uint8 (N, H, W, 3), N > 0; got {header.dtype} {shape}"
+                )
+            if shape[1] * shape[2] > MOST_PIXELS:
+                raise PictureError(f"{self.path}: pictures of more than {MOST_PIXELS} pixels: {shape}")
+            yield stream, header
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(from_levels, self._levels())
+
+    def _levels(self) -> Iterator[np.ndarray]:
+        n, *shape = self.shape
+        size = math.prod(shape)
+        with self._open() as (stream, header):
+            for row in self.rows:
+                stream.seek(header.start + row * size)
+                levels = stream.read(size)
+                if len(levels) < size:
+                    raise PictureError(f"{self.path}: cut off: picture {row} of {n} is not all there")
+                yield np.frombuffer(levels, np.uint8).reshape(shape)
+
+    def check(self, one_size: bool) -> None:
+        for _ in self:
+            pass
+
+    def sha256(self) -> str:
+        if self.rows == range(self.shape[0]):
+            return file_sha256(self.path)
+        digest = hashlib.sha256()
+        for levels in self._levels():
+            digest.update(levels)
+        return digest.hexdigest()
+
+    def made_with(self) -> dict[str, Any]:
+        card = self.path.parent / RUN_CARD
+        return read_run_card(card) if card.is_file() else common_settings([])
+
+
+def from_levels(levels: np.ndarray) -> Tensor:
+    """Levels (H, W, 3) of 0..255 -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(levels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def open_pictures(path: str | Path) -> Pictures:
+    """A folder, or an npz or npy file.
+
+    Raises:
+        PictureError: see `Folder` and `Array`.
+    """
+    return Array(path) if Path(path).suffix in (".npz", ".npy") else Folder(path)
+
+
+# How pictures were made
+
+
+def read_run_card(path: Path) -> dict[str, Any]:
+    with reading(path, "not a run card"):
+        card = read_json(path)
+        return {"plan": None, "seeds": None, "weights": None, **card, "stated_by": RUN_CARD}
+
+
+def settings_of(file: Path) -> dict[str, Any] | None:
+    """The settings in a PNG of ours, without decoding it; None if there are none."""
+    try:
+        with opened(file) as image:
+            settings = parse_json(image.info["settings"])
+    except (FileError, OSError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def common_settings(settings: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """What all pictures have in common; of seeds, which every picture has its own, the number they come from."""
+    if not settings or None in settings:
+        return {"plan": None, "seeds": None, "weights": None, "stated_by": None}
+    own = ("prompt_index", "sample", "seed", "start")
+    same = {
+        key: value
+        for key, value in settings[0].items()
+        if key not in own and all(other.get(key, ...) == value for other in settings)
+    }
+    return {
+        "plan": {key: same.pop(key) for key in PLAN if key in same} or None,
+        "seeds": sorted({s["seed"][0] for s in settings if s.get("seed")}) or None,
+        "weights": same.pop("weights", None),
+        **same,
+        "stated_by": "settings in the pictures",
+    }

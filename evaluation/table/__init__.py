@@ -1,0 +1,1 @@
+"""The paper's tables: rows, what they cost, how they are printed."""

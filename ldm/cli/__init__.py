@@ -1,0 +1,1 @@
+"""Command lines: arguments, checks, and the run that the sampling scripts share."""

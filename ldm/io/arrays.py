@@ -1,0 +1,104 @@
+"""Arrays in npy and npz files: what a header says is compared with the file before anything is read."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ldm.io.files import check_regular
+
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an npy file says of its array. start: bytes before the values."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+    start: int
+
+
+def read_header(stream: IO[bytes], size: int) -> Header:
+    """The header of an npy file, read from its beginning.
+
+    Args:
+        size: bytes of the file.
+
+    Raises:
+        ValueError: no such header, values that are no numbers or texts, or not as many as the file has room for.
+    """
+    version = np.lib.format.read_magic(stream)
+    if version not in HEADERS:
+        raise ValueError(f"an array of npy version {version}; accepted: {', '.join(map(str, HEADERS))}")
+    header = Header(*HEADERS[version](stream), stream.tell())
+    if header.dtype.hasobject or any(side < 0 for side in header.shape):
+        raise ValueError(f"an array of {header.dtype} {header.shape}; expected numbers, and no side below 0")
+    if (stated := math.prod(header.shape) * header.dtype.itemsize) != size - header.start:
+        raise ValueError(
+            f"cut off, or a wrong header: {header.dtype} {header.shape} are {stated} bytes, "
+            f"and there are {size - header.start}"
+        )
+    return header
+
+
+@contextmanager
+def open_array(path: str | Path, name: str) -> Iterator[tuple[IO[bytes], Header]]:
+    """An array of an npz file, or the one of an npy file, whose header has been read.
+
+    Args:
+        name: of the array, in an npz file.
+
+    Raises:
+        OSError: no such file, or no regular one.
+        ValueError: it has no such array, or see `read_header`.
+    """
+    check_regular(path)
+    if Path(path).suffix != ".npz":
+        with Path(path).open("rb") as stream:
+            yield stream, read_header(stream, os.stat(path).st_size)
+        return
+    with zipfile.ZipFile(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            raise ValueError(f"has no array {name}")
+        with archive.open(f"{name}.npy") as stream:
+            yield stream, read_header(stream, archive.getinfo(f"{name}.npy").file_size)
+
+
+def array_names(path: str | Path) -> set[str]:
+    """Names of the arrays in an npz file.
+
+    Raises:
+        OSError, ValueError: it can't be read.
+    """
+    check_regular(path)
+    with zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def load_array(path: str | Path, name: str, most: int) -> np.ndarray:
+    """An array of an npz file.
+
+    Args:
+        most: values that it may have.
+
+    Raises:
+        OSError, ValueError: see `open_array`; also more values.
+    """
+    with open_array(path, name) as (stream, header):
+        count = math.prod(header.shape)
+        if count > most:
+            raise ValueError(f"{name} has {count} values; accepted: {most}")
+        content = stream.read(count * header.dtype.itemsize)
+        if len(content) < count * header.dtype.itemsize:
+            raise ValueError(f"{name} is cut off")
+        return np.frombuffer(content, header.dtype).reshape(header.shape, order="F" if header.fortran else "C").copy()

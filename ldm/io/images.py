@@ -1,0 +1,363 @@
+"""Pictures: tensors to and from PIL, grids and comparisons, settings inside a PNG."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from ldm.io.files import FileError, atomic_write, check_regular, parse_json
+
+# The formats that are read, with the endings of their files. Others may start programs: PostScript runs GhostScript.
+FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm"),
+}
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+MOST_PIXELS = 1 << 26  # 8192 x 8192
+BACKGROUND = (255, 255, 255)
+INK = (32, 32, 32)
+GAP = 2
+TEXT = 13  # pixels; below 12 the spaces of Pillow's own font can't be seen
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Pictures (B, 3, H, W) in [-1, 1] as 8-bit RGB: clamped, then rounded to the nearest level.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: expected (B, 3, H, W); got {tuple(images.shape)}")
+    if not torch.isfinite(images).all():
+        raise ValueError("images: expected finite values in [-1, 1]; got NaN or infinity")
+    levels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]  # each (H, W, 3)
+
+
+@contextmanager
+def opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
+    """A picture file of which the header has been read; what is raised in the block is said to be the file's fault,
+    for one that is damaged can fail in any way.
+
+    Raises:
+        OSError: no such file, or no regular one.
+        FileError: none of `FORMATS`, a damaged one, or one of more than `MOST_PIXELS`.
+    """
+    if isinstance(path, str | Path):
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file; expected a picture")
+        check_regular(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a bound of our own
+            image = Image.open(path, formats=[*FORMATS])
+        with image:
+            if image.width * image.height > MOST_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            yield image
+    except UnidentifiedImageError:
+        raise FileError(f"{path}: not a picture that can be read; expected {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError as error:
+        raise FileError(f"{path}: a picture of more than {MOST_PIXELS} pixels: {error}") from None
+    except Exception as error:
+        raise FileError(f"{path}: a damaged picture: {' '.join(str(error).split())}") from error
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture file as 8-bit RGB, as a viewer shows it.
+
+    It is turned as its EXIF data say; what is transparent becomes white; 16-bit grey is rounded to 8 bits; of
+    an animation the first frame is taken.
+
+    Raises:
+        OSError: no such file.
+        ValueError: not a picture, a damaged one, one of more than 16 bits per level, or one of 16 whose levels are
+            those of 8, so that it would be black.
+    """
+    image = _eight_bits(path)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
+    return image.convert("RGB")
+
+
+def open_mask(path: str | Path) -> Tensor:
+    """A mask file as ones, where it is brighter than middle grey, and zeros; (1, H, W).
+
+    Raises:
+        OSError, ValueError: see `open_picture`; also a mask with transparent parts, which may mean what is to be
+            painted as well as what is to stay; and one without anything to paint, such as labels.
+    """
+    image = _eight_bits(path)
+    if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
+        raise ValueError(f"{path}: a mask with transparent parts; expected white where to paint, black elsewhere")
+    levels = torch.from_numpy(np.array(image.convert("L")))  # (H, W)
+    if (brightest := int(levels.max())) < 128:
+        raise ValueError(
+            f"{path}: a mask that paints nothing: its brightest level is {brightest} of 255; expected "
+            f"white where to paint"
+        )
+    return (levels >= 128).float()[None]
+
+
+def open_labels(path: str | Path) -> Tensor:
+    """The class label of each pixel, (H, W) int64, from a picture whose levels or palette indices they are.
+
+    Raises:
+        OSError: no such file.
+        ValueError: not a picture, a damaged one, or one with colours.
+    """
+    image = _upright(path)
+    if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+        raise ValueError(f"{path}: a picture of mode {image.mode}; expected one number per pixel (L, P or 16-bit grey)")
+    return torch.from_numpy(np.array(image).astype(np.int64))
+
+
+def _eight_bits(path: str | Path) -> Image.Image:
+    """A picture file as 8-bit RGB, or RGBA if it says what is transparent."""
+    image = _upright(path)
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"{path}: levels {levels.min()}..{levels.max()}; expected 8 or 16 bits per level")
+        if 0 < levels.max() <= 255:
+            raise ValueError(
+                f"{path}: levels {levels.min()}..{levels.max()} in more than 8 bits, which is black; save "
+                f"it with 8 bits per level"
+            )
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError(f"{path}: levels that are not whole numbers; expected 8 or 16 bits per level")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _upright(path: str | Path) -> Image.Image:
+    with opened(path) as image:
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+def fit(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The picture scaled (Lanczos) to cover height x width, and cut off evenly where it stands out."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def pad(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Pictures (..., C, H, W) made larger on the right and at the bottom by repeating their edges."""
+    extra = (0, width - pictures.shape[-1], 0, height - pictures.shape[-2])
+    return torch.nn.functional.pad(pictures, extra, mode="replicate")
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """A picture as a tensor (3, H, W) in [-1, 1]; the inverse of `to_pil`."""
+    levels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3)
+    return levels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> Tensor:
+    """Peak signal-to-noise ratio of each pair in dB, (B,); infinite for equal pictures.
+
+    Args:
+        a, b: (B, C, H, W).
+        peak: the greatest possible difference: 2 for values in [-1, 1].
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must have the same shape; got {tuple(a.shape)} and {tuple(b.shape)}")
+    error = (a.double() - b.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(peak**2 / error)
+
+
+# Many pictures in one
+
+
+def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] = (), cell: int = 128) -> Image.Image:
+    """The pictures, all of one size, in rows of `columns`, left to right and top to bottom.
+
+    Args:
+        captions: one per picture, or none; neighbours of one caption share it, a long one is cut.
+        cell: with captions small pictures are enlarged by a whole factor to about this width in pixels.
+    """
+    if not images or columns < 1 or len(captions) not in (0, len(images)):
+        raise ValueError(
+            f"a grid needs pictures, columns >= 1 and a caption for each picture or for none; got "
+            f"{len(images)} pictures, {columns} columns, {len(captions)} captions"
+        )
+    factor = max(1, cell // images[0].width) if captions else 1
+    width, height = (factor * side for side in images[0].size)
+    columns, font = min(columns, len(images)), ImageFont.load_default(TEXT)
+    line = _line_height(font) if captions else 0
+    across, down = width + GAP, height + line + GAP
+    sheet = Image.new("RGB", (GAP + columns * across, GAP + -(-len(images) // columns) * down), BACKGROUND)
+    for k, image in enumerate(images):
+        enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (GAP + k % columns * across, GAP + k // columns * down))
+    draw = ImageDraw.Draw(sheet)
+    # A caption begins where it differs from the one before, and in each row.
+    begins = [k for k in range(len(captions)) if k % columns == 0 or captions[k] != captions[k - 1]]
+    for k, end in pairwise([*begins, len(captions)]):
+        room = (end - k) * across - GAP
+        draw.text(
+            (GAP + k % columns * across, GAP + k // columns * down + height + GAP),
+            _fitted(captions[k], font, room),
+            INK,
+            font,
+        )
+    return sheet
+
+
+def side_by_side(
+    columns: Mapping[str, Sequence[Image.Image]], captions: Sequence[str] = (), cell: int = 192
+) -> Image.Image:
+    """A comparison: one column per method under its label, one row per picture, captions below the rows.
+
+    Many rows are broken into panels beside each other, so that the sheet is about as wide as high.
+
+    Args:
+        columns: label -> pictures; all columns of the same length, all pictures of the same size.
+        captions: one per row, or none; a long one is cut to the width of its panel.
+        cell: small pictures are enlarged by a whole factor to about this width in pixels.
+    """
+    rows = list(zip(*columns.values(), strict=True))
+    if not rows or len(captions) not in (0, len(rows)):
+        raise ValueError(
+            f"a comparison needs pictures and a caption for each row or for none; "
+            f"got {len(rows)} rows, {len(captions)} captions"
+        )
+    factor = max(1, cell // rows[0][0].width)
+    width, height = (factor * side for side in rows[0][0].size)
+    panels = math.ceil(math.sqrt(len(rows) * height / (len(columns) * width)))
+    per_panel = math.ceil(len(rows) / panels)
+    parts = [
+        _panel(list(columns), rows[i : i + per_panel], captions[i : i + per_panel], (width, height))
+        for i in range(0, len(rows), per_panel)
+    ]
+    sheet = Image.new("RGB", (sum(part.width for part in parts), parts[0].height), BACKGROUND)
+    for i, part in enumerate(parts):
+        sheet.paste(part, (i * parts[0].width, 0))
+    return sheet
+
+
+def _panel(
+    labels: Sequence[str], rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], cell: tuple[int, int]
+) -> Image.Image:
+    """Rows of pictures, each enlarged to `cell`, below the labels of their columns."""
+    width, height = cell
+    font = ImageFont.load_default(TEXT)
+    line = _line_height(font)
+    row_height = GAP + height + (line if captions else 0)
+    sheet = Image.new("RGB", (GAP + len(labels) * (width + GAP), line + len(rows) * row_height + GAP), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for c, label in enumerate(labels):
+        draw.text((GAP + c * (width + GAP), GAP), _fitted(label, font, width), INK, font)
+    for r, row in enumerate(rows):
+        top = line + r * row_height + GAP
+        for c, image in enumerate(row):
+            sheet.paste(image.resize(cell, Image.Resampling.NEAREST), (GAP + c * (width + GAP), top))
+        if captions:
+            draw.text((GAP, top + height + GAP), _fitted(captions[r], font, sheet.width - 2 * GAP), INK, font)
+    return sheet
+
+
+def _line_height(font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
+    return font.getbbox("Ág")[3] + 2 * GAP
+
+
+def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, with an ellipsis if it is wider than `width` pixels."""
+    # The built-in font may know Latin letters only.
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    cut = text
+    while cut and font.getlength(text if cut == text else cut + "...") > width:
+        cut = cut[:-1]
+    return text if cut == text else cut + "..."
+
+
+# Settings inside the file
+
+
+def png_bytes(
+    image: Image.Image, settings: Mapping[str, Any], run: Mapping[str, Any] | None = None, parameters: str | None = None
+) -> bytes:
+    """The content of a PNG file with its settings.
+
+    Args:
+        settings: what the picture depends on, as JSON values: text `settings`.
+        run: how it was made besides (device, seconds, ...), which it does not depend on: text `run`.
+        parameters: text `parameters`, for people and other programs; by default a line that repeats both.
+    """
+    run = dict(run or {})
+    text = PngImagePlugin.PngInfo()
+    if parameters is None:
+        parameters = ", ".join(f"{key}: {value}" for key, value in {**settings, **run}.items())
+    text.add_itxt("parameters", parameters)
+    text.add_itxt("settings", json.dumps(settings))
+    text.add_itxt("run", json.dumps(run))
+    content = io.BytesIO()
+    image.save(content, format="PNG", pnginfo=text)
+    return content.getvalue()
+
+
+def save_png(
+    path: str | Path,
+    image: Image.Image,
+    settings: Mapping[str, Any],
+    run: Mapping[str, Any] | None = None,
+    parameters: str | None = None,
+) -> dict[str, Any]:
+    """Write a picture with its settings (see `png_bytes`); the file appears whole or not at all.
+
+    Returns:
+        `run` as the file has it: with a proof, by which `find_png` sees that nothing was changed.
+    """
+    run = dict(run or {})
+    run["proof"] = _proof(image, settings, run)
+    content = png_bytes(image, settings, run, parameters)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+    return run
+
+
+def _proof(image: Image.Image, settings: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """A hash of the picture's pixels, settings and run."""
+    digest = hashlib.sha256(json.dumps([image.size, settings, run], sort_keys=True).encode())
+    digest.update(image.convert("RGB").tobytes())
+    return digest.hexdigest()
+
+
+def find_png(path: str | Path, settings: Mapping[str, Any]) -> tuple[Image.Image, dict[str, Any]] | None:
+    """A picture and its run; None unless `save_png` wrote it with these settings, and it is still what was written."""
+    found = read_png(path)
+    if found is None or found[1] != settings:
+        return None
+    image, _, run = found
+    made = {key: value for key, value in run.items() if key != "proof"}
+    return (image, run) if run.get("proof") == _proof(image, settings, made) else None
+
+
+def read_png(path: str | Path) -> tuple[Image.Image, dict[str, Any], dict[str, Any]] | None:
+    """A picture with its settings and run as `png_bytes` made them; None if it is not such a picture."""
+    try:
+        with opened(path) as image:
+            image.load()
+            settings, run = (parse_json(image.text[name]) for name in ("settings", "run"))
+            picture = image.convert("RGB")
+    except (OSError, FileError):
+        return None
+    return (picture, settings, run) if isinstance(settings, dict) and isinstance(run, dict) else None

@@ -1,0 +1,65 @@
+"""How a picture was made, as the text `parameters` of a PNG that AUTOMATIC1111's web UI writes and many programs read.
+
+    a red heart, noto style
+    Negative prompt: grey
+    Steps: 50, Sampler: DDIM, CFG scale: 2.0, Seed: 42, Size: 64x64, Model hash: 0123456789, Model: model, ...
+
+Those programs draw their noise otherwise, so the text names the settings; it does not make the same picture there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from pathlib import PurePosixPath
+from typing import Any
+
+# Names that readers know, by ours; the others stand as they are.
+SAMPLERS = {
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "dpm-solver++": "DPM++ 2M",
+    "euler": "Euler",
+    "euler-a": "Euler a",
+    "heun": "Heun",
+    "dpm++2m-karras": "DPM++ 2M Karras",
+    "unipc": "UniPC",
+}
+# The fields of the last line: its name, and from which of our settings it is.
+FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "Steps": ("steps", str),
+    "Sampler": ("sampler", lambda name: SAMPLERS.get(name, name)),
+    "CFG scale": ("scale", str),
+    "Seed": ("seed", itemgetter(0)),
+    "Size": ("size", str),
+    "Model hash": ("weights", lambda digest: digest[:10]),
+    "Model": ("ckpt", lambda file: PurePosixPath(file).stem),
+    "Eta": ("eta", str),
+    "Denoising strength": ("strength", str),
+    "Key steps": ("keys", lambda keys: ",".join(map(str, keys))),
+    "Propagate": ("propagate", str),
+    "Prior noise": ("noise_weight", str),
+    "Sample": ("sample", str),
+}
+
+
+def parameters(settings: Mapping[str, Any]) -> str:
+    """The text for a picture with these settings: those of its item, its model's files and its sampler."""
+    if "width" in settings:
+        settings = {**settings, "size": f"{settings['width']}x{settings['height']}"}
+    given = {key: value for key, value in settings.items() if value is not None}  # without keys, a plain run
+    last = [f"{name}: {_quoted(str(of(given[key])))}" for name, (key, of) in FIELDS.items() if key in given]
+    negative = settings.get("negative_prompt")
+    return "\n".join(
+        [
+            settings.get("prompt", ""),
+            *([f"Negative prompt: {negative}"] if negative else []),
+            ", ".join([*last, "Version: Faster Diffusion"]),
+        ]
+    )
+
+
+def _quoted(text: str) -> str:
+    """As readers take it: what would end a field stands in quotes."""
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text

@@ -1,0 +1,1 @@
+"""How decoders share a device or several."""

@@ -1,0 +1,315 @@
+"""Plans by name, by rule and from files.
+
+The published key lists are in configs/plans/NAME.yaml:
+
+    source: where the list was published
+    note:   anything a user should know (optional)
+    steps:  {50: [0-3, 5, 10]}   key nodes of a run of that many nodes, a-b inclusive; or
+    every:  4                    every fourth node of any run; or
+    same_as: NAME                another plan's keys under a second published name
+
+and, optional, how a plan is to be run and for what it was made:
+
+    propagate: linear            see `Plan`
+    made_for: {sampler: ddim, weights: 0123456789abcdef}     other runs are refused
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoint import fingerprint
+from ldm.io.errors import did_you_mean
+from ldm.io.files import read_yaml
+from ldm.io.kinds import MAPPING, TEXT, Kind, check, choice, is_text, known, optional, shown
+from ldm.models.diffusion.propagation.calibration import NODES, Calibration, read_calibration
+from ldm.models.diffusion.propagation.online import OnlinePlan
+from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan
+from ldm.util import PROJECT_ROOT
+
+PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
+FORMS = (
+    "off",
+    "uniform:N",
+    "pro",
+    "deepcache:N[:BRANCH]",
+    "deepcache:NAME[:BRANCH]",
+    "online:[time:]X",
+    "auto:K",
+    "auto:SHARE%",
+)
+SUFFIXES = (".yaml", ".yml")
+
+
+def plan_names() -> tuple[str, ...]:
+    """Names that `load_plan` knows besides the general forms, sorted."""
+    return tuple(sorted(path.stem for path in PLAN_DIR.glob("*.yaml")))
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of the run that a plan is for.
+
+    facts:        "sampler", "weights" (digest), ...; a plan that was made for others is refused.
+    calibrations: folder with the model's tables, for plans `auto:...`.
+    weights_file: whose digest is the fact "weights", where facts have none; it is read only if a plan needs it.
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    calibrations: Path | None = None
+    weights_file: Path | None = None
+
+    @staticmethod
+    def of(sampler: str, weights_file: Path | None) -> RunFacts:
+        """Of a run with this sampler and the model of this file (or diffusers folder), if it is known.
+
+        The model's calibrations lie beside its weights.
+        """
+        return RunFacts({"sampler": sampler}, weights_file and calibrations_of(weights_file), weights_file)
+
+    def check(self, made_for: Mapping[str, Any], what: str) -> None:
+        """Raise ValueError if what was made for another run."""
+        facts = dict(self.facts)
+        if "weights" in made_for.keys() - facts.keys() and self.weights_file is not None:
+            facts["weights"] = fingerprint(self.weights_file)[:16]
+        for name, wanted in made_for.items():
+            if name in facts and facts[name] != wanted:
+                raise ValueError(f"{what} was made for {name} {wanted}; this run's is {facts[name]}")
+
+
+def calibrations_of(weights_file: Path) -> Path:
+    """Where a model's calibrations lie: beside its weights."""
+    return (weights_file if weights_file.is_dir() else weights_file.parent) / "calibration"
+
+
+def load_plan(
+    spec: str, num_nodes: int, parallel: int = 1, propagate: str | None = None, run: RunFacts | None = None
+) -> Plan | OnlinePlan:
+    """The plan that `spec` names, for a run of `num_nodes` nodes.
+
+    Args:
+        spec: `off` (every node is a key node), a name of `plan_names()`, `uniform:N` (every N-th node), `pro` (gaps
+            that grow by one: 0, 2, 5, 9, ...), `deepcache:N`, `deepcache:NAME` or either with `:BRANCH` (every N-th
+            node in full, or the key nodes of another plan; at the others only the outermost BRANCH blocks, by default
+            1; with 0 none, and the prediction before is used again), `online:X` or `online:time:X` (decided on the way,
+            at a relative change of X of the latent or of the embedded timestep), `auto:K` or `auto:80%` (the best K key
+            nodes, or as many as 80 % of the plain run's MACs allow, by the model's calibration; 0.8 is the same), key
+            nodes such as `0,1,2,5` or `0-3,5`, or the path of a .yaml file in the format above.
+        num_nodes: network evaluations of the run; for DDIM the length of its timestep grid.
+        parallel: most decoder steps in one batch.
+        propagate: see `Plan`; None = as the plan's file or calibration says, or hold.
+        run: what is known of the run, to refuse what was made for another.
+
+    Named and file plans hold exactly at the run lengths they list. At other lengths the longest list is
+    scaled: key k of n becomes floor(k * num_nodes / n), repeats dropped. Rules (`every`, `uniform:N`, `pro`) are
+    not scaled, nor is a file that says what run it was made for.
+
+    Raises:
+        ValueError: unknown name, malformed spec or file, keys that do not start at 0, do not increase or are
+            past the end of the run; a plan made for another run; one that does not go with `propagate`.
+    """
+    if num_nodes < 1:
+        raise ValueError(f"num_nodes must be at least 1; got {num_nodes}")
+    run = run or RunFacts()
+    plan = (
+        _online(spec, num_nodes)
+        or _deepcache(spec, num_nodes, run)
+        or _auto(spec, num_nodes, run)
+        or _keyed(spec, num_nodes, run)
+    )
+    if propagate is not None:
+        if plan.shallow and propagate != "hold":
+            raise ValueError(f"{spec} decodes nothing between its key nodes that could be {propagate}; accepted: hold")
+        plan = replace(plan, propagate=propagate)
+    return replace(plan, parallel=parallel)
+
+
+def _online(spec: str, num_nodes: int) -> OnlinePlan | None:
+    match = re.fullmatch(r"online:(?:(\w+):)?([^:]+)", spec)
+    if match is None:
+        return None
+    try:
+        threshold = float(match[2])
+    except ValueError:
+        raise ValueError(f"an online plan needs a threshold, as in online:0.1; got {spec!r}") from None
+    return OnlinePlan(num_nodes, threshold, match[1] or "latent")
+
+
+def _deepcache(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
+    match = re.fullmatch(r"deepcache:([^:]+)(?::(\d+))?", spec)
+    if match is None:
+        return None
+    keys = _every(int(match[1]), num_nodes) if match[1].isdecimal() else _keyed(match[1], num_nodes, run).keys
+    shallow = tuple(sorted({*range(num_nodes)} - {*keys}))
+    return Plan(num_nodes, keys, shallow=shallow, branch=int(match[2] or 1) if shallow else 0)
+
+
+def _auto(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
+    if not spec.startswith("auto:"):
+        return None
+    match = re.fullmatch(r"auto:(?:(\d+)|(0?\.\d+)|(\d+(?:\.\d+)?)%)", spec)
+    if match is None:  # 1.0 among them: one key node, or all of the MACs?
+        raise ValueError(
+            f"auto takes a number of key nodes, as in auto:9, or a share of the plain run's MACs, as in "
+            f"auto:80%; got {spec!r}"
+        )
+    keys, fraction, percent = match.groups()
+    calibration = _calibration(num_nodes, run)
+    return calibration.plan(int(keys)) if keys else calibration.plan_within(float(fraction or float(percent) / 100))
+
+
+def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
+    """The model's own for this sampler and run length."""
+    folder, sampler = run.calibrations, run.facts.get("sampler")
+    if folder is None:
+        raise ValueError(
+            "auto plans need a calibration, which lies beside the model's weights, and it is not known "
+            "from which file these came; load the model with ldm.load or ldm.checkpoint.load_model"
+        )
+    there = sorted(folder.glob(f"{sampler}-*.json")) if folder.is_dir() else []
+    found = {path: read_calibration(path) for path in there}
+    for path, calibration in found.items():
+        if calibration.num_nodes == num_nodes:
+            run.check(calibration.made_for, f"calibration {path.name}")
+            return calibration
+    lengths = ", ".join(str(calibration.num_nodes) for calibration in found.values()) or "none"
+    raise ValueError(
+        f"auto plans need a calibration of this model for {sampler} with {num_nodes} nodes; there is "
+        f"{lengths}: scripts/calibrate_plan.py makes one"
+    )
+
+
+def _keyed(spec: str, num_nodes: int, run: RunFacts) -> Plan:
+    path = PLAN_DIR / f"{spec}.yaml" if spec in plan_names() else Path(spec)
+    if path.suffix in SUFFIXES:
+        file = _read(path)
+        file.check(path, num_nodes, run)
+        with _of_file(path):
+            return Plan(num_nodes, file.keys(num_nodes), propagate=file.propagate)
+    return Plan(num_nodes, _keys(spec, num_nodes))
+
+
+def _keys(spec: str, num_nodes: int) -> tuple[int, ...]:
+    if spec == "off":
+        return tuple(range(num_nodes))
+    if spec == "pro":
+        return tuple(takewhile(lambda i: i < num_nodes, (m * (m + 3) // 2 for m in count())))
+    if uniform := re.fullmatch(r"uniform:(\d+)", spec):
+        return _every(int(uniform[1]), num_nodes)
+    if spec[:1].isdigit():
+        return _expand(spec.split(","), num_nodes)
+    raise ValueError(
+        f"unknown plan {spec!r}; accepted: {', '.join(FORMS)}, key nodes such as 0,1,2,5, a .yaml file, or one of "
+        f"{', '.join(plan_names())}{did_you_mean(spec, (*FORMS, *plan_names()))}"
+    )
+
+
+def _every(n: int, num_nodes: int) -> tuple[int, ...]:
+    if n < 1:
+        raise ValueError(f"a uniform plan needs a key node at least every 1 node; got {n}")
+    return tuple(range(0, num_nodes, n))
+
+
+def _expand(entries: Iterable[int | str], num_nodes: int) -> tuple[int, ...]:
+    """Key nodes of a run from entries such as 7 or '0-3' (inclusive)."""
+    keys: list[int] = []
+    for entry in entries:
+        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", str(entry))
+        if span is None:
+            raise ValueError(f"key nodes must be numbers or ranges such as 0-3; got {shown(entry)}")
+        nodes = range(int(span[1]), int(span[2] or span[1]) + 1)
+        # Before they are counted out, which could fill the memory.
+        if nodes and nodes[-1] >= num_nodes:
+            raise ValueError(
+                f"key {nodes[-1]} is past the last node {num_nodes - 1}; this schedule is for a longer run"
+            )
+        if not nodes or (keys and nodes[0] <= keys[-1]):
+            raise ValueError(f"keys must increase strictly; got {entry}{f' after {keys[-1]}' if keys else ''}")
+        keys += nodes
+    return tuple(keys)
+
+
+def _is_steps(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        NODES.holds(nodes) and isinstance(keys, list) for nodes, keys in value.items()
+    )
+
+
+PLAN_FILE = {
+    "source": TEXT,
+    "note": Kind("a text", lambda value: isinstance(value, str)),
+    "steps": Kind("{number of nodes: [key nodes]}", _is_steps),
+    "every": optional(NODES),
+    # Not a file, which could name itself.
+    "same_as": optional(
+        Kind(
+            "the name of a plan, or a rule such as uniform:4",
+            lambda value: is_text(value) and Path(value).suffix not in SUFFIXES,
+        )
+    ),
+    "propagate": choice(*PROPAGATIONS),
+    "made_for": MAPPING,
+}
+
+
+@dataclass(frozen=True)
+class _PlanFile:
+    """The contents of one plan file; exactly one of steps, every and same_as is given."""
+
+    source: str
+    note: str = ""
+    steps: dict[int, list[int | str]] = field(default_factory=dict)
+    every: int | None = None
+    same_as: str | None = None
+    propagate: str = "hold"
+    made_for: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check("", vars(self), PLAN_FILE)
+        if sum(map(bool, (self.steps, self.every, self.same_as))) != 1:
+            raise ValueError("give exactly one of steps, every, same_as")
+
+    def check(self, path: Path, num_nodes: int, run: RunFacts) -> None:
+        """Raise ValueError if the plan was made for another run."""
+        run.check(self.made_for, f"plan file {path}")
+        if self.made_for and num_nodes not in self.steps:
+            raise ValueError(
+                f"plan file {path} was made for {', '.join(map(str, self.steps))} nodes; this run has {num_nodes}"
+            )
+
+    def keys(self, num_nodes: int) -> tuple[int, ...]:
+        if self.same_as is not None:
+            return _keyed(self.same_as, num_nodes, RunFacts()).keys
+        if self.every is not None:
+            return _every(self.every, num_nodes)
+        if num_nodes in self.steps:
+            return _expand(self.steps[num_nodes], num_nodes)
+        longest = max(self.steps)
+        keys = _expand(self.steps[longest], longest)
+        Plan(longest, keys)  # a faulty list is reported as written, before scaling can hide its fault
+        return tuple(sorted({k * num_nodes // longest for k in keys}))
+
+
+def _read(path: Path) -> _PlanFile:
+    with _of_file(path):
+        try:
+            content = read_yaml(path)
+        except OSError as error:
+            raise ValueError(f"it cannot be read: {error.strerror}") from None
+        known("the file", content, {"source"}, {part.name for part in fields(_PlanFile)})
+        return _PlanFile(**content)
+
+
+@contextmanager
+def _of_file(path: Path) -> Iterator[None]:
+    """What is wrong inside is said with the file's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"plan file {path} is not a plan: {error}") from None

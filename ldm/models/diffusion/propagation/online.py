@@ -1,0 +1,64 @@
+"""Plans that decide while a run goes on which nodes are key nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ldm.models.diffusion.propagation.plan import Batch, Change, Plan, Work
+
+PROBES = ("latent", "time")
+
+
+@dataclass(frozen=True)
+class OnlinePlan:
+    """A node is a key node if a cheap probe has changed enough since the last key node.
+
+    threshold: relative change above which the encoder runs again, > 0.
+    probe:     'latent' = the latent itself; 'time' = the network's embedding of the timestep, known ahead, so that
+        the decoders of a group can share batches.
+    parallel, propagate: as in `Plan`; parallel is without effect on the probe 'latent'.
+
+    With the probe 'latent' the choice belongs to one picture: a run of several together is refused.
+    """
+
+    num_nodes: int
+    threshold: float
+    probe: str = "latent"
+    parallel: int = 1
+    propagate: str = "hold"
+    shallow: ClassVar[tuple[int, ...]] = ()
+    branch: ClassVar[int] = 0
+    refresh: ClassVar[int] = 0
+    plain: ClassVar[bool] = False
+
+    @property
+    def per_picture(self) -> bool:
+        """Whether what runs when depends on the picture."""
+        return self.probe == "latent"
+
+    def __post_init__(self) -> None:
+        if self.probe not in PROBES:
+            raise ValueError(f"probe must be one of {', '.join(PROBES)}; got {self.probe!r}")
+        if not 0 < self.threshold < float("inf"):
+            raise ValueError(f"threshold must be above 0 and finite; got {self.threshold:g}")
+        Plan(self.num_nodes, (0,), self.parallel, propagate=self.propagate)
+
+    def batches(self, change: Change) -> Iterator[Batch]:
+        """The run's batches, each decided when the nodes before it are done."""
+        key, i = 0, 0
+        while i < self.num_nodes:
+            work = Work.FULL if i == 0 or change(self.probe, i, key) > self.threshold else Work.DECODER
+            if work is Work.FULL:
+                key = i
+            stop = i + 1
+            if self.probe == "time":
+                while stop < min(i + self.parallel, self.num_nodes) and change("time", stop, key) <= self.threshold:
+                    stop += 1
+            yield Batch(range(i, stop), work)
+            i = stop
+
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, as JSON values."""
+        return {"online": f"{self.probe}:{self.threshold:g}", "propagate": self.propagate}

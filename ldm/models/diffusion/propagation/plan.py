@@ -1,0 +1,184 @@
+"""Which parts of the network run at which node of a run, and how many decoders share a batch.
+
+A plan knows no solver and no tensor. How plans are named and read: `ldm.models.diffusion.propagation.load`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import combinations, pairwise
+from typing import Any, ClassVar, Protocol
+
+
+class Work(Enum):
+    """How much of the network runs at a node."""
+
+    FULL = "full"  # all of it: a key node
+    DECODER = "decoder"  # the decoder, on the encoder's features of earlier key nodes
+    SHALLOW = "shallow"  # the outermost blocks of both (or none), on the inner decoder's output of an earlier node
+
+
+PROPAGATIONS = {"hold": 0, "linear": 1, "quadratic": 2, "zeros": -1}  # degree in the timestep
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Nodes that are predicted together. Of a FULL batch the first is a key node, the others are decoded with it."""
+
+    nodes: range
+    work: Work
+
+    def works(self) -> Iterator[Work]:
+        """Of each node."""
+        for i in self.nodes:
+            yield Work.DECODER if self.work is Work.FULL and i > self.nodes.start else self.work
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which parts of the network run at the nodes 0..num_nodes-1 of one run, and what stands in for the others.
+
+    keys:      nodes where the encoder runs; node 0 must be one.
+    parallel:  most decoder steps in one batch; 1 = same result, least memory.
+    shallow:   nodes where only the outermost `branch` blocks of encoder and decoder run (DeepCache,
+        arXiv 2312.00858); at the remaining nodes the whole decoder runs (Faster Diffusion, arXiv 2312.09608).
+    branch:    input blocks that run at a shallow node, and as many output blocks; 0 = none, and the prediction before
+        is used again.
+    propagate: what the decoder gets between key nodes: 'hold' = the last one's features (the paper); 'linear',
+        'quadratic' = those of the last two or three, extrapolated in the timestep; 'zeros' = none (the paper's
+        table 14, where it is to show that features are needed).
+    refresh:   input blocks that run anew at every decoder node, for the outermost skips; their decoders wait for the
+        latent before them, so none share a batch. 0 = the paper.
+    sizes:     how many decoder steps a batch may have beside 1, see `with_few_sizes`; () = any number up to `parallel`.
+    """
+
+    num_nodes: int
+    keys: tuple[int, ...]
+    parallel: int = 1
+    shallow: tuple[int, ...] = ()
+    branch: int = 0
+    propagate: str = "hold"
+    refresh: int = 0
+    sizes: tuple[int, ...] = ()
+    per_picture: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.keys or self.keys[0] != 0:
+            raise ValueError(f"keys must start with node 0, which has no earlier features; got {self.keys}")
+        for name, nodes in (("keys", self.keys), ("shallow", self.shallow)):
+            if any(b <= a for a, b in pairwise(nodes)):
+                raise ValueError(f"{name} must increase strictly; got {nodes}")
+        if self.keys[-1] >= self.num_nodes:
+            raise ValueError(
+                f"key {self.keys[-1]} is past the last node {self.num_nodes - 1}; this schedule is for a longer run"
+            )
+        if self.parallel < 1:
+            raise ValueError(f"parallel must be at least 1 decoder step per batch; got {self.parallel}")
+        keys = {*self.keys}
+        if wrong := [i for i in self.shallow if i in keys or not 0 < i < self.num_nodes]:
+            raise ValueError(f"shallow nodes must be 1..{self.num_nodes - 1} and no key nodes; got {wrong}")
+        if self.branch < 0 or (self.branch and not self.shallow):
+            raise ValueError(f"branch must be at least 0, and 0 without shallow nodes; got {self.branch}")
+        if self.propagate not in PROPAGATIONS:
+            raise ValueError(f"propagate must be one of {', '.join(PROPAGATIONS)}; got {self.propagate!r}")
+        if self.refresh < 0:
+            raise ValueError(f"refresh must be at least 0 input blocks; got {self.refresh}")
+        if any(size < 1 for size in self.sizes):
+            raise ValueError(f"sizes must be at least 1 decoder step per batch; got {self.sizes}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether every node is a key node."""
+        return len(self.keys) == self.num_nodes
+
+    def works(self) -> tuple[Work, ...]:
+        """Of every node."""
+        return tuple(work for batch in self.batches() for work in batch.works())
+
+    def batches(self, change: Change | None = None) -> Iterator[Batch]:
+        """The run's batches in order; together they cover every node once."""
+        keys, shallow = {*self.keys}, {*self.shallow}
+        most = 1 if self.refresh else self.parallel
+        i = 0
+        while i < self.num_nodes:
+            stop = i + 1
+            if i not in shallow:
+                while stop < min(i + most, self.num_nodes) and stop not in keys and stop not in shallow:
+                    stop += 1
+            if self.sizes:
+                stop = i + max(size for size in (1, *self.sizes) if size <= stop - i)
+            yield Batch(range(i, stop), Work.FULL if i in keys else Work.SHALLOW if i in shallow else Work.DECODER)
+            i = stop
+
+    def settings(self) -> dict[str, Any]:
+        """What results depend on, as JSON values: all but `parallel` and `sizes`."""
+        if self.plain:
+            return {"keys": None}
+        return {"keys": [*self.keys], "propagate": self.propagate} | {
+            name: value
+            for name, value in (("shallow", [*self.shallow]), ("branch", self.branch), ("refresh", self.refresh))
+            if value
+        }
+
+
+SIZES = 2  # of decoder batches beside 1 that a plan is cut into at most
+CALLS = 5  # decoder calls that a size must save
+
+
+def with_few_sizes(plan: Plan, most: int) -> Plan:
+    """The plan with decoder batches of at most `most` nodes, of few different sizes.
+
+    The first batch of each size in a process is slow: the libraries below prepare their kernels for its shapes. So a
+    size must save at least CALLS calls of the decoder; what is left of a group is decoded node by node, in batches of
+    the size that the plain run has.
+    """
+    groups = Counter(len(batch.nodes) for batch in replace(plan, parallel=plan.num_nodes).batches())
+    possible = range(2, min(most, max(groups)) + 1)
+    choices = (sizes for n in range(SIZES + 1) for sizes in combinations(possible, n))
+    sizes = min(
+        choices,
+        key=lambda sizes: CALLS * len(sizes) + sum(count * calls_of(group, sizes) for group, count in groups.items()),
+    )
+    return replace(plan, parallel=max(sizes, default=1), sizes=sizes)
+
+
+def calls_of(group: int, sizes: Sequence[int]) -> int:
+    """How many batches a group of nodes makes: as many of the largest size as fit, then of the next, the rest alone."""
+    calls = 0
+    for size in sorted(sizes, reverse=True):
+        calls, group = calls + group // size, group % size
+    return calls + group
+
+
+def check_blocks(plan: AnyPlan, blocks: int) -> None:
+    """Raise ValueError if a plan asks for more blocks than a network has on each side."""
+    if max(plan.branch, plan.refresh) > blocks:
+        raise ValueError(
+            f"{max(plan.branch, plan.refresh)} blocks are to run anew; this network has {blocks} on each side"
+        )
+
+
+class Change(Protocol):
+    """How much has changed since a key node, for a plan that decides on the way."""
+
+    def __call__(self, probe: str, i: int, key: int) -> float:
+        """Relative change of the probe from node `key`, the last key node, to node i, when all before i are done."""
+
+
+class AnyPlan(Protocol):
+    """What the loop needs of a plan."""
+
+    num_nodes: int
+    parallel: int
+    branch: int
+    propagate: str
+    refresh: int
+    plain: bool  # every node is a key node
+    per_picture: bool  # what runs when depends on the picture
+
+    def batches(self, change: Change | None = None) -> Iterator[Batch]: ...
+
+    def settings(self) -> dict[str, Any]: ...

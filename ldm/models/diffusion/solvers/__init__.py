@@ -1,0 +1,1 @@
+"""Update rules of the solvers, one file each; `registry` finds them by name."""

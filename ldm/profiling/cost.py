@@ -1,0 +1,208 @@
+"""What a run costs in multiply-accumulates (MACs), counted without computing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.models.diffusion.propagation.plan import AnyPlan, Work
+from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.meta import meta_unet
+
+TEXT_TOKENS = 77  # of CLIP, and of our text encoders unless a config says otherwise
+
+
+@dataclass(frozen=True)
+class Macs:
+    """MACs of one prediction of a batch: convolutions, linear layers, and both products of attention.
+
+    encode: what a non-key node saves: input blocks, middle block and time embedding.
+    decode: what a key node and a decoder node pay: output blocks, output layer and time embedding.
+    outer:  [n]: the first n input blocks alone, with the time embedding; [0] = 0.
+    last:   [n]: the last n output blocks, with the output layer and the time embedding.
+    once:   what is computed once for all steps of a run: keys and values of the context.
+    """
+
+    encode: int
+    decode: int
+    outer: tuple[int, ...] = (0,)
+    last: tuple[int, ...] = ()
+    once: int = 0
+
+    @property
+    def whole(self) -> int:
+        """One prediction with nothing saved, without what a run computes once."""
+        return self.encode + self.decode
+
+    def plain(self, nodes: int) -> int:
+        """A run of so many nodes with nothing saved."""
+        return self.once + nodes * self.whole
+
+    def node(self, work: Work, plan: AnyPlan) -> int:
+        """One prediction at a node of a plan."""
+        if work is Work.SHALLOW:
+            return self.outer[plan.branch] + self.last[plan.branch] if plan.branch else 0
+        return self.whole if work is Work.FULL else self.decode + self.outer[plan.refresh]
+
+    def run(self, plan: AnyPlan, works: Sequence[Work] | None = None, images: Sequence[int] | None = None) -> int:
+        """All predictions of a run.
+
+        Args:
+            works: of every node, for a plan that decides on the way; None = the plan's.
+            images: how often the batch is predicted at each node, for guidance; None = once.
+        """
+        works = plan.works() if works is None else works
+        images = images or [1] * len(works)
+        return self.once * max(images) + sum(self.node(work, plan) * n for work, n in zip(works, images, strict=True))
+
+    def critical_path(
+        self, plan: AnyPlan, works: Sequence[Work] | None = None, images: Sequence[int] | None = None
+    ) -> int:
+        """What has to be computed one after the other when all decoders that share features run at the same time.
+
+        Nodes after a key node wait for it alone, so they add nothing; shallow and refreshed nodes wait for the latent
+        before them. Arguments as for `run`.
+        """
+        works = plan.works() if works is None else works
+        images = images or [1] * len(works)
+        return self.once * max(images) + sum(
+            self.node(work, plan) * n
+            for work, n in zip(works, images, strict=True)
+            if work is not Work.DECODER or plan.refresh
+        )
+
+
+def _one_product(queries: Sequence[int], keys: Sequence[int], *rest: Any, **more: Any) -> int:
+    """Of the two matrix products of attention, which cost the same, half of each: together, one."""
+    return prod(queries) * keys[-1]
+
+
+def _norm(x: Sequence[int], *rest: Any, **more: Any) -> int:
+    return 2 * 5 * prod(x)
+
+
+def _upsampling(*rest: Any, out_shape: Sequence[int], **more: Any) -> int:
+    return 2 * prod(out_shape)
+
+
+def _linear(x: Sequence[int], weight: Sequence[int], *rest: Any, **more: Any) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+def _convolution(x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: Sequence[int], **more: Any) -> int:
+    return 2 * prod(weight[1:]) * prod(out_shape)
+
+
+# What operations cost, in FLOPs, where PyTorch's counter knows nothing or a convention differs from it.
+PACKED = {torch.ops.mkldnn._linear_pointwise: _linear, torch.ops.mkldnn._convolution_pointwise: _convolution}
+CONVENTIONS: dict[str, dict[Any, Callable[..., int]]] = {
+    "exact": PACKED,
+    # Nearest upsampling is an indexing on the meta device; a UNet has no other.
+    "paper": PACKED
+    | {
+        torch.ops.aten.bmm: _one_product,
+        torch.ops.aten.native_group_norm: _norm,
+        torch.ops.aten.native_layer_norm: _norm,
+        torch.ops.aten._unsafe_index: _upsampling,
+    },
+}
+
+
+def count_macs(call: Callable[[], Any], convention: str = "exact") -> int:
+    """MACs of everything that call() does on tensors (1 MAC = 2 FLOPs).
+
+    Args:
+        convention: 'exact' counts convolutions, linear layers and both products of attention. 'paper' is how the
+            numbers of Faster Diffusion (arXiv 2312.09608, appendix A.5) come out: one product of attention only, 5
+            for each element that is normalised, 1 for each that nearest upsampling puts out.
+    """
+    # Fused attention, counted as a whole on some devices only, is taken apart into its two products.
+    with (
+        FlopCounterMode(display=False, custom_mapping=CONVENTIONS[convention]) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        call()
+    return counter.get_total_flops() // 2
+
+
+def context_tokens(params: Mapping[str, Any]) -> int | None:
+    """Tokens of the context that a model's UNet attends to; None for a UNet without cross-attention.
+
+    A class is one token; of a text there are as many as its encoder reads, whatever the prompt.
+
+    Args:
+        params: of the `model` part of a config.
+    """
+    if params["unet_config"]["params"].get("context_dim") is None:
+        return None
+    conditioner = params.get("cond_stage_config")
+    if not isinstance(conditioner, Mapping):  # a marker such as __is_first_stage__
+        return TEXT_TOKENS
+    if conditioner["target"].rpartition(".")[2] == "ClassEmbedder":
+        return 1
+    reads = conditioner.get("params") or {}
+    return reads.get("max_length", reads.get("max_seq_len", TEXT_TOKENS))
+
+
+def unet_macs(
+    unet: nn.Module | Mapping[str, Any],
+    size: Sequence[int],
+    batch: int = 1,
+    context_length: int | None = None,
+    tome: float = 0.0,
+    convention: str = "exact",
+) -> Macs:
+    """MACs of one encode and one decode of a UNet.
+
+    Args:
+        unet: a `UNetModel`, which is left as it is, or its config (`target`, `params`).
+        size: height and width of the latent, multiples of the UNet's `downsampling`.
+        batch: latents per prediction; guidance doubles it.
+        context_length: tokens of the context, for a UNet with cross-attention.
+        tome: share of tokens merged for self-attention; the product that finds similar ones is counted too.
+        convention: see `count_macs`. The paper's counts keys and values of the context at every step, as the networks
+            do that it was measured with.
+    """
+    with torch.device("meta"), torch.no_grad():
+        unet, x, inputs = meta_unet(unet, size, batch, context_length, tome)
+        count, once = partial(count_macs, convention=convention), 0
+        if convention == "exact" and context_length is not None:
+            context = inputs["context"]
+            once = count(lambda: inputs.update(context=unet.project(context)))
+        return replace(_count(unet, x, inputs, count), once=once)
+
+
+def _count(unet: nn.Module, x: Tensor, inputs: dict[str, Any], count: Callable[[Callable[[], Any]], int]) -> Macs:
+    """Block by block, each from what the one before it left."""
+    time = count(lambda: unet.embed(inputs["timesteps"], inputs["y"], len(x)))
+    kept: list[Features] = []
+    encode = count(lambda: kept.append(unet.encode(x, **inputs)))
+    blocks = range(len(kept[0].skips))
+    outer = [0, *(count(lambda n=n: unet.encode_outer(x, **inputs, blocks=n + 1)) for n in blocks)]
+    spent = [
+        count(lambda n=n: kept.append(unet.advance(kept[-1], **inputs, blocks=n))) - time for n in reversed(blocks)
+    ]
+    end = count(lambda: unet.decode(kept[-1], **inputs))
+    last = [end, *(end + total for total in accumulate(reversed(spent)))]
+    return Macs(encode, last[-1], tuple(outer), tuple(last))
+
+
+def plan_macs(
+    unet: nn.Module | Mapping[str, Any],
+    plan: AnyPlan,
+    size: Sequence[int],
+    batch: int = 1,
+    context_length: int | None = None,
+    tome: float = 0.0,
+) -> int:
+    """MACs of all of a run's predictions; arguments as for `unet_macs`."""
+    return unet_macs(unet, size, batch, context_length, tome).run(plan)

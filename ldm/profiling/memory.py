@@ -1,0 +1,91 @@
+"""How much memory decoders need, found without computing anything, and how much there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.meta import meta_unet
+
+SHARE = 0.8  # of the free memory that is planned for; an estimate knows nothing of workspaces and fragments
+MEMINFO = Path("/proc/meminfo")
+
+
+class _Peak(TorchDispatchMode):
+    """Watches the storages that are made inside; `most` is the most bytes of them alive at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._alive = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = _storages((args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if not any(storage is other for other in given):  # not a view, nor changed in place
+                self._alive[storage] = None
+        self.most = max(self.most, sum(storage.nbytes() for storage in self._alive))
+        return out
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Without a device, attention is taken apart into products that no device holds in full."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            q, _, v = args
+            return q.new_empty(*q.shape[:-1], v.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most bytes that call() holds at one time in tensors it makes, with fused attention."""
+    with torch.no_grad(), _FusedAttention(), _Peak() as peak:
+        call()
+    return peak.most
+
+
+def decoder_bytes(
+    unet: nn.Module, size: Sequence[int], batch: int = 1, context_length: int | None = None, tome: float = 0.0
+) -> int:
+    """What one decoder node of a batch of nodes needs, in the precision of the weights: features and activations.
+
+    Args as for `unet_macs`; the network is left as it is. Autocast to half the precision needs less.
+    """
+    with torch.device("meta"), torch.no_grad():
+        unet, x, inputs = meta_unet(unet, size, 2 * batch, context_length, tome)
+        one, other = unet.encode(x, **inputs).chunk(2)
+        return peak_bytes(lambda: unet.decode(Features.cat([one, other]), **inputs)) // 2
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What new tensors may take; None = not known here."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if not MEMINFO.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def decoders_that_fit(free: int | None, each: int) -> int | None:
+    """How many decoder nodes of `each` bytes go into one batch; None = not known."""
+    return None if free is None else int(SHARE * free) // each

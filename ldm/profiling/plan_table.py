@@ -1,0 +1,40 @@
+"""`--list-plans`: the named plans with what each would cost a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from ldm.models.diffusion.propagation.load import load_plan, plan_names
+from ldm.profiling.cost import Macs
+
+RULES = ("off", "uniform:2", "uniform:4", "pro", "deepcache:3", "deepcache:5")
+
+
+def spans(nodes: Sequence[int]) -> str:
+    """Increasing numbers with runs of three or more as a-b: 0-3,5,10."""
+    parts = []
+    for _, run in groupby(enumerate(nodes), key=lambda pair: pair[1] - pair[0]):
+        run = [node for _, node in run]
+        parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
+    return ",".join(parts)
+
+
+def plan_table(unit: Macs, nodes: int, more: Sequence[str] = (), images: int = 1) -> Iterator[str]:
+    """Lines of a table: plan, MACs and critical path as a share of the plain run's, key nodes.
+
+    Args:
+        unit: of one prediction.
+        nodes: of the run.
+        more: specs to list beside the named ones.
+        images: how often each node predicts for one picture, 2 with guidance.
+    """
+    plain = unit.plain(nodes)
+    yield f"{'plan':<18}{'MACs':>7}{'latency':>9}  key nodes of {nodes}"
+    for name in (*RULES, *more, *plan_names()):
+        plan = load_plan(name, nodes)
+        yield (f"{name:<18}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>9.1%}  {spans(plan.keys)}")
+    yield (
+        f"100 % = {images * plain / 1e9:.2f} GMAC of the UNet for one picture; latency: what must be computed one "
+        f"after the other when decoders that share features run at the same time"
+    )
