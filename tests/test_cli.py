@@ -6,7 +6,7 @@ import pytest
 from txt2img_model import load_script
 
 from ldm.cli.parser import command, readable
-from ldm.io.errors import BadArgument, BadInput, blame
+from ldm.io.errors import BadInput, SettingError, fault_of, flags_named
 
 LONG = "n" * 5000
 EMOJI64 = ("--config", "models/ldm/emoji64/config.yaml")
@@ -58,9 +58,10 @@ def test_names_that_no_file_can_have(script, args, capsys):
     assert code == 2 and error.count("\n") == 1 and len(error) < 1000, error
 
 
-def test_the_fault_of_an_argument_is_told_with_its_name():
-    with pytest.raises(BadInput, match="^steps: too many, 9$") as found, blame("steps"):
-        raise ValueError("too many,\n9")
-    assert (found.value.argument, found.value.problem) == ("steps", "too many, 9")
-    with pytest.raises(BadArgument, match="^plan: none$"), blame("steps"):  # the inner one knows better
-        raise BadArgument("plan", "none")
+def test_a_setting_that_cant_be_used_is_told_as_the_commands_flag():
+    for names, flag in (({}, "--steps"), ({"steps": "TABLE: a row: steps"}, "TABLE: a row: steps")):
+        with pytest.raises(BadInput, match=f"^{flag}: too many, 9$"), flags_named(names), fault_of("steps"):
+            raise ValueError("too many,\n9")
+    with pytest.raises(SettingError, match="^plan: none$") as found, fault_of("steps"):  # the inner one knows better
+        raise SettingError("plan", "none")
+    assert (found.value.setting, found.value.problem) == ("plan", "none")

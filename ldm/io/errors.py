@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -11,12 +11,16 @@ class BadInput(Exception):
     """What the user gave can't be used; the message is one line that names the argument."""
 
 
-class BadArgument(BadInput):
-    """The fault of one argument, by its name in Python or as a flag; a command line shows the flag for the name."""
+class SettingError(ValueError):
+    """A setting of a call can't be used.
 
-    def __init__(self, argument: str, problem: str):
-        super().__init__(f"{argument}: {problem}")
-        self.argument, self.problem = argument, problem
+    setting: its name in that call; a command names its own flag for it, see `flags_named`.
+    problem: in words.
+    """
+
+    def __init__(self, setting: str, problem: str):
+        super().__init__(f"{setting}: {problem}")
+        self.setting, self.problem = setting, problem
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:
@@ -32,18 +36,34 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def blame(argument: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-    """Such errors inside the block are the fault of this argument: its name in Python, or its flag.
-
-    Raises:
-        BadArgument: in their place.
-    """
+def blame(flag: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+    """Such errors inside the block are the fault of this argument."""
     try:
         yield
     except BrokenPipeError:
         raise
     except errors as error:
-        raise BadArgument(argument, " ".join(str(error).split())) from error
+        raise BadInput(f"{flag}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def fault_of(setting: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+    """Such errors inside the block become a SettingError of this setting."""
+    try:
+        yield
+    except (SettingError, BrokenPipeError):
+        raise
+    except errors as error:
+        raise SettingError(setting, one_line(error)) from error
+
+
+@contextmanager
+def flags_named(names: Mapping[str, str]) -> Iterator[None]:
+    """A SettingError inside the block becomes a BadInput that names the flag: the one in `names`, or --SETTING."""
+    try:
+        yield
+    except SettingError as error:
+        raise BadInput(f"{names.get(error.setting, f'--{error.setting}')}: {error.problem}") from error
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
