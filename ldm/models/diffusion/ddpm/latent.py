@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class LatentDiffusion(DDPM, PublishedMethods):
         scale_factor: latents are the first stage's times this.
         scale_by_std: the scale factor is a buffer, measured by the training on its first batch.
         num_timesteps_cond: 1; shortened conditioning schedules are not supported.
-        The rest: see `DDPM`.
+        rest: see `DDPM`.
     """
 
     def __init__(
@@ -42,57 +42,13 @@ class LatentDiffusion(DDPM, PublishedMethods):
         conditioning_key: str | None = None,
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
-        timesteps: int = 1000,
-        beta_schedule: str = "linear",
-        loss_type: str = "l2",
-        monitor: str | None = None,
-        use_ema: bool = True,
-        first_stage_key: str = "image",
-        image_size: int = 256,
-        channels: int = 3,
-        log_every_t: int = 100,
-        linear_start: float = 1e-4,
-        linear_end: float = 2e-2,
-        cosine_s: float = 8e-3,
-        given_betas: Sequence[float] | None = None,
-        original_elbo_weight: float = 0.0,
-        v_posterior: float = 0.0,
-        l_simple_weight: float = 1.0,
-        parameterization: str = "eps",
-        scheduler_config: Mapping[str, Any] | None = None,
-        learn_logvar: bool = False,
-        logvar_init: float = 0.0,
-        ckpt_path: str | None = None,
-    ):
+        **rest: Any,
+    ) -> None:
         if num_timesteps_cond != 1:
             raise ValueError(f"num_timesteps_cond must be 1; got {num_timesteps_cond}")
         if conditioning_key is None and cond_stage_config != "__is_unconditional__":
             conditioning_key = "concat" if concat_mode else "crossattn"
-        super().__init__(
-            unet_config,
-            timesteps=timesteps,
-            beta_schedule=beta_schedule,
-            loss_type=loss_type,
-            monitor=monitor,
-            use_ema=use_ema,
-            first_stage_key=first_stage_key,
-            image_size=image_size,
-            channels=channels,
-            log_every_t=log_every_t,
-            linear_start=linear_start,
-            linear_end=linear_end,
-            cosine_s=cosine_s,
-            given_betas=given_betas,
-            original_elbo_weight=original_elbo_weight,
-            v_posterior=v_posterior,
-            l_simple_weight=l_simple_weight,
-            conditioning_key=conditioning_key,
-            parameterization=parameterization,
-            scheduler_config=scheduler_config,
-            learn_logvar=learn_logvar,
-            logvar_init=logvar_init,
-            ckpt_path=ckpt_path,
-        )
+        super().__init__(unet_config, conditioning_key=conditioning_key, **rest)
         self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
         self.scale_by_std = scale_by_std
         if scale_by_std:
