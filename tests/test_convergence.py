@@ -15,19 +15,20 @@ from toy import ABAR
 
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.dpm_solver.rules import DPMMultistep, DPMSinglestep, singlestep_nodes
-from ldm.models.diffusion.levels import (
+from ldm.models.diffusion.loop import Rule, State
+from ldm.models.diffusion.plms import PLMS, plms_nodes
+from ldm.models.diffusion.schedule import (
     CLEAN,
     Level,
+    Node,
     NoiseSchedule,
     ddim_levels,
+    ddim_timesteps,
     karras_levels,
     nodes_between,
     noise_ratio,
     sigma_levels,
 )
-from ldm.models.diffusion.loop import Rule, State
-from ldm.models.diffusion.plms import PLMS, plms_nodes
-from ldm.models.diffusion.schedule import Node
 from ldm.models.diffusion.solvers.ancestral import Ancestral
 from ldm.models.diffusion.solvers.heun import Heun, heun_nodes
 from ldm.models.diffusion.solvers.registry import solver
@@ -128,10 +129,10 @@ def unit_noise(i: int, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "rule",
     [
-        Ancestral(nodes_between(ddim_levels(ABAR, 500, CLEAN)), unit_noise),
+        Ancestral(nodes_between(ddim_levels(ABAR, ddim_timesteps(500), CLEAN)), unit_noise),
         Ancestral(nodes_between(sigma_levels(ABAR, 500)), unit_noise),
-        DDIM(nodes_between(ddim_levels(ABAR, 500)), 1.0, unit_noise),
-        DDIM(nodes_between(ddim_levels(ABAR, 500)), 0.5, unit_noise),
+        DDIM(nodes_between(ddim_levels(ABAR, ddim_timesteps(500))), 1.0, unit_noise),
+        DDIM(nodes_between(ddim_levels(ABAR, ddim_timesteps(500))), 0.5, unit_noise),
     ],
     ids=["ddpm", "euler-a", "ddim eta 1", "ddim eta 0.5"],
 )

@@ -20,9 +20,9 @@ from toy import ABAR, toy_denoiser, toy_inputs, toy_network
 from ldm.models.diffusion.ddim import Noise
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.dpm_solver.rules import DPMMultistep
-from ldm.models.diffusion.levels import Level, nodes_between, noise_ratio
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.schedule import Level, nodes_between, noise_ratio
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.models.diffusion.solvers.unipc import UniPC
 

@@ -19,11 +19,20 @@ from ldm.models.diffusion.dpm_solver.rules import (
     singlestep_orders,
 )
 from ldm.models.diffusion.edits import prior_noise
-from ldm.models.diffusion.levels import NoiseSchedule, ddim_levels, log_snr, nodes_between
 from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.plms import PLMS, PLMSSampler, plms_nodes
 from ldm.models.diffusion.propagation.load import load_plan
-from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps, diffuse, predict_x0
+from ldm.models.diffusion.schedule import (
+    Node,
+    NoiseSchedule,
+    ddim_levels,
+    ddim_nodes,
+    ddim_timesteps,
+    diffuse,
+    log_snr,
+    nodes_between,
+    predict_x0,
+)
 from ldm.models.diffusion.solvers.ancestral import Ancestral
 
 DPM_RULES = ["ms2_eps", "ms2_x0", "ms2_x0_taylor", "ms3_eps", "ms3_x0", "ss2_x0", "ssfixed2_eps", "ssfixed3_eps"]
@@ -45,7 +54,7 @@ def sample(sampler, case, tensors, **kwargs):
 
 def recorded_rule(case) -> Rule:
     if case.get("sampler") == "PLMSSampler":
-        return PLMS(plms_nodes(ddim_levels(model().alphas_cumprod, case["S"])))
+        return PLMS(plms_nodes(ddim_levels(model().alphas_cumprod, ddim_timesteps(case["S"]))))
     if case.get("sampler") == "DDIMSampler":
         return DDIM(ddim_nodes(model().alphas_cumprod, ddim_timesteps(case["S"])))
     schedule = NoiseSchedule(model().alphas_cumprod)

@@ -15,7 +15,7 @@ from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.sampler import Intermediates, Sampler, mask_edits, per_image, refuse
-from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_sigma, ddim_timesteps, diffuse, predict_x0
+from ldm.models.diffusion.schedule import CLEAN, Node, ddim_nodes, ddim_sigma, ddim_timesteps, diffuse, predict_x0
 
 Noise = Callable[[int, Tensor], Tensor]
 
@@ -90,7 +90,7 @@ class DDIMSampler(Sampler):
     def _nodes(self, use_original_steps: bool) -> tuple[Node, ...]:
         """Nodes of the grid, or of every training timestep, which ends at abar = 1."""
         if use_original_steps:
-            return ddim_nodes(self.model.alphas_cumprod, range(self.ddpm_num_timesteps), abar_end=1.0)
+            return ddim_nodes(self.model.alphas_cumprod, range(self.ddpm_num_timesteps), CLEAN)
         return ddim_nodes(self.model.alphas_cumprod, self._grid())
 
     def _grid(self) -> tuple[int, ...]:
@@ -225,13 +225,13 @@ class DDIMSampler(Sampler):
             self.model.denoiser(cond, unconditional_conditioning, unconditional_guidance_scale),
             DDIM(nodes, self.ddim_eta, noise, temperature),
             self.start(shape, x_T, seeds),
-            plan,
-            parallel,
-            (*mask_edits(mask, x0, nodes, seeds), *edits),
-            callback,
-            img_callback,
-            log_every_t,
-            verbose,
+            plan=plan,
+            parallel=parallel,
+            edits=(*mask_edits(mask, x0, nodes, seeds), *edits),
+            callback=callback,
+            img_callback=img_callback,
+            log_every_t=log_every_t,
+            verbose=verbose,
         )
 
     def p_sample_ddim(
@@ -339,10 +339,10 @@ class DDIMSampler(Sampler):
             self.model.denoiser(cond, unconditional_conditioning, unconditional_guidance_scale),
             DDIM(nodes, self.ddim_eta, ImageNoise(self.draw_seeds(len(x_latent))).node),
             x_latent,
-            plan,
-            parallel,
-            edits,
-            callback,
+            plan=plan,
+            parallel=parallel,
+            edits=edits,
+            callback=callback,
         )[0]
 
     def encode(

@@ -8,10 +8,17 @@ from math import sqrt
 
 from torch import Tensor
 
-from ldm.models.diffusion.deterministic import DeterministicSampler
-from ldm.models.diffusion.levels import Level, ddim_levels, eps_weight, nodes_between
 from ldm.models.diffusion.loop import State
-from ldm.models.diffusion.schedule import Node, predict_x0
+from ldm.models.diffusion.sampler import DeterministicSampler
+from ldm.models.diffusion.schedule import (
+    Level,
+    Node,
+    ddim_levels,
+    ddim_timesteps,
+    eps_weight,
+    nodes_between,
+    predict_x0,
+)
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
@@ -69,4 +76,4 @@ class PLMSSampler(DeterministicSampler):
     solver = "plms"
 
     def rule(self, steps: int) -> PLMS:
-        return PLMS(plms_nodes(ddim_levels(self.model.alphas_cumprod, steps)))
+        return PLMS(plms_nodes(ddim_levels(self.model.alphas_cumprod, ddim_timesteps(steps, self.ddpm_num_timesteps))))

@@ -1,16 +1,22 @@
-"""Where a run evaluates the network: timestep grids, the noise levels at their nodes, one step between them.
+"""Where a run evaluates the network: grids of timesteps and noise levels, the nodes on them, one step between two.
 
-Notation: a latent at noise level abar (alpha-bar) is x = sqrt(abar) * x0 + sqrt(1 - abar) * eps.
+A latent at noise level abar (alpha-bar) is x = alpha x0 + sigma eps, with alpha = sqrt(abar), sigma = sqrt(1 - abar).
+Three measures of the level are used beside abar: the noise of x / alpha, here `noise_ratio` (sigma of the
+variance-exploding literature); lambda = log(alpha / sigma), half the log signal-to-noise ratio; and time, 0..1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from itertools import pairwise
+from math import exp, inf, log, log1p, sqrt
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+SKIP_TYPES = ("time_uniform", "logSNR", "time_quadratic")
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,21 @@ class Node:
     t: float
     abar: float
     abar_next: float
+
+
+class Level(NamedTuple):
+    """A noise level: the training timestep that the network is told there, possibly fractional; alpha-bar."""
+
+    t: float
+    abar: float
+
+
+CLEAN = Level(0, 1.0)
+
+
+def nodes_between(levels: Sequence[Level]) -> tuple[Node, ...]:
+    """One node per step of a grid of levels, noisiest first: evaluated at a level, landing on the next."""
+    return tuple(Node(here.t, here.abar, there.abar) for here, there in pairwise(levels))
 
 
 def ddim_timesteps(steps: int, total: int = 1000, method: str = "uniform") -> tuple[int, ...]:
@@ -55,17 +76,21 @@ def ddim_timesteps(steps: int, total: int = 1000, method: str = "uniform") -> tu
     return tuple(int(t) + shift for t in grid)
 
 
-def ddim_nodes(alphas_cumprod: Tensor, timesteps: Sequence[int], abar_end: float | None = None) -> tuple[Node, ...]:
-    """Nodes from the noisiest to the cleanest timestep, each landing on the next one's level.
+def ddim_levels(alphas_cumprod: Tensor, timesteps: Sequence[int], end: Level | None = None) -> tuple[Level, ...]:
+    """The levels of ascending timesteps, noisiest first, and the level where the last step lands.
 
     Args:
         alphas_cumprod: alpha-bar of every training timestep, (T,).
-        timesteps: ascending, each 0..T-1.
-        abar_end: where the last update lands; alphas_cumprod[0] if None, as published (not 1).
+        timesteps: ascending, each 0..T-1, such as `ddim_timesteps`.
+        end: timestep 0 if None, as published; not `CLEAN`.
     """
-    abar = [float(alphas_cumprod[t]) for t in timesteps]
-    landings = [float(alphas_cumprod[0]) if abar_end is None else abar_end, *abar[:-1]]
-    return tuple(map(Node, reversed(timesteps), reversed(abar), reversed(landings)))
+    levels = [Level(t, float(alphas_cumprod[t])) for t in reversed(timesteps)]
+    return (*levels, end or Level(0, float(alphas_cumprod[0])))
+
+
+def ddim_nodes(alphas_cumprod: Tensor, timesteps: Sequence[int], end: Level | None = None) -> tuple[Node, ...]:
+    """The nodes of a DDIM run; arguments as for `ddim_levels`."""
+    return nodes_between(ddim_levels(alphas_cumprod, timesteps, end))
 
 
 def ddim_sigma(node: Node, eta: float) -> float:
@@ -84,3 +109,129 @@ def predict_x0(x: Tensor, eps: Tensor, abar: float) -> Tensor:
 def diffuse(x0: Tensor, eps: Tensor, abar: float | Tensor) -> Tensor:
     """x0 brought to noise level abar by the noise eps, (B, C, H, W); abar may be per image, (B, 1, 1, 1)."""
     return abar**0.5 * x0 + (1 - abar) ** 0.5 * eps
+
+
+def noise_ratio(abar: float) -> float:
+    """Standard deviation of the noise in x / sqrt(abar); 0 for clean latents."""
+    return sqrt((1 - abar) / abar)
+
+
+def log_snr(abar: float) -> float:
+    """lambda = log(alpha / sigma); infinite for clean latents."""
+    return inf if abar == 1 else 0.5 * log(abar / (1 - abar))
+
+
+def eps_weight(abar: float, abar_next: float) -> float:
+    """How far a step from abar to abar_next goes along the predicted noise.
+
+    The deterministic DDIM step, which is Euler's in x / alpha over noise_ratio, is
+    x <- sqrt(abar_next / abar) x + eps_weight eps.
+    """
+    return sqrt(abar_next) * (noise_ratio(abar_next) - noise_ratio(abar))
+
+
+class NoiseSchedule:
+    """The trained noise levels made continuous in time, as DPM-Solver sees them.
+
+    Training timestep i of N is time (i + 1) / N; between them log alpha is linear in time, and beyond the
+    first and the last as in their neighbourhood.
+
+    Args:
+        alphas_cumprod: alpha-bar of every training timestep, (N,), falling, each in (0, 1).
+
+    Source: DPM-Solver (arXiv 2206.00927), appendix D.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        self.total = len(alphas_cumprod)
+        self._times = np.arange(1, self.total + 1) / self.total
+        self._log_alphas = 0.5 * np.log(alphas_cumprod.cpu().double().numpy())
+
+    def level(self, time: float) -> Level:
+        log_alpha = interpolate(time, self._times, self._log_alphas)
+        return Level(time * self.total - 1, exp(2 * log_alpha))
+
+    def time_of(self, lam: float) -> float:
+        """The time at which log_snr is lam."""
+        log_alpha = -0.5 * (log1p(exp(-2 * abs(lam))) + max(0.0, -2 * lam))
+        return interpolate(log_alpha, self._log_alphas[::-1], self._times[::-1])
+
+    def times(
+        self, steps: int, skip_type: str = "time_uniform", begin: float = 1.0, end: float | None = None
+    ) -> list[float]:
+        """steps + 1 times from begin down to end.
+
+        Args:
+            skip_type: evenly spaced in time ('time_uniform'), in lambda ('logSNR') or in the square root of
+                time ('time_quadratic').
+            end: the first training timestep, 1 / N, if None.
+
+        Raises:
+            ValueError: steps is not in 1..N, or the skip type is unknown.
+        """
+        check_steps(steps, self.total)
+        end = 1 / self.total if end is None else end
+        if skip_type == "time_uniform":
+            between = np.linspace(begin, end, steps + 1)
+        elif skip_type == "time_quadratic":
+            between = np.linspace(sqrt(begin), sqrt(end), steps + 1) ** 2
+        elif skip_type == "logSNR":
+            ends = (log_snr(self.level(time).abar) for time in (begin, end))
+            between = map(self.time_of, np.linspace(*ends, steps + 1))
+        else:
+            raise ValueError(f"skip_type must be one of {', '.join(SKIP_TYPES)}; got {skip_type!r}")
+        return [begin, *map(float, [*between][1:-1]), end]
+
+    def levels(self, steps: int, skip_type: str = "time_uniform") -> tuple[Level, ...]:
+        """The levels of a run from time 1 to the first training timestep; see `times`.
+
+        As published. diffusers rounds the timesteps of DPM-Solver and UniPC to trained ones, and without
+        final_sigmas_type 'sigma_min' the last step goes on to clean latents.
+        """
+        return tuple(map(self.level, self.times(steps, skip_type)))
+
+
+def interpolate(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
+    """Piecewise linear through (xs, ys), xs rising; beyond the ends the outermost pieces go on."""
+    i = int(np.clip(np.searchsorted(xs, x), 1, len(xs) - 1))
+    return float(ys[i - 1] + (x - xs[i - 1]) * (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1]))
+
+
+def sigma_levels(alphas_cumprod: Tensor, steps: int) -> tuple[Level, ...]:
+    """Timesteps evenly spaced from the last to 0, then clean; log noise_ratio is linear in between.
+
+    In diffusers it is noise_ratio itself that is linear there, and a run begins from sigma / sqrt(1 + sigma^2)
+    times unit noise, not from unit noise.
+
+    Source: k-diffusion's grid for models with discrete timesteps.
+    """
+    log_sigmas = _log_noise_ratios(alphas_cumprod)
+    check_steps(steps, len(log_sigmas))
+    ts = np.linspace(len(log_sigmas) - 1, 0, steps)
+    sigmas = np.exp(np.interp(ts, np.arange(len(log_sigmas)), log_sigmas))
+    return (*map(Level, ts.tolist(), (1 / (1 + sigmas**2)).tolist()), CLEAN)
+
+
+def karras_levels(alphas_cumprod: Tensor, steps: int, rho: float = 7.0) -> tuple[Level, ...]:
+    """noise_ratio to the power 1 / rho evenly spaced over the trained range, then clean.
+
+    The timestep is found by interpolation of log noise_ratio; diffusers rounds it.
+
+    Source: Karras et al. (arXiv 2206.00364), eq. 5.
+    """
+    log_sigmas = _log_noise_ratios(alphas_cumprod)
+    check_steps(steps, len(log_sigmas))
+    roots = np.exp(log_sigmas[[-1, 0]] / rho)
+    sigmas = np.linspace(*roots, steps) ** rho
+    ts = np.interp(np.log(sigmas), log_sigmas, np.arange(len(log_sigmas)))
+    return (*map(Level, ts.tolist(), (1 / (1 + sigmas**2)).tolist()), CLEAN)
+
+
+def _log_noise_ratios(alphas_cumprod: Tensor) -> np.ndarray:
+    abar = alphas_cumprod.cpu().double().numpy()
+    return 0.5 * np.log((1 - abar) / abar)
+
+
+def check_steps(steps: int, total: int) -> None:
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be 1..{total}, the timesteps that the model was trained with; got {steps}")

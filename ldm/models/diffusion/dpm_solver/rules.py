@@ -10,9 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.levels import NoiseSchedule, check_steps, nodes_between
 from ldm.models.diffusion.loop import State
-from ldm.models.diffusion.schedule import Node, predict_x0
+from ldm.models.diffusion.schedule import Node, NoiseSchedule, check_steps, nodes_between, predict_x0
 from ldm.models.diffusion.solvers.exponential import Leap, Predicts, check_predicts, derivatives, expansion
 
 Variant = Literal["dpmsolver", "taylor"]

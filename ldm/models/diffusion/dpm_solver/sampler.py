@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ldm.models.diffusion.deterministic import DeterministicSampler
 from ldm.models.diffusion.dpm_solver.rules import DPMMultistep
-from ldm.models.diffusion.levels import NoiseSchedule, nodes_between
+from ldm.models.diffusion.sampler import DeterministicSampler
+from ldm.models.diffusion.schedule import NoiseSchedule, nodes_between
 
 
 class DPMSolverSampler(DeterministicSampler):

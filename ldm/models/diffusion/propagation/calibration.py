@@ -18,9 +18,9 @@ from torch import Tensor
 from ldm.io.files import atomic_write, read_json
 from ldm.io.kinds import MAPPING, NUMBER, Kind, check, choice, whole
 from ldm.models.diffusion.denoiser import Denoiser
-from ldm.models.diffusion.levels import eps_weight
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan
+from ldm.models.diffusion.schedule import eps_weight
 from ldm.modules.diffusionmodules.features import Features
 
 DECODERS = 8  # decoder steps in one batch of the measurement

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ldm.models.diffusion.levels import log_snr
+from ldm.models.diffusion.schedule import log_snr
 
 Predicts = Literal["eps", "x0"]
 

@@ -8,9 +8,8 @@ from math import sqrt
 
 from torch import Tensor
 
-from ldm.models.diffusion.levels import Level, eps_weight, nodes_between
 from ldm.models.diffusion.loop import State
-from ldm.models.diffusion.schedule import Node, predict_x0
+from ldm.models.diffusion.schedule import Level, Node, eps_weight, nodes_between, predict_x0
 
 
 @dataclass(frozen=True)

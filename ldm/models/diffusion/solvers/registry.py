@@ -9,17 +9,18 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIM, Noise
 from ldm.models.diffusion.dpm_solver.rules import DPMMultistep
-from ldm.models.diffusion.levels import (
+from ldm.models.diffusion.loop import Rule
+from ldm.models.diffusion.plms import PLMS, plms_nodes
+from ldm.models.diffusion.schedule import (
     CLEAN,
     Level,
     NoiseSchedule,
     ddim_levels,
+    ddim_timesteps,
     karras_levels,
     nodes_between,
     sigma_levels,
 )
-from ldm.models.diffusion.loop import Rule
-from ldm.models.diffusion.plms import PLMS, plms_nodes
 from ldm.models.diffusion.solvers.ancestral import Ancestral
 from ldm.models.diffusion.solvers.heun import Heun, heun_nodes
 from ldm.models.diffusion.solvers.unipc import UniPC
@@ -40,8 +41,12 @@ class Solver(NamedTuple):
     takes_eta: bool = False
 
 
+def _ddim_levels(alphas_cumprod: Tensor, steps: int, end: Level | None = None) -> Levels:
+    return ddim_levels(alphas_cumprod, ddim_timesteps(steps, len(alphas_cumprod)), end)
+
+
 def _clean_ddim_levels(alphas_cumprod: Tensor, steps: int) -> Levels:
-    return ddim_levels(alphas_cumprod, steps, end=CLEAN)
+    return _ddim_levels(alphas_cumprod, steps, CLEAN)
 
 
 def _time_levels(alphas_cumprod: Tensor, steps: int) -> Levels:
@@ -61,8 +66,8 @@ def _dpm_solver_pp(levels: Levels, eta: float, noise: Noise | None) -> DPMMultis
 
 
 SOLVERS: dict[str, Solver] = {
-    "ddim": Solver(ddim_levels, _ddim, takes_eta=True),
-    "plms": Solver(ddim_levels, lambda levels, eta, noise: PLMS(plms_nodes(levels))),
+    "ddim": Solver(_ddim_levels, _ddim, takes_eta=True),
+    "plms": Solver(_ddim_levels, lambda levels, eta, noise: PLMS(plms_nodes(levels))),
     "ddpm": Solver(_clean_ddim_levels, _ancestral),
     "dpm-solver": Solver(  # multistep of order 2, as dpm-solver++, which is the published sampler class
         _time_levels, lambda levels, eta, noise: DPMMultistep(nodes_between(levels), predicts="eps")
