@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_denoise import EXACT, any_rule
 from toy import final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
-from ldm.models.diffusion.denoiser import Guidance
+from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.propagation.features import Propagation
 from ldm.models.diffusion.propagation.load import load_plan

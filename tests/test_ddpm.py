@@ -6,8 +6,8 @@ import pytest
 import torch
 from contracts import load_case, recipe_weights
 
+from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddpm import DDPM, DiffusionWrapper, LatentDiffusion
-from ldm.models.diffusion.denoiser import Conditioning
 
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -10,8 +10,10 @@ from test_plan import plans
 from torch import nn
 from toy import ABAR, CHANNELS, final, node_noise, toy_denoiser, toy_inputs, toy_network, toy_rule
 
-from ldm.models.diffusion.denoiser import TO_EPS, Conditional, Conditioning, Guidance, Guided, Prediction
+from ldm.models.diffusion.conditioning import Conditioning
+from ldm.models.diffusion.denoiser import TO_EPS, Conditional, Prediction
 from ldm.models.diffusion.edits import Edit, prior_noise
+from ldm.models.diffusion.guidance import Guidance, Guided
 from ldm.models.diffusion.loop import NonFiniteLatents, Rule, State, denoise, first_nonfinite_layer
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan

@@ -36,7 +36,8 @@ from evaluation.plots.prior_noise import below, spectrum
 from evaluation.plots.scene import Scene
 from evaluation.plots.timeline import shares, together
 from evaluation.plots.times import measure, methods
-from ldm.models.diffusion.denoiser import Conditional, Conditioning
+from ldm.models.diffusion.conditioning import Conditioning
+from ldm.models.diffusion.denoiser import Conditional
 from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan

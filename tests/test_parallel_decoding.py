@@ -18,7 +18,7 @@ from txt2img_model import main, write_model
 
 from ldm.cli.processes import Processes
 from ldm.io.images import from_pil, read_png
-from ldm.models.diffusion.denoiser import Guidance
+from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.parallel.backoff import Halving
 from ldm.models.diffusion.parallel.distributed import Spread
 from ldm.models.diffusion.propagation.plan import Plan

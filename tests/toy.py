@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddim import DDIM
-from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guidance, Guided
+from ldm.models.diffusion.denoiser import Conditional, Denoiser
+from ldm.models.diffusion.guidance import Guidance, Guided
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
 from ldm.modules.diffusionmodules.features import Features

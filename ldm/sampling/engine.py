@@ -15,8 +15,9 @@ from torch import Tensor
 from ldm.io.images import to_pil
 from ldm.io.kinds import fits
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.denoiser import ConditionedNetwork, Denoiser, Guidance
+from ldm.models.diffusion.denoiser import ConditionedNetwork, Denoiser
 from ldm.models.diffusion.edits import Edit, prior_noise
+from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.parallel.backoff import Halving

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddpm.network import DiffusionWrapper
-from ldm.models.diffusion.denoiser import Conditional, ConditionedNetwork, Conditioning, Denoiser, Guidance, Guided
+from ldm.models.diffusion.denoiser import Conditional, ConditionedNetwork, Denoiser
+from ldm.models.diffusion.guidance import Guidance, Guided
 from ldm.modules.diffusionmodules.process import ForwardProcess, at
 from ldm.modules.diffusionmodules.util import make_beta_schedule
 from ldm.modules.ema import LitEma

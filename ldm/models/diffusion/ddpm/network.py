@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.denoiser import Conditioning
+from ldm.models.diffusion.conditioning import Conditioning
 from ldm.modules.diffusionmodules.features import Features
 from ldm.util import instantiate_from_config
 

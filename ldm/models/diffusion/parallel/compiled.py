@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
-from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
+from ldm.models.diffusion.conditioning import Conditioning
+from ldm.models.diffusion.denoiser import ConditionedNetwork
 from ldm.modules.diffusionmodules.features import Features
 
 COMPILERS = ("g++", "clang++")

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
+from ldm.models.diffusion.conditioning import Conditioning
+from ldm.models.diffusion.denoiser import ConditionedNetwork
 from ldm.modules.diffusionmodules.features import Features
 
 T = TypeVar("T")

@@ -1,0 +1,121 @@
+"""Classifier-free guidance: where and how strongly; the denoiser that applies it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.diffusion.denoiser import Conditional, Prediction
+from ldm.models.diffusion.propagation.plan import Work
+from ldm.models.diffusion.schedule import Node
+from ldm.modules.diffusionmodules.features import Features
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How classifier-free guidance is applied.
+
+    scale:    guidance scale; 1 is the conditional prediction alone.
+    interval: training timesteps (low, high) between which there is guidance, both included; a key node decides for
+        the nodes that use its features (Kynkaanniemi et al., arXiv 2404.07724).
+    reuse:    compute the unconditional prediction at key nodes only; the nodes that follow add the key node's
+        (scale - 1) * (conditional - unconditional) to their conditional prediction.
+    """
+
+    scale: float
+    interval: tuple[float, float] | None = None
+    reuse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.interval is not None and not self.interval[0] <= self.interval[1]:
+            raise ValueError(f"the guidance interval must be low,high; got {self.interval[0]:g},{self.interval[1]:g}")
+
+    def at(self, key_t: float) -> bool:
+        """Whether nodes that use the features of a key node at this timestep are guided."""
+        return self.interval is None or self.interval[0] <= key_t <= self.interval[1]
+
+    def images(self, works: Sequence[Work], ts: Sequence[float]) -> list[int]:
+        """How many predictions, 1 or 2, each node of a run makes for one image; ts are the nodes' timesteps."""
+        counts, guided = [], False
+        for work, t in zip(works, ts, strict=True):
+            guided = self.scale != 1 and self.at(t) if work is Work.FULL else guided
+            counts.append(2 if guided and (work is Work.FULL or not self.reuse) else 1)
+        return counts
+
+
+class Guided:
+    """Classifier-free guidance: uncond + scale * (cond - uncond), on the raw prediction.
+
+    Args:
+        both: predicts for the batch [uncond | cond], 2B; this class is a denoiser for B latents.
+        conditional: predicts for cond alone, B; needed where guidance is not computed at every node.
+        guidance: how.
+
+    Raises:
+        ValueError: `guidance` needs the conditional denoiser, or (in refresh and advance) its offset would be used
+            again at nodes that run more than the decoder.
+
+    Source: Ho and Salimans (arXiv 2207.12598), in the convention of latent diffusion.
+    """
+
+    def __init__(self, both: Conditional, guidance: Guidance, conditional: Conditional | None = None) -> None:
+        if conditional is None and (guidance.interval or guidance.reuse):
+            raise ValueError("conditional must be given for guidance with an interval or with reuse; got None")
+        self.both, self.conditional, self.guidance = both, conditional, guidance
+
+    @property
+    def network(self) -> nn.Module:
+        return self.both.network
+
+    def embed_time(self, ts: Sequence[float]) -> Tensor:
+        return self.both.embed_time(ts)
+
+    def encode(self, x: Tensor, t: float) -> Features:
+        return self.both.encode(torch.cat([x, x]), t) if self.guidance.at(t) else self.conditional.encode(x, t)
+
+    def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
+        self._check_no_reuse()
+        if self._unguided(features):
+            return self.conditional.refresh(features, x, t, blocks)
+        return self.both.refresh(features, torch.cat([x, x]), t, blocks)
+
+    def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
+        self._check_no_reuse()
+        denoiser = self.conditional if self._unguided(features[0]) else self.both
+        return denoiser.advance(features, ts, blocks)
+
+    def decode(
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+    ) -> list[Prediction]:
+        if self._unguided(features[0]):
+            return self.conditional.decode(features, ts)
+        if not self.guidance.reuse:
+            return [self._guide(*p.out.chunk(2)) for p in self.both.decode(features, ts)]
+        predictions = []
+        if last is None:
+            predictions = [self._guide(*p.out.chunk(2)) for p in self.both.decode(features[:1], ts[:1])]
+            last, features, ts = predictions[0], features[1:], ts[1:]
+        if ts:
+            push = (self.guidance.scale - 1) * last.offset
+            conditional = [f.images(slice(len(f) // 2, None)) for f in features]
+            predictions += [Prediction(p.out + push, last.offset) for p in self.conditional.decode(conditional, ts)]
+        return predictions
+
+    def _guide(self, uncond: Tensor, cond: Tensor) -> Prediction:
+        offset = cond - uncond
+        return Prediction(uncond + self.guidance.scale * offset, offset if self.guidance.reuse else None)
+
+    def _unguided(self, features: Features) -> bool:
+        return self.conditional is not None and len(features) == self.conditional.batch
+
+    def _check_no_reuse(self) -> None:
+        if self.guidance.reuse:
+            raise ValueError(
+                "reuse of the guidance offset needs decoder nodes only; the plan has shallow or refreshed nodes"
+            )
+
+    def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
+        return self.both.to_eps(prediction, x, node)
