@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "pyyaml", "resvg-py"]
+TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "resvg-py"]
 # The vocabulary of CLIP comes with open-clip-torch, whose torchvision may not fit the installed PyTorch: see
 # ldm/modules/encoders/clip_tokenizer.py for how to get it alone.
 TEXT = ["transformers>=4.40", "ftfy>=6.1"]
@@ -62,7 +62,8 @@ setup(
         "numpy",
         "pillow>=10.1",  # with a font of any size
         "omegaconf>=2.3",
-        "einops",
+        "pyyaml",
+        "pydantic>=2.7",
         "safetensors",
         "tokenizers",
         "tqdm",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ldm.io.kinds import fits, in_words
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError, create_model
+
+from ldm.io.schema import first_error
 
 INSTALLED_FILES = Path(__file__).resolve().parent / "_project"  # where setup.py puts the folders beside ldm
 # From here paths such as models/ldm/emoji64/config.yaml start, in a checkout as in an installation.
@@ -122,24 +127,45 @@ def _class_and_params(
     if not inspect.isclass(cls):
         raise ConfigError(f"target: {target!r} is a function; a config can only build a class")
     if not isinstance(params, Mapping | None):
-        raise ConfigError(f"params of target {target!r}: expected {in_words(Mapping)}; got {params!r}")
+        raise ConfigError(f"params of target {target!r}: expected a mapping; got {params!r}")
     params = {str(key): value for key, value in (params or {}).items()}
     if taken := params.keys() & given.keys():
         raise ConfigError(f"params of target {target!r}: {', '.join(sorted(taken))} can't be set here")
-    params |= given
     signature = _signature(cls)
     try:
         # Bound before the call, so that a TypeError from inside the constructor stays what it is.
-        signature.bind(**params)
+        signature.bind(**params, **given)
+        _check_types(cls, params)
     except TypeError as error:
         raise ConfigError(
             f"params of target {target!r}: {error}; accepted: {', '.join(signature.parameters)}"
         ) from error
-    hints = _hints(cls)
-    for key, value in params.items():
-        if key in hints and not fits(value, hints[key]):
-            raise ConfigError(f"params of target {target!r}: {key}: expected {in_words(hints[key])}; got {value!r}")
-    return cls, params
+    except ValidationError as error:
+        raise ConfigError(f"params of target {target!r}: {first_error(error)}") from None
+    return cls, params | given
+
+
+def _check_types(cls: type, params: Mapping[str, Any]) -> None:
+    """Raises ValidationError for an argument that is not of the type that the constructor's annotation states."""
+    schema = _schema(cls)
+    # As JSON, whose lists may stand for tuples too; everything else must be of the type as it stands.
+    stated = {name: value for name, value in params.items() if name in schema.model_fields}
+    schema.model_validate_json(json.dumps(stated, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else repr(value)
+
+
+@cache
+def _schema(cls: type) -> type[BaseModel]:
+    """The arguments of a constructor whose annotations state a type that JSON has."""
+    fields: dict[str, Any] = {}
+    for name, hint in _hints(cls).items():
+        with suppress(PydanticSchemaGenerationError):
+            TypeAdapter(hint)
+            fields[name] = (hint, None)
+    return create_model(cls.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
 
 
 def _signature(cls: type) -> inspect.Signature:

@@ -92,6 +92,7 @@ def calibrate(args: argparse.Namespace, engine: Engine, made_for: dict[str, Any]
     import numpy as np
     from tqdm import tqdm
 
+    from ldm.io.schema import parse
     from ldm.models.diffusion.propagation.calibration import Calibration, measure
     from ldm.sampling.generate import prompt_items
 
@@ -106,7 +107,8 @@ def calibrate(args: argparse.Namespace, engine: Engine, made_for: dict[str, Any]
     )
     unit = engine.unit
     how = {"prompts": len(prompts), "seed": args.seed, "scale": engine.recipe.scale, "eta": engine.recipe.eta}
-    return Calibration(engine.plan.num_nodes, eps, features, unit.encode / unit.whole, "hold", made_for, how)
+    measured = {"num_nodes": engine.plan.num_nodes, "eps": eps, "features": features}
+    return parse(Calibration, measured | {"encoder": unit.encode / unit.whole, "made_for": made_for, "how": how})
 
 
 def try_propagations(engine: Engine, plan: Plan, items: Sequence[Any]) -> dict[str, float]:
@@ -150,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
     with blame("--ckpt", (ValueError,)):
         errors = try_propagations(engine, plan, prompt_items(prompts, 1, args.seed, by_position=True))
     best = min(errors, key=errors.get)
-    calibration, plan = (replace(part, propagate=best) for part in (calibration, plan))
+    calibration, plan = calibration.model_copy(update={"propagate": best}), replace(plan, propagate=best)
     print(f"key steps of {plan.num_nodes}: {spans(plan.keys)}")
     print("mean squared error of the latents: " + ", ".join(f"{name} {error:.3g}" for name, error in errors.items()))
     if args.out:

@@ -26,9 +26,8 @@ from ldm.cli.parser import Parser, command
 from ldm.cli.run import GO_ON, make_pictures
 from ldm.cli.setup import make_setup, picture_size
 from ldm.cli.tasks import layout_task
-from ldm.io.errors import blame
+from ldm.io.errors import blame, shown
 from ldm.io.files import read_json
-from ldm.io.kinds import shown
 
 LAYOUT = (
     ROOT / "models/ldm/layout2img-openimages256/config.yaml",

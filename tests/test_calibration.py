@@ -156,7 +156,7 @@ TABLE = '{"num_nodes": %d, "eps": [[0]], "features": [[0]], "encoder": %g}'
         ("{", "is no calibration"),
         ("[1]", "is no calibration"),
         (TABLE % (2, 0.3), "rows of 2"),
-        (TABLE % (1, 3), "between 0 and 1"),
+        (TABLE % (1, 3), "encoder should be less than 1; got 3"),
     ],
 )
 def test_faulty_tables_say_why(tmp_path, text, why):
@@ -192,7 +192,7 @@ def test_values_of_another_kind_say_which(tmp_path, name, value):
     file.write_text(json.dumps(good))
     assert read_calibration(file).plan(1).keys == (0,)
     file.write_text(json.dumps(good | {name: value}))
-    with pytest.raises(ValueError, match=f"ddim-2.json is no calibration: {name} must be "):
+    with pytest.raises(ValueError, match=rf"ddim-2.json is no calibration: {name}(\.\d\.\d)? should be "):
         read_calibration(file)
 
 

@@ -304,10 +304,10 @@ def test_a_callback_named_by_published_checkpoints_does_no_harm(tmp_path):
     "text, why",
     [
         ("a: [", "not YAML"),
-        ("- 1", "no model.target"),
-        ("a: 1", "no model.target"),
-        ("", "no model.target"),
-        ("model: {params: {}}", "no model.target"),
+        ("- 1", "not a model's config: it should be a mapping"),
+        ("a: 1", "not a model's config: model is missing"),
+        ("", "not a model's config: model is missing"),
+        ("model: {params: {}}", "not a model's config: model.target is missing"),
     ],
 )
 def test_what_is_not_a_config_is_refused_in_one_line(tmp_path, text, why):
@@ -325,9 +325,10 @@ PLAIN = "model: {target: torch.nn.Identity}"
 @pytest.mark.parametrize(
     "text, why",
     [
-        ("sampling: true", "sampling must be a mapping; got True"),
-        ("sampling: {scale: true}", "sampling.scale must be a finite number; got"),
-        ("sampling: {scale: high}", "sampling.scale must be a finite number; got"),
+        ("sampling: true", "sampling should be a mapping; got True"),
+        ("sampling: {scale: true}", "sampling.scale should be a valid number; got True"),
+        ("sampling: {scale: high}", "sampling.scale should be a valid number; got 'high'"),
+        ("sampling: {scale: .nan}", "sampling.scale should be a finite number; got nan"),
         ("data: {path: '${oc.env:HOME}'}", "data.path: an interpolation, '${oc.env:HOME}'; write the value itself"),
         ("data: [1, {a: '${model.target}'}]", "data.1.a: an interpolation"),
         ("seed: ???", "seed: no value"),
@@ -382,7 +383,7 @@ def test_a_number_of_timesteps_has_bounds(tmp_path, config, timesteps):
     changed = OmegaConf.load(config)
     changed.model.params.timesteps = timesteps
     OmegaConf.save(changed, tmp_path / "c.yaml")
-    with pytest.raises(ConfigError, match=f"params.timesteps must be a whole number in 1..100000; got {timesteps}"):
+    with pytest.raises(ConfigError, match=f"params.timesteps should be .* to (1|100000); got {timesteps}"):
         load_config(tmp_path / "c.yaml")
 
 

@@ -74,5 +74,7 @@ def shipped_calibration(tmp_path_factory) -> list[str]:
     files = [shutil.copy(shipped / name, folder) for name in ("config.yaml", "model.safetensors")]
     errors = [[float(j) for j in range(4 - i)] for i in range(4)]
     made_for = {"sampler": "ddim", "weights": fingerprint(files[1])[:16]}
-    Calibration(4, errors, errors, 0.3, made_for=made_for).save(folder / "calibration/ddim-4.json")
+    Calibration(num_nodes=4, eps=errors, features=errors, encoder=0.3, made_for=made_for).save(
+        folder / "calibration/ddim-4.json"
+    )
     return ["--config", str(files[0]), "--ckpt", str(files[1])]

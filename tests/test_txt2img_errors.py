@@ -225,7 +225,7 @@ def test_configs_that_are_none(refused, tmp_path):
     other = "not the config of a latent diffusion model"
     for text, why in (
         ("model: [", "not YAML"),
-        ("a: 1", "no model.target"),
+        ("a: 1", "model is missing"),
         ("model: {target: os.system, params: {}}", "'os.system' is outside the allowed packages"),
         ("model: {target: torch.nn.Linear}", "'torch.nn.Linear': missing a required argument"),
         ("model: {target: torch.nn.Identity}", other),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import OmegaConf
+from pydantic import Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.file import read_checkpoint
 from ldm.checkpoint.fill import choose_weights, fill
 from ldm.io.files import FileError, read_config
-from ldm.io.kinds import MAPPING, NUMBER, check, whole
+from ldm.io.schema import Number, Schema, parse
 from ldm.util import ConfigError, check_config, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,28 @@ log = logging.getLogger(__name__)
 
 MOST_TENSORS = 10_000  # of a model; the largest of this family has some 3,000
 MOST_TIMESTEPS = 100_000
+
+
+class _Open(Schema, extra="allow"):
+    """Names that are not checked here are for the model's constructor to check."""
+
+
+class _Sampling(_Open):
+    scale: Number | None = None
+
+
+class _Params(_Open):
+    timesteps: Annotated[int, Field(ge=1, le=MOST_TIMESTEPS)] = 1000
+
+
+class _Model(_Open):
+    target: Any
+    params: _Params | None = None
+
+
+class _Config(_Open):
+    model: _Model
+    sampling: _Sampling = _Sampling()
 
 
 class Bounded(TorchFunctionMode):
@@ -74,17 +97,12 @@ def load_config(path: str | Path) -> Any:
     except FileError as error:
         raise ConfigError(str(error)) from error
     plain = OmegaConf.to_container(config, resolve=False)
-    model = plain.get("model") if isinstance(plain, dict) else None
-    if not isinstance(model, dict) or "target" not in model:
-        raise ConfigError(f"{path}: not a model's config: it has no model.target")
     try:
         _check_values(plain)
-        check("", plain, {"sampling": MAPPING})
-        check("sampling.", plain.get("sampling", {}), {"scale": NUMBER})
-        check_config(model)
-        check("model.params.", model.get("params") or {}, {"timesteps": whole(1, MOST_TIMESTEPS)})
+        parse(_Config, plain)
+        check_config(plain["model"])
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: not a model's config: {error}") from error
     return config
 
 

@@ -3,53 +3,54 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+from pydantic import AfterValidator, Field
+
 from ldm.checkpoint.weight_file import CheckpointError, weight_format
+from ldm.io.errors import shown
 from ldm.io.files import FileError, file_sha256, read_yaml
-from ldm.io.kinds import TEXT, check, number, optional
+from ldm.io.schema import Number, Schema, Text, parse
 from ldm.util import PROJECT_ROOT
 
 MANIFEST = PROJECT_ROOT / "models" / "published.yaml"
-KINDS = dict.fromkeys(("about", "config", "licence", "path"), TEXT) | {
-    "gb": optional(number("a positive number", sys.float_info.min)),
-    "sha256": optional(TEXT),
-}
 
 
 class ManifestError(ValueError):
     """A list of published checkpoints that can't be used."""
 
 
-@dataclass(frozen=True)
-class Published:
+def _address(url: str) -> str:
+    """Raises ValueError unless it is an http or https address."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and re.fullmatch(r"\S+", url)
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"should be an http or https address; got {url!r}")
+    return url
+
+
+def _inside(path: str) -> str:
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"should lie inside the project; got {path}")
+    return path
+
+
+class Published(Schema):
     """A published checkpoint; see the head of `models/published.yaml` for its fields."""
 
-    name: str
-    about: str
-    config: str
-    licence: str
-    path: str
-    urls: tuple[str, ...]
-    gb: float | None = None
-    sha256: str | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            check(f"{self.name}: ", vars(self), KINDS)
-        except ValueError as error:
-            raise ManifestError(str(error)) from error
-        if not self.urls or not all(map(_is_address, self.urls)):
-            raise ManifestError(f"{self.name}: urls must be http or https addresses; got {list(self.urls)}")
-        if Path(self.path).is_absolute() or ".." in Path(self.path).parts:
-            raise ManifestError(f"{self.name}: path must lie inside the project; got {self.path}")
-        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ManifestError(f"{self.name}: sha256 must be 64 hexadecimal digits; got {self.sha256}")
+    name: Text
+    about: Text
+    config: Text
+    licence: Text
+    path: Annotated[Text, AfterValidator(_inside)]
+    urls: Annotated[list[Annotated[str, AfterValidator(_address)]], Field(min_length=1)]
+    gb: Annotated[Number, Field(gt=0)] | None = None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
     def file(self, root: Path = PROJECT_ROOT) -> Path:
         return root / self.path
@@ -70,14 +71,6 @@ class Published:
         return "verified" if file_sha256(self.file(root)) == self.sha256 else "wrong"
 
 
-def _is_address(url: Any) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and re.fullmatch(r"\S+", url) is not None
-    except (ValueError, TypeError, AttributeError):
-        return False
-
-
 def load_manifest(path: str | Path = MANIFEST) -> dict[str, Published]:
     """The entries of a manifest by name, in its order.
 
@@ -95,18 +88,11 @@ def load_manifest(path: str | Path = MANIFEST) -> dict[str, Published]:
         raise ManifestError(f"{path}: expected entries by name; got a {type(content).__name__}")
     try:
         return {str(name): _entry(str(name), entry) for name, entry in content.items()}
-    except ManifestError as error:
+    except ValueError as error:
         raise ManifestError(f"{path}: {error}") from error
 
 
 def _entry(name: str, entry: Any) -> Published:
-    known = {field.name for field in fields(Published)} - {"name"}
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("urls"), list):
-        raise ManifestError(f"{name}: expected an entry with a list of urls and {', '.join(sorted(known - {'urls'}))}")
-    if unknown := set(entry) - known:
-        raise ManifestError(
-            f"{name}: unknown {', '.join(sorted(map(str, unknown)))}; known: {', '.join(sorted(known))}"
-        )
-    if missing := known - {"gb", "sha256"} - set(entry):
-        raise ManifestError(f"{name}: without {', '.join(sorted(missing))}")
-    return Published(name, **{**entry, "urls": tuple(entry["urls"])})
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} should be a mapping; got {shown(entry)}")
+    return parse(Published, {"name": name, **entry}, name)

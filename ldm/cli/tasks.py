@@ -10,8 +10,7 @@ from ldm.cli.arguments import IMAGENET, ROOT
 from ldm.cli.class_names import Names, find_class
 from ldm.cli.inputs import given_names
 from ldm.cli.setup import Setup, conditioner, without_weights
-from ldm.io.errors import BadInput, blame
-from ldm.io.kinds import shown
+from ldm.io.errors import BadInput, blame, shown
 
 # PyTorch and what needs it are imported where they are used: --help must answer at once.
 if TYPE_CHECKING:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from reprlib import Repr
+from typing import Any
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 class BadInput(Exception):
@@ -21,6 +26,11 @@ class SettingError(ValueError):
     def __init__(self, setting: str, problem: str):
         super().__init__(f"{setting}: {problem}")
         self.setting, self.problem = setting, problem
+
+
+def shown(value: Any) -> str:
+    """The value for a message: of a long one the beginning, of many levels the first."""
+    return _SHORT.repr(value)
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.io.images import to_pil
-from ldm.io.kinds import fits
+from ldm.io.schema import parse
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Denoiser
 from ldm.models.diffusion.edits import Edit, prior_noise
@@ -65,8 +65,8 @@ class Sizes:
         try:
             first, unet = params["first_stage_config"], params["unet_config"]["params"]
             dd = (first.get("params") or {}).get("ddconfig")
-            if dd is not None and not fits(dd["ch_mult"], Sequence[int]):
-                raise ValueError(f"ddconfig: ch_mult: expected a list of whole numbers; got {dd['ch_mult']!r}")
+            if dd is not None:
+                parse(list[int], [*dd["ch_mult"]], "ddconfig.ch_mult")
             factor = 1 if dd is None else dd.get("patch_size", 1) * 2 ** (len(dd["ch_mult"]) - 1)
             multiple = factor * 2 ** (len(unet.get("channel_mult", (1, 2, 4, 8))) - 1)
             return Sizes(params["channels"], factor, multiple, params["image_size"] * factor)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ldm.io.files import atomic_write, read_json
-from ldm.io.kinds import MAPPING, NUMBER, Kind, check, choice, whole
+from ldm.io.schema import Number, Schema, parse
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan
@@ -24,27 +24,11 @@ from ldm.models.diffusion.schedule import eps_weight
 from ldm.modules.diffusionmodules.features import Features
 
 DECODERS = 8  # decoder steps in one batch of the measurement
-NODES = whole(1, 10_000)  # of a run
+Nodes = Annotated[int, Field(ge=1, le=10_000)]  # of a run
+Table = list[list[Number]]
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, list) and all(map(NUMBER.holds, row)) for row in value)
-
-
-TABLE = Kind("a list of lists of finite numbers", _is_table)
-FIELDS = {
-    "num_nodes": NODES,
-    "eps": TABLE,
-    "features": TABLE,
-    "encoder": NUMBER,
-    "propagate": choice(*PROPAGATIONS),
-    "made_for": MAPPING,
-    "how": MAPPING,
-}
-
-
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(Schema):
     """What was measured of one model with one sampler.
 
     num_nodes: of the run.
@@ -57,22 +41,21 @@ class Calibration:
     how:      prompts, seeds and the like, for the reader.
     """
 
-    num_nodes: int
-    eps: list[list[float]]
-    features: list[list[float]]
-    encoder: float
-    propagate: str = "hold"
-    made_for: dict[str, Any] = field(default_factory=dict)
-    how: dict[str, Any] = field(default_factory=dict)
+    num_nodes: Nodes
+    eps: Table
+    features: Table
+    encoder: Annotated[Number, Field(gt=0, lt=1)]
+    propagate: Literal[tuple(PROPAGATIONS)] = "hold"
+    made_for: dict[str, Any] = {}
+    how: dict[str, Any] = {}
 
-    def __post_init__(self) -> None:
-        check("", vars(self), FIELDS)
+    @model_validator(mode="after")
+    def _has_an_error_for_each_pair(self) -> Calibration:
         lengths = list(range(self.num_nodes, 0, -1))
         for name, table in (("eps", self.eps), ("features", self.features)):
             if [len(row) for row in table] != lengths:
                 raise ValueError(f"{name} must have rows of {lengths[0]}, {lengths[0] - 1}, ... 1 errors")
-        if not 0 < self.encoder < 1:
-            raise ValueError(f"encoder must lie between 0 and 1; got {self.encoder}")
+        return self
 
     def plan(self, keys: int) -> Plan:
         """The plan of so many key nodes with the least total error.
@@ -97,7 +80,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         with atomic_write(path) as part:
-            part.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(self.model_dump()) + "\n", encoding="utf-8")
 
 
 def read_calibration(path: str | Path) -> Calibration:
@@ -107,10 +90,10 @@ def read_calibration(path: str | Path) -> Calibration:
         ValueError: the file can't be read or is no calibration.
     """
     try:
-        return Calibration(**read_json(path))
+        return parse(Calibration, read_json(path))
     except OSError as error:
         raise ValueError(f"calibration {path} cannot be read: {error.strerror}") from None
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no calibration: {error}") from None
 
 

@@ -19,16 +19,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, model_validator
 
 from ldm.checkpoint import fingerprint
-from ldm.io.errors import did_you_mean
+from ldm.io.errors import did_you_mean, shown
 from ldm.io.files import read_yaml
-from ldm.io.kinds import MAPPING, TEXT, Kind, check, choice, is_text, known, optional, shown
-from ldm.models.diffusion.propagation.calibration import NODES, Calibration, read_calibration
+from ldm.io.schema import Schema, Text, parse
+from ldm.models.diffusion.propagation.calibration import Calibration, Nodes, read_calibration
 from ldm.models.diffusion.propagation.online import OnlinePlan
 from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan
 from ldm.util import PROJECT_ROOT
@@ -235,45 +237,29 @@ def _expand(entries: Iterable[int | str], num_nodes: int) -> tuple[int, ...]:
     return tuple(keys)
 
 
-def _is_steps(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        NODES.holds(nodes) and isinstance(keys, list) for nodes, keys in value.items()
-    )
+def _no_file(spec: str) -> str:
+    """A file could name itself."""
+    if Path(spec).suffix in SUFFIXES:
+        raise ValueError(f"should be the name of a plan, or a rule such as uniform:4; got {shown(spec)}")
+    return spec
 
 
-PLAN_FILE = {
-    "source": TEXT,
-    "note": Kind("a text", lambda value: isinstance(value, str)),
-    "steps": Kind("{number of nodes: [key nodes]}", _is_steps),
-    "every": optional(NODES),
-    # Not a file, which could name itself.
-    "same_as": optional(
-        Kind(
-            "the name of a plan, or a rule such as uniform:4",
-            lambda value: is_text(value) and Path(value).suffix not in SUFFIXES,
-        )
-    ),
-    "propagate": choice(*PROPAGATIONS),
-    "made_for": MAPPING,
-}
-
-
-@dataclass(frozen=True)
-class _PlanFile:
+class _PlanFile(Schema):
     """The contents of one plan file; exactly one of steps, every and same_as is given."""
 
-    source: str
+    source: Text
     note: str = ""
-    steps: dict[int, list[int | str]] = field(default_factory=dict)
-    every: int | None = None
-    same_as: str | None = None
-    propagate: str = "hold"
-    made_for: dict[str, Any] = field(default_factory=dict)
+    steps: dict[Nodes, list[Any]] = {}
+    every: Nodes | None = None
+    same_as: Annotated[Text, AfterValidator(_no_file)] | None = None
+    propagate: Literal[tuple(PROPAGATIONS)] = "hold"
+    made_for: dict[str, Any] = {}
 
-    def __post_init__(self) -> None:
-        check("", vars(self), PLAN_FILE)
+    @model_validator(mode="after")
+    def _has_one_rule(self) -> _PlanFile:
         if sum(map(bool, (self.steps, self.every, self.same_as))) != 1:
             raise ValueError("give exactly one of steps, every, same_as")
+        return self
 
     def check(self, path: Path, num_nodes: int, run: RunFacts) -> None:
         """Raise ValueError if the plan was made for another run."""
@@ -302,8 +288,7 @@ def _read(path: Path) -> _PlanFile:
             content = read_yaml(path)
         except OSError as error:
             raise ValueError(f"it cannot be read: {error.strerror}") from None
-        known("the file", content, {"source"}, {part.name for part in fields(_PlanFile)})
-        return _PlanFile(**content)
+        return parse(_PlanFile, content)
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+"""What YAML and JSON files (plans, protocols, tables, run cards, ...) may hold: pydantic models, errors in one line.
+
+A value is taken as it stands: "3" is not 3, true is not 1, NaN is not a number. A name that is not a field is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+
+from ldm.io.errors import did_you_mean, shown
+
+T = TypeVar("T")
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Schema(BaseModel):
+    """Base of the classes that say what a mapping in a file holds. Instances can't be changed."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_known_names(cls, content: Any) -> Any:
+        if isinstance(content, Mapping) and cls.model_config["extra"] == "forbid":
+            check_names(content, cls.model_fields)
+        return content
+
+
+def check_names(names: Iterable[Any], accepted: Iterable[str]) -> None:
+    """Raises ValueError for names that are not accepted."""
+    accepted = list(accepted)
+    if unknown := sorted({*map(str, names)} - {*accepted}):
+        raise ValueError(
+            f"has {', '.join(map(shown, unknown))}; accepted: {', '.join(accepted)}{did_you_mean(unknown[0], accepted)}"
+        )
+
+
+def parse(kind: type[T], content: Any, place: str = "") -> T:
+    """The content of a file as a `Schema`, or as another type that pydantic knows.
+
+    Args:
+        place: of the content, for messages; it comes before the name of a value.
+
+    Raises:
+        ValueError: a value is not what it should be; one line, which names the first such value.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(content, strict=True)
+    except ValidationError as error:
+        raise ValueError(first_error(error, place)) from None
+
+
+def first_error(error: ValidationError, place: str = "") -> str:
+    """The first of pydantic's findings in one line: which value, what it should be, what it is."""
+    found = error.errors(include_url=False)[0]
+    name = ".".join(filter(None, [place, *map(str, found["loc"])]))
+    if found["type"] == "value_error":
+        return f"{name} {found['ctx']['error']}".strip()
+    if found["type"] == "missing":
+        return f"{name} is missing"
+    mapping = found["type"] in ("model_type", "dict_type")
+    wanted = "be a mapping" if mapping else found["msg"].partition(" should ")[2]
+    return f"{name or 'it'} should {wanted or found['msg']}; got {shown(found['input'])}"
