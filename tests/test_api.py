@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_runs import EMOJI64, ROOT, Script, load_script, tiny_model, tiny_text_model
-from test_class_conditional import NARROW
-from test_depth2img import TINY, slope
-from test_inpaint import add
-from test_picture_conditions import labelled, small
 
 import ldm
 from ldm.api import KINDS, parsed
+from tests.helpers.images import add, labelled, slope, small
+from tests.helpers.paths import EMOJI64, ROOT
+from tests.helpers.scripts import Script, load_script
+from tests.helpers.tiny_models import NARROW, TINY_DEPTH, tiny_model, tiny_text_model
 
 DOG = {"class": 3, "box": [0, 0, 1, 1]}
 # What each kind is tried with: its model, its script with arguments, what Python is told in their place.
@@ -28,7 +27,7 @@ MODELS = {
     ),
     "inpainting": lambda folder: tiny_model(folder, "models/ldm/inpainting_big/config.yaml"),
     "depth": lambda folder: tiny_text_model(
-        folder, "configs/stable-diffusion/v2-midas-inference.yaml", depth_stage_config__params__settings=TINY
+        folder, "configs/stable-diffusion/v2-midas-inference.yaml", depth_stage_config__params__settings=TINY_DEPTH
     ),
     "upscaling": lambda folder: tiny_model(folder, "models/ldm/bsr_sr/config.yaml"),
     "classes": lambda folder: tiny_model(folder, "configs/latent-diffusion/cin256-v2.yaml", **NARROW),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contracts import load_case, recipe_weights
 
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModelInterface
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.vectorquantize import VectorQuantizer, perplexity
 from ldm.training.export import fold
+from tests.helpers.goldens import load_case, recipe_weights
 
 
 def tiny_kl(**ddconfig) -> AutoencoderKL:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
+
 D, M, S = "ldm/models/diffusion", "ldm/modules", "ldm/sampling"
 DM = f"{M}/diffusionmodules"
 # Lowest first. A file belongs to the first package that its path begins with; files of one package may import

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
+
 LOOK_UP = """
 import evaluation.protocols.protocol, evaluation.table.spec, evaluation.recognition, evaluation.cost, evaluation.figures
 import ldm

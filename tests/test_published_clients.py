@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from pathlib import Path
 
-import golden_sampler
 import numpy as np
 import pytest
 import torch
-from contracts import assert_golden, load_case
 from omegaconf import OmegaConf
-from txt2img_model import WORDS, tiny_params, write_model
 
 import main
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -22,8 +18,11 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.diffusionmodules import openaimodel, util
 from ldm.modules.diffusionmodules.process import at
 from ldm.util import mean_flat
+from tests.helpers import golden_sampler
+from tests.helpers.goldens import assert_golden, load_case
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_models import WORDS, tiny_params, write_model
 
-ROOT = Path(__file__).parents[1]
 SHAPE = (4, 8, 8)
 UTIL, UNET = "ldm.modules.diffusionmodules.util", "ldm.modules.diffusionmodules.openaimodel"
 IDENTITY = {"target": "torch.nn.Identity"}

@@ -5,15 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from ldm.util import instantiate_from_config
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 MODELS = json.loads(gzip.decompress((ROOT / "tests" / "goldens" / "state_dicts.json.gz").read_bytes()))
 # The training losses of first stages; a constant that transformers saved in its earlier versions.
 NOT_OURS = re.compile(r"(first_stage_model\.)?loss\..+|.+\.position_ids")

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from ldm.io.files import atomic_write
 from ldm.util import ConfigError, check_config, find_file, get_obj_from_str, instantiate_from_config
+from tests.helpers.paths import ROOT
 
 
 def test_builds_what_a_config_names():
@@ -221,7 +222,7 @@ def test_a_missing_dependency_is_not_called_a_missing_target(tmp_path, monkeypat
 
 def test_files_are_found_here_first_then_in_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_file("ldm/util.py").samefile(Path(__file__).parents[1] / "ldm" / "util.py")
+    assert find_file("ldm/util.py").samefile(ROOT / "ldm" / "util.py")
     (tmp_path / "ldm").mkdir()
     (tmp_path / "ldm" / "util.py").write_text("mine")
     assert find_file("ldm/util.py").read_text() == "mine"

@@ -1,0 +1,67 @@
+"""Error messages of every command line: one short line, whatever was given."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldm.cli.parser import command, readable
+from ldm.io.errors import BadInput, SettingError, fault_of, flags_named
+from tests.helpers.scripts import load_script
+
+LONG = "n" * 5000
+EMOJI64 = ("--config", "models/ldm/emoji64/config.yaml")
+
+
+def test_what_is_long_in_a_message_is_cut_and_counted():
+    assert readable("--ckpt: m.ckpt: no such file") == "--ckpt: m.ckpt: no such file"
+    cut = f"{'n' * 133}...(5001 characters)...{'n' * 33}:"
+    assert readable(f"--ckpt: {LONG}: no such file") == f"--ckpt: {cut} no such file"
+    assert len(readable("many words " * 5000)) < 2100
+    assert readable("a\nb\x1b[2J\x00c\u202e") == "a b?[2J?c?"  # nothing that moves a terminal's cursor
+
+
+def test_a_command_prints_it(capsys):
+    def run():
+        raise BadInput(f"--plan: {LONG!r}")
+
+    assert command("x.py", run) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("x.py: error: --plan: 'nnn") and len(error) < 300 and error.count("\n") == 1
+
+
+def test_a_fault_of_the_machine_is_no_traceback(tmp_path, capsys):
+    assert command("x.py", lambda: (tmp_path / "no" / "file").write_text("x")) == 2
+    assert "x.py: error: [Errno 2] No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, args",
+    [
+        ("doctor", [*EMOJI64, "--ckpt", LONG]),
+        ("doctor", ["--config", LONG, "--ckpt", "m.ckpt"]),
+        ("convert", [LONG, "--to", "ldm", "--out", "m.safetensors"]),
+        ("convert", [LONG, "--to", "diffusers", "--out", "m", *EMOJI64]),
+        ("convert", ["m.ckpt", "--to", "diffusers", "--out", LONG, *EMOJI64]),
+        ("convert", ["m.ckpt", "--to", "diffusers", "--out", "m", "--config", LONG]),
+        ("export_model", [LONG, "--out", "m.safetensors"]),
+        ("export_model", [LONG, "--part", "a", "--out", "m"]),
+        ("export_model", ["models/ldm/emoji64/model.safetensors", "--part", "model", "--out", LONG]),
+        ("download_models", [LONG]),
+        ("download_models", ["--manifest", LONG, "--list"]),
+        ("download_models", ["--root", LONG, "--list"]),
+        ("download_models", ["--root", LONG, "kl-f8"]),
+    ],
+)
+def test_names_that_no_file_can_have(script, args, capsys):
+    code = load_script(script).main(args)
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and len(error) < 1000, error
+
+
+def test_a_setting_that_cant_be_used_is_told_as_the_commands_flag():
+    for names, flag in (({}, "--steps"), ({"steps": "TABLE: a row: steps"}, "TABLE: a row: steps")):
+        with pytest.raises(BadInput, match=f"^{flag}: too many, 9$"), flags_named(names), fault_of("steps"):
+            raise ValueError("too many,\n9")
+    with pytest.raises(SettingError, match="^plan: none$") as found, fault_of("steps"):  # the inner one knows better
+        raise SettingError("plan", "none")
+    assert (found.value.setting, found.value.problem) == ("plan", "none")

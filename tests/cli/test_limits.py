@@ -1,0 +1,181 @@
+"""What comes from outside has limits: counts, lists, environment variables, names; none ends in a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+
+import pytest
+
+from evaluation import fid
+from evaluation.runs.processes import launched
+from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, count, parallel, side, step_count
+from ldm.cli.inputs import image_items
+from ldm.cli.parser import Parser, command
+from ldm.cli.processes import Processes
+from ldm.cli.run import BATCH_PIXELS, SHEET_PIXELS, check_amount, sheet_fits
+from ldm.io.errors import BadInput
+from tests.helpers.scripts import load_script
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "kind, most", [(count, MOST), (side, LARGEST_SIDE), (step_count, MOST_STEPS), (parallel, MOST)]
+)
+def test_counts_have_a_limit(kind, most):
+    assert kind(str(most)) == most
+    for text in (str(most + 1), "4294967296", "9" * 5000, "0", "-1", "1e9", "nan", "inf", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=rf"whole number in 1\.\.{most}"):
+            kind(text)
+
+
+@pytest.mark.parametrize("subjects, repeat, samples", [(1, 10**6, 10**6), (1000, 1, 1001), (1, 1, 10**6 + 1)])
+def test_no_run_makes_more_images_than_it_can_list(subjects, repeat, samples):
+    args = argparse.Namespace(n_samples=samples, seed=0, seed_by_position=False)
+    with pytest.raises(BadInput, match=f"^--n_samples: .* are {subjects * repeat * samples}; one run makes {MOST} at"):
+        image_items(args, [{"prompt": "x"}] * subjects, repeat=repeat)
+    assert len(image_items(args, [{"prompt": "x"}] * 3, 2, repeat=4)) == 24
+
+
+def test_a_batch_and_a_sheet_have_a_limit():
+    args = argparse.Namespace(compare=False)
+    side = int(BATCH_PIXELS**0.5)
+    check_amount(args, 1, (side, side), 1)
+    check_amount(args, 5, (side, side), 1)
+    with pytest.raises(BadInput, match="^--n_samples: 2 images of .* at a time"):
+        check_amount(args, 5, (side, side), 2)
+    with pytest.raises(BadInput, match="^--batch_size: 1 images"):
+        check_amount(argparse.Namespace(compare=False, batch_size=9), 1, (side, side + 1), 9)
+    with pytest.raises(BadInput, match="^--compare: 1000 images of 64 x 64"):
+        check_amount(argparse.Namespace(compare=True), 1000, (64, 64), 1)
+    assert sheet_fits(SHEET_PIXELS // 4, (2, 2)) and not sheet_fits(SHEET_PIXELS // 4 + 1, (2, 2))
+
+
+# The environment
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "-1"},
+        {"WORLD_SIZE": "1.5"},
+        {"WORLD_SIZE": "9" * 5000},
+        {"WORLD_SIZE": "99999999999"},
+        {"RANK": "x"},
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2", "RANK": "2"},
+        {"WORLD_SIZE": "2", "LOCAL_RANK": "-1"},
+    ],
+    ids=str,
+)
+def test_an_environment_that_can_not_be_is_refused(monkeypatch, env):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert Processes.of_run() == Processes(0, 1, 0)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=rf"^environment variable {name}: expected a whole number in"):
+        Processes.of_run()
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    assert Processes.of_run() == Processes(0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "env", [{"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}], ids=str
+)
+def test_torchrun_that_says_what_can_not_be(env):
+    assert launched({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}) == (2, 3)
+    with pytest.raises(BadInput, match="^environment variable .*WORLD_SIZE: expected"):
+        launched({"TORCHELASTIC_RUN_ID": "1", **env})
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SLURM_NNODES": "0"},
+        {"SLURM_NTASKS": "many"},
+        {"SLURM_NTASKS_PER_NODE": "-3"},
+        {"SLURM_NNODES": "2", "SLURM_NTASKS": "1"},
+    ],
+    ids=str,
+)
+def test_slurm_that_says_what_can_not_be(env):
+    assert launched({"SLURM_NTASKS": "6", "SLURM_NNODES": "2"}) == (3, 2)
+    with pytest.raises(BadInput, match="^environment variable SLURM_.*: expected"):
+        launched({"SLURM_NTASKS": "2", **env})
+
+
+# What a command line says
+
+
+def raising(error: Exception):
+    def run() -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x" * 5000), "File name too long: 'xxx"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left"),
+        (MemoryError(), "not enough memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "not enough memory",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_machine_or_the_user_can_not_do_is_one_short_line(capsys, error, said):
+    assert command("x.py", raising(error)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("x.py: error: ") and said in line and len(line) < 2100
+
+
+@pytest.mark.parametrize(
+    "arguments, flag",
+    [
+        (["--outdir", LONG], "--outdir"),
+        (["--config", LONG], "--config"),
+        (["--ckpt", LONG], "--ckpt"),
+        (["--from-file", LONG], "--from-file"),
+        (["--plan", LONG + ".yaml"], "--plan"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_name_that_no_file_can_have_is_blamed_on_its_flag(tmp_path, capsys, arguments, flag):
+    assert load_script("txt2img").main(["--outdir", str(tmp_path / "out"), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"txt2img.py: error: {flag}: ") and "xxx...(" in line and len(line) < 1000
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, named", [([".", LONG], "SAMPLES"), ([".", ".", "--out", LONG], "--out")], ids=["samples", "out"]
+)
+def test_a_measure_blames_such_a_name_on_its_argument(capsys, arguments, named):
+    assert fid.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"fid.py: error: {named}: ")
+
+
+def test_our_own_faults_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        command("x.py", raising(RuntimeError("a bug")))
+
+
+def test_arguments_that_are_not_utf_8_are_refused():
+    parser = Parser()
+    parser.add_argument("--prompt")
+    assert parser.parse_args(["--prompt", "Größe 猫"]).prompt == "Größe 猫"
+    with pytest.raises(BadInput, match=r"'a\\udcff': not UTF-8"):
+        parser.parse_args(["--prompt", "a\udcff"])

@@ -1,0 +1,264 @@
+"""Laws of the family of plans: decoder and shallow nodes, extrapolation, guidance that is not always computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.loop import Rule, State, denoise
+from ldm.models.diffusion.propagation.features import Propagation
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.online import OnlinePlan
+from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan, Work
+from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.modules.diffusionmodules.features import Features
+from tests.helpers.toy import EXACT, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
+
+GUIDANCE = {
+    "none": 1.0,
+    "always": 3.0,
+    "interval": Guidance(3.0, (100, 700)),
+    "reuse": Guidance(3.0, reuse=True),
+    "both": Guidance(3.0, (100, 700), reuse=True),
+}
+
+
+@st.composite
+def family(draw, num_nodes: int, decoders_only: bool) -> Plan:
+    """Any plan of the family; `decoders_only` leaves out what needs the latest latent."""
+    kinds = draw(st.lists(st.sampled_from("kd" if decoders_only else "kds"), min_size=num_nodes, max_size=num_nodes))
+    kinds[0] = "k"
+    keys, shallow = (tuple(i for i, kind in enumerate(kinds) if kind == wanted) for wanted in "ks")
+    return Plan(
+        num_nodes,
+        keys,
+        draw(st.integers(1, num_nodes + 1)),
+        shallow,
+        draw(st.integers(0, 2)) if shallow else 0,
+        draw(st.sampled_from([*PROPAGATIONS])),
+        0 if decoders_only else draw(st.integers(0, 2)),
+    )
+
+
+def serial(plan: Plan) -> Plan:
+    return Plan(plan.num_nodes, plan.keys, 1, plan.shallow, plan.branch, plan.propagate, plan.refresh)
+
+
+@given(
+    data=st.data(),
+    name=st.sampled_from([*SOLVERS]),
+    steps=st.integers(1, 9),
+    guidance=st.sampled_from([*GUIDANCE]),
+    batch=st.integers(1, 2),
+)
+def test_parallel_is_serial_for_every_plan_solver_and_guidance(data, name, steps, guidance, batch):
+    x, cond, uncond = toy_inputs(batch)
+    network, rule = toy_network(), any_rule(name, steps)
+    plan = data.draw(family(len(rule.nodes), decoders_only=guidance in ("reuse", "both")))
+    model = toy_denoiser(network, cond, uncond, GUIDANCE[guidance])
+    torch.testing.assert_close(final(model, rule, plan, x), final(model, rule, serial(plan), x), **EXACT)
+
+
+@pytest.mark.parametrize("guidance", ["always", "reuse"])
+@pytest.mark.parametrize("propagate", PROPAGATIONS)
+def test_every_node_a_key_node_is_plain_in_every_mode(guidance, propagate):
+    x, cond, uncond = toy_inputs(2)
+    network, rule = toy_network(), toy_rule(8)
+    plain = final(toy_denoiser(network, cond, uncond, 3.0), rule, load_plan("off", 8), x)
+    model = toy_denoiser(network, cond, uncond, GUIDANCE[guidance])
+    torch.testing.assert_close(final(model, rule, load_plan("off", 8, propagate=propagate), x), plain, **EXACT)
+
+
+@pytest.mark.parametrize("tome", [0.0, 0.4])
+def test_shallow_nodes_are_deepcache_by_hand(tome):
+    x, cond, uncond = toy_inputs(1)
+    network, rule = toy_network(), toy_rule(4)
+    model = toy_denoiser(network, cond, uncond, 1.0, tome=tome)
+    state = State(x)
+    for i, node in enumerate(rule.nodes):
+        t = torch.tensor([node.t])
+        if i == 0:
+            features = network.encode(x, t, cond, tome)
+            inner = network.advance(features, t, cond, 1, tome)
+            out = network.decode(inner, t, cond, tome)
+        else:
+            outer = network.encode_outer(state.x, t, cond, 1, tome)
+            out = network.decode(Features(inner.hidden, outer), t, cond, tome)
+        state = rule.step(state, i, out)
+    torch.testing.assert_close(final(model, rule, load_plan("deepcache:4", 4), x), state.x, **EXACT)
+
+
+def by_hand(rule: Rule, x: torch.Tensor, predict: Callable[[torch.Tensor, float, bool], torch.Tensor]) -> torch.Tensor:
+    """A run whose noise is predict(x, t, whether the node is a key node), with key nodes 0 and 3."""
+    state = State(x)
+    for i, node in enumerate(rule.nodes):
+        state = rule.step(state, i, predict(state.x, node.t, i in (0, 3)))
+    return state.x
+
+
+def test_with_no_block_between_key_nodes_their_prediction_is_used_again():
+    x, cond, uncond = toy_inputs(1)
+    rule, model, kept = toy_rule(5), toy_denoiser(toy_network(), cond, uncond, 3.0), []
+
+    def predict(x: torch.Tensor, t: float, key: bool) -> torch.Tensor:
+        if key:
+            kept.append(model.decode([model.encode(x, t)], [t])[0].out)
+        return kept[-1]
+
+    made = final(model, rule, load_plan("deepcache:3:0", 5), x)
+    torch.testing.assert_close(made, by_hand(rule, x, predict), **EXACT)
+
+
+def test_deepcache_takes_the_key_nodes_of_another_plan():
+    published, plan = load_plan("faster-diffusion", 50), load_plan("deepcache:faster-diffusion:2", 50)
+    assert plan.keys == published.keys and plan.branch == 2 and len(plan.keys) + len(plan.shallow) == 50
+    with pytest.raises(ValueError, match="unknown plan 'nobody'"):
+        load_plan("deepcache:nobody", 50)
+
+
+def test_zeros_reach_the_decoder_between_key_nodes_only():
+    x, cond, uncond = toy_inputs(1)
+    rule, model = toy_rule(5), toy_denoiser(toy_network(), cond, uncond, 3.0)
+
+    def predict(x: torch.Tensor, t: float, key: bool) -> torch.Tensor:
+        features = model.encode(x, t)
+        given = features if key else Features.of([torch.zeros_like(part) for part in features.tensors])
+        return model.decode([given], [t])[0].out
+
+    made = final(model, rule, load_plan("uniform:3", 5, parallel=3, propagate="zeros"), x)
+    torch.testing.assert_close(made, by_hand(rule, x, predict), **EXACT)
+
+
+@pytest.mark.parametrize("propagate, degree", [pair for pair in PROPAGATIONS.items() if pair[1] >= 0])
+def test_extrapolation_is_exact_for_polynomials_of_its_degree(propagate, degree):
+    """(Property of Lagrange's polynomial) Features that are linear in t are met exactly by 'linear', and so on."""
+    coefficients = torch.randn(degree + 1, 2, 3, 4, 4, dtype=torch.float64)
+
+    def features(t: float) -> Features:
+        value = sum(c * (t / 1000) ** k for k, c in enumerate(coefficients))
+        return Features(value, (2 * value, value - 1))
+
+    held = Propagation.named(propagate)
+    for t in (981.0, 901.0, 600.5, 340.0):
+        held = held.key(t, features(t))
+        assert held.at(t) is held.keys[-1][1], "a key node has its own features"
+    assert len(held.keys) == degree + 1
+    for t in (339.0, 200.0, 1.0):
+        for ours, true in zip(held.at(t).tensors, features(t).tensors, strict=True):
+            torch.testing.assert_close(ours, true, **EXACT)
+        assert sum(held.weights(t)) == pytest.approx(1)
+
+
+def test_before_enough_key_nodes_the_degree_is_what_they_allow():
+    one, two = (Features(torch.full((1, 1), value), ()) for value in (1.0, 3.0))
+    held = Propagation(2).key(900, one)
+    assert held.at(100) is one
+    assert held.key(800, two).at(700).hidden.item() == 5.0
+    assert len(held.key(800, Features(torch.ones(2, 1), ())).keys) == 1, "another batch: guidance has begun"
+
+
+def test_refreshed_skips_follow_the_latent():
+    x, cond, uncond = toy_inputs(1)
+    network, rule = toy_network(), toy_rule(4)
+    model = toy_denoiser(network, cond, uncond, 2.0)
+    plain, held, one, two = (
+        final(model, rule, plan, x) for plan in (load_plan("off", 4), *(Plan(4, (0,), refresh=n) for n in range(3)))
+    )
+    errors = [(run - plain).norm().item() for run in (held, one, two)]
+    assert errors[0] > errors[1] > 0 and errors[2] > 0
+    assert network.refreshed.count(2) == 2 * 3, "at every node but the key node, for both halves of the guidance"
+
+
+def test_guidance_is_computed_where_it_is_asked_for():
+    x, cond, uncond = toy_inputs(1)
+    rule, plan = toy_rule(8), Plan(8, (0, 3, 6))
+    ts = [node.t for node in rule.nodes]
+    expected = {
+        "always": [2] * 8,
+        "none": [1] * 8,
+        "interval": [1] * 3 + [2] * 3 + [2] * 2,
+        "reuse": [2, 1, 1] * 2 + [2, 1],
+        "both": [1] * 3 + [2, 1, 1, 2, 1],
+    }
+    guidance = {name: g if isinstance(g, Guidance) else Guidance(g) for name, g in GUIDANCE.items()}
+    assert ts[0] > 700 > ts[3] > ts[6] > 100
+    for name, counts in expected.items():
+        network = toy_network()
+        final(toy_denoiser(network, cond, uncond, guidance[name]), rule, plan, x)
+        assert network.decoded == counts == guidance[name].images(plan.works(), ts)
+
+
+def test_the_offset_of_the_key_node_is_used_again():
+    x, cond, uncond = toy_inputs(2)
+    network, rule = toy_network(), toy_rule(2)
+    whole, reuse = (toy_denoiser(network, cond, uncond, g) for g in (3.0, GUIDANCE["reuse"]))
+    features, ts = whole.encode(x, 900), (900, 700)
+    alone = toy_denoiser(network, cond, uncond, 1.0)
+    first, second = reuse.decode([features] * 2, ts)
+    torch.testing.assert_close(first.out, whole.decode([features], [900])[0].out, **EXACT)
+    conditional = alone.decode([features.images(slice(2, 4))], [700])[0].out
+    offset = (first.out - alone.decode([features.images(slice(2, 4))], [900])[0].out) / 2
+    torch.testing.assert_close(second.out, conditional + 2 * offset, **EXACT)
+    assert len(rule.nodes) == 2
+
+
+def works(model, rule, plan, x) -> list[Work]:
+    return [state.work for state in denoise(model, rule, plan, x)]
+
+
+def test_an_online_plan_encodes_when_the_latent_has_changed_enough():
+    x, cond, uncond = toy_inputs(1)
+    model, rule = toy_denoiser(toy_network(), cond, uncond, 2.0), toy_rule(20)
+    xs = [x, *(state.x for state in denoise(model, rule, OnlinePlan(20, 0.2), x))]
+    ran = works(model, rule, OnlinePlan(20, 0.2), x)
+    key, keys = 0, 0
+    for i, work in enumerate(ran):
+        change = float((xs[i] - xs[key]).norm() / xs[key].norm())
+        assert (work is Work.FULL) == (i == 0 or change > 0.2)
+        key, keys = (i, keys + 1) if work is Work.FULL else (key, keys)
+    assert 1 < keys < 20
+    counts = [works(model, rule, OnlinePlan(20, threshold), x).count(Work.FULL) for threshold in (1e-9, 0.1, 0.4, 1e9)]
+    assert counts[0] == 20 > counts[1] > counts[2] > counts[3] == 1
+    with pytest.raises(ValueError, match="one picture at a time; got a batch of 2"):
+        final(toy_denoiser(toy_network(), *toy_inputs(2)[1:], 2.0), rule, OnlinePlan(20, 0.2), toy_inputs(2)[0])
+
+
+@pytest.mark.parametrize("parallel", [1, 3, 20])
+def test_an_online_plan_by_time_is_known_ahead_and_stays_parallel(parallel):
+    x, cond, uncond = toy_inputs(2)
+    network, rule = toy_network(), toy_rule(20)
+    model = toy_denoiser(network, cond, uncond, 1.0)
+    plan = load_plan("online:time:0.3", 20, parallel)
+    ran = works(model, rule, plan, x)
+    keys = tuple(i for i, work in enumerate(ran) if work is Work.FULL)
+    assert 1 < len(keys) < 20
+    network.decoded.clear()
+    result = final(model, rule, plan, x)
+    assert max(network.decoded) == 2 * min(parallel, max(b - a for a, b in zip(keys, (*keys[1:], 20), strict=True)))
+    torch.testing.assert_close(result, final(model, rule, Plan(20, keys), x), **EXACT)
+
+
+def test_an_image_does_not_depend_on_its_batch_in_any_mode():
+    x, cond, uncond = toy_inputs(2)
+    network, rule = toy_network(), toy_rule(8)
+    plan = Plan(8, (0, 3), 2, (5, 6), 1, "linear")
+    together = final(toy_denoiser(network, cond, uncond, GUIDANCE["interval"]), rule, plan, x)
+    for b in range(2):
+        one = slice(b, b + 1)
+        model = toy_denoiser(network, *(type(c)(c.context[one]) for c in (cond, uncond)), GUIDANCE["interval"])
+        torch.testing.assert_close(final(model, rule, plan, x[one]), together[one], **EXACT)
+
+
+def test_contradicting_options_say_why():
+    x, cond, uncond = toy_inputs(1)
+    model = toy_denoiser(toy_network(), cond, uncond, GUIDANCE["reuse"])
+    for plan in (load_plan("deepcache:2", 4), Plan(4, (0,), refresh=1)):
+        with pytest.raises(ValueError, match="reuse of the guidance offset needs decoder nodes only"):
+            final(model, toy_rule(4), plan, x)
+    with pytest.raises(ValueError, match="interval must be low,high; got 5,3"):
+        Guidance(3.0, (5, 3))

@@ -1,0 +1,285 @@
+"""evaluation/generate.py on a COCO-shaped folder with a tiny model: processes, kills, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation.generate import main
+from evaluation.protocols.protocol import identity
+from tests.helpers.coco import LONG, captions, write_coco, write_protocol
+from tests.helpers.processes import Child
+from tests.helpers.tiny_models import write_model
+
+PICTURES, BATCH = 40, 8
+
+
+class Runs:
+    """The command line on one folder of data, protocol and model."""
+
+    def __init__(self, folder: Path):
+        config, ckpt = write_model(folder)
+        self.coco, self.protocol = write_coco(folder / "coco"), write_protocol(folder / "tiny.yaml")
+        self.model = ["--config", str(config), "--ckpt", str(ckpt)]
+
+    def arguments(self, out: Path, *more: str) -> list[str]:
+        return [
+            "--protocol",
+            str(self.protocol),
+            "--data",
+            str(self.coco),
+            *self.model,
+            "--plan",
+            "0,2",
+            "--out",
+            str(out),
+            *more,
+        ]
+
+    def __call__(self, out: Path, *more: str) -> int:
+        return main(self.arguments(out, *more))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs, tmp_path_factory) -> Path:
+    """What one process makes without a stop."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert runs(out, "--npz") == 0
+    return out
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.parent.name != "journal" and path.suffix != ".npz"
+    }
+
+
+def pictures(out: Path) -> int:
+    return sum(1 for _ in (out / "samples").glob("[!.]*.png"))
+
+
+def refused(capfd, code: int) -> str:
+    output = capfd.readouterr()
+    (line,) = output.err.splitlines()
+    assert code == 2 and output.out == "" and line.startswith("generate.py: error: ")
+    return line.removeprefix("generate.py: error: ")
+
+
+# What is made
+
+
+def test_a_picture_for_every_caption_with_a_card(runs, whole):
+    card = json.loads((whole / "run.json").read_text())
+    prompts = [json.loads(line) for line in (whole / "prompts.jsonl").read_text().splitlines()]
+    notes = {note["id"]: note for note in captions(24)["annotations"]}
+    assert len(prompts) == PICTURES == pictures(whole) == card["pictures"]
+    assert all(p["prompt"] == " ".join(notes[p["id"]]["caption"].split()) for p in prompts)
+    cut = sum("red red red" in p["prompt"] for p in prompts)
+    assert card["captions_cut"] == cut and PICTURES / LONG - 8 < cut < PICTURES / LONG + 8
+    assert card["protocol_sha256"] == identity(card["protocol"]) and card["seeds"] == [0]
+    assert card["method"].items() >= {"steps": 4, "scale": 3.0, "keys": [0, 2], "noise_weight": 0.003}.items()
+    assert len(card["weights"]) == 64 and card["versions"]["torch"] and (card["plan"], card["batch"]) == ("0,2", BATCH)
+    array = np.load(whole / "samples.npz")["arr_0"]
+    shown = [np.asarray(Image.open(whole / f"samples/{p['id']:08d}-000.png")) for p in prompts]
+    assert (array == shown).all() and len({picture.tobytes() for picture in shown}) == PICTURES
+
+
+def test_the_folder_proves_itself(runs, whole, tmp_path, capfd):
+    assert main(["--verify", "--out", str(whole)]) == 0
+    assert capfd.readouterr().out.startswith(f"{PICTURES} pictures, each there, whole and once; tiny, protocol ")
+    assert runs(tmp_path / "part", "--shard", "2/3") == 0
+    capfd.readouterr()
+    line = refused(capfd, main(["--verify", "--out", str(tmp_path / "part")]))
+    assert re.fullmatch(r"--verify: .*/part: unfinished: no manifest.jsonl, 24 of 40 pictures missing", line)
+
+
+def test_a_picture_belongs_to_its_caption_not_to_its_place(runs, whole, tmp_path):
+    """Fewer of the protocol's prompts, in other batches: the same pictures, to the last digit."""
+    assert runs(tmp_path / "few", "--count", "11") == 0
+    for path in (tmp_path / "few" / "samples").iterdir():
+        assert np.array_equal(*(np.asarray(Image.open(p)) for p in (path, whole / "samples" / path.name)))
+    assert pictures(tmp_path / "few") == 11
+
+
+def test_the_batch_size_changes_no_byte(runs, whole, tmp_path):
+    assert runs(tmp_path / "out", "--batch_size", "3") == 0
+    assert files(tmp_path / "out") == files(whole)
+
+
+def test_plans_by_name(runs, tmp_path):
+    assert runs(tmp_path / "out", "--count", "1", "--plan", "faster-diffusion") == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["method"]["keys"] == [0, 1, 2]
+
+
+# One process or many
+
+
+def torchrun(rank: int, port: int) -> dict[str, str]:
+    return {
+        "TORCHELASTIC_RUN_ID": "none",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "3",
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def slurm(rank: int, port: int) -> dict[str, str]:
+    return {
+        "SLURM_NTASKS": "3",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": str(rank),
+        "SLURM_NNODES": "3",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "run",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+@pytest.mark.parametrize("launcher", [torchrun, slurm])
+def test_three_processes_make_the_files_of_one(runs, whole, tmp_path, launcher):
+    import lightning_fabric  # noqa: F401  once, not in each process
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log, out = tmp_path / "log", tmp_path / "out"
+    children = [Child(lambda: main(runs.arguments(out)), log, launcher(rank, port)) for rank in range(3)]
+    assert [child.end() for child in children] == [0, 0, 0], log.read_text()
+    assert files(out) == files(whole)
+    assert sorted(path.name for path in (out / "journal").iterdir()) == [f"{rank}-of-3.jsonl" for rank in range(3)]
+
+
+# Stops
+
+
+def test_processes_killed_at_any_picture_leave_a_run_that_goes_on(runs, whole, tmp_path):
+    """Each kills itself when it has made so many pictures: before one has its name, or after."""
+    out, log, chance = tmp_path / "out", tmp_path / "log", random.Random(0)
+
+    def killed_at(part: int, count: int, before: bool) -> int:
+        replace, made = os.replace, []
+
+        def counted(source, target):
+            made.append(target) if str(target).endswith(".png") else None
+            if len(made) == count and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+            if len(made) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = counted
+        return main(runs.arguments(out, "--shard", f"{part}/2"))
+
+    for kills in range(4):
+        plans = [(part, chance.randint(1, 3), chance.random() < 0.5) for part in (1, 2)]
+        children = [Child(lambda plan=plan: killed_at(*plan), log) for plan in plans]
+        assert [child.end() for child in children] == [-signal.SIGKILL] * 2, (kills, log.read_text())
+    assert 0 < pictures(out) < PICTURES and log.read_text().count("error") == 0
+    before = {path: path.stat().st_mtime_ns for path in (out / "samples").glob("[!.]*")}
+    assert runs(out) == 0
+    assert files(out) == files(whole)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert main(["--verify", "--out", str(out)]) == 0
+
+
+def test_a_full_disk_leaves_what_is_there(runs, whole, tmp_path):
+    """No file may grow over 400 bytes, which the system enforces, as it does when a disk is full."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    assert runs(out, "--shard", "1/3") == 0
+    before = files(out)
+
+    def on_a_full_disk() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+        return main(runs.arguments(out))
+
+    assert Child(on_a_full_disk, log).end() == 2
+    *_, line = log.read_text().splitlines()
+    assert re.fullmatch(f"generate.py: error: --out: can't write to {out}: File too large; what is there stays.*", line)
+    assert files(out) == before
+    assert runs(out) == 0 and files(out) == files(whole)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--protocol", "coco"], "--protocol: unknown protocol 'coco'; accepted: coco2014-30k, "),
+        (["--count", "49"], "--count: 49 prompts are asked for, at most 2 of an image; there are 48 such"),
+        (["--data", "nowhere"], "--data: .*nowhere/annotations/captions_val2017.json: no such file; tiny reads"),
+        (["--shard", "3/2"], "--shard: expected K/N, part K of 1..N, .*; got '3/2'"),
+        (["--shard", "1/9999999"], "--shard: expected K/N, part K of 1..N, and N at most 1000000; got '1/9999999'"),
+        (["--devices", "0"], "--devices: .* in 1..1024; got"),
+        (["--strategy", "fsdp"], "--strategy: .*'fsdp'"),
+        (["--sampler", "magic"], "--sampler: .*'magic'"),
+        (["--steps", "2000"], "--steps: "),
+        (["--plan", "0,9"], "--plan: key 9 is past the last node 3"),
+        (["--compare"], "unrecognized arguments: --compare"),
+        (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has "),
+        (["--ckpt", "nowhere"], "--ckpt: nowhere: no such file"),
+        (["--device", "cuda:99"], "--device: cuda:99"),
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments(runs, tmp_path, capfd, arguments, why):
+    assert re.match(why, refused(capfd, runs(tmp_path / "out", *arguments)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_needed(runs, capfd, tmp_path):
+    assert refused(capfd, main(["--protocol", "emoji64"])).startswith("--out: needed")
+    assert refused(capfd, main(["--out", str(tmp_path)])).startswith("--protocol: needed; accepted: coco2014-30k")
+    protocol = write_protocol(tmp_path / "p.yaml")
+    line = refused(capfd, main(["--protocol", str(protocol), "--data", str(runs.coco), "--out", str(tmp_path / "o")]))
+    assert line.startswith("--config: needed, together with --ckpt")
+
+
+def test_protocols_that_do_not_fit_the_model(runs, tmp_path, capfd):
+    for changes, why in (
+        ({"size": 18}, "--protocol: its pictures have 18 px; this model's must be a multiple of 4"),
+        ({"data": {"kind": "classes", "classes": 9}, "select": {}}, "--config: not a class-cond"),
+    ):
+        path = write_protocol(tmp_path / "p.yaml", **changes)
+        assert re.match(why, refused(capfd, runs(tmp_path / "out", "--protocol", str(path))))
+
+
+@pytest.mark.parametrize(
+    "arguments, changes, fields",
+    [
+        ([], {"seed": 3}, "protocol_sha256 .*; protocol.seed .0 there, 3 given."),
+        (["--count", "39"], {}, "protocol.select.count .40 there, 39 given.*; pictures .40 there, 39 given."),
+        (["--steps", "5"], {}, "method.steps .4 there, 5 given."),
+        (["--plan", "off"], {}, 'plan ."0,2" there, "off" given'),
+    ],
+    ids=["seed", "count", "steps", "plan"],
+)
+def test_another_run_in_the_folder_is_refused_by_its_fields(runs, whole, tmp_path, capfd, arguments, changes, fields):
+    before = files(whole)
+    path = write_protocol(tmp_path / "tiny.yaml", **changes)
+    line = refused(capfd, runs(whole, "--protocol", str(path), *arguments))
+    assert re.match(f"--out: {whole} holds another run; different: .*{fields}", line) and files(whole) == before

@@ -1,0 +1,593 @@
+"""The paper's tables: the files, the GFLOPs, how a table is shown, and two rows made by the shipped model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import re
+import shlex
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from evaluation import generate, tables
+from evaluation.metrics.extractors import extractor
+from evaluation.metrics.reference import network_of, reference
+from evaluation.metrics.statistics import save_statistics
+from evaluation.protocols.protocol import load_protocol
+from evaluation.table import cost as table_cost
+from evaluation.table import quality as table_quality
+from evaluation.table.now import real_now
+from evaluation.table.quality import Quality
+from evaluation.table.render import Filled, Sheet, csv_text, latex, markdown, notes, title
+from evaluation.table.spec import Row, Table, load_table, table_names
+from ldm.io.errors import BadInput
+from ldm.io.images import open_picture
+from tests.helpers.coco import write_coco, write_protocol
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_data import write_data
+
+ALL = ("table1", "table3", "table4", "table5", "table6", "table8", "table11", "table14")
+NUMBERS = {name: {row.name: row.paper for row in load_table(name).rows} for name in ALL}
+
+
+def refused(capfd, argv: list[str]) -> str:
+    assert tables.main(argv) == 2
+    output = capfd.readouterr()
+    (line,) = output.err.splitlines()
+    assert output.out == "" and line.startswith("tables.py: error: ")
+    return line.removeprefix("tables.py: error: ")
+
+
+# The files
+
+
+def test_every_table_is_there():
+    assert table_names() == tuple(sorted(ALL, key=lambda name: (len(name), name)))
+    counts = {name: len(NUMBERS[name]) for name in ALL}
+    assert counts == {
+        "table1": 12,
+        "table3": 9,
+        "table4": 12,
+        "table5": 10,
+        "table6": 3,
+        "table8": 34,
+        "table11": 12,
+        "table14": 5,
+    }
+
+
+def test_the_docs_repeat_what_the_files_say():
+    for name in (name for name in ALL if name != "table4"):  # which is not in this world
+        table, shown = load_table(name), (ROOT / "docs" / "tables" / f"{name}-emoji.md").read_text(encoding="utf-8")
+        parts = shown.rstrip().split("\n\n")
+        assert {*notes(Sheet(table, "emoji", table.columns, []))} <= {*parts} and (
+            parts[0] == f"### {title(Sheet(table, 'emoji', table.columns, []))}"
+        )
+        names = [Filled(row, model="" if row.missing else "emoji64").name for row in table.rows_in("emoji")]
+        assert [line.split(" | ")[0].removeprefix("| ") for line in parts[1].splitlines()[2:]] == names
+
+
+@pytest.mark.parametrize(
+    "table, row, numbers",
+    [
+        ("table1", "DeepFloyd-IF: DDPM 225 + ours", [23.73, 0.782, 626523, 25.61, 26.27]),
+        ("table1", "SD v1.5: DDIM + ToMe", [22.32, 0.782, 35123, 2.07, 2.26]),
+        ("table3", "DiT-XL/2 512: DDPM 250 + ours", [3.25, 5.05, 245.13, 0.83, 0.51, 17.35]),
+        ("table3", "LDM cin256-v2: guidance 6 + ours", [4.09, 5.99, 207.49, 0.848, 0.482, 3.373]),
+        ("table4", "ControlNet (scribble): + ours", [16.42, 0.775, 35990, 1.83, 1.93]),
+        ("table4", "VideoFusion: plain", [0.700, 224700, 16.71 / 16, 17.93 / 16]),
+        ("table5", "non-uniform II (9)", [35.25, 0.742, 27350, 1.25, 1.42, 67.4]),
+        ("table6", "propagation without z_T", [21.71, 0.779]),
+        ("table8", "ControlNet (edges): parallel", [1.52, 5.09]),
+        ("table8", "VideoFusion: serial", [12.27, 11.98]),
+        ("table11", "DDIM: 9 steps with z_T", [27.63, 0.736]),
+        ("table14", "encoder and decoder dropped", [199.48, 0.679]),
+    ],
+)
+def test_the_papers_numbers(table, row, numbers):
+    assert list(NUMBERS[table][row].values()) == numbers
+
+
+def test_numbers_of_several_tables_agree():
+    plain, ours = (NUMBERS["table1"][f"SD v1.5: {name}"] for name in ("DDIM", "DDIM + ours"))
+    pairs = {
+        "table5": ("plain", "non-uniform IV (9), the paper's"),
+        "table6": ("plain", "propagation with z_T"),
+        "table11": ("DDIM: 50 steps", "DDIM: 50 steps + ours"),
+        "table14": ("nothing (plain)", "encoder (the paper's)"),
+        "table8": ("SD v1.5 DDIM-50: plain", "SD v1.5 DDIM-50: parallel"),
+    }
+    for table, names in pairs.items():
+        for name, expected in zip(names, (plain, ours), strict=True):
+            shared = NUMBERS[table][name].keys() & expected.keys()
+            assert shared and {key: NUMBERS[table][name][key] for key in shared} == {
+                key: expected[key] for key in shared
+            }
+    for row in filter(None, NUMBERS["table5"].values()):
+        assert row["fid"] * row["seconds"] / row["clip_score"] == pytest.approx(row["ftc"], abs=0.3)
+
+
+def test_rows_are_compared_with_the_plain_row_of_their_group():
+    table = load_table("table3")
+    sheet = Sheet(table, "coco", ("fid",), [Filled(row) for row in table.rows])
+    found = {filled.row.name: plain and plain.row.name for filled in sheet.rows if (plain := sheet.plain_of(filled))}
+    assert found == {
+        "DiT-XL/2 256: DDPM 250 + ours": "DiT-XL/2 256: DDPM 250",
+        "DiT-XL/2 512: DDPM 250 + ours": "DiT-XL/2 512: DDPM 250",
+        "LDM cin256-v2: guidance 1.5 + ours (not in the fork)": "LDM cin256-v2: guidance 1.5",
+        "LDM cin256-v2: guidance 6 + ours": "LDM cin256-v2: guidance 6 (not in the fork)",
+    }
+
+
+# GFLOPs
+
+
+def test_gflops_of_stable_diffusion_are_the_papers():
+    rows = [row for row in load_table("table1").rows if not row.missing and not row.tome]
+    protocol = load_protocol("coco2017-10k")
+    config, ckpt = (ROOT / protocol.defaults[name] for name in ("config", "ckpt"))
+    for row in rows:
+        assert table_cost.gflops(row, protocol, config, ckpt) == pytest.approx(row.paper["gflops"], rel=1e-3)
+    assert len(rows) == 6
+
+
+def test_every_row_that_can_be_run_is_counted(tmp_path, capfd):
+    """With the plans that a calibration of the model makes."""
+    for name in ("table1", "table3", "table5"):
+        assert tables.main([name, "--world", "emoji", "--gflops-only", "--runs", str(tmp_path)]) == 0
+    out = capfd.readouterr().out
+    assert "| emoji64: calibrated (9), held | 17.2 |" in out
+
+
+def test_gflops_only_needs_no_weights(tmp_path, capfd):
+    assert tables.main(["table4", "--world", "coco", "--gflops-only", "--runs", str(tmp_path)]) == 0
+    out = capfd.readouterr().out
+    assert "| DreamBooth: + ours | 27356.5 | 27350 | +0.02% | an SD v1.5 with other weights; " in out
+    assert "| ControlNet (edges): plain |  | 49500 |  | ControlNet is not supported yet |" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"table4-coco-gflops.{x}" for x in ("csv", "md", "tex")]
+
+
+# How a table is shown
+
+
+def sheet(world: str) -> Sheet:
+    table = load_table("table6")
+    plain, without, injected = table.rows
+    rows = [
+        Filled(plain, {"fid": (20.0, [19.5, 20.5]), "clip_score": (0.75, None)}),
+        Filled(without, {"fid": (21.5, None)}),
+        Filled(injected, remark="not supported: 100 % & more"),
+    ]
+    heads = Quality(load_protocol(table.protocol[world]), table.protocol[world], Path(), Path()).heads()
+    return Sheet(table, world, table.columns, rows, ["A note."], heads)
+
+
+def test_markdown():
+    lines = markdown(sheet("coco")).splitlines()
+    assert lines[0] == "### Prior noise injection (Table 6), coco"
+    assert lines[2:6] == [
+        "| row | FID | paper | difference | CLIP-score | paper | difference | remark |",
+        "|" + " --- |" * 8,
+        "| plain | 20.00 (19.50 to 20.50) | 21.75 | -1.75 | 0.750 | 0.773 | -0.023 |  |",
+        "| propagation without z_T | 21.50 | 21.71 | -0.21 |  | 0.779 |  |  |",
+    ]
+    assert "| propagation without z_T | +1.50 | -0.04 |  | +0.006 |" in lines
+    assert lines[-1] == "A note." and all(line.count("|") in (0, 6, 9) for line in lines)
+
+
+def test_another_model_is_not_set_against_the_papers_numbers():
+    text = markdown(sheet("emoji"))
+    assert "difference" not in text and "concept retrieval R@5 | paper (CLIP-score)" in text
+    assert "| propagation without z_T | +1.50 | -0.04 |" in text
+
+
+def test_a_row_of_another_model_names_it():
+    plain, *_ = load_table("table1").rows
+    assert Filled(plain, model="emoji64").name == "emoji64 (paper: SD v1.5): DDIM"
+    assert Filled(plain).name == "SD v1.5: DDIM"
+    assert Filled(load_table("table6").rows[0], model="emoji64").name == "emoji64: plain"
+
+
+def test_csv():
+    first, second, third = csv.DictReader(csv_text(sheet("coco")).splitlines())
+    assert [first[key] for key in ("fid", "fid_low", "fid_high", "fid_paper", "compared_with")] == [
+        "20.0",
+        "19.5",
+        "20.5",
+        "21.75",
+        "",
+    ]
+    assert float(first["fid_difference"]) == -1.75 and second["compared_with"] == "plain"
+    assert (third["fid"], third["fid_paper"], third["remark"]) == ("", "21.08", "not supported: 100 % & more")
+
+
+def test_what_would_break_a_format_is_escaped():
+    table = Table(
+        "t",
+        "A\ntitle",
+        "from\nthere",
+        ["fid"],
+        {"coco": "coco2017-10k"},
+        [Row("a|b\nc", plain=True, missing="no\n\nsuch | model"), Row("[*", missing="x")],
+        note="one\ntwo",
+    )
+    made = Sheet(table, "coco", ["fid"], [Filled(row, remark=row.missing) for row in table.rows], ["three\n% four"])
+    text = markdown(made)
+    assert text.startswith("### A title, coco\n\n") and "\n| a\\|b c |  |  |  | no such \\| model |\n" in text
+    assert text.endswith("The paper's numbers: from there.\n\none two\n\nthree % four\n")
+    lines = latex(made).splitlines()
+    assert r"a\textbar{}b c &  &  &  & no such \textbar{} model \\" in lines and lines[0] == "% A title, coco"
+    assert lines[-3:] == ["% The paper's numbers: from there.", "% one two", "% three % four"]
+    assert r"{[}{*} &  &  &  & x \\" in lines
+    row = next(csv.DictReader(csv_text(made).splitlines(keepends=True)))
+    assert (row["row"], row["remark"]) == ("a|b\nc", "no\n\nsuch | model")
+
+
+def test_latex():
+    text = latex(sheet("coco"))
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    assert r"propagation without z\_T & 21.50 & 21.71" in text and r"not supported: 100 \% \& more \\" in text
+    for line in text.splitlines():
+        assert line.count("&") - line.count(r"\&") in (0, 4, 7), line
+
+
+# Two rows, end to end
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[list[str], str]:
+    """The command that made a table of two rows that run and one that can't, and what it printed."""
+    folder = tmp_path_factory.mktemp("tables")
+    file = folder / "two.yaml"
+    how = {"sampler": "ddim", "steps": 4}
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "title": "Two",
+                "source": "nowhere",
+                "columns": ["fid", "clip_score", "gflops"],
+                "protocol": {"emoji": "emoji64"},
+                "rows": [
+                    {"label": "plain", "plain": True, **how, "plan": "off", "paper": {"gflops": 9}},
+                    {"label": "ours", **how, "plan": "0,2", "parallel": 1},
+                    {"label": "other", "missing": "no such model"},
+                ],
+            }
+        )
+    )
+    (folder / "data").mkdir()
+    write_data(folder / "data", side=64)
+    argv = [
+        str(file),
+        "--world",
+        "emoji",
+        "--data",
+        str(folder / "data"),
+        "--runs",
+        str(folder / "runs"),
+        "--count",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_quality, "RESAMPLES", 3)
+        assert tables.main([*argv, "--timed", "0"]) == 0
+    return argv, (folder / "runs" / "two-emoji-2.md").read_text()
+
+
+def test_two_rows_of_the_shipped_model(made, capfd):
+    argv, text = made
+    plain, ours, other = text.splitlines()[4:7]
+    distance, share = r"\d+\.\d\d \(-?\d+\.\d\d to \d+\.\d\d\)", r"\d\.\d{3} \(0\.\d{3} to \d\.\d{3}\)"
+    for name, line in (("plain", plain), ("ours", ours)):
+        assert re.match(rf"\| emoji64: {name} \| {distance} \|  \| {share} \|  \| \d", line)
+    assert other.endswith("| no such model |") and (
+        "R@5, efficientnet-lite0, torch-antialias: N = 2 pictures of emoji64/model" in text
+    )
+    runs = [path.parent for path in sorted((Path(argv[6]) / "emoji64-2").rglob("manifest.jsonl"))]
+    assert [path.name for path in runs] == ["ddim_4_0,2", "ddim_4_off"]
+    result = json.loads((runs[0] / "retrieval.json").read_text())
+    assert result["protocol"]["n"] == 2 and result["samples"]["plan"] == "0,2"
+    # MACs of an emoji64 prediction are as the timed runs count them: 2 of 4 encoders are saved.
+    whole, fast = (float(line.split("|")[6]) for line in (plain, ours))
+    assert 0.8 < fast / whole < 0.9
+
+
+def test_what_is_done_is_not_made_again(made, capfd):
+    argv, text = made
+    before = {path: path.stat().st_mtime_ns for path in (Path(argv[6]) / "emoji64-2").rglob("*")}
+    assert tables.main([*argv, "--timed", "0"]) == tables.main([*argv, "--show"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert capfd.readouterr().out.count(text) == 2
+
+
+def test_results_of_different_protocols_are_refused(made, capfd):
+    argv, _ = made
+    path = Path(argv[6]) / "emoji64-2" / "ddim_4_off" / "fid.json"
+    kept = path.read_text()
+    from evaluation.results import Result, read_result
+
+    found = read_result(path)
+    Result(found.values, {**found.protocol, "n": 3}, found.samples).write(path)
+    line = refused(capfd, [*argv, "--show"])
+    path.write_text(kept)
+    assert line.startswith("--runs: different protocols can't be compared") and "n (plain: 3, ours: 2)" in line
+
+
+def test_pictures_are_timed_one_by_one(made, tmp_path):
+    argv = [
+        "--protocol",
+        "emoji64",
+        "--steps",
+        "2",
+        "--plan",
+        "0",
+        "--count",
+        "2",
+        "--data",
+        made[0][4],
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+        "--parallel",
+        "1",
+    ]
+    found = table_cost.time_pictures(argv, 2)
+    assert len(found["seconds"]) == 2 and all(
+        0 < u < s for u, s in zip(found["seconds_unet"], found["seconds"], strict=True)
+    )
+    assert found["parallel"] == 1 and isinstance(found["memory"], int) and not (tmp_path / "run").exists()
+    assert table_cost.costs(found | {"seconds": [3.0, 1.0, 2.0]})["seconds"] == 2.0
+    kept = tmp_path / "cost.json"
+    assert table_cost.read_timing(kept) is None
+    assert len(table_cost.timed(argv, 2, kept)["seconds"]) == len(table_cost.read_timing(kept)["seconds"]) == 2
+
+    table_cost.compare_timings({"plain": found, "ours": found})
+    with pytest.raises(BadInput, match=r"rows were timed with different threads \(plain: \d+, ours: 64\)"):
+        table_cost.compare_timings({"plain": found, "ours": found | {"threads": 64}})
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "how, why",
+    [
+        ({"plan": "nope"}, "unknown plan 'nope'; accepted: "),
+        ({"steps": 5000}, "steps must be 1..1000, "),
+        ({"plan": "0,4"}, "key 4 is past the last node 3"),
+        ({"sampler": "nope"}, "solver must be one of ddim, "),
+        ({"sampler": "dpm-solver", "eta": 0.5}, "eta must be 0 for dpm-solver"),
+        ({"plan": "auto:2"}, "auto plans need a calibration of this model for ddim with 4 nodes"),
+        ({"plan": "deepcache:2:9"}, "9 blocks are to run anew; this network has 6 on each side"),
+        ({"plan": "deepcache:2", "propagate": "linear"}, "deepcache:2 decodes nothing between its key nodes"),
+    ],
+    ids=str,
+)
+def test_a_row_that_cant_be_run_is_named_before_any_is_made(made, tmp_path, capfd, how, why):
+    file, runs = tmp_path / "t.yaml", tmp_path / "runs"
+    rows = [{"label": "good", "steps": 4}, {"label": "bad", "steps": 4, **how}]
+    file.write_text(
+        yaml.safe_dump(
+            {"title": "t", "source": "s", "columns": ["fid", "gflops"], "rows": rows, "protocol": {"emoji": "emoji64"}}
+        )
+    )
+    for more in (["--timed", "0"], ["--gflops-only"]):
+        argv = [str(file), *made[0][1:5], "--runs", str(runs), "--count", "2", "--device", "cpu", *more]
+        assert refused(capfd, argv).startswith(f"TABLE: bad: {why}") and not runs.exists()
+
+
+def test_a_timing_that_is_killed_is_one_line(tmp_path):
+    def kill() -> None:
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        children[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(BadInput, match=r"^--timed: the process that timed pictures for .*cost\.json was killed, as "):
+        table_cost.timed(["--protocol", "emoji64", "--out", "run"], 1, tmp_path / "cost.json")
+    killer.join()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_files_are_called_as_table_world_and_count_say(tmp_path):
+    file = tmp_path / "my.v2.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "title": "t",
+                "source": "s",
+                "columns": ["gflops"],
+                "rows": [{"label": "a", "steps": 4}],
+                "protocol": dict.fromkeys(("coco", "emoji"), "emoji64"),
+            }
+        )
+    )
+    for world, more in (("coco", []), ("emoji", []), ("emoji", ["--count", "3"])):
+        runs = str(tmp_path / "runs")
+        assert tables.main([str(file), "--world", world, "--gflops-only", "--runs", runs, *more]) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        f"my.v2-{stem}-gflops.{x}" for stem in ("coco", "emoji", "emoji-3") for x in ("csv", "md", "tex")
+    }
+
+
+def test_a_row_that_cant_be_run_does_not_hide_what_others_have(made, tmp_path, capfd):
+    argv, _ = made
+    file, how = tmp_path / "t.yaml", {"sampler": "ddim", "steps": 4}
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "title": "t",
+                "source": "s",
+                "columns": ["fid", "gflops"],
+                "protocol": {"emoji": "emoji64"},
+                "rows": [{"label": "good", **how, "plan": "off"}, {"label": "bad", **how, "plan": "auto:2"}],
+            }
+        )
+    )
+    for more in (["--show"], ["--rows", "1", "--timed", "0"]):
+        assert tables.main([str(file), *argv[1:], *more]) == 0
+        good, bad = capfd.readouterr().out.splitlines()[4:6]
+        assert re.match(r"\| emoji64: good \| \d+\.\d\d \(.*\) \|  \| \d+\.\d \|  \|  \|$", good)
+        assert bad.startswith("| bad |  |  |  |  | TABLE: bad: auto plans need a calibration of this model")
+
+
+def test_a_plan_that_decides_on_the_way_says_why_it_has_no_gflops(tmp_path, capfd):
+    file = tmp_path / "t.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "title": "t",
+                "source": "s",
+                "columns": ["gflops"],
+                "rows": [
+                    {"label": "plain", "steps": 4},
+                    {"label": "online", "steps": 4, "plan": "online:0.1", "propagate": "linear"},
+                ],
+                "protocol": {"emoji": "emoji64"},
+            }
+        )
+    )
+    assert tables.main([str(file), "--world", "emoji", "--gflops-only", "--runs", str(tmp_path / "runs")]) == 0
+    why = "online:0.1 decides during a run: its GFLOPs are not known before"
+    assert f"\n| online |  |  | {why} |\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, why",
+    [
+        (["table2", "--world", "emoji"], "TABLE: unknown table 'table2'; accepted: table1, table3, table4, "),
+        (["table1"], "the following arguments are required: --world"),
+        (["table1", "--world", "moon"], "--world: invalid"),
+        (
+            ["table6", "--world", "emoji", "--gflops-only"],
+            "--gflops-only: table6 has no GFLOPs; it has fid, clip_score",
+        ),
+        (["table1", "--world", "emoji", "--rows", "0"], "--rows: expected row numbers from 1"),
+        (["table1", "--world", "emoji", "--rows", "13"], "--rows: table1 has 12 rows in the emoji world; got 13"),
+        (["table1", "--world", "coco", "--ckpt", "gone"], "--ckpt: gone is not there: no such file; --gflops"),
+        (["table4", "--world", "emoji"], "--world: table4 is not in the emoji world"),
+        (["table6", "--world", "emoji", "--show"], "TABLE: no row of table6 is finished in .*: not run$"),
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments(tmp_path, capfd, argv, why):
+    assert re.match(why, refused(capfd, [*argv, "--runs", str(tmp_path / "runs")]))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "column, why",
+    [
+        ("fid", "has no metrics fid or adm, which say the network of Fréchet distances"),
+        ("clip_score", "has neither metrics clip_score nor pictures in which concepts could be found"),
+    ],
+)
+def test_a_protocol_that_can_not_be_judged_is_refused_before_the_work(tmp_path, capfd, column, why):
+    file = tmp_path / "t.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "title": "t",
+                "source": "s",
+                "columns": [column],
+                "rows": [{"label": "a"}],
+                "protocol": {"emoji": "emoji64-prompts"},
+            }
+        )
+    )
+    line = refused(capfd, [str(file), "--world", "emoji", "--runs", str(tmp_path / "runs"), "--count", "1"])
+    assert line == f"TABLE: protocol emoji64-prompts {why}" and not (tmp_path / "runs").exists()
+
+
+def test_what_the_papers_data_need(tmp_path, capfd):
+    """Each file in turn, with how to get it, before anything is made."""
+    runs, ckpt = ["--runs", str(tmp_path / "runs")], tmp_path / "model.safetensors"
+    usual = refused(capfd, ["table1", "--world", "coco", *runs])
+    assert re.match(
+        r"--ckpt: .*v1-5-pruned-emaonly.safetensors is not there: python scripts/download_models.py "
+        r"sd-v1-5 fetches it; --gflops-only needs no weights",
+        usual,
+    )
+    ckpt.write_bytes(b"")
+    coco = tmp_path / "coco"
+    argv = ["table1", "--world", "coco", *runs, "--ckpt", str(ckpt), "--data", str(coco)]
+    assert re.match(
+        r"--data: .*/annotations/captions_val2017.json is not there, which coco2017-10k needs: "
+        r"annotations_trainval2017.zip of https://cocodataset.org/#download",
+        refused(capfd, argv),
+    )
+    write_coco(coco)
+    (coco / "val2017").rename(coco / "elsewhere")
+    assert re.match(r"--data: .*/val2017 is not there, .*: val2017.zip of https", refused(capfd, argv))
+    (coco / "elsewhere").rename(coco / "val2017")
+    assert refused(capfd, [*argv, "--inception", str(tmp_path / "gone.pth")]).startswith("--inception: ")
+    line = refused(capfd, ["table3", "--world", "coco", *runs, "--ckpt", str(ckpt), "--data", str(coco)])
+    assert re.match(r"--data: .*/VIRTUAL_imagenet256_labeled.npz is not there, .*guided-diffusion", line)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rows_share_a_folder_only_if_their_pictures_are_the_same():
+    folders: dict[str, set[tuple]] = {}
+    for name in (name for name in ALL if name != "table4"):  # which is not in this world
+        args = tables.parser().parse_args([name, "--world", "emoji"])
+        for job in tables.jobs_of(load_table(name), args):
+            if not job.row.missing:
+                folders.setdefault(str(job.folder), set()).add(tuple(job.row.flags()))
+    assert all(len(settings) == 1 for settings in folders.values()) and len(folders) > 20
+    assert {f"outputs/tables/emoji64/{name}" for name in ("ddim_50_off_tome-0.5", "dpm-solver++_20_off")} <= {*folders}
+
+
+def test_a_row_is_told_to_generate_py_as_it_is(tmp_path):
+    args = tables.parser().parse_args(["table6", "--world", "emoji", "--runs", "my runs", "--data", str(tmp_path)])
+    job = replace(tables.jobs_of(load_table("table6"), args)[0], row=Row("a", noise_below=-1e-7, eta=0, steps=3))
+    told, protocol = generate.parse(job.argv())
+    assert (told.noise_below, told.eta, told.steps, told.data) == (-1e-7, 0, 3, str(tmp_path))
+    assert protocol == job.protocol and told.outdir.startswith("my runs/emoji64/3_off_eta-0_noise-below-")
+    assert shlex.split(job.command()) == ["python", "evaluation/generate.py", *job.argv()]
+
+
+def test_data_are_where_the_measures_look_for_them():
+    args = tables.parser().parse_args(["table3", "--world", "coco"])
+    jobs = tables.jobs_of(load_table("table3"), args)
+    assert any("data" not in job.protocol.defaults for job in jobs)
+    assert all(job.data == job.protocol.folder(None) for job in jobs)
+
+
+def test_real_pictures_have_the_hash_that_results_name(tmp_path):
+    """A folder, an array, statistics of ours."""
+    data, extract = write_coco(tmp_path / "coco", 3), extractor("efficientnet-lite0")
+    levels = [np.asarray(open_picture(path)) for path in sorted((data / "val2017").iterdir())]
+    np.savez(data / "pictures.npz", arr_0=np.stack(levels))
+    found = reference(str(data / "pictures.npz"), extract, 8, torch.device("cpu"))
+    save_statistics(data / "statistics.npz", found.gaussian, found.about | network_of(extract))
+    for number, metrics in enumerate(({}, {"reference": "pictures.npz"}, {"reference": "statistics.npz"})):
+        path = write_protocol(tmp_path / f"p{number}.yaml", metrics=metrics)
+        source = str(data / metrics.get("reference", "val2017"))
+        about = reference(source, extract, 8, torch.device("cpu")).about
+        assert real_now(str(path), data, ("", 0)) == about["sha256"] is not None
+
+
+def test_a_file_in_the_place_of_runs(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert tables.main(["table8", "--world", "emoji", "--rows", "1", "--runs", str(tmp_path / "file")]) == 2
+    assert capfd.readouterr().err == f"tables.py: error: --runs: {tmp_path / 'file'} is a file; expected a directory\n"
+
+
+def test_plans_that_are_written_alike_have_folders_of_their_own():
+    args = tables.parser().parse_args(["table5", "--world", "emoji"])
+    (job, *_) = tables.jobs_of(load_table("table5"), args)
+    plans = ("uniform-2", "uniform:2", "a/b.yaml", "a-b.yaml", "a%2Fb.yaml")
+    folders = {replace(job, row=Row("a", plan=plan)).folder for plan in plans}
+    assert len(folders) == len(plans) and {folder.parent for folder in folders} == {job.shared}

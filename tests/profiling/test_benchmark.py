@@ -1,0 +1,166 @@
+"""scripts/benchmark.py and what it measures with, at sizes where only the arithmetic matters."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.plan import Plan
+from ldm.modules.packed import pack
+from ldm.profiling.cost import unet_macs
+from ldm.profiling.timing import Seconds, alternate, peak_memory, shares
+from ldm.profiling.workload import Subject, random_network
+from tests.helpers.paths import ROOT
+
+sys.path.append(str(ROOT / "scripts"))
+from benchmark import EMOJI, main, read_row  # noqa: E402
+
+PARAMS = dict(
+    linear_start=0.00085,
+    linear_end=0.012,
+    image_size=16,
+    channels=4,
+    conditioning_key="crossattn",
+    unet_config={
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": dict(
+            image_size=16,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            num_res_blocks=1,
+            channel_mult=[1, 2],
+            attention_resolutions=[1, 2],
+            num_heads=2,
+            use_spatial_transformer=True,
+            context_dim=16,
+            legacy=False,
+        ),
+    },
+)
+
+
+def subject(steps: int = 4) -> Subject:
+    network = random_network(PARAMS)
+    return Subject.of(PARAMS, network, (16, 16), 1, 5, steps)
+
+
+def test_calls_take_turns():
+    order = []
+    taken = alternate({"a": lambda: (order.append("a"), time.sleep(0.02)), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b"] * 3 and len(taken["a"].values) == 3
+    assert taken["a"].median > 0.02 > taken["b"].median
+    assert (Seconds((1.0, 2.0, 4.0)).median, Seconds((1.0, 2.0, 4.0)).spread) == (2.0, 0.75)
+
+
+def test_peak_memory_is_what_was_held_at_one_time():
+    before = torch.zeros(1000)
+
+    def call() -> None:
+        for _ in range(3):
+            a = before + 1
+            b = torch.cat([a, a])
+            del a, b
+
+    assert peak_memory(call) == 3 * before.nbytes
+
+
+def test_a_serial_propagated_run_needs_no_more_than_plain_and_the_features():
+    """In a plain run, too, the features of the node before are still there."""
+    run = subject()
+    features = sum(tensor.nbytes for tensor in run.denoiser.encode(run.x, 500.0).tensors)
+    plain, held, linear = (
+        peak_memory(lambda plan=plan: run.run(plan))
+        for plan in (load_plan("off", 4), Plan(4, (0, 2)), Plan(4, (0, 2), propagate="linear"))
+    )
+    assert held <= plain + features
+    assert linear <= plain + 3 * features
+    assert peak_memory(lambda: run.run(Plan(4, (0,), 4))) > held, "decoders in one batch need more"
+
+
+def test_shares_are_of_the_kinds_that_ran():
+    run = subject(1)
+    for prepare in (lambda: None, lambda: pack(run.network.diffusion_model, (16, 16), 5)):
+        prepare()
+        found = shares(lambda: run.run(Plan(1, (0,))))
+        assert sum(found.values()) == pytest.approx(1)
+        assert all(found[kind] > 0 for kind in ("convolution", "linear", "attention", "norm", "other"))
+    assert shares(lambda: torch.ones(500, 500) @ torch.ones(500, 500))["linear"] > 0.5
+
+
+def test_rows_are_plans_with_their_propagation_and_batch():
+    assert read_row("uniform:4+linear@3", 8, Path("none")) == Plan(8, (0, 4), 3, propagate="linear")
+    assert read_row("off", 3, Path("none")) == load_plan("off", 3)
+    calibrated = read_row("auto:9@3", 50, EMOJI.parent / "calibration")
+    assert len(calibrated.keys) == 9 and (calibrated.parallel, calibrated.propagate) == (3, "quadratic")
+
+
+@pytest.mark.parametrize("against", [[], ["--against", "diffusers"]], ids=["alone", "against diffusers"])
+def test_prints_a_table_and_writes_json(tmp_path, capsys, against):
+    if against:
+        pytest.importorskip("diffusers")
+    model = {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": PARAMS
+        | {
+            "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
+            "cond_stage_config": "__is_unconditional__",
+        },
+    }
+    OmegaConf.save(OmegaConf.create({"model": model}), tmp_path / "c.yaml")
+    args = [
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--steps",
+        "4",
+        "--rows",
+        "off",
+        "0,2@2",
+        "deepcache:2",
+        "--tokens",
+        "5",
+        "--repeats",
+        "1",
+        "--batch",
+        "1",
+        "2",
+        "--json",
+        str(tmp_path / "out.json"),
+        *against,
+    ]
+    assert main(args) == 0, capsys.readouterr().err
+    written, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    assert written["threads"] == torch.get_num_threads() and written["torch"] == torch.__version__
+    unit = unet_macs(PARAMS["unet_config"], (16, 16), 2, 5)
+    for result, batch in zip(written["results"], (1, 2), strict=True):
+        rows = {row["name"]: row for row in result["rows"]}
+        assert [*rows] == ["off", "0,2@2", "deepcache:2", *(["diffusers"] if against else [])]
+        assert rows["0,2@2"]["macs"] == unit.once + 2 * unit.encode + 4 * unit.decode and rows["off"]["saved"] is None
+        assert rows["0,2@2"]["batch"] == batch and rows["off"]["seconds"] > 0
+        if against:
+            assert result["difference"] < 1e-3, "the same weights, scheduler and latents"
+    assert printed.count("float32 matrix product") == 2 and "time of a plain step: convolution" in printed
+
+
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        (["--rows", "off@x"], "--rows: the number of decoder steps in a batch follows the @; got 'off@x'"),
+        (["--rows", "online:0.1"], "--rows: online:0.1 decides during a run"),
+        (["--config", "none.yaml"], "--config: none.yaml: no such file"),
+        (["--json", f"{__file__}/out.json"], "--json: can't write"),
+        (["--json", "n" * 5000], "--json: "),
+        (["--size", "7", "7", "--steps", "1"], "--config, --size: x must have height and width that are multiples"),
+    ],
+)
+def test_bad_input(capsys, args, why):
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert why in error and error.count("\n") == 1

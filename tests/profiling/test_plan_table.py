@@ -1,0 +1,80 @@
+"""`--list-plans` and the flags of the family, from the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldm.models.diffusion.propagation.load import plan_names
+from ldm.profiling.cost import Macs
+from ldm.profiling.plan_table import plan_table, spans
+from tests.helpers.paths import ROOT
+from tests.helpers.scripts import load_script
+
+
+def test_spans():
+    assert spans((0, 1, 2, 3, 5, 10)) == "0-3,5,10"
+    assert spans((0, 1, 3)) == "0,1,3" and spans((4,)) == "4" and spans(range(50)) == "0-49"
+
+
+def test_costs_of_the_named_plans():
+    """Encoder 30, decoder 70, outermost blocks 5 and 10."""
+    lines = list(plan_table(Macs(30, 70, (0, 5), (3, 10)), 50))
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
+    assert rows.keys() >= {"off", "uniform:2", "pro", "deepcache:3", *plan_names()}
+    assert rows["off"][:2] == ["100.0%", "100.0%"]
+    assert rows["faster-diffusion"] == ["75.4%", "18.0%", "0-3,5,10,15,25,35"]  # 9 * 30 + 50 * 70; 9 rounds
+    assert rows["deepcache:3"][:2] == ["43.9%", "43.9%"]  # 17 * 100 + 33 * 15
+
+
+@pytest.mark.parametrize("flags", [["--list-plans"], ["--list-plans", "--plan", "off"]])
+def test_the_list_needs_no_weights(tmp_path, capsys, flags):
+    assert load_script("txt2img").main([*flags, "--steps", "20", "--outdir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "key nodes of 20" in printed and "0-3,5,10,15\n" in printed and "100 % = 8.69 GMAC" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (
+            ["--plan", "deepcache:2", "--guidance-reuse"],
+            "--guidance-reuse: between key steps it needs the whole decoder",
+        ),
+        (["--plan", "deepcache:2", "--propagate", "linear"], "decodes nothing between its key nodes"),
+        (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has 6 on each side"),
+        (["--plan", "online:x"], "needs a threshold"),
+        (["--plan", "online:-1"], "threshold must be above 0"),
+        (["--plan", "online:warp:1"], "probe must be one of latent, time"),
+        (["--plan", "auto:99"], r"keys must be 1..4"),
+        (["--plan", "auto:0.1"], "share of MACs must lie in"),
+        (["--guidance-interval", "300"], "must be LOW,HIGH"),
+        (["--guidance-interval", "300,200"], "must be low,high; got 300,200"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together(tmp_path, capsys, shipped_calibration, flags, why):
+    import re
+
+    code = load_script("txt2img").main([*shipped_calibration, "--steps", "4", "--outdir", str(tmp_path / "o"), *flags])
+    error = capsys.readouterr().err
+    assert code == 2 and re.search(why, error) and error.count("\n") == 1
+    assert not list(tmp_path.glob("o/samples/*"))
+
+
+@pytest.fixture(scope="module")
+def shipped_calibration(tmp_path_factory) -> list[str]:
+    """The shipped model with a table for 4 steps beside it."""
+    import shutil
+
+    from ldm.checkpoint import fingerprint
+    from ldm.models.diffusion.propagation.calibration import Calibration
+
+    folder, shipped = tmp_path_factory.mktemp("model"), ROOT / "models/ldm/emoji64"
+    files = [shutil.copy(shipped / name, folder) for name in ("config.yaml", "model.safetensors")]
+    errors = [[float(j) for j in range(4 - i)] for i in range(4)]
+    made_for = {"sampler": "ddim", "weights": fingerprint(files[1])[:16]}
+    Calibration(num_nodes=4, eps=errors, features=errors, encoder=0.3, made_for=made_for).save(
+        folder / "calibration/ddim-4.json"
+    )
+    return ["--config", str(files[0]), "--ckpt", str(files[1])]

@@ -1,0 +1,83 @@
+"""Laws on the trained model that ships."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ldm.checkpoint import fingerprint, load_config, load_model, read_checkpoint
+from ldm.models.diffusion.propagation.load import RunFacts, load_plan
+from ldm.sampling.conditions import Text
+from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+from ldm.sampling.generate import prompt_items
+from tests.helpers.paths import ROOT
+
+MODEL = ROOT / "models" / "ldm" / "emoji64"
+PROMPTS = ["a red heart, noto style", "a dog face, twemoji style", "a slice of pizza, openmoji style"]
+RECIPE = Recipe(64, 64, steps=12, scale=4.0, noise_weight=0.003)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(MODEL / "config.yaml", MODEL / "model.safetensors")
+
+
+def pictures(
+    model, recipe: Recipe = RECIPE, spec: str = "faster-diffusion", parallel: int = 1, chosen: slice = slice(None)
+) -> torch.Tensor:
+    """The decoded pictures of some of the prompts, (B, 3, 64, 64)."""
+    sizes = Sizes.of(load_config(MODEL / "config.yaml").model)
+    maker = Engine(model, sizes, recipe, load_plan(spec, num_nodes(recipe), parallel), Task(Text()))
+    return maker.decode(maker.latents(prompt_items(PROMPTS, 1, seed=0)[chosen]))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_picture_does_not_depend_on_its_batch(model, eta):
+    recipe = replace(RECIPE, eta=eta)
+    together = pictures(model, recipe)
+    for i in range(len(PROMPTS)):
+        alone = pictures(model, recipe, chosen=slice(i, i + 1))
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", [2, 12])
+def test_parallel_decoding_does_not_change_a_picture(model, parallel):
+    torch.testing.assert_close(pictures(model, parallel=parallel), pictures(model), rtol=0, atol=1e-4)
+
+
+def test_propagation_changes_a_picture_and_every_node_a_key_does_not(model):
+    plain = pictures(model, spec="off")
+    torch.testing.assert_close(pictures(model, spec="uniform:1"), plain, rtol=0, atol=0)
+    assert (pictures(model) - plain).abs().max() > 1e-3
+
+
+def test_the_text_decides_what_is_drawn(model):
+    heart, dog, pizza = pictures(model)
+    assert min((heart - dog).abs().mean(), (dog - pizza).abs().mean()) > 0.05
+
+
+def test_weights_are_small_enough_to_ship():
+    files = [f for f in MODEL.iterdir() if f.suffix == ".safetensors"]
+    assert sum(f.stat().st_size for f in files) <= 40e6
+    state = read_checkpoint(MODEL / "model.safetensors")
+    assert {v.dtype for k, v in state.items() if "." in k} == {torch.float16}
+
+
+def test_the_calibration_is_of_these_weights_and_better_than_the_published_keys(model):
+    """At the published number of key steps the final latents are at most half as far, squared, from the plain run."""
+    run = RunFacts({"sampler": "ddim", "weights": fingerprint(MODEL / "model.safetensors")[:16]}, MODEL / "calibration")
+    plain, auto, paper = (
+        Engine(
+            model,
+            Sizes.of(load_config(MODEL / "config.yaml").model),
+            replace(RECIPE, steps=50, noise_weight=0.0),
+            load_plan(spec, 50, 8, run=run),
+            Task(Text()),
+        ).sampled(prompt_items(PROMPTS[:1], 1, seed=0))
+        for spec in ("off", "auto:9", "faster-diffusion")
+    )
+    assert auto[1] == paper[1], "both costs are the same"
+    errors = [float((x - plain[0]).square().mean()) for x, _ in (auto, paper)]
+    assert errors[0] < 0.5 * errors[1]

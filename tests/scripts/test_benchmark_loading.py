@@ -1,0 +1,52 @@
+"""scripts/benchmark_loading.py as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.helpers.paths import ROOT
+
+SCRIPT = ROOT / "scripts" / "benchmark_loading.py"
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+
+
+def call(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_measures_a_config_and_leaves_nothing_behind(tmp_path):
+    """A model of 16 MB: the process itself weighs more, which misses the bar and is said by the exit code."""
+    model = {"target": "torch.nn.Linear", "params": {"in_features": 2000, "out_features": 2000}}
+    OmegaConf.save(OmegaConf.create({"model": model}), tmp_path / "c.yaml")
+    (tmp_path / "out").mkdir()
+    run = call("--config", tmp_path / "c.yaml", "--dir", tmp_path / "out", "--case", "fp16.ckpt")
+    assert run.returncode == 1, run.stderr
+    name, size, *_, weights, ratio = re.findall(r"^fp16.ckpt.*(?= \()", run.stdout, re.M)[0].split()
+    assert (float(size), float(weights)) == (0.01, 0.02) and float(ratio) > 1.6
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "args, why",
+    [
+        (["--config", "missing.yaml"], "--config: missing.yaml: no such file"),
+        (["--config", "x.yaml", "--dir", "missing"], "--dir: missing: no such directory"),
+        (["--config", "x.yaml", "--case", "fp8.ckpt"], "--case: invalid choice: 'fp8.ckpt'"),
+    ],
+)
+def test_bad_input(args, why):
+    run = call(*args)
+    assert run.returncode == 2 and why in run.stderr and run.stderr.count("\n") == 1
