@@ -1,4 +1,4 @@
-"""Helpers that published scripts and notebooks import from `ldm.util` and `ldm.modules.diffusionmodules.util`.
+"""Helpers that published scripts and notebooks import from `ldm.util`, `ldm.modules` and `ldm.models`.
 
 This project does not use them itself. They keep their published names, arguments and results; docs/compatibility.md
 lists them.
@@ -147,3 +147,31 @@ def scale_module(module: nn.Module, scale: float) -> nn.Module:
 
 
 SiLU = nn.SiLU
+
+
+# Of ldm.modules.diffusionmodules.model, ldm.modules.attention and ldm.modules.encoders.modules
+
+
+def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
+    """The group norm of the first stage and of the UNet's transformers."""
+    return nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+
+
+def nonlinearity(x: Tensor) -> Tensor:
+    """x * sigmoid(x), of any shape."""
+    return nn.functional.silu(x)
+
+
+class AbstractEncoder(nn.Module):
+    """Base of conditioners: `encode` turns a raw condition into what the network takes."""
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no encode")
+
+
+# Of ldm.models.diffusion.ddpm
+
+
+def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """Takes the place of a frozen module's `train`, so that it stays in evaluation mode."""
+    return self

@@ -122,9 +122,37 @@ FUNCTIONS = {
     "ldm.modules.attention.CrossAttention": lambda f: (
         f(32, 8, heads=2, dim_head=16)(torch.ones(2, 3, 32), torch.ones(2, 5, 8)).shape == (2, 3, 32)
     ),
+    "ldm.modules.attention.MemoryEfficientCrossAttention": lambda f: (
+        f(query_dim=32, context_dim=8, heads=2, dim_head=16)(torch.ones(2, 3, 32), context=torch.ones(2, 5, 8)).shape
+        == (2, 3, 32)
+    ),
+    "ldm.modules.attention.Normalize": lambda f: f(64).num_groups == 32 and f(64).eps == 1e-6,
+    "ldm.modules.diffusionmodules.model.Normalize": lambda f: f(X.shape[1], num_groups=8)(X).abs().max() < 1e-3,
+    "ldm.modules.diffusionmodules.model.nonlinearity": lambda f: torch.equal(f(X), X * torch.sigmoid(X)),
+    "ldm.modules.encoders.modules.AbstractEncoder": lambda f: raises(NotImplementedError, f().encode, "a cat"),
+    "ldm.models.diffusion.ddpm.disabled_train": lambda f: stays_in_evaluation_mode(f),
+    "ldm.models.diffusion.ddpm.Layout2ImgDiffusion": lambda f: (
+        f(first_stage_config=IDENTITY, cond_stage_config=IDENTITY, unet_config=IDENTITY).cond_stage_key
+        == "coordinates_bbox"
+        and raises(
+            ValueError, f, "caption", first_stage_config=IDENTITY, cond_stage_config=IDENTITY, unet_config=IDENTITY
+        )
+    ),
     "ldm.modules.ema.LitEma": lambda f: f(torch.nn.Linear(2, 2), decay=0.9).copy_to(torch.nn.Linear(2, 2)) is None,
     "ldm.modules.distributions.distributions.DiagonalGaussianDistribution": lambda f: f(X).mode().shape[1] == 16,
 }
+
+
+def raises(kind: type[Exception], call, *args, **kwargs) -> bool:
+    with pytest.raises(kind):
+        call(*args, **kwargs)
+    return True
+
+
+def stays_in_evaluation_mode(disabled_train) -> bool:
+    module = torch.nn.Dropout().eval()
+    module.train = disabled_train.__get__(module)
+    return module.train() is module and not module.training
 
 
 class Doubled(openaimodel.TimestepBlock):
@@ -134,6 +162,8 @@ class Doubled(openaimodel.TimestepBlock):
 
 METHODS = {
     "apply_model": lambda m: m.apply_model(torch.ones(2, *SHAPE), T, tokens(m)).shape == (2, *SHAPE),
+    "q_mean_variance": None,
+    "differentiable_decode_first_stage": None,
     "p_mean_variance": lambda m: (
         len(m.p_mean_variance(torch.ones(2, *SHAPE), tokens(m), T, clip_denoised=True, return_x0=True)) == 4
     ),
@@ -251,6 +281,25 @@ def test_the_posterior_is_the_published_one(t):
         assert_golden(mean, tensors[f"t{t}.clip{clip:d}.mean"], case)
         torch.testing.assert_close(variance, tensors[f"t{t}.var"])
         torch.testing.assert_close(log_variance, tensors[f"t{t}.logvar"])
+
+
+def test_the_forward_process_has_the_moments_of_its_draws():
+    model, x, t = golden_model(), torch.full((4000, *SHAPE), 0.5), torch.full((4000,), 600)
+    mean, variance, log_variance = model.q_mean_variance(x, t)
+    drawn = model.q_sample(x, t, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(drawn.mean(), mean.mean(), rtol=0, atol=0.01)
+    torch.testing.assert_close(drawn.var(), variance.mean(), rtol=0.01, atol=0)
+    assert variance.shape == (4000, 1, 1, 1) and mean.shape == x.shape
+    torch.testing.assert_close(log_variance.exp(), variance)
+
+
+def test_gradients_pass_through_the_decoder_where_they_are_asked_for(model):
+    z = torch.ones(1, *SHAPE, requires_grad=True)
+    images = model.differentiable_decode_first_stage(z)
+    assert torch.equal(images, model.decode_first_stage(z)) and not model.decode_first_stage(z).requires_grad
+    assert torch.autograd.grad(images.sum(), z)[0].abs().sum() > 0
+    with pytest.raises(ValueError, match="predict_cids"):
+        model.differentiable_decode_first_stage(z, predict_cids=True)
 
 
 def test_a_loop_is_its_steps():

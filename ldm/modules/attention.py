@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.compatibility import Normalize  # noqa: F401  (published name of this module)
 from ldm.modules.context import Context, ProjectedContext
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
 from ldm.modules.token_merging import Merging
@@ -76,6 +77,9 @@ class CrossAttention(nn.Module):
             k, v = self.keys_values(x if context is None else context)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, dim_head)
         return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+MemoryEfficientCrossAttention = CrossAttention  # published as another kernel for the same result
 
 
 class BasicTransformerBlock(nn.Module):

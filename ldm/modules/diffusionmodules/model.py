@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.compatibility import Normalize, nonlinearity  # noqa: F401  (published names of this module)
+
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "none")  # the second names another kernel for the same result
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.compatibility import AbstractEncoder
 from ldm.modules.diffusionmodules.upscaling import CLIPEmbeddingNoiseAugmentation
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder, FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPImageEmbedder
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = [
+    "AbstractEncoder",
     "BERTEmbedder",
     "CLIPEmbeddingNoiseAugmentation",
     "ClassEmbedder",

@@ -100,9 +100,17 @@ class LatentDiffusion(DDPM, PublishedMethods):
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Latents (B, C, h, w) -> pictures (B, 3, f*h, f*w), about [-1, 1], not clamped."""
-        z = z / self.scale_factor
-        return (
-            self.first_stage_model.decode(z, force_not_quantize=True)
-            if force_not_quantize
-            else self.first_stage_model.decode(z)
-        )
+        return self.differentiable_decode_first_stage(z, force_not_quantize=force_not_quantize)
+
+
+class Layout2ImgDiffusion(LatentDiffusion):
+    """`LatentDiffusion` under the name that configs of models of bounding boxes may give.
+
+    Raises:
+        ValueError: the condition in a batch is not boxes.
+    """
+
+    def __init__(self, cond_stage_key: str = "coordinates_bbox", **rest: Any):
+        if cond_stage_key != "coordinates_bbox":
+            raise ValueError(f"cond_stage_key must be coordinates_bbox; got {cond_stage_key!r}")
+        super().__init__(cond_stage_key=cond_stage_key, **rest)

@@ -22,6 +22,7 @@ from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.sampler import refuse
 from ldm.models.diffusion.schedule import Node
+from ldm.modules.diffusionmodules.process import at
 
 Clean = Callable[[Tensor], Tensor]  # a change of the predicted clean latents, (B, C, H, W)
 
@@ -48,6 +49,22 @@ class Posterior:
 
 class PublishedMethods:
     """A part of `LatentDiffusion`."""
+
+    # Without the network
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (B, C, H, W), variance and log-variance (B, 1, 1, 1) of q(x_t | x_0); t is (B,)."""
+        mean = at(self.sqrt_alphas_cumprod, t, x_start) * x_start
+        variance = at(1 - self.alphas_cumprod, t, x_start)
+        return mean, variance, at(self.log_one_minus_alphas_cumprod, t, x_start)
+
+    def differentiable_decode_first_stage(
+        self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> Tensor:
+        """`decode_first_stage` with gradients: latents (B, C, h, w) -> images (B, 3, f*h, f*w)."""
+        refuse(predict_cids=predict_cids)
+        quantized = {"force_not_quantize": True} if force_not_quantize else {}  # which a KL first stage does not take
+        return self.first_stage_model.decode(z / self.scale_factor, **quantized)
 
     # One step
 
