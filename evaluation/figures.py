@@ -1,205 +1,192 @@
-"""The paper's figures, one command each, for any model; the one that ships needs no flag.
+"""Draw the paper's figures, for any model. The default model needs no download.
 
     python evaluation/figures.py evolution --out docs/figures
     python evaluation/figures.py all --out docs/figures
 
-Each writes KIND.svg, KIND.png and KIND.json into that folder; the JSON has the caption and the numbers that are drawn.
-`pareto` writes pareto.md, too. The pictures are of the first --count lines of --prompts.
+Each figure is saved as KIND.svg, KIND.png and KIND.json; the JSON file has the caption and the numbers that are drawn.
+The images are sampled with the first --count lines of --prompts. `pareto` also saves pareto.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ldm.cli.arguments import EMOJI64, SAMPLERS, count, finite, model_arguments, seed_argument, step_count
 from ldm.cli.parser import Parser, command
-from ldm.cli.setup import check_outdir
-from ldm.io.errors import BadInput, blame
+from ldm.cli.setup import check_outdir, make_setup
+from ldm.io.errors import BadInput, flags_named
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
-PLANS = ("off", "faster-diffusion", "uniform:6", "pro", "deepcache:3")
+ROWS = Path(__file__).with_name("plots") / "pareto.yaml"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of figure: `make` of the module evaluation.plots.NAME.
+    """A kind of figure: the function `make` of the module evaluation.plots.NAME.
 
     summary: for the help.
-    count:   pictures by default; None = that is no choice.
-    steps:   whether it has a number of steps; the others have one with each sampler.
-    more:    adds the arguments that only this kind has.
+    count:   default number of images; None = the figure has one image, or none.
+    options: the other keyword arguments of `make`, with their defaults; each has its flag in `OPTIONS`.
+    keeps:   `make` also gets `cache`, a folder beside the figure for intermediate results.
     """
 
     summary: str
     count: int | None
-    more: Callable[[argparse.ArgumentParser], None] = lambda p: None
-    steps: bool = True
+    options: Mapping[str, Any] = field(default_factory=lambda: {"steps": 50})
+    keeps: bool = False
+
+
+KINDS = {
+    "evolution": Kind("change of each block's features from step to step (eq. 2, figure 3a)", 8),
+    "norms": Kind("size of each block's features, and its deviation during a run (figures 3b, 3c)", 8),
+    "maps": Kind("feature maps as colours, by block and step (figures 2, 10)", None),
+    "variants": Kind("propagation of encoder, decoder, both or neither (figure 16)", 4),
+    "fewer-steps": Kind(
+        "fewer steps, with and without propagation and prior noise (figures 7, 13, 14)",
+        4,
+        {"steps": 50, "step_counts": (50, 25, 20, 10, 5)},
+    ),
+    "placement": Kind("number and placement of the key timesteps (table 5, figure 9)", 16),
+    "pareto": Kind(
+        "error against both costs, for plans and for fewer steps",
+        16,
+        {"steps": 50, "rows": str(ROWS), "data": None},
+        keeps=True,
+    ),
+    "samplers": Kind(
+        "plain and accelerated images of several samplers (figures 18 to 24)",
+        5,
+        {"samplers": (("ddim", 50), ("plms", 50), ("dpm-solver++", 20), ("unipc", 20))},
+    ),
+    "prior-noise": Kind("prior noise, and the frequencies of the images (figure 6)", 8),
+    "timeline": Kind(
+        "which parts of the UNet run at which step",
+        None,
+        {"steps": 50, "plans": ("off", "faster-diffusion", "uniform:6", "pro", "deepcache:3")},
+    ),
+    "times": Kind(
+        "seconds per image of plain, serial and parallel runs (figure 5)",
+        4,
+        {"samplers": (("ddim", 50), ("dpm-solver", 20), ("dpm-solver++", 20)), "repeats": 5},
+    ),
+}
 
 
 def sampler_and_steps(text: str) -> tuple[str, int]:
+    """An argparse type: SAMPLER:STEPS."""
     name, colon, steps = text.rpartition(":")
     if not colon or name not in SAMPLERS.split(", "):
         raise argparse.ArgumentTypeError(f"expected SAMPLER:STEPS, the sampler one of {SAMPLERS}; got {text!r}")
     return name, step_count(steps)
 
 
-def samplers_argument(p: argparse.ArgumentParser, default: Sequence[str]) -> None:
-    p.add_argument(
-        "--samplers",
-        nargs="+",
-        type=sampler_and_steps,
-        metavar="SAMPLER:STEPS",
-        default=[sampler_and_steps(text) for text in default],
-        help=f"what to sample with (default: {' '.join(default)})",
-    )
-
-
-def gallery(p: argparse.ArgumentParser) -> None:
-    samplers_argument(p, ("ddim:50", "plms:50", "dpm-solver++:20", "unipc:20"))
-
-
-def timing(p: argparse.ArgumentParser) -> None:
-    samplers_argument(p, ("ddim:50", "dpm-solver:20", "dpm-solver++:20"))
-    p.add_argument(
-        "--repeats", type=count, default=5, metavar="N", help="timed runs of each method (default: %(default)s)"
-    )
-
-
-def step_counts(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--step-counts",
-        nargs="+",
-        type=step_count,
-        default=[50, 25, 20, 10, 5],
-        metavar="N",
-        help="(default: 50 25 20 10 5)",
-    )
-
-
-def plans(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--plans",
-        nargs="+",
-        default=PLANS,
-        metavar="PLAN",
-        help=f"as --plan of the sampling scripts (default: {' '.join(PLANS)})",
-    )
-
-
-def rows_and_data(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--rows",
-        default=str(Path(__file__).with_name("plots") / "pareto.yaml"),
-        metavar="YAML",
-        help="the ways to make pictures; those in pareto.json are kept (default: evaluation/plots/pareto.yaml)",
-    )
-    p.add_argument(
-        "--data",
-        metavar="DIR",
-        help="dataset of scripts/prepare_emoji.py, whose captions are taken instead of --prompts, and with "
-        "whose pictures those made are compared (default: none, distances from the plain run only)",
-    )
-
-
-KINDS = {
-    "evolution": Kind("change of each block's features from step to step (eq. 2, figure 3a)", 8),
-    "norms": Kind("size of each block's features and its deviation over a run (figures 3b, 3c)", 8),
-    "maps": Kind("feature maps as colours, by block and step (figures 2, 10)", None),
-    "variants": Kind("encoder, decoder, both or neither propagated (figure 16)", 4),
-    "fewer-steps": Kind("fewer steps, with and without propagation and noise (figures 7, 13, 14)", 4, step_counts),
-    "placement": Kind("number and placement of the key steps (table 5, figure 9)", 16),
-    "pareto": Kind("quality against both costs, for plans and for fewer steps", 16, rows_and_data),
-    "samplers": Kind("plain and accelerated pictures of several samplers (figures 18 to 24)", 5, gallery, steps=False),
-    "prior-noise": Kind("prior noise and the frequencies of the pictures (figure 6)", 8),
-    "timeline": Kind("which parts of the UNet run at which step", None, plans),
-    "times": Kind("seconds per picture, plain, serial and parallel (figure 5)", 4, timing, steps=False),
+# The arguments of the flag of each option.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "steps": {
+        "type": step_count,
+        "metavar": "N",
+        "help": "sampling steps; for fewer-steps and pareto: of the run that the others are compared with "
+        "(default: %(default)s)",
+    },
+    "step_counts": {"nargs": "+", "type": step_count, "metavar": "N", "help": "numbers of steps (default: {shown})"},
+    "samplers": {
+        "nargs": "+",
+        "type": sampler_and_steps,
+        "metavar": "SAMPLER:STEPS",
+        "help": "samplers and their numbers of steps (default: {shown})",
+    },
+    "repeats": {"type": count, "metavar": "N", "help": "timed runs of each method (default: %(default)s)"},
+    "plans": {"nargs": "+", "metavar": "PLAN", "help": "plans, as --plan of txt2img.py (default: {shown})"},
+    "rows": {"metavar": "YAML", "help": "the methods to compare (default: evaluation/plots/pareto.yaml)"},
+    "data": {
+        "metavar": "DIR",
+        "help": "dataset of scripts/prepare_emoji.py: its captions replace --prompts, and the sampled images are also "
+        "compared with its images (default: none; the images are compared with those of the plain run only)",
+    },
 }
 
 
-def shared_arguments(p: argparse.ArgumentParser, steps: bool = True) -> None:
+def add_option(p: argparse.ArgumentParser, name: str, default: Any) -> None:
+    """The flag of one of the OPTIONS."""
+    settings = OPTIONS[name]
+    values = default if isinstance(default, tuple) else ()
+    shown = " ".join(":".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values)
+    help = settings["help"].replace("{shown}", shown)
+    p.add_argument(f"--{name.replace('_', '-')}", default=default, **{**settings, "help": help})
+
+
+def shared_arguments(p: argparse.ArgumentParser) -> None:
+    """The arguments of every kind of figure."""
     p.add_argument(
         "--out",
         default="outputs/figures",
         metavar="DIR",
-        help="gets KIND.svg, KIND.png and KIND.json (default: %(default)s)",
+        help="folder for KIND.svg, KIND.png and KIND.json (default: %(default)s)",
     )
     p.add_argument(
         "--prompts",
         default=str(PROMPTS),
         metavar="FILE",
-        help="texts, one per line (default: those of emoji64); models without texts take classes or nothing",
+        help="prompts, one per line, for a model with a text encoder (default: the prompts of emoji64)",
     )
-    if steps:
-        p.add_argument(
-            "--steps",
-            type=step_count,
-            default=50,
-            metavar="N",
-            help="sampling steps; of `fewer-steps` and `pareto` those of the run that others are compared "
-            "with (default: %(default)s)",
-        )
     p.add_argument("--scale", type=finite, help="guidance scale, 1 = none (default: the model's, or 7.5)")
     seed_argument(p)
     model_arguments(p, EMOJI64)
-    p.set_defaults(outdir=".")
+    p.set_defaults(outdir=None)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     p = Parser(prog="figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=Parser)
     for name, kind in KINDS.items():
         one = kinds.add_parser(name, help=kind.summary, description=kind.summary)
-        if kind.count is None:
-            one.set_defaults(count=1)
-        else:
+        if kind.count is not None:
             one.add_argument(
-                "--count", type=count, default=kind.count, metavar="N", help="pictures (default: %(default)s)"
+                "--count", type=count, default=kind.count, metavar="N", help="number of images (default: %(default)s)"
             )
-        shared_arguments(one, kind.steps)
-        kind.more(one)
-    every = kinds.add_parser("all", help="all of these, with their defaults")
-    every.add_argument("--count", type=count, metavar="N", help="pictures (default: as many as each kind has)")
-    every.add_argument("--without", nargs="+", choices=[*KINDS], default=[], metavar="KIND", help="leave these out")
+        shared_arguments(one)
+        for option, default in kind.options.items():
+            add_option(one, option, default)
+    every = kinds.add_parser("all", help="all kinds of figures, with their defaults")
+    every.add_argument("--count", type=count, metavar="N", help="number of images (default: that of each kind)")
+    every.add_argument("--without", nargs="+", choices=[*KINDS], default=[], metavar="KIND", help="kinds to leave out")
     shared_arguments(every)
+    add_option(every, "steps", 50)
     return p
 
 
-def draw(args: argparse.Namespace) -> None:
-    """Make one figure and say where it is."""
-    from evaluation.plots.scene import Scene, in_words
-    from ldm.models.diffusion.loop import NonFiniteLatents
-
-    stem = Path(args.out) / args.kind
-    check_outdir(stem.parent, "--out")
-    args = argparse.Namespace(**{**vars(args), "out": str(stem)})
-    scene = Scene.of(args)
-    try:
-        from evaluation.plots.drawing import house_style
-    except ImportError as error:
-        raise BadInput(f'packages: figures need {error.name}; pip install -e ".[eval]"') from error
-    module = import_module(f"evaluation.plots.{args.kind.replace('-', '_')}")
-    with house_style():
-        with blame("--ckpt", (NonFiniteLatents,)):
-            drawing = module.make(scene, args)
-        settings = scene.settings(drawing.pictured)
-        print(", ".join(drawing.save(args.out, in_words(settings), settings)))
+def chosen(args: argparse.Namespace) -> dict[str, Kind]:
+    """The kinds of figures to draw, by name."""
+    if args.kind != "all":
+        return {args.kind: KINDS[args.kind]}
+    return {name: kind for name, kind in KINDS.items() if name not in args.without}
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.kind != "all":
-        return draw(args)
-    for name, kind in KINDS.items():
-        if name not in args.without:
-            own: dict[str, Any] = {"kind": name}
-            if kind.count is None or args.count is None:
-                own["count"] = kind.count or 1
-            draw(argparse.Namespace(**vars(parser().parse_args([name])) | vars(args) | own))
+    try:
+        from evaluation.plots.figure import Experiment, make_figure
+    except ImportError as error:
+        raise BadInput(f'packages: figures need {error.name}; pip install -e ".[eval]"') from error
+    from ldm.cli.inputs import prompts_in
+    from ldm.cli.settings import uses_autocast
+
+    out = Path(args.out)
+    check_outdir(out, "--out")
+    setup = make_setup(args, EMOJI64)
+    autocast, prompts = uses_autocast(args, setup.device), prompts_in(args.prompts, "--prompts")
+    for name, kind in chosen(args).items():
+        number = 1 if kind.count is None else args.count or kind.count
+        experiment = Experiment(setup, args.weights, autocast, prompts, number, args.seed, args.scale)
+        options = {option: getattr(args, option, default) for option, default in kind.options.items()}
+        if kind.keeps:
+            options["cache"] = out / f"{name}-rows"
+        with flags_named({"packages": "packages"}):
+            print(", ".join(make_figure(name, experiment, out, options)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

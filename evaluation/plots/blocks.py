@@ -1,7 +1,7 @@
-"""What the blocks of a UNet put out along a plain run, and how much that changes from step to step.
+"""The outputs of a UNet's blocks during a plain run, and how much they change from step to step.
 
-A block is all of one resolution, as in the paper: E8 is the encoder's at resolution 8 with the layer that leaves for
-the next one, B the middle block, D8 the decoder's at resolution 8.
+As in the paper, a block is all layers of one resolution: E8 is the encoder's block at resolution 8, including the layer
+that leads to the next resolution; B is the middle block; D8 is the decoder's block at resolution 8.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Outputs = dict[str, Tensor]  # name -> (B, C, h, w), in the order of the computa
 
 
 def plain_outputs(model: Denoiser, rule: Rule, x: Tensor) -> Iterator[Outputs]:
-    """The blocks' outputs at every node of the plain run from x, (B, C, H, W).
+    """Yield the blocks' outputs at every node of the plain run that starts from x, (B, C, H, W).
 
-    With guidance they are those of the conditional prediction, which are the last half of its batch.
+    With guidance, they are those of the conditional prediction, which is the second half of the batch.
     """
     nodes = rule.nodes
     plain = Plan(len(nodes), tuple(range(len(nodes))))
@@ -36,7 +36,7 @@ def plain_outputs(model: Denoiser, rule: Rule, x: Tensor) -> Iterator[Outputs]:
 
 @torch.no_grad()
 def block_outputs(model: Denoiser, x: Tensor, t: float) -> Outputs:
-    """Of one prediction, for the batch that the denoiser makes of x."""
+    """The blocks' outputs of one prediction from x, (B, C, H, W), for the batch that the denoiser makes of it."""
     features = model.encode(x, t)
     sizes = [skip.shape[-1] for skip in features.skips]
     outputs = {f"E{size}": features.skips[i] for i, size in encoder_ends(sizes)}
@@ -48,35 +48,34 @@ def block_outputs(model: Denoiser, x: Tensor, t: float) -> Outputs:
 
 
 def encoder_ends(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Index of the skip that leaves each resolution, with that resolution; `sizes` are the skips'."""
+    """Index of the last skip feature of each resolution, and that resolution; `sizes`: of all skip features."""
     down = [(i + 1, a) for i, (a, b) in enumerate(pairwise(sizes)) if a != b]
     return [*down, (len(sizes) - 1, sizes[-1])]
 
 
 def decoder_ends(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """How many output blocks remain when the decoder has done each resolution, innermost first."""
+    """Number of output blocks that remain after the decoder has finished each resolution, innermost first."""
     outer = [(i + 1, b) for i, (a, b) in enumerate(pairwise(sizes)) if a != b]
     return [*reversed(outer), (0, sizes[0])]
 
 
 def change(now: Tensor, before: Tensor) -> np.ndarray:
-    """Mean squared difference of two outputs (B, C, h, w) for each picture, (B,). Source: the paper's eq. 2."""
+    """Mean squared difference of two outputs (B, C, h, w) for each image, (B,). Source: the paper's eq. 2."""
     return (now - before).double().square().flatten(1).mean(1).cpu().numpy()
 
 
 def frobenius(output: Tensor) -> np.ndarray:
-    """Frobenius norm of the mean over the channels of (B, C, h, w), for each picture, (B,)."""
+    """Frobenius norm of the mean over the channels of (B, C, h, w), for each image, (B,)."""
     return output.double().mean(1).flatten(1).norm(dim=1).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Evolution:
-    """Of every block along a run, by name.
+    """How the outputs of every block, by name, develop during a run.
 
     norm:     `frobenius` at every node, (nodes, B).
-    absolute: `change` at every node but the first, as in eq. 2, which grows with the size of a block's output,
-              (nodes - 1, B).
-    relative: the same over the output's mean square.
+    absolute: `change` at every node but the first, (nodes - 1, B), as in eq. 2; it grows with the output's size.
+    relative: the same, divided by the output's mean square.
     """
 
     norm: dict[str, np.ndarray]
@@ -85,10 +84,10 @@ class Evolution:
 
 
 def evolution(run: Iterator[Outputs]) -> Evolution:
-    """What the blocks' outputs do from node to node of a run; no more than two nodes' are kept at a time.
+    """Norms and changes of the blocks' outputs; no more than two nodes' outputs are in memory at a time.
 
     Raises:
-        ValueError: a run of one node, in which nothing changes.
+        ValueError: a run of one node.
     """
     norm, absolute, relative = ({} for _ in range(3))
     before: Outputs = {}

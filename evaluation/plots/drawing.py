@@ -1,11 +1,13 @@
-"""How figures look, and how they are written: vector, PNG, and the numbers behind them."""
+"""How figures look, and how they are saved: SVG, PNG, and JSON with the numbers."""
 
 from __future__ import annotations
 
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,10 +19,9 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from ldm.io.errors import blame
 from ldm.io.files import atomic_write
 
-# Okabe and Ito's colours, told apart by the colour-blind; the markers and lines tell them apart without colour.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; without colour, markers and lines differ.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vP*X"
 DPI = 130
@@ -35,43 +36,51 @@ STYLE = {
     "lines.linewidth": 1.2,
     "svg.hashsalt": "figure",
 }  # without the salt, two files of the same figure differ
-CELL = 0.95  # inches, of a small picture
+CELL = 0.95  # inches, of a small image
 
 
 @dataclass(frozen=True)
 class Drawing:
     """A finished figure.
 
-    notes:    what its caption says beside the model, the pictures and the seed.
+    caption:  its caption without the end, which names the model, the images and the seed.
     values:   the numbers that are drawn, as JSON values.
-    pictured: pictures were made for it.
-    of:       what it depends on beside its scene, as JSON values.
-    table:    the numbers as a Markdown table, for a figure that is read as one, too.
+    sampled:  images were sampled for it.
+    settings: what it depends on, beside its experiment, as JSON values.
+    table:    the numbers as a Markdown table, for a figure that has one.
     """
 
     figure: Figure
-    notes: str
+    caption: str
     values: Mapping[str, Any]
-    pictured: bool = True
-    of: Mapping[str, Any] = field(default_factory=dict)
+    sampled: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
     table: str = ""
 
-    def save(self, out: str, caption: str, settings: Mapping[str, Any]) -> list[str]:
-        """Write out.svg, out.png, out.json and, with a table, out.md; their names.
+    def save(self, out: Path, caption: str, settings: Mapping[str, Any]) -> list[str]:
+        """Write out.svg, out.png, out.json and, if there is a table, out.md.
+
+        Args:
+            out: the files' path without a suffix.
+            caption: the end of the caption.
+            settings: of the experiment, as JSON values.
+
+        Returns:
+            The files' names.
 
         Raises:
-            BadInput: they can't be written.
+            OSError: they can't be written.
         """
         width = int(self.figure.get_size_inches()[0] * 19)  # characters of this size in the figure's width
-        caption = f"{self.notes} {caption}"
+        caption = f"{self.caption} {caption}"
         self.figure.supxlabel(textwrap.fill(caption, width), fontsize=6.5, color="#333333")
         no_maths(self.figure)
         keep_apart(self.figure.findobj(Annotation))
-        record = {"caption": caption, **settings, **self.of, "values": self.values}
+        record = {"caption": caption, **settings, **self.settings, "values": self.values}
         texts = {"json": json.dumps(record, indent=1, default=_rounded)} | (
             {"md": f"{caption}\n\n{self.table}"} if self.table else {}
         )
-        with blame("--out", (OSError,)), matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE):
             for suffix in ("svg", "png"):
                 with atomic_write(f"{out}.{suffix}") as part:
                     self.figure.savefig(part, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None)
@@ -82,16 +91,16 @@ class Drawing:
 
 
 def _rounded(values: np.ndarray | Tensor | np.generic) -> Any:
-    """Four digits, which is more than a figure shows; what is not finite has no JSON value."""
+    """Numbers of four digits, more than a figure shows; None for values that are not finite, which JSON lacks."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim:
         return [_rounded(value) for value in values]
     return float(f"{values:.4g}") if np.isfinite(values) else None
 
 
-def show_picture(axes: Axes, picture: Tensor) -> None:
-    """A picture, (3, H, W) in -1..1, every pixel sharp, without ticks and frame."""
-    axes.imshow(((picture.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="none")
+def show_image(axes: Axes, image: Tensor) -> None:
+    """Draw an image, (3, H, W) in [-1, 1], with sharp pixels and without ticks and frame."""
+    axes.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="none")
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -99,14 +108,14 @@ def show_picture(axes: Axes, picture: Tensor) -> None:
         spine.set_visible(False)
 
 
-def picture_rows(
+def image_grid(
     part: Figure | SubFigure, rows: Sequence[Sequence[Tensor]], columns: Sequence[str], labels: Sequence[str] = ()
 ) -> None:
-    """A grid of pictures (see `show_picture`) with a label above each column and, if given, left of each row."""
+    """Draw rows of images (see `show_image`) with a label above each column and, if given, left of each row."""
     grid = part.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
-    for line, pictures in zip(grid, rows, strict=True):
-        for axes, picture in zip(line, pictures, strict=True):
-            show_picture(axes, picture)
+    for line, images in zip(grid, rows, strict=True):
+        for axes, image in zip(line, images, strict=True):
+            show_image(axes, image)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column, fontsize=7)
     for axes, label in zip(grid[:, 0], labels, strict=bool(labels)):
@@ -115,18 +124,18 @@ def picture_rows(
 
 
 def no_maths(figure: Figure) -> None:
-    """Show every text as it stands, prompts with dollar signs too; but numbers at an axis may be powers."""
+    """Print every text as it is, also prompts with dollar signs; only numbers at an axis may be formulas (powers)."""
     numbers = {text for tick in figure.findobj(Tick) for text in tick.findobj(Text)}
     for text in {*figure.findobj(Text)} - numbers:
         text.set_parse_math(False)
 
 
 def keep_apart(notes: Sequence[Annotation]) -> None:
-    """Move notes of a finished figure up until none lies on another; their offsets must be in points."""
+    """Move the notes of a finished figure up until none overlaps another; their offsets must be in points."""
     if not notes:
         return
     figure = notes[0].get_figure(root=True)
-    figure.draw_without_rendering()  # before it nothing has its place
+    figure.draw_without_rendering()  # before this, nothing has a position
     placed: list[Bbox] = []
     boxes = {note: note.get_window_extent() for note in notes if note.get_text()}
     for note, box in sorted(boxes.items(), key=lambda pair: pair[1].y0):
@@ -138,18 +147,18 @@ def keep_apart(notes: Sequence[Annotation]) -> None:
         placed = sorted([*placed, box], key=lambda other: other.y0)
 
 
-def canvas(width: float, height: float) -> Figure:
-    """An empty figure in the house's style; sizes in inches. Call it, and what draws on it, inside `house_style`."""
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes in inches. Call it, and what draws on it, inside `style`."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def house_style() -> Any:
+def style() -> AbstractContextManager[None]:
     """The context in which figures are drawn."""
     return matplotlib.rc_context(STYLE)
 
 
 def thin_out(choices: Sequence[int], most: int) -> list[int]:
-    """At most so many of them, evenly spread, with the first and the last."""
+    """At most `most` of the choices, evenly spaced, with the first and the last."""
     if len(choices) <= most:
         return list(choices)
     return [choices[round(k * (len(choices) - 1) / (most - 1))] for k in range(most)]

@@ -1,24 +1,24 @@
-"""How large each block's output is and how much that varies over a run (the paper's figures 3b and 3c)."""
+"""The size of each block's output, and how much it varies during a run (figures 3b and 3c of the paper)."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
 from evaluation.plots.blocks import evolution, plain_outputs
-from evaluation.plots.drawing import COLOURS, Drawing, canvas
-from evaluation.plots.scene import Scene
-from ldm.io.errors import blame
+from evaluation.plots.drawing import COLOURS, Drawing, new_figure
+from evaluation.plots.experiment import Experiment
+from ldm.io.errors import fault_of
 
 
-def make(scene: Scene, args: argparse.Namespace) -> Drawing:
-    engine = scene.engine("ddim", args.steps)
-    with blame("--steps"):
-        norms = evolution(plain_outputs(*engine.plain_run(scene.items))).norm
+def make(experiment: Experiment, *, steps: int) -> Drawing:
+    """Draw the norms of every block's output over `steps` DDIM steps."""
+    engine = experiment.engine("ddim", steps)
+    with fault_of("steps"):
+        norms = evolution(plain_outputs(*engine.plain_run(experiment.items))).norm
     found = {name: values.mean(1) for name, values in norms.items()}
-    figure = canvas(9, 3.2)
+    figure = new_figure(9, 3.2)
     boxes, deviation, relative = figure.subplots(1, 3, width_ratios=[1.3, 1, 1])
     colours = [colour_of(name) for name in found]
     drawn = boxes.boxplot(
@@ -41,20 +41,21 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     relative.grid(False, axis="x")
     return Drawing(
         figure,
-        "Frobenius norm of each block's output averaged over its channels, at the "
-        f"{len(found['B'])} steps of a plain DDIM run, mean over the pictures. Boxes: quartiles "
-        "over the steps; whiskers: 1.5 times their distance. Blue: encoder; green: middle; orange: "
+        "Frobenius norm of the mean over channels of each block's output, mean over the images, at the "
+        f"{len(found['B'])} steps of a plain DDIM run. Boxes: quartiles "
+        "over the steps; whiskers: 1.5 times the interquartile range. Blue: encoder; green: middle; orange: "
         "decoder.",
         {name: {"norm": values, "deviation": values.std(), "percent": shares[name]} for name, values in found.items()},
     )
 
 
 def colour_of(name: str) -> str:
+    """The colour of a block: by its part of the UNet (E, B or D)."""
     return {"E": COLOURS[0], "B": COLOURS[2], "D": COLOURS[4]}[name[0]]
 
 
 def points(axes: Axes, heights: Mapping[str, float]) -> None:
-    """On a logarithmic axis, for values of several orders of magnitude; there a bar would have no foot."""
+    """Draw the heights as points on a logarithmic axis, on which a bar would have no lower end."""
     for name, height in heights.items():
         axes.plot(name, height, "o", color=colour_of(name), markeredgecolor="black", markeredgewidth=0.6)
         axes.annotate(

@@ -1,19 +1,22 @@
-"""Where the key steps are, and how many: the strategies of table 5 (figure 9), and calibrated ones."""
+"""Number and placement of the key timesteps: the strategies of table 5 and figure 9, and calibrated ones."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-from evaluation.plots.drawing import CELL, COLOURS, Drawing, canvas, picture_rows
-from evaluation.plots.scene import Scene, uncalibrated
+from evaluation.plots.drawing import CELL, COLOURS, Drawing, image_grid, new_figure
+from evaluation.plots.experiment import Experiment, uncalibrated
 from ldm.io.images import psnr
 from ldm.models.diffusion.propagation.plan import AnyPlan
+from ldm.sampling.engine import Engine
+
+Points = dict[str, dict[str, Any]]  # plan -> the values of its point, see `errors`
 
 STRATEGIES = {
     "uniform-1": "uniform I",
@@ -26,7 +29,7 @@ STRATEGIES = {
 }  # by plan, as table 5 calls them
 UNIFORM = ("uniform:2", "uniform:3", "uniform:4", "uniform:6", "uniform:8", "uniform:12")
 CALIBRATED = ("auto:5", "auto:7", "auto:9", "auto:13", "auto:18", "auto:25")
-# What is drawn as one series: plans, what the decoder gets between key steps, colour and mark.
+# Label of each series -> plans, propagation, colour and marker.
 SERIES = {
     "every n-th step, held": (UNIFORM, "hold", COLOURS[0], "o-"),
     "every n-th step, quadratic": (UNIFORM, "quadratic", COLOURS[0], "o--"),
@@ -34,31 +37,17 @@ SERIES = {
     "calibrated (auto), quadratic": (CALIBRATED, "quadratic", COLOURS[2], "s--"),
     "table 5, held": ((*STRATEGIES,), "hold", COLOURS[1], "D"),
 }
-SHOWN = 3  # pictures beside the curves
+SHOWN = 3  # images beside the curves
 
 
-def make(scene: Scene, args: argparse.Namespace) -> Drawing:
-    plain = scene.latents(engine := scene.engine("ddim", args.steps))
-    pictures = scene.decode(engine, plain)
-    found: dict[str, dict[str, dict[str, Any]]] = {label: {} for label in SERIES}
-    rows = {"plain": list(pictures[:SHOWN])}
-    plans, remark = plans_of(scene, args.steps)
-    for label, some in plans.items():
-        for spec, plan in some.items():
-            engine = scene.engine("ddim", args.steps, plan)
-            made = scene.decode(engine, latents := scene.latents(engine))
-            error = (latents - plain).square().flatten(1).mean(1).cpu().numpy()
-            found[label][spec] = {
-                "keys": len(plan.keys),
-                "mean": error.mean(),
-                "standard_error": standard_error(error),
-                "mse": error,
-                "psnr": psnr(made, pictures).mean(),
-            }
-            if spec in STRATEGIES:
-                rows[f"{STRATEGIES[spec]}\n{found[label][spec]['psnr']:.1f} dB"] = list(made[:SHOWN])
-    figure = canvas(5.4 + CELL * 0.85 * min(SHOWN, scene.count), 0.5 + CELL * 0.72 * len(rows))
-    left, right = figure.subfigures(1, 2, width_ratios=[4.3, 1.2 + CELL * 0.85 * min(SHOWN, scene.count)])
+def make(experiment: Experiment, *, steps: int) -> Drawing:
+    """Draw the error of each plan over `steps` DDIM steps against its number of key timesteps."""
+    plans, remark = plans_of(experiment, steps)
+    engine = experiment.engine("ddim", steps)
+    found, rows = errors(experiment, engine, plans)
+    columns = min(SHOWN, experiment.count)
+    figure = new_figure(5.4 + CELL * 0.85 * columns, 0.5 + CELL * 0.72 * len(rows))
+    left, right = figure.subfigures(1, 2, width_ratios=[4.3, 1.2 + CELL * 0.85 * columns])
     axes = left.subplots()
     chart(axes, found)
     share, nodes = engine.unit.encode / engine.unit.whole, engine.plan.num_nodes
@@ -66,23 +55,53 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
         "top", functions=(lambda k: 100 * (1 - share * (1 - k / nodes)), lambda m: nodes * (1 - (1 - m / 100) / share))
     )
     above.set_xlabel("MACs of the UNet, % of the plain run")
-    picture_rows(right, [*rows.values()], [""] * min(SHOWN, scene.count), [*rows])
-    shown = "”, “".join(scene.names[:SHOWN])
+    image_grid(right, [*rows.values()], [""] * columns, [*rows])
+    shown = "”, “".join(experiment.labels[:SHOWN])
     return Drawing(
         figure,
-        f"Strategies for the key steps of {args.steps} DDIM steps, without prior noise; labels are "
+        f"Strategies for the key timesteps of {steps} DDIM steps, without prior noise; labels are "
         "those of the paper's table 5 (u: uniform, n: non-uniform); n IV is its own. Between key "
-        "steps features are held, or those of the last three extrapolated (quadratic). Marks: mean "
-        f"over the pictures; bars: two standard errors.{remark} Pictures: “{shown}”, with the mean "
-        "PSNR to the plain run over all.",
+        "timesteps the features are held, or extrapolated from the last three (quadratic). Markers: mean "
+        f"over the images; bars: two standard errors.{remark} Images: “{shown}”, with the mean "
+        "PSNR to the plain run over all images.",
         found,
     )
 
 
-def plans_of(scene: Scene, steps: int) -> tuple[dict[str, dict[str, AnyPlan]], str]:
-    """The plans of each series by name, and a remark if some can't be made for want of a calibration."""
+def errors(
+    experiment: Experiment, engine: Engine, plans: Mapping[str, Mapping[str, AnyPlan]]
+) -> tuple[dict[str, Points], dict[str, list[Tensor]]]:
+    """The distance of each plan from the plain run, by series and plan; and rows of images for the strategies.
+
+    Args:
+        engine: of the plain run.
+        plans: by series and name.
+    """
+    plain = experiment.latents(engine)
+    plain_images = experiment.decode(engine, plain)
+    found: dict[str, Points] = {label: {} for label in SERIES}
+    rows = {"plain": list(plain_images[:SHOWN])}
+    for label, some in plans.items():
+        for spec, plan in some.items():
+            engine = experiment.engine("ddim", engine.recipe.steps, plan)
+            images = experiment.decode(engine, latents := experiment.latents(engine))
+            error = (latents - plain).square().flatten(1).mean(1).cpu().numpy()
+            found[label][spec] = {
+                "keys": len(plan.keys),
+                "mean": error.mean(),
+                "standard_error": standard_error(error),
+                "mse": error,
+                "psnr": psnr(images, plain_images).mean(),
+            }
+            if spec in STRATEGIES:
+                rows[f"{STRATEGIES[spec]}\n{found[label][spec]['psnr']:.1f} dB"] = list(images[:SHOWN])
+    return found, rows
+
+
+def plans_of(experiment: Experiment, steps: int) -> tuple[dict[str, dict[str, AnyPlan]], str]:
+    """The plans of each series by name, and a sentence for the caption if some need a calibration that is not there."""
     plans = {
-        label: {spec: scene.plan_if_calibrated(spec, "ddim", steps, propagate) for spec in specs}
+        label: {spec: experiment.plan_if_calibrated(spec, "ddim", steps, propagate) for spec in specs}
         for label, (specs, propagate, *_) in SERIES.items()
     }
     there = {label: {spec: plan for spec, plan in some.items() if plan is not None} for label, some in plans.items()}
@@ -90,18 +109,18 @@ def plans_of(scene: Scene, steps: int) -> tuple[dict[str, dict[str, AnyPlan]], s
 
 
 def standard_error(values: np.ndarray) -> np.floating:
-    """Of the mean of (N,); of one value nothing is known, which is drawn as 0."""
+    """The standard error of the mean of (N,) values; 0 for a single value, whose error is unknown."""
     return values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.float64(0)
 
 
-def chart(axes: Axes, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Error against the number of key steps, one curve for each series (see `make`) that has points."""
+def chart(axes: Axes, found: Mapping[str, Points]) -> None:
+    """Draw the error against the number of key timesteps, a curve for each series that has points."""
     for label, (_, propagate, colour, marker) in SERIES.items():
         points = sorted(found[label].values(), key=lambda point: point["keys"])
         if not points:
             continue
         means, errors = (np.array([point[name] for point in points]) for name in ("mean", "standard_error"))
-        lower = np.minimum(2 * errors, 0.9 * means)  # the axis has no place for 0
+        lower = np.minimum(2 * errors, 0.9 * means)  # a logarithmic axis has no 0
         axes.errorbar(
             [point["keys"] for point in points],
             means,
@@ -125,6 +144,6 @@ def chart(axes: Axes, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> N
             textcoords="offset points",
             fontsize=7,
         )
-    axes.set_xlabel("key steps")
+    axes.set_xlabel("key timesteps")
     axes.set_ylabel("latents' mean squared error to the plain run")
     axes.legend()

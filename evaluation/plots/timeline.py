@@ -1,31 +1,31 @@
-"""Timelines of plans: which parts of the UNet run at which step, and which steps run together."""
+"""Timelines of plans: which parts of the UNet run at which step, and which steps can run in one batch."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from evaluation.plots.drawing import COLOURS, Drawing, canvas
-from evaluation.plots.scene import Scene
-from ldm.io.errors import blame
+from evaluation.plots.drawing import COLOURS, Drawing, new_figure
+from evaluation.plots.experiment import Experiment
+from ldm.io.errors import fault_of
 from ldm.models.diffusion.propagation.plan import Plan, Work
 
 ENCODER, DECODER, IDLE = COLOURS[0], COLOURS[4], "#ECECEC"
-BLOCKS = 12  # on each side, as Stable Diffusion has; a shallow step's bar is as high as its share of them
-HEIGHT = 0.4  # of one side's bar; the rows of plans are 1 apart
+BLOCKS = 12  # of encoder and of decoder in Stable Diffusion; the bar of a shallow step is as high as its share of them
+HEIGHT = 0.4  # of a bar; the rows of plans are 1 apart
 
 
-def make(scene: Scene, args: argparse.Namespace) -> Drawing:
-    with blame("--plans"):
-        plans = {spec: scene.plan(spec, "ddim", args.steps) for spec in args.plans}
-        if decided_later := [spec for spec, plan in plans.items() if not isinstance(plan, Plan)]:
-            raise ValueError(f"{', '.join(decided_later)} decides during the run; expected plans that are known ahead")
-    figure = canvas(9, 0.9 + 0.45 * len(plans))
-    draw(figure.subplots(), plans)
+def make(experiment: Experiment, *, steps: int, plans: Sequence[str]) -> Drawing:
+    """Draw the plans, see `load_plan`, for `steps` DDIM steps."""
+    with fault_of("plans"):
+        loaded = {spec: experiment.plan(spec, "ddim", steps) for spec in plans}
+        if online := [spec for spec, plan in loaded.items() if not isinstance(plan, Plan)]:
+            raise ValueError(f"{', '.join(online)} decides during the run; expected plans that are known before")
+    figure = new_figure(9, 0.9 + 0.45 * len(loaded))
+    draw(figure.subplots(), loaded)
     figure.legend(
         handles=[
             Patch(color=ENCODER, label="encoder and middle"),
@@ -37,18 +37,15 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
     )
     return Drawing(
         figure,
-        f"Which parts of the UNet run at which of {args.steps} DDIM steps; the steps in a frame "
-        "wait for nothing but their key step and can run together. Drawn from the plans.",
-        {spec: {"keys": plan.keys} for spec, plan in plans.items()},
-        pictured=False,
+        f"The parts of the UNet that run at each of {steps} DDIM steps. The steps in a frame depend on "
+        "their key timestep only, so they can run in one batch. Drawn from the plans.",
+        {spec: {"keys": plan.keys} for spec, plan in loaded.items()},
+        sampled=False,
     )
 
 
 def draw(axes: Axes, plans: Mapping[str, Plan]) -> None:
-    """One row for each plan: above the line what runs of the encoder, below it what runs of the decoder.
-
-    A frame is around steps that are computed together, as far as nothing but their key step is waited for.
-    """
+    """Draw a row per plan: bars of the encoder upwards, of the decoder downwards, and a frame around each batch."""
     for row, (name, plan) in enumerate(plans.items()):
         steps = range(plan.num_nodes)
         for side, colour, share in (
@@ -80,12 +77,12 @@ def draw(axes: Axes, plans: Mapping[str, Plan]) -> None:
 
 
 def shares(plan: Plan) -> list[tuple[float, float]]:
-    """What runs of encoder and decoder at each step, 0..1."""
+    """The share of the encoder and of the decoder that runs at each step, 0..1."""
     shallow = plan.branch / BLOCKS
     of = {Work.FULL: (1.0, 1.0), Work.DECODER: (plan.refresh / BLOCKS, 1.0), Work.SHALLOW: (shallow, shallow)}
     return [of[work] for work in plan.works()]
 
 
 def together(plan: Plan) -> list[tuple[int, int]]:
-    """First step and end of each run of steps that wait for nothing but their key step."""
+    """First step and end of each group of steps that depend on their key timestep only."""
     return [(batch.nodes.start, batch.nodes.stop) for batch in replace(plan, parallel=plan.num_nodes).batches()]

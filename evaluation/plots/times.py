@@ -1,27 +1,29 @@
-"""Sampling time as bars: plain, serial and parallel encoder propagation, measured in the same run (figure 5)."""
+"""Sampling time of plain sampling and of serial and parallel encoder propagation (figure 5 of the paper)."""
 
 from __future__ import annotations
 
-import argparse
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from evaluation.plots.drawing import COLOURS, Drawing, canvas
-from evaluation.plots.scene import Scene
+from evaluation.plots.drawing import COLOURS, Drawing, new_figure
+from evaluation.plots.experiment import Experiment
 from ldm.cli.arguments import NOISE_WEIGHT
 from ldm.sampling.engine import Engine
+from ldm.sampling.generate import Item, Make
 
 
-def make(scene: Scene, args: argparse.Namespace) -> Drawing:
+def make(experiment: Experiment, *, samplers: Sequence[tuple[str, int]], repeats: int) -> Drawing:
+    """Draw the seconds per image of each sampler and number of steps, median of `repeats` runs."""
     load = os.getloadavg()[0]
     found = {
-        f"{sampler}, {steps}": measure(methods(scene, sampler, steps), scene, args.repeats)
-        for sampler, steps in args.samplers
+        f"{sampler}, {steps}": measure(methods(experiment, sampler, steps), experiment.items, repeats)
+        for sampler, steps in samplers
     }
-    figure = canvas(2.8 + 1.5 * len(found), 3.4)
+    figure = new_figure(2.8 + 1.5 * len(found), 3.4)
     axes = figure.subplots()
     names = list(next(iter(found.values())))
     for k, (name, colour) in enumerate(zip(names, ("#999999", COLOURS[5], COLOURS[0]), strict=True)):
@@ -40,36 +42,37 @@ def make(scene: Scene, args: argparse.Namespace) -> Drawing:
         axes.bar_label(bars, fmt="%.2f", fontsize=6.5, padding=2)
     axes.set_xticks(range(len(found)), [f"{name} steps" for name in found])
     axes.grid(False, axis="x")
-    axes.set_ylabel("seconds per picture, with the first stage")
+    axes.set_ylabel("seconds per image, with the first stage")
     figure.legend(loc="outside upper center", ncols=len(names))
     return Drawing(
         figure,
-        f"Median of {args.repeats} runs of {scene.count} pictures in one batch, the three methods "
-        "in turn, after a run of each that is not timed; lines: fastest and slowest. Device "
-        f"{scene.setup.device.type}, threads: {torch.get_num_threads()}; load of the machine "
-        f"before: {load:.1f} on {os.cpu_count()} cores (what else runs makes timings worthless).",
+        f"Median of {repeats} runs of {experiment.count} images in one batch; the three methods take "
+        "turns, after one run of each that is not timed. Lines: fastest and slowest. Device "
+        f"{experiment.setup.device.type}, threads: {torch.get_num_threads()}; load of the machine "
+        f"before: {load:.1f} on {os.cpu_count()} cores (timings on a busy machine are worthless).",
         {"seconds": found, "load": load},
     )
 
 
-def methods(scene: Scene, sampler: str, steps: int) -> dict[str, Engine]:
-    fast = scene.plan("faster-diffusion", sampler, steps)
+def methods(experiment: Experiment, sampler: str, steps: int) -> dict[str, Engine]:
+    """The engines that are compared, by name."""
+    fast = experiment.plan("faster-diffusion", sampler, steps)
     return {
-        "plain": scene.engine(sampler, steps),
-        "serial": scene.engine(sampler, steps, replace(fast, parallel=1), NOISE_WEIGHT),
-        "parallel": scene.engine(sampler, steps, fast, NOISE_WEIGHT),
+        "plain": experiment.engine(sampler, steps),
+        "serial": experiment.engine(sampler, steps, replace(fast, parallel=1), NOISE_WEIGHT),
+        "parallel": experiment.engine(sampler, steps, fast, NOISE_WEIGHT),
     }
 
 
-def measure(engines: dict[str, Engine], scene: Scene, repeats: int) -> dict[str, list[float]]:
-    """Seconds per picture of each method and repetition; the methods take turns, so that all see the same machine.
+def measure(engines: Mapping[str, Make], items: Sequence[Item], repeats: int) -> dict[str, list[float]]:
+    """Seconds per image of each method and repetition; the methods take turns, so that they share the machine's state.
 
-    Before, each runs once untimed: the first run pays for memory and compiled kernels.
+    Before that each method runs once untimed, since the first run also allocates memory and compiles kernels.
     """
     for engine in engines.values():
-        engine(scene.items)
+        engine(items)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(repeats):
         for name, engine in engines.items():
-            seconds[name].append(engine(scene.items)[1]["seconds"])
+            seconds[name].append(engine(items)[1]["seconds"])
     return seconds

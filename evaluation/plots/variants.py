@@ -1,19 +1,18 @@
-"""What is propagated between key steps: the encoder's features, the decoder's, both, or nothing (the paper's figure 16,
-table 14). The paper does not say how the variants are computed; what is done here stands at `VARIANTS`.
+"""Propagation of the encoder's features, the decoder's, both or neither (figure 16 and table 14 of the paper).
+
+The paper does not say how the variants are computed; `VARIANTS` says how they are computed here.
 """
 
 from __future__ import annotations
 
-import argparse
-
-from evaluation.plots.drawing import CELL, Drawing, canvas, picture_rows
-from evaluation.plots.scene import Scene
+from evaluation.plots.drawing import CELL, Drawing, image_grid, new_figure
+from evaluation.plots.experiment import Experiment
 from ldm.io.images import psnr
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.load import load_plan
 
-# Plan and --propagate. Decoder: all but its outermost block is kept, as DeepCache does; both: the prediction is used
-# again; neither: the decoder gets zeros.
+# Plan and propagation. Decoder: all but its outermost block is reused, as in DeepCache; both: the prediction is reused;
+# neither: the decoder gets zeros.
 VARIANTS = {
     "encoder (the paper)": ("faster-diffusion", "hold"),
     "decoder": ("deepcache:faster-diffusion", "hold"),
@@ -22,26 +21,27 @@ VARIANTS = {
 }
 
 
-def make(scene: Scene, args: argparse.Namespace) -> Drawing:
-    engine = scene.engine("ddim", args.steps, "faster-diffusion")
+def make(experiment: Experiment, *, steps: int) -> Drawing:
+    """Draw the images of every variant over `steps` DDIM steps."""
+    engine = experiment.engine("ddim", steps, "faster-diffusion")
     nodes, keys = engine.plan.num_nodes, engine.plan.keys
     runs = {"plain": load_plan("off", nodes)} | {
         name: load_plan(plan, nodes, nodes, propagate) for name, (plan, propagate) in VARIANTS.items()
     }
-    model, rule, x = engine.plain_run(scene.items)
-    pictures = {}
+    model, rule, x = engine.plain_run(experiment.items)
+    images = {}
     for name, plan in runs.items():
         *_, state = denoise(model, rule, plan, x)
-        pictures[name] = scene.decode(engine, state.x)
-    distance = {name: psnr(made, pictures["plain"]).mean() for name, made in pictures.items() if name != "plain"}
-    figure = canvas(1.5 + CELL * len(pictures), 0.5 + CELL * scene.count)
-    columns = [name + (f"\n{distance[name]:.1f} dB" if name in distance else "\n") for name in pictures]
-    picture_rows(figure, [*zip(*pictures.values(), strict=True)], columns, scene.names)
+        images[name] = experiment.decode(engine, state.x)
+    distance = {name: psnr(of, images["plain"]).mean() for name, of in images.items() if name != "plain"}
+    figure = new_figure(1.5 + CELL * len(images), 0.5 + CELL * experiment.count)
+    columns = [name + (f"\n{distance[name]:.1f} dB" if name in distance else "\n") for name in images]
+    image_grid(figure, [*zip(*images.values(), strict=True)], columns, experiment.labels)
     return Drawing(
         figure,
-        f"What is propagated from the key steps {', '.join(map(str, keys))} of {args.steps} "
-        "DDIM steps, without prior noise. Numbers: PSNR to the plain run, mean over the pictures. "
-        "Decoder: only its outermost block runs at the other steps; both: the key step's "
-        "prediction is used again; neither: the decoder gets zeros.",
+        f"Propagation from the key timesteps {', '.join(map(str, keys))} of {steps} "
+        "DDIM steps, without prior noise. Numbers: PSNR to the plain run, mean over the images. "
+        "Decoder: only its outermost block runs at the other timesteps; both: the key timestep's "
+        "prediction is reused; neither: the decoder gets zeros.",
         {"psnr": distance},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from importlib import import_module
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from evaluation.figures import KINDS, main, parser
+from evaluation.figures import KINDS, main
+from evaluation.plots import evolution as evolution_figure
+from evaluation.plots import norms, placement
 from evaluation.plots.blocks import (
     block_outputs,
     change,
@@ -25,14 +27,15 @@ from evaluation.plots.blocks import (
     frobenius,
     plain_outputs,
 )
-from evaluation.plots.drawing import Drawing, canvas, keep_apart, picture_rows, thin_out
-from evaluation.plots.evolution import looks_of
+from evaluation.plots.drawing import Drawing, image_grid, keep_apart, new_figure, thin_out
+from evaluation.plots.evolution import line_styles
+from evaluation.plots.experiment import Experiment
 from evaluation.plots.maps import colours
 from evaluation.plots.placement import SERIES, STRATEGIES, chart, standard_error
-from evaluation.plots.prior_noise import below, spectrum
-from evaluation.plots.scene import Scene
+from evaluation.plots.prior_noise import low_pass, spectrum
 from evaluation.plots.timeline import shares, together
-from evaluation.plots.times import measure, methods
+from evaluation.plots.times import measure
+from ldm.cli.setup import read_setup
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.denoiser import Conditional
 from ldm.models.diffusion.loop import State, denoise
@@ -81,8 +84,8 @@ def test_one_step_is_no_evolution():
         evolution(iter([{"B": torch.zeros(1, 1, 1, 1)}]))
 
 
-def test_a_resolution_looks_the_same_in_encoder_and_decoder():
-    looks = looks_of(["E8", "E4", "E16", "B", "D4", "D16", "D8"])
+def test_a_resolution_has_one_style_in_encoder_and_decoder():
+    looks = line_styles(["E8", "E4", "E16", "B", "D4", "D16", "D8"])
     assert [*looks] == ["E16", "D16", "E8", "D8", "E4", "D4", "B"]  # finest first
     assert all(looks[f"E{size}"] == looks[f"D{size}"] for size in (4, 8, 16))
     for part in ("color", "marker"):
@@ -192,7 +195,7 @@ def test_spectrum_of_a_wave_has_its_amplitude():
 
 def test_low_frequencies_keep_slow_waves_and_lose_fast_ones():
     slow, fast = (torch.cos(2 * math.pi * cycles * torch.arange(16) / 16).expand(1, 3, 16, 16) for cycles in (1, 4))
-    torch.testing.assert_close(below(1 + slow + fast, 0.125), 1 + slow, rtol=0, atol=1e-5)
+    torch.testing.assert_close(low_pass(1 + slow + fast, 0.125), 1 + slow, rtol=0, atol=1e-5)
 
 
 # Timelines
@@ -225,15 +228,15 @@ def test_notes_are_moved_up_until_none_lies_on_another():
 
 def test_dollar_signs_in_texts_are_no_maths_but_powers_at_an_axis_are(tmp_path):
     text = r"cash $^$ money, $\nope{$"
-    left, right = (figure := canvas(8, 5)).subfigures(1, 2)
-    picture_rows(left, [[torch.zeros(3, 8, 8)]], [text], [text])
+    left, right = (figure := new_figure(8, 5)).subfigures(1, 2)
+    image_grid(left, [[torch.zeros(3, 8, 8)]], [text], [text])
     left.suptitle(text)
     (axes := right.subplots()).plot([1, 2], [1, 100], label=text)
     axes.annotate(text, (1, 1), xytext=(5, 0), textcoords="offset points")
     axes.text(1, 2, text)
     axes.set_yscale("log")
     figure.legend(*axes.get_legend_handles_labels())
-    Drawing(figure, text, {}).save(str(tmp_path / "out"), text, {})
+    Drawing(figure, text, {}).save(tmp_path / "out", text, {})
     shown = [artist for artist in figure.findobj(Text) if "nope" in artist.get_text().replace("\n", "")]
     assert len(shown) == 7 and not any(artist.get_parse_math() for artist in shown)
     powers = [label for label in axes.get_yticklabels() if label.get_text()]
@@ -289,17 +292,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def smallest(kind: str) -> list[str]:
-    steps = ["--steps", "3"] if KINDS[kind].steps else []
+    steps = ["--steps", "3"] if "steps" in KINDS[kind].options else []
     return [kind, *steps, *(["--count", "1"] if KINDS[kind].count else []), *SMALLEST.get(kind, [])]
 
 
-def drawing(kind: str, arguments: list[str]) -> Drawing:
-    args = parser().parse_args([*smallest(kind), *arguments, *(["--count", "2"] if KINDS[kind].count else [])])
-    return import_module(f"evaluation.plots.{kind.replace('-', '_')}").make(Scene.of(args), args)
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """Two images of a tiny model."""
+    files = write_model(tmp_path_factory.mktemp("model"))
+    return Experiment(read_setup(*files, torch.device("cpu")), "auto", False, WORDS, 2, 42, None)
 
 
-def test_evolution_draws_the_numbers_that_it_writes(tiny):
-    made = drawing("evolution", tiny)
+def test_evolution_draws_the_numbers_that_it_writes(experiment):
+    made = evolution_figure.make(experiment, steps=3)
     for row, key in enumerate(("norm", "mean", "relative")):
         lines = [line for axes in made.figure.axes[2 * row : 2 * row + 2] for line in axes.lines]
         assert {line.get_label() for line in lines} == {*made.values}
@@ -308,30 +313,31 @@ def test_evolution_draws_the_numbers_that_it_writes(tiny):
             assert [*line.get_xdata()] == [*range(key != "norm", len(made.values["B"]["norm"]))]
 
 
-def test_norms_draw_the_numbers_that_they_write(tiny):
-    made = drawing("norms", tiny)
+def test_norms_draw_the_numbers_that_they_write(experiment):
+    made = norms.make(experiment, steps=3)
     _, deviation, relative = made.figure.axes
     assert deviation.get_yscale() == "log"
     assert [line.get_ydata()[0] for line in deviation.lines] == [v["deviation"] for v in made.values.values()]
     assert [bar.get_height() for bar in relative.patches] == [v["percent"] for v in made.values.values()]
 
 
-def test_series_of_placement_differ_in_what_is_propagated(tiny):
-    made = drawing("placement", [*tiny, "--steps", "10"])
+def test_series_of_placement_differ_in_what_is_propagated(experiment):
+    made = placement.make(experiment, steps=10)
     held, quadratic = (made.values[f"every n-th step, {how}"] for how in ("held", "quadratic"))
     assert held["uniform:4"]["keys"] == quadratic["uniform:4"]["keys"] == 3
     assert held["uniform:4"]["mean"] == np.mean(held["uniform:4"]["mse"]) != quadratic["uniform:4"]["mean"] > 0
-    assert not made.values["calibrated (auto), held"] and "no calibration for auto:5" in made.notes
+    assert not made.values["calibrated (auto), held"] and "no calibration for auto:5" in made.caption
 
 
-def test_each_method_runs_once_untimed(tiny):
-    args = parser().parse_args([*smallest("times"), *tiny])
-    engines, nodes = methods(scene := Scene.of(args), "ddim", 3), []
-    for engine in engines.values():
-        engine.on_node = lambda: nodes.append(1)
-    seconds = measure(engines, scene, 2)
-    assert [*map(len, seconds.values())] == [2, 2, 2]
-    assert len(nodes) == (2 + 1) * sum(engine.plan.num_nodes for engine in engines.values())
+def test_methods_take_turns_after_one_untimed_run_of_each():
+    calls = []
+
+    def method(name: str, items: list) -> tuple[list, dict[str, float]]:
+        calls.append(name)
+        return [], {"seconds": len(calls)}
+
+    seconds = measure({name: partial(method, name) for name in "ab"}, [], 2)
+    assert calls == [*"ab" * 3] and seconds == {"a": [3, 5], "b": [4, 6]}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pareto"])  # has tests/evaluation/test_pareto.py

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from evaluation.figures import main, parser
-from evaluation.plots.pareto import Row, front, plot, read_rows, table
+from evaluation.figures import ROWS as SHIPPED
+from evaluation.figures import main
+from evaluation.plots.pareto import front, plot, table
+from evaluation.plots.rows import Row, read_rows
 from tests.helpers.tiny_data import write_data
 from tests.helpers.tiny_models import WORDS, write_model
 
@@ -34,7 +36,7 @@ def test_lists_in_a_row_are_rows(tmp_path):
         ("b", 40, "off"),
     ]
     assert len(set(map(str, rows))) == 5 and "prior noise 0.1" in str(rows[-1])
-    shipped = read_rows(parser().parse_args(["pareto"]).rows, 50)
+    shipped = read_rows(str(SHIPPED), 50)
     assert len(shipped) == len(set(map(str, shipped))) > 25
 
 
@@ -82,7 +84,7 @@ def test_every_row_with_an_error_is_drawn_at_its_numbers_with_its_label():
     axes = Figure().subplots()
     plot(axes, rows, "macs_share")
     marks, line = axes.lines
-    assert [*zip(*marks.get_data(), strict=True)] == [(20, 0.3), (40, 0.4), (50, 0.1)]  # no place for 0
+    assert [*zip(*marks.get_data(), strict=True)] == [(20, 0.3), (40, 0.4), (50, 0.1)]  # a logarithmic axis has no 0
     assert [*zip(*line.get_data(), strict=True)] == [(20, 0.3), (50, 0.1)]  # 40 % is no gain over 20 %
     assert {note.get_text(): note.xy for note in axes.texts} == {
         "10 steps": (20, 0.3),
@@ -93,188 +95,149 @@ def test_every_row_with_an_error_is_drawn_at_its_numbers_with_its_label():
 
 def test_a_table_has_a_column_for_each_measure_that_there_is():
     values = {"macs_share": 0.5, "mse_latents": 0.1, "psnr": None}
-    assert [*table({"a": values})][::2] == ["| how | MACs | latents' MSE | PSNR |", "| a | 50% | 0.10000 |  |"]
+    assert [*table({"a": values})][::2] == ["| method | MACs | latents' MSE | PSNR |", "| a | 50% | 0.10000 |  |"]
 
 
-def test_any_model_has_both_costs_and_the_distances_from_its_plain_run(tmp_path, capsys):
-    """The plain run has no distance; MACs are in proportion; a run that was stopped goes on."""
-    config, ckpt = write_model(tmp_path)
-    (tmp_path / "prompts.txt").write_text("\n".join(WORDS), encoding="utf-8")
-    (rows := tmp_path / "rows.yaml").write_text(ROWS)
-    arguments = [
-        "pareto",
-        "--config",
-        str(config),
-        "--ckpt",
-        str(ckpt),
-        "--prompts",
-        str(tmp_path / "prompts.txt"),
-        "--rows",
-        str(rows),
-        "--count",
-        "2",
-        "--out",
-        str(tmp_path),
-    ]
-    assert main(arguments) == 0
-    first = read(tmp_path / "pareto.json")
-    assert [*first] == ["ddim 50", "ddim 5"]
-    assert "no calibration for auto:5" in (tmp_path / "pareto.md").read_text()
-    rows.write_text("rows:\n- {family: paper, plan: '0,10,30', guidance_reuse: true}\n")
-    assert main(arguments) == 0
-    assert {name: values for name, values in read(tmp_path / "pareto.json").items() if name in first} == first
-    plain, few, reused = read(tmp_path / "pareto.json").values()
+def test_any_model_has_both_costs_and_the_distances_from_its_plain_run(tmp_path):
+    """The plain run has no distance; MACs are in proportion."""
+    arguments = [*write_tiny(tmp_path), "--count", "2"]
+    assert draw(arguments, tmp_path, f"{ROWS}- {{family: paper, plan: '0,10,30', guidance_reuse: true}}\n") == 0
+    plain, few, reused = read(tmp_path)
     assert plain["mse_latents"] == 0 and plain["psnr"] is None and plain["ssim"] == pytest.approx(1)
     assert plain["macs_share"] == plain["critical_share"] == 1
     assert few["macs_share"] == few["critical_share"] == pytest.approx(0.1, rel=0.01)  # keys and values once in each
     assert reused["critical_share"] == pytest.approx(3 / 50, rel=0.02) and 0.3 < reused["macs_share"] < 0.6
     assert 0 < few["mse_latents"] and 0 < reused["mse_latents"]
     lines = (tmp_path / "pareto.md").read_text().splitlines()
-    assert [line for line in lines if line.startswith("| ddim")][0].startswith("| ddim 50, 0,10,30, guidance reused |")
+    assert [line for line in lines if line.startswith("| ddim")][-1].startswith("| ddim 50, 0,10,30, guidance reused |")
+    assert "no calibration for auto:5" in lines[0]
     assert "Fréchet" not in lines[2] and "Fréchet" not in lines[0]
-    capsys.readouterr()
-    assert main([*arguments, "--seed", "1"]) == 2
-    assert "--out: " in (error := capsys.readouterr().err) and "is of another run" in error
+
+
+def write_tiny(folder: Path) -> list[str]:
+    """A tiny model in the folder; the arguments that draw rows of it."""
+    config, ckpt = write_model(folder)
+    (folder / "prompts.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    return ["--config", str(config), "--ckpt", str(ckpt), "--prompts", str(folder / "prompts.txt")]
+
+
+def draw(arguments: list[str], folder: Path, rows: str) -> int:
+    """The exit code of the command with these rows in this folder."""
+    (folder / "rows.yaml").write_text(rows)
+    return main(["pareto", *arguments, "--rows", str(folder / "rows.yaml"), "--out", str(folder)])
+
+
+def read(folder: Path) -> list[dict]:
+    """The rows of the figure in the folder."""
+    return [*json.loads((folder / "pareto.json").read_text(encoding="utf-8"))["values"]["rows"].values()]
+
+
+PLANS = "rows:\n- {{family: fewer, steps: 1}}\n- {{family: plan, plan: '{}'}}\n"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[list[str], dict, str]:
-    """A run of a tiny model: its arguments but --rows and --out; what it wrote; its rows."""
-    config, ckpt = write_model(folder := tmp_path_factory.mktemp("tiny"))
+def finished(tmp_path_factory) -> tuple[list[str], Path]:
+    """A run of a tiny model: its arguments but --rows and --out; its folder, which has the rows' plan.yaml."""
+    arguments = [*write_tiny(folder := tmp_path_factory.mktemp("tiny")), "--steps", "4", "--count", "1"]
+    config = folder / "config.yaml"
     config.write_text(config.read_text().replace("scale: 3.0", "scale: 3"))
-    (folder / "prompts.txt").write_text("\n".join(WORDS), encoding="utf-8")
     (folder / "plan.yaml").write_text("source: a test\nsteps: {4: [0, 2]}\n")
-    rows = f"rows:\n- {{family: fewer, steps: 1}}\n- {{family: plan, plan: '{folder / 'plan.yaml'}'}}\n"
-    arguments = [
-        "pareto",
-        "--config",
-        str(config),
-        "--ckpt",
-        str(ckpt),
-        "--prompts",
-        str(folder / "prompts.txt"),
-        "--steps",
-        "4",
-        "--count",
-        "1",
-    ]
-    assert go_on(arguments, folder, rows) == 0
-    return arguments, json.loads((folder / "pareto.json").read_text()), rows
+    assert draw(arguments, folder, PLANS.format(folder / "plan.yaml")) == 0
+    return arguments, folder
 
 
-def go_on(arguments: list[str], folder: Path, rows: str, record: dict | None = None) -> int:
-    """The exit code of the command with these rows in this folder, where the record was left by a run."""
-    (folder / "rows.yaml").write_text(rows)
-    if record is not None:
-        (folder / "pareto.json").write_text(json.dumps(record))
-    return main([*arguments, "--rows", str(folder / "rows.yaml"), "--out", str(folder)])
+def marked(folder: Path, to: Path) -> None:
+    """Copy the rows that a run has measured, each with an error of 123 instead of its own."""
+    for file in (folder / "pareto-rows").iterdir():
+        content = json.loads(file.read_text())
+        (to / "pareto-rows").mkdir(exist_ok=True)
+        (to / "pareto-rows" / file.name).write_text(
+            json.dumps(content | {"values": content["values"] | {"mse_latents": 123.0}})
+        )
 
 
-def marked(record: dict, **values) -> dict:
-    """The record with other values in all of its rows."""
-    return record | {"values": {"rows": {name: row | values for name, row in record["values"]["rows"].items()}}}
-
-
-def test_rows_that_are_kept_are_drawn_without_a_run(finished, tmp_path):
-    arguments, record, _ = finished
-    rows = "rows:\n- {family: other, steps: 1, label: '{family}'}\n"
-    said = [*arguments, "--scale", "3"]  # which the config says, too, but for the type of the number
-    assert go_on(said, tmp_path, rows, marked(record, mse_latents=123.0)) == 0
+def test_rows_that_are_measured_are_drawn_without_a_run(finished, tmp_path):
+    arguments, folder = finished
+    marked(folder, tmp_path)
+    same = [*arguments, "--scale", "3"]  # the config's scale, but for the type of the number
+    assert draw(same, tmp_path, "rows:\n- {family: other, steps: 1, label: '{family}'}\n") == 0
     assert "123.00000" in (tmp_path / "pareto.md").read_text()
-    assert read(tmp_path / "pareto.json")["ddim 1"]["family"] == "other"
+    assert [row["family"] for row in read(tmp_path)] == ["other"]
 
 
-def test_a_row_whose_plan_is_another_one_is_measured_again(finished, tmp_path):
-    arguments, record, rows = finished
-    assert [row["resolved"]["keys"] for row in record["values"]["rows"].values()] == [None, [0, 2]]
-    stale = marked(record, mse_latents=123.0)
-    stale["values"]["rows"][[*stale["values"]["rows"]][1]]["resolved"] = {"keys": [0, 1], "propagate": "hold"}
-    assert go_on(arguments, tmp_path, rows, stale) == 0
-    kept, anew = read(tmp_path / "pareto.json").values()
-    assert kept["mse_latents"] == 123 and anew == [*record["values"]["rows"].values()][1]
+def test_a_row_whose_plan_has_changed_is_measured_again(finished, tmp_path):
+    arguments, folder = finished
+    marked(folder, tmp_path)
+    (tmp_path / "plan.yaml").write_text("source: a test\nsteps: {4: [0, 1]}\n")
+    assert draw(arguments, tmp_path, PLANS.format(tmp_path / "plan.yaml")) == 0
+    kept, anew = read(tmp_path)
+    assert kept["mse_latents"] == 123 != anew["mse_latents"] > 0 and anew["resolved"]["keys"] == [0, 1]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"values": 3}'])
+def test_a_damaged_row_is_measured_again(finished, tmp_path, content):
+    arguments, folder = finished
+    marked(folder, tmp_path)
+    for file in (tmp_path / "pareto-rows").iterdir():
+        file.write_text(content)
+    assert draw(arguments, tmp_path, PLANS.format(folder / "plan.yaml")) == 0
+    assert read(tmp_path) == read(folder)
 
 
 @pytest.mark.parametrize(
-    "flag, value, differs",
+    "flags",
     [
-        ("--precision", "autocast", "precision"),
-        ("--steps", "5", "steps"),
-        ("--weights", "raw", "averaged"),
-        ("--config", "other", "config"),
+        ["--precision", "autocast"],
+        ["--steps", "5"],
+        ["--weights", "raw"],
+        ["--seed", "1"],
+        ["--scale", "2"],
+        ["--count", "2"],
+        ["--config"],
     ],
 )
-def test_rows_of_another_run_are_not_gone_on_with(finished, tmp_path, capsys, flag, value, differs):
-    arguments, record, rows = finished
-    if flag == "--config":
-        config = Path(arguments[arguments.index(flag) + 1]).read_text()
-        value = str(tmp_path / "config.yaml")
-        Path(value).write_text(config.replace("linear_end: 0.012", "linear_end: 0.02"))
-    assert go_on([*arguments, flag, value], tmp_path, rows, record) == 2
+def test_another_run_measures_its_own_rows(finished, tmp_path, flags):
+    """The rows of both runs are kept."""
+    arguments, folder = finished
+    marked(folder, tmp_path)
+    if flags == ["--config"]:
+        (tmp_path / "config.yaml").write_text(
+            (folder / "config.yaml").read_text().replace("linear_end: 0.012", "linear_end: 0.02")
+        )
+        flags = ["--config", str(tmp_path / "config.yaml")]
+    before = {*(tmp_path / "pareto-rows").iterdir()}
+    assert draw([*arguments, *flags], tmp_path, "rows:\n- {family: fewer, steps: 1}\n") == 0
+    assert [row["mse_latents"] for row in read(tmp_path)] != [123.0]
+    assert before < {*(tmp_path / "pareto-rows").iterdir()}
+
+
+def test_a_stopped_run_goes_on(finished, tmp_path, capsys):
+    """The rows before the one that fails are kept."""
+    arguments, folder = finished
+    rows = "rows:\n- {family: fewer, steps: 1}\n- {family: a, plan: 'deepcache:2:99'}\n"
+    assert draw(arguments, tmp_path, rows) == 2
     error = capsys.readouterr().err
-    assert f"is of another run; different: {differs} (" in error and error.count("\n") == 1
-    assert json.loads((tmp_path / "pareto.json").read_text()) == record
+    assert error.startswith("figures.py: error: --rows: ddim 4, deepcache:2:99: ") and error.count("\n") == 1
+    assert len([*(tmp_path / "pareto-rows").iterdir()]) == 1 and not (tmp_path / "pareto.json").exists()
 
 
-@pytest.mark.parametrize(
-    "kept, why",
-    [
-        ([], "rows must be a mapping"),
-        (None, "rows must be a mapping"),
-        ({"a": None}, "row a must be a mapping"),
-        ({"a": {}}, "row a: resolved must be"),
-        ({"a": {"resolved": {"keys": None}}}, "row a: macs_share must be"),
-    ],
-)
-def test_kept_rows_that_are_not_whole_say_why(finished, tmp_path, capsys, kept, why):
-    arguments, record, rows = finished
-    assert go_on(arguments, tmp_path, rows, record | {"values": {"rows": kept}}) == 2
-    assert (error := capsys.readouterr().err).startswith("figures.py: error: --out: ") and why in error
-    assert error.count("\n") == 1
-
-
-def test_a_dataset_gives_its_captions_and_what_needs_its_pictures(tmp_path, capsys):
-    (rows := tmp_path / "rows.yaml").write_text("rows:\n- {family: fewer, steps: 1}\n")
-    arguments = [
-        "pareto",
-        "--rows",
-        str(rows),
-        "--data",
-        str(write_data(tmp_path, side=64)),
-        "--steps",
-        "2",
-        "--out",
-        str(tmp_path),
-        "--count",
-    ]
-    assert main([*arguments, "3"]) == 0
-    (few,) = read(tmp_path / "pareto.json").values()
+def test_a_dataset_gives_prompts_and_real_images(tmp_path, capsys):
+    data = write_data(tmp_path, side=64)
+    arguments = ["--data", str(data), "--steps", "2", "--count"]
+    rows = "rows:\n- {family: fewer, steps: 1}\n"
+    assert draw([*arguments, "3"], tmp_path, rows) == 0
+    (few,) = read(tmp_path)
     assert few["fid_real"] > 0 and few["feature_distance"] > 0 and 0 <= few["R@5"] <= 1
     assert "Fréchet distance" in (tmp_path / "pareto.md").read_text()
+    np.save(data / "pictures.npy", 255 - np.load(data / "pictures.npy"))
+    assert draw([*arguments, "3"], tmp_path, rows) == 0
+    (other,) = read(tmp_path)
+    assert other["fid_real"] != few["fid_real"] and other["mse_latents"] == few["mse_latents"]
     capsys.readouterr()
-    np.save(tmp_path / "pictures.npy", 255 - np.load(tmp_path / "pictures.npy"))
     for count, why in (
-        ("20", "--count: "),
-        ("1", "--count: a Fréchet distance (--data) needs at least 2"),
-        ("2", "different: pictures (3 there, 2 given)"),
-        ("3", "different: data"),
+        ("20", "has 19 captions; got 20"),
+        ("1", "a Fréchet distance (--data) needs at least 2 images; got 1"),
     ):
-        assert main([*arguments, count]) == 2
-        assert why in (error := capsys.readouterr().err) and error.count("\n") == 1
-
-
-def test_a_row_that_the_network_refuses_is_named(tmp_path, capsys):
-    (rows := tmp_path / "rows.yaml").write_text("rows:\n- {family: a, plan: 'deepcache:2:99'}\n")
-    assert main(["pareto", "--rows", str(rows), "--steps", "2", "--count", "1", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("figures.py: error: --rows: ddim 2, deepcache:2:99: ") and error.count("\n") == 1
-
-
-def test_another_figures_file_is_not_written_over(tmp_path, capsys):
-    (tmp_path / "pareto.json").write_text('{"values": {}}')
-    assert main(["pareto", "--out", str(tmp_path)]) == 2
-    assert "--out: " in (error := capsys.readouterr().err) and "no rows of this figure" in error
-    assert (tmp_path / "pareto.json").read_text() == '{"values": {}}'
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))["values"]["rows"]
+        assert draw([*arguments, count], tmp_path, rows) == 2
+        assert (error := capsys.readouterr().err).startswith("figures.py: error: --count: ")
+        assert why in error and error.count("\n") == 1

@@ -1,9 +1,8 @@
-"""What every figure begins with: a model, what it is to picture, and runs of it in any way."""
+"""What every figure starts from: a model, the images to sample with it, and runs of it by any method."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.cli.arguments import EMOJI64
-from ldm.cli.inputs import prompts_in
-from ldm.cli.settings import CPU_POSITIONS, run_facts, uses_autocast
-from ldm.cli.setup import Setup, make_setup
-from ldm.io.errors import BadInput, blame
+from ldm.cli.settings import CPU_POSITIONS, run_facts
+from ldm.cli.setup import Setup
+from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan
@@ -24,76 +21,76 @@ from ldm.sampling.conditions import Classes, Condition, Text
 from ldm.sampling.engine import Engine, Recipe, Task, num_nodes, usual_scale
 from ldm.sampling.generate import Item, subject_items
 
-BATCH = 8  # pictures at a time
+BATCH = 8  # images per batch
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A model with the pictures that a figure is about.
+class Experiment:
+    """A model and the images that a figure samples with it.
 
     setup:    the model's files and sizes.
-    averaged: which weights of the UNet, see `load_model`.
+    weights:  which weights of the UNet, see `load_model`.
     autocast: run the networks in the device's lower precision.
-    prompts:  the file of the texts.
-    count:    pictures, one of each of the first prompts (or of classes spread over all of them).
+    prompts:  texts; models without a text encoder sample classes, or without a condition.
+    count:    number of images: one for each of the first prompts, or for classes spread evenly over all classes.
     seed:     of their noise.
     scale:    guidance scale; None = the model's default.
     """
 
     setup: Setup
-    averaged: str
+    weights: str
     autocast: bool
-    prompts: str
+    prompts: Sequence[str]
     count: int
     seed: int
     scale: float | None
 
-    @staticmethod
-    def of(args: argparse.Namespace) -> Scene:
-        setup = make_setup(args, EMOJI64)
-        return Scene(
-            setup, args.weights, uses_autocast(args, setup.device), args.prompts, args.count, args.seed, args.scale
-        )
-
     @cached_property
     def model(self) -> LatentDiffusion:
-        """Loaded when it is first needed."""
-        return self.setup.load(self.averaged)
+        """The model; it is loaded when it is first needed."""
+        return self.setup.load(self.weights)
 
     @cached_property
     def facts(self) -> RunFacts:
-        """Of any run. Kept, because the digest of large weights takes a while."""
+        """What plans may have been calibrated for; cached, because hashing large weights takes a while."""
         return run_facts(self.setup, "ddim")
 
     @cached_property
     def classes(self) -> int | None:
-        """How many classes a class-conditional model knows."""
+        """Number of classes of a class-conditional model."""
         conditioner = self.model.cond_stage_model
         return conditioner.n_classes if isinstance(conditioner, ClassEmbedder) else None
 
     @cached_property
     def items(self) -> list[Item]:
+        """The images to sample.
+
+        Raises:
+            SettingError: `count`: more images than there are prompts or classes.
+        """
         if self.model.model.conditioning_key is None:
             return subject_items([{}], self.count, self.seed)
         if self.classes:
             if self.count > self.classes:
-                raise BadInput(f"--count: this model has {self.classes} classes; got {self.count}")
+                raise SettingError("count", f"this model has {self.classes} classes; got {self.count}")
             step = max(1, self.classes // self.count)
             return subject_items([{"class": k * step} for k in range(self.count)], 1, self.seed, by_position=True)
-        prompts = prompts_in(self.prompts, "--prompts")
-        if len(prompts) < self.count:
-            raise BadInput(f"--count: {self.prompts} has {len(prompts)} prompts; got {self.count}")
-        return subject_items([{"prompt": prompt} for prompt in prompts[: self.count]], 1, self.seed, by_position=True)
+        if len(self.prompts) < self.count:
+            raise SettingError("count", f"there are {len(self.prompts)} prompts; got {self.count}")
+        inputs = [{"prompt": prompt} for prompt in self.prompts[: self.count]]
+        return subject_items(inputs, 1, self.seed, by_position=True)
 
     @cached_property
     def task(self) -> Task:
+        """The kind of conditioning that the model takes."""
         if self.model.model.conditioning_key is None:
             return Task(Condition())
-        # As the published class-conditional models have it: the last of 1001 classes stands for none.
+        # As in the published class-conditional models: the last of 1001 classes is the unconditional one.
         return Task(Classes(self.classes - 1 if self.classes == 1001 else None) if self.classes else Text())
 
     @cached_property
     def guidance(self) -> float:
+        """The guidance scale; 1 = no guidance."""
         if self.scale is not None:
             return self.scale
         if self.model.model.conditioning_key is None or (self.classes and self.classes != 1001):
@@ -108,12 +105,12 @@ class Scene:
         """
         nodes = num_nodes(self._recipe(sampler, steps), self.setup.config.model.params.get("timesteps", 1000))
         positions = 2 * BATCH * self.setup.config.model.params["image_size"] ** 2
-        most = nodes if self.setup.device.type != "cpu" else max(1, CPU_POSITIONS // positions)
+        parallel = nodes if self.setup.device.type != "cpu" else max(1, CPU_POSITIONS // positions)
         facts = replace(self.facts, facts={**self.facts.facts, "sampler": sampler})
-        return load_plan(spec, nodes, most, propagate, facts)
+        return load_plan(spec, nodes, parallel, propagate, facts)
 
     def plan_if_calibrated(self, spec: str, sampler: str, steps: int, propagate: str | None = None) -> AnyPlan | None:
-        """The same; None for a plan that needs a calibration if the model has none for it."""
+        """The same, or None if the plan needs a calibration that the model does not have."""
         try:
             return self.plan(spec, sampler, steps, propagate)
         except ValueError:
@@ -129,15 +126,16 @@ class Scene:
         noise_weight: float = 0.0,
         guidance_reuse: bool = False,
     ) -> Engine:
-        """Ready to run the items.
+        """An engine that samples the items by this method.
 
         Raises:
-            BadInput: no such solver or plan for so many steps, or the model does not take the items.
+            SettingError: `steps`: no such sampler or plan for this number of steps; `config`: the model does not take
+                the items' conditioning.
         """
         recipe = self._recipe(sampler, steps, noise_weight, guidance_reuse)
-        with blame("--steps"):
+        with fault_of("steps"):
             plan = self.plan(plan, sampler, steps) if isinstance(plan, str) else plan
-        with blame("--config"):
+        with fault_of("config"):
             return Engine(self.model, self.setup.sizes, recipe, plan, self.task, self.autocast)
 
     def _recipe(self, sampler: str, steps: int, noise_weight: float = 0.0, guidance_reuse: bool = False) -> Recipe:
@@ -147,38 +145,39 @@ class Scene:
         )
 
     def latents(self, engine: Engine) -> Tensor:
-        """Of all items, (N, C, h, w)."""
-        with blame("--ckpt"):
+        """The sampled latents of all items, (N, C, h, w)."""
+        with fault_of("ckpt"):
             return torch.cat([engine.latents(self.items[k : k + BATCH]) for k in range(0, self.count, BATCH)])
 
     def decode(self, engine: Engine, latents: Tensor) -> Tensor:
-        """Latents to pictures in -1..1, (N, 3, H, W), on the CPU."""
+        """Latents (N, C, h, w) -> images (N, 3, H, W) in [-1, 1], on the CPU."""
         return torch.cat([engine.decode(part).float().clamp(-1, 1).cpu() for part in latents.split(BATCH)])
 
-    def pictures(self, engine: Engine) -> Tensor:
+    def images(self, engine: Engine) -> Tensor:
+        """The sampled images of all items, (N, 3, H, W) in [-1, 1]."""
         return self.decode(engine, self.latents(engine))
 
     @property
-    def names(self) -> list[str]:
-        """What each item is, for a label."""
+    def labels(self) -> list[str]:
+        """A caption for each item."""
         return [item.caption or f"sample {item.sample}" for item in self.items]
 
-    def settings(self, pictured: bool = True) -> dict[str, Any]:
-        """What a figure of this scene depends on, with its pictures or without any."""
+    def settings(self, sampled: bool = True) -> dict[str, Any]:
+        """What a figure depends on, as JSON values; `sampled`: images were sampled for it."""
         facts = {"model": self.setup.ckpt.parent.name, "weights": self.facts.facts["weights"]}
-        return facts | ({"pictures": self.count, "seed": self.seed, "guidance": self.guidance} if pictured else {})
+        return facts | ({"images": self.count, "seed": self.seed, "guidance": self.guidance} if sampled else {})
 
-
-def in_words(settings: Mapping[str, Any]) -> str:
-    """A scene's settings as the end of a caption."""
-    text = f"Model {settings['model']}, weights {settings['weights']}"
-    if "pictures" not in settings:
-        return f"{text}."
-    number = settings["pictures"]
-    return f"{text}; {number} picture{'s' * (number != 1)}, seed {settings['seed']}, guidance {settings['guidance']:g}."
+    def caption(self, sampled: bool = True) -> str:
+        """The end of a figure's caption: its settings in words."""
+        text = f"Model {self.setup.ckpt.parent.name}, weights {self.facts.facts['weights']}"
+        if not sampled:
+            return f"{text}."
+        return (
+            f"{text}; {self.count} image{'s' * (self.count != 1)}, seed {self.seed}, guidance scale {self.guidance:g}."
+        )
 
 
 def uncalibrated(specs: Iterable[str]) -> str:
-    """A remark for the caption on plans that there is no calibration for, see `Scene.plan_if_calibrated`."""
+    """A sentence for the caption about plans without a calibration, see `Experiment.plan_if_calibrated`."""
     names = ", ".join(dict.fromkeys(specs))
     return f" The model has no calibration for {names}, which are left out." if names else ""

@@ -1,0 +1,195 @@
+"""Error and cost of methods of sampling, each against the plain run of its sampler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluation.metrics.distances import frechet
+from evaluation.metrics.retrieval import SPLITS, RealSet, features_of, load_extractor
+from evaluation.metrics.statistics import Moments
+from evaluation.paired import load_ssim
+from evaluation.plots.experiment import BATCH, Experiment
+from evaluation.plots.rows import Row
+from evaluation.protocols.protocol import identity
+from evaluation.recognition import Asked
+from ldm.checkpoint import fingerprint
+from ldm.data.emoji import EmojiPictures
+from ldm.io.errors import SettingError, fault_of, one_line
+from ldm.io.files import atomic_write, file_sha256, read_json
+from ldm.io.images import from_pil, psnr, to_pil
+from ldm.models.diffusion.propagation.plan import AnyPlan
+from ldm.sampling.engine import Spent
+from ldm.sampling.generate import Item, digest, prompt_items
+
+Values = dict[str, Any]  # of a row: its costs and errors, JSON values
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The images of one method.
+
+    latents: (N, C, h, w).
+    images:  (N, 3, H, W) in [-1, 1], with the 256 levels that files have.
+    cost:    of one image.
+    """
+
+    latents: Tensor
+    images: Tensor
+    cost: Spent
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all rows have in common.
+
+    data:  a dataset whose captions are the prompts, and whose images the samples are compared with; None = the
+           experiment's items, and no comparison with real images.
+    steps: of the plain runs.
+    """
+
+    experiment: Experiment
+    data: str | None
+    steps: int
+
+    @cached_property
+    def queries(self) -> Asked:
+        """The dataset's captions that are the prompts."""
+        count = self.experiment.count
+        with fault_of("data"):
+            found = Asked.of(EmojiPictures(self.data, split="train", max_tier=1), count, self.experiment.seed)
+        if len(found.captions) < count:
+            raise SettingError("count", f"{self.data} has {len(found.captions)} captions; got {count}")
+        return found
+
+    @cached_property
+    def real(self) -> RealSet:
+        """The dataset's images, with their features."""
+        with fault_of("data"):
+            images = [EmojiPictures(self.data, split=split, max_tier=2) for split in SPLITS]
+        return RealSet.of(images, load_extractor(), BATCH)
+
+    @cached_property
+    def items(self) -> list[Item]:
+        """The images to sample."""
+        if not self.data:
+            return self.experiment.items
+        return prompt_items(self.queries.captions, 1, self.experiment.seed, by_position=True)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the values depend on, beside the experiment's own settings and the row, as JSON values."""
+        experiment = self.experiment
+        with fault_of("data"):
+            data = self.data and file_sha256(*(Path(self.data) / name for name in ("pictures.npy", "captions.json")))
+        return {
+            "config": fingerprint(experiment.setup.config_path)[:16],
+            "averaged": experiment.weights,
+            "precision": "autocast" if experiment.autocast else "full",
+            "steps": self.steps,
+            "data": data and data[:16],
+            "items": digest([item.settings() for item in self.items]),
+        }
+
+    def sample(self, row: Row, plan: AnyPlan) -> Sampled:
+        """The images of a row."""
+        engine = self.experiment.engine(row.sampler, row.steps, plan, row.noise_weight, row.guidance_reuse)
+        parts = [engine.sampled(self.items[k : k + BATCH]) for k in range(0, len(self.items), BATCH)]
+        latents = torch.cat([part for part, _ in parts])
+        images = torch.stack([from_pil(image) for image in to_pil(self.experiment.decode(engine, latents))])
+        return Sampled(latents, images, Spent.mean([cost for part, cost in parts for _ in part]))
+
+    def sample_plain(self, sampler: str) -> Sampled:
+        """The images of the plain run of a sampler."""
+        return self.sample(Row("plain", self.steps, sampler), self.experiment.plan("off", sampler, self.steps))
+
+    def values(self, row: Row, plan: AnyPlan, plain: Sampled) -> Values:
+        """All values of a row; `plain`: the plain run of its sampler."""
+        found = self.sample(row, plan)
+        ratio = psnr(found.images, plain.images).numpy()
+        values = {
+            "macs": found.cost.macs,
+            "critical": found.cost.critical,
+            "macs_share": found.cost.macs / plain.cost.macs,
+            "critical_share": found.cost.critical / plain.cost.critical,
+            "mse_latents": float((found.latents - plain.latents).square().mean()),
+            "psnr": float(np.mean(ratio)) if np.isfinite(ratio).all() else None,
+            "ssim": float(load_ssim()(found.images, plain.images).mean()),
+        }
+        return values | (self.against_real(str(row), found.images, plain.images) if self.data else {})
+
+    def against_real(self, name: str, images: Tensor, plain: Tensor) -> Values:
+        """Feature distances and retrieval of images (N, 3, H, W) in [-1, 1]; `name`: of the row."""
+        ours, plains = (features_of(some, self.real.extract, BATCH, name) for some in (images, plain))
+        retrieval = self.real.judge(to_pil(images), self.queries.entries, name)
+        return {
+            "feature_distance": float((ours - plains).norm(dim=1).mean()),
+            "fid_real": frechet(*(Moments.of(f.double().numpy()).gaussian() for f in (ours, self.real.raw))),
+            "R@5": float(np.mean(retrieval.hits[5])),
+        }
+
+
+def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -> dict[str, Values]:
+    """The values of all rows, by their names.
+
+    Args:
+        plans: of the rows.
+        cache: folder of the measured rows. A file is named by the hash of everything that its values depend on.
+
+    Raises:
+        SettingError: `rows`: a row can't be sampled; `data`, `count`: see `Comparison`; `out`: the cache can't be
+            written.
+    """
+    with fault_of("packages"):
+        load_ssim()
+    plains: dict[str, Sampled] = {}
+    rows = {}
+    for row, plan in tqdm(plans.items(), desc="rows", unit="row", disable=None):
+        about = depends_on(comparison, row, plan)
+        path = cache / f"{identity(about)[:24]}.json"
+        if (values := cached(path)) is None:
+            with row_named(row):
+                if row.sampler not in plains:
+                    plains[row.sampler] = comparison.sample_plain(row.sampler)
+                values = comparison.values(row, plan, plains[row.sampler])
+            with fault_of("out", (OSError,)), atomic_write(path) as part:
+                part.write_text(json.dumps({"of": about, "values": values}, indent=1) + "\n", encoding="utf-8")
+        rows[str(row)] = asdict(row) | {"resolved": plan.settings()} | values
+    return rows
+
+
+def depends_on(comparison: Comparison, row: Row, plan: AnyPlan) -> dict[str, Any]:
+    """Everything that a row's values depend on, as JSON values."""
+    method = {
+        name: value for name, value in asdict(row).items() if name not in ("family", "label", "plan", "propagate")
+    }
+    return comparison.experiment.settings() | comparison.settings | {"row": method | {"plan": plan.settings()}}
+
+
+def cached(path: Path) -> Values | None:
+    """The values in a file; None if there is none, or a damaged one."""
+    try:
+        return dict(read_json(path)["values"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def row_named(row: Row) -> Iterator[None]:
+    """A ValueError inside the block becomes a SettingError of the rows that names the row."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except ValueError as error:
+        raise SettingError("rows", f"{row}: {one_line(error)}") from error
