@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.parser import Parser, command, whole
+from ldm.cli.processes import Processes
 from ldm.io.errors import BadInput, blame
 from ldm.util import instantiate_from_config  # noqa: F401  (published scripts import it from here)
 
@@ -113,7 +114,6 @@ def configuration(args: argparse.Namespace) -> DictConfig:
         with blame(text, (ValueError, OmegaConfBaseException, YAMLError)):
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
     with blame(flag, (ValueError, OmegaConfBaseException)):
-        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         check(config)
         config.lightning.seed = args.seed if args.seed is not None else config.lightning.get("seed", SEED)
         return with_steps(config, args.steps) if args.steps else config
@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
     logdir = Path(args.resume) if args.resume else Path(args.logdir) / (args.name or Path(args.base[0]).stem)
     if not args.resume and (logdir / "last.ckpt").exists():
         raise BadInput(f"--name: {logdir} holds a run already; go on with --resume {logdir} or choose another name")
+    Processes.of_run()  # which checks what torchrun states
     for name in RANKS:
         if not os.environ.get(name, "0").isdecimal():
             raise BadInput(f"environment variable {name}: expected a whole number from 0 on; got {os.environ[name]!r}")

@@ -185,7 +185,7 @@ def _hints(cls: type) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         with suppress(NameError, TypeError, AttributeError):
-            hints |= get_type_hints(vars(base).get("__init__", base.__init__))
+            hints |= get_type_hints(vars(base).get("__init__", base.__init__), include_extras=True)
     return hints
 
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from ldm.checkpoint.weight_file import CheckpointError, weight_format
 from ldm.io.errors import shown
 from ldm.io.files import FileError, file_sha256, read_yaml
-from ldm.io.schema import Number, Schema, Text, parse
+from ldm.io.schema import AboveZero, Schema, Text, parse
 from ldm.util import PROJECT_ROOT
 
 MANIFEST = PROJECT_ROOT / "models" / "published.yaml"
@@ -49,7 +49,7 @@ class Published(Schema):
     licence: Text
     path: Annotated[Text, AfterValidator(_inside)]
     urls: Annotated[list[Annotated[str, AfterValidator(_address)]], Field(min_length=1)]
-    gb: Annotated[Number, Field(gt=0)] | None = None
+    gb: AboveZero | None = None
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
     def file(self, root: Path = PROJECT_ROOT) -> Path:

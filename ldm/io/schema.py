@@ -17,8 +17,9 @@ T = TypeVar("T")
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[Number, Field(ge=0)]
+AboveZero = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1, lt=2**32)]
+Count = Annotated[int, Field(ge=1, lt=2**32)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import Tensor
 
+from ldm.io.schema import AboveZero
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.optim import ClippedTraining, adamw
 from ldm.util import instantiate_from_config
@@ -54,7 +55,9 @@ class AutoencoderTraining(ClippedTraining):
         learning_rate, scheduler_config: see `ldm.training.optim.adamw`.
     """
 
-    def __init__(self, model: AutoencoderKL, learning_rate: float, scheduler_config: DictConfig | None = None):
+    def __init__(
+        self, model: AutoencoderKL, learning_rate: AboveZero, scheduler_config: Mapping[str, Any] | None = None
+    ):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
         self.loss = instantiate_from_config(model.lossconfig)

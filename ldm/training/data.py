@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.checkpoint import load_config, load_weights
 from ldm.data.emoji import EmojiPictures, without_style
+from ldm.io.schema import Count, Seed, Share
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.order import TrainingBatches
 from ldm.util import instantiate_from_config
@@ -31,12 +32,6 @@ class PictureBatches(Dataset):
         return {"image": picture.flip(-1) if mirrored else picture}
 
 
-def whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"data.params.{name}: expected a whole number from 1 on; got {value!r}")
-    return value
-
-
 class TrainingData(pl.LightningDataModule):
     """Batches of the datasets `train` and `val`, which `setup` of each kind makes.
 
@@ -48,9 +43,9 @@ class TrainingData(pl.LightningDataModule):
     train: Dataset
     val: Dataset
 
-    def __init__(self, batch_size: int, seed: int):
+    def __init__(self, batch_size: Count, seed: Seed):
         super().__init__()
-        self.batch_size, self.seed = whole("batch_size", batch_size), seed
+        self.batch_size, self.seed = batch_size, seed
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
@@ -76,16 +71,16 @@ class EmojiPicturesData(TrainingData):
     def __init__(
         self,
         root: str,
-        batch_size: int,
+        batch_size: Count,
         val_split: str = "heldout_concept",
-        max_val: int = 256,
+        max_val: Count = 256,
         max_tier: int = 3,
         flip: bool = False,
-        seed: int = 23,
+        seed: Seed = 23,
     ):
         super().__init__(batch_size, seed)
         self.root = root
-        self.val_split, self.max_val = val_split, whole("max_val", max_val)
+        self.val_split, self.max_val = val_split, max_val
         self.max_tier, self.flip = max_tier, flip
 
     def setup(self, stage: str) -> None:
@@ -165,17 +160,17 @@ class EmojiLatentsData(TrainingData):
         self,
         root: str,
         first_stage: Mapping[str, str],
-        batch_size: int,
+        batch_size: Count,
         max_tier: int = 2,
-        name_share: float = 0.7,
-        group_share: float = 0.0,
-        style_share: float = 1.0,
-        max_val: int = 128,
-        seed: int = 23,
+        name_share: Share = 0.7,
+        group_share: Share = 0.0,
+        style_share: Share = 1.0,
+        max_val: Count = 128,
+        seed: Seed = 23,
     ):
         super().__init__(batch_size, seed)
         self.root, self.first_stage = root, first_stage
-        self.max_tier, self.max_val = max_tier, whole("max_val", max_val)
+        self.max_tier, self.max_val = max_tier, max_val
         self.shares = CaptionShares(name_share, group_share, style_share)
 
     def setup(self, stage: str) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from ldm.checkpoint import load_weights
+from ldm.io.schema import AboveZero, Share
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.noise import ImageNoise
@@ -39,9 +39,9 @@ class DiffusionTraining(ClippedTraining):
     def __init__(
         self,
         model: LatentDiffusion,
-        learning_rate: float,
-        scheduler_config: DictConfig | None = None,
-        condition_dropout: float = 0.1,
+        learning_rate: AboveZero,
+        scheduler_config: Mapping[str, Any] | None = None,
+        condition_dropout: Share = 0.1,
         unconditional: str = "",
         min_snr_gamma: float | None = None,
         ema_decay: float = 0.9999,
@@ -49,8 +49,6 @@ class DiffusionTraining(ClippedTraining):
         sample_steps: int = 25,
     ):
         super().__init__()
-        if not 0.0 <= condition_dropout <= 1.0:
-            raise ValueError(f"condition_dropout must lie in [0, 1]; got {condition_dropout}")
         if path := model.first_stage_model.ckpt_path:
             load_weights(model.first_stage_model, path)
         if model.ckpt_path:

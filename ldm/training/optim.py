@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import inf
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
@@ -16,7 +14,7 @@ from ldm.util import instantiate_from_config
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter], learning_rate: float, scheduler_config: DictConfig | None = None
+    parameters: Iterable[nn.Parameter], learning_rate: float, scheduler_config: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """AdamW with decay on matrices and kernels only, and a learning-rate factor per step.
 
@@ -25,13 +23,9 @@ def adamw(
         scheduler_config: `target:` of a function step -> factor (`ldm.lr_scheduler`); None = constant.
 
     Returns:
-        What a Lightning module's `configure_optimizers` returns.
+        what a Lightning module's `configure_optimizers` returns.
 
-    Raises:
-        ValueError: learning_rate is not a number above 0.
     """
-    if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float) or not 0 < learning_rate < inf:
-        raise ValueError(f"training.params.learning_rate: expected a number above 0; got {learning_rate!r}")
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.01},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,25 +16,58 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import model_validator
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.io.errors import did_you_mean
+from ldm.io.errors import shown
+from ldm.io.schema import AboveZero, NotNegative, Schema, Seed, Text, check_names, parse
 from ldm.training.callbacks import KeptState, SampleGrid, StepBar
 from ldm.training.order import StepSeeds
 from ldm.training.state import LAST, check_fits, read_state
 from ldm.util import instantiate_from_config
 
-SECTIONS = {
-    "model": {"target", "params"},
-    "training": {"target", "params"},
-    "data": {"target", "params"},
-    "lightning": {"trainer", "checkpoint_every_minutes", "seed"},
-}
 SEED = 23  # of weights, data order and noise, if the configuration names none
 OURS = {"logger", "callbacks", "enable_checkpointing", "use_distributed_sampler"}  # that a config can't set
-WHOLE = {"max_steps", "min_steps", "max_epochs", "min_epochs", "accumulate_grad_batches", "log_every_n_steps"}
 TRAINER = set(inspect.signature(pl.Trainer.__init__).parameters) - OURS - {"self"}
+RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
+
+
+class _Section(Schema):
+    target: Text
+    params: dict[str, Any] | None = None
+
+
+class _Trainer(Schema, extra="allow"):
+    """Arguments of Lightning's trainer; those that are not here are for Lightning to check."""
+
+    max_steps: int | None = None
+    min_steps: int | None = None
+    max_epochs: int | None = None
+    min_epochs: int | None = None
+    accumulate_grad_batches: int | None = None
+    log_every_n_steps: int | None = None
+    val_check_interval: AboveZero | None = None  # batches, or a share of an epoch
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_lightnings_names(cls, content: Any) -> Any:
+        if isinstance(content, Mapping):
+            check_names(content, sorted(TRAINER))
+        return content
+
+
+class _Lightning(Schema):
+    trainer: _Trainer
+    checkpoint_every_minutes: NotNegative = 3.0
+    seed: Seed = SEED
+
+
+class _Config(Schema):
+    model: _Section
+    training: _Section
+    data: _Section
+    lightning: _Lightning
 
 
 def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningModule:
@@ -57,7 +91,7 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
     if state:
         check_fits(state, module, last)
     data = built("data", config.data, seed=seed)
-    settings = OmegaConf.to_container(config.lightning.trainer)
+    settings = OmegaConf.to_container(config.lightning.trainer, resolve=True)
     bar = [StepBar()] if settings.pop("enable_progress_bar", True) else []
     kept = KeptState(last, config.lightning.get("checkpoint_every_minutes", 3.0), config)
     trainer = trainer_of(
@@ -119,33 +153,17 @@ def no_trace_unless_begun(logdir: Path) -> Iterator[None]:
 
 
 def check(config: DictConfig) -> None:
-    """Raise ValueError unless the sections, and the names in them, are those of a training."""
-    if not OmegaConf.is_dict(config):
-        raise ValueError(f"expected the sections {', '.join(SECTIONS)}; got a list")
-    for name in config:
-        if name not in SECTIONS:
-            raise ValueError(f"no section {name!r}{did_you_mean(str(name), SECTIONS)}; accepted: {', '.join(SECTIONS)}")
-    for name, accepted in SECTIONS.items():
-        required = "trainer" if name == "lightning" else "target"
-        section = config.get(name)
-        if not OmegaConf.is_dict(section) or section.get(required) is None:
+    """Raise ValueError unless the sections, and the names in them, are those of a training.
+
+    A configuration is data, so it may refer to its own settings (${data.params.root}) but not to the environment.
+    """
+    for key, value in flat(OmegaConf.to_container(config)).items():
+        if RESOLVER.search(str(value)):
             raise ValueError(
-                f"the section {name} is missing, or has no {required}; a training needs the sections "
-                f"{', '.join(SECTIONS)}"
+                f"{key}: {shown(value)} reads from outside of the configuration; accepted: a value, or a "
+                f"reference such as ${{data.params.batch_size}}"
             )
-        for key in section:
-            if key not in accepted:
-                raise ValueError(
-                    f"{name}.{key} is not known{did_you_mean(str(key), accepted)}; accepted in {name}: "
-                    f"{', '.join(sorted(accepted))}"
-                )
-    if not OmegaConf.is_dict(config.lightning.trainer):
-        raise ValueError(f"lightning.trainer: expected settings by name; got {config.lightning.trainer!r}")
-    minutes, seed = config.lightning.get("checkpoint_every_minutes", 0), config.lightning.get("seed", 0)
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
-        raise ValueError(f"lightning.checkpoint_every_minutes: expected a number from 0 on; got {minutes!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"lightning.seed: expected a whole number in 0..2^32-1; got {seed!r}")
+    parse(_Config, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
 
 def built(section: str, config: Mapping[str, Any], **given: Any) -> Any:
@@ -157,31 +175,20 @@ def built(section: str, config: Mapping[str, Any], **given: Any) -> Any:
 
 
 def trainer_of(settings: Mapping[str, Any], **ours: Any) -> pl.Trainer:
-    """A trainer with the settings of `lightning.trainer`, of which none may be unknown."""
-    for key in settings:
-        if key not in TRAINER:
-            raise ValueError(
-                f"lightning.trainer.{key} is not known{did_you_mean(str(key), TRAINER)}; accepted: "
-                f"{', '.join(sorted(TRAINER))}"
-            )
+    """A trainer with the settings of `lightning.trainer`.
+
+    Raises:
+        ValueError: a setting that can't be used on this machine, or that Lightning refuses.
+    """
     accelerator = settings.get("accelerator")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"lightning.trainer.accelerator: {accelerator!r}, but there is no GPU that PyTorch can use; "
             f"accepted here: 'cpu', 'auto'"
         )
-    for key in WHOLE & settings.keys():
-        if isinstance(settings[key], bool) or not isinstance(settings[key], int | None):
-            raise ValueError(f"lightning.trainer.{key}: expected a whole number; got {settings[key]!r}")
     devices, cores = settings.get("devices"), os.cpu_count()
     if accelerator == "cpu" and isinstance(devices, int) and devices > cores:
         raise ValueError(f"lightning.trainer.devices: {devices} processes on a CPU of {cores} cores")
-    every = settings.get("val_check_interval")
-    if isinstance(every, int | float) and every <= 0:
-        raise ValueError(
-            f"lightning.trainer.val_check_interval: expected batches from 1 on, or a share of an epoch "
-            f"above 0; got {every!r}"
-        )
     quiet = {"enable_model_summary": False, "enable_progress_bar": False}
     try:
         return pl.Trainer(**quiet | settings, **ours, enable_checkpointing=False)

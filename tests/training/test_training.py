@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -316,16 +317,18 @@ def test_an_old_run_is_not_overwritten(trained, capsys):
         (["-b", "FIRST", "--steps", "0"], "--steps: expected a whole number in 1.."),
         (["-b", "LIST"], "got a list"),
         (["-b", "DAMAGED"], "not YAML"),
-        (["-b", "FIRST", "trainer.max_steps=3"], "no section 'trainer'; accepted: model"),
-        (["-b", "FIRST", "data.parms.batch_size=3"], "data.parms is not known; did you mean params?"),
+        (["-b", "FIRST", "trainer.max_steps=3"], "has 'trainer'; accepted: model"),
+        (["-b", "FIRST", "data.parms.batch_size=3"], "data has 'parms'; accepted: target, params; did you mean"),
         (["-b", "FIRST", "data.params.batch_siz=3"], "batch_siz"),
-        (["-b", "FIRST", "data.params.batch_size=few"], "batch_size: expected a whole number"),
+        (["-b", "FIRST", "data.params.batch_size=few"], "batch_size should be a valid integer; got 'few'"),
         (["-b", "FIRST", "training.params.foo=1"], "accepted: model, learning_rate, scheduler_config"),
-        (["-b", "FIRST", "lightning.trainer=5"], "lightning.trainer: expected settings by name"),
-        (["-b", "FIRST", "lightning.trainer.max_step=3"], "max_step is not known; did you mean max_steps"),
-        (["-b", "FIRST", "lightning.trainer.max_steps=few"], "max_steps: expected a whole number; got 'few'"),
+        (["-b", "FIRST", "lightning.trainer=5"], "lightning.trainer should be a mapping; got 5"),
+        (["-b", "FIRST", "lightning.trainer.max_step=3"], "lightning.trainer has 'max_step'; accepted: accelerator, "),
+        (["-b", "FIRST", "lightning.trainer.max_steps=few"], "max_steps should be a valid integer; got 'few'"),
+        (["-b", "FIRST", "model.params.monitor=${oc.env:HOME}"], "model.params.monitor: '${oc.env:HOME}' reads from"),
+        (["-b", "FIRST", "data.params.root=['${ oc.env:HOME}']"], "data.params.root: ['${ oc.env:HOME}'] reads"),
         (["-b", "FIRST", "lightning.trainer.precision=17"], "Precision 17 is invalid"),
-        (["-b", "FIRST", "lightning.trainer.logger=false"], "lightning.trainer.logger is not known"),
+        (["-b", "FIRST", "lightning.trainer.logger=false"], "lightning.trainer has 'logger'; accepted: "),
     ],
 )
 def test_wrong_arguments_say_why(trained, tmp_path, arguments, why, capsys):
@@ -358,21 +361,29 @@ def test_the_config_of_a_first_stage_is_data(trained, tmp_path, capsys):
         )
         == 2
     )
-    assert "asks.yaml: model.params.monitor: an interpolation" in capsys.readouterr().err
+    assert "asks.yaml: not a model's config: model.params.monitor: an interpolation" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rank", ["x", "-1", ""])
-def test_a_rank_that_is_none_is_said(trained, tmp_path, rank):
+@pytest.mark.parametrize(
+    "name, value, accepted",
+    [
+        ("SLURM_PROCID", "x", "a whole number from 0 on"),
+        ("SLURM_PROCID", "", "a whole number from 0 on"),
+        ("RANK", "-1", "a whole number in 0..0"),
+        ("WORLD_SIZE", "two", "a whole number in 1..65536"),
+        ("WORLD_SIZE", "0", "a whole number in 1..65536"),
+    ],
+)
+def test_what_the_environment_says_of_processes_is_checked(trained, tmp_path, name, value, accepted):
     """In a new process: Lightning reads the variable when it is imported."""
     run = subprocess.run(
         [sys.executable, ROOT / "main.py", "-b", trained / "first.yaml", "-t", "-l", tmp_path],
         capture_output=True,
         text=True,
-        env=os.environ | {"SLURM_PROCID": rank},
+        env=os.environ | {name: value},
     )
-    assert run.returncode == 2 and run.stderr == (
-        f"main.py: error: environment variable SLURM_PROCID: expected a whole number from 0 on; got {rank!r}\n"
-    )
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"main.py: error: environment variable {name}: expected {accepted}; got {value!r}")
 
 
 def test_help_answers_at_once():
@@ -383,6 +394,11 @@ def test_no_gpu_is_said(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["-b", str(trained / "first.yaml"), "-l", str(tmp_path), "lightning.trainer.accelerator=gpu"]) == 2
     assert "lightning.trainer.accelerator: 'gpu', but there is no GPU" in capsys.readouterr().err
+
+
+def test_a_setting_may_refer_to_another(trained):
+    args = arguments(["-b", str(trained / "first.yaml"), "lightning.trainer.max_steps=${data.params.batch_size}"])
+    assert configuration(args).lightning.trainer.max_steps == 4
 
 
 def test_settings_may_stand_anywhere(trained):
@@ -403,10 +419,10 @@ def test_settings_may_stand_anywhere(trained):
     [
         ("data.params.batch_size=20", "data.params.batch_size: 20 is more than the training set has: 19 images"),
         ("data.params.val_split=other", "accepted: train, heldout_concept"),
-        ("training.params.learning_rate=-1", "training.params.learning_rate: expected a number above 0; got -1"),
+        ("training.params.learning_rate=-1", "AutoencoderTraining': learning_rate should be greater than 0"),
         ("model.params.embed_dim=0", "the network fails in its first step"),
         ("lightning.trainer.limit_train_batches=0", "no step was made"),
-        ("lightning.trainer.val_check_interval=0", "lightning.trainer.val_check_interval: expected batches from 1 on"),
+        ("lightning.trainer.val_check_interval=0", "trainer.val_check_interval should be greater than 0; got 0"),
         ("lightning.trainer.devices=9999", "lightning.trainer.devices: 9999 processes on a CPU"),
         ("lightning.trainer.max_steps=0", "0 steps train nothing"),
     ],
@@ -613,6 +629,24 @@ def test_gradients_are_clipped_under_bf16(trained, tmp_path, kind, algorithm):
         assert max(grad.abs().max() for grad in gradients) == pytest.approx(1e-4)
     else:
         assert torch.stack([grad.norm() for grad in gradients]).norm() == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_lightning_warns_of_nothing_that_changes_the_weights(trained, tmp_path):
+    """It counts modules in evaluation mode: those are the frozen first stage's. It asks whether the place in the data
+    is kept when a training goes on within an epoch: it is."""
+    config = OmegaConf.load(trained / "second.yaml")
+    config.lightning.trainer.max_steps = 2  # of four in an epoch
+    fit(config, tmp_path / "run")
+    config.lightning.trainer.max_steps = 3
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = fit(config, tmp_path / "run")
+    modes = {name: part.training for name, part in module.named_modules()}
+    frozen = {name for name in modes if f"{name}.".startswith("model.first_stage_model.")}
+    assert {name for name, training in modes.items() if not training} == frozen
+    said = [str(warning.message) for warning in caught]
+    assert any(f"Found {len(frozen)} module(s) in eval mode" in text for text in said)
+    assert not [text for text in said if "resum" in text]
 
 
 def test_ctrl_c_keeps_the_step_that_was_made(trained, tmp_path):
