@@ -72,6 +72,6 @@ setup(
         "train": TRAIN,
         "text": TEXT,
         "eval": EVAL,
-        "test": [*TRAIN, *TEXT, *EVAL, "diffusers", "pytest>=8", "hypothesis", "ruff"],
+        "test": [*TRAIN, *TEXT, *EVAL, "diffusers", "pytest>=8", "pytest-xdist", "hypothesis", "ruff", "setuptools"],
     },
 )

@@ -12,10 +12,7 @@ from ldm.models.diffusion.parallel.compiled import Compiled, check_compiler
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
 from ldm.profiling.workload import Subject, random_network
-from tests.helpers.paths import ROOT
-
-sys.path.append(str(ROOT / "scripts"))
-import benchmark  # noqa: E402
+from scripts import benchmark
 
 PARAMS = dict(
     linear_start=0.00085,

@@ -207,18 +207,21 @@ def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
 
 
 HOLD = """
-import sys, time
+import sys
 from ldm.io.files import atomic_write
 with atomic_write(sys.argv[1]) as temporary:
     temporary.write_text("half")
     print("writing", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 def test_what_a_killed_process_left_is_cleaned_and_what_a_living_one_writes_is_not(tmp_path):
     writers = [
-        subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / f"{k}.txt"], stdout=subprocess.PIPE) for k in range(2)
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, tmp_path / f"{k}.txt"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for k in range(2)
     ]
     try:
         for writer in writers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -17,10 +16,7 @@ from ldm.modules.packed import pack
 from ldm.profiling.cost import unet_macs
 from ldm.profiling.timing import Seconds, alternate, peak_memory, shares
 from ldm.profiling.workload import Subject, random_network
-from tests.helpers.paths import ROOT
-
-sys.path.append(str(ROOT / "scripts"))
-from benchmark import EMOJI, main, read_row  # noqa: E402
+from scripts.benchmark import EMOJI, main, read_row
 
 PARAMS = dict(
     linear_start=0.00085,
@@ -52,11 +48,17 @@ def subject(steps: int = 4) -> Subject:
     return Subject.of(PARAMS, network, (16, 16), 1, 5, steps)
 
 
-def test_calls_take_turns():
-    order = []
-    taken = alternate({"a": lambda: (order.append("a"), time.sleep(0.02)), "b": lambda: order.append("b")}, 3)
-    assert order == ["a", "b"] * 3 and len(taken["a"].values) == 3
-    assert taken["a"].median > 0.02 > taken["b"].median
+def test_calls_take_turns(monkeypatch):
+    order, now = [], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def call(name: str, seconds: float) -> None:
+        order.append(name)
+        now[0] += seconds
+
+    taken = alternate({"a": lambda: call("a", 0.5), "b": lambda: call("b", 0.25)}, 3)
+    assert order == ["a", "b"] * 3
+    assert taken == {"a": Seconds((0.5,) * 3), "b": Seconds((0.25,) * 3)}
     assert (Seconds((1.0, 2.0, 4.0)).median, Seconds((1.0, 2.0, 4.0)).spread) == (2.0, 0.75)
 
 
