@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,11 +51,13 @@ class _Config(_Open):
 class Bounded(TorchFunctionMode):
     """A config can ask for any number of layers; building more than a model has ends with a ConfigError."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.tensors = 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.tensors += func is torch.empty
         if self.tensors > MOST_TENSORS:
             raise ConfigError(
@@ -72,7 +75,9 @@ class _Unmade(TorchFunctionMode):
     layers to a device moves nothing: that is for the caller to say.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}

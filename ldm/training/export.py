@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from omegaconf import DictConfig
@@ -39,15 +39,15 @@ def normalized_first_stage(config: DictConfig, weights: Mapping[str, Tensor]) ->
     model.load_state_dict(dict(weights))
     data = instantiate_from_config(config.data)
     data.setup("fit")
-    means = latent_means(model.eval(), data)
+    means = latent_means(model.eval(), data.train_dataloader())
     std = means.std((0, 2, 3))
     fold(model, means.mean((0, 2, 3)), (std * std.mean()).sqrt())
     return model.state_dict()
 
 
 @torch.no_grad()
-def latent_means(model: AutoencoderKL, data) -> Tensor:
-    return torch.cat([model.encode(batch[model.image_key]).mean for batch in data.train_dataloader()])
+def latent_means(model: AutoencoderKL, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    return torch.cat([model.encode(batch[model.image_key]).mean for batch in batches])
 
 
 @torch.no_grad()
