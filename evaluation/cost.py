@@ -81,10 +81,10 @@ def counts(unet: Mapping[str, Any], size: Sequence[int], batch: int, tokens: int
 
 def published(unet: Mapping[str, Any], size: Sequence[int], batch: int, plan: Plan) -> int | None:
     """The paper's GMACs for this run, if it has such a row."""
-    from ldm.models.diffusion.propagation.plan import Work
+    from ldm.models.diffusion.propagation.plan import Compute
 
     same = (unet, list(size), batch) == (read_unet(SD_V1)[0], PUBLISHED_SIZE, PUBLISHED_BATCH)
-    known = same and not plan.refresh and Work.SHALLOW not in plan.works()
+    known = same and not plan.refresh and Compute.SHALLOW not in plan.computes()
     return PUBLISHED.get((plan.num_nodes, len(plan.keys))) if known else None
 
 
@@ -93,7 +93,7 @@ def node_table(units: Mapping[str, Macs], plans: Mapping[str, Plan]) -> Iterator
     yield f"{'one evaluation, GMAC':<34}" + "".join(f"{name:>12}" for name in units)
     seen = set()
     for plan in plans.values():
-        for work in dict.fromkeys(plan.works()):
+        for work in dict.fromkeys(plan.computes()):
             depth = plan.branch or plan.refresh if work.value != "full" else 0
             label = f"{work.value} node" + (f", {depth} outer blocks" if depth else "")
             if label not in seen:

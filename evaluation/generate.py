@@ -212,7 +212,7 @@ def captions_cut(prompts: Sequence[Prompt], engine: Engine) -> int:
     """How many prompts the model does not read to their end."""
     from ldm.sampling.conditions import prompts_cut
 
-    return prompts_cut(engine.model, [prompt.subject["prompt"] for prompt in prompts if "prompt" in prompt.subject])
+    return prompts_cut(engine.model, [prompt.inputs["prompt"] for prompt in prompts if "prompt" in prompt.inputs])
 
 
 def versions(setup: Setup) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 For each of --count captions of the dataset one picture is made. Its features are compared with those of all
 real pictures, and it counts as recognised at k if one of the k nearest shows the same concept, in any style.
-Beside the generated pictures: the real ones, each with itself left out, and what the model's first stage
+ImageConcat the generated pictures: the real ones, each with itself left out, and what the model's first stage
 makes of the pictures that the captions belong to.
 """
 

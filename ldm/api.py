@@ -54,10 +54,10 @@ from ldm.cli.tasks import (
 from ldm.io.errors import BadInput
 from ldm.io.images import from_pil, open_labels, open_mask, open_picture, to_pil
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.sampling.conditions import Boxes, Condition, Text
+from ldm.sampling.conditions import Condition, Layout, Text
 from ldm.sampling.engine import Engine, Task
 from ldm.sampling.generate import Item
-from ldm.sampling.start import Canvas, Picture
+from ldm.sampling.start import ImageStart, Start
 from ldm.util import PROJECT_ROOT, find_file
 
 PictureLike = Image.Image | str | Path
@@ -152,7 +152,7 @@ class Model:
         setup = self.setup
         recipe = make_recipe(args, size, setup)
         check_guidance(recipe, task)
-        nodes = count_nodes(recipe, setup, task.canvas.strength)
+        nodes = count_nodes(recipe, setup, task.start.strength)
         plan = make_plan(args, nodes, run_facts(setup, recipe.sampler))
         latents = tuple(self.sizes.whole(side) for side in size)
         if self._packed_for not in (None, latents):
@@ -190,7 +190,7 @@ class Run:
 
     def _batch(self, items: Sequence[Item]) -> list[Image.Image]:
         pictures = self.engine.decode(self.engine.latents(items))
-        return to_pil(self.engine.task.canvas.finish(pictures, items))
+        return to_pil(self.engine.task.start.finish(pictures, items))
 
 
 # Which model
@@ -273,7 +273,7 @@ def kind_of(model: Any) -> str:
         return by_class[target]
     if stage == "__is_unconditional__":
         return "nothing"
-    if params.get("cond_stage_key") == Boxes.told_of:
+    if params.get("cond_stage_key") == Layout.stage_key:
         return "boxes"
     conditioner = "" if isinstance(stage, str) else name_of(stage.target)
     if conditioner in ("ClassEmbedder", "SpatialRescaler"):
@@ -411,8 +411,8 @@ def text(given: Given, args: argparse.Namespace, setup: Setup) -> Pictured:
             raise ValueError("strength needs an image to begin with")
         return prompts, Task(Text(args.negative_prompt)), picture_size(args, setup.sizes)
     picture = in_size(open_picture(given.image().path), args, setup.sizes)
-    canvas = Picture(picture, 0.75 if args.strength is None else args.strength)
-    return remembering(prompts, given.image()), Task(Text(args.negative_prompt), canvas), tuple(picture.shape[1:])
+    start = ImageStart(picture, 0.75 if args.strength is None else args.strength)
+    return remembering(prompts, given.image()), Task(Text(args.negative_prompt), start), tuple(picture.shape[1:])
 
 
 def remembering(subjects: list[dict[str, Any]], image: File) -> list[dict[str, Any]]:
@@ -503,7 +503,7 @@ def nothing_arguments(p: Parser) -> None:
 
 def nothing(given: Given, args: argparse.Namespace, setup: Setup) -> Pictured:
     given.only()
-    return [{}], Task(Condition(), Canvas()), picture_size(args, setup.sizes)
+    return [{}], Task(Condition(), Start()), picture_size(args, setup.sizes)
 
 
 def box_arguments(p: Parser) -> None:

@@ -31,7 +31,7 @@ from ldm.io.errors import blame
 if TYPE_CHECKING:
     from ldm.models.diffusion.propagation.plan import Plan
     from ldm.profiling.timing import Seconds
-    from ldm.profiling.workload import Subject
+    from ldm.profiling.workload import Workload
 
 EMOJI = Path(__file__).resolve().parents[1] / "models" / "ldm" / "emoji64" / "config.yaml"
 ROWS = ["off", "faster-diffusion", "faster-diffusion@8", "deepcache:3"]
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     from ldm.profiling.cost import context_tokens, unet_macs
     from ldm.profiling.diffusers_baseline import diffusers_peer
     from ldm.profiling.timing import alternate, matrix_product, peak_memory, seconds_of, shares
-    from ldm.profiling.workload import Subject, random_network
+    from ldm.profiling.workload import Workload, random_network
 
     params = diffusion_params(args.config)
     size, network = latent_size(args, params), random_network(params)
@@ -123,19 +123,19 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     tokens = context_tokens(params)
     tokens = tokens and (args.tokens or tokens)
     pack(network.diffusion_model, size, tokens)
-    subject = Subject.of(params, network, size, batch, tokens, args.steps)
+    workload = Workload.of(params, network, size, batch, tokens, args.steps)
     unit = unet_macs(network.diffusion_model, size, 2, tokens)
 
     product, operations = matrix_product()
-    calls = {MATRIX: product} | {name: lambda plan=plan: subject.run(plan) for name, plan in plans.items()}
+    calls = {MATRIX: product} | {name: lambda plan=plan: workload.run(plan) for name, plan in plans.items()}
     result: dict[str, Any] = {"batch": batch}
     if args.compile:
-        other = replace(subject, network=Compiled(network))
+        other = replace(workload, network=Compiled(network))
         calls |= {name + COMPILED: lambda plan=plan: other.run(plan) for name, plan in plans.items()}
         plans = {**plans, **{name + COMPILED: plan for name, plan in plans.items()}}
         result["compile_seconds"] = sum(seconds_of(calls[name]) for name in plans if name.endswith(COMPILED))
     if unet is not None:
-        others, facts = against(unet, subject, args.compile)
+        others, facts = against(unet, workload, args.compile)
         calls, result = calls | others, result | facts
     peaks = {name: peak_memory(call) for name, call in calls.items()}
     taken = alternate(calls, args.repeats)
@@ -145,7 +145,7 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
         for name, seconds in taken.items()
     ]
     one = plain_plan(1)
-    single = Subject(params, network, subject.x, subject.context, 1)
+    single = Workload(params, network, workload.x, workload.context, 1)
     plain = 2 * batch * unit.plain(args.steps) / taken["off"].median if "off" in taken else None
     return result | {
         "matmul_flops": rate,
@@ -155,17 +155,17 @@ def measure(args: argparse.Namespace, batch: int, plans: Mapping[str, Plan]) -> 
     }
 
 
-def against(unet: Any, subject: Subject, compile: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+def against(unet: Any, workload: Workload, compile: bool) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     """The plain run by diffusers, as it is fastest, and what to tell of it."""
     from ldm.profiling.diffusers_baseline import fastest
     from ldm.profiling.timing import seconds_of
 
-    peer = fastest(unet, subject)
-    difference = (peer.run(subject) - subject.run(plain_plan(subject.steps))).abs().max()
-    calls, facts = {PEER: lambda: peer.run(subject)}, {"peer": peer.setting, "difference": float(difference)}
+    peer = fastest(unet, workload)
+    difference = (peer.run(workload) - workload.run(plain_plan(workload.steps))).abs().max()
+    calls, facts = {PEER: lambda: peer.run(workload)}, {"peer": peer.setting, "difference": float(difference)}
     if compile:
         compiled = peer.compiled()
-        calls[PEER + COMPILED] = lambda: compiled.run(subject)
+        calls[PEER + COMPILED] = lambda: compiled.run(workload)
         facts["peer_compile_seconds"] = seconds_of(calls[PEER + COMPILED])
     return calls, facts
 

@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> None:
 
     from ldm.sampling.conditions import Text
     from ldm.sampling.engine import Task
-    from ldm.sampling.start import Picture
+    from ldm.sampling.start import ImageStart
 
-    task = Task(Text(args.negative_prompt), Picture(picture, args.strength))
+    task = Task(Text(args.negative_prompt), ImageStart(picture, args.strength))
     make_pictures(args, setup, items, task, tuple(picture.shape[1:]), args.n_samples)
 
 

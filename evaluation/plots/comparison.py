@@ -29,7 +29,7 @@ from ldm.io.errors import SettingError, fault_of, one_line
 from ldm.io.files import atomic_write, file_sha256, read_json
 from ldm.io.images import from_pil, psnr, to_pil
 from ldm.models.diffusion.propagation.plan import AnyPlan
-from ldm.sampling.engine import Spent
+from ldm.sampling.engine import Cost
 from ldm.sampling.generate import Item, digest, prompt_items
 
 Values = dict[str, Any]  # of a row: its costs and errors, JSON values
@@ -46,7 +46,7 @@ class Sampled:
 
     latents: Tensor
     images: Tensor
-    cost: Spent
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Comparison:
         parts = [engine.sampled(self.items[k : k + BATCH]) for k in range(0, len(self.items), BATCH)]
         latents = torch.cat([part for part, _ in parts])
         images = torch.stack([from_pil(image) for image in to_pil(self.experiment.decode(engine, latents))])
-        return Sampled(latents, images, Spent.mean([cost for part, cost in parts for _ in part]))
+        return Sampled(latents, images, Cost.mean([cost for part, cost in parts for _ in part]))
 
     def sample_plain(self, sampler: str) -> Sampled:
         """The images of the plain run of a sampler."""

@@ -19,7 +19,7 @@ from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.sampling.conditions import Classes, Condition, Text
 from ldm.sampling.engine import Engine, Recipe, Task, num_nodes, usual_scale
-from ldm.sampling.generate import Item, subject_items
+from ldm.sampling.generate import Item, make_items
 
 BATCH = 8  # images per batch
 
@@ -69,16 +69,16 @@ class Experiment:
             SettingError: `count`: more images than there are prompts or classes.
         """
         if self.model.model.conditioning_key is None:
-            return subject_items([{}], self.count, self.seed)
+            return make_items([{}], self.count, self.seed)
         if self.classes:
             if self.count > self.classes:
                 raise SettingError("count", f"this model has {self.classes} classes; got {self.count}")
             step = max(1, self.classes // self.count)
-            return subject_items([{"class": k * step} for k in range(self.count)], 1, self.seed, by_position=True)
+            return make_items([{"class": k * step} for k in range(self.count)], 1, self.seed, by_position=True)
         if len(self.prompts) < self.count:
             raise SettingError("count", f"there are {len(self.prompts)} prompts; got {self.count}")
         inputs = [{"prompt": prompt} for prompt in self.prompts[: self.count]]
-        return subject_items(inputs, 1, self.seed, by_position=True)
+        return make_items(inputs, 1, self.seed, by_position=True)
 
     @cached_property
     def task(self) -> Task:

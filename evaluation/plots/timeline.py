@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from evaluation.plots.drawing import COLOURS, Drawing, new_figure
 from evaluation.plots.experiment import Experiment
 from ldm.io.errors import fault_of
-from ldm.models.diffusion.propagation.plan import Plan, Work
+from ldm.models.diffusion.propagation.plan import Compute, Plan
 
 ENCODER, DECODER, IDLE = COLOURS[0], COLOURS[4], "#ECECEC"
 BLOCKS = 12  # of encoder and of decoder in Stable Diffusion; the bar of a shallow step is as high as its share of them
@@ -79,8 +79,8 @@ def draw(axes: Axes, plans: Mapping[str, Plan]) -> None:
 def shares(plan: Plan) -> list[tuple[float, float]]:
     """The share of the encoder and of the decoder that runs at each step, 0..1."""
     shallow = plan.branch / BLOCKS
-    of = {Work.FULL: (1.0, 1.0), Work.DECODER: (plan.refresh / BLOCKS, 1.0), Work.SHALLOW: (shallow, shallow)}
-    return [of[work] for work in plan.works()]
+    of = {Compute.FULL: (1.0, 1.0), Compute.DECODER: (plan.refresh / BLOCKS, 1.0), Compute.SHALLOW: (shallow, shallow)}
+    return [of[work] for work in plan.computes()]
 
 
 def together(plan: Plan) -> list[tuple[int, int]]:

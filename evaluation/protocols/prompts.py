@@ -26,16 +26,16 @@ class Prompt:
 
     id:      tells it from all others of its data; with the protocol's seed it names the noise.
     image:   what it is a caption of: prompts of one image share this number.
-    subject: what it says, see `ldm.sampling.generate.Item`.
+    inputs: what it says, see `ldm.sampling.generate.Item`.
     """
 
     id: int
     image: int
-    subject: Mapping[str, Any]
+    inputs: Mapping[str, Any]
 
     def line(self) -> dict[str, Any]:
         """As JSON values."""
-        return {**self.subject, "id": self.id}
+        return {**self.inputs, "id": self.id}
 
 
 def read_prompts(protocol: Protocol, folder: Path) -> list[Prompt]:

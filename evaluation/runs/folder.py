@@ -29,7 +29,7 @@ from ldm.cli.arguments import LARGEST_SIDE, MOST
 from ldm.io.files import atomic_write, clean, file_sha256, parse_json_lines, read_bytes, read_json
 from ldm.io.images import opened, png_bytes, read_png
 from ldm.io.kinds import MAPPING, TEXT, check, known, whole
-from ldm.sampling.generate import Item, Made, append_line, read_manifest
+from ldm.sampling.generate import Item, Sample, append_line, read_manifest
 
 CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"
 NPZ = "samples.npz"
@@ -63,7 +63,7 @@ def make_items(lines: Sequence[Mapping[str, Any]], seed: int, repeats: int) -> l
 
 
 def file_name(item: Item) -> str:
-    return f"{SAMPLES}/{item.subject['id']:08d}-{item.sample:03d}.png"
+    return f"{SAMPLES}/{item.inputs['id']:08d}-{item.sample:03d}.png"
 
 
 def json_lines(entries: Sequence[Mapping[str, Any]]) -> bytes:
@@ -160,15 +160,15 @@ class RunFolder:
 
     # A store
 
-    def find(self, item: Item) -> Made | None:
+    def find(self, item: Item) -> Sample | None:
         name = file_name(item)
         path = self.path / name
         if self._proven(name) is None:
             self._refused |= {name} if path.exists() else set()
             return None
-        return Made(item, None, path, False, {})
+        return Sample(item, None, path, False, {})
 
-    def save(self, item: Item, image: Image.Image, run: Mapping[str, Any]) -> Made:
+    def save(self, item: Item, image: Image.Image, run: Mapping[str, Any]) -> Sample:
         name = file_name(item)
         path = self.path / name
         # How long it took is not in the file: the same picture must be the same bytes.
@@ -176,7 +176,7 @@ class RunFolder:
         self._list(name, hashlib.sha256(content).hexdigest(), run)
         with atomic_write(path) as temporary:
             temporary.write_bytes(content)
-        return Made(item, image, path, True, run, name in self._refused)
+        return Sample(item, image, path, True, run, name in self._refused)
 
     def _proven(self, name: str) -> str | None:
         """The hash of a picture that is the one that a process listed when it made it; None if it is not there, or

@@ -69,14 +69,14 @@ def image_items(
     """The images of a run, in order.
 
     Args:
-        subjects, share_start: see `ldm.sampling.generate.subject_items`.
+        subjects, share_start: see `ldm.sampling.generate.make_items`.
         samples: of each subject; None = --n_samples.
         repeat: how often each subject is taken.
 
     Raises:
         BadInput: more than one run makes.
     """
-    from ldm.sampling.generate import subject_items
+    from ldm.sampling.generate import make_items
 
     samples = args.n_samples if samples is None else samples
     if (total := len(subjects) * repeat * samples) > MOST:
@@ -84,7 +84,7 @@ def image_items(
             f"--n_samples: {len(subjects)} subjects x {repeat * samples} images of each are {total}; one "
             f"run makes {MOST} at most"
         )
-    return subject_items(
+    return make_items(
         [subject for subject in subjects for _ in range(repeat)], samples, args.seed, share_start, args.seed_by_position
     )
 

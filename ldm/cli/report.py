@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ldm.cli.setup import Setup
     from ldm.sampling.engine import Engine
-    from ldm.sampling.generate import Item, Made
+    from ldm.sampling.generate import Item, Sample
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Result:
     seconds_unet: float = 0.0
     _kept: dict[tuple[int, int], Image.Image] = field(default_factory=dict)
 
-    def add(self, made: Made, keep: bool) -> None:
+    def add(self, made: Sample, keep: bool) -> None:
         """One more; keep: its image is needed for a grid or a comparison."""
         if keep:
             self._kept[made.item.prompt_index, made.item.sample] = made.image

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.propagation.load import RunFacts
     from ldm.models.diffusion.propagation.plan import AnyPlan
     from ldm.sampling.engine import Engine, Recipe, Task
-    from ldm.sampling.generate import Item, Made
+    from ldm.sampling.generate import Item, Sample
 
 BATCH_PIXELS = 2**26  # 256 images of 512 x 512 pixels at a time
 SHEET_PIXELS = 80_000_000  # Pillow doubts larger files
@@ -60,7 +60,7 @@ def make_pictures(
         print(f"no grid: {len(items)} images would be more than {SHEET_PIXELS} pixels, the most of one file")
     recipe = make_recipe(args, size, setup)
     check_guidance(recipe, task)
-    nodes = count_nodes(recipe, setup, task.canvas.strength)
+    nodes = count_nodes(recipe, setup, task.start.strength)
     if args.list_plans:
         if setup.processes.rank == 0:
             list_plans(setup, recipe, task, nodes)
@@ -111,7 +111,7 @@ def what_is_cut(items: Sequence[Item], task: Task, model: LatentDiffusion) -> st
     """How many texts, the negative prompt among them, the model does not read to their end; None if it reads all."""
     from ldm.sampling.conditions import prompts_cut
 
-    texts = [*(item.subject for item in items), task.condition.settings()]
+    texts = [*(item.inputs for item in items), task.condition.settings()]
     prompts = {of[name] for of in texts for name in ("prompt", "negative_prompt") if name in of}
     cut = prompts_cut(model, [*prompts])
     return (
@@ -279,7 +279,7 @@ def stream(
     batch: int,
     processes: Processes,
     before: Callable[[], None],
-) -> Iterator[Made]:
+) -> Iterator[Sample]:
     """The pictures of one method, made as they are asked for; before() is called ahead of each batch."""
     from ldm.sampling.generate import generate
 

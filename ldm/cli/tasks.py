@@ -74,15 +74,15 @@ def depth_task(setup: Setup, picture: Tensor, strength: float, negative: str = "
     """Text and the depth of a picture, (3, H, W) in [-1, 1], in the size of the results."""
     from ldm.sampling.engine import Task
     from ldm.sampling.hybrid import Depth
-    from ldm.sampling.start import Canvas, Picture
+    from ldm.sampling.start import ImageStart, Start
 
     height, width = (side // setup.sizes.factor for side in picture.shape[1:])
-    canvas = Picture(picture, strength) if strength < 1 else Canvas()
-    return Task(Depth(picture, (height, width), negative), canvas)
+    start = ImageStart(picture, strength) if strength < 1 else Start()
+    return Task(Depth(picture, (height, width), negative), start)
 
 
 def inpainting_task(setup: Setup, pictures: Tensor, masks: Tensor, text: bool, negative: str = "") -> Task:
-    """Masked parts painted anew, from text or without.
+    """MaskedImage parts painted anew, from text or without.
 
     Sides that the model can't make are filled up by repeating the edge, which is cut off in the end.
 
@@ -90,10 +90,10 @@ def inpainting_task(setup: Setup, pictures: Tensor, masks: Tensor, text: bool, n
         pictures, masks: (N, 3, H, W) in [-1, 1], and (N, 1, H, W), 1 = to be painted.
     """
     from ldm.io.images import pad
-    from ldm.sampling.conditions import Masked, Text
+    from ldm.sampling.conditions import MaskedImage, Text
     from ldm.sampling.engine import Task
-    from ldm.sampling.hybrid import Surroundings
-    from ldm.sampling.start import Frame, MaskedFrame
+    from ldm.sampling.hybrid import TextAndMaskedImage
+    from ldm.sampling.start import KeepOutsideMask, LatentInpaint
 
     sees_both = setup.config.model.params.get("conditioning_key") == "hybrid"
     if sees_both and not text:
@@ -101,9 +101,9 @@ def inpainting_task(setup: Setup, pictures: Tensor, masks: Tensor, text: bool, n
     whole = [setup.sizes.whole(side) for side in pictures.shape[-2:]]
     pictures, masks = pad(pictures, *whole), pad(masks, *whole)
     if text and not sees_both:
-        return Task(Text(negative), MaskedFrame(pictures, masks))
-    condition = Surroundings(pictures, masks, negative) if text else Masked(pictures, masks)
-    return Task(condition, Frame(pictures, masks))
+        return Task(Text(negative), LatentInpaint(pictures, masks))
+    condition = TextAndMaskedImage(pictures, masks, negative) if text else MaskedImage(pictures, masks)
+    return Task(condition, KeepOutsideMask(pictures, masks))
 
 
 def settle_upscaling(args: argparse.Namespace, setup: Setup) -> bool:
@@ -121,7 +121,7 @@ def settle_upscaling(args: argparse.Namespace, setup: Setup) -> bool:
 def upscaling_task(args: argparse.Namespace, setup: Setup, pictures: Tensor, text: bool) -> tuple[Task, Size]:
     """Small pictures (N, 3, h, w) made large, and how large; the arguments are settled."""
     from ldm.io.images import pad
-    from ldm.sampling.conditions import Beside
+    from ldm.sampling.conditions import ImageConcat
     from ldm.sampling.engine import Task
     from ldm.sampling.hybrid import LowResolution
 
@@ -130,7 +130,7 @@ def upscaling_task(args: argparse.Namespace, setup: Setup, pictures: Tensor, tex
     height, width = (side * factor for side in pictures.shape[-2:])
     pictures = pad(pictures, sizes.whole(height) // factor, sizes.whole(width) // factor)
     if not text:
-        return Task(Beside(pictures)), (height, width)
+        return Task(ImageConcat(pictures)), (height, width)
     levels = without_weights(setup.config.model.params.get("low_scale_config")).max_noise_level
     if args.noise_level >= levels:
         raise BadInput(f"--noise_level: expected 0..{levels - 1} for this model; got {args.noise_level}")
@@ -145,7 +145,7 @@ def label_task(setup: Setup, maps: Mapping[str, Tensor]) -> tuple[Task, Size]:
     import torch
 
     from ldm.io.images import pad
-    from ldm.sampling.conditions import Labels
+    from ldm.sampling.conditions import SemanticMap
     from ldm.sampling.engine import Task
 
     labels = label_count(setup)
@@ -156,7 +156,7 @@ def label_task(setup: Setup, maps: Mapping[str, Tensor]) -> tuple[Task, Size]:
     batch = torch.stack(list(maps.values()))  # (N, H, W)
     height, width = batch.shape[-2:]
     whole = pad(batch[:, None].float(), *map(setup.sizes.whole, (height, width)))[:, 0].long()
-    return Task(Labels(whole)), (height, width)
+    return Task(SemanticMap(whole)), (height, width)
 
 
 def label_count(setup: Setup) -> int:
@@ -169,7 +169,7 @@ def label_count(setup: Setup) -> int:
     return rescaler.channel_mapper.in_channels
 
 
-# Boxes
+# Layout
 
 
 def layout_task(setup: Setup, layouts: Sequence[Any], names: Names) -> tuple[list[dict[str, Any]], Task]:
@@ -177,7 +177,7 @@ def layout_task(setup: Setup, layouts: Sequence[Any], names: Names) -> tuple[lis
     import torch
 
     from ldm.modules.encoders.boxes import box_tokens
-    from ldm.sampling.conditions import Boxes
+    from ldm.sampling.conditions import Layout
     from ldm.sampling.engine import Task
 
     ids, length = vocabulary(setup)
@@ -192,16 +192,16 @@ def layout_task(setup: Setup, layouts: Sequence[Any], names: Names) -> tuple[lis
         with blame(f"--boxes: picture {p}"):
             tokens.append(box_tokens(boxes, (length - 2) // 3, ids))  # three a box, and the crop's two
         subjects.append({"boxes": [[b.category, b.x, b.y, b.width, b.height] for b in boxes]})
-    return subjects, Task(Boxes(torch.stack(tokens)))
+    return subjects, Task(Layout(torch.stack(tokens)))
 
 
 def vocabulary(setup: Setup) -> tuple[int, int]:
     """How many token ids the config's model knows, and how many tokens it takes; found out without its weights."""
-    from ldm.sampling.conditions import Boxes
+    from ldm.sampling.conditions import Layout
 
     key = setup.config.model.params.get("cond_stage_key")
-    if key != Boxes.told_of:
-        raise BadInput(f"--config: not {Boxes.kind}: its cond_stage_key is {key!r}, expected {Boxes.told_of!r}")
+    if key != Layout.stage_key:
+        raise BadInput(f"--config: not {Layout.kind}: its cond_stage_key is {key!r}, expected {Layout.stage_key!r}")
     transformer = conditioner(setup).transformer
     return transformer.num_tokens, transformer.max_seq_len
 

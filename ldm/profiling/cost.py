@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.models.diffusion.propagation.plan import AnyPlan, Work
+from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.meta import meta_unet
 
@@ -47,37 +47,39 @@ class Macs:
         """A run of so many nodes with nothing saved."""
         return self.once + nodes * self.whole
 
-    def node(self, work: Work, plan: AnyPlan) -> int:
+    def node(self, compute: Compute, plan: AnyPlan) -> int:
         """One prediction at a node of a plan."""
-        if work is Work.SHALLOW:
+        if compute is Compute.SHALLOW:
             return self.outer[plan.branch] + self.last[plan.branch] if plan.branch else 0
-        return self.whole if work is Work.FULL else self.decode + self.outer[plan.refresh]
+        return self.whole if compute is Compute.FULL else self.decode + self.outer[plan.refresh]
 
-    def run(self, plan: AnyPlan, works: Sequence[Work] | None = None, images: Sequence[int] | None = None) -> int:
+    def run(self, plan: AnyPlan, computes: Sequence[Compute] | None = None, images: Sequence[int] | None = None) -> int:
         """All predictions of a run.
 
         Args:
-            works: of every node, for a plan that decides on the way; None = the plan's.
+            computes: of every node, for a plan that decides on the way; None = the plan's.
             images: how often the batch is predicted at each node, for guidance; None = once.
         """
-        works = plan.works() if works is None else works
-        images = images or [1] * len(works)
-        return self.once * max(images) + sum(self.node(work, plan) * n for work, n in zip(works, images, strict=True))
+        computes = plan.computes() if computes is None else computes
+        images = images or [1] * len(computes)
+        return self.once * max(images) + sum(
+            self.node(compute, plan) * n for compute, n in zip(computes, images, strict=True)
+        )
 
     def critical_path(
-        self, plan: AnyPlan, works: Sequence[Work] | None = None, images: Sequence[int] | None = None
+        self, plan: AnyPlan, computes: Sequence[Compute] | None = None, images: Sequence[int] | None = None
     ) -> int:
         """What has to be computed one after the other when all decoders that share features run at the same time.
 
         Nodes after a key node wait for it alone, so they add nothing; shallow and refreshed nodes wait for the latent
         before them. Arguments as for `run`.
         """
-        works = plan.works() if works is None else works
-        images = images or [1] * len(works)
+        computes = plan.computes() if computes is None else computes
+        images = images or [1] * len(computes)
         return self.once * max(images) + sum(
-            self.node(work, plan) * n
-            for work, n in zip(works, images, strict=True)
-            if work is not Work.DECODER or plan.refresh
+            self.node(compute, plan) * n
+            for compute, n in zip(computes, images, strict=True)
+            if compute is not Compute.DECODER or plan.refresh
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.conversion import diffusers_unet
 from ldm.models.diffusion.parallel.compiled import Backend, compiled
-from ldm.profiling.workload import SCALE, Subject
+from ldm.profiling.workload import SCALE, Workload
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 PROCESSORS = {"fused attention": "AttnProcessor2_0", "plain attention": "AttnProcessor"}
@@ -30,11 +30,11 @@ class Peer:
         return Peer(compiled(self.unet, backend), self.setting)
 
     @torch.inference_mode()
-    def run(self, subject: Subject) -> Tensor:
-        """What `Subject.run` does with the plain plan."""
+    def run(self, workload: Workload) -> Tensor:
+        """What `Workload.run` does with the plain plan."""
         from diffusers import DDIMScheduler
 
-        p = subject.params
+        p = workload.params
         prediction = {"eps": "epsilon", "v": "v_prediction"}[p.get("parameterization", "eps")]
         scheduler = DDIMScheduler(
             beta_start=p["linear_start"],
@@ -45,10 +45,10 @@ class Peer:
             steps_offset=1,
             prediction_type=prediction,
         )
-        scheduler.set_timesteps(subject.steps)
-        x = subject.x
+        scheduler.set_timesteps(workload.steps)
+        x = workload.x
         for t in scheduler.timesteps:
-            uncond, cond = self.unet(torch.cat([x, x]), t, encoder_hidden_states=subject.context).sample.chunk(2)
+            uncond, cond = self.unet(torch.cat([x, x]), t, encoder_hidden_states=workload.context).sample.chunk(2)
             x = scheduler.step(uncond + SCALE * (cond - uncond), t, x).prev_sample
         return x
 
@@ -69,11 +69,11 @@ def diffusers_peer(params: dict[str, Any], network: nn.Module) -> nn.Module:
     return unet.eval().requires_grad_(False)
 
 
-def fastest(unet: nn.Module, subject: Subject) -> Peer:
+def fastest(unet: nn.Module, workload: Workload) -> Peer:
     """Try its attention processors and memory formats on one evaluation each, and keep the fastest."""
     from diffusers.models import attention_processor
 
-    latents, best, kept = torch.cat([subject.x, subject.x]), float("inf"), ("", "")
+    latents, best, kept = torch.cat([workload.x, workload.x]), float("inf"), ("", "")
 
     def setting(processor: str, memory: str) -> None:
         unet.set_attn_processor(getattr(attention_processor, PROCESSORS[processor])())
@@ -83,7 +83,7 @@ def fastest(unet: nn.Module, subject: Subject) -> Peer:
         for processor in PROCESSORS:
             setting(processor, memory)
             with torch.inference_mode():
-                seconds = _second_time(lambda: unet(latents, 500, encoder_hidden_states=subject.context))
+                seconds = _second_time(lambda: unet(latents, 500, encoder_hidden_states=workload.context))
             if seconds < best:
                 best, kept = seconds, (processor, memory)
     setting(*kept)

@@ -22,7 +22,7 @@ SCALE = 7.5
 
 
 @dataclass(frozen=True)
-class Subject:
+class Workload:
     """What is run: a guided DDIM run from random latents, under random conditions.
 
     params: of the `LatentDiffusion` config.
@@ -45,12 +45,12 @@ class Subject:
         batch: int,
         tokens: int | None,
         steps: int,
-    ) -> Subject:
+    ) -> Workload:
         unet, generator = network.diffusion_model, torch.Generator().manual_seed(0)
         x = torch.randn(batch, unet.in_channels, *size, generator=generator)
         width = unet.context_dim
         context = None if width is None else torch.randn(2 * batch, tokens, width, generator=generator)
-        return Subject(params, network, x, context, steps)
+        return Workload(params, network, x, context, steps)
 
     @property
     def abar(self) -> Tensor:

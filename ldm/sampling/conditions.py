@@ -1,4 +1,4 @@
-"""What a network is told of each picture: nothing, text, a class, boxes, or pictures beside its latents."""
+"""What a network is conditioned on for each image: nothing, text, a class, boxes, or images joined to its latents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Condition:
     key: str | None = None  # the model's conditioning_key
 
     def tokens(self, model: LatentDiffusion) -> int | None:
-        """Context tokens of one picture, None for a network without cross-attention.
+        """Context tokens of one image, None for a network without cross-attention.
 
         Raises:
             ValueError: the model does not take this condition.
@@ -33,15 +33,18 @@ class Condition:
         return None
 
     def settings(self) -> dict[str, Any]:
-        """What pictures depend on beside the items, as JSON values."""
+        """What images depend on beside the items, as JSON values."""
         return {}
 
-    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionLike:
-        """The condition of these items."""
+    def encode(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionLike:
+        """The conditioning of these items."""
         return None
 
-    def none(self, model: LatentDiffusion, told: ConditionLike) -> ConditionLike:
-        """What guidance leads away from where the network is told this, a result of `of`.
+    def unconditional(self, model: LatentDiffusion, cond: ConditionLike) -> ConditionLike:
+        """The conditioning that guidance leads away from.
+
+        Args:
+            cond: what `encode` returned for the same items.
 
         Raises:
             ValueError: the model has no such thing.
@@ -82,11 +85,11 @@ class Text(Condition):
                 f"not {self.kind}: its conditioner {type(model.cond_stage_model).__name__} takes no text ({error})"
             ) from error
 
-    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
-        return self._embed(model, [item.subject["prompt"] for item in items])  # (B, L, D)
+    def encode(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        return self._embed(model, [item.inputs["prompt"] for item in items])  # (B, L, D)
 
-    def none(self, model: LatentDiffusion, told: Tensor) -> Tensor:
-        return self._embed(model, [self.negative]).expand_as(told)
+    def unconditional(self, model: LatentDiffusion, cond: Tensor) -> Tensor:
+        return self._embed(model, [self.negative]).expand_as(cond)
 
     @torch.no_grad()
     def _embed(self, model: LatentDiffusion, prompts: list[str]) -> Tensor:
@@ -114,18 +117,20 @@ class Classes(Condition):
     def settings(self) -> dict[str, Any]:
         return {"uncond_class": self.absent}
 
-    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
-        return self._embed(model, [item.subject["class"] for item in items])  # (B, 1, D)
+    def encode(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        return self._embed(model, [item.inputs["class"] for item in items])  # (B, 1, D)
 
-    def none(self, model: LatentDiffusion, told: Tensor) -> Tensor:
-        return super().none(model, told) if self.absent is None else self._embed(model, [self.absent] * len(told))
+    def unconditional(self, model: LatentDiffusion, cond: Tensor) -> Tensor:
+        return (
+            super().unconditional(model, cond) if self.absent is None else self._embed(model, [self.absent] * len(cond))
+        )
 
     @torch.no_grad()
     def _embed(self, model: LatentDiffusion, classes: list[int]) -> Tensor:
         return model.get_learned_conditioning(torch.tensor(classes))
 
 
-class Boxes(Condition):
+class Layout(Condition):
     """Classes and where they are, as token ids: layout to image.
 
     Args:
@@ -133,7 +138,7 @@ class Boxes(Condition):
     """
 
     kind, key = "a layout-to-image model", "crossattn"
-    told_of = "coordinates_bbox"  # the model's cond_stage_key
+    stage_key = "coordinates_bbox"  # the model's cond_stage_key
 
     def __init__(self, ids: Tensor):
         self.ids = ids
@@ -141,28 +146,28 @@ class Boxes(Condition):
     def tokens(self, model: LatentDiffusion) -> int:
         super().tokens(model)
         self._need(
-            model.cond_stage_key == self.told_of,
-            f"its cond_stage_key is {model.cond_stage_key!r}, expected {self.told_of!r}",
+            model.cond_stage_key == self.stage_key,
+            f"its cond_stage_key is {model.cond_stage_key!r}, expected {self.stage_key!r}",
         )
         return self.ids.shape[1]
 
-    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+    def encode(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
         with torch.no_grad():
             return model.get_learned_conditioning(self.ids[[item.prompt_index for item in items]])  # (B, L, D)
 
 
-class Beside(Condition):
-    """A picture beside the latents: low resolution for super-resolution.
+class ImageConcat(Condition):
+    """An image beside the latents: low resolution for super-resolution.
 
     Args:
-        pictures: one for each prompt_index, (N, C, H, W); after the model's conditioner as high and wide as
+        images: one for each prompt_index, (N, C, H, W); after the model's conditioner as high and wide as
             the latents.
     """
 
     kind, key = "a super-resolution model", "concat"
 
-    def __init__(self, pictures: Tensor):
-        self.pictures = pictures
+    def __init__(self, images: Tensor):
+        self.images = images
 
     def tokens(self, model: LatentDiffusion) -> None:
         super().tokens(model)
@@ -173,24 +178,24 @@ class Beside(Condition):
             f"its UNet takes {unet.in_channels} channels, expected {model.channels} of the latents and {extra}",
         )
 
-    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+    def encode(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
         with torch.no_grad():
-            return model.get_learned_conditioning(self._chosen(self.pictures, items).to(model.device))
+            return model.get_learned_conditioning(self._chosen(self.images, items).to(model.device))
 
     def _channels(self, model: LatentDiffusion) -> int:
         """How many channels the conditioner makes."""
-        return self.pictures.shape[1]
+        return self.images.shape[1]
 
     @staticmethod
     def _chosen(inputs: Tensor, items: Sequence[Item]) -> Tensor:
         return inputs[[item.prompt_index for item in items]]
 
 
-class Labels(Beside):
+class SemanticMap(ImageConcat):
     """A map of class labels beside the latents: semantic synthesis.
 
     Args:
-        pictures: label of every pixel, (N, H, W) integers, 0..in_channels-1 of the model's rescaler.
+        images: label of every pixel, (N, H, W) integers, 0..in_channels-1 of the model's rescaler.
     """
 
     kind = "a semantic synthesis model"
@@ -203,8 +208,8 @@ class Labels(Beside):
         )
         super().tokens(model)
 
-    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
-        labels = self._chosen(self.pictures, items).to(model.device)  # (B, H, W)
+    def encode(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        labels = self._chosen(self.images, items).to(model.device)  # (B, H, W)
         one_hot = F.one_hot(labels.long(), model.cond_stage_model.channel_mapper.in_channels)
         with torch.no_grad():
             return model.get_learned_conditioning(one_hot.movedim(-1, 1).float())  # (B, C', h, w)
@@ -213,24 +218,24 @@ class Labels(Beside):
         return model.cond_stage_model.channel_mapper.out_channels
 
 
-class Masked(Beside):
-    """The latents of a picture without its masked part, and the mask, beside the latents: LDM inpainting.
+class MaskedImage(ImageConcat):
+    """The latents of an image without its masked part, and the mask, beside the latents: LDM inpainting.
 
-    As published the masked part is black, and the mask -1 where the picture stays and 1 where it is painted.
+    As published the masked part is black, and the mask -1 where the image stays and 1 where it is painted.
 
     Args:
-        pictures: (N, 3, H, W) in [-1, 1].
+        images: (N, 3, H, W) in [-1, 1].
         masks: 1 = to be painted, 0 = stays; (N, 1, H, W).
     """
 
     kind = "an inpainting model"
 
-    def __init__(self, pictures: Tensor, masks: Tensor):
-        super().__init__(torch.where(masks > 0, -1.0, pictures))
+    def __init__(self, images: Tensor, masks: Tensor):
+        super().__init__(torch.where(masks > 0, -1.0, images))
         self.masks = masks
 
-    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
-        seen = super().of(model, items)  # (B, C, h, w)
+    def encode(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
+        seen = super().encode(model, items)  # (B, C, h, w)
         masks = self._chosen(self.masks, items).to(seen)
         return torch.cat([seen, 2 * F.interpolate(masks, size=seen.shape[-2:]) - 1], dim=1)
 

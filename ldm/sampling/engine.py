@@ -1,4 +1,4 @@
-"""The engine behind every script: items to pictures, one batch of a latent diffusion model."""
+"""The engine behind every script: items to images, one batch of a latent diffusion model."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.noise import ImageNoise
-from ldm.models.diffusion.parallel.backoff import Halving
-from ldm.models.diffusion.parallel.distributed import Spread
+from ldm.models.diffusion.parallel.backoff import BatchBackoff
+from ldm.models.diffusion.parallel.distributed import DistributedDecode
 from ldm.models.diffusion.parallel.warm_up import WarmUp, timed
-from ldm.models.diffusion.propagation.plan import AnyPlan, Work
+from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
 from ldm.models.diffusion.solvers.registry import num_steps, solver
 from ldm.modules.packed import pack
 from ldm.profiling.cost import Macs, unet_macs
 from ldm.profiling.memory import decoder_bytes
 from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import Item
-from ldm.sampling.start import Canvas
+from ldm.sampling.start import Start
 
-Ran = tuple[list[Work], list[float]]  # what ran at each node of a run, and the nodes' timesteps
+Ran = tuple[list[Compute], list[float]]  # what ran at each node of a run, and the nodes' timesteps
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model's config says of its pictures.
+    """What a model's config says of its images.
 
     channels: of the latents.
     factor:   pixels per latent position, in each direction.
@@ -82,9 +82,9 @@ def usual_scale(config: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How pictures are sampled, whatever the model, the task and the plan.
+    """How images are sampled, whatever the model, the task and the plan.
 
-    height, width: in pixels. Where they are no multiple of what the model needs, larger pictures are made and
+    height, width: in pixels. Where they are no multiple of what the model needs, larger images are made and
         cut off on the right and at the bottom.
     sampler, steps, eta: see `ldm.models.diffusion.solvers.registry.solver`.
     scale: guidance scale; exactly 1 = none.
@@ -140,29 +140,29 @@ def num_nodes(recipe: Recipe, timesteps: int = 1000, strength: float = 1.0) -> i
 
 @dataclass(frozen=True)
 class Task:
-    """What is pictured: what the network is told, and what the pictures are painted on."""
+    """What the network is conditioned on, and where the latents begin."""
 
     condition: Condition
-    canvas: Canvas = Canvas()
+    start: Start = Start()
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What sampling one picture cost, in MACs of the UNet: in all, and on the critical path (`Macs.critical_path`)."""
+class Cost:
+    """What sampling one image cost, in MACs of the UNet: in all, and on the critical path (`Macs.critical_path`)."""
 
     macs: int
     critical: int
 
     @staticmethod
-    def mean(parts: Sequence[Spent]) -> Spent:
-        return Spent(sum(p.macs for p in parts) // len(parts), sum(p.critical for p in parts) // len(parts))
+    def mean(parts: Sequence[Cost]) -> Cost:
+        return Cost(sum(p.macs for p in parts) // len(parts), sum(p.critical for p in parts) // len(parts))
 
 
 class Engine:
-    """Makes the pictures of a batch of items; a `make` for `ldm.sampling.generate.generate`.
+    """Makes the images of a batch of items; a `make` for `ldm.sampling.generate.generate`.
 
-    A picture depends on the weights, the task, the recipe, the keys of the plan and its item. Its batch, and threads,
-    change the last digits of what is computed: some values of the 8-bit picture may differ by one level.
+    An image depends on the weights, the task, the recipe, the keys of the plan and its item. Its batch, and threads,
+    change the last digits of what is computed: some values of the 8-bit image may differ by one level.
 
     Args:
         model: its device is used.
@@ -171,7 +171,8 @@ class Engine:
         task: what.
         autocast: run the networks in the device's lower precision.
         on_node: called after every node of every batch, for progress.
-        spread: share decoders with the other processes of the run, see `Spread`; each must make the same pictures.
+        spread: share decoders with the other processes of the run, see `DistributedDecode`; each must make the same
+            images.
 
     Raises:
         ValueError: the model does not take the task's condition.
@@ -201,7 +202,7 @@ class Engine:
 
     @cached_property
     def unit(self) -> Macs:
-        """What one prediction of one picture without guidance costs."""
+        """What one prediction of one image without guidance costs."""
         return unet_macs(self.model.model.diffusion_model, self.shape[1:], 1, self._tokens, self.recipe.tome)
 
     def decoder_bytes(self, batch: int) -> int:
@@ -210,31 +211,31 @@ class Engine:
         return decoder_bytes(unet, self.shape[1:], batch, self._tokens, self.recipe.tome)
 
     def settings(self) -> dict[str, Any]:
-        """What pictures depend on beside weights and item, as JSON values."""
+        """What images depend on beside weights and item, as JSON values."""
         return (
             asdict(self.recipe)
             | self.plan.settings()
             | {"precision": "autocast" if self.autocast else "full"}
             | self.task.condition.settings()
-            | self.task.canvas.settings()
+            | self.task.start.settings()
         )
 
     def __call__(self, items: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
-        """The items' pictures, and for each of them what it cost: seconds, and MACs of the UNet.
+        """The items' images, and for each of them what it cost: seconds, and MACs of the UNet.
 
         Raises:
             NonFiniteLatents: with the step and the layer.
-            ValueError: the decoded pictures are not finite.
+            ValueError: the decoded images are not finite.
         """
         device = self.model.device
         (latents, runs), sampling = timed(lambda: self._sample(items), device)
-        images, decoding = timed(lambda: to_pil(self.task.canvas.finish(self.decode(latents), items)), device)
-        spent = self._spent(runs)
+        images, decoding = timed(lambda: to_pil(self.task.start.finish(self.decode(latents), items)), device)
+        cost = self._cost(runs)
         seconds, seconds_unet = (round(total / len(items), 4) for total in (sampling + decoding, sampling))
         return images, {
             "seconds": seconds,
             "seconds_unet": seconds_unet,
-            "unet_macs": spent.macs,
+            "unet_macs": cost.macs,
             "batch": len(items),
             "parallel": min(self.plan.parallel, self._most or self.plan.parallel),
             "device": device.type,
@@ -249,7 +250,7 @@ class Engine:
         Returns:
             The seconds that the batch takes longer when it is the first of a process.
         """
-        items = items[:1] if self.plan.per_picture else items
+        items = items[:1] if self.plan.per_image else items
         network = WarmUp(self.model.model, first_calls, self.model.device)
         _, first = timed(lambda: self.decode(self._run(items, network)[0]), self.model.device)
         _, again = timed(lambda: self.decode(self._run(items, network)[0]), self.model.device)
@@ -265,52 +266,52 @@ class Engine:
         """What `denoise` needs for the items: the model with their conditions, the solver, the starting latents."""
         noise = ImageNoise([item.seed for item in items]).node
         with self._precision():
-            rule = self.recipe.rule(self.model.alphas_cumprod, noise, self.task.canvas.strength)
-            x = self.task.canvas.start(self.model, items, self._noise(items), rule.nodes[0])
+            rule = self.recipe.rule(self.model.alphas_cumprod, noise, self.task.start.strength)
+            x = self.task.start.latents(self.model, items, self._noise(items), rule.nodes[0])
             return self._denoiser(items), rule, x
 
-    def sampled(self, items: Sequence[Item]) -> tuple[Tensor, Spent]:
+    def sampled(self, items: Sequence[Item]) -> tuple[Tensor, Cost]:
         """The items' latents, (B, C, h, w), and what one of them cost."""
         latents, runs = self._sample(items)
-        return latents, self._spent(runs)
+        return latents, self._cost(runs)
 
     def _sample(self, items: Sequence[Item]) -> tuple[Tensor, list[Ran]]:
-        """The items' latents, and what ran: once for all of them, or for each if it depends on the picture."""
-        parts = [[item] for item in items] if self.plan.per_picture else [items]
+        """The items' latents, and what ran: once for all of them, or for each if it depends on the image."""
+        parts = [[item] for item in items] if self.plan.per_image else [items]
         latents, runs = zip(*map(self._run, parts), strict=True)
         return torch.cat(latents), [*runs]
 
-    def _spent(self, runs: Sequence[Ran]) -> Spent:
-        """What one picture cost, on average."""
-        images = [self.recipe.guidance.images(works, ts) for works, ts in runs]
-        return Spent.mean(
+    def _cost(self, runs: Sequence[Ran]) -> Cost:
+        """What one image cost, on average."""
+        images = [self.recipe.guidance.images(computes, ts) for computes, ts in runs]
+        return Cost.mean(
             [
-                Spent(self.unit.run(self.plan, works, n), self.unit.critical_path(self.plan, works, n))
-                for (works, _), n in zip(runs, images, strict=True)
+                Cost(self.unit.run(self.plan, computes, n), self.unit.critical_path(self.plan, computes, n))
+                for (computes, _), n in zip(runs, images, strict=True)
             ]
         )
 
     def _run(self, items: Sequence[Item], network: ConditionedNetwork | None = None) -> tuple[Tensor, Ran]:
         """The items' latents, by the model's network or another; what ran at each node, and its timestep."""
         with self._precision():
-            canvas, noise = self.task.canvas, ImageNoise([item.seed for item in items]).node
-            rule = self.recipe.rule(self.model.alphas_cumprod, noise, canvas.strength)
+            start, noise = self.task.start, ImageNoise([item.seed for item in items]).node
+            rule = self.recipe.rule(self.model.alphas_cumprod, noise, start.strength)
             x_T = self._noise(items)
-            x, works = canvas.start(self.model, items, x_T, rule.nodes[0]), []
-            edits = (*canvas.edits(self.model, items, rule.nodes), *self.recipe.edits(x_T))
-            halving = Halving(self._denoiser(items, network), self._most)
-            for state in denoise(Spread(halving) if self.spread else halving, rule, self.plan, x, edits):
+            x, computes = start.latents(self.model, items, x_T, rule.nodes[0]), []
+            edits = (*start.edits(self.model, items, rule.nodes), *self.recipe.edits(x_T))
+            backoff = BatchBackoff(self._denoiser(items, network), self._most)
+            for state in denoise(DistributedDecode(backoff) if self.spread else backoff, rule, self.plan, x, edits):
                 x = state.x
-                works.append(state.work)
+                computes.append(state.compute)
                 self.on_node()
-            self._most = halving.most
-        return x, (works, [node.t for node in rule.nodes])
+            self._most = backoff.most
+        return x, (computes, [node.t for node in rule.nodes])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
+        """Latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""
         with self._precision():
-            pictures = self.model.decode_first_stage(latents)
-        return pictures[..., : self.recipe.height, : self.recipe.width]
+            images = self.model.decode_first_stage(latents)
+        return images[..., : self.recipe.height, : self.recipe.width]
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -322,6 +323,6 @@ class Engine:
 
     def _denoiser(self, items: Sequence[Item], network: ConditionedNetwork | None = None) -> Denoiser:
         condition, guidance = self.task.condition, self.recipe.guidance
-        told = condition.of(self.model, items)
-        uncond = None if guidance.scale == 1.0 else condition.none(self.model, told)
-        return self.model.denoiser(told, uncond, guidance, self.recipe.tome, network)
+        cond = condition.encode(self.model, items)
+        uncond = None if guidance.scale == 1.0 else condition.unconditional(self.model, cond)
+        return self.model.denoiser(cond, uncond, guidance, self.recipe.tome, network)

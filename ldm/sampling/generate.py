@@ -1,6 +1,6 @@
-"""A run over many pictures that can be stopped, resumed and spread over machines.
+"""A run over many images that can be stopped, resumed and spread over machines.
 
-What is to be made is a list of items; a picture's file is named from its item and from everything it depends
+What is to be made is a list of items; an image's file is named from its item and from everything it depends
 on. So a second run finds what is there, another run does not touch it, and the order of the work, the batches
 and the number of machines change nothing.
 """
@@ -31,24 +31,24 @@ WORDS = 40  # characters of a file's name that say what is pictured
 
 @dataclass(frozen=True)
 class Item:
-    """One picture to make.
+    """One image to make.
 
-    prompt_index, sample: which subject, and which picture of it; both from 0.
-    subject: what is pictured, as JSON values, the first of which tells a person: {"prompt": text}, {"class": 207}.
-    seed:  names the picture's own noise, see `ldm.models.diffusion.noise.ImageNoise`.
-    start: names the noise that it begins from; `seed` unless pictures share their beginning.
+    prompt_index, sample: which inputs, and which image of them; both from 0.
+    inputs: what the image is of, as JSON values, the first of which tells a person: {"prompt": text}, {"class": 207}.
+    seed:  names the image's own noise, see `ldm.models.diffusion.noise.ImageNoise`.
+    start: names the noise that it begins from; `seed` unless images share their beginning.
     """
 
     prompt_index: int
     sample: int
-    subject: Settings
+    inputs: Settings
     seed: tuple[int, ...]
     start: tuple[int, ...]
 
     def settings(self) -> dict[str, Any]:
         """The item as JSON values."""
         return {
-            **self.subject,
+            **self.inputs,
             "prompt_index": self.prompt_index,
             "sample": self.sample,
             "seed": list(self.seed),
@@ -58,19 +58,19 @@ class Item:
     @property
     def caption(self) -> str:
         """What tells a person: a text as it is, anything else after its name, as in "class 207"."""
-        name, value = next(iter(self.subject.items()), ("", ""))
+        name, value = next(iter(self.inputs.items()), ("", ""))
         return value if isinstance(value, str) else f"{name} {value}"
 
 
 @dataclass(frozen=True)
-class Made:
-    """One finished picture.
+class Sample:
+    """One finished image.
 
     image: None if it was found by a store that does not read what it finds.
     path:  its file; None if it was not to be saved.
     fresh: made now, not found.
     run:   how it was made: seconds, device, ...
-    replaced: a file was in its place that is not the picture that was made: damaged, changed, or without a proof.
+    replaced: a file was in its place that is not the image that was made: damaged, changed, or without a proof.
     """
 
     item: Item
@@ -81,38 +81,38 @@ class Made:
     replaced: bool = False
 
 
-def subject_items(
-    subjects: Sequence[Settings], samples: int, seed: int, share_start: int | None = None, by_position: bool = False
+def make_items(
+    inputs: Sequence[Settings], samples: int, seed: int, share_start: int | None = None, by_position: bool = False
 ) -> list[Item]:
-    """`samples` pictures of each subject, with seeds that do not depend on what else is in the list.
+    """`samples` images of each of the inputs, with seeds that do not depend on what else is in the list.
 
     A seed is (seed, what is pictured, how often that came before in the list, sample's index).
 
     Args:
-        subjects: see `Item`.
-        share_start: begin sample k of every subject from the same noise as sample k modulo this number.
-        by_position: seeds are (seed, subject's index, sample's index).
+        inputs: see `Item`.
+        share_start: begin sample k of all inputs from the same noise as sample k modulo this number.
+        by_position: seeds are (seed, index of the inputs, index of the sample).
     """
     items, before = [], Counter()
-    for p, subject in enumerate(subjects):
-        pictured = subject_seed(subject)
-        named = (p,) if by_position else (*pictured, before[pictured])
-        before[pictured] += 1
+    for p, one in enumerate(inputs):
+        content = inputs_seed(one)
+        named = (p,) if by_position else (*content, before[content])
+        before[content] += 1
         for s in range(samples):
             own = (seed, *named, s)
-            items.append(Item(p, s, subject, own, own if share_start is None else (seed, s % share_start)))
+            items.append(Item(p, s, one, own, own if share_start is None else (seed, s % share_start)))
     return items
 
 
-def subject_seed(subject: Settings) -> tuple[int, ...]:
-    """64 bits of what is pictured, as two integers 0..2^32-1; nothing for an empty subject.
+def inputs_seed(inputs: Settings) -> tuple[int, ...]:
+    """64 bits of the hash of an image's inputs, as two integers 0..2^32-1; nothing if there are none.
 
-    That is the first of the subject's values: a prompt, a class, boxes; of a file the content, not the name.
+    Only the first of the values counts: a prompt, a class, boxes; of a file the content, not the name.
     """
-    if not subject:
+    if not inputs:
         return ()
-    name, value = next(iter(subject.items()))
-    text = json.dumps(subject.get(f"{name}_sha256", value))
+    name, value = next(iter(inputs.items()))
+    text = json.dumps(inputs.get(f"{name}_sha256", value))
     number = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(number[:4], "big"), int.from_bytes(number[4:8], "big")
 
@@ -120,8 +120,8 @@ def subject_seed(subject: Settings) -> tuple[int, ...]:
 def prompt_items(
     prompts: Sequence[str], samples: int, seed: int, share_start: int | None = None, by_position: bool = False
 ) -> list[Item]:
-    """`samples` pictures of each prompt; see `subject_items`."""
-    return subject_items([{"prompt": prompt} for prompt in prompts], samples, seed, share_start, by_position)
+    """`samples` images of each prompt; see `make_items`."""
+    return make_items([{"prompt": prompt} for prompt in prompts], samples, seed, share_start, by_position)
 
 
 def first_words(text: str, most: int = WORDS) -> str:
@@ -141,13 +141,13 @@ def digest(settings: Settings) -> str:
 
 
 class Store(Protocol):
-    """Where finished pictures are kept."""
+    """Where finished images are kept."""
 
-    def find(self, item: Item) -> Made | None:
-        """The item's picture, if an earlier run left it."""
+    def find(self, item: Item) -> Sample | None:
+        """The item's image, if an earlier run left it."""
 
-    def save(self, item: Item, image: Image.Image, run: Settings) -> Made:
-        """Keep a picture; it is there whole or not at all."""
+    def save(self, item: Item, image: Image.Image, run: Settings) -> Sample:
+        """Keep an image; it is there whole or not at all."""
 
 
 def generate(
@@ -159,14 +159,14 @@ def generate(
     rank: int = 0,
     world_size: int = 1,
     again: bool = False,
-) -> Iterator[Made]:
-    """Yield this rank's pictures: first those already there, then the missing ones as they are made.
+) -> Iterator[Sample]:
+    """Yield this rank's images: first those already there, then the missing ones as they are made.
 
     Args:
         items, make, batch, rank, world_size: see `fill`.
-        settings: what the pictures depend on beside their item: model, sampler, ... (JSON values).
-        outdir: gets samples/WORDS-SEED-SUBJECT-SAMPLE-DIGEST.png (see `first_words`) and one line per picture in
-            manifest.jsonl; None = pictures are not saved.
+        settings: what the images depend on beside their item: model, sampler, ... (JSON values).
+        outdir: gets samples/WORDS-SEED-INPUTS-SAMPLE-DIGEST.png (see `first_words`) and one line per image in
+            manifest.jsonl; None = images are not saved.
         again: make those that are already there as well.
 
     Raises:
@@ -178,16 +178,16 @@ def generate(
 
 def fill(
     store: Store, items: Sequence[Item], make: Make, batch: int = 1, rank: int = 0, world_size: int = 1
-) -> Iterator[Made]:
-    """Yield this rank's pictures: first those that the store has, then the missing ones as they are made.
+) -> Iterator[Sample]:
+    """Yield this rank's images: first those that the store has, then the missing ones as they are made.
 
-    Batches are cut from the whole list before anything else is known. One of which a picture is missing is made again
+    Batches are cut from the whole list before anything else is known. One of which an image is missing is made again
     as a whole, and only the missing are saved: the last digits of what a network computes depend on what else is in
     the batch, and so neither a stopped run nor the number of machines changes them.
 
     Args:
-        items: the pictures of the whole run, the same list on every rank.
-        make: makes the pictures of a batch of items; also returns how (JSON values, for each of them).
+        items: the images of the whole run, the same list on every rank.
+        make: makes the images of a batch of items; also returns how (JSON values, for each of them).
         batch: most items per call of `make`.
         rank, world_size: this is machine `rank` of 0..world_size-1 and makes every world_size-th batch.
 
@@ -195,7 +195,7 @@ def fill(
         ValueError: batch < 1, or rank and world_size do not fit.
     """
     if batch < 1:
-        raise ValueError(f"batch must be at least 1 picture; got {batch}")
+        raise ValueError(f"batch must be at least 1 image; got {batch}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0..world_size-1; got rank {rank}, world_size {world_size}")
     unfinished = []
@@ -218,15 +218,15 @@ class _Unsaved:
     def find(self, item: Item) -> None:
         return None
 
-    def save(self, item: Item, image: Image.Image, run: Settings) -> Made:
-        return Made(item, image, None, True, run)
+    def save(self, item: Item, image: Image.Image, run: Settings) -> Sample:
+        return Sample(item, image, None, True, run)
 
 
 class _Folder:
-    """The pictures of one or more runs with their manifest.
+    """The images of one or more runs with their manifest.
 
-    again: items whose pictures are to be made again. Until that is done they have no line in the manifest, as after a
-        stop between a picture and its line.
+    again: items whose images are to be made again. Until that is done they have no line in the manifest, as after a
+        stop between an image and its line.
     """
 
     def __init__(self, outdir: Path, settings: Settings, again: Sequence[Item] = ()):
@@ -238,7 +238,7 @@ class _Folder:
         for folder in (outdir, outdir / "samples"):
             clean(folder)
 
-    def find(self, item: Item) -> Made | None:
+    def find(self, item: Item) -> Sample | None:
         path, settings = self._place(item)
         if path.relative_to(self.outdir).as_posix() in self.again:
             return None
@@ -247,14 +247,14 @@ class _Folder:
             self.refused |= {path} if path.exists() else set()
             return None
         image, run = found
-        self._list(path, settings, run)  # a run stopped between the picture and its line
-        return Made(item, image, path, False, run)
+        self._list(path, settings, run)  # a run stopped between the image and its line
+        return Sample(item, image, path, False, run)
 
-    def save(self, item: Item, image: Image.Image, run: Settings) -> Made:
+    def save(self, item: Item, image: Image.Image, run: Settings) -> Sample:
         path, settings = self._place(item)
         run = save_png(path, image, settings, run, parameters(settings))
         self._list(path, settings, run)
-        return Made(item, image, path, True, run, path in self.refused)
+        return Sample(item, image, path, True, run, path in self.refused)
 
     def _place(self, item: Item) -> tuple[Path, dict[str, Any]]:
         settings = item.settings() | self.settings
@@ -267,7 +267,7 @@ class _Folder:
 
 
 class Manifest:
-    """A file of JSON lines, one for each picture, however many processes add to it.
+    """A file of JSON lines, one for each image, however many processes add to it.
 
     Raises:
         OSError: it can't be read.
@@ -278,7 +278,7 @@ class Manifest:
         self.files = {entry["file"] for entry in read_manifest(path)}
 
     def add(self, file: str, entry: Settings) -> None:
-        """Add the picture's line, unless there is one."""
+        """Add the image's line, unless there is one."""
         if file in self.files:
             return
         with appending(self.path) as stream:
@@ -291,7 +291,7 @@ class Manifest:
             self.seen = stream.seek(0, os.SEEK_END)
 
     def remove(self, files: Set[str]) -> None:
-        """Remove the lines of pictures. What a kill loses of the others is added when those pictures are found."""
+        """Remove the lines of images. What a kill loses of the others is added when those images are found."""
         if not files & self.files:
             return
         with appending(self.path) as stream:

@@ -1,4 +1,4 @@
-"""Text and something else that a network is told: the models of Stable Diffusion 2 that see more than a text."""
+"""Conditioning on text and something else: the models of Stable Diffusion 2 that take more than a text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AUGMENTATION_STREAM = 2  # appended to an image's seed: the noise on its conditi
 
 
 class Hybrid(Text):
-    """What they have in common: guidance leads away from the text alone, all else is told in both cases."""
+    """What they have in common: guidance leads away from the text alone, the rest of the conditioning stays."""
 
     key = "hybrid"
     model_class: type[LatentDiffusion]
@@ -36,73 +36,73 @@ class Hybrid(Text):
         )
         return super().tokens(model)
 
-    def none(self, model: LatentDiffusion, told: Conditioning) -> Conditioning:
-        return replace(told, context=super().none(model, told.context))
+    def unconditional(self, model: LatentDiffusion, cond: Conditioning) -> Conditioning:
+        return replace(cond, context=super().unconditional(model, cond.context))
 
 
 class Depth(Hybrid):
-    """The depth of one picture for all items, which the model's own network estimates.
+    """The depth of one image for all items, which the model's own network estimates.
 
     Args:
-        picture: (3, H, W) in [-1, 1].
+        image: (3, H, W) in [-1, 1].
         size: height and width of the latents.
         negative: see `Text`.
     """
 
     kind, model_class = "a depth-to-image model", LatentDepth2ImageDiffusion
 
-    def __init__(self, picture: Tensor, size: tuple[int, int], negative: str = ""):
+    def __init__(self, image: Tensor, size: tuple[int, int], negative: str = ""):
         super().__init__(negative)
-        self.picture, self.size = picture, size
+        self.image, self.size = image, size
 
-    def of(self, model: LatentDepth2ImageDiffusion, items: Sequence[Item]) -> Conditioning:
-        told = model.condition(super().of(model, items), self.picture[None].to(model.device), self.size)
-        return replace(told, concat=told.concat.expand(len(items), -1, -1, -1))  # (B, 1, h, w)
+    def encode(self, model: LatentDepth2ImageDiffusion, items: Sequence[Item]) -> Conditioning:
+        cond = model.condition(super().encode(model, items), self.image[None].to(model.device), self.size)
+        return replace(cond, concat=cond.concat.expand(len(items), -1, -1, -1))  # (B, 1, h, w)
 
 
-class Surroundings(Hybrid):
-    """What is around the masked part of a picture, and the mask: inpainting by Stable Diffusion.
+class TextAndMaskedImage(Hybrid):
+    """What is around the masked part of an image, and the mask: inpainting by Stable Diffusion.
 
     The first stage's mean encoding is taken where the published script draws from its posterior.
 
     Args:
-        pictures: one for each prompt_index, (N, 3, H, W) in [-1, 1]; what is masked is not seen.
+        images: one for each prompt_index, (N, 3, H, W) in [-1, 1]; what is masked is not seen.
         masks: 1 = to be painted, 0 = stays; (N, 1, H, W).
         negative: see `Text`.
     """
 
     kind, model_class = "a model for inpainting from text", LatentInpaintDiffusion
 
-    def __init__(self, pictures: Tensor, masks: Tensor, negative: str = ""):
+    def __init__(self, images: Tensor, masks: Tensor, negative: str = ""):
         super().__init__(negative)
-        self.pictures, self.masks = pictures, masks
+        self.images, self.masks = images, masks
 
-    def of(self, model: LatentInpaintDiffusion, items: Sequence[Item]) -> Conditioning:
+    def encode(self, model: LatentInpaintDiffusion, items: Sequence[Item]) -> Conditioning:
         indices = [item.prompt_index for item in items]
-        pictures, masks = (part[indices].to(model.device) for part in (self.pictures, self.masks))
-        return model.condition(super().of(model, items), pictures, masks, noise=torch.zeros(()))
+        images, masks = (part[indices].to(model.device) for part in (self.images, self.masks))
+        return model.condition(super().encode(model, items), images, masks, noise=torch.zeros(()))
 
 
 class LowResolution(Hybrid):
-    """A small picture, noised by a known amount: the x4 upscaler. The noise belongs to the item.
+    """A small image, noised by a known amount: the x4 upscaler. The noise belongs to the item.
 
     Args:
-        pictures: one for each prompt_index, (N, 3, h, w) in [-1, 1], as high and wide as the latents.
+        images: one for each prompt_index, (N, 3, h, w) in [-1, 1], as high and wide as the latents.
         noise_level: 0..max_noise_level-1 of the model's low-scale model; 0 = almost none.
         negative: see `Text`.
     """
 
     kind, key, model_class = "an upscaler that reads text", "hybrid-adm", LatentUpscaleDiffusion
 
-    def __init__(self, pictures: Tensor, noise_level: int, negative: str = ""):
+    def __init__(self, images: Tensor, noise_level: int, negative: str = ""):
         super().__init__(negative)
-        self.pictures, self.noise_level = pictures, noise_level
+        self.images, self.noise_level = images, noise_level
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"noise_level": self.noise_level}
 
-    def of(self, model: LatentUpscaleDiffusion, items: Sequence[Item]) -> Conditioning:
-        low = self.pictures[[item.prompt_index for item in items]].to(model.device)
+    def encode(self, model: LatentUpscaleDiffusion, items: Sequence[Item]) -> Conditioning:
+        low = self.images[[item.prompt_index for item in items]].to(model.device)
         noise = ImageNoise([(*item.seed, AUGMENTATION_STREAM) for item in items]).start(low.shape[1:])
         level = torch.full((len(items),), self.noise_level, device=model.device)
-        return model.condition(super().of(model, items), low, level, noise.to(model.device))
+        return model.condition(super().encode(model, items), low, level, noise.to(model.device))

@@ -1,4 +1,4 @@
-"""What pictures are painted on: where their latents begin, what of them is kept."""
+"""Where the latents of a run begin, and what of an image is kept: noise, an image, an image with a mask."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.sampling.generate import Item
 
 
-class Canvas:
-    """Nothing: latents begin as noise; and what every canvas offers.
+class Start:
+    """Noise, and what every start offers.
 
     strength: share of the steps that are run, the last ones; 1 = all.
     """
@@ -26,10 +26,10 @@ class Canvas:
     strength: float = 1.0
 
     def settings(self) -> dict[str, Any]:
-        """What pictures depend on beside the items, as JSON values."""
+        """What images depend on beside the items, as JSON values."""
         return {}
 
-    def start(self, model: LatentDiffusion, items: Sequence[Item], x_T: Tensor, node: Node) -> Tensor:
+    def latents(self, model: LatentDiffusion, items: Sequence[Item], x_T: Tensor, node: Node) -> Tensor:
         """The latents at the first node, from the items' noise x_T; both (B, C, h, w)."""
         return x_T
 
@@ -37,58 +37,58 @@ class Canvas:
         """What is changed on the way."""
         return ()
 
-    def finish(self, pictures: Tensor, items: Sequence[Item]) -> Tensor:
-        """The pictures as they are shown, from those that were decoded; both (B, 3, H, W)."""
-        return pictures
+    def finish(self, images: Tensor, items: Sequence[Item]) -> Tensor:
+        """The images as they are shown, from those that were decoded; both (B, 3, H, W)."""
+        return images
 
 
-class Picture(Canvas):
-    """One picture for all items, brought to the noise level where the run begins: image to image.
+class ImageStart(Start):
+    """One image for all items, noised to the level where the run begins: image to image.
 
     The first stage's mean encoding is taken where the published script draws from its posterior. The noise
     level is that of the first step run, where the published script's is one step noisier, see
     `DDIMSampler.stochastic_encode`.
 
     Args:
-        picture: (3, H, W) in [-1, 1].
-        strength: 0..1; 1 keeps next to nothing of the picture.
+        image: (3, H, W) in [-1, 1].
+        strength: 0..1; 1 keeps next to nothing of the image.
 
     Source: SDEdit (arXiv 2108.01073).
     """
 
-    def __init__(self, picture: Tensor, strength: float):
-        self.picture, self.strength = picture, strength
+    def __init__(self, image: Tensor, strength: float):
+        self.image, self.strength = image, strength
 
     def settings(self) -> dict[str, Any]:
         return {"strength": self.strength}
 
-    def start(self, model: LatentDiffusion, items: Sequence[Item], x_T: Tensor, node: Node) -> Tensor:
-        return diffuse(mean_latents(model, self.picture[None]), x_T, node.abar)
+    def latents(self, model: LatentDiffusion, items: Sequence[Item], x_T: Tensor, node: Node) -> Tensor:
+        return diffuse(mean_latents(model, self.image[None]), x_T, node.abar)
 
 
-class Frame(Canvas):
-    """Pictures of which all but the masked part is put back when the rest is finished.
+class KeepOutsideMask(Start):
+    """Images whose unmasked part is put back, to the pixel, when the run is finished.
 
     Args:
-        pictures: one for each prompt_index, (N, 3, H, W) in [-1, 1].
+        images: one for each prompt_index, (N, 3, H, W) in [-1, 1].
         masks: 1 = to be painted, 0 = stays as it is, to the pixel; (N, 1, H, W).
     """
 
-    def __init__(self, pictures: Tensor, masks: Tensor):
-        self.pictures, self.masks = pictures, masks
+    def __init__(self, images: Tensor, masks: Tensor):
+        self.images, self.masks = images, masks
 
-    def finish(self, pictures: Tensor, items: Sequence[Item]) -> Tensor:
-        height, width = pictures.shape[-2:]
-        originals, masks = (part[..., :height, :width].to(pictures) for part in self._chosen(items))
-        return torch.where(masks > 0, pictures, originals)
+    def finish(self, images: Tensor, items: Sequence[Item]) -> Tensor:
+        height, width = images.shape[-2:]
+        originals, masks = (part[..., :height, :width].to(images) for part in self._chosen(items))
+        return torch.where(masks > 0, images, originals)
 
     def _chosen(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         indices = [item.prompt_index for item in items]
-        return self.pictures[indices], self.masks[indices]
+        return self.images[indices], self.masks[indices]
 
 
-class MaskedFrame(Frame):
-    """The same for a model that knows no masks: the rest is kept in its latents, too, see `inpainting`.
+class LatentInpaint(KeepOutsideMask):
+    """The same for a model that takes no mask: the rest is kept in the latents too, see `inpainting`.
 
     A latent is painted if any of its pixels is.
     """
@@ -101,8 +101,8 @@ class MaskedFrame(Frame):
 
 
 @torch.no_grad()
-def mean_latents(model: LatentDiffusion, pictures: Tensor) -> Tensor:
-    """The latents (B, C, h, w) of pictures (B, 3, H, W); of a posterior its mean."""
-    encoded = model.encode_first_stage(pictures.to(model.device))
+def mean_latents(model: LatentDiffusion, images: Tensor) -> Tensor:
+    """The latents (B, C, h, w) of images (B, 3, H, W); of a posterior its mean."""
+    encoded = model.encode_first_stage(images.to(model.device))
     mean = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
     return model.get_first_stage_encoding(mean)

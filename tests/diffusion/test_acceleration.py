@@ -14,7 +14,7 @@ from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.propagation.features import Propagation
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.online import OnlinePlan
-from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan, Work
+from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Compute, Plan
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.modules.diffusionmodules.features import Features
 from tests.helpers.toy import EXACT, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
@@ -190,7 +190,7 @@ def test_guidance_is_computed_where_it_is_asked_for():
     for name, counts in expected.items():
         network = toy_network()
         final(toy_denoiser(network, cond, uncond, guidance[name]), rule, plan, x)
-        assert network.decoded == counts == guidance[name].images(plan.works(), ts)
+        assert network.decoded == counts == guidance[name].images(plan.computes(), ts)
 
 
 def test_the_offset_of_the_key_node_is_used_again():
@@ -207,8 +207,8 @@ def test_the_offset_of_the_key_node_is_used_again():
     assert len(rule.nodes) == 2
 
 
-def works(model, rule, plan, x) -> list[Work]:
-    return [state.work for state in denoise(model, rule, plan, x)]
+def works(model, rule, plan, x) -> list[Compute]:
+    return [state.compute for state in denoise(model, rule, plan, x)]
 
 
 def test_an_online_plan_encodes_when_the_latent_has_changed_enough():
@@ -219,10 +219,12 @@ def test_an_online_plan_encodes_when_the_latent_has_changed_enough():
     key, keys = 0, 0
     for i, work in enumerate(ran):
         change = float((xs[i] - xs[key]).norm() / xs[key].norm())
-        assert (work is Work.FULL) == (i == 0 or change > 0.2)
-        key, keys = (i, keys + 1) if work is Work.FULL else (key, keys)
+        assert (work is Compute.FULL) == (i == 0 or change > 0.2)
+        key, keys = (i, keys + 1) if work is Compute.FULL else (key, keys)
     assert 1 < keys < 20
-    counts = [works(model, rule, OnlinePlan(20, threshold), x).count(Work.FULL) for threshold in (1e-9, 0.1, 0.4, 1e9)]
+    counts = [
+        works(model, rule, OnlinePlan(20, threshold), x).count(Compute.FULL) for threshold in (1e-9, 0.1, 0.4, 1e9)
+    ]
     assert counts[0] == 20 > counts[1] > counts[2] > counts[3] == 1
     with pytest.raises(ValueError, match="one picture at a time; got a batch of 2"):
         final(toy_denoiser(toy_network(), *toy_inputs(2)[1:], 2.0), rule, OnlinePlan(20, 0.2), toy_inputs(2)[0])
@@ -235,7 +237,7 @@ def test_an_online_plan_by_time_is_known_ahead_and_stays_parallel(parallel):
     model = toy_denoiser(network, cond, uncond, 1.0)
     plan = load_plan("online:time:0.3", 20, parallel)
     ran = works(model, rule, plan, x)
-    keys = tuple(i for i, work in enumerate(ran) if work is Work.FULL)
+    keys = tuple(i for i, work in enumerate(ran) if work is Compute.FULL)
     assert 1 < len(keys) < 20
     network.decoded.clear()
     result = final(model, rule, plan, x)

@@ -11,7 +11,7 @@ import torch
 from ldm.models.diffusion.parallel.compiled import Compiled, check_compiler
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
-from ldm.profiling.workload import Subject, random_network
+from ldm.profiling.workload import Workload, random_network
 from scripts import benchmark
 
 PARAMS = dict(
@@ -41,11 +41,11 @@ PARAMS = dict(
 def test_whole_runs_are_the_same_and_each_part_is_one_graph():
     """Traced, without the C++ compiler, which would take a minute; a break in a graph would be an error."""
     network = random_network(PARAMS)
-    subject = Subject.of(PARAMS, network, (8, 8), 1, 5, 4)
+    workload = Workload.of(PARAMS, network, (8, 8), 1, 5, 4)
     torch._dynamo.utils.counters.clear()
-    compiled = replace(subject, network=Compiled(network, backend="eager"))
+    compiled = replace(workload, network=Compiled(network, backend="eager"))
     for plan in (Plan(4, (0, 1, 2, 3)), Plan(4, (0, 2))):
-        torch.testing.assert_close(compiled.run(plan), subject.run(plan), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled.run(plan), workload.run(plan), rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
@@ -60,8 +60,8 @@ def test_weights_are_constants_of_the_graphs(packed):
         inputs.append([node.name for node in graph.graph.nodes if node.op == "placeholder"])
         return graph
 
-    subject = Subject.of(PARAMS, network, (8, 8), 1, 5, 1)
-    replace(subject, network=Compiled(network, backend)).run(Plan(1, (0,)))
+    workload = Workload.of(PARAMS, network, (8, 8), 1, 5, 1)
+    replace(workload, network=Compiled(network, backend)).run(Plan(1, (0,)))
     assert len(inputs) == 2 and not any("weight" in name or "bias" in name for names in inputs for name in names)
 
 

@@ -16,8 +16,8 @@ import torch
 from ldm.cli.processes import Processes
 from ldm.io.images import from_pil, read_png
 from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.parallel.backoff import Halving
-from ldm.models.diffusion.parallel.distributed import Spread
+from ldm.models.diffusion.parallel.backoff import BatchBackoff
+from ldm.models.diffusion.parallel.distributed import DistributedDecode
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -112,7 +112,7 @@ def test_a_run_that_hits_the_ceiling_goes_on_with_smaller_batches(guidance, plan
     with pytest.raises(torch.OutOfMemoryError):
         final(toy_denoiser(network, cond, uncond, GUIDANCE[guidance]), rule, plan, x)
     network.decoded.clear()
-    halving = Halving(toy_denoiser(network, cond, uncond, GUIDANCE[guidance]))
+    halving = BatchBackoff(toy_denoiser(network, cond, uncond, GUIDANCE[guidance]))
     torch.testing.assert_close(final(halving, rule, plan, x), expected, **EXACT)
     assert halving.most == most
     failures = sum(size > 5 for size in network.decoded)
@@ -122,7 +122,7 @@ def test_a_run_that_hits_the_ceiling_goes_on_with_smaller_batches(guidance, plan
 
 def test_a_single_node_that_does_not_fit_is_an_error():
     x, cond, uncond = toy_inputs(1)
-    halving = Halving(toy_denoiser(small_device(1), cond, uncond, 3.0))
+    halving = BatchBackoff(toy_denoiser(small_device(1), cond, uncond, 3.0))
     with pytest.raises(torch.OutOfMemoryError, match="2 latents"):
         final(halving, toy_rule(4), Plan(4, (0,), 4), x)
 
@@ -179,12 +179,12 @@ def test_spread_decoders_give_what_one_process_gives(size):
     def work(rank: int) -> tuple[list[list[float]], list[int]]:
         torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
         network = toy_network()
-        spread = Spread(toy_denoiser(network, cond, uncond, 3.0))
+        spread = DistributedDecode(toy_denoiser(network, cond, uncond, 3.0))
         first = final(spread, rule, SPREAD_PLANS[0], x)
         decoded = [*network.decoded]
         results = [first, *(final(spread, rule, plan, x) for plan in SPREAD_PLANS[1:])]
         with pytest.raises(ValueError, match="reuse of the guidance offset does not go with"):
-            final(Spread(toy_denoiser(network, cond, uncond, GUIDANCE["reuse"])), rule, SPREAD_PLANS[0], x)
+            final(DistributedDecode(toy_denoiser(network, cond, uncond, GUIDANCE["reuse"])), rule, SPREAD_PLANS[0], x)
         torch.distributed.destroy_process_group()
         return [result.flatten().tolist() for result in results], decoded
 

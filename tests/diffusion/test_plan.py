@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.models.diffusion.propagation.load import load_plan, plan_names
-from ldm.models.diffusion.propagation.plan import CALLS, SIZES, Plan, Work, with_few_sizes
+from ldm.models.diffusion.propagation.plan import CALLS, SIZES, Compute, Plan, with_few_sizes
 from tests.helpers.toy import plans
 
 FASTER_50 = (0, 1, 2, 3, 5, 10, 15, 25, 35)
@@ -75,10 +75,10 @@ def test_every_plan_is_checked_here():
 def test_batches_cover_every_node_once(n, data):
     plan = data.draw(plans(n))
     batches = list(plan.batches())
-    assert tuple(batch.nodes[0] for batch in batches if batch.work is Work.FULL) == plan.keys
+    assert tuple(batch.nodes[0] for batch in batches if batch.compute is Compute.FULL) == plan.keys
     assert list(chain.from_iterable(batch.nodes for batch in batches)) == list(range(n))
     assert max(len(batch.nodes) for batch in batches) <= plan.parallel
-    assert tuple(i for i, work in enumerate(plan.works()) if work is Work.FULL) == plan.keys
+    assert tuple(i for i, work in enumerate(plan.computes()) if work is Compute.FULL) == plan.keys
 
 
 @settings(max_examples=40)
@@ -87,7 +87,7 @@ def test_few_sizes_are_worth_their_first_calls(n, most, data):
     plan = data.draw(plans(n))
     cut = with_few_sizes(plan, most)
     lengths = [len(batch.nodes) for batch in cut.batches()]
-    assert cut.works() == plan.works() and cut.settings() == plan.settings()
+    assert cut.computes() == plan.computes() and cut.settings() == plan.settings()
     assert {*lengths} <= {1, *cut.sizes} and len(cut.sizes) <= SIZES and max(lengths) <= min(cut.parallel, most)
     assert len(lengths) + CALLS * len(cut.sizes) <= n, "never more than one by one"
     assert len(lengths) + CALLS * len(cut.sizes) <= min(

@@ -229,7 +229,7 @@ def test_lists_of_prompts(tmp_path):
     found = {}
     for name in ("list.txt", "list.jsonl"):
         path = write_protocol(tmp_path / "p.yaml", data={"kind": "prompts", "file": name})
-        found[name] = [(p.id, p.subject["prompt"]) for p in read_prompts(load_protocol(str(path)), tmp_path)]
+        found[name] = [(p.id, p.inputs["prompt"]) for p in read_prompts(load_protocol(str(path)), tmp_path)]
     assert found == {"list.txt": [(0, "a red heart"), (2, "an owl")], "list.jsonl": [(9, "a red heart"), (2, "an owl")]}
 
 

@@ -15,7 +15,7 @@ from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
 from ldm.profiling.cost import unet_macs
 from ldm.profiling.timing import Seconds, alternate, peak_memory, shares
-from ldm.profiling.workload import Subject, random_network
+from ldm.profiling.workload import Workload, random_network
 from scripts.benchmark import EMOJI, main, read_row
 
 PARAMS = dict(
@@ -43,9 +43,9 @@ PARAMS = dict(
 )
 
 
-def subject(steps: int = 4) -> Subject:
+def workload(steps: int = 4) -> Workload:
     network = random_network(PARAMS)
-    return Subject.of(PARAMS, network, (16, 16), 1, 5, steps)
+    return Workload.of(PARAMS, network, (16, 16), 1, 5, steps)
 
 
 def test_calls_take_turns(monkeypatch):
@@ -76,7 +76,7 @@ def test_peak_memory_is_what_was_held_at_one_time():
 
 def test_a_serial_propagated_run_needs_no_more_than_plain_and_the_features():
     """In a plain run, too, the features of the node before are still there."""
-    run = subject()
+    run = workload()
     features = sum(tensor.nbytes for tensor in run.denoiser.encode(run.x, 500.0).tensors)
     plain, held, linear = (
         peak_memory(lambda plan=plan: run.run(plan))
@@ -88,7 +88,7 @@ def test_a_serial_propagated_run_needs_no_more_than_plain_and_the_features():
 
 
 def test_shares_are_of_the_kinds_that_ran():
-    run = subject(1)
+    run = workload(1)
     for prepare in (lambda: None, lambda: pack(run.network.diffusion_model, (16, 16), 5)):
         prepare()
         found = shares(lambda: run.run(Plan(1, (0,))))

@@ -7,7 +7,7 @@ import torch
 
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.profiling.diffusers_baseline import diffusers_peer, fastest
-from ldm.profiling.workload import Subject, random_network
+from ldm.profiling.workload import Workload, random_network
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -38,9 +38,9 @@ PARAMS = dict(
 
 def test_whole_runs_are_the_same_eager_and_compiled():
     network = random_network(PARAMS)
-    subject = Subject.of(PARAMS, network, (8, 8), 1, 5, 4)
-    peer = fastest(diffusers_peer(PARAMS, network), subject)
-    ours = subject.run(Plan(4, (0, 1, 2, 3)))
-    torch.testing.assert_close(peer.run(subject), ours, rtol=1e-4, atol=1e-4)
+    workload = Workload.of(PARAMS, network, (8, 8), 1, 5, 4)
+    peer = fastest(diffusers_peer(PARAMS, network), workload)
+    ours = workload.run(Plan(4, (0, 1, 2, 3)))
+    torch.testing.assert_close(peer.run(workload), ours, rtol=1e-4, atol=1e-4)
     # Traced only: the C++ compiler would take a minute.
-    torch.testing.assert_close(peer.compiled(backend="eager").run(subject), ours, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(peer.compiled(backend="eager").run(workload), ours, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.io.images import png_bytes, read_png
-from ldm.sampling.generate import Item, Manifest, first_words, generate, prompt_items, read_manifest, subject_items
+from ldm.sampling.generate import Item, Manifest, first_words, generate, make_items, prompt_items, read_manifest
 
 ITEMS = prompt_items(["a red heart", 'an "owl", näive\nstyle', "a cat"], samples=3, seed=42)
 SETTINGS = {"scale": 7.5, "keys": [0, 1, 2], "weights": "abc"}
@@ -290,11 +290,11 @@ def test_noise_by_place_is_that_of_earlier_versions():
 
 def test_noise_of_a_file_comes_from_its_content_and_of_nothing_from_the_sample_alone():
     one, renamed, other = (
-        subject_items([{"image": name, "image_sha256": digest, "prompt": name}], 1, 42)[0].seed
+        make_items([{"image": name, "image_sha256": digest, "prompt": name}], 1, 42)[0].seed
         for name, digest in (("a.png", "12ab"), ("b.png", "12ab"), ("a.png", "34cd"))
     )
     assert one == renamed != other
-    assert [item.seed for item in subject_items([{}], 2, 42)] == [(42, 0, 0), (42, 0, 1)]
+    assert [item.seed for item in make_items([{}], 2, 42)] == [(42, 0, 0), (42, 0, 1)]
 
 
 # Names of files

@@ -13,7 +13,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.sampling.conditions import Classes
 from ldm.sampling.engine import Engine, Sizes, Task
-from ldm.sampling.generate import subject_items
+from ldm.sampling.generate import make_items
 from tests.helpers.goldens import assert_golden, load_case, recipe_weights
 from tests.helpers.paths import EMOJI64, ROOT
 from tests.helpers.scripts import Script, check_resume, load_script
@@ -88,7 +88,7 @@ def test_the_defaults_give_the_trajectories_of_the_fork(case, final, flags):
         Task(Classes(model_case["unconditional_class"])),
     )
     engine.x_T = inputs["x_T"]
-    items = subject_items([{"class": number} for number in model_case["classes"]], 1, seed=0)
+    items = make_items([{"class": number} for number in model_case["classes"]], 1, seed=0)
     assert_golden(engine.latents(items), tensors[final], golden)
 
 

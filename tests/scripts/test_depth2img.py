@@ -10,7 +10,7 @@ import torch
 
 from ldm.checkpoint import load_model
 from ldm.io.images import from_pil
-from ldm.sampling.generate import subject_items
+from ldm.sampling.generate import make_items
 from ldm.sampling.hybrid import Depth
 from tests.helpers.images import add, slope
 from tests.helpers.paths import EMOJI64
@@ -84,9 +84,9 @@ def test_the_network_sees_the_depth_of_the_picture_with_and_without_the_text(fil
     picture = from_pil(slope(tmp_path / "a.png"))
     condition = Depth(picture, (8, 8))
     assert condition.tokens(model) == 77
-    items = subject_items([{"prompt": "a cat"}, {"prompt": "a dog"}], 1, seed=0)
-    told = condition.of(model, items)
-    none = condition.none(model, told)
+    items = make_items([{"prompt": "a cat"}, {"prompt": "a dog"}], 1, seed=0)
+    told = condition.encode(model, items)
+    none = condition.unconditional(model, told)
     depth = torch.nn.functional.interpolate(model.depth_model(picture[None]), size=(8, 8), mode="bicubic")
     depth = depth - depth.min()
     assert depth.max() > 0.05

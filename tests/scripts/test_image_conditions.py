@@ -11,8 +11,8 @@ from PIL import Image
 
 from ldm.checkpoint import load_model
 from ldm.io.images import from_pil
-from ldm.sampling.conditions import Beside, Labels
-from ldm.sampling.generate import subject_items
+from ldm.sampling.conditions import ImageConcat, SemanticMap
+from ldm.sampling.generate import make_items
 from tests.helpers.images import labelled, small
 from tests.helpers.paths import EMOJI64
 from tests.helpers.scripts import Script, check_resume
@@ -61,9 +61,9 @@ def test_pictures_come_out_four_times_as_large(upscale, tmp_path, capsys):
 def test_the_network_sees_the_small_picture_as_it_is(bsr_sr, tmp_path):
     model = load_model(bsr_sr[1], bsr_sr[3])
     pictures = torch.stack([from_pil(Image.open(small(tmp_path / f"{k}.png", seed=k))) for k in range(3)])
-    items = subject_items([{}, {}, {}], 1, seed=0)[::-1]
-    condition = Beside(pictures)
-    assert condition.tokens(model) is None and torch.equal(condition.of(model, items), pictures.flip(0))
+    items = make_items([{}, {}, {}], 1, seed=0)[::-1]
+    condition = ImageConcat(pictures)
+    assert condition.tokens(model) is None and torch.equal(condition.encode(model, items), pictures.flip(0))
 
 
 def test_small_sizes_that_the_network_can_not_halve(upscale, tmp_path):
@@ -120,9 +120,9 @@ def test_the_network_sees_one_mixed_channel_sum_per_latent(synthesis):
     model = load_model(synthesis[1], synthesis[3])
     labels = torch.zeros(2, 32, 32, dtype=torch.long)
     labels[1, :, 16:] = 181
-    condition = Labels(labels)
+    condition = SemanticMap(labels)
     assert condition.tokens(model) is None
-    beside = condition.of(model, subject_items([{}, {}], 1, seed=0))
+    beside = condition.encode(model, make_items([{}, {}], 1, seed=0))
     weights = model.cond_stage_model.channel_mapper.weight[:, :, 0, 0]  # (3, 182)
     assert beside.shape == (2, 3, 8, 8)
     torch.testing.assert_close(beside[0], weights[:, 0, None, None].expand(3, 8, 8))

@@ -17,7 +17,7 @@ from ldm.models.diffusion.schedule import diffuse
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.modules.diffusionmodules.features import Features
 from ldm.sampling.engine import Recipe
-from ldm.sampling.start import Picture, mean_latents
+from ldm.sampling.start import ImageStart, mean_latents
 from tests.helpers.scripts import Script, check_resume
 from tests.helpers.tiny_models import write_model
 
@@ -89,12 +89,12 @@ class Oracle:
 @pytest.mark.parametrize("strength", [0.1, 0.7])
 def test_every_solver_begins_at_the_noise_level_of_its_first_step(files, sampler, strength):
     """Then the true noise leads straight back to the picture."""
-    model, canvas = load_model(*files), Picture(from_pil(drawing(16)), strength)
+    model, start = load_model(*files), ImageStart(from_pil(drawing(16)), strength)
     x_T = torch.randn(2, 4, 8, 8)
     rule = Recipe(16, 16, sampler, steps=20).rule(model.alphas_cumprod, None, strength)
-    x = canvas.start(model, [], x_T, rule.nodes[0])
+    x = start.latents(model, [], x_T, rule.nodes[0])
     *_, state = denoise(Oracle(x_T), rule, load_plan("off", len(rule.nodes)), x)
-    expected = diffuse(mean_latents(model, canvas.picture[None]), x_T, rule.nodes[-1].abar_next)
+    expected = diffuse(mean_latents(model, start.image[None]), x_T, rule.nodes[-1].abar_next)
     torch.testing.assert_close(state.x, expected.expand_as(state.x), rtol=0, atol=1e-4)
 
 

@@ -13,10 +13,10 @@ from ldm.checkpoint import load_config, load_model
 from ldm.io.images import from_pil, open_picture
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.solvers.registry import SOLVERS
-from ldm.sampling.conditions import Masked, Text
+from ldm.sampling.conditions import MaskedImage, Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
-from ldm.sampling.generate import subject_items
-from ldm.sampling.start import Frame, MaskedFrame, mean_latents
+from ldm.sampling.generate import make_items
+from ldm.sampling.start import KeepOutsideMask, LatentInpaint, mean_latents
 from scripts.inpaint import read_folder
 from tests.helpers.images import add, original, scene
 from tests.helpers.paths import EMOJI64
@@ -67,13 +67,13 @@ def test_the_network_sees_the_picture_without_its_masked_part_and_the_mask(files
     mask[:, :, 16:] = 1
     seen = picture.clone()
     seen[:, :, 16:] = -1  # black
-    condition = Masked(torch.stack([picture, -picture]), torch.stack([mask, 1 - mask]))
-    items = subject_items([{}, {}], 1, seed=0)
-    beside = condition.of(model, items)
+    condition = MaskedImage(torch.stack([picture, -picture]), torch.stack([mask, 1 - mask]))
+    items = make_items([{}, {}], 1, seed=0)
+    beside = condition.encode(model, items)
     assert beside.shape == (2, 4, 8, 8)
     torch.testing.assert_close(beside[:1, :3], model.first_stage_model.encode(seen[None]))
     assert beside[0, 3].unique_consecutive(dim=0).tolist() == [[-1.0] * 4 + [1.0] * 4]
-    assert torch.equal(condition.of(model, items[::-1])[0], beside[1])
+    assert torch.equal(condition.encode(model, items[::-1])[0], beside[1])
 
 
 def test_any_size_comes_out_as_it_went_in(script):
@@ -122,15 +122,15 @@ def test_the_latents_of_what_stays_are_kept_on_the_way(emoji64, sampler):
     mask[..., 33:] = 1  # one latent is cut by the edge: it is painted, too
     recipe = Recipe(64, 64, sampler, steps=6, scale=1.0)
     plan = load_plan("off", num_nodes(recipe))
-    items = subject_items([{"prompt": "a dog face, noto style"}], 1, seed=0)
+    items = make_items([{"prompt": "a dog face, noto style"}], 1, seed=0)
     clean = mean_latents(emoji64, picture)
 
-    def distance(canvas) -> tuple[float, float]:
-        error = (Engine(emoji64, sizes, recipe, plan, Task(Text(), canvas)).latents(items) - clean).abs()
+    def distance(start) -> tuple[float, float]:
+        error = (Engine(emoji64, sizes, recipe, plan, Task(Text(), start)).latents(items) - clean).abs()
         return error[..., :4].mean().item(), error[..., 4:].mean().item()
 
-    kept, painted = distance(MaskedFrame(picture, mask))
-    assert kept < 0.5 * painted and kept < 0.7 * distance(Frame(picture, mask))[0]
+    kept, painted = distance(LatentInpaint(picture, mask))
+    assert kept < 0.5 * painted and kept < 0.7 * distance(KeepOutsideMask(picture, mask))[0]
 
 
 # Bad input

@@ -10,8 +10,8 @@ import torch
 
 from ldm.checkpoint import load_model
 from ldm.modules.encoders.boxes import Box, box_tokens
-from ldm.sampling.conditions import Boxes
-from ldm.sampling.generate import subject_items
+from ldm.sampling.conditions import Layout
+from ldm.sampling.generate import make_items
 from tests.helpers.paths import EMOJI64, ROOT
 from tests.helpers.scripts import Script, check_batches, check_resume
 from tests.helpers.tiny_models import tiny_model
@@ -71,12 +71,12 @@ def test_names_mean_numbers(script, tmp_path):
 def test_the_network_sees_the_tokens_of_the_boxes(files):
     model = load_model(files[1], files[3])
     ids = torch.stack([box_tokens([Box(17, 0.1, 0.2, 0.5, 0.6)]), box_tokens([Box(3, 0, 0, 1, 1)])])
-    condition = Boxes(ids)
+    condition = Layout(ids)
     assert condition.tokens(model) == 92
-    told = condition.of(model, subject_items([{}, {}], 1, seed=0)[::-1])
+    told = condition.encode(model, make_items([{}, {}], 1, seed=0)[::-1])
     torch.testing.assert_close(told, model.cond_stage_model(ids.flip(0)))
     with pytest.raises(ValueError, match="guidance scale must be 1 for a layout-to-image model"):
-        condition.none(model, told)
+        condition.unconditional(model, told)
 
 
 def test_sizes_compare_and_the_example(script, capsys):

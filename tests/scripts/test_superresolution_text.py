@@ -11,7 +11,7 @@ from PIL import Image
 from ldm.checkpoint import load_model
 from ldm.io.images import from_pil
 from ldm.models.diffusion.noise import ImageNoise
-from ldm.sampling.generate import subject_items
+from ldm.sampling.generate import make_items
 from ldm.sampling.hybrid import LowResolution
 from tests.helpers.images import small
 from tests.helpers.paths import EMOJI64
@@ -67,16 +67,16 @@ def test_the_network_sees_the_small_picture_under_noise_of_the_item(files, tmp_p
     pictures = torch.stack([from_pil(Image.open(small(tmp_path / f"{k}.png", seed=k))) for k in range(2)])
     condition = LowResolution(pictures, 200)
     assert condition.tokens(model) == 77 and condition.settings() == {"noise_level": 200}
-    items = subject_items([{"prompt": "a cat"}, {"prompt": "a dog"}], 2, seed=0)
-    told = condition.of(model, items)
-    none = condition.none(model, told)
+    items = make_items([{"prompt": "a cat"}, {"prompt": "a dog"}], 2, seed=0)
+    told = condition.encode(model, items)
+    none = condition.unconditional(model, told)
     assert told.y.tolist() == [200] * 4 and torch.equal(none.y, told.y) and torch.equal(none.concat, told.concat)
     torch.testing.assert_close(none.context, model.get_learned_conditioning([""] * 4))
     abar = torch.cumprod(1 - torch.linspace(0.0001**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2, 0)[200].item()
     noise = (told.concat - abar**0.5 * pictures.repeat_interleave(2, 0)) / (1 - abar) ** 0.5
     assert 0.8 < noise.std() < 1.2 and all((a - b).abs().max() > 1 for k, a in enumerate(noise) for b in noise[:k])
     # It is the item's own, whatever its neighbours, and not what sampling begins from.
-    torch.testing.assert_close(condition.of(model, items[3:]).concat[0], told.concat[3], rtol=0, atol=0)
+    torch.testing.assert_close(condition.encode(model, items[3:]).concat[0], told.concat[3], rtol=0, atol=0)
     assert (noise[3] - ImageNoise([items[3].start]).start(noise[3].shape)[0]).abs().max() > 1
 
 

@@ -21,7 +21,7 @@ from ldm.models.diffusion.ddpm import DiffusionWrapper
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
-from ldm.sampling.generate import prompt_items, read_manifest, subject_seed
+from ldm.sampling.generate import inputs_seed, prompt_items, read_manifest
 from tests.helpers.paths import ROOT, SCRIPTS
 from tests.helpers.processes import quick_help
 from tests.helpers.scripts import load_script
@@ -97,7 +97,7 @@ def test_pictures_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
     assert all(Image.open(path).size == (16, 16) for path in files.values())
     entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
     assert [e["file"] for e in entries] == [f"samples/{name}" for name in files]
-    seed = [42, *subject_seed({"prompt": "a dog face"}), 0, 3]
+    seed = [42, *inputs_seed({"prompt": "a dog face"}), 0, 3]
     assert (
         entries[3]
         | {

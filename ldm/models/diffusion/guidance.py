@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.denoiser import Conditional, Prediction
-from ldm.models.diffusion.propagation.plan import Work
+from ldm.models.diffusion.propagation.plan import Compute
 from ldm.models.diffusion.schedule import Node
 from ldm.modules.diffusionmodules.features import Features
 
@@ -37,12 +37,12 @@ class Guidance:
         """Whether nodes that use the features of a key node at this timestep are guided."""
         return self.interval is None or self.interval[0] <= key_t <= self.interval[1]
 
-    def images(self, works: Sequence[Work], ts: Sequence[float]) -> list[int]:
+    def images(self, computes: Sequence[Compute], ts: Sequence[float]) -> list[int]:
         """How many predictions, 1 or 2, each node of a run makes for one image; ts are the nodes' timesteps."""
         counts, guided = [], False
-        for work, t in zip(works, ts, strict=True):
-            guided = self.scale != 1 and self.at(t) if work is Work.FULL else guided
-            counts.append(2 if guided and (work is Work.FULL or not self.reuse) else 1)
+        for compute, t in zip(computes, ts, strict=True):
+            guided = self.scale != 1 and self.at(t) if compute is Compute.FULL else guided
+            counts.append(2 if guided and (compute is Compute.FULL or not self.reuse) else 1)
         return counts
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.edits import Edit, Moment
 from ldm.models.diffusion.propagation.features import Propagation
-from ldm.models.diffusion.propagation.plan import AnyPlan, Work
+from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
 from ldm.models.diffusion.schedule import Node
 
 
@@ -23,13 +23,13 @@ class State:
     x:      the latents, (B, C, H, W).
     memory: what a rule keeps between nodes.
     x0:     the rule's estimate of the clean latents at the node just stepped, for previews; None at first.
-    work:   what of the network ran for the node just stepped; None at first.
+    compute: what of the network ran for the node just stepped; None at first.
     """
 
     x: Tensor
     memory: tuple[Tensor, ...] = ()
     x0: Tensor | None = None
-    work: Work | None = None
+    compute: Compute | None = None
 
 
 class Rule(Protocol):
@@ -70,7 +70,7 @@ def denoise(model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequen
         raise ValueError(f"the plan is for {plan.num_nodes} nodes, the solver has {len(nodes)}")
     if not torch.isfinite(x).all():
         raise ValueError("x, the starting latents, must be finite; they hold NaN or infinity")
-    if plan.per_picture and len(x) > 1:
+    if plan.per_image and len(x) > 1:
         raise ValueError(f"a plan that goes by the latent is for one picture at a time; got a batch of {len(x)}")
     state = _edited(State(x), nodes[0], edits, "before")
     key_x, held, inner, last = x, Propagation.named(plan.propagate), None, None
@@ -81,24 +81,24 @@ def denoise(model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequen
 
     for batch in plan.batches(change):
         ts = [nodes[i].t for i in batch.nodes]
-        if batch.work is Work.FULL:
+        if batch.compute is Compute.FULL:
             key_x, last = state.x, None
             held = held.key(ts[0], model.encode(key_x, ts[0]))
-        if batch.work is Work.SHALLOW:
+        if batch.compute is Compute.SHALLOW:
             features = [model.refresh(inner, state.x, ts[0], plan.branch)] if plan.branch else []
         else:
             features = [held.at(t) for t in ts]
-            if plan.refresh and batch.work is Work.DECODER:
+            if plan.refresh and batch.compute is Compute.DECODER:
                 features = [model.refresh(features[0], state.x, ts[0], plan.refresh)]
             if plan.branch:
                 features = model.advance(features, ts, plan.branch)
                 inner = features[-1].without_skips()
         predictions = model.decode(features, ts, last) if features else [last]
         last = predictions[-1]
-        for i, work, prediction in zip(batch.nodes, batch.works(), predictions, strict=True):
+        for i, compute, prediction in zip(batch.nodes, batch.computes(), predictions, strict=True):
             state = _edited(state, nodes[i], edits, "after")
             eps = model.to_eps(prediction, state.x, nodes[i])
-            state = _edited(replace(rule.step(state, i, eps), work=work), nodes[i], edits, "update")
+            state = _edited(replace(rule.step(state, i, eps), compute=compute), nodes[i], edits, "update")
             if not torch.isfinite(state.x).all():
                 raise NonFiniteLatents(_diagnosis(model, key_x, nodes, ts[0], i))
             yield state

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.schedule import Node, NoiseSchedule, check_steps, nodes_between, predict_x0
-from ldm.models.diffusion.solvers.exponential import Leap, Predicts, check_predicts, derivatives, expansion
+from ldm.models.diffusion.solvers.exponential import ExponentialStep, Predicts, check_predicts, derivatives, expansion
 
 Variant = Literal["dpmsolver", "taylor"]
 FEW_STEPS = 15  # below this, lower_order_final acts
@@ -114,14 +114,14 @@ class DPMMultistep(_DPMSolver):
     def step(self, state: State, i: int, eps: Tensor) -> State:
         node = self.nodes[i]
         x0, m = self._predictions(state.x, eps, node)
-        leap = Leap(node.abar, node.abar_next, self.predicts)
+        leap = ExponentialStep(node.abar, node.abar_next, self.predicts)
         values = (m, *state.memory)
         used = values[: self.order_at(i)]
         places = [leap.place(self.nodes[i - j].abar) for j in range(1, len(used))]
         x = leap.ratio * state.x - leap.scale * self._terms(leap, used, places)
         return State(x, values[: self.order - 1], x0)
 
-    def _terms(self, leap: Leap, values: Sequence[Tensor], places: Sequence[float]) -> Tensor:
+    def _terms(self, leap: ExponentialStep, values: Sequence[Tensor], places: Sequence[float]) -> Tensor:
         if self.variant == "taylor":
             return expansion(leap, values, places)
         weights = (leap.psi(1) / 2,) if len(values) == 2 else (leap.psi(2), leap.psi(3) / 2)
@@ -168,10 +168,10 @@ class DPMSinglestep(_DPMSolver):
         leap, terms = self._move(i, values)
         return State(leap.ratio * x - leap.scale * terms, () if i == end else values, x0)
 
-    def _move(self, i: int, values: Sequence[Tensor]) -> tuple[Leap, Tensor]:
+    def _move(self, i: int, values: Sequence[Tensor]) -> tuple[ExponentialStep, Tensor]:
         """The leap from the beginning of node i's step to where node i lands, and its terms, (B, C, H, W)."""
         span = self.spans[i]
-        leap = Leap(self.nodes[span.start].abar, self.nodes[i].abar_next, self.predicts)
+        leap = ExponentialStep(self.nodes[span.start].abar, self.nodes[i].abar_next, self.predicts)
         places = [leap.place(self.nodes[j].abar) for j in range(span.start + 1, i + 1)]
         if self.variant == "dpmsolver" and i == span[-1]:
             if len(values) == 2:

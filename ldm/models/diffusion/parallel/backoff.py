@@ -13,7 +13,7 @@ from ldm.modules.diffusionmodules.features import Features
 T = TypeVar("T")
 
 
-class Halving(Wrapper):
+class BatchBackoff(Wrapper):
     """A denoiser that decodes in smaller batches when the device runs out of memory; the results stay the same.
 
     Args:

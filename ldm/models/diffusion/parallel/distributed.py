@@ -11,7 +11,7 @@ from ldm.models.diffusion.denoiser import Denoiser, Prediction, Wrapper
 from ldm.modules.diffusionmodules.features import Features
 
 
-class Spread(Wrapper):
+class DistributedDecode(Wrapper):
     """A denoiser that shares the nodes of each decoder batch among processes, one device each.
 
     Every process runs the same loop from the same latents with the same plan. Each encodes for itself, so features

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ldm.models.diffusion.propagation.plan import Batch, Change, Plan, Work
+from ldm.models.diffusion.propagation.plan import Batch, Change, Compute, Plan
 
 PROBES = ("latent", "time")
 
@@ -34,7 +34,7 @@ class OnlinePlan:
     plain: ClassVar[bool] = False
 
     @property
-    def per_picture(self) -> bool:
+    def per_image(self) -> bool:
         """Whether what runs when depends on the picture."""
         return self.probe == "latent"
 
@@ -49,14 +49,14 @@ class OnlinePlan:
         """The run's batches, each decided when the nodes before it are done."""
         key, i = 0, 0
         while i < self.num_nodes:
-            work = Work.FULL if i == 0 or change(self.probe, i, key) > self.threshold else Work.DECODER
-            if work is Work.FULL:
+            compute = Compute.FULL if i == 0 or change(self.probe, i, key) > self.threshold else Compute.DECODER
+            if compute is Compute.FULL:
                 key = i
             stop = i + 1
             if self.probe == "time":
                 while stop < min(i + self.parallel, self.num_nodes) and change("time", stop, key) <= self.threshold:
                     stop += 1
-            yield Batch(range(i, stop), work)
+            yield Batch(range(i, stop), compute)
             i = stop
 
     def settings(self) -> dict[str, Any]:

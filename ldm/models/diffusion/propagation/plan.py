@@ -13,7 +13,7 @@ from itertools import combinations, pairwise
 from typing import Any, ClassVar, Protocol
 
 
-class Work(Enum):
+class Compute(Enum):
     """How much of the network runs at a node."""
 
     FULL = "full"  # all of it: a key node
@@ -29,12 +29,12 @@ class Batch:
     """Nodes that are predicted together. Of a FULL batch the first is a key node, the others are decoded with it."""
 
     nodes: range
-    work: Work
+    compute: Compute
 
-    def works(self) -> Iterator[Work]:
+    def computes(self) -> Iterator[Compute]:
         """Of each node."""
         for i in self.nodes:
-            yield Work.DECODER if self.work is Work.FULL and i > self.nodes.start else self.work
+            yield Compute.DECODER if self.compute is Compute.FULL and i > self.nodes.start else self.compute
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Plan:
     propagate: str = "hold"
     refresh: int = 0
     sizes: tuple[int, ...] = ()
-    per_picture: ClassVar[bool] = False
+    per_image: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.keys or self.keys[0] != 0:
@@ -94,9 +94,9 @@ class Plan:
         """Whether every node is a key node."""
         return len(self.keys) == self.num_nodes
 
-    def works(self) -> tuple[Work, ...]:
+    def computes(self) -> tuple[Compute, ...]:
         """Of every node."""
-        return tuple(work for batch in self.batches() for work in batch.works())
+        return tuple(compute for batch in self.batches() for compute in batch.computes())
 
     def batches(self, change: Change | None = None) -> Iterator[Batch]:
         """The run's batches in order; together they cover every node once."""
@@ -110,7 +110,9 @@ class Plan:
                     stop += 1
             if self.sizes:
                 stop = i + max(size for size in (1, *self.sizes) if size <= stop - i)
-            yield Batch(range(i, stop), Work.FULL if i in keys else Work.SHALLOW if i in shallow else Work.DECODER)
+            yield Batch(
+                range(i, stop), Compute.FULL if i in keys else Compute.SHALLOW if i in shallow else Compute.DECODER
+            )
             i = stop
 
     def settings(self) -> dict[str, Any]:
@@ -177,7 +179,7 @@ class AnyPlan(Protocol):
     propagate: str
     refresh: int
     plain: bool  # every node is a key node
-    per_picture: bool  # what runs when depends on the picture
+    per_image: bool  # what runs when depends on the picture
 
     def batches(self, change: Change | None = None) -> Iterator[Batch]: ...
 

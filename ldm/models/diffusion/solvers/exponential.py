@@ -32,7 +32,7 @@ def check_predicts(predicts: str) -> None:
 
 
 @dataclass(frozen=True)
-class Leap:
+class ExponentialStep:
     """The numbers of one exponential step from alpha-bar `abar` to `abar_next`.
 
     Clean latents (abar_next = 1) can be reached with predicts 'x0' and psi(1) only.
@@ -73,7 +73,7 @@ def derivatives(values: Sequence[Tensor], places: Sequence[float]) -> tuple[Tens
 
     Args:
         values: predictions, the first at place 0, each (B, C, H, W).
-        places: of the others, see `Leap.place`.
+        places: of the others, see `ExponentialStep.place`.
     """
     slopes = [(m - values[0]) / r for m, r in zip(values[1:], places, strict=True)]
     if len(slopes) < 2:
@@ -82,7 +82,7 @@ def derivatives(values: Sequence[Tensor], places: Sequence[float]) -> tuple[Tens
     return (r2 * one - r1 * two) / (r2 - r1), 2 * (two - one) / (r2 - r1)
 
 
-def expansion(leap: Leap, values: Sequence[Tensor], places: Sequence[float]) -> Tensor:
+def expansion(leap: ExponentialStep, values: Sequence[Tensor], places: Sequence[float]) -> Tensor:
     """psi_1 m + psi_2 h m' + ... with as many terms as there are values, (B, C, H, W)."""
     terms = (values[0], *derivatives(values, places))
     return sum(leap.psi(k) * term for k, term in enumerate(terms, 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.schedule import Node, predict_x0
-from ldm.models.diffusion.solvers.exponential import Leap, Predicts, check_predicts
+from ldm.models.diffusion.solvers.exponential import ExponentialStep, Predicts, check_predicts
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,24 @@ class UniPC:
         x = leap.ratio * x - leap.scale * leap.psi(1) * (m + weighted(predictor(leap, places), slopes))
         return State(x, values, x0)
 
-    def _history(self, i: int, values: Sequence[Tensor]) -> tuple[Leap, list[Tensor], list[float]]:
+    def _history(self, i: int, values: Sequence[Tensor]) -> tuple[ExponentialStep, list[Tensor], list[float]]:
         """The step from node i: its leap; (m_k - m) / r_k and r_k of the earlier nodes that it uses."""
         node = self.nodes[i]
-        leap = Leap(node.abar, node.abar_next, self.predicts)
+        leap = ExponentialStep(node.abar, node.abar_next, self.predicts)
         places = [leap.place(self.nodes[i - k].abar) for k in range(1, self.order_at(i))]
         slopes = [(m - values[0]) / r for m, r in zip(values[1:], places, strict=False)]
         return leap, slopes, places
 
 
-def predictor(leap: Leap, places: Sequence[float]) -> Sequence[float]:
+def predictor(leap: ExponentialStep, places: Sequence[float]) -> Sequence[float]:
     return [0.5] * len(places) if len(places) < 2 else weights(leap, places)
 
 
-def corrector(leap: Leap, places: Sequence[float]) -> Sequence[float]:
+def corrector(leap: ExponentialStep, places: Sequence[float]) -> Sequence[float]:
     return [0.5] if not places else weights(leap, [*places, 1.0])
 
 
-def weights(leap: Leap, places: Sequence[float]) -> Sequence[float]:
+def weights(leap: ExponentialStep, places: Sequence[float]) -> Sequence[float]:
     """p with sum_k p_k r_k^(n-1) = n! psi_{n+1} / psi_1 for n = 1 .. number of places."""
     count = range(1, len(places) + 1)
     moments = [factorial(n) * leap.psi(n + 1) / leap.psi(1) for n in count]
