@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.protocols.protocol import Protocol, identity, load_protocol, protocol_names
+from evaluation.protocols.protocol import Protocol, load_protocol, protocol_names
 from evaluation.runs.processes import MOST_DEVICES, Process, join, shard
 from ldm.cli.arguments import ROOT, count, model_arguments, propagation_arguments, step_count
 from ldm.cli.parser import Parser, command, number, whole
@@ -27,6 +27,7 @@ from ldm.cli.run import GO_ON, check_network
 from ldm.cli.settings import CPU_POSITIONS, count_nodes, make_plan, make_recipe, run_facts, uses_autocast
 from ldm.cli.setup import Setup, make_setup
 from ldm.io.errors import BadInput, blame
+from ldm.io.files import json_sha256
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def run_card(
     asked = protocol.asked() | {"prompts_sha256": prompts_sha256(prompts)}
     return {
         "name": protocol.name,
-        "protocol_sha256": identity(asked),
+        "protocol_sha256": json_sha256(asked),
         "protocol": asked,
         "pictures": len(prompts) * protocol.repeats,
         "seeds": [protocol.seed],

@@ -14,18 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.metrics.reference import (
-    add_network,
-    array,
-    how_made,
-    incomplete,
-    load_network,
-    network_of,
-    open_samples,
-)
+from evaluation.metrics.command import add_extractor, add_output, add_run, measure_flags, publish
 from ldm.cli.parser import Parser, command
 from ldm.cli.setup import check_output
-from ldm.io.errors import BadInput, blame, one_line
+from ldm.io.errors import BadInput, blame, fault_of, flags_named, one_line
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -34,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluation.metrics.extractors import Extractor
-    from evaluation.runs.images import Pictures
+    from evaluation.runs.images import Images
 
 # Of pairs of pictures (B, 3, H, W) in [-1, 1]: a value each, (B,).
 Measure = Callable[["Tensor", "Tensor"], "Tensor"]
@@ -51,29 +43,31 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--lpips", action="store_true", help="perceptual distance LPIPS (AlexNet); needs torchvision and its weights"
     )
-    add_network(p)
+    add_extractor(p)
+    add_run(p)
+    add_output(p)
     return p
 
 
-def pair(plain: Pictures, fast: Pictures) -> tuple[Pictures, Pictures]:
+def pair(plain: Images, fast: Images) -> tuple[Images, Images]:
     """Both sets in one order.
 
     Raises:
-        PictureError: a folder and an array, whose orders differ; runs from different noise; pictures without a
+        ImageError: a folder and an array, whose orders differ; runs from different noise; pictures without a
             partner, or several of the same noise and subject.
     """
-    from evaluation.runs.errors import PictureError
-    from evaluation.runs.images import Folder
+    from evaluation.runs.errors import ImageError
+    from evaluation.runs.images import ImageFolder
 
-    folders = [isinstance(pictures, Folder) for pictures in (plain, fast)]
+    folders = [isinstance(pictures, ImageFolder) for pictures in (plain, fast)]
     if any(folders) and not all(folders):
-        raise PictureError(
+        raise ImageError(
             f"can't pair {plain.path} with {fast.path}: a folder is in the order of its names, an array "
             f"is not; expected two folders or two arrays"
         )
     if not all(folders):
         if len(plain.names) != len(fast.names):
-            raise PictureError(
+            raise ImageError(
                 f"{plain.path} has {len(plain.names)} pictures, {fast.path} has {len(fast.names)}; "
                 f"they are paired by place, so expected as many"
             )
@@ -81,7 +75,7 @@ def pair(plain: Pictures, fast: Pictures) -> tuple[Pictures, Pictures]:
     keys = [pictures.keys() for pictures in (plain, fast)]
     if set(keys[0]).isdisjoint(keys[1]):
         if all(of != list(pictures.names) for of, pictures in zip(keys, (plain, fast), strict=True)):
-            raise PictureError(
+            raise ImageError(
                 f"different noise or subjects: no picture of {plain.path} has a partner in {fast.path}; "
                 f"[noise, start, subject] is {min(keys[0])} there and {min(keys[1])} here"
             )
@@ -89,37 +83,37 @@ def pair(plain: Pictures, fast: Pictures) -> tuple[Pictures, Pictures]:
     places = [{key: i for i, key in enumerate(of)} for of in keys]
     for pictures, of, place in zip((plain, fast), keys, places, strict=True):
         if len(place) < len(of):
-            raise PictureError(
+            raise ImageError(
                 f"{pictures.path}: {len(of) - len(place)} pictures share noise and subject with "
                 f"another; are there several runs in the folder?"
             )
     for one, other, path in ((0, 1, plain.path), (1, 0, fast.path)):
         alone = [(plain, fast)[one].names[i] for key, i in places[one].items() if key not in places[other]]
         if alone:
-            raise PictureError(
+            raise ImageError(
                 f"mismatched sets: {len(alone)} pictures of {path} have no partner, such as {', '.join(alone[:SHOWN])}"
             )
     shared = sorted(places[0])
-    return plain.chosen([places[0][k] for k in shared]), fast.chosen([places[1][k] for k in shared])
+    return plain.subset([places[0][k] for k in shared]), fast.subset([places[1][k] for k in shared])
 
 
-def together(plain: Pictures, fast: Pictures, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def together(plain: Images, fast: Images, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Both pictures of each pair, (B, 3, H, W) each, in batches; with progress.
 
     Raises:
-        PictureError: a pair of different sizes.
+        ImageError: a pair of different sizes.
     """
     import torch
     from tqdm import tqdm
 
-    from evaluation.runs.errors import PictureError
+    from evaluation.runs.errors import ImageError
 
     waiting: list[tuple[Tensor, Tensor]] = []
     for i, (a, b) in enumerate(
         tqdm(zip(plain, fast, strict=True), total=len(plain.names), desc="pairs", unit="pair", disable=None)
     ):
         if a.shape != b.shape:
-            raise PictureError(
+            raise ImageError(
                 f"{plain.names[i]} has {a.shape[2]} x {a.shape[1]} pixels, its partner "
                 f"{fast.names[i]} has {b.shape[2]} x {b.shape[1]}"
             )
@@ -133,14 +127,14 @@ def load_ssim() -> Measure:
     """SSIM with the published window and constants, from torchmetrics. Source: Wang et al. (2004).
 
     Raises:
-        FeatureError: torchmetrics is missing or can't be imported.
+        ModelError: torchmetrics is missing or can't be imported.
     """
-    from evaluation.runs.errors import FeatureError
+    from evaluation.runs.errors import ModelError
 
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
     except Exception as error:  # a missing package; or a torchvision that does not fit PyTorch, which it imports
-        raise FeatureError(
+        raise ModelError(
             f"SSIM needs torchmetrics, which can't be imported here: {one_line(error)[:160]}; "
             f'pip install -e ".[eval]", and no torchvision rather than one that does not fit PyTorch'
         ) from error
@@ -156,16 +150,16 @@ def load_lpips(device: torch.device) -> Measure:
     """LPIPS with AlexNet, from torchmetrics. Source: arXiv 1801.03924.
 
     Raises:
-        FeatureError: torchvision or the weights are missing.
+        ModelError: torchvision or the weights are missing.
     """
-    from evaluation.runs.errors import FeatureError
+    from evaluation.runs.errors import ModelError
 
     try:
         from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 
         measure = LearnedPerceptualImagePatchSimilarity("alex").to(device)
     except Exception as error:  # a missing package, a package that does not fit PyTorch, a download that fails
-        raise FeatureError(
+        raise ModelError(
             f"LPIPS needs torchvision (one that fits the installed PyTorch) and its weights "
             f"{LPIPS_WEIGHTS} in torch.hub's folder checkpoints: {one_line(error)[:160]}"
         ) from error
@@ -173,12 +167,7 @@ def load_lpips(device: torch.device) -> Measure:
 
 
 def measure(
-    plain: Pictures,
-    fast: Pictures,
-    extract: Extractor,
-    device: torch.device,
-    batch: int,
-    measures: Mapping[str, Measure],
+    plain: Images, fast: Images, extract: Extractor, device: torch.device, batch: int, measures: Mapping[str, Measure]
 ) -> tuple[dict[str, Any], int]:
     """All values of the pairs, by explicit name; and how many features the network has.
 
@@ -188,7 +177,9 @@ def measure(
     import torch
     from torch.nn import functional as F
 
-    from evaluation.metrics.distances import frechet, mean_of
+    from evaluation.metrics.extractors import to_numpy
+    from evaluation.metrics.frechet import distance
+    from evaluation.metrics.intervals import mean_values
     from evaluation.metrics.statistics import Moments, total
 
     each: dict[str, list[np.ndarray]] = {}
@@ -196,25 +187,25 @@ def measure(
     for a, b in together(plain, fast, batch):
         found = {name: measured(a, b) for name, measured in measures.items()}
         seen = [torch.cat([extract.prepare(x[None]) for x in half]) for half in (a, b)]
-        one, other = (extract.see(half.to(device)).pooled.double().cpu() for half in seen)
+        one, other = (extract.extract(half.to(device)).pooled.double().cpu() for half in seen)
         found |= {"feature_distance": (one - other).norm(dim=1), "feature_cosine": F.cosine_similarity(one, other)}
         for name, values in found.items():
-            each.setdefault(name, []).append(array(values))
+            each.setdefault(name, []).append(to_numpy(values))
         for parts, features in zip(moments, (one, other), strict=True):
             parts.append(Moments.of(features.numpy()))
     ours, theirs = (total(parts).gaussian() for parts in moments)
-    result: dict[str, Any] = {"fid_vs_plain": frechet(theirs, ours)}
+    result: dict[str, Any] = {"fid_vs_plain": distance(theirs, ours)}
     for name, parts in each.items():
         values = np.concatenate(parts)
         # Equal pictures have no PSNR and are left out of its mean.
-        result |= mean_of(f"{name}_vs_plain", values[np.isfinite(values)].astype(np.float64))
+        result |= mean_values(f"{name}_vs_plain", values[np.isfinite(values)].astype(np.float64))
     result["identical_pictures"] = int(np.isinf(np.concatenate(each["psnr"])).sum())
     return result, len(ours.mean)
 
 
 def check_made_alike(plain: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
     """Raise BadInput if the runs, as far as it is known, differ in more than what an acceleration may change."""
-    from evaluation.results import flat
+    from evaluation.metrics.result import flat
 
     names = ("protocol", "weights", "config", "averaged", "seeds", "precision")
 
@@ -239,18 +230,25 @@ def check_made_alike(plain: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
 def run(args: argparse.Namespace) -> None:
     # What is quick to check comes before what is slow to do.
     check_output(args.out)
-    plain, fast = open_samples("PLAIN", args.plain), open_samples("ACCELERATED", args.accelerated)
-    made, of_plain = how_made("ACCELERATED", fast), how_made("PLAIN", plain)
+    from evaluation.runs.errors import ImageError, ModelError
+    from evaluation.runs.images import incomplete_warnings, open_samples
+
+    with blame("PLAIN"):
+        plain = open_samples(args.plain)
+        of_plain = plain.provenance
+    with blame("ACCELERATED"):
+        fast = open_samples(args.accelerated)
+        made = fast.provenance
     check_made_alike(of_plain, made)
     import torch
 
-    from evaluation.metrics.distances import cautions
-    from evaluation.results import Result, publish
-    from evaluation.runs.errors import FeatureError, PictureError
+    from evaluation.metrics.extractors import load_extractor, network_fields
+    from evaluation.metrics.frechet import few_images_warnings
+    from evaluation.metrics.result import Result
     from ldm.io.files import file_sha256
     from ldm.io.images import psnr
 
-    with blame("ACCELERATED", (PictureError,)):
+    with blame("ACCELERATED", (ImageError,)):
         plain, fast = pair(plain, fast)
     smallest = min(next(iter(plain)).shape[1:])
     least = LPIPS_LEAST if args.lpips else WINDOW
@@ -259,26 +257,32 @@ def run(args: argparse.Namespace) -> None:
             f"PLAIN: expected at least 2 pictures of at least {least} x {least} pixels; got "
             f"{len(plain.names)} with a side of {smallest}"
         )
-    extract, device = load_network(args)
-    with blame("packages", (FeatureError,)):
+    with flags_named(measure_flags(args)), fault_of("extractor"):
+        extract = load_extractor(args.extractor, args.weights, args.resize, args.device)
+        device = extract.device
+    with blame("packages", (ModelError,)):
         measures = {"psnr": psnr, "ssim": load_ssim()}
     if args.lpips:
-        with blame("--lpips", (FeatureError, OSError)):
+        with blame("--lpips", (ModelError, OSError)):
             measures["lpips"] = load_lpips(device)
             lpips_sha256 = file_sha256(Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS)
-    with blame("ACCELERATED", (PictureError,)):
+    with blame("ACCELERATED", (ImageError,)):
         values, width = measure(plain, fast, extract, device, args.batch_size, measures)
     n = len(plain.names)
     protocol = {
         "measure": "paired",
-        **network_of(extract),
+        **network_fields(extract),
         "n": n,
         "plain": {"sha256": plain.sha256()},
         "prompts": made.get("protocol_sha256"),
     }
     if args.lpips:
         protocol["lpips"] = {"network": "alexnet", "sha256": lpips_sha256, "torchmetrics": version("torchmetrics")}
-    warnings = [*incomplete(plain, of_plain), *incomplete(fast, made), *cautions(n, width, "fid_vs_plain")]
+    warnings = [
+        *incomplete_warnings(plain, of_plain),
+        *incomplete_warnings(fast, made),
+        *few_images_warnings(n, width, "fid_vs_plain"),
+    ]
     publish(Result(values, protocol, made | {"plain": of_plain}, warnings), args.out)
 
 

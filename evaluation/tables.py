@@ -27,7 +27,7 @@ from ldm.io.errors import BadInput, blame
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
-    from evaluation.results import Result
+    from evaluation.metrics.result import Result
     from evaluation.table.fill import Found
     from evaluation.table.job import Job
     from evaluation.table.render import Sheet
@@ -124,7 +124,7 @@ def check_files(job: Job, wanted: list[str]) -> dict[str, dict[str, Any]]:
 
 def compare(found: Sequence[Found]) -> None:
     """Rows of one protocol may stand in one table only if they are of one model and were measured alike."""
-    from evaluation.results import ResultError, comparable
+    from evaluation.metrics.result import ResultError, comparable
     from evaluation.table.cost import compare_timings
 
     for protocol in {row.job.protocol.name for row in found}:

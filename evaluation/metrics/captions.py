@@ -1,82 +1,88 @@
-"""Which text each measured picture was made from."""
+"""The prompts that images were made from."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.runs.errors import PictureError
-from evaluation.runs.images import Folder, Pictures, settings_of
+from evaluation.runs.errors import ImageError
+from evaluation.runs.images import ImageFolder, Images, settings_of
 from ldm.io.errors import one_line
 from ldm.io.files import parse_json_lines, read_json, read_lines, read_text
 
 FILE_KEYS, TEXT_KEYS = ("file", "file_name", "image"), ("prompt", "caption", "text")
 
 
-def prompts_of(pictures: Pictures, path: str | Path | None) -> list[str]:
-    """A text for each picture, in their order.
+def prompts_of(images: Images, prompts: str | Path | Sequence[str] | None) -> list[str]:
+    """The prompt of each image, in their order.
 
     Args:
-        path: a text file with one prompt per line, in the order of the pictures; JSON lines with a file and a prompt
-            each (such as manifest.jsonl); a JSON object file -> prompt; None = what is in the pictures themselves.
-            A file is a path in the pictures' folder, or another with the same name if only one has it.
+        prompts: a prompt per image, in their order; or a file: text with a prompt per line in the order of the images;
+            JSON lines with a file and a prompt each (such as manifest.jsonl); a JSON object file -> prompt. Its file
+            names are paths in the images' folder, or names that fit one image only. None = what is stored in the
+            images.
 
     Raises:
-        PictureError: no such file, pictures without a prompt, a file named twice, a name that fits several, or as
-            many lines as there are not pictures.
+        ImageError: no such file, images without a prompt, a file named twice, a name that fits several images, or
+            another number of prompts than of images.
     """
-    if path is None:
-        return from_settings(pictures)
+    if prompts is None:
+        return from_settings(images)
+    if not isinstance(prompts, str | Path):
+        if len(prompts) != len(images.names):
+            raise ImageError(
+                f"{len(prompts)} prompts for {len(images.names)} images in {images.path}; expected as many"
+            )
+        return list(prompts)
+    path = Path(prompts)
     try:
-        if Path(path).suffix not in (".json", ".jsonl"):
-            return from_lines(read_lines(path), pictures, path)
-        named = (
-            from_json(read_json(path, unrepeated))
-            if Path(path).suffix == ".json"
-            else from_json([entry for _, entry in parse_json_lines(read_text(path))])
-        )
-    except PictureError:
+        if path.suffix == ".json":
+            named = from_json(read_json(path, unrepeated))
+        elif path.suffix == ".jsonl":
+            named = from_json([entry for _, entry in parse_json_lines(read_text(path))])
+        else:
+            return from_lines(read_lines(path), images, path)
+    except ImageError:
         raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise PictureError(f"{path}: not prompts: {one_line(error)}") from error
-    return matched(named, pictures, path)
+        raise ImageError(f"{path}: not prompts: {one_line(error)}") from error
+    return matched(named, images, path)
 
 
-def matched(named: dict[str, str], pictures: Pictures, path: str | Path) -> list[str]:
-    """By path, and where that is not there by name, since a folder may have been moved."""
+def matched(named: dict[str, str], images: Images, path: str | Path) -> list[str]:
+    """The prompt of each image from those of files, by path or else by name, since a folder may have been moved."""
     others: dict[str, list[str]] = {}
-    for file in named.keys() - {*pictures.names}:
+    for file in named.keys() - {*images.names}:
         others.setdefault(Path(file).name, []).append(file)
-    alike = Counter(Path(name).name for name in pictures.names if name not in named)
-    found = {name: [name] if name in named else others.get(Path(name).name, []) for name in pictures.names}
+    alike = Counter(Path(name).name for name in images.names if name not in named)
+    found = {name: [name] if name in named else others.get(Path(name).name, []) for name in images.names}
     missing = [name for name, files in found.items() if not files]
     if missing:
-        raise PictureError(
-            f"{path}: no prompt for {len(missing)} of {len(pictures.names)} pictures, such as {missing[0]}"
-        )
+        raise ImageError(f"{path}: no prompt for {len(missing)} of {len(images.names)} images, such as {missing[0]}")
     for name, files in found.items():
         if name not in named and (len(files) > 1 or alike[Path(name).name] > 1):
-            raise PictureError(
+            raise ImageError(
                 f"{path}: {', '.join(sorted(files)[:2])}: by name fits several, such as {name}; "
-                "expected paths in the folder of the pictures"
+                "expected paths in the folder of the images"
             )
     return [named[files[0]] for files in found.values()]
 
 
-def from_lines(lines: list[str], pictures: Pictures, path: str | Path) -> list[str]:
+def from_lines(lines: list[str], images: Images, path: Path) -> list[str]:
+    """A prompt per line; empty lines do not count."""
     lines = [line.strip() for line in lines if line.strip()]
-    if len(lines) != len(pictures.names):
-        raise PictureError(
-            f"{path}: has {len(lines)} prompts for {len(pictures.names)} pictures in {pictures.path}; "
+    if len(lines) != len(images.names):
+        raise ImageError(
+            f"{path}: has {len(lines)} prompts for {len(images.names)} images in {images.path}; "
             f"expected one line for each"
         )
     return lines
 
 
 def from_json(content: Any) -> dict[str, str]:
-    """Files -> prompts."""
+    """Files -> prompts, from a JSON object or a list of entries."""
     if isinstance(content, dict):
         pairs = content.items()
     else:
@@ -88,6 +94,7 @@ def from_json(content: Any) -> dict[str, str]:
 
 
 def unrepeated(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a mapping, in which no name may stand twice."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -97,15 +104,17 @@ def unrepeated(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def first(entry: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """The entry's value under the first of these keys that it has."""
     found = next((entry[key] for key in keys if key in entry), None)
     if found is None:
         raise ValueError(f"an entry without {' or '.join(keys)}: it has {', '.join(entry)}")
     return found
 
 
-def from_settings(pictures: Pictures) -> list[str]:
-    files = pictures.files if isinstance(pictures, Folder) else []
+def from_settings(images: Images) -> list[str]:
+    """What is stored in the images."""
+    files = images.files if isinstance(images, ImageFolder) else []
     prompts = [(settings_of(file) or {}).get("prompt") for file in files]
     if not prompts or None in prompts:
-        raise PictureError(f"{pictures.path}: pictures that don't say their prompt; name a file with the prompts")
+        raise ImageError(f"{images.path}: images that don't state their prompt; name a file with the prompts")
     return prompts

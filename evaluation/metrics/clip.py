@@ -1,4 +1,4 @@
-"""CLIP's two encoders from a folder on this machine: pictures and texts to unit vectors of one space.
+"""CLIP's two encoders from a folder on this machine: images and texts to unit vectors of one space.
 
 Source: CLIP (arXiv 2103.00020), OpenCLIP (arXiv 2212.07143).
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.runs.errors import FeatureError
+from evaluation.runs.errors import ModelError
 from ldm.io.errors import one_line
 from ldm.io.files import read_json
 from ldm.modules.encoders.clip_image import MEAN, STD
@@ -32,10 +32,10 @@ TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers"}
 
 
 class ClipModel(nn.Module):
-    """Pictures and texts to unit vectors.
+    """Images and texts to unit vectors.
 
     weights: the file of the weights.
-    size:    pixels that the vision encoder looks at.
+    size:    side of the vision encoder's input in pixels.
     shape:   its patch size, width and layers.
     """
 
@@ -48,24 +48,24 @@ class ClipModel(nn.Module):
         self.tokenizer = tokenizer
 
     @torch.no_grad()
-    def see(self, prepared: Tensor) -> Tensor:
-        """Pictures (B, 3, size, size) in [-1, 1] -> (B, D), unit length."""
+    def embed_images(self, prepared: Tensor) -> Tensor:
+        """Images (B, 3, size, size) in [-1, 1] -> (B, D), unit length."""
         mean, std = (torch.tensor(v).view(3, 1, 1).to(prepared) for v in (MEAN, STD))
-        return F.normalize(self.images(((prepared + 1) / 2 - mean) / std))
+        return F.normalize(self.image_features(((prepared + 1) / 2 - mean) / std))
 
     @torch.no_grad()
-    def read(self, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """B texts -> (B, D), unit length; what is too long loses its end, see `ClipTokenizer.cut`.
 
         Raises:
             ValueError: the vocabulary is missing.
         """
-        return F.normalize(self.texts(self.tokenizer(texts).to(next(self.parameters()).device)))
+        return F.normalize(self.text_features(self.tokenizer(texts).to(next(self.parameters()).device)))
 
-    def images(self, pixels: Tensor) -> Tensor:
+    def image_features(self, pixels: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def texts(self, tokens: Tensor) -> Tensor:
+    def text_features(self, tokens: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -81,10 +81,10 @@ class TransformersClip(ClipModel):
         self.weights, self.size = folder / "model.safetensors", config.image_size
         self.shape = config.patch_size, config.hidden_size, config.num_hidden_layers
 
-    def images(self, pixels: Tensor) -> Tensor:
+    def image_features(self, pixels: Tensor) -> Tensor:
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
-    def texts(self, tokens: Tensor) -> Tensor:
+    def text_features(self, tokens: Tensor) -> Tensor:
         return self.model.text_projection(self.model.text_model(input_ids=tokens).pooler_output)
 
 
@@ -96,26 +96,24 @@ class OpenClip(ClipModel):
         super().__init__(ClipTokenizer(vocabulary, settings["text_cfg"]["context_length"], padding=0))
         self.weights = next((folder / name for name in OPEN_WEIGHTS if (folder / name).is_file()), None)
         if self.weights is None:
-            raise FeatureError(f"{folder}: none of {', '.join(OPEN_WEIGHTS)} is there")
+            raise ModelError(f"{folder}: none of {', '.join(OPEN_WEIGHTS)} is there")
         vision = settings["vision_cfg"]
         self.size, self.shape = vision["image_size"], (vision["patch_size"], vision["width"], vision["layers"])
         try:
             self.model = OpenCLIP("both", **settings)
         except Exception as error:  # numbers that are none, or that don't fit each other, can fail in any way
-            raise FeatureError(
-                f"{folder / OPEN_CONFIG}: no such model can be built: {one_line(error)[:200]}"
-            ) from error
+            raise ModelError(f"{folder / OPEN_CONFIG}: no such model can be built: {one_line(error)[:200]}") from error
         try:
             self.model.load_state_dict(read_tensors(self.weights))
         except Exception as error:  # a file that is damaged or another network's can fail in any way
-            raise FeatureError(
+            raise ModelError(
                 f"{self.weights}: not the weights of its {OPEN_CONFIG}: {one_line(error)[:200]}"
             ) from error
 
-    def images(self, pixels: Tensor) -> Tensor:
+    def image_features(self, pixels: Tensor) -> Tensor:
         return self.model.visual(pixels)
 
-    def texts(self, tokens: Tensor) -> Tensor:
+    def text_features(self, tokens: Tensor) -> Tensor:
         return self.model.embed_text(tokens)
 
 
@@ -131,20 +129,20 @@ def open_clip_settings(path: Path) -> dict[str, Any]:
     """The arguments of `OpenCLIP` that a configuration of open_clip asks for.
 
     Raises:
-        FeatureError: not such a file, or a model that has more than a vision transformer and CLIP's text encoder.
+        ModelError: not such a file, or a model that has more than a vision transformer and CLIP's text encoder.
     """
     try:
         config = read_json(path)["model_cfg"]
         text, vision = dict(config["text_cfg"]), dict(config["vision_cfg"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FeatureError(f"{path}: not a configuration of open_clip: {one_line(error)}") from error
+        raise ModelError(f"{path}: not a configuration of open_clip: {one_line(error)}") from error
     known = {*inspect.signature(Vision).parameters} - {"embed_dim", "quick_gelu"}
     whole = {"embed_dim", "text_cfg", "vision_cfg"}
     unknown = ({*vision} - known) | ({*text} - TEXT_KEYS) | ({*config} - whole - {"quick_gelu"})
     needed = {"image_size", "patch_size", "width", "layers"}
     lacking = (TEXT_KEYS - {*text}) | (needed - {*vision}) | (whole - {*config})
     if unknown or lacking:
-        raise FeatureError(
+        raise ModelError(
             f"{path}: only plain vision transformers with CLIP's text encoder are known here; "
             f"unknown: {', '.join(sorted(unknown)) or 'none'}; missing: "
             f"{', '.join(sorted(lacking)) or 'none'}"
@@ -165,20 +163,20 @@ def load_clip(folder: str | Path | None, vocabulary: str | Path | None = None) -
         vocabulary: see `find_vocabulary`; None = the folder's merges.txt, or that of an installed package.
 
     Raises:
-        FeatureError: no such folder, or not such a model.
+        ModelError: no such folder, or not such a model.
     """
     if folder is None:
-        raise FeatureError(f"clip: no weights are named; {EXPECTED}")
+        raise ModelError(f"clip: no weights are named; {EXPECTED}")
     folder = Path(folder)
     files = {"config.json": TransformersClip, OPEN_CONFIG: OpenClip}
     kind = next((kind for name, kind in reversed(files.items()) if (folder / name).is_file()), None)
     if kind is None:
-        raise FeatureError(f"clip: {folder}: no such model; {EXPECTED}")
+        raise ModelError(f"clip: {folder}: no such model; {EXPECTED}")
     if vocabulary is None and (folder / "merges.txt").is_file():
         vocabulary = folder / "merges.txt"
     try:
         return kind(folder, vocabulary).eval().requires_grad_(False)
-    except FeatureError:
+    except ModelError:
         raise
     except ValueError as error:
-        raise FeatureError(f"clip: {one_line(error)}") from error
+        raise ModelError(f"clip: {one_line(error)}") from error

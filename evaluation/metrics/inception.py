@@ -20,7 +20,7 @@ CLASSES = 1008
 SIDE = 299
 
 
-class Seen(NamedTuple):
+class InceptionOutput(NamedTuple):
     """pooled (B, 2048), mixed_6 (B, 192, 17, 17): the first branch of the block of that name; logits (B, 1008),
     without the classifier's bias, as the published Inception scores have them."""
 
@@ -177,8 +177,8 @@ class Inception(nn.Module):
         self.Mixed_7b, self.Mixed_7c = at_8(1280, pool_mean=True), at_8(2048, pool_mean=False)
         self.fc = nn.Linear(2048, CLASSES)
 
-    def forward(self, x: Tensor) -> Seen:
-        """Pictures (B, 3, 299, 299), (level - 128) / 128."""
+    def forward(self, x: Tensor) -> InceptionOutput:
+        """Images (B, 3, 299, 299), (level - 128) / 128."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))  # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))  # (B, 288, 35, 35)
@@ -186,4 +186,4 @@ class Inception(nn.Module):
         mixed_6 = self.Mixed_6d.branch1x1(x)
         x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))  # (B, 1280, 8, 8)
         pooled = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))  # (B, 2048)
-        return Seen(pooled, mixed_6, pooled @ self.fc.weight.T)
+        return InceptionOutput(pooled, mixed_6, pooled @ self.fc.weight.T)

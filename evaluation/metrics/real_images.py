@@ -1,4 +1,4 @@
-"""The real pictures that a protocol names: what its Fréchet distances are taken from."""
+"""The reference images of a protocol: the real images, or their statistics, that samples are compared with."""
 
 from __future__ import annotations
 
@@ -7,48 +7,70 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.protocols.prompts import entries, fits, integer
-from evaluation.protocols.protocol import Protocol
-from evaluation.runs.errors import PictureError, reading
-from evaluation.runs.images import Array, Folder, Pictures
+from evaluation.protocols.protocol import Protocol, load_protocol
+from evaluation.runs.errors import ImageError, reading
+from evaluation.runs.images import ImageArray, ImageFolder, Images
+from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import read_json
 
+PROTOCOL = "protocol:"  # before the name of a protocol, whose real images are meant
 
-def real_pictures(protocol: Protocol, data: Path) -> Path | Pictures:
-    """The file of published statistics, the folder of all pictures, or those pictures that the protocol asks for.
+
+def named_reference(name: str, data: str | Path | None = None) -> str | Path | Images:
+    """What a name stands for: itself, if it is a path; the reference of a protocol, if it is protocol:NAME.
+
+    Args:
+        data: the folder of the protocol's data; None = the protocol's own.
+
+    Raises:
+        SettingError: `reference`: no such protocol, or one without real images; `data`: for a path there is none.
+    """
+    kind, colon, protocol_name = name.partition(":")
+    if kind + colon != PROTOCOL:
+        if data is not None:
+            raise SettingError("data", f"goes with the reference {PROTOCOL}NAME; got {name}")
+        return name
+    with fault_of("reference"):
+        protocol = load_protocol(protocol_name)
+        return reference_images(protocol, protocol.folder(data))
+
+
+def reference_images(protocol: Protocol, data: Path) -> Path | Images:
+    """The file of published statistics, the folder of all images, or those images that the protocol asks for.
 
     Args:
         data: the folder of the protocol's data.
 
     Raises:
-        PictureError: the protocol names none, or its data are not what they should be.
+        ImageError: the protocol names none, or its data are not what they should be.
     """
     if "reference" in protocol.metrics:
         return data / protocol.metrics["reference"]
     if "pictures" not in protocol.data:
-        raise PictureError(f"protocol {protocol.name} names no real pictures")
+        raise ImageError(f"protocol {protocol.name} names no real images")
     path, where = data / protocol.data["pictures"], protocol.data.get("where", {})
     captions = data / protocol.data["file"]
     if path.suffix == ".npy":
-        pictures, images = Array(path), images_by_id(captions, *where)
-        if len(images) != len(pictures.names):
-            raise PictureError(f"{path}: has {len(pictures.names)} pictures, {captions.name} has {len(images)}")
-        return pictures.chosen([row for row, number in enumerate(sorted(images)) if fits(images[number], where)])
+        images, entries = ImageArray(path), images_by_id(captions, *where)
+        if len(entries) != len(images.names):
+            raise ImageError(f"{path}: has {len(images.names)} images, {captions.name} has {len(entries)}")
+        return images.subset([row for row, number in enumerate(sorted(entries)) if fits(entries[number], where)])
     if not where:
         return path
-    folder, images = Folder(path), images_by_id(captions, "file_name", *where)
-    wanted = {image["file_name"] for image in images.values() if fits(image, where)}
-    if missing := wanted - {*folder.names}:
-        raise PictureError(
-            f"{path}: {len(missing)} pictures that {captions.name} names are not there, such as {min(missing)}"
+    images, entries = ImageFolder(path), images_by_id(captions, "file_name", *where)
+    wanted = {entry["file_name"] for entry in entries.values() if fits(entry, where)}
+    if missing := wanted - {*images.names}:
+        raise ImageError(
+            f"{path}: {len(missing)} images that {captions.name} names are not there, such as {min(missing)}"
         )
-    return folder.chosen([place for place, name in enumerate(folder.names) if name in wanted])
+    return images.subset([place for place, name in enumerate(images.names) if name in wanted])
 
 
 def images_by_id(captions: Path, *fields: str) -> dict[int, Mapping[str, Any]]:
     """The images of a captions file, which have these fields, by id.
 
     Raises:
-        PictureError: not such a file.
+        ImageError: not such a file.
     """
     with reading(captions, "not captions with images"):
         content = read_json(captions)

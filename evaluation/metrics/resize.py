@@ -1,4 +1,4 @@
-"""How a picture comes to the size that a network looks at: recipes by name.
+"""How an image comes to the size that a network looks at: recipes by name.
 
 The recipe changes a Fréchet distance by as much as a model does, so every result names it.
 Source: On Aliased Resizing and Surprising Subtleties in GAN Evaluation (arXiv 2104.11222).
@@ -71,13 +71,13 @@ RECIPES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def resize(images: Tensor, size: int, recipe: str) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] -> (B, 3, size, size); each depends on itself alone.
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size); each depends on itself alone.
 
     Raises:
-        ValueError: the recipe is not one of RECIPES, or the pictures have another shape.
+        ValueError: the recipe is not one of RECIPES, or the images have another shape.
     """
     if recipe not in RECIPES:
         raise ValueError(f"resize: {recipe!r} is not one of {', '.join(RECIPES)}")
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"pictures must have the shape (B, 3, H, W); got {tuple(images.shape)}")
+        raise ValueError(f"images must have the shape (B, 3, H, W); got {tuple(images.shape)}")
     return RECIPES[recipe](images, size)

@@ -90,7 +90,7 @@ def retrieval(
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:
     """The share of hits with its binomial 95 % interval, as JSON values."""
-    from evaluation.metrics.distances import share_interval
+    from evaluation.metrics.intervals import share_interval
 
     n, hit = len(hits), int(sum(hits))
     return {"share": round(hit / n, 4), "interval": [round(end, 4) for end in share_interval(hit, n)]}
@@ -200,7 +200,8 @@ def features_of(pictures: Tensor, extract: Extractor, batch: int, label: str) ->
 
 
 def load_extractor() -> Extractor:
-    from evaluation.metrics.extractors import FeatureError, extractor
+    from evaluation.metrics.extractors import ModelError
+    from evaluation.metrics.extractors import load_extractor as load
 
-    with blame("features", (FeatureError,)):
-        return extractor(FEATURES)
+    with blame("features", (ModelError,)):
+        return load(FEATURES, device="cpu")

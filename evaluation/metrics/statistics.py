@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.linalg import eigh
 
-from evaluation.protocols.protocol import identity
-from evaluation.runs.errors import PictureError, reading
+from evaluation.runs.errors import ImageError, reading
 from ldm.io.arrays import array_names, load_array
-from ldm.io.files import atomic_write, parse_json
+from ldm.io.files import atomic_write, json_sha256, parse_json
 
 WIDEST = 8192  # features of a network; the covariance of these has half a gigabyte
 ROUNDING = 1e-4  # of the largest: what a covariance that was kept in single precision may be off
@@ -39,20 +38,20 @@ class Moments:
         """Of features (N, D).
 
         Raises:
-            PictureError: another shape, no features, or values that are not finite.
+            ImageError: another shape, no features, or values that are not finite.
         """
         x = np.asarray(features, dtype=np.float64)
         if x.ndim != 2 or not len(x):
-            raise PictureError(f"features must have the shape (N, D), N > 0; got {x.shape}")
+            raise ImageError(f"features must have the shape (N, D), N > 0; got {x.shape}")
         if not np.isfinite(x).all():
-            raise PictureError("features must be finite; got NaN or infinity")
+            raise ImageError("features must be finite; got NaN or infinity")
         mean = x.mean(0)
         return Moments(len(x), mean, (x - mean).T @ (x - mean))
 
     def __add__(self, other: Moments) -> Moments:
         """Of both sets together. Source: Chan, Golub, LeVeque (1979), which keeps the digits that raw sums lose."""
         if self.mean.shape != other.mean.shape:
-            raise PictureError(f"features of width {len(self.mean)} and {len(other.mean)} can't be merged")
+            raise ImageError(f"features of width {len(self.mean)} and {len(other.mean)} can't be merged")
         n, gap = self.n + other.n, other.mean - self.mean
         return Moments(
             n,
@@ -65,10 +64,10 @@ class Moments:
         """(D, D), without bias.
 
         Raises:
-            PictureError: of a single picture.
+            ImageError: of a single image.
         """
         if self.n < 2:
-            raise PictureError("a covariance needs at least 2 pictures; got 1")
+            raise ImageError("a covariance needs at least 2 images; got 1")
         return self.scatter / (self.n - 1)
 
     def gaussian(self) -> Gaussian:
@@ -79,10 +78,10 @@ class Moments:
 class Gaussian:
     """The normal distribution that a Fréchet distance compares: mean (D,), covariance (D, D), float64.
 
-    n: pictures that they were estimated from; None = a published file that does not say.
+    n: images that they were estimated from; None = a published file that does not say.
 
     Raises:
-        PictureError: what is no mean and covariance.
+        ImageError: what is no mean and covariance.
     """
 
     mean: np.ndarray
@@ -91,28 +90,26 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         if self.mean.ndim != 1 or not self.mean.size or self.covariance.shape != 2 * self.mean.shape:
-            raise PictureError(
+            raise ImageError(
                 f"a mean of shape {self.mean.shape} and a covariance of shape "
                 f"{self.covariance.shape} don't belong together"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-            raise PictureError("mean and covariance must be finite; got NaN or infinity")
+            raise ImageError("mean and covariance must be finite; got NaN or infinity")
         skew = np.abs(self.covariance - self.covariance.T).max(initial=0)
         if skew > ROUNDING * np.abs(self.covariance).max(initial=0):
-            raise PictureError(
-                f"a covariance must be symmetric; got entries that differ by {skew:.3g} from their mirror"
-            )
+            raise ImageError(f"a covariance must be symmetric; got entries that differ by {skew:.3g} from their mirror")
 
     @cached_property
     def root(self) -> np.ndarray:
         """(D, rank), root @ root.T = covariance; what is 0 but for rounding is left out.
 
         Raises:
-            PictureError: eigenvalues below 0, which no covariance has.
+            ImageError: eigenvalues below 0, which no covariance has.
         """
         values, vectors = eigh(self.covariance)
         if values.min() < -ROUNDING * np.abs(values).max():
-            raise PictureError(
+            raise ImageError(
                 f"a covariance has no eigenvalues below 0; got {values.min():.3g} (the largest is {values.max():.3g})"
             )
         kept = values > values.max() * len(values) * np.finfo(np.float64).eps
@@ -123,13 +120,13 @@ def total(parts: Iterable[Moments]) -> Moments:
     """Of all shards together.
 
     Raises:
-        PictureError: no shards, or features of different widths.
+        ImageError: no shards, or features of different widths.
     """
     merged = None
     for part in parts:
         merged = part if merged is None else merged + part
     if merged is None:
-        raise PictureError("there are no features")
+        raise ImageError("there are no features")
     return merged
 
 
@@ -162,13 +159,13 @@ def load_statistics(
     """Mean and covariance of a file, and what they are of; None where it does not say, as in published files.
 
     Raises:
-        PictureError: no such file, or not one with these names.
+        ImageError: no such file, or not one with these names.
     """
     with reading(path, f"not statistics ({mean}, {covariance}) in an npz file"):
         names = array_names(path)
         n = int(load_array(path, "n", 1)) if "n" in names else None
         if n is not None and n < 1:
-            raise ValueError(f"n must be a number of pictures; got {n}")
+            raise ValueError(f"n must be a number of images; got {n}")
         about = parse_json(str(load_array(path, "about", 1))) if "about" in names else None
         if not isinstance(about, dict | None):
             raise ValueError(f"about must be an object; got {about!r}")
@@ -176,21 +173,21 @@ def load_statistics(
     try:
         gaussian = Gaussian(*found, n)
         _ = gaussian.root  # is needed anyway, and here what is wrong with it is known before samples are looked at
-    except PictureError as error:
-        raise PictureError(f"{path}: {error}") from error
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
     return gaussian, about
 
 
 def cached_statistics(folder: str | Path | None, about: Mapping[str, Any]) -> Gaussian | None:
-    """What an earlier run left in a cache for exactly these pictures, network and resize; None = nothing."""
+    """What an earlier run left in a cache for exactly these images, network and resize; None = nothing."""
     if folder is None or not (path := cache_file(folder, about)).is_file():
         return None
     try:
         gaussian, of = load_statistics(path)
-    except PictureError:
+    except ImageError:
         return None  # a damaged cache is one that is not there
     return gaussian if of == about else None
 
 
 def cache_file(folder: str | Path, about: Mapping[str, Any]) -> Path:
-    return Path(folder) / f"{identity(about)[:24]}.npz"
+    return Path(folder) / f"{json_sha256(about)[:24]}.npz"

@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.metrics.distances import frechet
+from evaluation.metrics.frechet import distance
 from evaluation.metrics.retrieval import SPLITS, RealSet, features_of, load_extractor
 from evaluation.metrics.statistics import Moments
 from evaluation.paired import load_ssim
 from evaluation.plots.experiment import BATCH, Experiment
 from evaluation.plots.rows import Row
-from evaluation.protocols.protocol import identity
 from evaluation.recognition import Asked
 from ldm.checkpoint import fingerprint
 from ldm.data.emoji import EmojiPictures
 from ldm.io.errors import SettingError, fault_of, one_line
-from ldm.io.files import atomic_write, file_sha256, read_json
+from ldm.io.files import atomic_write, file_sha256, json_sha256, read_json
 from ldm.io.images import from_pil, psnr, to_pil
 from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.sampling.engine import Cost
@@ -134,7 +133,7 @@ class Comparison:
         retrieval = self.real.judge(to_pil(images), self.queries.entries, name)
         return {
             "feature_distance": float((ours - plains).norm(dim=1).mean()),
-            "fid_real": frechet(*(Moments.of(f.double().numpy()).gaussian() for f in (ours, self.real.raw))),
+            "fid_real": distance(*(Moments.of(f.double().numpy()).gaussian() for f in (ours, self.real.raw))),
             "R@5": float(np.mean(retrieval.hits[5])),
         }
 
@@ -156,7 +155,7 @@ def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -
     rows = {}
     for row, plan in tqdm(plans.items(), desc="rows", unit="row", disable=None):
         about = depends_on(comparison, row, plan)
-        path = cache / f"{identity(about)[:24]}.json"
+        path = cache / f"{json_sha256(about)[:24]}.json"
         if (values := cached(path)) is None:
             with row_named(row):
                 if row.sampler not in plains:

@@ -24,8 +24,6 @@ are not in it, since they are what comparisons are about; nor are metrics, since
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -58,11 +56,6 @@ def variants(words: str, holds: Callable[[Any], bool]) -> Kind:
 
 NETWORKS = variants("EXTRACTOR/RESIZE", lambda value: isinstance(value, str) and value.count("/") == 1)
 METRICS = {"fid": NETWORKS, "adm": NETWORKS, "clip_score": variants("names", is_text), "reference": TEXT}
-
-
-def identity(content: Any) -> str:
-    """SHA-256 of JSON values, whatever the order of their keys, hexadecimal."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,20 @@ from pathlib import Path
 from ldm.io.errors import one_line
 
 
-class FeatureError(ValueError):
+class ModelError(ValueError):
     """A network that cannot be had."""
 
 
-class PictureError(ValueError):
-    """Pictures or statistics that can't be measured."""
+class ImageError(ValueError):
+    """Images or statistics that can't be measured."""
 
 
 @contextmanager
 def reading(path: str | Path, problem: str) -> Iterator[None]:
-    """Whatever is raised inside becomes a PictureError that names the file: one that is damaged can fail in any way."""
+    """Whatever is raised inside becomes a ImageError that names the file: one that is damaged can fail in any way."""
     try:
         yield
-    except PictureError:
+    except ImageError:
         raise
     except Exception as error:
-        raise PictureError(f"{path}: {problem}: {one_line(error)}") from error
+        raise ImageError(f"{path}: {problem}: {one_line(error)}") from error

@@ -24,9 +24,8 @@ import numpy as np
 from PIL import Image
 
 from evaluation.protocols.prompts import Prompt
-from evaluation.protocols.protocol import identity
 from ldm.cli.arguments import LARGEST_SIDE, MOST
-from ldm.io.files import atomic_write, clean, file_sha256, parse_json_lines, read_bytes, read_json
+from ldm.io.files import atomic_write, clean, file_sha256, json_sha256, parse_json_lines, read_bytes, read_json
 from ldm.io.images import opened, png_bytes, read_png
 from ldm.io.kinds import MAPPING, TEXT, check, known, whole
 from ldm.sampling.generate import Item, Sample, append_line, read_manifest
@@ -127,7 +126,7 @@ class RunFolder:
         self.items = make_items(lines, self.card["protocol"]["seed"], self.card["protocol"]["repeats"])
         self.settings = {
             "protocol": self.card["protocol_sha256"],
-            "run": identity(decisive(self.card)),
+            "run": json_sha256(decisive(self.card)),
             "weights": self.card["weights"],
             "plan": self.card["plan"],
             **self.card["method"],
@@ -308,7 +307,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         check("", card, NEEDED)
         known("protocol", card["protocol"], {*ASKED}, {*card["protocol"]})
         check("protocol.", card["protocol"], ASKED)
-        if identity(card["protocol"]) != card["protocol_sha256"]:
+        if json_sha256(card["protocol"]) != card["protocol_sha256"]:
             raise FolderError(f"{path}: its protocol is not the one that its hash names; the file was changed")
         return card
     except OSError as error:

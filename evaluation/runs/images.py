@@ -1,4 +1,4 @@
-"""The pictures that are measured: a folder of files or an array in a file, one picture in memory at a time."""
+"""The images that are measured: a folder of files or an array in a file, one image in memory at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -15,67 +16,67 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.runs.errors import PictureError, reading
+from evaluation.runs.errors import ImageError, reading
 from ldm.io.arrays import Header, open_array
-from ldm.io.errors import one_line
+from ldm.io.errors import one_line, some
 from ldm.io.files import FileError, file_sha256, parse_json, read_json
 from ldm.io.images import MOST_PIXELS, SUFFIXES, from_pil, open_picture, opened
 
-ARRAY = "arr_0"  # the pictures' name in the files of the ADM suite
+ARRAY = "arr_0"  # the images' name in the files of the ADM suite
 RUN_CARD = "run.json"
-BESIDE = (".json", ".jsonl", ".npz", ".npy")  # what may stand beside pictures: how they were made, or their array
+BESIDE = (".json", ".jsonl", ".npz", ".npy")  # what may stand beside images: how they were made, or their array
 PLAN = ("keys", "noise_weight", "noise_below", "noise_order")
-SHOWN = 3  # of many bad pictures, how many a message names
+SHOWN = 3  # of many bad images, how many a message names
 
 
-class Pictures(Protocol):
-    """N pictures in a fixed order.
+class Images(Protocol):
+    """N images in a fixed order.
 
-    path:  where they are.
-    names: of each picture.
+    path:       where they are.
+    names:      of each image.
+    provenance: how they were made, as far as it is known: plan, seeds, weights, ... as JSON values.
+                Raises ImageError for a damaged run card.
     """
 
     path: Path
     names: Sequence[str]
+    provenance: Mapping[str, Any]
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Each picture (3, H, W) in [-1, 1].
+        """Each image (3, H, W) in [-1, 1].
 
         Raises:
-            PictureError: one can't be read.
+            ImageError: one can't be read.
         """
 
     def check(self, one_size: bool) -> None:
         """Look for what can't be measured, without decoding all: worth doing before a network runs for hours.
 
         Args:
-            one_size: pictures of several sizes are an error, as they are of a model's pictures.
+            one_size: images of several sizes are an error, as they are of a model's images.
 
         Raises:
-            PictureError: damaged pictures, or several sizes.
+            ImageError: damaged images, or several sizes.
         """
 
     def sha256(self) -> str:
-        """Of the content of all pictures, whatever they are called."""
-
-    def made_with(self) -> dict[str, Any]:
-        """How they were made, as far as it is known: plan, seeds, weights, ... as JSON values."""
+        """Of the content of all images, whatever they are called."""
 
 
-class Folder:
-    """All pictures in a folder and its subfolders, by name.
+class ImageFolder:
+    """All images in a folder and its subfolders, by name.
 
-    left_out: other files there, which are neither pictures by their endings nor tell of pictures.
+    left_out: other files there, which are neither images by their endings nor tell of images.
 
     Raises:
-        PictureError: no such folder, or no pictures in it.
+        ImageError: no such folder, or no images in it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise PictureError(f"{path}: no such folder; expected one with pictures, or an npz file")
-        # What begins with a dot is a picture that is being written, or a folder of some tool's copies.
+            raise ImageError(f"{path}: no such folder; expected one with images, or an npz file")
+        # What begins with a dot is an image that is being written, or a folder of some tool's copies.
         found = sorted(
             file
             for file in self.path.rglob("*")
@@ -83,7 +84,7 @@ class Folder:
         )
         self.files = [file for file in found if file.suffix.lower() in SUFFIXES]
         if not self.files:
-            raise PictureError(f"{path}: an empty folder: no {', '.join(SUFFIXES)} files in it")
+            raise ImageError(f"{path}: an empty folder: no {', '.join(SUFFIXES)} files in it")
         self.names = [str(file.relative_to(self.path)) for file in self.files]
         self.left_out = [
             str(file.relative_to(self.path)) for file in found if file.suffix.lower() not in (*SUFFIXES, *BESIDE)
@@ -94,7 +95,7 @@ class Folder:
             try:
                 yield from_pil(open_picture(file))
             except (ValueError, OSError) as error:
-                raise PictureError(one_line(error)) from error
+                raise ImageError(one_line(error)) from error
 
     def check(self, one_size: bool) -> None:
         sizes: dict[tuple[int, int], str] = {}
@@ -102,45 +103,46 @@ class Folder:
         for file, name in zip(self.files, self.names, strict=True):
             try:
                 with reading(file, "can't be read"):
-                    sizes.setdefault(whole_picture(file), name)
-            except PictureError:
+                    sizes.setdefault(whole_image(file), name)
+            except ImageError:
                 damaged.append(name)
         if damaged:
             more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
-            raise PictureError(
-                f"{self.path}: {len(damaged)} of {len(self.files)} files are no pictures, or damaged: "
+            raise ImageError(
+                f"{self.path}: {len(damaged)} of {len(self.files)} files are no images, or damaged: "
                 f"{', '.join(damaged[:SHOWN])}{more}"
             )
         if one_size and len(sizes) > 1:
             found = ", ".join(f"{w} x {h} ({name})" for (w, h), name in list(sizes.items())[:SHOWN])
-            raise PictureError(f"{self.path}: pictures of {len(sizes)} sizes, expected one: {found}")
+            raise ImageError(f"{self.path}: images of {len(sizes)} sizes, expected one: {found}")
 
     def sha256(self) -> str:
         return file_sha256(*self.files)
 
     def keys(self) -> list[str]:
-        """What tells each picture from the others in every run: its noise and subject, if they are in the file, else
+        """What tells each image from the others in every run: its noise and subject, if they are in the file, else
         its name."""
         settings = [settings_of(file) for file in self.files]
         if any(s is None or not {"seed", "start"} <= s.keys() for s in settings):
             return list(self.names)
         return [json.dumps([s["seed"], s["start"], next(iter(s.values()))]) for s in settings]
 
-    def chosen(self, order: Sequence[int]) -> Folder:
-        """Some of the pictures, in this order."""
-        part = Folder(self.path)
+    def subset(self, order: Sequence[int]) -> ImageFolder:
+        """Some of the images, in this order."""
+        part = ImageFolder(self.path)
         part.files, part.names = ([of[i] for i in order] for of in (self.files, self.names))
         return part
 
-    def made_with(self) -> dict[str, Any]:
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
         for folder in (self.path, self.path.parent):
             if (folder / RUN_CARD).is_file():
                 return read_run_card(folder / RUN_CARD)
         return common_settings([settings_of(file) for file in self.files])
 
 
-def whole_picture(file: Path) -> tuple[int, int]:
-    """Width and height of a picture file, of which all has been read."""
+def whole_image(file: Path) -> tuple[int, int]:
+    """Width and height of an image file, of which all has been read."""
     with opened(file) as image:
         size = image.size
         if image.format == "PNG":
@@ -151,11 +153,11 @@ def whole_picture(file: Path) -> tuple[int, int]:
     return size
 
 
-class Array:
-    """Pictures in an array uint8 (N, H, W, 3): `arr_0` of an npz file, read piece by piece, or an npy file.
+class ImageArray:
+    """Images in an array uint8 (N, H, W, 3): `arr_0` of an npz file, read piece by piece, or an npy file.
 
     Raises:
-        PictureError: no such file, or no such array in it.
+        ImageError: no such file, or no such array in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -168,14 +170,14 @@ class Array:
     def names(self) -> list[str]:
         return [str(row) for row in self.rows]
 
-    def chosen(self, rows: Sequence[int]) -> Array:
-        """Some of the pictures, in this order.
+    def subset(self, rows: Sequence[int]) -> ImageArray:
+        """Some of the images, in this order.
 
         Raises:
-            PictureError: none.
+            ImageError: none.
         """
         if not rows:
-            raise PictureError(f"{self.path}: none of its {self.shape[0]} pictures is asked for")
+            raise ImageError(f"{self.path}: none of its {self.shape[0]} images is asked for")
         part = copy(self)
         part.rows = rows
         return part
@@ -185,11 +187,9 @@ class Array:
         with reading(self.path, "can't be read"), open_array(self.path, ARRAY) as (stream, header):
             shape = header.shape
             if len(shape) != 4 or shape[3] != 3 or header.dtype != np.uint8 or header.fortran or not all(shape):
-                raise PictureError(
-                    f"{self.path}: expected pictures uint8 (N, H, W, 3), N > 0; got {header.dtype} {shape}"
-                )
+                raise ImageError(f"{self.path}: expected images uint8 (N, H, W, 3), N > 0; got {header.dtype} {shape}")
             if shape[1] * shape[2] > MOST_PIXELS:
-                raise PictureError(f"{self.path}: pictures of more than {MOST_PIXELS} pixels: {shape}")
+                raise ImageError(f"{self.path}: images of more than {MOST_PIXELS} pixels: {shape}")
             yield stream, header
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -203,7 +203,7 @@ class Array:
                 stream.seek(header.start + row * size)
                 levels = stream.read(size)
                 if len(levels) < size:
-                    raise PictureError(f"{self.path}: cut off: picture {row} of {n} is not all there")
+                    raise ImageError(f"{self.path}: cut off: image {row} of {n} is not all there")
                 yield np.frombuffer(levels, np.uint8).reshape(shape)
 
     def check(self, one_size: bool) -> None:
@@ -218,7 +218,8 @@ class Array:
             digest.update(levels)
         return digest.hexdigest()
 
-    def made_with(self) -> dict[str, Any]:
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
         card = self.path.parent / RUN_CARD
         return read_run_card(card) if card.is_file() else common_settings([])
 
@@ -228,16 +229,53 @@ def from_levels(levels: np.ndarray) -> Tensor:
     return torch.from_numpy(levels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def open_pictures(path: str | Path) -> Pictures:
+def open_images(path: str | Path) -> Images:
     """A folder, or an npz or npy file.
 
     Raises:
-        PictureError: see `Folder` and `Array`.
+        ImageError: see `ImageFolder` and `ImageArray`.
     """
-    return Array(path) if Path(path).suffix in (".npz", ".npy") else Folder(path)
+    return ImageArray(path) if Path(path).suffix in (".npz", ".npy") else ImageFolder(path)
 
 
-# How pictures were made
+def open_samples(samples: str | Path | Images, one_size: bool = True) -> Images:
+    """Images that can be measured: a path is opened and checked, so that errors come before the work; images are
+    returned as they are.
+
+    Raises:
+        ImageError: see `open_images` and `Images`.
+    """
+    if not isinstance(samples, str | Path):
+        return samples
+    images = open_images(samples)
+    images.check(one_size)
+    _ = images.provenance  # is needed anyway, and here a damaged run card is found
+    return images
+
+
+def left_out_warnings(images: Images) -> list[str]:
+    """A warning, if there are files beside the images of a folder."""
+    left = images.left_out if isinstance(images, ImageFolder) else []
+    if not left:
+        return []
+    return [
+        f"{images.path}: {len(left)} of {len(left) + len(images.names)} files are left out, since their names do not "
+        f"end in {', '.join(SUFFIXES)}{some(left, SHOWN)}"
+    ]
+
+
+# How images were made
+
+
+def incomplete_warnings(images: Images, made: Mapping[str, Any]) -> list[str]:
+    """A warning, if the run that made the images was to make more; `made`: their provenance."""
+    expected = made.get("images", made.get("pictures"))  # cards of older runs say pictures
+    if type(expected) is not int or expected == len(images.names):
+        return []
+    return [
+        f"{images.path}: {len(images.names)} images of a run of {expected}: it is not finished, or not all of it is "
+        f"here"
+    ]
 
 
 def read_run_card(path: Path) -> dict[str, Any]:
@@ -257,7 +295,7 @@ def settings_of(file: Path) -> dict[str, Any] | None:
 
 
 def common_settings(settings: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """What all pictures have in common; of seeds, which every picture has its own, the number they come from."""
+    """What all images have in common; of seeds, which every image has its own, the number they come from."""
     if not settings or None in settings:
         return {"plan": None, "seeds": None, "weights": None, "stated_by": None}
     own = ("prompt_index", "sample", "seed", "start")
@@ -271,5 +309,5 @@ def common_settings(settings: Sequence[Mapping[str, Any] | None]) -> dict[str, A
         "seeds": sorted({s["seed"][0] for s in settings if s.get("seed")}) or None,
         "weights": same.pop("weights", None),
         **same,
-        "stated_by": "settings in the pictures",
+        "stated_by": "settings in the images",
     }

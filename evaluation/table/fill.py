@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import generate
-from evaluation.results import Result, ResultError, read_result
+from evaluation.metrics.result import Result, ResultError, read_result
 from evaluation.runs.folder import CARD, MANIFEST, FolderError, read_card
 from evaluation.table.cost import costs, gflops, plan_of, read_timing, timed
 from evaluation.table.job import Job

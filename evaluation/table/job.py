@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from evaluation.generate import parse
 from evaluation.protocols.prompts import Prompt
-from evaluation.protocols.protocol import Protocol, identity
+from evaluation.protocols.protocol import Protocol
 from evaluation.runs.folder import differences, prompts_sha256, some
 from evaluation.table.cost import plan_of
 from evaluation.table.now import changed_at, content, prompts_of
@@ -27,6 +27,7 @@ from evaluation.table.spec import COLUMNS, FTC, HOW, SHORT, Row
 from ldm.cli.arguments import ROOT
 from ldm.cli.settings import make_recipe
 from ldm.io.errors import BadInput, blame
+from ldm.io.files import json_sha256
 
 GPU, PRECISION = "A40", "autocast"  # that the paper's seconds and memory are of, as PyTorch and we call them
 
@@ -118,7 +119,7 @@ class Job:
         if file is not None and not file.is_file():
             return None
         with self.renamed():
-            return prompts_of(tuple(self._what()), (identity(self.protocol.asked()), changed_at(file)))
+            return prompts_of(tuple(self._what()), (json_sha256(self.protocol.asked()), changed_at(file)))
 
     @cached_property
     def stated(self) -> dict[str, Any]:

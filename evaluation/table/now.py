@@ -42,10 +42,9 @@ def prompts_of(argv: tuple[str, ...], changed: tuple[str, int | None]) -> list[P
 @lru_cache
 def network_now(name: str, weights: str | None, resize: str, changed: int | None) -> dict[str, Any]:
     """What results say of their network; see `evaluation.metrics.extractors.extractor`."""
-    from evaluation.metrics.extractors import extractor
-    from evaluation.metrics.reference import network_of
+    from evaluation.metrics.extractors import load_extractor, network_fields
 
-    return network_of(extractor(name, weights, resize))
+    return network_fields(load_extractor(name, weights, resize, "cpu"))
 
 
 @lru_cache
@@ -59,16 +58,16 @@ def clip_now(folder: str, changed: int) -> str:
 @lru_cache
 def real_now(named: str, data: Path, changed: tuple[str, int]) -> str | None:
     """The hash by which results name the real pictures of a protocol, or their statistics; `data`: their folder."""
-    from evaluation.metrics.real_images import real_pictures
+    from evaluation.metrics.real_images import reference_images
     from evaluation.metrics.reference import arrays_in
     from evaluation.metrics.statistics import load_statistics
     from evaluation.protocols.protocol import load_protocol
-    from evaluation.runs.images import open_pictures
+    from evaluation.runs.images import open_images
 
-    found = real_pictures(load_protocol(named), data)
+    found = reference_images(load_protocol(named), data)
     if not isinstance(found, Path):
         return found.sha256()
     of = load_statistics(found)[1] if "mu" in arrays_in(str(found)) else None
     if of is not None:  # a file of ours says which pictures it is of
         return of.get("sha256")
-    return content(found) if found.suffix == ".npz" else open_pictures(found).sha256()
+    return content(found) if found.suffix == ".npz" else open_images(found).sha256()

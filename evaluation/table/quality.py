@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation import adm, clip_score, fid
-from evaluation.metrics.real_images import images_by_id
-from evaluation.metrics.reference import OF_PROTOCOL
-from evaluation.protocols.protocol import Protocol, identity
-from evaluation.results import Result, ResultError, flat, read_result
-from evaluation.runs.errors import FeatureError, PictureError
+from evaluation.metrics.adm import NEIGHBOURS
+from evaluation.metrics.real_images import PROTOCOL, images_by_id
+from evaluation.metrics.result import Result, ResultError, flat, read_result
+from evaluation.protocols.protocol import Protocol
+from evaluation.runs.errors import ImageError, ModelError
 from evaluation.table.now import changed_at, clip_now, content, network_now, real_now
 from evaluation.table.spec import Cell
-from ldm.io.errors import BadInput, blame
+from ldm.io.errors import BadInput, blame, flags_named
+from ldm.io.files import json_sha256
 
 if TYPE_CHECKING:
     from evaluation.metrics.retrieval import RealSet
@@ -33,7 +34,7 @@ OTHERWISE = {
     "recall": "recall",
 }  # what columns are with another network
 ADM = ("sfid", "inception_score", "precision", "recall")  # columns that only the ADM suite has
-LEAST = {"fid": 2, "adm": adm.NEIGHBOURS + 1}  # pictures that a measure needs, if more than one
+LEAST = {"fid": 2, "adm": NEIGHBOURS + 1}  # pictures that a measure needs, if more than one
 RESAMPLES = 100  # for intervals of Fréchet distances
 REAL_TIER, RANK = 2, 5
 
@@ -88,7 +89,7 @@ class Quality:
 
     def reference(self) -> list[str]:
         """The real pictures, or their statistics, as arguments of the measures."""
-        return [f"{OF_PROTOCOL}{self.named}", "--data", str(self.data)]
+        return [f"{PROTOCOL}{self.named}", "--data", str(self.data)]
 
     def measures(self, columns: list[str]) -> dict[str, Callable[[Path, Path], None]]:
         """By name, what writes a result of a folder of pictures (first argument) into a file (second)."""
@@ -157,7 +158,7 @@ class Quality:
         found = {"extractor": args.extractor, "resize": args.resize}
         changed = changed_at(self.inception)
         if needed or changed:
-            with blame("--inception", (FeatureError,)):
+            with blame("--inception", (ModelError,)):
                 found |= network_now(args.extractor, args.weights, args.resize, changed)
         return found | ({} if (real := self._real_now()) is None else {"reference": {"sha256": real}})
 
@@ -166,24 +167,26 @@ class Quality:
         name = self.protocol.metrics.get("reference", self.protocol.data.get("pictures"))
         if name is None or (changed := changed_at(self.data / name)) is None:
             return None
-        with blame("--data", (PictureError,)):
-            return real_now(self.named, self.data, (identity(self.protocol.asked()), changed))
+        with blame("--data", (ImageError,)):
+            return real_now(self.named, self.data, (json_sha256(self.protocol.asked()), changed))
 
     def _score_now(self, needed: bool) -> dict[str, Any]:
         with self._metrics_blamed():
             args = clip_score.parser().parse_args(self._clip_flags(""))
         found = {"measure": self._score(), "resize": args.resize}
         if needed:
+            from evaluation.metrics.clip_score import VARIANTS, load_variant
+
             if self.clip is None:
                 raise BadInput(
                     f"--clip: needed for CLIP-score: a folder with config.json and weights of "
-                    f"{clip_score.VARIANTS[self._variant].model}, from huggingface.co"
+                    f"{VARIANTS[self._variant].model}, from huggingface.co"
                 )
-            with renamed({"--weights": "--clip"}):
-                clip_score.load_model(args)
+            with flags_named({"weights": "--clip"}):
+                load_variant(args.variant, args.weights, args.vocabulary, args.device)
         if (changed := changed_at(self.clip)) is None:
             return found
-        with blame("--clip", (FeatureError,)):
+        with blame("--clip", (ModelError,)):
             return found | {"features_sha256": clip_now(self.clip, changed)}
 
     def _retrieval_now(self, needed: bool) -> dict[str, Any]:
@@ -250,7 +253,7 @@ class Quality:
 
     def _retrieval(self, pictures: Path, out: Path) -> None:
         """Concept retrieval: see evaluation/recognition.py; against real pictures of tiers 1 and 2."""
-        from evaluation.metrics.reference import how_made, network_of, open_samples
+        from evaluation.metrics.extractors import network_fields
         from evaluation.metrics.retrieval import DEFINITION, share
         from ldm.io.files import file_sha256
         from ldm.io.images import open_picture
@@ -262,7 +265,10 @@ class Quality:
         images = [open_picture(pictures.parent / line["file"]) for line in lines]
         verdict = real.judge(images, [entries[line["image_id"]] for line in lines], "samples")
         found = share(verdict.hits[RANK])
-        made = how_made("--runs", open_samples("--runs", str(pictures)))
+        from evaluation.runs.images import open_samples
+
+        with blame("--runs"):
+            made = open_samples(pictures).provenance
         protocol = {
             "measure": f"R@{RANK}",
             "definition": DEFINITION,
@@ -270,7 +276,7 @@ class Quality:
             "n": len(lines),
             "real": file_sha256(self.data / "pictures.npy"),
             "prompts": made.get("protocol_sha256"),
-            **network_of(real.extract),
+            **network_fields(real.extract),
         }
         with blame("--runs", (OSError,)):
             Result({f"R@{RANK}": found["share"], f"R@{RANK}_interval": found["interval"]}, protocol, made).write(out)

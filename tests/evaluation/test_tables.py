@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from evaluation import generate, tables
-from evaluation.metrics.extractors import extractor
-from evaluation.metrics.reference import network_of, reference
+from evaluation.metrics.extractors import load_extractor, network_fields
+from evaluation.metrics.reference import load_reference
 from evaluation.metrics.statistics import save_statistics
 from evaluation.protocols.protocol import load_protocol
 from evaluation.table import cost as table_cost
@@ -314,7 +313,7 @@ def test_results_of_different_protocols_are_refused(made, capfd):
     argv, _ = made
     path = Path(argv[6]) / "emoji64-2" / "ddim_4_off" / "fid.json"
     kept = path.read_text()
-    from evaluation.results import Result, read_result
+    from evaluation.metrics.result import Result, read_result
 
     found = read_result(path)
     Result(found.values, {**found.protocol, "n": 3}, found.samples).write(path)
@@ -567,15 +566,15 @@ def test_data_are_where_the_measures_look_for_them():
 
 def test_real_pictures_have_the_hash_that_results_name(tmp_path):
     """A folder, an array, statistics of ours."""
-    data, extract = write_coco(tmp_path / "coco", 3), extractor("efficientnet-lite0")
+    data, extract = write_coco(tmp_path / "coco", 3), load_extractor("efficientnet-lite0")
     levels = [np.asarray(open_picture(path)) for path in sorted((data / "val2017").iterdir())]
     np.savez(data / "pictures.npz", arr_0=np.stack(levels))
-    found = reference(str(data / "pictures.npz"), extract, 8, torch.device("cpu"))
-    save_statistics(data / "statistics.npz", found.gaussian, found.about | network_of(extract))
+    found = load_reference(str(data / "pictures.npz"), extract)
+    save_statistics(data / "statistics.npz", found.gaussian, found.about | network_fields(extract))
     for number, metrics in enumerate(({}, {"reference": "pictures.npz"}, {"reference": "statistics.npz"})):
         path = write_protocol(tmp_path / f"p{number}.yaml", metrics=metrics)
         source = str(data / metrics.get("reference", "val2017"))
-        about = reference(source, extract, 8, torch.device("cpu")).about
+        about = load_reference(source, extract).about
         assert real_now(str(path), data, ("", 0)) == about["sha256"] is not None
 
 

@@ -1,0 +1,173 @@
+"""CLIP-score: how well images fit the prompts that they were made from, by variants with explicit names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from evaluation.metrics.captions import prompts_of
+from evaluation.metrics.clip import ClipModel, load_clip
+from evaluation.metrics.intervals import mean_values
+from evaluation.metrics.resize import resize as resized
+from evaluation.metrics.result import Result
+from evaluation.runs.errors import ModelError
+from evaluation.runs.images import Images, incomplete_warnings, left_out_warnings, open_samples
+from ldm.cli.devices import device_named
+from ldm.io.errors import SettingError, fault_of
+from ldm.io.files import file_sha256, json_sha256
+
+PREFIX = "A photo depicts "
+
+
+@dataclass(frozen=True)
+class Variant:
+    """scale * cos(image, prefix + prompt).
+
+    clamped: cosines below 0 count as 0.
+    model:   where the weights are published; None = any model.
+    shape:   pixels, patch size, width and layers of its vision encoder, by which another model is told; None = any.
+    """
+
+    scale: float
+    clamped: bool
+    prefix: str = ""
+    model: str | None = None
+    shape: tuple[int, int, int, int] | None = None
+
+
+VARIANTS = {
+    "hessel-b32": Variant(2.5, True, PREFIX, "openai/clip-vit-base-patch32", (224, 32, 768, 12)),
+    "cos100-l14": Variant(100.0, False, "", "openai/clip-vit-large-patch14", (224, 14, 1024, 24)),
+    "cos100-g14": Variant(100.0, False, "", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", (224, 14, 1408, 40)),
+    "hessel": Variant(2.5, True, PREFIX),
+    "cos100": Variant(100.0, False),
+}
+
+
+def compute(
+    samples: str | Path | Images,
+    *,
+    variant: str = "hessel-b32",
+    weights: str | Path | ClipModel,
+    prompts: str | Path | Sequence[str] | None = None,
+    vocabulary: str | Path | None = None,
+    resize: str = "clip-crop",
+    batch_size: int = 50,
+    device: str = "auto",
+) -> Result:
+    """CLIP-score of images: `clip_score_VARIANT` with its 95 % interval, and how many prompts CLIP had to cut.
+
+    Args:
+        samples: images: a folder, an npz file (arr_0) or npy file uint8 (N, H, W, 3), or opened ones.
+        variant: one of VARIANTS.
+        weights: folder of the CLIP model, of transformers or open_clip, or what `load_variant` loaded.
+        prompts: a prompt per image, or a file of them, see `prompts_of`; None = those stored in the images.
+        vocabulary, device: of a model that is not loaded yet: CLIP's vocabulary (None = the folder's, or an installed
+            one); auto, cpu, cuda, cuda:N or mps.
+        resize: how images are resized for the model, one of `evaluation.metrics.resize.RECIPES`.
+        batch_size: images per batch; changes speed and memory only.
+
+    Raises:
+        SettingError: an argument can't be used; it names the argument.
+    """
+    with fault_of("samples"):
+        images = open_samples(samples)
+        made = images.provenance
+    with fault_of("prompts"):
+        prompts = prompts_of(images, prompts)
+    kind = find_variant(variant)
+    model = weights if isinstance(weights, ClipModel) else load_variant(variant, weights, vocabulary, device)
+    with fault_of("vocabulary"):
+        texts = [kind.prefix + prompt for prompt in prompts]
+        cut = sum(model.tokenizer.cut(texts))
+        tokens = model.tokenizer(texts).tolist()
+    with fault_of("samples"):
+        each = measure(images, texts, model, kind, resize, batch_size)
+    name = f"clip_score_{variant}"
+    protocol = {
+        "measure": name,
+        "features_sha256": file_sha256(model.weights),
+        "resize": resize,
+        "size": model.size,
+        "n": len(each),
+        "prompts": made.get("protocol_sha256"),
+        "captions_sha256": json_sha256({"captions": prompts}),
+        "tokens_sha256": json_sha256({"tokens": tokens}),
+    }
+    warnings = [*left_out_warnings(images), *incomplete_warnings(images, made)]
+    if cut:
+        warnings.append(
+            f"{cut} of {len(prompts)} captions are longer than CLIP reads ({model.tokenizer.max_length} tokens) and "
+            f"lost their ends"
+        )
+    return Result(mean_values(name, each, prompts) | {"captions_cut": cut}, protocol, made, warnings)
+
+
+def find_variant(name: str) -> Variant:
+    """The variant of that name.
+
+    Raises:
+        SettingError: `variant`: there is none.
+    """
+    if name not in VARIANTS:
+        raise SettingError("variant", f"{name!r} is not one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def load_variant(
+    variant: str, weights: str | Path, vocabulary: str | Path | None = None, device: str = "auto"
+) -> ClipModel:
+    """The CLIP model of a variant, on its device; see `compute`.
+
+    Raises:
+        SettingError: `weights`: no CLIP model, or not the one that the variant is defined with; `device`: not there.
+    """
+    place, kind = device_named(device), find_variant(variant)
+    with fault_of("weights"):
+        model = load_clip(weights, vocabulary)
+        if kind.shape not in (None, found := (model.size, *model.shape)):
+            names = "pixels, patch size, width, layers"
+            raise ModelError(
+                f"{variant} is defined with {kind.model} ({names} {kind.shape}); "
+                f"{weights} has {found}; for another model use hessel or cos100"
+            )
+    return model.to(place)
+
+
+def measure(
+    images: Images, texts: Sequence[str], model: ClipModel, variant: Variant, resize: str, batch_size: int
+) -> np.ndarray:
+    """The score of every image with its text, (N,).
+
+    Raises:
+        ImageError: an image can't be read.
+    """
+    found: list[np.ndarray] = []
+    waiting: list[torch.Tensor] = []
+    device = next(model.parameters()).device
+    for i, image in enumerate(tqdm(images, total=len(texts), desc="CLIP", unit="image", disable=None)):
+        waiting.append(resized(image[None], model.size, resize))
+        if len(waiting) == batch_size or i == len(texts) - 1:
+            of_images = model.embed_images(torch.cat(waiting).to(device))
+            of_texts = model.embed_texts(texts[i + 1 - len(waiting) : i + 1])
+            found.append(scores(of_images.cpu().numpy(), of_texts.cpu().numpy(), variant))
+            waiting = []
+    return np.concatenate(found)
+
+
+def scores(images: np.ndarray, texts: np.ndarray, variant: Variant) -> np.ndarray:
+    """The score of each pair, (N,).
+
+    Args:
+        images, texts: embeddings (N, D), of any length.
+
+    Source: CLIPScore (arXiv 2104.08718).
+    """
+    images, texts = np.float64(images), np.float64(texts)
+    cosines = (images * texts).sum(1) / (np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1))
+    return variant.scale * (cosines.clip(0) if variant.clamped else cosines)

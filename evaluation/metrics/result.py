@@ -1,0 +1,102 @@
+"""Results that say what they are of: values with the protocol that gave them. Only like is compared with like.
+
+The protocol is everything that changes a number without being the thing that is measured: the measure, its network and
+weights, the resize, the number of images, the reference. How the samples were made (plan, seeds, weights of the model)
+is what a comparison is about; it is kept beside the protocol.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.io.errors import one_line
+from ldm.io.files import atomic_write, json_sha256, read_json
+
+
+class ResultError(ValueError):
+    """Results that can't be read, or can't be compared."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a measure found.
+
+    values:   name -> number, or a list of two for an interval. Names are explicit: fid_real, fid_vs_plain, ...
+    protocol: what values of different samples must have in common to be compared, JSON values.
+    samples:  how the measured images were made, JSON values: plan, seeds, weights, ...; None = not known.
+    warnings: what to bear in mind, in words.
+    settings: those that change no value, such as how often samples were resampled for an interval; JSON values.
+    """
+
+    values: Mapping[str, Any]
+    protocol: Mapping[str, Any]
+    samples: Mapping[str, Any]
+    warnings: Sequence[str] = field(default_factory=list)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def protocol_sha256(self) -> str:
+        return json_sha256(self.protocol)
+
+    def json(self) -> dict[str, Any]:
+        return {"protocol_sha256": self.protocol_sha256, **asdict(self)}
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, whole or not at all."""
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(self.json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_result(path: str | Path) -> Result:
+    """A result that `Result.write` wrote.
+
+    Raises:
+        ResultError: not such a file, or one that was changed: its protocol no longer has the hash that it states.
+    """
+    try:
+        content = read_json(path)
+        stated = content.pop("protocol_sha256")
+        result = Result(**content)
+        for name in ("values", "protocol", "samples", "settings"):
+            if not isinstance(getattr(result, name), Mapping):
+                raise ValueError(f"{name} must be an object; got {getattr(result, name)!r}")
+        if not isinstance(stated, str):
+            raise ValueError(f"protocol_sha256 must be text; got {stated!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResultError(f"{path}: not a result: {one_line(error)}") from error
+    if result.protocol_sha256 != stated:
+        raise ResultError(f"{path}: its protocol is not the one that its hash {stated[:12]} names; it was changed")
+    return result
+
+
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields under dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in fields.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return out
+
+
+def comparable(results: Mapping[str, Result]) -> None:
+    """Check that results, by name, may stand in one table.
+
+    Raises:
+        ResultError: their protocols differ; it names the fields, and what each result has there.
+    """
+    protocols = {name: flat(result.protocol) for name, result in results.items()}
+    fields = dict.fromkeys(key for protocol in protocols.values() for key in protocol)
+    differ = [
+        key
+        for key in fields
+        if len({json.dumps(protocol.get(key), sort_keys=True) for protocol in protocols.values()}) > 1
+    ]
+    if differ:
+        parts = (
+            f"{key} ({', '.join(f'{name}: {protocol.get(key)}' for name, protocol in protocols.items())})"
+            for key in differ
+        )
+        raise ResultError(f"different protocols can't be compared; they differ in {'; '.join(parts)}")
