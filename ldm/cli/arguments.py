@@ -20,7 +20,10 @@ IMAGENET = 1000  # classes; where a model has one more, that one is their absenc
 PROPAGATE = ("hold", "linear", "quadratic", "zeros")
 NOISE_ORDERS = ("before", "after", "update")
 # The names of ldm.models.diffusion.solvers.registry.SOLVERS, which needs PyTorch; --help must answer at once.
-SAMPLERS = "ddim, plms, ddpm, dpm-solver, dpm-solver++, euler, euler-a, heun, dpm++2m-karras, unipc"
+SAMPLERS = (
+    "ddim, plms, ddpm, dpm-solver, dpm-solver++, dpm-solver++2s, dpm-solver-3s, dpm-solver++3m, euler, euler-a, heun, "
+    "dpm++2m-karras, unipc"
+)
 
 MOST = 1_000_000  # images of one run, and whatever else is counted
 MOST_STEPS = 10_000  # of a solver; no training has more timesteps

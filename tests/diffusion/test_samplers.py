@@ -9,13 +9,7 @@ import torch
 
 from ldm.models.diffusion.ddim import DDIM, DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.dpm_solver.rules import (
-    DPMMultistep,
-    DPMSinglestep,
-    dynamic_threshold,
-    singlestep_nodes,
-    singlestep_orders,
-)
+from ldm.models.diffusion.dpm_solver.rules import DPMMultistep, DPMSinglestep, singlestep_nodes, singlestep_orders
 from ldm.models.diffusion.edits import prior_noise
 from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.plms import PLMS, PLMSSampler, plms_nodes
@@ -32,6 +26,7 @@ from ldm.models.diffusion.schedule import (
     predict_x0,
 )
 from ldm.models.diffusion.solvers.ancestral import Ancestral
+from ldm.models.diffusion.solvers.registry import solver
 from tests.helpers.golden_sampler import SHAPE, model
 from tests.helpers.goldens import assert_golden, load_case
 
@@ -221,8 +216,6 @@ NODES = (Node(500, 0.3, 0.6), Node(200, 0.6, 0.9))
         (lambda: DPMMultistep(NODES, predicts="v"), "predicts must be one of eps, x0"),
         (lambda: DPMMultistep(NODES, variant="heun"), "variant must be one of dpmsolver, taylor"),
         (lambda: DPMMultistep(NODES, order=4), "order must be 1, 2 or 3"),
-        (lambda: DPMMultistep(NODES, threshold=1.5), "threshold must be a quantile"),
-        (lambda: DPMMultistep(NODES, "eps", threshold=0.9), "threshold .* with 'eps'"),
         (lambda: DPMSinglestep(NODES), "spans must be one per node"),
         (lambda: singlestep_nodes(schedule(), 10, 4), "order must be 1, 2 or 3"),
         (lambda: singlestep_nodes(schedule(), 0, 3), "steps must be 1..1000"),
@@ -289,11 +282,12 @@ def test_lower_order_final_for_any_order_and_few_steps(order, steps):
     assert torch.isfinite(state.x).all()
 
 
-def test_threshold_scales_each_image_by_its_own_quantile():
-    x0 = torch.stack([torch.linspace(-0.5, 0.5, 101), torch.linspace(-4, 4, 101)]).view(2, 1, 1, 101)
-    result = dynamic_threshold(x0, 0.5)
-    torch.testing.assert_close(result[0], x0[0])  # within [-1, 1]: untouched
-    torch.testing.assert_close(result[1], (x0[1] / 2).clamp(-1, 1))  # half of |x0| is below 2
-    rule = DPMMultistep(NODES, threshold=0.995)
-    state = rule.step(State(100 * x0), 0, torch.zeros_like(x0))
-    assert state.x0.abs().max() <= 1 and torch.equal(state.memory[0], state.x0)
+@pytest.mark.parametrize("name, order, predicts", [("dpm-solver++2s", 2, "x0"), ("dpm-solver-3s", 3, "eps")])
+@pytest.mark.parametrize("steps", [1, 7, 12])
+def test_singlestep_solvers_by_name(name, order, predicts, steps):
+    abar = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64)
+    nodes, spans = singlestep_nodes(NoiseSchedule(abar), steps, order)
+    assert solver(name, abar, steps) == DPMSinglestep(nodes, predicts, spans=spans)
+    for skip in range(steps):  # image to image leaves out the noisiest nodes; the steps are cut anew
+        rest = solver(name, abar, steps, skip=skip)
+        assert rest.nodes == nodes[skip:] and max(map(len, rest.spans)) <= order

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from ldm.models.diffusion.loop import State
@@ -16,18 +15,6 @@ from ldm.models.diffusion.solvers.exponential import ExponentialStep, Predicts, 
 
 Variant = Literal["dpmsolver", "taylor"]
 FEW_STEPS = 15  # below this, lower_order_final acts
-
-
-def dynamic_threshold(x0: Tensor, quantile: float) -> Tensor:
-    """Scale each image so that this quantile of its absolute values is at most 1, and clip it to [-1, 1].
-
-    For models of pixels in [-1, 1]; latents have no such range.
-
-    Source: Imagen (arXiv 2205.11487), section 2.3.
-    """
-    s = torch.quantile(x0.abs().flatten(1), quantile, dim=1).clamp(min=1)  # (B,)
-    s = s.view(-1, *[1] * (x0.ndim - 1))
-    return x0.clamp(-s, s) / s
 
 
 @dataclass(frozen=True)
@@ -40,31 +27,23 @@ class _DPMSolver:
             predict either, or v.
         variant: weights of the expansion's higher terms: 'taylor' are the exact ones, 'dpmsolver' those of the
             papers' algorithms.
-        threshold: quantile for `dynamic_threshold` of x0, 0.995 as published; None = off.
 
     Raises:
-        ValueError: an unknown predicts or variant; a threshold outside 0..1 or for predicts 'eps'.
+        ValueError: an unknown predicts or variant.
     """
 
     nodes: tuple[Node, ...]
     predicts: Predicts = "x0"
     variant: Variant = "dpmsolver"
-    threshold: float | None = None
 
     def __post_init__(self) -> None:
         check_predicts(self.predicts)
         if self.variant not in get_args(Variant):
             raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}; got {self.variant!r}")
-        if self.threshold is not None and not (self.predicts == "x0" and 0 < self.threshold <= 1):
-            raise ValueError(
-                f"threshold must be a quantile in 0..1, with predicts 'x0'; got {self.threshold} with {self.predicts!r}"
-            )
 
     def _predictions(self, x: Tensor, eps: Tensor, node: Node) -> tuple[Tensor, Tensor]:
         """The clean latents at a node, and what is expanded; both (B, C, H, W)."""
         x0 = predict_x0(x, eps, node.abar)
-        if self.threshold is not None:
-            x0 = dynamic_threshold(x0, self.threshold)
         return x0, eps if self.predicts == "eps" else x0
 
 
@@ -83,7 +62,7 @@ class DPMMultistep(_DPMSolver):
     which the published code takes there and ignores, has order 3 after the first two steps.
 
     Args:
-        nodes, predicts, variant, threshold: see `_DPMSolver`. The last may land on clean latents with 'x0'; a
+        nodes, predicts, variant: see `_DPMSolver`. The last may land on clean latents with 'x0'; a
             step that does is of order 1.
         order: 1, 2 or 3.
         lower_order_final: with fewer than 15 steps the last ones are of falling order, ending with 1. The
@@ -144,7 +123,7 @@ class DPMSinglestep(_DPMSolver):
     in the latents.
 
     Args:
-        nodes, predicts, variant, threshold: see `_DPMSolver`.
+        nodes, predicts, variant: see `_DPMSolver`.
         spans: for each node the nodes of its step; `singlestep_nodes` makes both.
 
     Source: DPM-Solver (arXiv 2206.00927), algorithms 1 and 2, appendix; published implementation.
@@ -209,12 +188,17 @@ def singlestep_nodes(
     else:
         fine = schedule.times(steps, skip_type)
         outer = [fine[i] for i in accumulate(orders, initial=0)]
+    spans = singlestep_spans(orders)
     nodes: list[Node] = []
-    spans: list[range] = []
     for n, (begin, end) in zip(orders, pairwise(outer), strict=True):
-        spans += [range(len(nodes), len(nodes) + n)] * n
         nodes += nodes_between([schedule.level(time) for time in schedule.times(n, skip_type, begin, end)])
-    return tuple(nodes), tuple(spans)
+    return tuple(nodes), spans
+
+
+def singlestep_spans(orders: Sequence[int]) -> tuple[range, ...]:
+    """For each node of steps of these orders the nodes of its step."""
+    steps = (range(first, first + n) for first, n in zip(accumulate(orders, initial=0), orders, strict=False))
+    return tuple(step for step in steps for _ in step)
 
 
 def singlestep_orders(steps: int, order: int) -> list[int]:

@@ -8,7 +8,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIM, Noise
-from ldm.models.diffusion.dpm_solver.rules import DPMMultistep
+from ldm.models.diffusion.dpm_solver.rules import (
+    DPMMultistep,
+    DPMSinglestep,
+    singlestep_nodes,
+    singlestep_orders,
+    singlestep_spans,
+)
 from ldm.models.diffusion.loop import Rule
 from ldm.models.diffusion.plms import PLMS, plms_nodes
 from ldm.models.diffusion.schedule import (
@@ -22,6 +28,7 @@ from ldm.models.diffusion.schedule import (
     sigma_levels,
 )
 from ldm.models.diffusion.solvers.ancestral import Ancestral
+from ldm.models.diffusion.solvers.exponential import Predicts
 from ldm.models.diffusion.solvers.heun import Heun, heun_nodes
 from ldm.models.diffusion.solvers.unipc import UniPC
 
@@ -65,6 +72,20 @@ def _dpm_solver_pp(levels: Levels, eta: float, noise: Noise | None) -> DPMMultis
     return DPMMultistep(nodes_between(levels))
 
 
+def _singlestep(order: int, predicts: Predicts) -> Solver:
+    """DPM-Solver with as many nodes in a step as its order; a grid of levels, one for each node."""
+
+    def levels(alphas_cumprod: Tensor, steps: int) -> Levels:
+        nodes, _ = singlestep_nodes(NoiseSchedule(alphas_cumprod), steps, order)
+        return (*(Level(node.t, node.abar) for node in nodes), Level(0, nodes[-1].abar_next))
+
+    def rule(levels: Levels, eta: float, noise: Noise | None) -> DPMSinglestep:
+        spans = singlestep_spans(singlestep_orders(len(levels) - 1, order))
+        return DPMSinglestep(nodes_between(levels), predicts, spans=spans)
+
+    return Solver(levels, rule)
+
+
 SOLVERS: dict[str, Solver] = {
     "ddim": Solver(_ddim_levels, _ddim, takes_eta=True),
     "plms": Solver(_ddim_levels, lambda levels, eta, noise: PLMS(plms_nodes(levels))),
@@ -73,6 +94,11 @@ SOLVERS: dict[str, Solver] = {
         _time_levels, lambda levels, eta, noise: DPMMultistep(nodes_between(levels), predicts="eps")
     ),
     "dpm-solver++": Solver(_time_levels, _dpm_solver_pp),
+    "dpm-solver++2s": _singlestep(2, "x0"),
+    "dpm-solver-3s": _singlestep(3, "eps"),  # steps are predictions, as in all solvers here; three make one step
+    "dpm-solver++3m": Solver(
+        _time_levels, lambda levels, eta, noise: DPMMultistep(nodes_between(levels), variant="taylor", order=3)
+    ),
     "euler": Solver(sigma_levels, _ddim),  # Euler's step over noise_ratio is DDIM's
     "euler-a": Solver(sigma_levels, _ancestral),
     "heun": Solver(sigma_levels, lambda levels, eta, noise: Heun(heun_nodes(levels))),
