@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluation.metrics.extractors import Extractor
-    from ldm.data.emoji import EmojiPictures
+    from ldm.data.emoji import EmojiDataset
     from ldm.sampling.engine import Engine
 
 MODEL = PROJECT_ROOT / "models" / "ldm" / "emoji64"
@@ -77,7 +77,7 @@ class Asked:
     pictures: Tensor
 
     @staticmethod
-    def of(data: EmojiPictures, count: int, seed: int) -> Asked:
+    def of(data: EmojiDataset, count: int, seed: int) -> Asked:
         import numpy as np
 
         chosen = spread(data.images, count, seed)
@@ -200,9 +200,9 @@ def load_maker(args: argparse.Namespace, side: int) -> Engine:
         return Engine(model, sizes, recipe, plan, Task(Text()))
 
 
-def load_data(args: argparse.Namespace) -> tuple[EmojiPictures, list[EmojiPictures]]:
+def load_data(args: argparse.Namespace) -> tuple[EmojiDataset, list[EmojiDataset]]:
     """What captions are from; and the real set, of all splits, so that each concept has its pictures there."""
-    from ldm.data.emoji import EmojiPictures
+    from ldm.data.emoji import EmojiDataset
 
     if args.real_tier < args.max_tier:
         raise BadInput(
@@ -210,8 +210,8 @@ def load_data(args: argparse.Namespace) -> tuple[EmojiPictures, list[EmojiPictur
             f"can be found; got {args.real_tier}"
         )
     with blame("--data"):
-        asked = EmojiPictures(args.data, args.split, args.max_tier)
-        real = [EmojiPictures(args.data, split, args.real_tier) for split in SPLITS]
+        asked = EmojiDataset(args.data, args.split, args.max_tier)
+        real = [EmojiDataset(args.data, split, args.real_tier) for split in SPLITS]
     total = sum(map(len, real))
     if not len(asked) or total <= max(RANKS):
         raise BadInput(

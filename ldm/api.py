@@ -52,7 +52,7 @@ from ldm.cli.tasks import (
     upscaling_task,
 )
 from ldm.io.errors import BadInput
-from ldm.io.images import from_pil, open_labels, open_mask, open_picture, to_pil
+from ldm.io.images import from_pil, open_image, open_labels, open_mask, to_pil
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.conditions import Condition, Layout, Text
 from ldm.sampling.engine import Engine, Task
@@ -345,7 +345,7 @@ class Given:
         """(N, 3, H, W) in [-1, 1]."""
         if not self.images:
             raise ValueError("image: needed by this model")
-        return stacked({str(i): from_pil(open_picture(file.path)) for i, file in enumerate(self.images)})
+        return stacked({str(i): from_pil(open_image(file.path)) for i, file in enumerate(self.images)})
 
     def framed(self) -> tuple[list[dict[str, str]], torch.Tensor, torch.Tensor]:
         """Pictures with their masks, (N, 3, H, W) and (N, 1, H, W), and how they are remembered."""
@@ -410,7 +410,7 @@ def text(given: Given, args: argparse.Namespace, setup: Setup) -> Pictured:
         if args.strength is not None:
             raise ValueError("strength needs an image to begin with")
         return prompts, Task(Text(args.negative_prompt)), picture_size(args, setup.sizes)
-    picture = in_size(open_picture(given.image().path), args, setup.sizes)
+    picture = in_size(open_image(given.image().path), args, setup.sizes)
     start = ImageStart(picture, 0.75 if args.strength is None else args.strength)
     return remembering(prompts, given.image()), Task(Text(args.negative_prompt), start), tuple(picture.shape[1:])
 
@@ -458,7 +458,7 @@ def depth_arguments(p: Parser) -> None:
 
 def depth(given: Given, args: argparse.Namespace, setup: Setup) -> Pictured:
     given.only(subjects=True, images=True)
-    picture = in_size(open_picture(given.image().path), args, setup.sizes)
+    picture = in_size(open_image(given.image().path), args, setup.sizes)
     subjects = remembering([{"prompt": prompt} for prompt in given.prompts()], given.image())
     return subjects, depth_task(setup, picture, args.strength, args.negative_prompt), tuple(picture.shape[1:])
 

@@ -42,7 +42,7 @@ def ismap(x: Any) -> bool:
 
 
 def isimage(x: Any) -> bool:
-    """Whether x is a batch of pictures, grey or RGB."""
+    """Whether x is a batch of images, grey or RGB."""
     return isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3)
 
 
@@ -59,17 +59,17 @@ def count_params(model: nn.Module, verbose: bool = False) -> int:
 
 
 def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Tensor:
-    """Each text as a picture, black on white, (B, 3, height, width) in [-1, 1]; wh is (width, height)."""
+    """Each text as an image, black on white, (B, 3, height, width) in [-1, 1]; wh is (width, height)."""
     width, height = wh
     font = ImageFont.load_default(size)
-    pictures = []
+    sheets = []
     for text in xc:
-        picture = Image.new("RGB", (width, height), "white")
+        sheet = Image.new("RGB", (width, height), "white")
         shown = text.encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
         lines = wrap(shown, max(1, int(width / font.getlength("n"))))
-        ImageDraw.Draw(picture).text((0, 0), "\n".join(lines), fill="black", font=font)
-        pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1)
-    return torch.stack(pictures)
+        ImageDraw.Draw(sheet).text((0, 0), "\n".join(lines), fill="black", font=font)
+        sheets.append(torch.from_numpy(np.array(sheet)).permute(2, 0, 1) / 127.5 - 1)
+    return torch.stack(sheets)
 
 
 # Of ldm.modules.diffusionmodules.util

@@ -82,14 +82,14 @@ def read_folder(folder: Path) -> Inputs:
     Raises:
         ValueError: none, a mask without its picture or of another size, or pictures of several sizes.
     """
-    from ldm.io.images import from_pil, open_mask, open_picture
+    from ldm.io.images import from_pil, open_image, open_mask
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     subjects, pictures, masks = [], {}, {}
     for mask_path in sorted(folder.glob(f"*{MASK}")):
         path = mask_path.with_name(mask_path.name.removesuffix(MASK) + ".png")
-        picture, mask = from_pil(open_picture(path)), open_mask(mask_path)
+        picture, mask = from_pil(open_image(path)), open_mask(mask_path)
         if mask.shape[1:] != picture.shape[1:]:
             raise ValueError(f"{mask_path.name} has {pixels(mask)}, its picture {pixels(picture)}")
         subjects.append(named(path, "image") | named(mask_path, "mask"))

@@ -52,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.io.images import from_pil, open_picture
+    from ldm.io.images import from_pil, open_image
 
     with blame("--images"):
-        images = {path: from_pil(open_picture(path)) for path in args.images}
+        images = {path: from_pil(open_image(path)) for path in args.images}
         pictures = stacked(images)  # (N, 3, h, w)
         subjects = [named(path, "image") for path in images]
     setup = make_setup(args, BSR_SR)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluation.metrics.extractors import Extractor
-    from ldm.data.emoji import EmojiPictures
+    from ldm.data.emoji import EmojiDataset
 
 FEATURES = "efficientnet-lite0"
 SPLITS = ("train", "heldout_pair", "heldout_concept")
@@ -111,7 +111,7 @@ class RealSet:
     batch: int
 
     @staticmethod
-    def of(parts: Sequence[EmojiPictures], extract: Extractor, batch: int) -> RealSet:
+    def of(parts: Sequence[EmojiDataset], extract: Extractor, batch: int) -> RealSet:
         import numpy as np
         import torch
 

@@ -23,7 +23,7 @@ from evaluation.plots.experiment import BATCH, Experiment
 from evaluation.plots.rows import Row
 from evaluation.recognition import Asked
 from ldm.checkpoint import fingerprint
-from ldm.data.emoji import EmojiPictures
+from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of, one_line
 from ldm.io.files import atomic_write, file_sha256, json_sha256, read_json
 from ldm.io.images import from_pil, psnr, to_pil
@@ -66,7 +66,7 @@ class Comparison:
         """The dataset's captions that are the prompts."""
         count = self.experiment.count
         with fault_of("data"):
-            found = Asked.of(EmojiPictures(self.data, split="train", max_tier=1), count, self.experiment.seed)
+            found = Asked.of(EmojiDataset(self.data, split="train", max_tier=1), count, self.experiment.seed)
         if len(found.captions) < count:
             raise SettingError("count", f"{self.data} has {len(found.captions)} captions; got {count}")
         return found
@@ -75,7 +75,7 @@ class Comparison:
     def real(self) -> RealSet:
         """The dataset's images, with their features."""
         with fault_of("data"):
-            images = [EmojiPictures(self.data, split=split, max_tier=2) for split in SPLITS]
+            images = [EmojiDataset(self.data, split=split, max_tier=2) for split in SPLITS]
         return RealSet.of(images, load_extractor(), BATCH)
 
     @cached_property

@@ -20,7 +20,7 @@ from evaluation.runs.errors import ImageError, reading
 from ldm.io.arrays import Header, open_array
 from ldm.io.errors import one_line, some
 from ldm.io.files import FileError, file_sha256, parse_json, read_json
-from ldm.io.images import MOST_PIXELS, SUFFIXES, from_pil, open_picture, opened
+from ldm.io.images import MOST_PIXELS, SUFFIXES, from_pil, open_image, opened
 
 ARRAY = "arr_0"  # the images' name in the files of the ADM suite
 RUN_CARD = "run.json"
@@ -93,7 +93,7 @@ class ImageFolder:
     def __iter__(self) -> Iterator[Tensor]:
         for file in self.files:
             try:
-                yield from_pil(open_picture(file))
+                yield from_pil(open_image(file))
             except (ValueError, OSError) as error:
                 raise ImageError(one_line(error)) from error
 

@@ -256,13 +256,13 @@ class Quality:
         from evaluation.metrics.extractors import network_fields
         from evaluation.metrics.retrieval import DEFINITION, share
         from ldm.io.files import file_sha256
-        from ldm.io.images import open_picture
+        from ldm.io.images import open_image
         from ldm.sampling.generate import read_manifest
 
         real = real_set(self.data)
         lines = read_manifest(pictures.parent / "manifest.jsonl")
         entries = images_by_id(self.data / "captions.json")
-        images = [open_picture(pictures.parent / line["file"]) for line in lines]
+        images = [open_image(pictures.parent / line["file"]) for line in lines]
         verdict = real.judge(images, [entries[line["image_id"]] for line in lines], "samples")
         found = share(verdict.hits[RANK])
         from evaluation.runs.images import open_samples
@@ -316,10 +316,10 @@ def need(path: Path, quality: Quality) -> None:
 def real_set(data: Path) -> RealSet:
     """What retrieval finds: seen once by the network, for all rows."""
     from evaluation.metrics.retrieval import SPLITS, RealSet, load_extractor
-    from ldm.data.emoji import EmojiPictures
+    from ldm.data.emoji import EmojiDataset
 
     with blame("--data"):
-        return RealSet.of([EmojiPictures(data, split, REAL_TIER) for split in SPLITS], load_extractor(), 50)
+        return RealSet.of([EmojiDataset(data, split, REAL_TIER) for split in SPLITS], load_extractor(), 50)
 
 
 # Other command lines, used from here

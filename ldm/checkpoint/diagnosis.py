@@ -139,7 +139,7 @@ def _first_stage_of_weights(state: Mapping[str, Tensor], prefix: str) -> str | N
     if f"{prefix}encoder.conv_in.weight" not in state:
         return None
     levels = {found[1] for key in state if (found := re.match(rf"{re.escape(prefix)}encoder\.down\.(\d+)\.", key))}
-    patch = isqrt(state[f"{prefix}encoder.conv_in.weight"].shape[1] // 3)  # pictures have three channels
+    patch = isqrt(state[f"{prefix}encoder.conv_in.weight"].shape[1] // 3)  # images have three channels
     codebook = state.get(f"{prefix}quantize.embedding.weight")
     codes = None if codebook is None else len(codebook)
     return _first_stage(codes, state[f"{prefix}post_quant_conv.weight"].shape[1], patch * 2 ** (len(levels) - 1))
@@ -185,7 +185,7 @@ def measured_prediction(network: Callable[[Tensor], Tensor], shape: tuple[int, .
     """What a trained network predicts, "eps" or "v", told from one prediction on pure noise.
 
     At the last training timestep the input is almost nothing but the noise, so one that predicts the noise returns
-    its input; v is then almost minus the clean picture, of which the input says nothing.
+    its input; v is then almost minus the clean image, of which the input says nothing.
 
     Args:
         network: its raw prediction at the last training timestep, (B, C, H, W) -> (B, C, H, W).

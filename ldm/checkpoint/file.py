@@ -164,7 +164,7 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mappin
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file's content (of a diffusers folder's weights), hexadecimal: names what made a picture.
+    """SHA-256 of a file's content (of a diffusers folder's weights), hexadecimal: names what made an image.
 
     Raises:
         OSError: no such file, or no regular one. CheckpointError: a folder that lacks a part.

@@ -98,10 +98,10 @@ def given_names(args: argparse.Namespace, default: Path | None = None) -> Names:
 
 def from_picture(args: argparse.Namespace, default: Files) -> tuple[Tensor, list[Item], Setup]:
     """What `picture_arguments` ask for: the picture in the size of the results, (3, H, W); these; the model."""
-    from ldm.io.images import open_picture
+    from ldm.io.images import open_image
 
     with blame("--init-img"):
-        image = open_picture(args.init_img)
+        image = open_image(args.init_img)
         items = text_items(args, default, named(args.init_img, "init_img"))
     setup = make_setup(args, default)
     return in_size(image, args, setup.sizes), items, setup

@@ -1,4 +1,4 @@
-"""Emoji pictures with captions, as scripts/prepare_emoji.py writes them."""
+"""Emoji images with captions, as scripts/prepare_emoji.py writes them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ TIERS = (1, 2, 3, 4)
 SPLITS = ("train", "heldout_concept", "heldout_pair")
 
 
-class EmojiPictures(Dataset):
-    """Pictures and captions of one split.
+class EmojiDataset(Dataset):
+    """Images and captions of one split.
 
     Args:
         root: folder with `pictures.npy`, (N, size, size, 3) uint8, and `captions.json` (COCO captions).
-        split: "train", "heldout_concept" (concepts in no training picture) or "heldout_pair"
+        split: "train", "heldout_concept" (concepts in no training image) or "heldout_pair"
             (concepts that training shows in other styles only).
         max_tier: 1 = the most concrete concepts, 2 = all concepts with good captions, 3 = every
             concept, 4 = skin tones too.
 
     Attributes:
-        images: the COCO entry of each picture (concept, name, style, category, tier, ...).
+        images: the COCO entry of each image (concept, name, style, category, tier, ...).
 
     Raises:
         ValueError: unknown split or tier; the dataset is missing or broken.
@@ -38,7 +38,7 @@ class EmojiPictures(Dataset):
             raise ValueError(f"split is {split!r}; accepted: {', '.join(SPLITS)}")
         if max_tier not in TIERS:
             raise ValueError(f"max_tier is {max_tier!r}; accepted: {', '.join(map(str, TIERS))}")
-        self._pictures, coco = _read(Path(root))
+        self._pixels, coco = _read(Path(root))
         self.images = [i for i in coco["images"] if i["split"] == split and i["tier"] <= max_tier]
         self._rows = np.array([i["id"] for i in self.images], dtype=np.int64)
         self._captions: dict[int, list[str]] = {i["id"]: [] for i in self.images}
@@ -52,15 +52,15 @@ class EmojiPictures(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        """One picture, (3, H, W) float32 in [-1, 1]."""
-        return as_float(self._pictures[self._rows[index]])
+        """One image, (3, H, W) float32 in [-1, 1]."""
+        return as_float(self._pixels[self._rows[index]])
 
     def batch(self, indices: np.ndarray) -> Tensor:
-        """Several pictures at once, (B, 3, H, W) float32 in [-1, 1]."""
-        return as_float(self._pictures[self._rows[indices]])
+        """Several images at once, (B, 3, H, W) float32 in [-1, 1]."""
+        return as_float(self._pixels[self._rows[indices]])
 
     def captions(self, index: int) -> list[str]:
-        """What the picture may be called: its name first, then keywords, each with the style."""
+        """What the image may be called: its name first, then keywords, each with the style."""
         return self._captions[self.images[index]["id"]]
 
     def groups(self, index: int) -> list[str]:
@@ -73,28 +73,28 @@ def without_style(caption: str) -> str:
     return caption.rsplit(", ", 1)[0]
 
 
-def as_float(pictures: np.ndarray) -> Tensor:
+def as_float(pixels: np.ndarray) -> Tensor:
     """(..., H, W, 3) uint8 in 0..255 -> (..., 3, H, W) float32 in [-1, 1]."""
     # a copy: a tensor must not share the read-only pages of the file
-    return torch.from_numpy(np.array(pictures)).movedim(-1, -3).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(pixels)).movedim(-1, -3).float().div_(127.5).sub_(1)
 
 
 def _read(root: Path) -> tuple[np.ndarray, dict]:
     try:
         check_regular(root / "pictures.npy")
-        pictures = np.load(root / "pictures.npy", mmap_mode="r")
+        pixels = np.load(root / "pictures.npy", mmap_mode="r")
         coco = read_json(root / "captions.json")
         rows = [image["id"] for image in coco["images"]]
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename} is missing; {MAKE.format(root)}") from None
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"the dataset in {root} cannot be read ({error}); {MAKE.format(root)}") from None
-    if pictures.ndim != 4 or pictures.shape[3] != 3 or pictures.dtype != np.uint8:
+    if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
         raise ValueError(
-            f"{root}/pictures.npy holds {pictures.dtype} {pictures.shape}, not uint8 (N, H, W, 3); {MAKE.format(root)}"
+            f"{root}/pictures.npy holds {pixels.dtype} {pixels.shape}, not uint8 (N, H, W, 3); {MAKE.format(root)}"
         )
-    if rows != list(range(len(pictures))):
+    if rows != list(range(len(pixels))):
         raise ValueError(
-            f"{root} holds {len(pictures)} pictures but captions.json describes {len(rows)}; {MAKE.format(root)}"
+            f"{root} holds {len(pixels)} images but captions.json describes {len(rows)}; {MAKE.format(root)}"
         )
-    return pictures, coco
+    return pixels, coco

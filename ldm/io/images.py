@@ -1,4 +1,4 @@
-"""Pictures: tensors to and from PIL, grids and comparisons, settings inside a PNG."""
+"""Images: tensors to and from PIL, grids and comparisons, settings inside a PNG."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TEXT = 13  # pixels; below 12 the spaces of Pillow's own font can't be seen
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Pictures (B, 3, H, W) in [-1, 1] as 8-bit RGB: clamped, then rounded to the nearest level.
+    """Images (B, 3, H, W) in [-1, 1] as 8-bit RGB: clamped, then rounded to the nearest level.
 
     Raises:
         ValueError: another shape, or values that are not finite.
@@ -49,12 +49,12 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     if not torch.isfinite(images).all():
         raise ValueError("images: expected finite values in [-1, 1]; got NaN or infinity")
     levels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]  # each (H, W, 3)
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in levels]  # each (H, W, 3)
 
 
 @contextmanager
 def opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
-    """A picture file of which the header has been read; what is raised in the block is said to be the file's fault,
+    """An image file of which the header has been read; what is raised in the block is said to be the file's fault,
     for one that is damaged can fail in any way.
 
     Raises:
@@ -63,7 +63,7 @@ def opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
     """
     if isinstance(path, str | Path):
         if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file; expected a picture")
+            raise FileNotFoundError(f"{path}: no such file; expected an image")
         check_regular(path)
     try:
         with warnings.catch_warnings():
@@ -74,22 +74,22 @@ def opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             yield image
     except UnidentifiedImageError:
-        raise FileError(f"{path}: not a picture that can be read; expected {', '.join(FORMATS)}") from None
+        raise FileError(f"{path}: not an image that can be read; expected {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
-        raise FileError(f"{path}: a picture of more than {MOST_PIXELS} pixels: {error}") from None
+        raise FileError(f"{path}: an image of more than {MOST_PIXELS} pixels: {error}") from None
     except Exception as error:
-        raise FileError(f"{path}: a damaged picture: {' '.join(str(error).split())}") from error
+        raise FileError(f"{path}: a damaged image: {' '.join(str(error).split())}") from error
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture file as 8-bit RGB, as a viewer shows it.
+def open_image(path: str | Path) -> Image.Image:
+    """An image file as 8-bit RGB, as a viewer shows it.
 
     It is turned as its EXIF data say; what is transparent becomes white; 16-bit grey is rounded to 8 bits; of
     an animation the first frame is taken.
 
     Raises:
         OSError: no such file.
-        ValueError: not a picture, a damaged one, one of more than 16 bits per level, or one of 16 whose levels are
+        ValueError: not an image, a damaged one, one of more than 16 bits per level, or one of 16 whose levels are
             those of 8, so that it would be black.
     """
     image = _eight_bits(path)
@@ -102,7 +102,7 @@ def open_mask(path: str | Path) -> Tensor:
     """A mask file as ones, where it is brighter than middle grey, and zeros; (1, H, W).
 
     Raises:
-        OSError, ValueError: see `open_picture`; also a mask with transparent parts, which may mean what is to be
+        OSError, ValueError: see `open_image`; also a mask with transparent parts, which may mean what is to be
             painted as well as what is to stay; and one without anything to paint, such as labels.
     """
     image = _eight_bits(path)
@@ -118,20 +118,20 @@ def open_mask(path: str | Path) -> Tensor:
 
 
 def open_labels(path: str | Path) -> Tensor:
-    """The class label of each pixel, (H, W) int64, from a picture whose levels or palette indices they are.
+    """The class label of each pixel, (H, W) int64, from an image whose levels or palette indices they are.
 
     Raises:
         OSError: no such file.
-        ValueError: not a picture, a damaged one, or one with colours.
+        ValueError: not an image, a damaged one, or one with colours.
     """
     image = _upright(path)
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
-        raise ValueError(f"{path}: a picture of mode {image.mode}; expected one number per pixel (L, P or 16-bit grey)")
+        raise ValueError(f"{path}: an image of mode {image.mode}; expected one number per pixel (L, P or 16-bit grey)")
     return torch.from_numpy(np.array(image).astype(np.int64))
 
 
 def _eight_bits(path: str | Path) -> Image.Image:
-    """A picture file as 8-bit RGB, or RGBA if it says what is transparent."""
+    """An image file as 8-bit RGB, or RGBA if it says what is transparent."""
     image = _upright(path)
     if image.mode.startswith("I"):
         levels = np.asarray(image)
@@ -155,24 +155,24 @@ def _upright(path: str | Path) -> Image.Image:
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The picture scaled (Lanczos) to cover height x width, and cut off evenly where it stands out."""
+    """The image scaled (Lanczos) to cover height x width, and cut off evenly where it stands out."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def pad(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Pictures (..., C, H, W) made larger on the right and at the bottom by repeating their edges."""
-    extra = (0, width - pictures.shape[-1], 0, height - pictures.shape[-2])
-    return torch.nn.functional.pad(pictures, extra, mode="replicate")
+def pad(images: Tensor, height: int, width: int) -> Tensor:
+    """Images (..., C, H, W) made larger on the right and at the bottom by repeating their edges."""
+    extra = (0, width - images.shape[-1], 0, height - images.shape[-2])
+    return torch.nn.functional.pad(images, extra, mode="replicate")
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """A picture as a tensor (3, H, W) in [-1, 1]; the inverse of `to_pil`."""
+    """An image as a tensor (3, H, W) in [-1, 1]; the inverse of `to_pil`."""
     levels = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3)
     return levels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> Tensor:
-    """Peak signal-to-noise ratio of each pair in dB, (B,); infinite for equal pictures.
+    """Peak signal-to-noise ratio of each pair in dB, (B,); infinite for equal images.
 
     Args:
         a, b: (B, C, H, W).
@@ -184,20 +184,20 @@ def psnr(a: Tensor, b: Tensor, peak: float = 2.0) -> Tensor:
     return 10 * torch.log10(peak**2 / error)
 
 
-# Many pictures in one
+# Many images in one
 
 
 def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] = (), cell: int = 128) -> Image.Image:
-    """The pictures, all of one size, in rows of `columns`, left to right and top to bottom.
+    """The images, all of one size, in rows of `columns`, left to right and top to bottom.
 
     Args:
-        captions: one per picture, or none; neighbours of one caption share it, a long one is cut.
-        cell: with captions small pictures are enlarged by a whole factor to about this width in pixels.
+        captions: one per image, or none; neighbours of one caption share it, a long one is cut.
+        cell: with captions small images are enlarged by a whole factor to about this width in pixels.
     """
     if not images or columns < 1 or len(captions) not in (0, len(images)):
         raise ValueError(
-            f"a grid needs pictures, columns >= 1 and a caption for each picture or for none; got "
-            f"{len(images)} pictures, {columns} columns, {len(captions)} captions"
+            f"a grid needs images, columns >= 1 and a caption for each image or for none; got "
+            f"{len(images)} images, {columns} columns, {len(captions)} captions"
         )
     factor = max(1, cell // images[0].width) if captions else 1
     width, height = (factor * side for side in images[0].size)
@@ -225,19 +225,19 @@ def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] = 
 def side_by_side(
     columns: Mapping[str, Sequence[Image.Image]], captions: Sequence[str] = (), cell: int = 192
 ) -> Image.Image:
-    """A comparison: one column per method under its label, one row per picture, captions below the rows.
+    """A comparison: one column per method under its label, one row per image, captions below the rows.
 
     Many rows are broken into panels beside each other, so that the sheet is about as wide as high.
 
     Args:
-        columns: label -> pictures; all columns of the same length, all pictures of the same size.
+        columns: label -> images; all columns of the same length, all images of the same size.
         captions: one per row, or none; a long one is cut to the width of its panel.
-        cell: small pictures are enlarged by a whole factor to about this width in pixels.
+        cell: small images are enlarged by a whole factor to about this width in pixels.
     """
     rows = list(zip(*columns.values(), strict=True))
     if not rows or len(captions) not in (0, len(rows)):
         raise ValueError(
-            f"a comparison needs pictures and a caption for each row or for none; "
+            f"a comparison needs images and a caption for each row or for none; "
             f"got {len(rows)} rows, {len(captions)} captions"
         )
     factor = max(1, cell // rows[0][0].width)
@@ -257,7 +257,7 @@ def side_by_side(
 def _panel(
     labels: Sequence[str], rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], cell: tuple[int, int]
 ) -> Image.Image:
-    """Rows of pictures, each enlarged to `cell`, below the labels of their columns."""
+    """Rows of images, each enlarged to `cell`, below the labels of their columns."""
     width, height = cell
     font = ImageFont.load_default(TEXT)
     line = _line_height(font)
@@ -298,7 +298,7 @@ def png_bytes(
     """The content of a PNG file with its settings.
 
     Args:
-        settings: what the picture depends on, as JSON values: text `settings`.
+        settings: what the image depends on, as JSON values: text `settings`.
         run: how it was made besides (device, seconds, ...), which it does not depend on: text `run`.
         parameters: text `parameters`, for people and other programs; by default a line that repeats both.
     """
@@ -321,7 +321,7 @@ def save_png(
     run: Mapping[str, Any] | None = None,
     parameters: str | None = None,
 ) -> dict[str, Any]:
-    """Write a picture with its settings (see `png_bytes`); the file appears whole or not at all.
+    """Write an image with its settings (see `png_bytes`); the file appears whole or not at all.
 
     Returns:
         `run` as the file has it: with a proof, by which `find_png` sees that nothing was changed.
@@ -335,14 +335,14 @@ def save_png(
 
 
 def _proof(image: Image.Image, settings: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """A hash of the picture's pixels, settings and run."""
+    """A hash of the image's pixels, settings and run."""
     digest = hashlib.sha256(json.dumps([image.size, settings, run], sort_keys=True).encode())
     digest.update(image.convert("RGB").tobytes())
     return digest.hexdigest()
 
 
 def find_png(path: str | Path, settings: Mapping[str, Any]) -> tuple[Image.Image, dict[str, Any]] | None:
-    """A picture and its run; None unless `save_png` wrote it with these settings, and it is still what was written."""
+    """An image and its run; None unless `save_png` wrote it with these settings, and it is still what was written."""
     found = read_png(path)
     if found is None or found[1] != settings:
         return None
@@ -352,12 +352,12 @@ def find_png(path: str | Path, settings: Mapping[str, Any]) -> tuple[Image.Image
 
 
 def read_png(path: str | Path) -> tuple[Image.Image, dict[str, Any], dict[str, Any]] | None:
-    """A picture with its settings and run as `png_bytes` made them; None if it is not such a picture."""
+    """An image with its settings and run as `png_bytes` made them; None if it is not such an image."""
     try:
         with opened(path) as image:
             image.load()
             settings, run = (parse_json(image.text[name]) for name in ("settings", "run"))
-            picture = image.convert("RGB")
+            pixels = image.convert("RGB")
     except (OSError, FileError):
         return None
-    return (picture, settings, run) if isinstance(settings, dict) and isinstance(run, dict) else None
+    return (pixels, settings, run) if isinstance(settings, dict) and isinstance(run, dict) else None

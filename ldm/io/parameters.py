@@ -1,10 +1,10 @@
-"""How a picture was made, as the text `parameters` of a PNG that AUTOMATIC1111's web UI writes and many programs read.
+"""How an image was made, as the text `parameters` of a PNG that AUTOMATIC1111's web UI writes and many programs read.
 
     a red heart, noto style
     Negative prompt: grey
     Steps: 50, Sampler: DDIM, CFG scale: 2.0, Seed: 42, Size: 64x64, Model hash: 0123456789, Model: model, ...
 
-Those programs draw their noise otherwise, so the text names the settings; it does not make the same picture there.
+Those programs draw their noise otherwise, so the text names the settings; it does not make the same image there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def parameters(settings: Mapping[str, Any]) -> str:
-    """The text for a picture with these settings: those of its item, its model's files and its sampler."""
+    """The text for an image with these settings: those of its item, its model's files and its sampler."""
     if "width" in settings:
         settings = {**settings, "size": f"{settings['width']}x{settings['height']}"}
     given = {key: value for key, value in settings.items() if value is not None}  # without keys, a plain run

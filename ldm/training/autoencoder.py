@@ -14,21 +14,21 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.optim import ClippedTraining, adamw
 from ldm.util import instantiate_from_config
 
-SAMPLE = 1024  # training pictures that the linear start is made from
+SAMPLE = 1024  # training images that the linear start is made from
 INITIAL_LOGVAR = -6.0  # posterior noise far below the latents' own variance of about 1
 
 
 @torch.no_grad()
-def start_from_principal_components(model: AutoencoderKL, pictures: Tensor) -> None:
+def start_from_principal_components(model: AutoencoderKL, images: Tensor) -> None:
     """Let a first stage with linear shortcuts begin as the best linear one, its deep paths silent.
 
     Learned from random weights, colours alone take thousands of steps.
 
     Args:
-        pictures: (N, 3, H, W) in [-1, 1], a sample of the training pictures.
+        images: (N, 3, H, W) in [-1, 1], a sample of the training images.
     """
     encoder, decoder, channels = model.encoder, model.decoder, model.embed_dim
-    patches = F.pixel_unshuffle(pictures, encoder.factor).movedim(1, -1).flatten(0, -2)  # (N*h*w, 3*f*f)
+    patches = F.pixel_unshuffle(images, encoder.factor).movedim(1, -1).flatten(0, -2)  # (N*h*w, 3*f*f)
     mean = patches.mean(0)
     components = torch.linalg.svd((patches - mean).T.cov()).U[:, :channels]  # (3*f*f, C)
     std = ((patches - mean) @ components).std()
@@ -68,17 +68,17 @@ class AutoencoderTraining(ClippedTraining):
         if self.model.encoder.shortcut is not None and self.trainer.global_step == 0:
             train = self.trainer.datamodule.train
             spread = torch.linspace(0, len(train) - 1, min(len(train), SAMPLE)).long().tolist()
-            pictures = torch.stack([train[i][self.model.image_key] for i in spread]).to(self.device)
-            start_from_principal_components(self.model, pictures)
+            images = torch.stack([train[i][self.model.image_key] for i in spread]).to(self.device)
+            start_from_principal_components(self.model, images)
 
     def step(self, batch: dict[str, Tensor], prefix: str, sample_posterior: bool) -> Tensor:
-        picture = batch[self.model.image_key].contiguous(memory_format=torch.channels_last)
-        reconstruction, posterior = self.model(picture, sample_posterior)
-        losses = self.loss(picture, reconstruction, posterior)
-        error = (reconstruction.clamp(-1, 1) - picture).square().flatten(1).mean(1)
+        images = batch[self.model.image_key].contiguous(memory_format=torch.channels_last)
+        reconstruction, posterior = self.model(images, sample_posterior)
+        losses = self.loss(images, reconstruction, posterior)
+        error = (reconstruction.clamp(-1, 1) - images).square().flatten(1).mean(1)
         losses["psnr"] = (10 * torch.log10(4.0 / error)).mean()  # peak to peak is 2
         self.log_dict(
-            {f"{prefix}/{k}": v.detach() for k, v in losses.items()}, prog_bar=prefix == "val", batch_size=len(picture)
+            {f"{prefix}/{k}": v.detach() for k, v in losses.items()}, prog_bar=prefix == "val", batch_size=len(images)
         )
         return losses["loss"]
 
@@ -92,7 +92,7 @@ class AutoencoderTraining(ClippedTraining):
         return adamw(self.model.parameters(), self.learning_rate, self.scheduler_config)
 
     @torch.no_grad()
-    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
-        """Rows of the sample grid: pictures, then their reconstructions, (2B, 3, H, W)."""
-        picture = batch[self.model.image_key]
-        return torch.cat([picture, self.model(picture, sample_posterior=False)[0].clamp(-1, 1)])
+    def images(self, batch: dict[str, Tensor]) -> Tensor:
+        """Rows of the sample grid: images, then their reconstructions, (2B, 3, H, W)."""
+        images = batch[self.model.image_key]
+        return torch.cat([images, self.model(images, sample_posterior=False)[0].clamp(-1, 1)])

@@ -116,7 +116,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 class SampleGrid(pl.Callback):
-    """After each validation, save `module.pictures(first validation batch)` as `LOGDIR/samples/STEP.png`."""
+    """After each validation, save `module.images(first validation batch)` as `LOGDIR/samples/STEP.png`."""
 
     def __init__(self, folder: Path, columns: int = 8, rows: int = 2):
         self.folder, self.columns, self.rows = folder, columns, rows
@@ -130,7 +130,7 @@ class SampleGrid(pl.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         save_png(
             self.folder / f"{trainer.global_step:08d}.png",
-            grid(to_pil(module.pictures(batch)), self.columns),
+            grid(to_pil(module.images(batch)), self.columns),
             {"step": trainer.global_step},
         )
 

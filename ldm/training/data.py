@@ -10,26 +10,26 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.checkpoint import load_config, load_weights
-from ldm.data.emoji import EmojiPictures, without_style
+from ldm.data.emoji import EmojiDataset, without_style
 from ldm.io.schema import Count, Seed, Share
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.order import TrainingBatches
 from ldm.util import instantiate_from_config
 
 
-class PictureBatches(Dataset):
-    """A picture dataset as {"image": (3, H, W) in [-1, 1]}; with `flip`, half of them mirrored."""
+class ImageBatches(Dataset):
+    """An image dataset as {"image": (3, H, W) in [-1, 1]}; with `flip`, half of them mirrored."""
 
-    def __init__(self, pictures: EmojiPictures, indices: Sequence[int], flip: bool = False):
-        self.pictures, self.indices, self.flip = pictures, indices, flip
+    def __init__(self, dataset: EmojiDataset, indices: Sequence[int], flip: bool = False):
+        self.dataset, self.indices, self.flip = dataset, indices, flip
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        picture = self.pictures[self.indices[i]]
+        image = self.dataset[self.indices[i]]
         mirrored = self.flip and torch.rand(()) < 0.5
-        return {"image": picture.flip(-1) if mirrored else picture}
+        return {"image": image.flip(-1) if mirrored else image}
 
 
 class TrainingData(pl.LightningDataModule):
@@ -56,16 +56,16 @@ class TrainingData(pl.LightningDataModule):
         return DataLoader(self.val, self.batch_size)
 
 
-class EmojiPicturesData(TrainingData):
-    """Pictures alone, for a first stage, validated on held-out ones.
+class EmojiImagesData(TrainingData):
+    """Images alone, for a first stage, validated on held-out ones.
 
     Args:
         root: folder written by `scripts/prepare_emoji.py`.
-        batch_size: pictures per step.
-        val_split, max_val: what to validate on, and the most pictures of it.
-        max_tier: 3 = all concepts, 4 = skin tones too, see `ldm.data.emoji.EmojiPictures`.
-        flip: mirror half of the training pictures.
-        seed: of the pictures' order and mirroring.
+        batch_size: images per step.
+        val_split, max_val: what to validate on, and the most images of it.
+        max_tier: 3 = all concepts, 4 = skin tones too, see `ldm.data.emoji.EmojiDataset`.
+        flip: mirror half of the training images.
+        seed: of the images' order and mirroring.
     """
 
     def __init__(
@@ -84,18 +84,21 @@ class EmojiPicturesData(TrainingData):
         self.max_tier, self.flip = max_tier, flip
 
     def setup(self, stage: str) -> None:
-        train = EmojiPictures(self.root, split="train", max_tier=self.max_tier)
-        held_out = EmojiPictures(self.root, split=self.val_split, max_tier=self.max_tier)
+        train = EmojiDataset(self.root, split="train", max_tier=self.max_tier)
+        held_out = EmojiDataset(self.root, split=self.val_split, max_tier=self.max_tier)
         spread = torch.linspace(0, len(held_out) - 1, min(self.max_val, len(held_out))).long().tolist()
-        self.train = PictureBatches(train, range(len(train)), self.flip)
-        self.val = PictureBatches(held_out, spread)
+        self.train = ImageBatches(train, range(len(train)), self.flip)
+        self.val = ImageBatches(held_out, spread)
+
+
+EmojiPicturesData = EmojiImagesData  # its name in the configurations of older runs
 
 
 @dataclass(frozen=True)
 class CaptionShares:
-    """What is drawn as a picture's caption; what a caption leaves open, sampling has to decide.
+    """What is drawn as an image's caption; what a caption leaves open, sampling has to decide.
 
-    name: share of names among the captions that name the picture; the rest are keywords.
+    name: share of names among the captions that name the image; the rest are keywords.
     group: share of captions that tell a wider group alone ("a heart", "an animal"), where there are such.
     style: share of captions that tell the style.
     """
@@ -144,7 +147,7 @@ class EmojiLatentsData(TrainingData):
 
     Args:
         root: folder written by `scripts/prepare_emoji.py`.
-        first_stage: config file and weights that encode the pictures, once, when training starts.
+        first_stage: config file and weights that encode the images, once, when training starts.
         batch_size: latents per step.
         max_tier: 1 = the most concrete concepts only, 2 = all that have prompts, see `prepare_emoji.py`.
         name_share, group_share, style_share: of the training captions, see `CaptionShares`; validation takes
@@ -181,15 +184,15 @@ class EmojiLatentsData(TrainingData):
 
     @torch.no_grad()
     def encoded(self, first_stage: AutoencoderKL, split: str, limit: int | None = None) -> CaptionedLatents:
-        pictures = EmojiPictures(self.root, split=split, max_tier=self.max_tier)
-        chosen = list(range(len(pictures)))[:limit]
+        dataset = EmojiDataset(self.root, split=split, max_tier=self.max_tier)
+        chosen = list(range(len(dataset)))[:limit]
         latents = [
-            first_stage.encode(torch.stack([pictures[i] for i in part])).mode()
+            first_stage.encode(torch.stack([dataset[i] for i in part])).mode()
             for part in (chosen[i : i + 64] for i in range(0, len(chosen), 64))
         ]
         return CaptionedLatents(
             torch.cat(latents),
-            [pictures.captions(i) for i in chosen],
-            [pictures.groups(i) for i in chosen],
+            [dataset.captions(i) for i in chosen],
+            [dataset.groups(i) for i in chosen],
             self.shares if split == "train" else CaptionShares(),
         )

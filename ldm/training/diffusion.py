@@ -21,10 +21,10 @@ from ldm.training.optim import ClippedTraining, adamw
 
 
 class DiffusionTraining(ClippedTraining):
-    """Trains `model` (and its conditioner, if trainable) on batches of latents or pictures with conditions.
+    """Trains `model` (and its conditioner, if trainable) on batches of latents or images with conditions.
 
     A batch holds the condition under the model's cond_stage_key, and either "latent" (B, C, h, w), already
-    encoded and scaled, or pictures under its first_stage_key.
+    encoded and scaled, or images under its first_stage_key.
 
     Args:
         learning_rate, scheduler_config: see `ldm.training.optim.adamw`; the model's own scheduler_config is
@@ -128,7 +128,7 @@ class DiffusionTraining(ClippedTraining):
         return adamw(trained, self.learning_rate, self.scheduler_config)
 
     @torch.no_grad()
-    def pictures(self, batch: dict[str, Any]) -> Tensor:
+    def images(self, batch: dict[str, Any]) -> Tensor:
         """Samples for the batch's conditions, always from the same noise, (B, 3, H, W) in [-1, 1]."""
         model, condition = self.model, batch[self.model.cond_stage_key]
         rule = solver("ddim", model.alphas_cumprod, self.sample_steps)

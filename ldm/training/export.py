@@ -30,7 +30,7 @@ def sampling_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def normalized_first_stage(config: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a KL first stage whose latents have mean 0 in every channel and variance 1 over all.
 
-    The statistics over the training pictures of `config` are folded into the two 1x1 convolutions around the
+    The statistics over the training images of `config` are folded into the two 1x1 convolutions around the
     latents, so that nothing else changes: reconstructions stay the same and no model needs to know of it.
     Each channel is divided by the geometric mean of its own and the average deviation: channels of fine detail
     stay smaller than those of shape and colour, but less so than in the given weights.

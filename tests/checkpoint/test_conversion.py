@@ -227,11 +227,9 @@ def test_diffusers_computes_the_same_from_the_folder(converted):
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
     torch.testing.assert_close(unet(x, t, context).sample, small.unet(x, t, context), rtol=1e-4, atol=1e-4)
 
-    pictures = torch.randn(1, 3, 32, 32, generator=random)
+    images = torch.randn(1, 3, 32, 32, generator=random)
     vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
-    torch.testing.assert_close(
-        vae.encode(pictures).latent_dist.mean, small.vae.encode(pictures).mean, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(vae.encode(images).latent_dist.mean, small.vae.encode(images).mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(vae.decode(x[:1]).sample, small.vae.decode(x[:1]), rtol=1e-4, atol=1e-4)
 
     text, info = transformers.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", output_loading_info=True)
@@ -335,7 +333,7 @@ def test_older_names_and_files_are_read(converted, tmp_path):
     ],
 )
 def test_a_script_takes_a_folder(tmp_path, published, text):
-    """The pictures are those of the checkpoint that the folder was made of."""
+    """The images are those of the checkpoint that the folder was made of."""
     _, config, _, ckpt = files = tiny_model(
         tmp_path / "m",
         f"configs/stable-diffusion/{published}.yaml",

@@ -17,7 +17,7 @@ from evaluation import recognition
 from evaluation.metrics.extractors import ModelError, load_extractor
 from evaluation.metrics.retrieval import nearest, retrieval, share, standardise
 from evaluation.recognition import main, spread
-from ldm.data.emoji import EmojiPictures
+from ldm.data.emoji import EmojiDataset
 from ldm.io.images import from_pil
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import quick_help
@@ -196,7 +196,7 @@ def test_the_right_pictures_are_recognised(call, data, monkeypatch, tmp_path):
 def test_reconstruction_is_the_first_stage_without_noise(model, data):
     args = recognition.parser().parse_args(["--config", str(model[0]), "--ckpt", str(model[1])])
     maker = recognition.load_maker(args, SIDE)
-    pictures = EmojiPictures(data).batch(np.array([0, 7, 18]))
+    pictures = EmojiDataset(data).batch(np.array([0, 7, 18]))
     images = recognition.reconstruct(maker, pictures, batch=2)
     with torch.no_grad():
         first_stage = maker.model.first_stage_model

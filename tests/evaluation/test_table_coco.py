@@ -29,7 +29,7 @@ from evaluation.table.quality import Quality
 from evaluation.table.spec import COLUMNS, load_table
 from ldm.checkpoint import fingerprint, save_weights
 from ldm.io.files import file_sha256
-from ldm.io.images import from_pil, open_picture
+from ldm.io.images import from_pil, open_image
 from tests.helpers.clip_vocabulary import lines
 from tests.helpers.coco import write_coco, write_protocol
 from tests.helpers.goldens import recipe_weights
@@ -129,7 +129,7 @@ def world(tmp_path_factory) -> World:
 
 
 def read(files: list[Path]) -> list[torch.Tensor]:
-    return [from_pil(open_picture(file))[None] for file in sorted(files)]
+    return [from_pil(open_image(file))[None] for file in sorted(files)]
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:

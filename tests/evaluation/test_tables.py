@@ -28,7 +28,7 @@ from evaluation.table.quality import Quality
 from evaluation.table.render import Filled, Sheet, csv_text, latex, markdown, notes, title
 from evaluation.table.spec import Row, Table, load_table, table_names
 from ldm.io.errors import BadInput
-from ldm.io.images import open_picture
+from ldm.io.images import open_image
 from tests.helpers.coco import write_coco, write_protocol
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import write_data
@@ -567,7 +567,7 @@ def test_data_are_where_the_measures_look_for_them():
 def test_real_pictures_have_the_hash_that_results_name(tmp_path):
     """A folder, an array, statistics of ours."""
     data, extract = write_coco(tmp_path / "coco", 3), load_extractor("efficientnet-lite0")
-    levels = [np.asarray(open_picture(path)) for path in sorted((data / "val2017").iterdir())]
+    levels = [np.asarray(open_image(path)) for path in sorted((data / "val2017").iterdir())]
     np.savez(data / "pictures.npz", arr_0=np.stack(levels))
     found = load_reference(str(data / "pictures.npz"), extract)
     save_statistics(data / "statistics.npz", found.gaussian, found.about | network_fields(extract))

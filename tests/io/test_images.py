@@ -18,9 +18,9 @@ from ldm.io.images import (
     fit,
     from_pil,
     grid,
+    open_image,
     open_labels,
     open_mask,
-    open_picture,
     pad,
     psnr,
     read_png,
@@ -36,15 +36,15 @@ def plain(colour: str, size: tuple[int, int] = (8, 6)) -> Image.Image:
 
 def test_every_level_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).expand(16, 16, 3)
-    picture = Image.fromarray(levels.contiguous().numpy())
-    assert to_pil(from_pil(picture)[None])[0].tobytes() == picture.tobytes()
+    image = Image.fromarray(levels.contiguous().numpy())
+    assert to_pil(from_pil(image)[None])[0].tobytes() == image.tobytes()
 
 
 @given(st.floats(-3, 3, width=32))
 def test_values_are_rounded_not_cut_off(value):
-    (picture,) = to_pil(torch.full((1, 3, 1, 1), value))
+    (image,) = to_pil(torch.full((1, 3, 1, 1), value))
     exact = (min(max(value, -1), 1) + 1) * 127.5
-    assert abs(picture.getpixel((0, 0))[0] - exact) <= 0.5 + 1e-4
+    assert abs(image.getpixel((0, 0))[0] - exact) <= 0.5 + 1e-4
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_values_are_rounded_not_cut_off(value):
         (torch.full((1, 3, 2, 2), math.nan), "NaN"),
     ],
 )
-def test_what_is_not_a_picture_is_refused(images, why):
+def test_what_is_not_an_image_is_refused(images, why):
     with pytest.raises(ValueError, match=why):
         to_pil(images)
 
@@ -68,7 +68,7 @@ def test_psnr_against_the_formula():
     torch.testing.assert_close(psnr(a, b), expected, rtol=1e-6, atol=1e-5)
 
 
-def test_grid_places_pictures_row_by_row():
+def test_grid_places_images_row_by_row():
     colours = ["red", "green", "blue", "black", "yellow"]
     sheet = grid([plain(c) for c in colours], columns=2)
     assert sheet.size == (2 + 2 * 10, 2 + 3 * 8)
@@ -79,9 +79,9 @@ def test_grid_places_pictures_row_by_row():
             grid(*faulty)
 
 
-def test_a_grid_with_captions_has_ink_below_each_picture_that_begins_one():
-    pictures = [plain("red")] * 4  # 8 x 6, enlarged 16 times
-    sheet = np.asarray(grid(pictures, 2, ["a heart", "a heart", "a heart", "a tree"]).convert("L"))
+def test_a_grid_with_captions_has_ink_below_each_image_that_begins_one():
+    images = [plain("red")] * 4  # 8 x 6, enlarged 16 times
+    sheet = np.asarray(grid(images, 2, ["a heart", "a heart", "a heart", "a tree"]).convert("L"))
     row = (sheet.shape[0] - 2) // 2
     assert sheet.shape[1] == 2 + 2 * 130 and 96 + 12 < row < 96 + 24
     below = [sheet[2 + r * row + 96 : (r + 1) * row, left : left + 128] for r in (0, 1) for left in (2, 132)]
@@ -110,10 +110,10 @@ def test_spaces_between_words_can_be_seen():
     assert sorted(map(len, gaps))[-1] >= 4 > 2 >= sorted(map(len, gaps))[-2]  # the space, and between letters
 
 
-def test_a_long_comparison_is_about_as_wide_as_high_and_shows_every_picture():
+def test_a_long_comparison_is_about_as_wide_as_high_and_shows_every_image():
     colours = [(i, 100, 100) for i in range(10, 210, 10)]
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in colours]
-    sheet = side_by_side({"plain": pictures, "accelerated": pictures}, ["caption"] * len(pictures))
+    images = [Image.new("RGB", (64, 64), colour) for colour in colours]
+    sheet = side_by_side({"plain": images, "accelerated": images}, ["caption"] * len(images))
     assert 0.6 < sheet.width / sheet.height < 1.7
     assert set(colours) <= {colour for _, colour in sheet.getcolors(maxcolors=2**16)}
 
@@ -133,7 +133,7 @@ def test_other_files_have_no_settings(tmp_path):
     plain("red").save(tmp_path / "foreign.png")
     save_png(tmp_path / "cut.png", plain("red", (64, 64)), {"seed": 1})
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     assert [read_png(tmp_path / f"{n}.png") for n in ("foreign", "cut", "text", "missing")] == [None] * 4
 
 
@@ -156,7 +156,7 @@ def ramp() -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "I;16", "CMYK"])
-def test_a_picture_is_the_same_in_every_mode(tmp_path, mode):
+def test_an_image_is_the_same_in_every_mode(tmp_path, mode):
     if mode == "I;16":
         image = Image.fromarray(np.asarray(ramp()).astype(np.uint16) * 257)
         assert image.mode == "I;16"
@@ -169,13 +169,13 @@ def test_a_picture_is_the_same_in_every_mode(tmp_path, mode):
             else ramp().convert(mode)
         )
     image.save(tmp_path / "a", format="TIFF" if mode == "CMYK" else "PNG")
-    opened = open_picture(tmp_path / "a")
+    opened = open_image(tmp_path / "a")
     assert opened.mode == "RGB" and opened.tobytes() == ramp().convert("RGB").tobytes()
 
 
 def test_sixteen_bits_are_rounded_to_eight(tmp_path):
     Image.fromarray(np.array([[0, 128, 129, 300, 65535]], dtype=np.uint16)).save(tmp_path / "a.png")
-    assert np.asarray(open_picture(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 0, 1, 1, 255]
+    assert np.asarray(open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 0, 1, 1, 255]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -194,7 +194,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
-    opened = open_picture(tmp_path / "a.png")
+    opened = open_image(tmp_path / "a.png")
     assert opened.size == (8, 4) and opened.tobytes() == shown.convert("RGB").tobytes()
     levels = np.asarray(shown)
     assert open_labels(tmp_path / "a.png").tolist() == levels.tolist()
@@ -206,7 +206,7 @@ def test_what_is_transparent_becomes_white(tmp_path):
     image.putpixel((1, 0), (200, 0, 0, 0))
     image.putpixel((2, 0), (200, 0, 0, 51))
     image.save(tmp_path / "a.png")
-    assert np.asarray(open_picture(tmp_path / "a.png"))[0].tolist() == [[200, 0, 0], [255, 255, 255], [244, 204, 204]]
+    assert np.asarray(open_image(tmp_path / "a.png"))[0].tolist() == [[200, 0, 0], [255, 255, 255], [244, 204, 204]]
 
 
 def test_masks_are_ones_and_zeros(tmp_path):
@@ -254,10 +254,10 @@ def test_fitting_covers_without_distortion_and_keeps_what_fits():
 
 
 def test_padding_repeats_the_edges():
-    picture = torch.arange(6.0).view(1, 2, 3)
-    padded = pad(picture, 4, 4)
+    image = torch.arange(6.0).view(1, 2, 3)
+    padded = pad(image, 4, 4)
     assert padded[0].tolist() == [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]]
-    assert torch.equal(pad(picture, 2, 3), picture)
+    assert torch.equal(pad(image, 2, 3), image)
 
 
 # Hostile and unusual files
@@ -270,16 +270,16 @@ showpage
 """
 
 
-def test_no_picture_starts_a_program(tmp_path, monkeypatch):
-    """PostScript under a picture's name: Pillow would hand it to GhostScript."""
+def test_no_image_starts_a_program(tmp_path, monkeypatch):
+    """PostScript under an image's name: Pillow would hand it to GhostScript."""
     gs = tmp_path / "gs"
     gs.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\nexit 1\n")
     gs.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     (tmp_path / "face.png").write_bytes(EPS)
-    for read in (open_picture, open_mask, open_labels):
-        with pytest.raises(ValueError, match="face.png: not a picture that can be read; expected PNG"):
+    for read in (open_image, open_mask, open_labels):
+        with pytest.raises(ValueError, match="face.png: not an image that can be read; expected PNG"):
             read(tmp_path / "face.png")
     assert read_png(tmp_path / "face.png") is None
     assert not (tmp_path / "started").exists()
@@ -298,28 +298,28 @@ def test_size_bombs_are_refused_before_they_are_decoded(tmp_path, width, height,
     (tmp_path / "bomb.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     )
-    with pytest.raises(ValueError, match="bomb.png: a picture of more than 67108864 pixels"):
-        open_picture(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match="bomb.png: an image of more than 67108864 pixels"):
+        open_image(tmp_path / "bomb.png")
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
 @pytest.mark.parametrize("share", [0.3, 0.9])
-def test_truncated_pictures_are_said_to_be_damaged(tmp_path, kind, share):
+def test_truncated_images_are_said_to_be_damaged(tmp_path, kind, share):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole", format=kind)
     whole = (tmp_path / "whole").read_bytes()
-    open_picture(tmp_path / "whole")
+    open_image(tmp_path / "whole")
     (tmp_path / "cut").write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(ValueError, match="cut: (a damaged picture|not a picture)") as error:
-        open_picture(tmp_path / "cut")
+    with pytest.raises(ValueError, match="cut: (a damaged image|not an image)") as error:
+        open_image(tmp_path / "cut")
     assert "\n" not in str(error.value)
 
 
-def test_special_files_are_no_pictures(tmp_path):
+def test_special_files_are_no_images(tmp_path):
     os.mkfifo(tmp_path / "fifo.png")
     with pytest.raises(OSError, match="fifo.png: a FIFO"):
-        open_picture(tmp_path / "fifo.png")
+        open_image(tmp_path / "fifo.png")
     assert read_png(tmp_path / "fifo.png") is None
 
 
@@ -348,7 +348,7 @@ def test_masks_that_paint_nothing_are_refused(tmp_path, levels, why):
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_deep_pictures_that_would_be_black_are_refused(tmp_path, dtype):
+def test_deep_images_that_would_be_black_are_refused(tmp_path, dtype):
     Image.fromarray(np.arange(256, dtype=dtype).reshape(16, 16)).save(tmp_path / "deep.tif")
     with pytest.raises(ValueError, match="deep.tif: levels 0..255 in more than 8 bits, which is black"):
-        open_picture(tmp_path / "deep.tif")
+        open_image(tmp_path / "deep.tif")

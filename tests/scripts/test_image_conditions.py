@@ -142,7 +142,7 @@ def test_maps_of_any_size_and_compare(paint, tmp_path):
         ([], "the following arguments are required: --maps"),
         (["--maps", "nowhere.png"], "--maps: nowhere.png: no such"),
         (["--maps", "HIGH"], "--maps: .*HIGH has a label 182; this model's are 0..181"),
-        (["--maps", "COLOUR"], "--maps: .*a picture of mode RGB; expected one number per pixel"),
+        (["--maps", "COLOUR"], "--maps: .*an image of mode RGB; expected one number per pixel"),
         (["--maps", "GOOD", "SMALL"], "--maps: .*SMALL has 16 x 32 pixels, .*GOOD 32 x 32 pixels; expected one size"),
         (
             ["--maps", "GOOD", "--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],

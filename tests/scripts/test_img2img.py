@@ -177,8 +177,8 @@ def test_compare_shows_both(script, tmp_path, capsys):
     "arguments, why",
     [
         ([], "the following arguments are required: --init-img"),
-        (["--init-img", "nowhere.png"], "--init-img: nowhere.png: no such file; expected a picture"),
-        (["--init-img", "TEXT"], "--init-img: .*not a picture"),
+        (["--init-img", "nowhere.png"], "--init-img: nowhere.png: no such file; expected an image"),
+        (["--init-img", "TEXT"], "--init-img: .*not an image"),
         (["--init-img", "CUT"], "--init-img: .*damaged"),
         (["--init-img", "FLOAT"], "--init-img: .*expected 8 or 16 bits"),
         (["--init-img", "GOOD", "--strength", "0"], "--strength: expected a number above 0, up to 1; got '0'"),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint import load_config, load_model
-from ldm.io.images import from_pil, open_picture
+from ldm.io.images import from_pil, open_image
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.sampling.conditions import MaskedImage, Text
@@ -62,7 +62,7 @@ def test_a_result_does_not_depend_on_its_batch(script):
 
 def test_the_network_sees_the_picture_without_its_masked_part_and_the_mask(files, script):
     model = load_model(files[1], files[3])
-    picture = from_pil(open_picture(script.folder / "in" / "cat.png"))
+    picture = from_pil(open_image(script.folder / "in" / "cat.png"))
     mask = torch.zeros(1, 32, 32)
     mask[:, :, 16:] = 1
     seen = picture.clone()
@@ -162,12 +162,12 @@ def broken(folder, fault: str) -> None:
     [
         ("mask size", "--indir: a_mask.png has 32 x 16 pixels, its picture 32 x 32 pixels"),
         ("two sizes", "--indir: b.png has 64 x 32 pixels, a.png 32 x 32 pixels; expected one size"),
-        ("no picture", "--indir: .*a.png: no such file; expected a picture"),
+        ("no picture", "--indir: .*a.png: no such file; expected an image"),
         ("no masks", "--indir: .* has no masks; expected pictures NAME.png with masks NAME_mask.png"),
         ("empty", "--indir: .* has no masks; expected"),
         ("nothing to paint", "--indir: .*a_mask.png: a mask that paints nothing: its brightest level is 1 of 255"),
         ("transparent", "--indir: .*a_mask.png: a mask with transparent parts; expected white where to paint"),
-        ("damaged", "--indir: .*a.png: a damaged picture"),
+        ("damaged", "--indir: .*a.png: a damaged image"),
     ],
 )
 def test_bad_folders(files, tmp_path, capsys, fault, why):

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from ldm.data.emoji import EmojiPictures
-from ldm.training.data import CaptionShares, PictureBatches
+from ldm.data.emoji import EmojiDataset
+from ldm.training.data import CaptionShares, ImageBatches
 from tests.helpers.paths import ROOT
 
 
@@ -58,7 +58,7 @@ def folder(tmp_path):
 
 
 def test_pictures_are_the_stored_bytes(folder):
-    data, stored = EmojiPictures(folder), np.load(folder / "pictures.npy")
+    data, stored = EmojiDataset(folder), np.load(folder / "pictures.npy")
     assert len(data) == 3 and data[2].shape == (3, 64, 64) and data[2].dtype == torch.float32
     back = ((data[2] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(back, stored[3])
@@ -66,18 +66,18 @@ def test_pictures_are_the_stored_bytes(folder):
 
 
 def test_split_and_tier_select(folder):
-    assert [i["id"] for i in EmojiPictures(folder, max_tier=1).images] == [0]
-    assert [i["id"] for i in EmojiPictures(folder, max_tier=4).images] == [0, 1, 3, 4]
-    assert [i["id"] for i in EmojiPictures(folder, split="heldout_pair").images] == [2]
-    assert EmojiPictures(folder).captions(0) == ["a red heart, noto style", "a heart, noto style"]
+    assert [i["id"] for i in EmojiDataset(folder, max_tier=1).images] == [0]
+    assert [i["id"] for i in EmojiDataset(folder, max_tier=4).images] == [0, 1, 3, 4]
+    assert [i["id"] for i in EmojiDataset(folder, split="heldout_pair").images] == [2]
+    assert EmojiDataset(folder).captions(0) == ["a red heart, noto style", "a heart, noto style"]
     with pytest.raises(IndexError):
-        EmojiPictures(folder)[3]
+        EmojiDataset(folder)[3]
 
 
 @pytest.mark.parametrize("kwargs, why", [({"split": "test"}, "heldout_pair"), ({"max_tier": 0}, "1, 2, 3, 4")])
 def test_bad_arguments_say_what_is_accepted(folder, kwargs, why):
     with pytest.raises(ValueError, match=why):
-        EmojiPictures(folder, **kwargs)
+        EmojiDataset(folder, **kwargs)
 
 
 CAPTIONS, GROUPS = ["a red heart, noto style", "a love, noto style"], ["a heart, noto style"]
@@ -108,15 +108,15 @@ def test_a_share_is_a_share():
 
 
 def test_flip_mirrors_half_of_the_pictures(folder):
-    data = EmojiPictures(folder)
+    data = EmojiDataset(folder)
     torch.manual_seed(0)
     flipped = [
         bool((image == data[1].flip(-1)).all())
-        for image in (PictureBatches(data, [1], flip=True)[0]["image"] for _ in range(100))
+        for image in (ImageBatches(data, [1], flip=True)[0]["image"] for _ in range(100))
         if (image == data[1]).all() or (image == data[1].flip(-1)).all()
     ]
     assert len(flipped) == 100 and 30 < sum(flipped) < 70
-    assert all((PictureBatches(data, [1])[0]["image"] == data[1]).all() for _ in range(20))
+    assert all((ImageBatches(data, [1])[0]["image"] == data[1]).all() for _ in range(20))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_flip_mirrors_half_of_the_pictures(folder):
 def test_broken_dataset_names_the_command(folder, break_it):
     break_it(folder)
     with pytest.raises(ValueError, match="prepare_emoji.py --out") as error:
-        EmojiPictures(folder)
+        EmojiDataset(folder)
     assert "\n" not in str(error.value)
 
 
@@ -376,7 +376,7 @@ def test_a_dataset_from_icon_sets(prepare, packages, tmp_path):
     pictures = np.load(tmp_path / "out/pictures.npy")
     assert pictures.shape == (4, 128, 128, 3)
     assert [tuple(p[64, 64]) for p in pictures] == [(255, 165, 0), (255, 0, 0), (128, 0, 0), (0, 0, 255)]
-    data = EmojiPictures(tmp_path / "out", split="heldout_concept", max_tier=4)
+    data = EmojiDataset(tmp_path / "out", split="heldout_concept", max_tier=4)
     assert data.captions(0) == ["a waving hand, one style"] and data.groups(0) == ["a hand, one style"]
 
 

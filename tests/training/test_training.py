@@ -20,7 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoint import load_model, read_checkpoint
-from ldm.data.emoji import EmojiPictures
+from ldm.data.emoji import EmojiDataset
 from ldm.io.files import UNFINISHED
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
 from ldm.models.autoencoder import AutoencoderKL
@@ -79,7 +79,7 @@ def first_stage_config(data: Path) -> dict:
         },
         "training": {"target": "ldm.training.autoencoder.AutoencoderTraining", "params": {"learning_rate": 1e-3}},
         "data": {
-            "target": "ldm.training.data.EmojiPicturesData",
+            "target": "ldm.training.data.EmojiImagesData",
             "params": {"root": str(data), "batch_size": 4, "val_split": "heldout_pair"},
         },
         "lightning": LIGHTNING,
@@ -145,10 +145,10 @@ def test_a_run_leaves_all_it_made(trained):
 def test_the_exported_first_stage_has_normalized_latents(trained):
     model = instantiate_from_config(OmegaConf.load(trained / "first.yaml").model).eval()
     model.load_state_dict(read_checkpoint(trained / "first.safetensors"))
-    data = EmojiPictures(trained / "data")
+    data = EmojiDataset(trained / "data")
     with torch.no_grad():
         z = torch.cat([model.encode(data[i][None]).mean for i in range(len(data))])
-    assert z.mean((0, 2, 3)).abs().max() < 0.2  # the statistics are of whole batches: 16 of 19 pictures
+    assert z.mean((0, 2, 3)).abs().max() < 0.2  # the statistics are of whole batches: 16 of 19 images
     assert 0.7 < z.std() < 1.3
 
 
@@ -394,6 +394,14 @@ def test_no_gpu_is_said(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["-b", str(trained / "first.yaml"), "-l", str(tmp_path), "lightning.trainer.accelerator=gpu"]) == 2
     assert "lightning.trainer.accelerator: 'gpu', but there is no GPU" in capsys.readouterr().err
+
+
+def test_configurations_of_older_runs_are_read(trained):
+    section = OmegaConf.load(trained / "first.yaml").data
+    section.target = "ldm.training.data.EmojiPicturesData"
+    data = instantiate_from_config(section)
+    data.setup("fit")
+    assert len(data.train) == 19
 
 
 def test_a_setting_may_refer_to_another(trained):
@@ -686,11 +694,11 @@ def test_ctrl_c_keeps_the_step_that_was_made(trained, tmp_path):
 def test_the_first_stage_begins_as_the_best_linear_one():
     torch.manual_seed(0)
     model = AutoencoderKL(DDCONFIG | {"z_channels": 12}, embed_dim=12).eval()  # as many as a patch has pixels
-    pictures = torch.rand(8, 3, SIDE, SIDE) * 2 - 1
-    start_from_principal_components(model, pictures)
+    images = torch.rand(8, 3, SIDE, SIDE) * 2 - 1
+    start_from_principal_components(model, images)
     with torch.no_grad():
-        reconstruction, posterior = model(pictures, sample_posterior=False)
-    torch.testing.assert_close(reconstruction, pictures, rtol=0, atol=1e-4)
+        reconstruction, posterior = model(images, sample_posterior=False)
+    torch.testing.assert_close(reconstruction, images, rtol=0, atol=1e-4)
     assert posterior.mean.std() == pytest.approx(1.0, abs=0.05) and posterior.std.max() < 0.1
 
 
