@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
-from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.meta import meta_unet
 
 TEXT_TOKENS = 77  # of CLIP, and of our text encoders unless a config says otherwise
@@ -127,13 +126,20 @@ def count_macs(call: Callable[[], Any], convention: str = "exact") -> int:
             numbers of Faster Diffusion (arXiv 2312.09608, appendix A.5) come out: one product of attention only, 5
             for each element that is normalised, 1 for each that nearest upsampling puts out.
     """
+    with _counting(convention) as counted:
+        call()
+    return counted()
+
+
+@contextmanager
+def _counting(convention: str) -> Iterator[Callable[[], int]]:
+    """Gives what tells the MACs since it began."""
     # Fused attention, counted as a whole on some devices only, is taken apart into its two products.
     with (
         FlopCounterMode(display=False, custom_mapping=CONVENTIONS[convention]) as counter,
         sdpa_kernel(SDPBackend.MATH),
     ):
-        call()
-    return counter.get_total_flops() // 2
+        yield lambda: counter.get_total_flops() // 2
 
 
 def context_tokens(params: Mapping[str, Any]) -> int | None:
@@ -180,22 +186,23 @@ def unet_macs(
         if convention == "exact" and context_length is not None:
             context = inputs["context"]
             once = count(lambda: inputs.update(context=unet.project(context)))
-        return replace(_count(unet, x, inputs, count), once=once)
+        time = count(lambda: unet.embed(inputs["timesteps"], inputs["y"], batch))
+        features, (*outer, encode) = _by_block(lambda: unet.encode(x, **inputs), unet.input_blocks, convention)
+        _, (*before, decode) = _by_block(lambda: unet.decode(features, **inputs), unet.output_blocks, convention)
+        last = (time + decode - done for done in reversed([time, *before]))
+        return Macs(encode, decode, (0, *outer), tuple(last), once)
 
 
-def _count(unet: nn.Module, x: Tensor, inputs: dict[str, Any], count: Callable[[Callable[[], Any]], int]) -> Macs:
-    """Block by block, each from what the one before it left."""
-    time = count(lambda: unet.embed(inputs["timesteps"], inputs["y"], len(x)))
-    kept: list[Features] = []
-    encode = count(lambda: kept.append(unet.encode(x, **inputs)))
-    blocks = range(len(kept[0].skips))
-    outer = [0, *(count(lambda n=n: unet.encode_outer(x, **inputs, blocks=n + 1)) for n in blocks)]
-    spent = [
-        count(lambda n=n: kept.append(unet.advance(kept[-1], **inputs, blocks=n))) - time for n in reversed(blocks)
-    ]
-    end = count(lambda: unet.decode(kept[-1], **inputs))
-    last = [end, *(end + total for total in accumulate(reversed(spent)))]
-    return Macs(encode, last[-1], tuple(outer), tuple(last))
+def _by_block(call: Callable[[], Any], blocks: Iterable[nn.Module], convention: str) -> tuple[Any, list[int]]:
+    """What call() returns, and its MACs until the end of each of these modules in turn, and until its own end."""
+    spent: list[int] = []
+    with _counting(convention) as counted:
+        hooks = [block.register_forward_hook(lambda *_: spent.append(counted())) for block in blocks]
+        result = call()
+        spent.append(counted())
+    for hook in hooks:
+        hook.remove()
+    return result, spent
 
 
 def plan_macs(
