@@ -21,6 +21,7 @@ from evaluation.metrics.command import (
     add_reference,
     add_run,
     measure_flags,
+    protocol_name,
     publish,
 )
 from ldm.cli.arguments import MOST
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     check_output(args.out)
     check_statistics(args.save_statistics, args.reference)
+    protocol = protocol_name(args)
     from evaluation.metrics import adm, extractors, real_images, statistics
     from evaluation.runs.images import open_samples
 
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         with fault_of("samples"):
             samples = open_samples(args.samples)
             adm.check_neighbours(len(samples.names))
-        source = real_images.named_reference(args.reference, args.data)
+        source = real_images.protocol_reference(protocol, args.data) if protocol else args.reference
         with fault_of("extractor"):
             extractor = extractors.load_extractor(args.extractor, args.weights, args.resize, args.device)
         with fault_of("reference"):

@@ -19,6 +19,7 @@ from evaluation.metrics.command import (
     add_reference,
     add_run,
     measure_flags,
+    protocol_name,
     publish,
 )
 from ldm.cli.arguments import MOST
@@ -53,12 +54,13 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     check_output(args.out)
+    protocol = protocol_name(args)
     from evaluation.metrics import frechet, real_images
 
     with flags_named(measure_flags(args)):
         result = frechet.compute(
             args.samples,
-            real_images.named_reference(args.reference, args.data),
+            real_images.protocol_reference(protocol, args.data) if protocol else args.reference,
             extractor=args.extractor,
             weights=args.weights,
             resize=args.resize,

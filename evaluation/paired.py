@@ -56,8 +56,7 @@ def pair(plain: Images, fast: Images) -> tuple[Images, Images]:
         ImageError: a folder and an array, whose orders differ; runs from different noise; pictures without a
             partner, or several of the same noise and subject.
     """
-    from evaluation.runs.errors import ImageError
-    from evaluation.runs.images import ImageFolder
+    from evaluation.runs.images import ImageError, ImageFolder
 
     folders = [isinstance(pictures, ImageFolder) for pictures in (plain, fast)]
     if any(folders) and not all(folders):
@@ -106,7 +105,7 @@ def together(plain: Images, fast: Images, batch: int) -> Iterator[tuple[Tensor, 
     import torch
     from tqdm import tqdm
 
-    from evaluation.runs.errors import ImageError
+    from evaluation.runs.images import ImageError
 
     waiting: list[tuple[Tensor, Tensor]] = []
     for i, (a, b) in enumerate(
@@ -129,7 +128,7 @@ def load_ssim() -> Measure:
     Raises:
         ModelError: torchmetrics is missing or can't be imported.
     """
-    from evaluation.runs.errors import ModelError
+    from evaluation.metrics import ModelError
 
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
@@ -152,7 +151,7 @@ def load_lpips(device: torch.device) -> Measure:
     Raises:
         ModelError: torchvision or the weights are missing.
     """
-    from evaluation.runs.errors import ModelError
+    from evaluation.metrics import ModelError
 
     try:
         from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
@@ -177,10 +176,9 @@ def measure(
     import torch
     from torch.nn import functional as F
 
-    from evaluation.metrics.extractors import to_numpy
     from evaluation.metrics.frechet import distance
     from evaluation.metrics.intervals import mean_values
-    from evaluation.metrics.statistics import Moments, total
+    from evaluation.metrics.statistics import Moments, to_numpy, total
 
     each: dict[str, list[np.ndarray]] = {}
     moments: tuple[list[Moments], list[Moments]] = ([], [])
@@ -192,7 +190,7 @@ def measure(
         for name, values in found.items():
             each.setdefault(name, []).append(to_numpy(values))
         for parts, features in zip(moments, (one, other), strict=True):
-            parts.append(Moments.of(features.numpy()))
+            parts.append(Moments.from_features(features.numpy()))
     ours, theirs = (total(parts).gaussian() for parts in moments)
     result: dict[str, Any] = {"fid_vs_plain": distance(theirs, ours)}
     for name, parts in each.items():
@@ -230,8 +228,8 @@ def check_made_alike(plain: Mapping[str, Any], fast: Mapping[str, Any]) -> None:
 def run(args: argparse.Namespace) -> None:
     # What is quick to check comes before what is slow to do.
     check_output(args.out)
-    from evaluation.runs.errors import ImageError, ModelError
-    from evaluation.runs.images import incomplete_warnings, open_samples
+    from evaluation.metrics import ModelError
+    from evaluation.runs.images import ImageError, incomplete_warnings, open_samples
 
     with blame("PLAIN"):
         plain = open_samples(args.plain)

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax
 
-from evaluation.metrics.extractors import Extractor, FeatureSet, extract, load_extractor
+from evaluation.metrics.extractors import Extractor, load_extractor
 from evaluation.metrics.frechet import distance, distance_interval, measure_warnings, protocol_fields
 from evaluation.metrics.intervals import bootstrap as resampled
 from evaluation.metrics.intervals import normal_interval, share_interval
-from evaluation.metrics.reference import Reference, check_width, load_reference
 from evaluation.metrics.result import Result
-from evaluation.runs.errors import ImageError
-from evaluation.runs.images import Images, open_samples
+from evaluation.metrics.statistics import FeatureSet, Reference, check_width, extract, load_reference
+from evaluation.runs.images import ImageError, Images, open_samples
 from ldm.io.errors import fault_of
 
 NEIGHBOURS = 3

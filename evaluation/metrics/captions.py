@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.runs.errors import ImageError
-from evaluation.runs.images import ImageFolder, Images, settings_of
+from evaluation.runs.images import ImageError, ImageFolder, Images, settings_of
 from ldm.io.errors import one_line
 from ldm.io.files import parse_json_lines, read_json, read_lines, read_text
 

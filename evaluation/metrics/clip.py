@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.runs.errors import ModelError
+from evaluation.metrics import ModelError
 from ldm.io.errors import one_line
 from ldm.io.files import read_json
 from ldm.modules.encoders.clip_image import MEAN, STD

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from evaluation.metrics import ModelError
 from evaluation.metrics.captions import prompts_of
 from evaluation.metrics.clip import ClipModel, load_clip
+from evaluation.metrics.extractors import resized
 from evaluation.metrics.intervals import mean_values
-from evaluation.metrics.resize import resize as resized
 from evaluation.metrics.result import Result
-from evaluation.runs.errors import ModelError
 from evaluation.runs.images import Images, incomplete_warnings, left_out_warnings, open_samples
 from ldm.cli.devices import device_named
 from ldm.io.errors import SettingError, fault_of
@@ -69,7 +69,7 @@ def compute(
         prompts: a prompt per image, or a file of them, see `prompts_of`; None = those stored in the images.
         vocabulary, device: of a model that is not loaded yet: CLIP's vocabulary (None = the folder's, or an installed
             one); auto, cpu, cuda, cuda:N or mps.
-        resize: how images are resized for the model, one of `evaluation.metrics.resize.RECIPES`.
+        resize: how images are resized for the model, one of `evaluation.metrics.extractors.RECIPES`.
         batch_size: images per batch; changes speed and memory only.
 
     Raises:

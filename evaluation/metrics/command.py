@@ -16,6 +16,7 @@ EXTRACTORS = ("inception-2015", "efficientnet-lite0", "dinov2", "clip")
 RECIPES = ("clean", "tf1-bilinear", "torch-bilinear", "torch-antialias", "clip-crop")
 VARIANTS = ("hessel-b32", "cos100-l14", "cos100-g14", "hessel", "cos100")
 PREFERENCES = ("image-reward", "hps-v2.1")
+PROTOCOL = "protocol:"  # before the name of a protocol, whose real images are the reference
 CACHE = Path.home() / ".cache" / "faster-diffusion-ldm" / "statistics"
 SAMPLES = "images: a folder, or an npz or npy file"
 PROMPTS = (
@@ -25,8 +26,21 @@ PROMPTS = (
 
 
 def add_reference(p: argparse.ArgumentParser, what: str) -> None:
-    p.add_argument("reference", metavar="REFERENCE", help=f"{what}; or protocol:NAME, the real images of a protocol")
-    p.add_argument("--data", metavar="DIR", help="data folder of protocol:NAME; default: the protocol's own")
+    p.add_argument("reference", metavar="REFERENCE", help=f"{what}; or {PROTOCOL}NAME, the real images of a protocol")
+    p.add_argument("--data", metavar="DIR", help=f"data folder of {PROTOCOL}NAME; default: the protocol's own")
+
+
+def protocol_name(args: argparse.Namespace) -> str | None:
+    """NAME, where the reference is protocol:NAME.
+
+    Raises:
+        BadInput: --data without a protocol.
+    """
+    if args.reference.startswith(PROTOCOL):
+        return args.reference.removeprefix(PROTOCOL)
+    if args.data is not None:
+        raise BadInput(f"--data: goes with REFERENCE {PROTOCOL}NAME; got {args.reference}")
+    return None
 
 
 def add_extractor(p: argparse.ArgumentParser) -> None:

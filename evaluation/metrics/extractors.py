@@ -1,26 +1,24 @@
-"""Feature extractors: pretrained networks by name, and the features of a set of images."""
+"""Feature extractors: pretrained networks by name, and how images are resized for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.nn import functional as F
 
+from evaluation.metrics import ModelError
 from evaluation.metrics.clip import load_clip
-from evaluation.metrics.resize import RECIPES, resize
-from evaluation.metrics.statistics import Moments, total
-from evaluation.runs.errors import ImageError, ModelError
-from evaluation.runs.images import Images
 from ldm.checkpoint.download import DownloadError, fetch
 from ldm.cli.devices import device_named
 from ldm.io.errors import one_line
 from ldm.io.files import file_sha256
+from ldm.io.images import to_pil
 
 INSTALL = 'install it with: pip install -e ".[eval]"'
 INCEPTION_URL = (
@@ -105,7 +103,7 @@ class Network(nn.Module):
         return next(self.network.parameters()).device
 
     def prepare(self, images: Tensor) -> Tensor:
-        return resize(images, self.size, self.resize)
+        return resized(images, self.size, self.resize)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.extract(self.prepare(images)).pooled
@@ -288,74 +286,71 @@ def network_fields(extractor: Extractor) -> dict[str, Any]:
     }
 
 
-# The features of a set of images
+# Resizing. The recipe changes a Fréchet distance by as much as a model does, so every result names it.
+# Source: On Aliased Resizing and Surprising Subtleties in GAN Evaluation (arXiv 2104.11222).
 
 
-@dataclass(frozen=True)
-class FeatureSet:
-    """Features of N images.
-
-    moments: of the pooled features; spatial: of the spatial ones, if they were asked for.
-    pooled:  (N, D) float32, if they were to be kept; logits: (N, classes), the same.
-    """
-
-    moments: Moments
-    spatial: Moments | None = None
-    pooled: np.ndarray | None = None
-    logits: np.ndarray | None = None
+def clean(images: Tensor, size: int) -> Tensor:
+    """Pillow's bicubic filter, smoothed when it shrinks, one channel at a time and without rounding to levels."""
+    channels = images.detach().float().cpu().flatten(0, 1).numpy()  # (B*3, H, W)
+    resized = [np.asarray(Image.fromarray(c).resize((size, size), Image.Resampling.BICUBIC)) for c in channels]
+    return torch.from_numpy(np.stack(resized)).unflatten(0, images.shape[:2]).clamp(-1, 1).to(images)
 
 
-def extract(
-    images: Images,
-    extractor: Extractor,
-    *,
-    batch_size: int = 50,
-    label: str = "images",
-    keep: bool = False,
-    spatial: bool = False,
-) -> FeatureSet:
-    """Run the network once over all images, with a progress bar.
+def tf1_bilinear(images: Tensor, size: int) -> Tensor:
+    """What TensorFlow 1 did: the pixel at i is read at i * old / new, corners not aligned, nothing smoothed."""
 
-    Args:
-        batch_size: images per batch; changes speed and memory only.
-        label: of the progress bar.
-        keep: keep features and logits of every image, for measures that need more than moments.
-        spatial: compute the moments of the spatial features as well.
+    def between(x: Tensor, dim: int) -> Tensor:
+        old = x.shape[dim]
+        at = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(old / size, dtype=torch.float32)
+        low = at.long()
+        share = (at - low).to(x.dtype).view([-1 if d == dim else 1 for d in range(4)])
+        first, second = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=old - 1))
+        return first + (second - first) * share
+
+    return between(between(images, 3), 2)
+
+
+def torch_bilinear(images: Tensor, size: int) -> Tensor:
+    """PyTorch's bilinear resize as most ports of the score use it: pixel centres, nothing smoothed."""
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def torch_antialias(images: Tensor, size: int) -> Tensor:
+    """PyTorch's bilinear resize, smoothed when it shrinks."""
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def clip_crop(images: Tensor, size: int) -> Tensor:
+    """What CLIP's authors do: 8 bits, Pillow's bicubic filter for the shorter side, the middle cut out."""
+    return torch.stack([_middle(image, size) for image in to_pil(images)]).to(images)
+
+
+def _middle(image: Image.Image, size: int) -> Tensor:
+    short = min(image.size)
+    width, height = (max(size, int(size * side / short)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1  # (3, size, size)
+
+
+RECIPES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "clean": clean,
+    "tf1-bilinear": tf1_bilinear,
+    "torch-bilinear": torch_bilinear,
+    "torch-antialias": torch_antialias,
+    "clip-crop": clip_crop,
+}
+
+
+def resized(images: Tensor, size: int, recipe: str) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size); each depends on itself alone.
 
     Raises:
-        ImageError: an image can't be read, or the network has no spatial features.
+        ValueError: the recipe is not one of RECIPES, or the images have another shape.
     """
-    pooled, maps, kept, logits = [], [], [], []
-    for prepared in batches(images, extractor, batch_size, label):
-        found = extractor.extract(prepared.to(extractor.device))
-        pooled.append(Moments.of(to_numpy(found.pooled)))
-        if spatial:
-            if found.spatial is None:
-                raise ImageError(f"{extractor.name} has no spatial features")
-            maps.append(Moments.of(to_numpy(found.spatial)))
-        if keep:
-            kept.append(to_numpy(found.pooled))
-            logits += [] if found.logits is None else [to_numpy(found.logits)]
-        pooled, maps = ([total(parts)] if parts else [] for parts in (pooled, maps))
-    return FeatureSet(
-        pooled[0],
-        maps[0] if maps else None,
-        np.concatenate(kept) if kept else None,
-        np.concatenate(logits) if logits else None,
-    )
-
-
-def batches(images: Images, extractor: Extractor, batch_size: int, label: str) -> Iterator[Tensor]:
-    """Images at the network's size, (B, 3, size, size); each is resized on its own. With a progress bar."""
-    waiting: list[Tensor] = []
-    for image in tqdm(images, total=len(images.names), desc=f"features: {label}", unit="image", disable=None):
-        waiting.append(extractor.prepare(image[None]))
-        if len(waiting) == batch_size:
-            yield torch.cat(waiting)
-            waiting = []
-    if waiting:
-        yield torch.cat(waiting)
-
-
-def to_numpy(features: Tensor) -> np.ndarray:
-    return features.float().cpu().numpy()
+    if recipe not in RECIPES:
+        raise ValueError(f"resize: {recipe!r} is not one of {', '.join(RECIPES)}")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have the shape (B, 3, H, W); got {tuple(images.shape)}")
+    return RECIPES[recipe](images, size)

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 from scipy.linalg import eigvalsh
 
-from evaluation.metrics.extractors import Extractor, FeatureSet, extract, load_extractor, network_fields
+from evaluation.metrics.extractors import Extractor, load_extractor, network_fields
 from evaluation.metrics.intervals import bootstrap as resampled
 from evaluation.metrics.intervals import normal_interval
-from evaluation.metrics.reference import Reference, check_width, load_reference
 from evaluation.metrics.result import Result
-from evaluation.metrics.statistics import Gaussian, Moments
-from evaluation.runs.errors import ImageError
-from evaluation.runs.images import Images, incomplete_warnings, left_out_warnings, open_samples
+from evaluation.metrics.statistics import FeatureSet, Gaussian, Moments, Reference, check_width, extract, load_reference
+from evaluation.runs.images import ImageError, Images, incomplete_warnings, left_out_warnings, open_samples
 from ldm.io.errors import SettingError, fault_of
 
 KID_SUBSETS, KID_SIZE, POINTS = 100, 1000, 15
@@ -148,7 +146,7 @@ def all_values(samples: FeatureSet, reference: Reference, options: Options) -> d
 
 def distance_interval(value: float, samples: FeatureSet, real: Gaussian, count: int, seed: int) -> list[float]:
     """95 % interval of the distance `value`, by resampling the samples `count` times."""
-    again = resampled(samples.pooled, lambda part: distance(Moments.of(part).gaussian(), real), count, seed)
+    again = resampled(samples.pooled, lambda part: distance(Moments.from_features(part).gaussian(), real), count, seed)
     return normal_interval(value, again)
 
 
@@ -257,7 +255,8 @@ def fid_infinity(features: np.ndarray, reference: Gaussian, points: int = 15, se
     random = np.random.default_rng(seed)
     sizes = np.linspace(n / 10, n, points).astype(int).clip(2)
     values = [
-        distance(Moments.of(features[random.choice(n, size, replace=False)]).gaussian(), reference) for size in sizes
+        distance(Moments.from_features(features[random.choice(n, size, replace=False)]).gaussian(), reference)
+        for size in sizes
     ]
     return float(np.polynomial.Polynomial.fit(1 / sizes, values, 1).convert().coef[0])
 

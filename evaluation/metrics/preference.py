@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from evaluation.metrics import ModelError
 from evaluation.metrics.captions import prompts_of
 from evaluation.metrics.intervals import mean_values
 from evaluation.metrics.result import Result
-from evaluation.runs.errors import ModelError
 from evaluation.runs.images import Images, incomplete_warnings, left_out_warnings, open_samples
 from ldm.io.errors import SettingError, fault_of, one_line
 from ldm.io.files import json_sha256

@@ -8,30 +8,22 @@ from typing import Any
 
 from evaluation.protocols.prompts import entries, fits, integer
 from evaluation.protocols.protocol import Protocol, load_protocol
-from evaluation.runs.errors import ImageError, reading
-from evaluation.runs.images import ImageArray, ImageFolder, Images
-from ldm.io.errors import SettingError, fault_of
+from evaluation.runs.images import ImageArray, ImageError, ImageFolder, Images, reading
+from ldm.io.errors import fault_of
 from ldm.io.files import read_json
 
-PROTOCOL = "protocol:"  # before the name of a protocol, whose real images are meant
 
-
-def named_reference(name: str, data: str | Path | None = None) -> str | Path | Images:
-    """What a name stands for: itself, if it is a path; the reference of a protocol, if it is protocol:NAME.
+def protocol_reference(name: str, data: str | Path | None = None) -> Path | Images:
+    """The reference of the protocol of that name; see `reference_images`.
 
     Args:
         data: the folder of the protocol's data; None = the protocol's own.
 
     Raises:
-        SettingError: `reference`: no such protocol, or one without real images; `data`: for a path there is none.
+        SettingError: `reference`: no such protocol, or its real images are not what they should be.
     """
-    kind, colon, protocol_name = name.partition(":")
-    if kind + colon != PROTOCOL:
-        if data is not None:
-            raise SettingError("data", f"goes with the reference {PROTOCOL}NAME; got {name}")
-        return name
     with fault_of("reference"):
-        protocol = load_protocol(protocol_name)
+        protocol = load_protocol(name)
         return reference_images(protocol, protocol.folder(data))
 
 

@@ -1,20 +1,27 @@
-"""Mean and covariance of features: streaming, in float64, from shards that merge; kept in files with their origin."""
+"""What distances compare: mean and covariance of the features of images, and the reference that has them.
+
+They are computed in float64 while images stream by, from shards that merge, and kept in files that state their origin.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.linalg import eigh
+from torch import Tensor
+from tqdm import tqdm
 
-from evaluation.runs.errors import ImageError, reading
+from evaluation.metrics.extractors import Extractor, network_fields
+from evaluation.runs.images import ARRAY, ImageError, Images, left_out_warnings, open_images, reading
 from ldm.io.arrays import array_names, load_array
-from ldm.io.files import atomic_write, json_sha256, parse_json
+from ldm.io.files import atomic_write, file_sha256, json_sha256, parse_json
 
 WIDEST = 8192  # features of a network; the covariance of these has half a gigabyte
 ROUNDING = 1e-4  # of the largest: what a covariance that was kept in single precision may be off
@@ -22,7 +29,7 @@ ROUNDING = 1e-4  # of the largest: what a covariance that was kept in single pre
 
 @dataclass(frozen=True)
 class Moments:
-    """Of N features of width D.
+    """Mean and scatter of N features of width D.
 
     n:       number of features.
     mean:    (D,) float64.
@@ -34,8 +41,8 @@ class Moments:
     scatter: np.ndarray
 
     @staticmethod
-    def of(features: np.ndarray) -> Moments:
-        """Of features (N, D).
+    def from_features(features: np.ndarray) -> Moments:
+        """The moments of features (N, D).
 
         Raises:
             ImageError: another shape, no features, or values that are not finite.
@@ -49,7 +56,10 @@ class Moments:
         return Moments(len(x), mean, (x - mean).T @ (x - mean))
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both sets together. Source: Chan, Golub, LeVeque (1979), which keeps the digits that raw sums lose."""
+        """The moments of both sets together.
+
+        Source: Chan, Golub, LeVeque (1979), which keeps the digits that raw sums lose.
+        """
         if self.mean.shape != other.mean.shape:
             raise ImageError(f"features of width {len(self.mean)} and {len(other.mean)} can't be merged")
         n, gap = self.n + other.n, other.mean - self.mean
@@ -117,7 +127,7 @@ class Gaussian:
 
 
 def total(parts: Iterable[Moments]) -> Moments:
-    """Of all shards together.
+    """The moments of all shards together.
 
     Raises:
         ImageError: no shards, or features of different widths.
@@ -128,6 +138,79 @@ def total(parts: Iterable[Moments]) -> Moments:
     if merged is None:
         raise ImageError("there are no features")
     return merged
+
+
+# The features of a set of images
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of N images.
+
+    moments: of the pooled features; spatial: of the spatial ones, if they were asked for.
+    pooled:  (N, D) float32, if they were to be kept; logits: (N, classes), the same.
+    """
+
+    moments: Moments
+    spatial: Moments | None = None
+    pooled: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+
+def extract(
+    images: Images,
+    extractor: Extractor,
+    *,
+    batch_size: int = 50,
+    label: str = "images",
+    keep: bool = False,
+    spatial: bool = False,
+) -> FeatureSet:
+    """Run the network once over all images, with a progress bar.
+
+    Args:
+        batch_size: images per batch; changes speed and memory only.
+        label: of the progress bar.
+        keep: keep features and logits of every image, for measures that need more than moments.
+        spatial: compute the moments of the spatial features as well.
+
+    Raises:
+        ImageError: an image can't be read, or the network has no spatial features.
+    """
+    pooled, maps, kept, logits = [], [], [], []
+    for prepared in batches(images, extractor, batch_size, label):
+        found = extractor.extract(prepared.to(extractor.device))
+        pooled.append(Moments.from_features(to_numpy(found.pooled)))
+        if spatial:
+            if found.spatial is None:
+                raise ImageError(f"{extractor.name} has no spatial features")
+            maps.append(Moments.from_features(to_numpy(found.spatial)))
+        if keep:
+            kept.append(to_numpy(found.pooled))
+            logits += [] if found.logits is None else [to_numpy(found.logits)]
+        pooled, maps = ([total(parts)] if parts else [] for parts in (pooled, maps))
+    return FeatureSet(
+        pooled[0],
+        maps[0] if maps else None,
+        np.concatenate(kept) if kept else None,
+        np.concatenate(logits) if logits else None,
+    )
+
+
+def batches(images: Images, extractor: Extractor, batch_size: int, label: str) -> Iterator[Tensor]:
+    """Images at the network's size, (B, 3, size, size); each is resized on its own. With a progress bar."""
+    waiting: list[Tensor] = []
+    for image in tqdm(images, total=len(images.names), desc=f"features: {label}", unit="image", disable=None):
+        waiting.append(extractor.prepare(image[None]))
+        if len(waiting) == batch_size:
+            yield torch.cat(waiting)
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting)
+
+
+def to_numpy(features: Tensor) -> np.ndarray:
+    return features.float().cpu().numpy()
 
 
 # Files. mu and sigma are the names that published statistics have; `about` is ours.
@@ -191,3 +274,143 @@ def cached_statistics(folder: str | Path | None, about: Mapping[str, Any]) -> Ga
 
 def cache_file(folder: str | Path, about: Mapping[str, Any]) -> Path:
     return Path(folder) / f"{json_sha256(about)[:24]}.npz"
+
+
+# References
+
+PUBLISHED = {"extractor": "inception-2015", "resize": "tf1-bilinear"}  # of files that do not state their network
+# Where statistics came from; results are compared by these texts, so they stay as they are.
+IN_FILE, OF_IMAGES = "in the file", "of its pictures"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with.
+
+    gaussian: of its pooled features; spatial: of the spatial ones, if they were asked for.
+    about:    its content and where the statistics came from, for the protocol of a result.
+    features: of its images, if they were to be kept and there are images.
+    warnings: what is not known of it, in words.
+    """
+
+    gaussian: Gaussian
+    about: dict[str, Any]
+    spatial: Gaussian | None = None
+    features: FeatureSet | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def load_reference(
+    source: str | Path | Images,
+    extractor: Extractor,
+    *,
+    batch_size: int = 50,
+    cache: str | Path | None = None,
+    keep: bool = False,
+    spatial: bool = False,
+) -> Reference:
+    """Statistics of a reference: those in the file if they are of this network, else of its images.
+
+    Args:
+        source: a folder of images, an npy file, or an npz file with images, statistics or both; or images.
+        cache: folder that keeps statistics of images; None = none.
+        keep: the images' features are needed as well; spatial: see `extract`.
+
+    Raises:
+        ImageError: it can't be read, or has statistics of another network or resize and no images.
+    """
+    arrays = arrays_in(source) if isinstance(source, str | Path) else set()
+    has_images = not arrays or ARRAY in arrays
+    complete = {*SPATIAL} <= arrays or not (spatial and has_images)  # what is missing is computed from the images
+    stored = stored_statistics(source, extractor, spatial, has_images) if "mu" in arrays and complete else None
+    if stored is not None and not (keep and has_images):
+        return stored
+    images = open_images(source) if isinstance(source, str | Path) else source
+    about = {"sha256": images.sha256(), "n": len(images.names), "statistics": OF_IMAGES}
+    wanted = about | network_fields(extractor)
+    left_out = tuple(left_out_warnings(images))
+    found = None if keep or spatial else cached_statistics(cache, wanted)
+    if found is not None:
+        return Reference(found, about, warnings=left_out)
+    images.check(one_size=False)
+    features = extract(images, extractor, batch_size=batch_size, label="reference", keep=keep, spatial=spatial)
+    if stored is not None:
+        return replace(stored, features=features)
+    gaussian = features.moments.gaussian()
+    unsaved = () if cache is None else save_in_cache(cache, gaussian, wanted)
+    return Reference(
+        gaussian,
+        about,
+        features.spatial.gaussian() if spatial else None,
+        features if keep else None,
+        (*left_out, *unsaved),
+    )
+
+
+def save_in_cache(folder: str | Path, gaussian: Gaussian, about: dict[str, Any]) -> tuple[str, ...]:
+    """A warning if they can't be saved: that costs time in the next run, but must not cost what has been computed."""
+    try:
+        save_statistics(cache_file(folder, about), gaussian, about)
+    except OSError as error:
+        return (f"cache: the reference's statistics are not kept: {error}",)
+    return ()
+
+
+def arrays_in(path: str | Path) -> set[str]:
+    """Names of the arrays in an npz file; none for anything else."""
+    if Path(path).suffix != ".npz":
+        return set()
+    with reading(path, "can't be read"):
+        return array_names(path)
+
+
+def stored_statistics(path: str | Path, extractor: Extractor, spatial: bool, has_images: bool) -> Reference | None:
+    """The statistics of a file; None if they are of another network or resize but there are images.
+
+    Files of ours state their network. Published ones do not: they are of Inception, but those that are not of the ADM
+    suite may have another resize, which the user must know.
+
+    Raises:
+        ImageError: they are of another network or resize and there are no images; or are no statistics.
+    """
+    gaussian, of = load_statistics(path)
+    ours, stated = network_fields(extractor), of or PUBLISHED
+    other = [key for key, value in ours.items() if stated.get(key, value) != value]
+    unsure = of is None and other == ["resize"] and not has_images
+    if other and not unsure:
+        if has_images:
+            return None
+        raise ImageError(
+            f"{path}: statistics of another {other[0]}, {stated[other[0]]}, and no images; asked for "
+            f"is {ours[other[0]]}"
+        )
+    maps = load_statistics(path, *SPATIAL)[0] if spatial else None
+    about = (
+        {"sha256": file_sha256(path), "n": gaussian.n, "statistics": IN_FILE}
+        if of is None
+        else {"sha256": of.get("sha256"), "n": gaussian.n, "statistics": of.get("statistics", OF_IMAGES)}
+    )
+    warnings = (
+        (f"reference: a file that does not state its resize; taken for {extractor.resize}",)
+        if unsure
+        else (*(of or {}).get("doubts", ()),)
+    )
+    return Reference(gaussian, about, maps, warnings=warnings)
+
+
+def check_width(reference: Reference, images: Images, extractor: Extractor) -> None:
+    """Check on the first image that the reference's statistics are as wide as the network's features.
+
+    Raises:
+        ImageError: they are not.
+    """
+    first = next(iter(images))[None].to(extractor.device)
+    features = extractor.extract(extractor.prepare(first))
+    for what, gaussian, found in (
+        ("", reference.gaussian, features.pooled),
+        ("spatial ", reference.spatial, features.spatial),
+    ):
+        if gaussian is not None and found is not None and len(gaussian.mean) != found.shape[1]:
+            raise ImageError(
+                f"statistics of {len(gaussian.mean)} {what}features; {extractor.name} has {found.shape[1]}"
+            )

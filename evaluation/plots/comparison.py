@@ -133,7 +133,9 @@ class Comparison:
         retrieval = self.real.judge(to_pil(images), self.queries.entries, name)
         return {
             "feature_distance": float((ours - plains).norm(dim=1).mean()),
-            "fid_real": distance(*(Moments.of(f.double().numpy()).gaussian() for f in (ours, self.real.raw))),
+            "fid_real": distance(
+                *(Moments.from_features(f.double().numpy()).gaussian() for f in (ours, self.real.raw))
+            ),
             "R@5": float(np.mean(retrieval.hits[5])),
         }
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.runs.errors import ImageError, reading
 from ldm.io.arrays import Header, open_array
 from ldm.io.errors import one_line, some
 from ldm.io.files import FileError, file_sha256, parse_json, read_json
@@ -27,6 +26,21 @@ RUN_CARD = "run.json"
 BESIDE = (".json", ".jsonl", ".npz", ".npy")  # what may stand beside images: how they were made, or their array
 PLAN = ("keys", "noise_weight", "noise_below", "noise_order")
 SHOWN = 3  # of many bad images, how many a message names
+
+
+class ImageError(ValueError):
+    """Images or statistics that can't be measured."""
+
+
+@contextmanager
+def reading(path: str | Path, problem: str) -> Iterator[None]:
+    """Whatever is raised inside becomes an ImageError that names the file: a damaged file can fail in any way."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{path}: {problem}: {one_line(error)}") from error
 
 
 class Images(Protocol):
@@ -50,7 +64,7 @@ class Images(Protocol):
         """
 
     def check(self, one_size: bool) -> None:
-        """Look for what can't be measured, without decoding all: worth doing before a network runs for hours.
+        """Check, without decoding all, that the images can be measured: errors come before hours of work.
 
         Args:
             one_size: images of several sizes are an error, as they are of a model's images.
@@ -60,7 +74,7 @@ class Images(Protocol):
         """
 
     def sha256(self) -> str:
-        """Of the content of all images, whatever they are called."""
+        """SHA-256 of the content of all images, whatever they are called."""
 
 
 class ImageFolder:

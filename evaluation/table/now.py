@@ -59,8 +59,7 @@ def clip_now(folder: str, changed: int) -> str:
 def real_now(named: str, data: Path, changed: tuple[str, int]) -> str | None:
     """The hash by which results name the real pictures of a protocol, or their statistics; `data`: their folder."""
     from evaluation.metrics.real_images import reference_images
-    from evaluation.metrics.reference import arrays_in
-    from evaluation.metrics.statistics import load_statistics
+    from evaluation.metrics.statistics import arrays_in, load_statistics
     from evaluation.protocols.protocol import load_protocol
     from evaluation.runs.images import open_images
 

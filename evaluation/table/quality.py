@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation import adm, clip_score, fid
+from evaluation.metrics import ModelError
 from evaluation.metrics.adm import NEIGHBOURS
-from evaluation.metrics.real_images import PROTOCOL, images_by_id
+from evaluation.metrics.command import PROTOCOL
+from evaluation.metrics.real_images import images_by_id
 from evaluation.metrics.result import Result, ResultError, flat, read_result
 from evaluation.protocols.protocol import Protocol
-from evaluation.runs.errors import ImageError, ModelError
+from evaluation.runs.images import ImageError
 from evaluation.table.now import changed_at, clip_now, content, network_now, real_now
 from evaluation.table.spec import Cell
 from ldm.io.errors import BadInput, blame, flags_named

@@ -15,7 +15,7 @@ from evaluation.metrics.adm import inception_score, precision_recall, squared_di
 from evaluation.metrics.frechet import cmmd, distance, few_images_warnings, fid_infinity, kid
 from evaluation.metrics.intervals import bootstrap, mean_interval, mean_values, normal_interval
 from evaluation.metrics.statistics import Gaussian, Moments, cached_statistics, load_statistics, save_statistics, total
-from evaluation.runs.errors import ImageError
+from evaluation.runs.images import ImageError
 from tests.helpers.paths import GOLDENS
 
 GOLDEN = json.loads((GOLDENS / "torch_fidelity.json").read_text())
@@ -30,7 +30,7 @@ def golden_features() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def gaussian(features: np.ndarray) -> Gaussian:
-    return Moments.of(features).gaussian()
+    return Moments.from_features(features).gaussian()
 
 
 # Moments
@@ -40,7 +40,7 @@ def gaussian(features: np.ndarray) -> Gaussian:
 @given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(1, 39), max_size=6), offset=st.sampled_from([0, 1e6]))
 def test_shards_merge_to_one_pass(seed, cuts, offset):
     features = np.random.default_rng(seed).standard_normal((40, 5)) * [1, 2, 3, 0.1, 0] + offset
-    merged = total(Moments.of(part) for part in np.split(features, sorted(set(cuts))))
+    merged = total(Moments.from_features(part) for part in np.split(features, sorted(set(cuts))))
     assert merged.n == 40
     np.testing.assert_allclose(merged.mean, features.mean(0), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-8, atol=1e-8)
@@ -51,17 +51,17 @@ def test_shards_merge_to_one_pass(seed, cuts, offset):
 )
 def test_features_that_are_none_say_why(features, why):
     with pytest.raises(ImageError, match=why):
-        Moments.of(features)
+        Moments.from_features(features)
 
 
 def test_what_can_not_be_merged_or_compared_says_why():
-    two, three = Moments.of(np.eye(2)), Moments.of(np.eye(3))
+    two, three = Moments.from_features(np.eye(2)), Moments.from_features(np.eye(3))
     with pytest.raises(ImageError, match="width 2 and 3"):
         two + three
     with pytest.raises(ImageError, match="width 3 and 2"):
         distance(three.gaussian(), two.gaussian())
     with pytest.raises(ImageError, match="at least 2 images"):
-        Moments.of(np.ones((1, 2))).gaussian()
+        Moments.from_features(np.ones((1, 2))).gaussian()
     with pytest.raises(ImageError, match="no features"):
         total([])
 

@@ -12,12 +12,18 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from evaluation.metrics import command, extractors
+from evaluation.metrics import ModelError, command, extractors
 from evaluation.metrics.clip import load_clip
-from evaluation.metrics.extractors import EXTRACTORS, Inception2015, load_extractor, network_fields, spatial_features
+from evaluation.metrics.extractors import (
+    EXTRACTORS,
+    RECIPES,
+    Inception2015,
+    load_extractor,
+    network_fields,
+    resized,
+    spatial_features,
+)
 from evaluation.metrics.inception import Inception
-from evaluation.metrics.resize import RECIPES, resize
-from evaluation.runs.errors import ModelError
 from ldm.io.images import from_pil
 from ldm.modules.encoders.openclip import OpenCLIP
 from tests.helpers.clip_vocabulary import lines, write_vocabulary
@@ -40,33 +46,33 @@ def test_the_flags_offer_what_there_is():
 def test_recipes_differ_where_it_matters_and_keep_what_fits():
     checks = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 40, 40))).float() / 127.5 - 1
     for name in RECIPES:
-        torch.testing.assert_close(resize(checks, 40, name), checks, atol=1e-5, rtol=0)
-        small = resize(checks, 13, name)
+        torch.testing.assert_close(resized(checks, 40, name), checks, atol=1e-5, rtol=0)
+        small = resized(checks, 13, name)
         assert small.shape == (2, 3, 13, 13) and small.dtype == torch.float32
-        torch.testing.assert_close(resize(checks[1:], 13, name), small[1:])  # each on its own
+        torch.testing.assert_close(resized(checks[1:], 13, name), small[1:])  # each on its own
         for other in RECIPES:
             if other != name:
-                assert (small - resize(checks, 13, other)).abs().mean() > 2e-3, (name, other)
+                assert (small - resized(checks, 13, other)).abs().mean() > 2e-3, (name, other)
 
 
 def test_smoothing_recipes_keep_the_mean_of_stripes_and_the_others_alias():
     stripes = torch.ones(1, 3, 64, 64)
     stripes[..., ::2] = -1
     for name in ("clean", "torch-antialias", "clip-crop"):
-        assert resize(stripes, 16, name).abs().max() < 0.1
-    assert resize(stripes, 16, "tf1-bilinear").abs().min() == 1  # sees every fourth column only
+        assert resized(stripes, 16, name).abs().max() < 0.1
+    assert resized(stripes, 16, "tf1-bilinear").abs().min() == 1  # sees every fourth column only
 
 
 def test_tf1_bilinear_is_that_of_torch_fidelity():
     image = torch.from_numpy(np.random.RandomState(6).randint(0, 256, (1, 3, 40, 30))).float()
     expected = torch.tensor(GOLDEN["tf1_bilinear_9x7"])  # (9, 7)
-    torch.testing.assert_close(resize(image, 9, "tf1-bilinear")[0, 0, :, 0], expected[:, 0])
-    torch.testing.assert_close(resize(image, 7, "tf1-bilinear")[0, 0, 0], expected[0])
+    torch.testing.assert_close(resized(image, 9, "tf1-bilinear")[0, 0, :, 0], expected[:, 0])
+    torch.testing.assert_close(resized(image, 7, "tf1-bilinear")[0, 0, 0], expected[0])
 
 
 def test_clean_is_pillow_without_rounding():
     levels = np.random.RandomState(1).randint(0, 256, (30, 50, 3)).astype(np.uint8)
-    ours = (resize(from_pil(Image.fromarray(levels))[None], 20, "clean")[0] + 1) * 127.5
+    ours = (resized(from_pil(Image.fromarray(levels))[None], 20, "clean")[0] + 1) * 127.5
     theirs = np.asarray(Image.fromarray(levels).resize((20, 20), Image.Resampling.BICUBIC))
     assert (ours.permute(1, 2, 0) - torch.from_numpy(theirs.copy())).abs().max() < 1.01
     assert (ours - ours.round()).abs().max() > 0.3
@@ -75,7 +81,7 @@ def test_clean_is_pillow_without_rounding():
 def test_clip_crop_cuts_the_middle():
     wide = torch.full((1, 3, 10, 30), -1.0)
     wide[..., 10:20] = 1
-    assert (resize(wide, 10, "clip-crop") == 1).all()
+    assert (resized(wide, 10, "clip-crop") == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,7 @@ def test_clip_crop_cuts_the_middle():
 )
 def test_bad_resizes_say_why(images, recipe, why):
     with pytest.raises(ValueError, match=why):
-        resize(images, 4, recipe)
+        resized(images, 4, recipe)
 
 
 # Inception

@@ -25,17 +25,16 @@ from PIL import Image, ImageDraw
 from evaluation import adm, clip_score, fid, paired, preference, results
 from evaluation.metrics import adm as adm_suite
 from evaluation.metrics import clip_score as clip_measure
-from evaluation.metrics import command, extractors, frechet, reference
+from evaluation.metrics import command, extractors, frechet, statistics
 from evaluation.metrics.captions import prompts_of
 from evaluation.metrics.clip_score import VARIANTS, scores
-from evaluation.metrics.extractors import EfficientNetLite0, extract, load_extractor, network_fields
+from evaluation.metrics.extractors import EfficientNetLite0, load_extractor, network_fields
 from evaluation.metrics.preference import PACKAGES
 from evaluation.metrics.real_images import reference_images
 from evaluation.metrics.result import Result, ResultError, comparable, read_result
-from evaluation.metrics.statistics import Gaussian, load_statistics, save_statistics, total
+from evaluation.metrics.statistics import Gaussian, extract, load_statistics, save_statistics, total
 from evaluation.protocols.protocol import Protocol
-from evaluation.runs.errors import ImageError
-from evaluation.runs.images import ImageArray, ImageFolder, left_out_warnings, open_images
+from evaluation.runs.images import ImageArray, ImageError, ImageFolder, left_out_warnings, open_images
 from ldm.io.errors import SettingError
 from ldm.io.files import file_sha256
 from ldm.io.images import psnr, save_png
@@ -205,7 +204,7 @@ def test_reference_statistics_are_kept_and_only_used_for_their_own(call, sets, t
     assert len(list((tmp_path / "cache").iterdir())) == 1
     extracted = []
     monkeypatch.setattr(
-        reference, "extract", lambda images, *a, **more: extracted.append(images.path) or extract(images, *a, **more)
+        statistics, "extract", lambda images, *a, **more: extracted.append(images.path) or extract(images, *a, **more)
     )
     assert fid_of(call, tmp_path / "b.json", "real", "plain", *cache) == first and extracted == []
     other = fid_of(call, tmp_path / "c.json", "real", "plain", "--resize", "clean", *cache)
@@ -243,7 +242,7 @@ def test_the_reference_images_of_a_protocol(call, tmp_path, capsys):
 
     for why, (other, more) in {
         "REFERENCE: unknown protocol 'coco'; accepted: ": ("protocol:coco", ()),
-        "--data: goes with the reference protocol:NAME; got ": ("real", ("--data", "x")),
+        "--data: goes with REFERENCE protocol:NAME; got ": ("real", ("--data", "x")),
         "REFERENCE: protocol emoji64-prompts names no real images": ("protocol:emoji64-prompts", ()),
         "REFERENCE: .*x.pictures.npy: can't be read: .*No such file": (reference, ("--data", "x")),
     }.items():
@@ -597,11 +596,11 @@ def test_clip_score_end_to_end(call, sets, clip_folder, tmp_path, capsys):
     assert found["values"]["captions_cut"] == 1 and found["protocol"]["resize"] == "clip-crop"
 
     from evaluation.metrics.clip import load_clip
-    from evaluation.metrics.resize import resize
+    from evaluation.metrics.extractors import resized
     from ldm.io.images import from_pil
 
     model = load_clip(clip_folder)
-    seen = model.embed_images(torch.stack([resize(from_pil(draw(i))[None], 28, "clip-crop")[0] for i in range(N)]))
+    seen = model.embed_images(torch.stack([resized(from_pil(draw(i))[None], 28, "clip-crop")[0] for i in range(N)]))
     read = model.embed_texts([f"A photo depicts {line}" for line in prompts.read_text().splitlines()])
     expected = (2.5 * (seen * read).sum(1).clamp(min=0)).mean().item()
     assert found["values"]["clip_score_hessel"] == pytest.approx(expected, rel=1e-5)
@@ -677,7 +676,7 @@ def test_a_measure_is_a_function(sets, lite0, tmp_path):
     """Of paths, of images in memory or opened, and of a reference that is loaded once."""
     result = frechet.compute(sets / "plain", sets / "real", extractor=lite0, kid=True)
     assert result.values.keys() == {"fid_real", "kid_real", "kid_real_std"} and result.samples["seeds"] == [7]
-    real = reference.load_reference(sets / "real", lite0)
+    real = statistics.load_reference(sets / "real", lite0)
     opened = frechet.compute(ImageFolder(sets / "plain"), real, extractor=lite0)
     assert opened.values["fid_real"] == result.values["fid_real"]
     suite = adm_suite.compute(sets / "plain", ImageFolder(sets / "real"), extractor=lite0)
@@ -919,13 +918,13 @@ def test_statistics_that_do_not_say_what_they_are_of_are_inceptions(tmp_path):
     np.savez(tmp_path / "both.npz", mu=np.zeros(4), sigma=np.eye(4), arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     alone, both = str(tmp_path / "s.npz"), str(tmp_path / "both.npz")
     for path in (alone, both):
-        found = reference.load_reference(path, Network())
+        found = statistics.load_reference(path, Network())
         assert found.about["statistics"] == "in the file" and found.warnings == ()
     Network.resize = "clean"
-    assert reference.load_reference(alone, Network()).warnings == (
+    assert statistics.load_reference(alone, Network()).warnings == (
         "reference: a file that does not state its resize; taken for clean",
     )
-    assert reference.stored_statistics(both, Network(), False, has_images=True) is None
+    assert statistics.stored_statistics(both, Network(), False, has_images=True) is None
 
 
 @pytest.mark.parametrize("name", ["fid", "adm", "paired", "clip_score", "preference", "results"])

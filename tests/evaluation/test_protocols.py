@@ -15,8 +15,7 @@ from PIL import Image
 from evaluation.metrics.captions import prompts_of
 from evaluation.protocols.prompts import Prompt, choose, coco_prompts, read_prompts
 from evaluation.protocols.protocol import Select, load_protocol, protocol_names
-from evaluation.runs.errors import ImageError
-from evaluation.runs.images import ImageFolder
+from evaluation.runs.images import ImageError, ImageFolder
 from ldm.io.files import json_sha256
 from tests.helpers.coco import captions, write_coco, write_protocol
 

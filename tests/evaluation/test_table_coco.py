@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 
 from evaluation import tables
 from evaluation.metrics.clip import load_clip
-from evaluation.metrics.extractors import load_extractor
+from evaluation.metrics.extractors import load_extractor, resized
 from evaluation.metrics.inception import Inception
-from evaluation.metrics.resize import resize
 from evaluation.metrics.result import read_result
 from evaluation.protocols.protocol import load_protocol
 from evaluation.runs.images import ImageFolder
@@ -156,7 +155,7 @@ def test_values_are_those_of_the_rows_pictures(world, row):
     found = world.csv()[row]
     assert float(found["fid"]) == pytest.approx(frechet(*features), rel=1e-4)
     captions = {entry["file"]: entry["prompt"] for entry in entries}
-    seen = clip.embed_images(torch.cat([resize(picture, clip.size, "clip-crop") for picture in made]))
+    seen = clip.embed_images(torch.cat([resized(picture, clip.size, "clip-crop") for picture in made]))
     cosines = (seen * clip.embed_texts([f"A photo depicts {captions[name]}" for name in sorted(captions)])).sum(1)
     assert float(found["clip_score"]) == pytest.approx(2.5 * cosines.clamp(min=0).mean().item(), rel=1e-5)
 

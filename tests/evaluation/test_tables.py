@@ -18,8 +18,7 @@ import yaml
 
 from evaluation import generate, tables
 from evaluation.metrics.extractors import load_extractor, network_fields
-from evaluation.metrics.reference import load_reference
-from evaluation.metrics.statistics import save_statistics
+from evaluation.metrics.statistics import load_reference, save_statistics
 from evaluation.protocols.protocol import load_protocol
 from evaluation.table import cost as table_cost
 from evaluation.table import quality as table_quality
