@@ -226,7 +226,7 @@ def test_an_online_plan_encodes_when_the_latent_has_changed_enough():
         works(model, rule, OnlinePlan(20, threshold), x).count(Compute.FULL) for threshold in (1e-9, 0.1, 0.4, 1e9)
     ]
     assert counts[0] == 20 > counts[1] > counts[2] > counts[3] == 1
-    with pytest.raises(ValueError, match="one picture at a time; got a batch of 2"):
+    with pytest.raises(ValueError, match="one image at a time; got a batch of 2"):
         final(toy_denoiser(toy_network(), *toy_inputs(2)[1:], 2.0), rule, OnlinePlan(20, 0.2), toy_inputs(2)[0])
 
 

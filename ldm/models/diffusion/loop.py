@@ -13,6 +13,7 @@ from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.edits import Edit, Moment
 from ldm.models.diffusion.propagation.features import Propagation
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
+from ldm.models.diffusion.propagation.predict import Cache, predict
 from ldm.models.diffusion.schedule import Node
 
 
@@ -66,44 +67,35 @@ def denoise(model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequen
         NonFiniteLatents: the latents are not finite after some node.
     """
     nodes = rule.nodes
-    if plan.num_nodes != len(nodes):
-        raise ValueError(f"the plan is for {plan.num_nodes} nodes, the solver has {len(nodes)}")
-    if not torch.isfinite(x).all():
-        raise ValueError("x, the starting latents, must be finite; they hold NaN or infinity")
-    if plan.per_image and len(x) > 1:
-        raise ValueError(f"a plan that goes by the latent is for one picture at a time; got a batch of {len(x)}")
-    state = _edited(State(x), nodes[0], edits, "before")
-    key_x, held, inner, last = x, Propagation.named(plan.propagate), None, None
+    _check(plan, nodes, x)
+    state, cache = _edited(State(x), nodes[0], edits, "before"), Cache(Propagation.named(plan.propagate), x)
 
     def change(probe: str, i: int, key: int) -> float:
-        before, now = (key_x, state.x) if probe == "latent" else model.embed_time([nodes[key].t, nodes[i].t])
+        """How far a probe has moved between a key node and node i, for plans that decide on the way."""
+        before, now = (cache.key_x, state.x) if probe == "latent" else model.embed_time([nodes[key].t, nodes[i].t])
         return float((now - before).norm() / before.norm())
 
     for batch in plan.batches(change):
         ts = [nodes[i].t for i in batch.nodes]
-        if batch.compute is Compute.FULL:
-            key_x, last = state.x, None
-            held = held.key(ts[0], model.encode(key_x, ts[0]))
-        if batch.compute is Compute.SHALLOW:
-            features = [model.refresh(inner, state.x, ts[0], plan.branch)] if plan.branch else []
-        else:
-            features = [held.at(t) for t in ts]
-            if plan.refresh and batch.compute is Compute.DECODER:
-                features = [model.refresh(features[0], state.x, ts[0], plan.refresh)]
-            if plan.branch:
-                features = model.advance(features, ts, plan.branch)
-                inner = features[-1].without_skips()
-        predictions = model.decode(features, ts, last) if features else [last]
-        last = predictions[-1]
+        predictions, cache = predict(model, plan, batch.compute, state.x, ts, cache)
         for i, compute, prediction in zip(batch.nodes, batch.computes(), predictions, strict=True):
             state = _edited(state, nodes[i], edits, "after")
             eps = model.to_eps(prediction, state.x, nodes[i])
             state = _edited(replace(rule.step(state, i, eps), compute=compute), nodes[i], edits, "update")
             if not torch.isfinite(state.x).all():
-                raise NonFiniteLatents(_diagnosis(model, key_x, nodes, ts[0], i))
+                raise NonFiniteLatents(_diagnosis(model, cache.key_x, nodes, ts[0], i))
             yield state
             if i + 1 < len(nodes):
                 state = _edited(state, nodes[i + 1], edits, "before")
+
+
+def _check(plan: AnyPlan, nodes: Sequence[Node], x: Tensor) -> None:
+    if plan.num_nodes != len(nodes):
+        raise ValueError(f"the plan is for {plan.num_nodes} nodes, the solver has {len(nodes)}")
+    if not torch.isfinite(x).all():
+        raise ValueError("x, the starting latents, must be finite; they hold NaN or infinity")
+    if plan.per_image and len(x) > 1:
+        raise ValueError(f"a plan that goes by the latent is for one image at a time; got a batch of {len(x)}")
 
 
 def _edited(state: State, node: Node, edits: Sequence[Edit], moment: Moment) -> State:
