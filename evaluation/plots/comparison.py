@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,9 @@ class Comparison:
 
     def sample_plain(self, sampler: str) -> Sampled:
         """The images of the plain run of a sampler."""
-        return self.sample(Row("plain", self.steps, sampler), self.experiment.plan("off", sampler, self.steps))
+        return self.sample(
+            Row(family="plain", steps=self.steps, sampler=sampler), self.experiment.plan("off", sampler, self.steps)
+        )
 
     def values(self, row: Row, plan: AnyPlan, plain: Sampled) -> Values:
         """All values of a row; `plain`: the plain run of its sampler."""
@@ -165,15 +167,13 @@ def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -
                 values = comparison.values(row, plan, plains[row.sampler])
             with fault_of("out", (OSError,)), atomic_write(path) as part:
                 part.write_text(json.dumps({"of": about, "values": values}, indent=1) + "\n", encoding="utf-8")
-        rows[str(row)] = asdict(row) | {"resolved": plan.settings()} | values
+        rows[str(row)] = dict(row) | {"resolved": plan.settings()} | values
     return rows
 
 
 def depends_on(comparison: Comparison, row: Row, plan: AnyPlan) -> dict[str, Any]:
     """Everything that a row's values depend on, as JSON values."""
-    method = {
-        name: value for name, value in asdict(row).items() if name not in ("family", "label", "plan", "propagate")
-    }
+    method = {name: value for name, value in dict(row).items() if name not in ("family", "label", "plan", "propagate")}
     return comparison.experiment.settings() | comparison.settings | {"row": method | {"plan": plan.settings()}}
 
 

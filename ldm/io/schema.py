@@ -8,13 +8,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from ldm.io.errors import did_you_mean, shown
 
 T = TypeVar("T")
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+def _quoted(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"should be a text: in YAML off, on, yes and no need quotes; got {value}")
+    return value
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), BeforeValidator(_quoted)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[Number, Field(ge=0)]
 AboveZero = Annotated[Number, Field(gt=0)]

@@ -43,22 +43,22 @@ def test_lists_in_a_row_are_rows(tmp_path):
 @pytest.mark.parametrize(
     "text, why",
     [
-        ("rows: 3", "rows must be a list with a row or more"),
-        ("other: []", "has no rows"),
-        ("rows: []", "rows must be"),
+        ("rows: 3", "rows should be a valid list; got 3"),
+        ("other: []", "has 'other'; accepted: rows"),
+        ("rows: []", "rows should have at least 1 item"),
         ("a: [", ""),
-        ("rows: [3]", "row 1 must be a mapping"),
-        ("rows: [{steps: 3}]", "row 1 has no family"),
-        ("rows: [{family: a, stepz: 3}]", "row 1 has stepz"),
+        ("rows: [3]", "rows.0 should be a mapping; got 3"),
+        ("rows: [{steps: 3}]", "row 1.family is missing"),
+        ("rows: [{family: a, stepz: 3}]", "row 1 has 'stepz'; accepted: family, steps"),
         ("rows: [{family: a, steps: []}]", "steps is an empty list"),
-        ("rows: [{family: a, plan: off}]", "plan must be a text, 'off' in quotes"),
+        ("rows: [{family: a, plan: off}]", "row 1.plan should be a text: in YAML off, on, yes and no need quotes"),
         ("rows: [{family: a, label: '{stepz}'}]", "label may have"),
-        ("rows: [{family: a, steps: [5, few]}]", "steps must be"),
-        ("rows: [{family: a, steps: true}]", "steps must be"),
-        ("rows: [{family: a, steps: 0}]", "steps must be"),
-        ("rows: [{family: a, propagate: {a: 1}}]", "propagate must be"),
-        ("rows: [{family: a, noise_weight: -1}]", "noise_weight must be a number >= 0"),
-        ("rows: [{family: a, noise_weight: .nan}]", "noise_weight must be a number >= 0"),
+        ("rows: [{family: a, steps: [5, few]}]", "steps should be"),
+        ("rows: [{family: a, steps: true}]", "steps should be"),
+        ("rows: [{family: a, steps: 0}]", "steps should be"),
+        ("rows: [{family: a, propagate: {a: 1}}]", "propagate should be"),
+        ("rows: [{family: a, noise_weight: -1}]", "noise_weight should be"),
+        ("rows: [{family: a, noise_weight: .nan}]", "noise_weight should be"),
         ("rows: [{family: a, steps: 3}, {family: b, steps: 3}]", "two rows are 'ddim 3'"),
         ("rows: [{family: a, steps: [3, 3]}]", "two rows are 'ddim 3'"),
     ],
@@ -78,7 +78,7 @@ def test_a_front_is_what_no_cheaper_point_equals():
 
 def test_every_row_with_an_error_is_drawn_at_its_numbers_with_its_label():
     rows = [
-        vars(Row("a", steps, label="{steps} steps")) | {"macs_share": steps / 50, "mse_latents": error}
+        dict(Row(family="a", steps=steps, label="{steps} steps")) | {"macs_share": steps / 50, "mse_latents": error}
         for steps, error in ((10, 0.3), (20, 0.4), (25, 0.1), (50, 0.0))
     ]
     axes = Figure().subplots()
