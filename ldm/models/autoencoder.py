@@ -1,4 +1,4 @@
-"""First stages: pictures in [-1, 1] to latents and back (latent diffusion, arXiv 2112.10752, section 3.1).
+"""First stages: images in [-1, 1] to latents and back (latent diffusion, arXiv 2112.10752, section 3.1).
 
 These are networks only; their training lives in `ldm.training`. `lossconfig`, `monitor`, `image_key` and
 `ckpt_path` (weights a training starts from) belong to that training and are kept for it as given: a
@@ -47,11 +47,11 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Pictures (B, 3, H, W) in [-1, 1] -> posterior over latents (B, embed_dim, H/f, W/f)."""
+        """Images (B, 3, H, W) in [-1, 1] -> posterior over latents (B, embed_dim, H/f, W/f)."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, embed_dim, h, w) -> pictures (B, 3, f*h, f*w), about [-1, 1], not clamped."""
+        """Latents (B, embed_dim, h, w) -> images (B, 3, f*h, f*w), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
@@ -89,7 +89,7 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
-        """Pictures -> latents before quantisation, (B, embed_dim, H/f, W/f)."""
+        """Images -> latents before quantisation, (B, embed_dim, H/f, W/f)."""
         return self.quant_conv(self.encoder(x))
 
     def encode(self, x: Tensor) -> Quantized:
@@ -99,7 +99,7 @@ class VQModel(nn.Module):
         return self.decoder(self.post_quant_conv(quant))
 
     def decode_code(self, indices: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """Pictures from (B*h*w,) code indices; `shape` is (B, h, w)."""
+        """Images from (B*h*w,) code indices; `shape` is (B, h, w)."""
         return self.decode(self.quantize.codes(indices, shape))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:

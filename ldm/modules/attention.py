@@ -116,7 +116,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Context | None = None, merging: Merging | None = None) -> Tensor:
-        """(B, N, dim), (B, L, context_dim) -> (B, N, dim); self-attention is among merged tokens, if so told."""
+        """(B, N, dim), (B, L, context_dim) -> (B, N, dim); with `tome`, self-attention is among merged tokens."""
         return checkpoint(self._forward, x, context, merging, enabled=self.checkpoint)
 
     def projections(self, context: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:

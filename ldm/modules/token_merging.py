@@ -44,7 +44,7 @@ class Merging:
             ValueError: ratio is outside of that.
 
         Source: ToMe for Stable Diffusion (arXiv 2303.17604), which draws the token that stays of each cell at
-        random. Here it is always the same one: a picture must not depend on its batch or on a generator.
+        random. Here it is always the same one: an image must not depend on its batch or on a generator.
         """
         check_ratio(ratio)
         cells = torch.arange(tokens.shape[1], device=tokens.device).view(size)

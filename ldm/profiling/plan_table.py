@@ -27,7 +27,7 @@ def plan_table(unit: Macs, nodes: int, more: Sequence[str] = (), images: int = 1
         unit: of one prediction.
         nodes: of the run.
         more: specs to list beside the named ones.
-        images: how often each node predicts for one picture, 2 with guidance.
+        images: how often each node predicts for one image, 2 with guidance.
     """
     plain = unit.plain(nodes)
     yield f"{'plan':<18}{'MACs':>7}{'latency':>9}  key nodes of {nodes}"
@@ -35,6 +35,6 @@ def plan_table(unit: Macs, nodes: int, more: Sequence[str] = (), images: int = 1
         plan = load_plan(name, nodes)
         yield (f"{name:<18}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>9.1%}  {spans(plan.keys)}")
     yield (
-        f"100 % = {images * plain / 1e9:.2f} GMAC of the UNet for one picture; latency: what must be computed one "
+        f"100 % = {images * plain / 1e9:.2f} GMAC of the UNet for one image; latency: what must be computed one "
         f"after the other when decoders that share features run at the same time"
     )

@@ -26,7 +26,7 @@ from ldm.io.parameters import parameters
 
 Settings = Mapping[str, Any]
 Make = Callable[[Sequence["Item"]], tuple[Sequence[Image.Image], Settings]]
-WORDS = 40  # characters of a file's name that say what is pictured
+WORDS = 40  # characters of a file's name that say what the image is of
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def make_items(
 ) -> list[Item]:
     """`samples` images of each of the inputs, with seeds that do not depend on what else is in the list.
 
-    A seed is (seed, what is pictured, how often that came before in the list, sample's index).
+    A seed is (seed, hash of the inputs, how often that came before in the list, sample's index).
 
     Args:
         inputs: see `Item`.

@@ -33,11 +33,11 @@ def test_a_small_grid_can_be_read():
         (lambda: Box(1.5, *WHOLE), "category must be a whole number >= 0; got 1.5"),
         (lambda: Box("1", *WHOLE), "category must be a whole number >= 0; got '1'"),
         (lambda: Box(1, 0, 0, 0, 1), "width and height must be positive"),
-        (lambda: Box(1, 0.5, 0, 0.6, 1), "must lie in the picture"),
-        (lambda: Box(1, float("nan"), 0, 0.5, 1), "must lie in the picture"),
+        (lambda: Box(1, 0.5, 0, 0.6, 1), "must lie in the image"),
+        (lambda: Box(1, float("nan"), 0, 0.5, 1), "must lie in the image"),
         (lambda: box_tokens([Box(8191, *WHOLE)]), "category must be in 0..8190"),
         (lambda: box_tokens([Box(1, *WHOLE)] * 31), "at most 30; got 31"),
-        (lambda: box_tokens([], crop=(0.5, 0.5, 1, 1)), "must lie in the picture"),
+        (lambda: box_tokens([], crop=(0.5, 0.5, 1, 1)), "must lie in the image"),
     ],
 )
 def test_malformed_boxes_say_why(build, why):

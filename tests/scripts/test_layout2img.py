@@ -107,14 +107,14 @@ def test_sizes_compare_and_the_example(script, capsys):
         ([[CAT | {"box": [0, 0, 1]}]], r"--boxes: picture 1, box 1: box: expected four numbers.*; got \[0, 0, 1\]"),
         ([[CAT | {"box": [0, 0, 1, "1"]}]], "--boxes: picture 1, box 1: box: expected four numbers"),
         ([[CAT | {"box": [0, 0, 1, True]}]], "--boxes: picture 1, box 1: box: expected four numbers"),
-        ([[CAT | {"box": [0.6, 0, 0.5, 1]}]], "--boxes: picture 1, box 1: box: must lie in the picture, 0..1"),
+        ([[CAT | {"box": [0.6, 0, 0.5, 1]}]], "--boxes: picture 1, box 1: box: must lie in the image, 0..1"),
         (
             [[DOG], [DOG, CAT | {"box": [0, 0, 0, 1]}]],
             "--boxes: picture 2, box 2: box: width and height must be positive",
         ),
         (
             "[[" + json.dumps(CAT).replace("0.2", "NaN") + "]]",
-            "--boxes: picture 1, box 1: box: must lie in the picture",
+            "--boxes: picture 1, box 1: box: must lie in the image",
         ),
         ([[DOG] * 31], "--boxes: picture 1: boxes: the model takes at most 30; got 31"),
     ],

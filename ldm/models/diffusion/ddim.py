@@ -255,7 +255,7 @@ class DDIMSampler(Sampler):
 
         Args:
             x: (B, C, H, W).
-            t: the timestep that the network is told, one for all images; one or (B,).
+            t: the timestep that the network gets, one for all images; one or (B,).
             index: of the step in the ascending grid, or with use_original_steps the training timestep.
             The rest: see `sample`.
 
@@ -274,16 +274,16 @@ class DDIMSampler(Sampler):
             corrector_kwargs=corrector_kwargs,
             dynamic_threshold=dynamic_threshold,
         )
-        told = torch.as_tensor(t).unique().tolist()
-        if len(told) != 1:
-            raise ValueError(f"t must be one timestep for all images; got {told}")
+        given = torch.as_tensor(t).unique().tolist()
+        if len(given) != 1:
+            raise ValueError(f"t must be one timestep for all images; got {given}")
         nodes = self._nodes(use_original_steps)
         if not 0 <= index < len(nodes):
             raise ValueError(f"index must be 0..{len(nodes) - 1}; got {index}")
         node = nodes[-1 - index]
         denoiser = self.model.denoiser(c, unconditional_conditioning, unconditional_guidance_scale)
         noise = ImageNoise(self.draw_seeds(len(x))).node
-        rule = DDIM((Node(told[0], node.abar, node.abar_next),), self.ddim_eta, noise, temperature)
+        rule = DDIM((Node(given[0], node.abar, node.abar_next),), self.ddim_eta, noise, temperature)
         (state,) = self.states(denoiser, rule, x)
         return state.x, state.x0
 

@@ -23,7 +23,7 @@ SKIP_TYPES = ("time_uniform", "logSNR", "time_quadratic")
 class Node:
     """One evaluation of the network.
 
-    t:         training timestep that the network is told, 0..T-1, possibly fractional.
+    t:         training timestep that the network gets, 0..T-1, possibly fractional.
     abar:      alpha-bar of the latent that is evaluated, in (0, 1].
     abar_next: alpha-bar where the update that follows lands, in (0, 1].
     """
@@ -34,7 +34,7 @@ class Node:
 
 
 class Level(NamedTuple):
-    """A noise level: the training timestep that the network is told there, possibly fractional; alpha-bar."""
+    """A noise level: the training timestep that the network gets there, possibly fractional; alpha-bar."""
 
     t: float
     abar: float

@@ -1,4 +1,4 @@
-"""Encoder and decoder of the first stage (the autoencoder between pictures and latents).
+"""Encoder and decoder of the first stage (the autoencoder between images and latents).
 
 Module names and their order of use follow the published checkpoints (latent diffusion, arXiv 2112.10752).
 """
@@ -119,7 +119,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture to latent moments.
+    """Image to latent moments.
 
     Args (the `ddconfig` of the published configurations):
         ch, ch_mult: width of the first level, and each level's multiple of it; every level after the
@@ -183,9 +183,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent to picture; the arguments are those of `Encoder`.
+    """Latent to image; the arguments are those of `Encoder`.
 
-    tanh_out squashes the picture into [-1, 1]; give_pre_end returns the features before the last norm.
+    tanh_out squashes the image into [-1, 1]; give_pre_end returns the features before the last norm.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class Downsample(nn.Module):
 
 
 class TimestepBlock(nn.Module, ABC):
-    """A layer that is told the timestep: forward(x, emb). A published name."""
+    """A layer that takes the timestep: forward(x, emb). A published name."""
 
     @abstractmethod
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class TimestepBlock(nn.Module, ABC):
 
 
 class ResBlock(TimestepBlock):
-    """Residual block of two convolutions, told the timestep between them.
+    """Residual block of two convolutions; the timestep embedding enters between them.
 
     Args:
         channels: of the input, a multiple of 32.
@@ -613,7 +613,7 @@ class UNetModel(nn.Module):
         return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
 
     def embed(self, timesteps: Tensor, y: Tensor | None, batch: int) -> Tensor:
-        """Embedding (B, D) of timesteps and label, which every residual block is told."""
+        """Embedding (B, D) of timesteps and label, which every residual block takes."""
         if timesteps.shape != (batch,):
             raise ValueError(f"timesteps must have shape ({batch},), one for each sample; got {tuple(timesteps.shape)}")
         emb = self.embed_time(timesteps)

@@ -1,4 +1,4 @@
-"""Noise augmentation: a condition is noised by a known amount, and the network is told how much.
+"""Noise augmentation: a condition is noised by a known amount, and the network gets the amount.
 
 Source: cascaded diffusion (arXiv 2106.15282), section 4; as in the x4 upscaler and Stable unCLIP.
 """
@@ -23,7 +23,7 @@ def _betas(timesteps: int = 1000, beta_schedule: str = "linear", **bounds: float
 
 
 class ImageConcatWithNoiseAugmentation(ForwardProcess):
-    """Noise a low-resolution picture that the network sees beside its latents.
+    """Noise a low-resolution image that the network sees beside its latents.
 
     Args:
         noise_schedule_config: timesteps, beta_schedule, linear_start, linear_end, cosine_s, see
@@ -71,7 +71,7 @@ class ImageConcatWithNoiseAugmentation(ForwardProcess):
 
 
 class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
-    """Noise the CLIP embedding of a picture, in units of the embeddings' spread.
+    """Noise the CLIP embedding of an image, in units of the embeddings' spread.
 
     Args:
         noise_schedule_config, max_noise_level: see `ImageConcatWithNoiseAugmentation`.

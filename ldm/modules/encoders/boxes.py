@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Box:
-    """An object and where it is; lengths are shares of the picture's width and height, 0..1.
+    """An object and where it is; lengths are shares of the image's width and height, 0..1.
 
     category:      number of the object's class. The published builder can make attributes part of it: the number of
                    classes times (1 if a group + 2 if occluded + 4 if depicted + 8 if seen from inside) is added.
     x, y:          of the top left corner.
-    width, height: of the box, which lies in the picture.
+    width, height: of the box, which lies in the image.
     """
 
     category: int
@@ -33,7 +33,7 @@ class Box:
             raise ValueError(f"box: width and height must be positive; got {self.width} and {self.height}")
         edges = (self.x, self.y, self.x + self.width, self.y + self.height)
         if not all(-1e-6 <= edge <= 1 + 1e-6 for edge in edges):
-            raise ValueError(f"box: must lie in the picture, 0..1; got left, top, right, bottom {edges}")
+            raise ValueError(f"box: must lie in the image, 0..1; got left, top, right, bottom {edges}")
 
 
 def box_tokens(
@@ -42,7 +42,7 @@ def box_tokens(
     vocab_size: int = 8192,
     crop: tuple[float, float, float, float] | None = (0.0, 0.0, 1.0, 1.0),
 ) -> Tensor:
-    """Token ids of a picture's boxes, (3 * max_boxes + 2,), int64.
+    """Token ids of an image's boxes, (3 * max_boxes + 2,), int64.
 
     Each box is its category and its top left and bottom right corners on a grid of isqrt(vocab_size) points a
     side, row by row; missing boxes are three times the last id. Then come the corners of the crop.
@@ -50,11 +50,11 @@ def box_tokens(
     Args:
         boxes: at most max_boxes, in any order.
         max_boxes, vocab_size: of the model (layout2img-openimages256: 30 boxes, 8192 ids).
-        crop: x, y, width, height of the part of the original picture that is to be seen; None = the model
+        crop: x, y, width, height of the part of the original image that is to be seen; None = the model
             was trained without, and its tokens are missing.
 
     Raises:
-        ValueError: too many boxes, a category that is no id, or a crop that does not lie in the picture.
+        ValueError: too many boxes, a category that is no id, or a crop that does not lie in the image.
 
     Source: the conditional builder of taming-transformers, which layout-to-image diffusion uses
         (arXiv 2112.10752, section 4.3.1). There the boxes come in random order.

@@ -117,7 +117,7 @@ def from_folder(name: str, weights: str | Path | None) -> nn.Module:
 
 
 class FrozenCLIPTextEmbedder(ClipConditioner):
-    """CLIP's embedding of a text, one vector beside those of retrieved pictures (retrieval-augmented diffusion).
+    """CLIP's embedding of a text, one vector beside those of retrieved images (retrieval-augmented diffusion).
 
     Args:
         weights: folder of the CLIP model, see `from_folder`.
@@ -155,7 +155,7 @@ class FrozenCLIPTextEmbedder(ClipConditioner):
 
 
 class FrozenClipImageEmbedder(nn.Module):
-    """CLIP's embedding of a picture, not normalised (retrieval-augmented diffusion, arXiv 2204.11824).
+    """CLIP's embedding of an image, not normalised (retrieval-augmented diffusion, arXiv 2204.11824).
 
     Args:
         weights: folder of the CLIP model, see `from_folder`.
@@ -174,7 +174,7 @@ class FrozenClipImageEmbedder(nn.Module):
             self.to(device)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> (B, D)."""
+        """Images (B, 3, H, W) in [-1, 1] -> (B, D)."""
         return self.model(pixel_values=clip_pixels(image, self.model.config.image_size, self.antialias)).image_embeds
 
     def encode(self, image: Tensor) -> Tensor:

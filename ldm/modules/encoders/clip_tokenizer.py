@@ -145,7 +145,7 @@ def clean(text: str) -> str:
     """Broken encodings and HTML entities mended, white space collapsed, lower case; as CLIP was trained.
 
     Raises:
-        ValueError: the ftfy library is missing. Without it some prompts would give other pictures.
+        ValueError: the ftfy library is missing. Without it some prompts would give other images.
     """
     try:
         import ftfy

@@ -125,7 +125,7 @@ class Vision(nn.Module):
         self.ln_post = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised pictures (B, 3, image_size, image_size) -> embeddings (B, embed_dim)."""
+        """Normalised images (B, 3, image_size, image_size) -> embeddings (B, embed_dim)."""
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, patches, width)
         first = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([first, x], dim=1) + self.positional_embedding
@@ -216,7 +216,7 @@ class FrozenOpenCLIPEmbedder(ClipConditioner):
 
 
 class FrozenOpenCLIPImageEmbedder(nn.Module):
-    """OpenCLIP's image encoder: one vector for a picture (Stable unCLIP).
+    """OpenCLIP's image encoder: one vector for an image (Stable unCLIP).
 
     Args:
         arch, device, freeze: see `FrozenOpenCLIPEmbedder`.
@@ -239,7 +239,7 @@ class FrozenOpenCLIPImageEmbedder(nn.Module):
             self.to(device)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> (B, embed_dim)."""
+        """Images (B, 3, H, W) in [-1, 1] -> (B, embed_dim)."""
         return self.model.visual(clip_pixels(image, self.model.visual.image_size, self.antialias))
 
     def encode(self, image: Tensor) -> Tensor:

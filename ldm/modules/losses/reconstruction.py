@@ -9,7 +9,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 
 class ReconstructionLoss(nn.Module):
-    """L1 + squared error + L1 of the picture gradients + a little KL.
+    """L1 + squared error + L1 of the image gradients + a little KL.
 
     The gradient term keeps outlines sharp, which flat artwork lives by; the KL term (nats per latent
     element) keeps the latents smooth enough to diffuse.
@@ -23,14 +23,14 @@ class ReconstructionLoss(nn.Module):
         self.gradient_weight, self.kl_weight = gradient_weight, kl_weight
 
     def forward(
-        self, picture: Tensor, reconstruction: Tensor, posterior: DiagonalGaussianDistribution
+        self, image: Tensor, reconstruction: Tensor, posterior: DiagonalGaussianDistribution
     ) -> dict[str, Tensor]:
-        """Pictures and reconstructions (B, C, H, W) in [-1, 1] -> scalars: `loss` and its parts."""
-        difference = reconstruction - picture
+        """Images and reconstructions (B, C, H, W) in [-1, 1] -> scalars: `loss` and its parts."""
+        difference = reconstruction - image
         gradient = sum(d.abs().mean() for d in (difference.diff(dim=-1), difference.diff(dim=-2)))
         parts = {
             "l1": difference.abs().mean(),
-            "mse": F.mse_loss(reconstruction, picture),
+            "mse": F.mse_loss(reconstruction, image),
             "gradient": gradient,
             "kl": posterior.kl().sum() / posterior.mean.numel(),
         }

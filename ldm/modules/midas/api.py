@@ -1,4 +1,4 @@
-"""Depth from pictures, for the depth-conditioned model of Stable Diffusion 2."""
+"""Depth from images, for the depth-conditioned model of Stable Diffusion 2."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ class MiDaSInference(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], of any size -> inverse depth (B, 1, h, w) at about `SIDE`."""
+        """Images (B, 3, H, W) in [-1, 1], of any size -> inverse depth (B, 1, h, w) at about `SIDE`."""
         return self.model(F.interpolate(image, size=near_side(*image.shape[2:]), mode="bicubic"))

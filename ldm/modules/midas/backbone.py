@@ -155,7 +155,7 @@ class PatchEmbed(nn.Module):
 
 
 class HybridTransformer(nn.Module):
-    """Tokens of a picture and the maps beneath them.
+    """Tokens of an image and the maps beneath them.
 
     Args:
         width, heads, depth: of the transformer.

@@ -116,7 +116,7 @@ class Scratch(nn.Module):
 
 
 class DPTHybrid(nn.Module):
-    """Relative inverse depth of pictures.
+    """Relative inverse depth of images.
 
     Args:
         width, heads, depth: of the transformer.
@@ -141,7 +141,7 @@ class DPTHybrid(nn.Module):
         self.scratch = Scratch(width, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> inverse depth (B, 1, H, W), 0 or more, larger is nearer.
+        """Images (B, 3, H, W) in [-1, 1] -> inverse depth (B, 1, H, W), 0 or more, larger is nearer.
 
         Raises:
             ValueError: H or W is not a multiple of 32.

@@ -74,7 +74,7 @@ class LatentDiffusion(DDPM, PublishedMethods):
         return self
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """The conditioner's output for a raw condition (prompts, labels, pictures, …).
+        """The conditioner's output for a raw condition (prompts, labels, images, …).
 
         Raises:
             ValueError: the model has no conditioner.
@@ -87,7 +87,7 @@ class LatentDiffusion(DDPM, PublishedMethods):
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution | Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> what the first stage encodes them to, not yet scaled."""
+        """Images (B, 3, H, W) in [-1, 1] -> what the first stage encodes them to, not yet scaled."""
         return self.first_stage_model.encode(x)
 
     def get_first_stage_encoding(
@@ -99,7 +99,7 @@ class LatentDiffusion(DDPM, PublishedMethods):
 
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Latents (B, C, h, w) -> pictures (B, 3, f*h, f*w), about [-1, 1], not clamped."""
+        """Latents (B, C, h, w) -> images (B, 3, f*h, f*w), about [-1, 1], not clamped."""
         return self.differentiable_decode_first_stage(z, force_not_quantize=force_not_quantize)
 
 

@@ -1,4 +1,4 @@
-"""The denoising network and the ways in which it is told its condition."""
+"""The denoising network and the ways in which it is conditioned."""
 
 from __future__ import annotations
 

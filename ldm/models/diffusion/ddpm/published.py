@@ -288,7 +288,7 @@ class PublishedMethods:
 
     @torch.no_grad()
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
-        """What guidance leads away from, for so many pictures.
+        """What guidance leads away from, for so many images.
 
         Args:
             null_label: what the conditioner is given for none: a text such as "", a class or its tensor; None = the
@@ -322,17 +322,17 @@ class PublishedMethods:
         """Latents and condition of a batch of a data set.
 
         Args:
-            batch: pictures (B, H, W, 3) in [-1, 1] under k, and the condition under cond_key or cond_stage_key.
-            return_first_stage_outputs: also the pictures, (B, 3, H, W), and what the first stage makes of them.
+            batch: images (B, H, W, 3) in [-1, 1] under k, and the condition under cond_key or cond_stage_key.
+            return_first_stage_outputs: also the images, (B, 3, H, W), and what the first stage makes of them.
             return_original_cond: also the condition before it was encoded.
             bs: only the first so many.
         """
-        x = pictures(batch[k])[:bs].to(self.device)
+        x = images(batch[k])[:bs].to(self.device)
         z = self.get_first_stage_encoding(self.encode_first_stage(x))
         key, raw, c = cond_key or self.cond_stage_key, None, None
         if self.model.conditioning_key is not None:
             raw = first(batch[key], bs)
-            raw = pictures(raw).to(self.device) if isinstance(raw, Tensor) and raw.ndim == 4 else raw
+            raw = images(raw).to(self.device) if isinstance(raw, Tensor) and raw.ndim == 4 else raw
             c = self.get_learned_conditioning(raw) if force_c_encode or not self.cond_stage_trainable else raw
         out = [z, c]
         if return_first_stage_outputs:
@@ -360,12 +360,12 @@ class PublishedMethods:
     ) -> dict[str, Tensor]:
         """What a training shows of a batch, each (B, 3, H, W) or a sheet (1, 3, H', W'), about [-1, 1].
 
-        inputs, reconstruction, conditioning; samples and with them, as asked for: diffusion_row (pictures made noisy),
+        inputs, reconstruction, conditioning; samples and with them, as asked for: diffusion_row (images made noisy),
         denoise_row, progressive_row (what was predicted on the way), samples_inpainting and samples_outpainting with
         their mask, samples_cfg_scale_X.
 
         Args:
-            N: most pictures. n_row: most in a diffusion row.
+            N: most images. n_row: most in a diffusion row.
             ddim_steps, ddim_eta: None = all timesteps of the training.
             return_keys: only these.
         """
@@ -453,7 +453,7 @@ class PublishedMethods:
 
 
 def first(cond: Any, count: int | None) -> Any:
-    """The first pictures of a condition in any published form."""
+    """The first images of a condition in any published form."""
     if cond is None or count is None:
         return cond
     if isinstance(cond, Mapping):
@@ -466,20 +466,20 @@ def first(cond: Any, count: int | None) -> Any:
     return cond[:count]
 
 
-def pictures(batch: Any) -> Tensor:
-    """Pictures of a data set, (B, H, W, C) or (B, H, W), as (B, C, H, W)."""
+def images(batch: Any) -> Tensor:
+    """Images of a data set, (B, H, W, C) or (B, H, W), as (B, C, H, W)."""
     batch = torch.as_tensor(batch).float()
     return (batch[..., None] if batch.ndim == 3 else batch).movedim(-1, 1).contiguous()
 
 
 def sheet(rows: Sequence[Tensor]) -> Tensor:
-    """Pictures side by side, a line for each picture of the batch: (B, 3, H, W) per column -> (1, 3, B H, n W)."""
+    """Images side by side, a line for each image of the batch: (B, 3, H, W) per column -> (1, 3, B H, n W)."""
     lines = torch.cat(list(rows), dim=3)  # (B, 3, H, n W)
     return torch.cat(list(lines), dim=1)[None]
 
 
 def conditioning_picture(raw: Any, size: tuple[int, int]) -> Tensor | None:
-    """A condition as pictures (B, 3, H, W), if it can be shown: pictures, texts, classes."""
+    """A condition as images (B, 3, H, W), if it can be shown: images, texts, classes."""
     if isinstance(raw, Tensor) and isimage(raw):
         return raw
     if isinstance(raw, Tensor) and raw.ndim == 1:

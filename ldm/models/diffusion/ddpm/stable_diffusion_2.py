@@ -15,7 +15,7 @@ from ldm.util import instantiate_from_config
 
 
 class LatentInpaintDiffusion(LatentDiffusion):
-    """Paints the masked part of a picture; the network sees the mask and what is around it.
+    """Paints the masked part of an image; the network sees the mask and what is around it.
 
     Args:
         finetune_keys: null; widening the first layer of another model's weights is not supported.
@@ -29,12 +29,12 @@ class LatentInpaintDiffusion(LatentDiffusion):
 
     @torch.no_grad()
     def condition(self, context: Tensor, image: Tensor, mask: Tensor, noise: Tensor | None = None) -> Conditioning:
-        """The condition of B pictures.
+        """The condition of B images.
 
         Args:
             context: of their text, (B, L, D).
             image: (B, 3, H, W) in [-1, 1].
-            mask: (B, 1, H, W), above 0.5 where the picture is to be painted; what is there is not seen.
+            mask: (B, 1, H, W), above 0.5 where the image is to be painted; what is there is not seen.
             noise: unit normal like the latents, for the first stage's posterior; None = PyTorch's generator.
 
         Raises:
@@ -48,10 +48,10 @@ class LatentInpaintDiffusion(LatentDiffusion):
 
 
 class LatentDepth2ImageDiffusion(LatentDiffusion):
-    """Pictures of a given depth.
+    """Images of a given depth.
 
     Args:
-        depth_stage_config: estimates the depth of a picture.
+        depth_stage_config: estimates the depth of an image.
         finetune_keys: null; widening the first layer of another model's weights is not supported.
         rest: see `LatentDiffusion`.
     """
@@ -63,7 +63,7 @@ class LatentDepth2ImageDiffusion(LatentDiffusion):
         self.depth_model = instantiate_from_config(depth_stage_config)
 
     def condition(self, context: Tensor, image: Tensor, size: tuple[int, int]) -> Conditioning:
-        """The condition of B pictures.
+        """The condition of B images.
 
         Args:
             context: of their text, (B, L, D).
@@ -72,16 +72,16 @@ class LatentDepth2ImageDiffusion(LatentDiffusion):
         """
         depth = F.interpolate(self.depth_model(image), size=size, mode="bicubic")  # (B, 1, h, w)
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
-        # Each picture's own range to [-1, 1]; the published 0.001 keeps a flat one finite.
+        # Each image's own range to [-1, 1]; the published 0.001 keeps a flat one finite.
         return Conditioning(context, 2 * (depth - low) / (high - low + 0.001) - 1)
 
 
 class LatentUpscaleDiffusion(LatentDiffusion):
-    """Enlarges a picture; the network sees it, with some noise, beside the latents.
+    """Enlarges an image; the network sees it, with some noise, beside the latents.
 
     Args:
         low_scale_config: an `ImageConcatWithNoiseAugmentation`.
-        low_scale_key: name of the low-resolution picture in a batch.
+        low_scale_key: name of the low-resolution image in a batch.
         rest: see `LatentDiffusion`.
     """
 
@@ -91,7 +91,7 @@ class LatentUpscaleDiffusion(LatentDiffusion):
         self.low_scale_model = instantiate_from_config(low_scale_config).eval().requires_grad_(False)
 
     def condition(self, context: Tensor, low: Tensor, noise_level: Tensor, noise: Tensor | None = None) -> Conditioning:
-        """The condition of B pictures.
+        """The condition of B images.
 
         Args:
             context: of their text, (B, L, D).
@@ -104,12 +104,12 @@ class LatentUpscaleDiffusion(LatentDiffusion):
 
 
 class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
-    """Varies a picture; the network is told its CLIP embedding, with some noise, beside the text.
+    """Varies an image; the network gets its CLIP embedding, with some noise, beside the text.
 
     Args:
         embedder_config: the image encoder.
         noise_aug_config: a `CLIPEmbeddingNoiseAugmentation`; None = the embedding as it is.
-        embedding_key: name of the picture in a batch.
+        embedding_key: name of the image in a batch.
         embedding_dropout: share of the embeddings that are zero in training, for guidance.
         freeze_embedder: take no gradients of the encoder.
         rest: see `LatentDiffusion`.
@@ -134,7 +134,7 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
     def condition(
         self, context: Tensor, image: Tensor, noise_level: Tensor | None = None, noise: Tensor | None = None
     ) -> Conditioning:
-        """The condition of B pictures.
+        """The condition of B images.
 
         Args:
             context: of their text, (B, L, D).

@@ -1,4 +1,4 @@
-"""The decoders of one picture on several devices."""
+"""The decoders of one image on several devices."""
 
 from __future__ import annotations
 

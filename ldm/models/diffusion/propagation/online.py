@@ -20,7 +20,7 @@ class OnlinePlan:
         the decoders of a group can share batches.
     parallel, propagate: as in `Plan`; parallel is without effect on the probe 'latent'.
 
-    With the probe 'latent' the choice belongs to one picture: a run of several together is refused.
+    With the probe 'latent' the choice belongs to one image: a run of several together is refused.
     """
 
     num_nodes: int
@@ -35,7 +35,7 @@ class OnlinePlan:
 
     @property
     def per_image(self) -> bool:
-        """Whether what runs when depends on the picture."""
+        """Whether what runs when depends on the image."""
         return self.probe == "latent"
 
     def __post_init__(self) -> None:

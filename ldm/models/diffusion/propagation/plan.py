@@ -179,7 +179,7 @@ class AnyPlan(Protocol):
     propagate: str
     refresh: int
     plain: bool  # every node is a key node
-    per_image: bool  # what runs when depends on the picture
+    per_image: bool  # what runs when depends on the image
 
     def batches(self, change: Change | None = None) -> Iterator[Batch]: ...
 
