@@ -22,8 +22,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.parser import Parser, command, whole
 from ldm.cli.processes import Processes
+
+from ldm.cli.parser import Parser, command, whole
 from ldm.io.errors import BadInput, blame
 from ldm.util import instantiate_from_config  # noqa: F401  (published scripts import it from here)
 

@@ -25,8 +25,7 @@ from evaluation.metrics.command import (
     publish,
 )
 from ldm.cli.arguments import MOST
-from ldm.cli.parser import Parser, command, whole
-from ldm.cli.setup import check_output
+from ldm.cli.parser import Parser, check_output, command, whole
 from ldm.io.errors import BadInput, blame, fault_of, flags_named
 
 

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from evaluation.metrics.command import PROMPTS, RECIPES, SAMPLES, VARIANTS, add_output, add_run, measure_flags, publish
-from ldm.cli.parser import Parser, command
-from ldm.cli.setup import check_output
+from ldm.cli.parser import Parser, check_output, command
 from ldm.io.errors import flags_named
 
 

@@ -23,8 +23,7 @@ from evaluation.metrics.command import (
     publish,
 )
 from ldm.cli.arguments import MOST
-from ldm.cli.parser import Parser, command, number, whole
-from ldm.cli.setup import check_output
+from ldm.cli.parser import Parser, check_output, command, number, whole
 from ldm.io.errors import flags_named
 
 

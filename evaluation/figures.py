@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.arguments import EMOJI64, SAMPLERS, count, finite, model_arguments, seed_argument, step_count
-from ldm.cli.parser import Parser, command
-from ldm.cli.setup import check_outdir, make_setup
-from ldm.io.errors import BadInput, flags_named
+from ldm.cli.parser import Parser, check_outdir, run_command, settings_from
+from ldm.io.errors import BadInput
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
 ROWS = Path(__file__).with_name("plots") / "pareto.yaml"
@@ -169,29 +168,25 @@ def chosen(args: argparse.Namespace) -> dict[str, Kind]:
 
 def run(args: argparse.Namespace) -> None:
     try:
-        from evaluation.plots.figure import Experiment, make_figure
+        from evaluation.plots import figure
     except ImportError as error:
         raise BadInput(f'packages: figures need {error.name}; pip install -e ".[eval]"') from error
-    from ldm.cli.inputs import prompts_in
-    from ldm.cli.settings import uses_autocast
 
     out = Path(args.out)
     check_outdir(out, "--out")
-    setup = make_setup(args, EMOJI64)
-    autocast, prompts = uses_autocast(args, setup.device), prompts_in(args.prompts, "--prompts")
+    setup, prompts = figure.experiment_inputs(settings_from(args, figure.ModelSettings), args.prompts)
     for name, kind in chosen(args).items():
         number = 1 if kind.count is None else args.count or kind.count
-        experiment = Experiment(setup, args.weights, autocast, prompts, number, args.seed, args.scale)
+        experiment = figure.Experiment(setup, prompts, number, args.seed, args.scale)
         options = {option: getattr(args, option, default) for option, default in kind.options.items()}
         if kind.keeps:
             options["cache"] = out / f"{name}-rows"
-        with flags_named({"packages": "packages"}):
-            print(", ".join(make_figure(name, experiment, out, options)))
+        print(", ".join(figure.make_figure(name, experiment, out, options)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("figures.py", lambda: run(parser().parse_args(argv)))
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

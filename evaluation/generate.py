@@ -21,12 +21,8 @@ from typing import TYPE_CHECKING, Any
 from evaluation.protocols.protocol import Protocol, load_protocol, protocol_names
 from evaluation.runs.processes import MOST_DEVICES, Process, join, shard
 from ldm.cli.arguments import ROOT, count, model_arguments, propagation_arguments, step_count
-from ldm.cli.parser import Parser, command, number, whole
-from ldm.cli.processes import ALONE  # each process makes pictures of its own
-from ldm.cli.run import GO_ON, check_network
-from ldm.cli.settings import CPU_POSITIONS, count_nodes, make_plan, make_recipe, run_facts, uses_autocast
-from ldm.cli.setup import Setup, make_setup
-from ldm.io.errors import BadInput, blame
+from ldm.cli.parser import GO_ON, Parser, command, number, settings_from, whole
+from ldm.io.errors import BadInput, SettingError, blame
 from ldm.io.files import json_sha256
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -35,6 +31,7 @@ if TYPE_CHECKING:
 
     from evaluation.protocols.prompts import Prompt
     from evaluation.runs.folder import RunFolder
+    from ldm.cli.setup import Setup
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.sampling.engine import Engine, Task
     from ldm.sampling.generate import Item
@@ -104,7 +101,7 @@ def parser() -> Parser:
     out.add_argument("--verify", action="store_true", help="make nothing; read the whole folder again and judge it")
     # What the protocol decides, or a run has no choice of.
     p.set_defaults(
-        plms=False, dpm=False, default_eta=0.0, eta_flag="--eta", guidance_interval=None, guidance_reuse=False
+        default_eta=0.0, guidance_interval=None, guidance_reuse=False
     )
     return p
 
@@ -161,21 +158,24 @@ def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:
 def make_engine(args: argparse.Namespace, protocol: Protocol, setup: Setup, batch: int) -> Engine:
     """The model, ready to make the protocol's pictures."""
     from ldm.checkpoint import CheckpointError
+    from ldm.cli.pipeline import check_network
+    from ldm.cli.settings import CPU_POSITIONS, SamplingSettings, count_nodes, make_plan, make_recipe, run_facts
     from ldm.sampling.engine import Engine
 
     sizes, size = setup.sizes, (protocol.size,) * 2
-    recipe = make_recipe(args, size, setup)
+    sampling = settings_from(args, SamplingSettings)
+    recipe = make_recipe(sampling, size, setup.config)
     nodes = count_nodes(recipe, setup)
     positions = batch * (1 if recipe.scale == 1.0 else 2) * math.prod(side // sizes.factor for side in size)
     with blame("--ckpt", (CheckpointError,)):
         facts = run_facts(setup, recipe.sampler)
-    plan = make_plan(args, nodes, facts)
+    plan = make_plan(sampling, nodes, facts)
     if args.parallel is None and setup.device.type == "cpu":  # not by free memory: last digits depend on it
         plan = replace(plan, parallel=max(1, CPU_POSITIONS // positions))
-    model = setup.load(args.weights)
+    model = setup.load()
     check_network(model, recipe, plan)
     with blame("--config", (ValueError, OSError, TypeError, KeyError)):
-        engine = Engine(model, sizes, recipe, plan, task_of(protocol, model), uses_autocast(args, setup.device))
+        engine = Engine(model, sizes, recipe, plan, task_of(protocol, model), setup.autocast)
     engine.pack()
     return engine
 
@@ -307,7 +307,10 @@ def run(argv: Sequence[str] | None) -> None:
         return verify(Path(args.outdir))
     # What is quick to check comes before other processes start, and before what is slow to load.
     prompts = select_prompts(args, protocol)
-    setup = make_setup(args, default_model(protocol), ALONE)
+    from ldm.cli.devices import ALONE  # each process makes pictures of its own
+    from ldm.cli.setup import ModelSettings, make_setup
+
+    setup = make_setup(settings_from(args, ModelSettings), default_model(protocol), ALONE)
     if protocol.size % setup.sizes.multiple:
         raise BadInput(
             f"--protocol: its pictures have {protocol.size} px; this model's must be a multiple of "
@@ -352,9 +355,17 @@ def unfinished_state(folder: RunFolder) -> str:
     )
 
 
+def named(argv: Sequence[str] | None) -> None:
+    """Run; errors name the flags."""
+    try:
+        run(argv)
+    except SettingError as error:
+        raise BadInput(f"{parser().flag(error.setting)}: {error.problem}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("generate.py", lambda: run(argv), GO_ON)
+    return command("generate.py", lambda: named(argv), GO_ON)
 
 
 if __name__ == "__main__":

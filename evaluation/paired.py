@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.metrics.command import add_extractor, add_output, add_run, measure_flags, publish
-from ldm.cli.parser import Parser, command
-from ldm.cli.setup import check_output
+from ldm.cli.parser import Parser, check_output, command
 from ldm.io.errors import BadInput, blame, fault_of, flags_named, one_line
 
 # What needs PyTorch is imported where it is used: --help must answer at once.

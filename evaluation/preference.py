@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from evaluation.metrics.command import PREFERENCES, PROMPTS, SAMPLES, add_output, measure_flags, publish
-from ldm.cli.parser import Parser, command
-from ldm.cli.setup import check_output
+from ldm.cli.parser import Parser, check_output, command
 from ldm.io.errors import flags_named
 
 

@@ -15,13 +15,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.metrics.retrieval import DEFINITION, RANKS, SPLITS, RealSet, Verdict, load_extractor
 from ldm.cli.arguments import MOST, count, finite, step_count
-from ldm.cli.parser import Parser, command, number, whole
-from ldm.cli.setup import check_output
+from ldm.cli.parser import Parser, check_output, number, run_command, whole
 from ldm.io.errors import BadInput, blame, did_you_mean
 from ldm.util import PROJECT_ROOT
 
@@ -97,9 +97,9 @@ def make_pictures(maker: Engine, captions: Sequence[str], seed: int, batch: int)
 
     steps = math.ceil(len(captions) / batch) * maker.plan.num_nodes
     with tqdm(total=steps, desc="generating", unit="step", disable=None) as bar:
-        maker.on_node = bar.update
         items = prompt_items(captions, 1, seed, by_position=True)
-        return [made.image for made in generate(items, maker, {}, None, batch)]
+        make = partial(maker, on_node=bar.update)
+        return [made.image for made in generate(items, make, {}, None, batch)]
 
 
 def reconstruct(maker: Engine, pictures: Tensor, batch: int) -> list[Image.Image]:
@@ -120,7 +120,7 @@ def reconstruct(maker: Engine, pictures: Tensor, batch: int) -> list[Image.Image
 # The command line
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     p = Parser(prog="recognition.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", default="data/emoji64", metavar="DIR", help="dataset of scripts/prepare_emoji.py")
     p.add_argument("--config", default=str(MODEL / "config.yaml"), metavar="YAML", help="the model's config")
@@ -328,7 +328,7 @@ def publish(report: Mapping[str, Any], out: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("recognition.py", lambda: run(parser().parse_args(argv)))
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

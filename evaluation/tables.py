@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation.protocols.protocol import load_protocol
 from evaluation.table.spec import COLUMNS, SHORT, WORLDS, Table, load_table, table_names
 from ldm.cli.arguments import MOST, count
-from ldm.cli.parser import Parser, command, whole
-from ldm.cli.run import GO_ON
+from ldm.cli.parser import GO_ON, Parser, run_command, whole
 from ldm.io.errors import BadInput, blame
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
@@ -263,7 +262,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("tables.py", lambda: run(parser().parse_args(argv)), GO_ON)
+    return run_command(parser(), run, argv, GO_ON)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@
     python scripts/benchmark_images.py --images 1 --rows off faster-diffusion faster-diffusion@1 auto:9
     python scripts/benchmark_images.py -- --config configs/CONFIG.yaml --ckpt MODEL.safetensors --steps 20
 
-A row is PLAN or PLAN@PARALLEL, as --plan and --parallel of txt2img.py take them. The rows take turns, a new process
-each, so that what else the machine does meets all of them. A process makes some batches of images one after the other:
-the first is what a user waits for who starts the script once, and pays for all that is done for the first time; the
-median of the others is the steady state. Time is that of sampling, from the text to the image, without the start of
-Python and the loading of the model. Printed are medians over the processes, and the first row's time as a multiple of
-each other row's. All options after -- go to txt2img.py.
+A row is PLAN or PLAN@PARALLEL, as --plan and --parallel of txt2img.py take them. The rows take turns, each time in a
+new process, so that other programs on the machine slow down all of them alike. A process makes several batches of
+images, one after the other. The first batch is what a user waits for who starts the script once; it includes all that
+is done for the first time. The median of the other batches is the steady state. The time is that of sampling, from the
+text to the image, without the start of Python and the loading of the model. The table shows medians over the processes,
+and the time of the first row as a multiple of each other row's. All options after -- go to txt2img.py.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm.cli.arguments import count
-from ldm.cli.parser import Parser, command
-from ldm.cli.setup import check_output
-from ldm.io.errors import BadInput
-from ldm.io.files import parse_json_lines, read_text
+from ldm.cli.parser import Parser, check_output, run_command
+from ldm.io.errors import SettingError
+from ldm.io.files import atomic_write, parse_json_lines, read_text
 
 SCRIPT = Path(__file__).resolve().with_name("txt2img.py")
 ROWS = ["off", "faster-diffusion"]
@@ -35,19 +34,24 @@ ROWS = ["off", "faster-diffusion"]
 Times = list[tuple[float, float]]
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"(default: {' '.join(ROWS)})")
-    parser.add_argument(
-        "--images", nargs="+", type=count, default=[1, 4, 16], metavar="N", help="images in a batch (default: 1 4 16)"
+def parser() -> Parser:
+    p = Parser(prog="benchmark_images.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"see above (default: {' '.join(ROWS)})")
+    p.add_argument(
+        "--images",
+        nargs="+",
+        type=count,
+        default=[1, 4, 16],
+        metavar="N",
+        help="images in a batch, one table for each number (default: 1 4 16)",
     )
-    parser.add_argument(
+    p.add_argument(
         "--further", type=count, default=3, metavar="N", help="batches of a process after its first (default: 3)"
     )
-    parser.add_argument("--repeats", type=count, default=5, metavar="N", help="processes of each row (default: 5)")
-    parser.add_argument("--json", metavar="FILE", help="also write all times")
-    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="for txt2img.py")
-    return parser.parse_args(argv)
+    p.add_argument("--repeats", type=count, default=5, metavar="N", help="processes of each row (default: 5)")
+    p.add_argument("--json", metavar="FILE", help="write all times to this file, too")
+    p.add_argument("options", nargs="*", metavar="-- OPTION", help="for txt2img.py")
+    return p
 
 
 def flags(row: str) -> list[str]:
@@ -60,7 +64,7 @@ def one_process(row: str, images: int, further: int, options: Sequence[str]) -> 
     """Seconds per image of the first batch of a new process, and the median of its further ones.
 
     Raises:
-        BadInput: txt2img.py refuses the row or the options, or fails.
+        SettingError: txt2img.py refuses the row or the options, or fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = [
@@ -79,18 +83,18 @@ def one_process(row: str, images: int, further: int, options: Sequence[str]) -> 
         done = subprocess.run(run, capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["it said nothing"]
-            raise BadInput(f"--rows {row}: {said[-1]}")
+            raise SettingError("rows", f"{row}: {said[-1]}")
         entries = parse_json_lines(read_text(Path(folder) / "manifest.jsonl"))
     seconds = [entry["seconds"] for _, entry in entries[::images]]  # the images of a batch say the same
     return seconds[0], statistics.median(seconds[1:])
 
 
-def measure(args: argparse.Namespace, images: int) -> dict[str, Times]:
+def measure(rows: Sequence[str], images: int, further: int, repeats: int, options: Sequence[str]) -> dict[str, Times]:
     """All processes of every row, in turn."""
-    times: dict[str, Times] = {row: [] for row in args.rows}
-    for _ in range(args.repeats):
+    times: dict[str, Times] = {row: [] for row in rows}
+    for _ in range(repeats):
         for row in times:
-            times[row].append(one_process(row, images, args.further, args.options))
+            times[row].append(one_process(row, images, further, options))
     return times
 
 
@@ -109,7 +113,6 @@ def table(images: int, times: Mapping[str, Times]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.io.files import atomic_write
     from ldm.profiling.timing import machine
 
     check_output(args.json, "--json")
@@ -120,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     )
     results = {}
     for images in args.images:
-        results[images] = measure(args, images)
+        results[images] = measure(args.rows, images, args.further, args.repeats, args.options)
         print("\n" + table(images, results[images]), flush=True)
     if args.json:
         with atomic_write(args.json) as temporary:
@@ -130,7 +133,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command("benchmark_images.py", lambda: run(arguments(argv)))
+    """Run the command line; returns the exit code."""
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Pictures of classes, plain or with encoder propagation as in the authors' latent-diffusion fork.
+"""Images of classes, with or without encoder propagation, as in the authors' fork of latent diffusion.
 
-The defaults are those of the class-conditional ImageNet experiment: 250 DDIM steps, 48 key steps, prior noise
-after the solver's step below t = 150. --plan ldm250-demo is the fork's list of 19 key steps.
+The defaults are those of the class-conditional ImageNet experiment: 250 DDIM steps, 48 key timesteps, prior noise
+after the solver's update at timesteps below 150. --plan ldm250-demo is the fork's list of 19 key timesteps.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ldm.cli.arguments import (
+    CLASS_NAMES,
     IMAGENET,
     ROOT,
     class_names_argument,
@@ -22,17 +23,13 @@ from ldm.cli.arguments import (
     size_arguments,
     uncond_class_argument,
 )
-from ldm.cli.inputs import image_items
-from ldm.cli.parser import Parser, command
-from ldm.cli.run import GO_ON, make_pictures
-from ldm.cli.setup import make_setup, picture_size
-from ldm.cli.tasks import CLASS_NAMES, class_task
+from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
 
 CIN256 = (ROOT / "configs/latent-diffusion/cin256-v2.yaml", ROOT / "models/ldm/cin256-v2/model.ckpt")
 NOTEBOOK = ["25", "187", "448", "992"]  # the published example
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     p = Parser(prog="class_conditional.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
     what.add_argument(
@@ -40,10 +37,10 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=NOTEBOOK,
         metavar="CLASS",
-        help=f"class indices or names (default: {' '.join(NOTEBOOK)})",
+        help=f"numbers or names of classes (default: {' '.join(NOTEBOOK)})",
     )
     class_names_argument(what, f"{CLASS_NAMES.relative_to(ROOT)} for models of {IMAGENET} or {IMAGENET + 1} classes")
-    count_arguments(what, 4, 4, "pictures of each class")
+    count_arguments(what, 4, 4, "images of each class")
     uncond_class_argument(what)
     size_arguments(what)
     sampling_arguments(p, 250, scale=1.5)
@@ -54,17 +51,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    setup = make_setup(args, CIN256)
-    subjects, task = class_task(args, setup, args.classes)
-    size = picture_size(args, setup.sizes)
+    from ldm.cli import inputs, pipeline, setup, tasks
 
-    items = image_items(args, subjects)
-    make_pictures(args, setup, items, task, size, args.batch_size)
+    model = setup.make_setup(settings_from(args, setup.ModelSettings), CIN256)
+    subjects, task = tasks.class_task(model, args.classes, args.scale != 1.0, args.class_names, args.uncond_class)
+    pipeline.make_images(
+        model,
+        inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        task,
+        setup.image_size(model.sizes, args.H, args.W),
+        settings_from(args, pipeline.SamplingSettings),
+        settings_from(args, pipeline.OutputSettings),
+        args.batch_size,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("class_conditional.py", lambda: run(parser().parse_args(argv)), GO_ON)
+    return run_command(parser(), run, argv, GO_ON)
 
 
 if __name__ == "__main__":

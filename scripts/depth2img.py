@@ -1,7 +1,7 @@
-"""Pictures from text and the depth of a picture, plain or with encoder propagation (Faster Diffusion).
+"""Images from text and the depth of an image, with or without encoder propagation (Faster Diffusion).
 
-The depth is estimated from --init-img by the network in the model's checkpoint (MiDaS). The picture itself is where
-sampling begins, as in img2img.py; with --strength 1 only its depth is kept.
+The network in the model's checkpoint (MiDaS) estimates the depth of --init-img. Sampling also starts from that image,
+as in img2img.py; with --strength 1 only its depth is used.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from ldm.cli.arguments import (
     ROOT,
     model_arguments,
     output_arguments,
-    picture_arguments,
     propagation_arguments,
     sampling_arguments,
+    start_image_arguments,
 )
-from ldm.cli.inputs import from_picture
-from ldm.cli.parser import Parser, command
-from ldm.cli.run import GO_ON, make_pictures
-from ldm.cli.tasks import depth_task
+from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
 
 DEPTH = (
     ROOT / "configs/stable-diffusion/v2-midas-inference.yaml",
@@ -29,9 +26,9 @@ DEPTH = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="depth2img.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    picture_arguments(p, strength=0.9)
+def parser() -> Parser:
+    p = Parser(prog="depth2img.py", description=__doc__)
+    start_image_arguments(p, strength=0.9)
     sampling_arguments(p, scale=9.0)
     propagation_arguments(p)
     model_arguments(p, DEPTH)
@@ -40,14 +37,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    picture, items, setup = from_picture(args, DEPTH)
-    task = depth_task(setup, picture, args.strength, args.negative_prompt)
-    make_pictures(args, setup, items, task, tuple(picture.shape[1:]), args.n_samples)
+    from ldm.cli import inputs, pipeline, setup, tasks
+
+    start, remembered = inputs.start_image(args.init_img)
+    model = setup.make_setup(settings_from(args, setup.ModelSettings), DEPTH)
+    shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
+    image = inputs.in_size(start, model.sizes, args.H, args.W)
+    pipeline.make_images(
+        model,
+        inputs.text_items(settings_from(args, inputs.TextSettings), shown, remembered),
+        tasks.depth_task(model, image, args.strength, args.negative_prompt),
+        tuple(image.shape[1:]),
+        settings_from(args, pipeline.SamplingSettings),
+        settings_from(args, pipeline.OutputSettings),
+        args.batch_size,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("depth2img.py", lambda: run(parser().parse_args(argv)), GO_ON)
+    return run_command(parser(), run, argv, GO_ON)
 
 
 if __name__ == "__main__":

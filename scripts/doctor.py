@@ -3,269 +3,61 @@
     python scripts/doctor.py
     python scripts/doctor.py --config configs/stable-diffusion/v2-inference.yaml --ckpt model.ckpt
 
-Each FAULT says what would mend it; the exit code is 1 if there is one.
+Each FAULT comes with a hint how to fix it. The exit code is 1 if there is a FAULT.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from importlib import metadata
-from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
-from ldm.checkpoint.published import Published, load_manifest
-from ldm.cli.model_files import fitting_configs, model_files
-from ldm.cli.parser import PACKAGE, Parser, command
-from ldm.io.errors import BadInput, blame, some
-from ldm.util import PROJECT_ROOT
-
-if TYPE_CHECKING:
-    import torch
-    from omegaconf import DictConfig
-    from torch import nn
-
-    from ldm.checkpoint.diagnosis import Facts
-    from ldm.models.diffusion.ddpm import LatentDiffusion
-
-DTYPES = ("float32", "bfloat16", "float16")
-MEASURE = 32  # largest height and width of the latents for the measured prediction
+from ldm.cli.installation import Finding, packages
+from ldm.cli.parser import Parser, run_command
+from ldm.io.errors import SettingError
 
 
-@dataclass(frozen=True)
-class Finding:
-    """text: what was found; hint: what mends it, of a fault; kind: "ok", "note" or "FAULT"."""
-
-    kind: str
-    text: str
-    hint: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind:6}{self.text}" + (f"\n      -> {self.hint}" if self.hint else "")
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="YAML", help="a model's config")
-    parser.add_argument(
+def parser() -> Parser:
+    p = Parser(prog="doctor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--config", metavar="YAML", help="a model's config, to be compared with a checkpoint")
+    p.add_argument(
         "--ckpt",
         metavar="FILE",
-        help="a checkpoint (or diffusers folder) to hold to it; of the two, "
-        "one is found from the other where it can be",
+        help="the checkpoint, or diffusers folder; without --config or --ckpt the script looks for the file that fits",
     )
-    parser.add_argument(
-        "--verify", action="store_true", help="read the published models that are here and hold them to their SHA-256"
+    p.add_argument(
+        "--verify", action="store_true", help="read the published models that are here and check their SHA-256"
     )
-    args = parser.parse_args(argv)
-    if args.config is not None or args.ckpt is not None:
-        args.config, args.ckpt = model_files(args, None)
-    if args.verify and args.config is not None:
-        raise BadInput("--verify: not with --config or --ckpt; it is for the published models that are here")
-    return args
+    return p
 
 
-# The machine
-
-
-def packages() -> Iterator[Finding]:
-    """The versions that the project asks for, as the installation knows them."""
-    yield Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    try:
-        wanted = metadata.requires(PACKAGE) or []
-    except metadata.PackageNotFoundError:
-        yield Finding("FAULT", f"{PACKAGE} is not installed", "pip install -e . in the project's folder")
-        return
-    missing: dict[str, list[str]] = {}
-    found = []
-    for line in wanted:
-        name, extra = re.match(r"[\w.-]+", line)[0], re.search(r"""extra == ['"](\w+)""", line)
-        try:
-            found += [] if extra else [f"{name} {metadata.version(name)}"]
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            missing.setdefault(extra[1] if extra else "", []).append(name)
-    yield Finding("ok", ", ".join(found))
-    for extra, names in missing.items():
-        if extra:
-            yield Finding("note", f"for pip install -e '.[{extra}]': {', '.join(names)} not installed")
-        else:
-            yield Finding("FAULT", f"not installed: {', '.join(names)}", "pip install -e . in the project's folder")
-
-
-def devices() -> Iterator[Finding]:
-    import torch
-
-    yield Finding("ok", f"cpu, {torch.get_num_threads()} threads: {computes(torch.device('cpu'))}")
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        about = torch.cuda.get_device_properties(i)
-        yield Finding(
-            "ok", f"cuda:{i}, {about.name}, {about.total_memory / 1e9:.1f} GB: {computes(torch.device('cuda', i))}"
-        )
-    if torch.backends.mps.is_available():
-        yield Finding("ok", f"mps: {computes(torch.device('mps'))}")
-
-
-def computes(device: torch.device) -> str:
-    """The number formats in which the device runs what the networks are made of; tried, not looked up."""
-    import torch
-
-    works = []
-    for name in DTYPES:
-        x = torch.ones(1, 4, 8, 8, dtype=getattr(torch, name), device=device)
-        try:
-            torch.nn.functional.conv2d(x, x.repeat(4, 1, 1, 1)[..., :3, :3])
-            torch.nn.functional.scaled_dot_product_attention(x, x, x).sum().item()
-        except (RuntimeError, TypeError):
-            continue
-        works.append(name)
-    return f"computes in {', '.join(works)}"
-
-
-def published(models: Iterable[Published], verify: bool, root: Path = PROJECT_ROOT) -> Iterator[Finding]:
-    absent = []
-    for model in models:
-        status = model.status(root, verify)
-        if status == "absent":
-            absent.append(model.name)
-        elif status == "wrong":
-            yield Finding(
-                "FAULT",
-                f"{model.name}: {model.path} is not the published file",
-                f"delete it, then python scripts/download_models.py {model.name}",
-            )
-        else:
-            said = {
-                "present": "here, not verified (--verify)",
-                "verified": "here, as published",
-                "unverifiable": "here and readable; no published SHA-256 to hold it to",
-            }[status]
-            yield Finding("ok", f"{model.name}: {said}; {model.config}")
-    if absent:
-        yield Finding(
-            "note",
-            f"{len(absent)} published models are not here: {', '.join(absent[:4])}, ...; "
-            f"python scripts/download_models.py --list",
-        )
-
-
-# A config and a checkpoint
-
-
-def examine(config_path: Path, ckpt: Path) -> Iterator[Finding]:
-    """Whether the two belong together."""
-    from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkpoint
-    from ldm.checkpoint.diagnosis import differences, facts_of_config, facts_of_weights, summary
-
-    with blame("--config"):
-        config = load_config(config_path)
-        stated = facts_of_config(config.model)
-    with blame("--ckpt"):
-        state = read_checkpoint(ckpt)
-    weights, averages = facts_of_weights(state), sum(key.startswith("model_ema.") for key in state)
-    held = f", {averages} of them averages, which --weights auto takes" if averages else ""
-    yield Finding("ok", f"{ckpt}: {len(state)} tensors{held}")
-    del state
-
-    if faults := differences(stated, weights):
-        for fault in faults:
-            yield Finding("FAULT", str(fault))
-        yield Finding("note", f"the checkpoint {advice(weights)}")
-        return
-    yield Finding("ok", f"{config_path}: states what the checkpoint is ({summary(stated)})")
-    try:
-        model = load_model(config_path, ckpt)
-    except CheckpointError as error:
-        yield Finding("FAULT", str(error), f"the checkpoint {advice(weights)}")
-        return
-    except (ValueError, OSError, TypeError, KeyError) as error:  # anything that a constructor can raise
-        yield Finding("FAULT", f"the config does not build a model: {' '.join(str(error).split())}")
-        return
-    yield Finding("ok", "every weight has its place")
-    if broken := not_finite(model):
-        yield Finding(
-            "FAULT",
-            f"{len(broken)} weights hold NaN or infinite numbers{some(broken)}",
-            "a training that diverged, or a damaged file: take an earlier checkpoint, or download it again",
-        )
-        return
-    if stated.channels is not None:
-        yield from prediction(config, model, ckpt)
-
-
-def not_finite(model: nn.Module) -> list[str]:
-    """Names of the weights in which a number is NaN or infinite."""
-    return [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-
-
-def advice(weights: Facts) -> str:
-    """Which of the published configs would fit."""
-    from ldm.checkpoint.diagnosis import summary
-
-    if found := fitting_configs(weights):
-        return f"fits --config {' or '.join(found)}"
-    return f"fits no published config; it is: {summary(weights)}"
-
-
-def prediction(config: DictConfig, model: LatentDiffusion, ckpt: Path) -> Iterator[Finding]:
-    """Whether the network predicts what the config says; names and shapes do not tell."""
-    from ldm.checkpoint.diagnosis import stated_prediction
-
-    params = config.model.params
-    says = params.get("parameterization", "eps")
-    source, found = "the folder's scheduler states", stated_prediction(ckpt)
-    if found is None:
-        source, found = "one prediction on pure noise looks like", measured(model)
-    if found is None:
-        yield Finding("note", f"the config says parameterization {says}; the checkpoint does not tell")
-    elif found == says:
-        yield Finding("ok", f"parameterization {says}: {source} {found}")
-    else:
-        yield Finding(
-            "FAULT",
-            f"parameterization {says} in the config, but {source} {found}",
-            f"set parameterization: {found} in the config's model.params (Stable Diffusion 2 at 768 x 768: "
-            f"v, configs/stable-diffusion/v2-inference-v.yaml; at 512 x 512: eps, v2-inference.yaml)",
-        )
-
-
-def measured(model: LatentDiffusion) -> str | None:
-    """See `measured_prediction`; None for a network that needs more than latents and context."""
-    import torch
-
-    from ldm.checkpoint.diagnosis import measured_prediction
-
-    unet, t = model.model.diffusion_model, torch.tensor([model.num_timesteps - 1])
-    if model.model.conditioning_key not in (None, "crossattn") or unet.num_classes is not None:
-        return None
-    context = None if unet.context_dim is None else torch.zeros(1, 77, unet.context_dim)
-    side = min(MEASURE, model.image_size)
-    return measured_prediction(lambda x: unet(x, t, context), (1, unet.in_channels, side, side))
-
-
-def run(args: argparse.Namespace) -> bool:
+def shown(findings: Iterable[Finding]) -> bool:
     """Print what is found; whether there is a fault."""
-    if args.config is not None:
-        findings = examine(args.config, args.ckpt)
-    else:
-        with blame("models/published.yaml"):
-            models = load_manifest().values()
-        findings = chain(packages(), devices(), published(models, args.verify))
-    faults = False
+    fault = False
     for finding in findings:
         print(finding, flush=True)
-        faults |= finding.kind == "FAULT"
-    return faults
+        fault |= finding.kind == "FAULT"
+    return fault
 
 
-def main(argv: list[str] | None = None) -> int:
-    faults: list[bool] = []
-    code = command("doctor.py", lambda: faults.append(run(arguments(argv))))
-    return code or (1 if any(faults) else 0)
+def run(args: argparse.Namespace) -> int:
+    """Print what is found; 1 if there is a fault."""
+    pair = args.config is not None or args.ckpt is not None
+    if args.verify and pair:
+        raise SettingError("verify", "not with --config or --ckpt; it is for the published models that are here")
+    # What is said of the packages does not need them.
+    fault = False if pair else shown(packages())
+
+    from ldm.cli import examine, setup
+
+    if pair:
+        return int(shown(examine.examine(*setup.model_files(args.config, args.ckpt))))
+    return int(shown(examine.machine(args.verify)) or fault)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

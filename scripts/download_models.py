@@ -4,49 +4,56 @@
     python scripts/download_models.py sd-v1-5 kl-f8
     python scripts/download_models.py --verify
 
-A download that was stopped goes on with the same command. Each model has a licence of its own, see --list.
+To continue a download that was stopped, run the same command again. Each model has its own licence, see --list.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from ldm.checkpoint.published import MANIFEST, Published, load_manifest
-from ldm.cli.parser import Parser, command
-from ldm.io.errors import BadInput, blame, did_you_mean
+from tqdm import tqdm
+
+from ldm.cli.parser import GO_ON, Parser, run_command
+from ldm.io.errors import BadInput, did_you_mean, fault_of
 from ldm.util import PROJECT_ROOT
+
+if TYPE_CHECKING:
+    from ldm.checkpoint.published import Published
 
 # What can be said of a file whose publisher states no SHA-256.
 UNPROVEN = "no published SHA-256 to hold it to; its size, first bytes and table of contents are those of weights"
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models to download, list or verify")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--list", action="store_true", help="say what there is and what is here (default: of all)")
-    what.add_argument("--verify", action="store_true", help="hold files that are here to their SHA-256 (default: all)")
-    parser.add_argument(
+def parser() -> Parser:
+    p = Parser(prog="download_models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("names", nargs="*", metavar="NAME", help="models to download, list or verify")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="print which models there are and which are here")
+    what.add_argument(
+        "--verify", action="store_true", help="check the SHA-256 of files (default: of all that are here)"
+    )
+    p.add_argument(
         "--root",
         default=PROJECT_ROOT,
         type=Path,
         metavar="DIR",
         help="folder that the models' paths start from (default: the project)",
     )
-    parser.add_argument("--manifest", default=MANIFEST, metavar="YAML", help="(default: models/published.yaml)")
-    return parser.parse_args(argv)
+    p.add_argument("--manifest", metavar="YAML", help="list of the models (default: models/published.yaml)")
+    return p
 
 
-def chosen(args: argparse.Namespace) -> list[Published]:
-    with blame("--manifest"):
-        manifest = load_manifest(args.manifest)
-    for name in args.names:
+def chosen(manifest: Mapping[str, Published], names: Sequence[str]) -> list[Published]:
+    """The models of these names; without names all."""
+    for name in names:
         if name not in manifest:
             raise BadInput(f"NAME: {name!r} is not one of {', '.join(manifest)}{did_you_mean(name, manifest)}")
-    return [manifest[name] for name in args.names or manifest]
+    return [manifest[name] for name in names or manifest]
 
 
 def show(models: list[Published], root: Path) -> None:
@@ -76,56 +83,49 @@ def verify(models: list[Published], root: Path, named: bool) -> list[str]:
     return wrong
 
 
-def download(model: Published, root: Path) -> None:
-    """From the first mirror that has it."""
-    from tqdm import tqdm
-
-    from ldm.checkpoint.download import DownloadError, fetch
-
-    target, failures = model.file(root), []
+def download_model(model: Published, root: Path, fetch: Callable[..., None]) -> None:
+    """Download a model unless it is here; `fetch` is `ldm.checkpoint.download.fetch_any`."""
+    target = model.file(root)
     if target.is_file():
-        print(f"{target}: is here (--verify holds it to its SHA-256)")
+        print(f"{target}: is here (--verify checks its SHA-256)")
         return
     print(f"{model.name}: {model.about}. Licence: {model.licence}", flush=True)
-    for url in model.urls:
-        with tqdm(desc=model.name, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(desc=model.name, unit="B", unit_scale=True, disable=None) as bar:
 
-            def progress(done: int, total: int | None, bar: tqdm = bar) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
+        def progress(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-            try:
-                fetch(url, target, model.sha256, progress)
-                print(f"{target}: {'as published' if model.sha256 else 'here; ' + UNPROVEN}")
-                return
-            except DownloadError as error:
-                failures.append(f"{url}: {error}")
-    raise BadInput(
-        f"{model.name}: no mirror has it: {'; '.join(failures)}. If you get the file elsewhere, put it at {target}"
-    )
+        try:
+            fetch(model.urls, target, model.sha256, progress)
+        except OSError as error:
+            raise BadInput(f"{model.name}: {error}. If you get the file elsewhere, put it at {target}") from error
+    print(f"{target}: {'as published' if model.sha256 else 'here; ' + UNPROVEN}")
 
 
-def run(args: argparse.Namespace) -> list[str]:
-    models = chosen(args)
-    with blame("--root", (OSError,)):
+def run(args: argparse.Namespace) -> int:
+    """List, verify or download; 1 if a file is not as published."""
+    from ldm.checkpoint import download, published
+
+    with fault_of("manifest"):
+        manifest = published.load_manifest(args.manifest or published.MANIFEST)
+    models = chosen(manifest, args.names)
+    with fault_of("root", (OSError,)):
         if args.list:
             show(models, args.root)
-            return []
+            return 0
         if args.verify:
-            return verify(models, args.root, named=bool(args.names))
+            return int(bool(verify(models, args.root, named=bool(args.names))))
         if not args.names:
             raise BadInput("NAME: name the models to download; --list shows what there is")
         for model in models:
-            download(model, args.root)
-    return []
+            download_model(model, args.root, download.fetch_any)
+    return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    wrong: list[str] = []
-    code = command(
-        "download_models.py", lambda: wrong.extend(run(arguments(argv))), "stopped; the same command goes on from here"
-    )
-    return code or (1 if wrong else 0)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(parser(), run, argv, GO_ON)
 
 
 if __name__ == "__main__":

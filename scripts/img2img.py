@@ -1,4 +1,4 @@
-"""Pictures from text and a picture to begin with, plain or with encoder propagation (Faster Diffusion)."""
+"""Images from text and an image to start from, with or without encoder propagation (Faster Diffusion)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from ldm.cli.arguments import (
     EMOJI64,
     model_arguments,
     output_arguments,
-    picture_arguments,
     propagation_arguments,
     sampling_arguments,
+    start_image_arguments,
 )
-from ldm.cli.inputs import from_picture
-from ldm.cli.parser import Parser, command
-from ldm.cli.run import GO_ON, make_pictures
+from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     p = Parser(prog="img2img.py", description=__doc__)
-    picture_arguments(p, strength=0.75)
+    start_image_arguments(p, strength=0.75)
     sampling_arguments(p)
     propagation_arguments(p)
     model_arguments(p, EMOJI64)
@@ -30,19 +28,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    picture, items, setup = from_picture(args, EMOJI64)
+    from ldm.cli import inputs, pipeline, setup, tasks
 
-    from ldm.sampling.conditions import Text
-    from ldm.sampling.engine import Task
-    from ldm.sampling.start import ImageStart
-
-    task = Task(Text(args.negative_prompt), ImageStart(picture, args.strength))
-    make_pictures(args, setup, items, task, tuple(picture.shape[1:]), args.n_samples)
+    start, remembered = inputs.start_image(args.init_img)
+    model = setup.make_setup(settings_from(args, setup.ModelSettings), EMOJI64)
+    shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
+    image = inputs.in_size(start, model.sizes, args.H, args.W)
+    pipeline.make_images(
+        model,
+        inputs.text_items(settings_from(args, inputs.TextSettings), shown, remembered),
+        tasks.image_task(image, args.strength, args.negative_prompt),
+        tuple(image.shape[1:]),
+        settings_from(args, pipeline.SamplingSettings),
+        settings_from(args, pipeline.OutputSettings),
+        args.batch_size,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("img2img.py", lambda: run(parser().parse_args(argv)), GO_ON)
+    return run_command(parser(), run, argv, GO_ON)
 
 
 if __name__ == "__main__":

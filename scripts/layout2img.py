@@ -1,7 +1,8 @@
-"""Pictures from boxes and what is in them, plain or with encoder propagation (Faster Diffusion).
+"""Images from boxes and the classes in them, with or without encoder propagation (Faster Diffusion).
 
---boxes is a JSON file: a list of pictures, each a list of {"class": CLASS, "box": [X, Y, WIDTH, HEIGHT]}. CLASS is a
-number, or a name of --class-names; X and Y are the box's top left corner. Lengths are shares of the picture's, 0..1.
+--boxes is a JSON file: a list of images. Each image is a list of {"class": CLASS, "box": [X, Y, WIDTH, HEIGHT]}.
+CLASS is a number, or a name from --class-names. X and Y are the top left corner of the box. All four numbers are
+fractions of the image's width or height, from 0 to 1.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from ldm.cli.arguments import (
     ROOT,
@@ -21,13 +21,7 @@ from ldm.cli.arguments import (
     sampling_arguments,
     size_arguments,
 )
-from ldm.cli.inputs import given_names, image_items
-from ldm.cli.parser import Parser, command
-from ldm.cli.run import GO_ON, make_pictures
-from ldm.cli.setup import make_setup, picture_size
-from ldm.cli.tasks import layout_task
-from ldm.io.errors import blame, shown
-from ldm.io.files import read_json
+from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
 
 LAYOUT = (
     ROOT / "models/ldm/layout2img-openimages256/config.yaml",
@@ -35,12 +29,12 @@ LAYOUT = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     p = Parser(prog="layout2img.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
-    what.add_argument("--boxes", required=True, metavar="FILE", help="the pictures' boxes, see above")
+    what.add_argument("--boxes", required=True, metavar="FILE", help="the boxes of the images, see above")
     class_names_argument(what)
-    count_arguments(what, 1, 4, "pictures of each list of boxes")
+    count_arguments(what, 1, 4, "images of each list of boxes")
     size_arguments(what)
     sampling_arguments(p, guided=False)
     propagation_arguments(p)
@@ -49,33 +43,27 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def read_layouts(path: str) -> list[Any]:
-    """The entries of the file, one for each picture.
-
-    Raises:
-        OSError, ValueError: it can't be read, is no JSON, or not a list.
-    """
-    layouts = read_json(path)
-    if not isinstance(layouts, list) or not layouts:
-        raise ValueError(f"{path}: expected a list of pictures; got {shown(layouts)}")
-    return layouts
-
-
 def run(args: argparse.Namespace) -> None:
-    names = given_names(args)
-    with blame("--boxes"):
-        layouts = read_layouts(args.boxes)
-    setup = make_setup(args, LAYOUT)
-    subjects, task = layout_task(setup, layouts, names)
-    size = picture_size(args, setup.sizes)
+    from ldm.cli import inputs, pipeline, setup, tasks
 
-    items = image_items(args, subjects)
-    make_pictures(args, setup, items, task, size, args.batch_size)
+    names = inputs.class_names(args.class_names)
+    layouts = inputs.read_layouts(args.boxes)
+    model = setup.make_setup(settings_from(args, setup.ModelSettings), LAYOUT)
+    subjects, task = tasks.layout_task(model, layouts, names)
+    pipeline.make_images(
+        model,
+        inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        task,
+        setup.image_size(model.sizes, args.H, args.W),
+        settings_from(args, pipeline.SamplingSettings),
+        settings_from(args, pipeline.OutputSettings),
+        args.batch_size,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("layout2img.py", lambda: run(parser().parse_args(argv)), GO_ON)
+    return run_command(parser(), run, argv, GO_ON)
 
 
 if __name__ == "__main__":

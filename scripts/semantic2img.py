@@ -1,4 +1,4 @@
-"""Pictures from maps of labels, plain or with encoder propagation (Faster Diffusion)."""
+"""Images from maps of labels, with or without encoder propagation (Faster Diffusion)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from ldm.cli.arguments import (
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli.inputs import image_items, named, stacked
-from ldm.cli.parser import Parser, command
-from ldm.cli.run import GO_ON, make_pictures
-from ldm.cli.setup import make_setup
-from ldm.cli.tasks import label_task
-from ldm.io.errors import blame
+from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
 
 SYNTHESIS = (
     ROOT / "models/ldm/semantic_synthesis512/config.yaml",
@@ -27,7 +22,7 @@ SYNTHESIS = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     p = Parser(prog="semantic2img.py", description=__doc__)
     what = p.add_argument_group("what to make")
     what.add_argument(
@@ -35,9 +30,9 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="maps of one size, whose grey levels or palette indices are the labels; the pictures are as large",
+        help="images of one size whose grey levels or palette indices are the labels; the results have the same size",
     )
-    count_arguments(what, 1, 1, "pictures of each map")
+    count_arguments(what, 1, 1, "images of each map")
     sampling_arguments(p, guided=False)
     propagation_arguments(p)
     model_arguments(p, SYNTHESIS)
@@ -46,22 +41,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.io.images import open_labels
+    from ldm.cli import inputs, pipeline, setup, tasks
 
-    with blame("--maps"):
-        maps = {path: open_labels(path) for path in args.maps}
-        stacked(maps)  # of one size
-        subjects = [named(path, "map") for path in maps]
-    setup = make_setup(args, SYNTHESIS)
-    task, size = label_task(setup, maps)
-
-    items = image_items(args, subjects)
-    make_pictures(args, setup, items, task, size, args.batch_size)
+    subjects, maps = inputs.label_maps(args.maps)
+    model = setup.make_setup(settings_from(args, setup.ModelSettings), SYNTHESIS)
+    task, size = tasks.label_task(model, maps)
+    pipeline.make_images(
+        model,
+        inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        task,
+        size,
+        settings_from(args, pipeline.SamplingSettings),
+        settings_from(args, pipeline.OutputSettings),
+        args.batch_size,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("semantic2img.py", lambda: run(parser().parse_args(argv)), GO_ON)
+    return run_command(parser(), run, argv, GO_ON)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Small pictures made large, plain or with encoder propagation (Faster Diffusion).
+"""Small images made large, with or without encoder propagation (Faster Diffusion).
 
-By bsr_sr, or with --config and --ckpt by the x4 upscaler of Stable Diffusion, which reads text and adds noise to the
-small picture. Defaults of bsr_sr: 100 steps, eta 1. Of the x4 upscaler: 75 steps, eta 0, scale 9, noise level 20.
+The default model is bsr_sr: 100 steps, eta 1. With --config and --ckpt the model can be the x4 upscaler of Stable
+Diffusion, which reads a prompt and adds noise to the small image: 75 steps, eta 0, scale 9, noise level 20.
 """
 
 from __future__ import annotations
@@ -20,17 +20,12 @@ from ldm.cli.arguments import (
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli.inputs import image_items, named, stacked
-from ldm.cli.parser import Parser, command
-from ldm.cli.run import GO_ON, make_pictures
-from ldm.cli.setup import make_setup
-from ldm.cli.tasks import settle_upscaling, upscaling_task
-from ldm.io.errors import blame
+from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
 
 BSR_SR = (ROOT / "models/ldm/bsr_sr/config.yaml", ROOT / "models/ldm/bsr_sr/model.ckpt")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     p = Parser(prog="superresolution.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
     what.add_argument(
@@ -38,12 +33,12 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="small pictures of one size; each side comes out f times as long (4 times by both models)",
+        help="small images of one size; each side becomes f times as long (4 times with both models)",
     )
-    what.add_argument("--prompt", help="what the pictures show, for the x4 upscaler (default: nothing said)")
+    what.add_argument("--prompt", help="what the images show, for the x4 upscaler (default: the empty text)")
     negative_argument(what)
     noise_level_argument(what)
-    count_arguments(what, 1, 1, "results for each picture")
+    count_arguments(what, 1, 1, "results for each image")
     sampling_arguments(p, None, None, unknown="see above")
     propagation_arguments(p)
     model_arguments(p, BSR_SR)
@@ -52,24 +47,28 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.io.images import from_pil, open_image
+    from ldm.cli import inputs, pipeline, setup, tasks
 
-    with blame("--images"):
-        images = {path: from_pil(open_image(path)) for path in args.images}
-        pictures = stacked(images)  # (N, 3, h, w)
-        subjects = [named(path, "image") for path in images]
-    setup = make_setup(args, BSR_SR)
-    text = settle_upscaling(args, setup)
-    task, size = upscaling_task(args, setup, pictures, text)
-
-    subjects = [subject | ({"prompt": args.prompt} if text else {}) for subject in subjects]
-    items = image_items(args, subjects)
-    make_pictures(args, setup, items, task, size, args.batch_size)
+    subjects, images = inputs.small_images(args.images)
+    model = setup.make_setup(settings_from(args, setup.ModelSettings), BSR_SR)
+    sampling = settings_from(args, pipeline.SamplingSettings)
+    settings = tasks.upscaling_settings(model, sampling, args.prompt, args.negative_prompt, args.noise_level)
+    task, size = tasks.upscaling_task(model, images, settings)
+    text = {} if settings.prompt is None else {"prompt": settings.prompt}
+    pipeline.make_images(
+        model,
+        inputs.image_items([subject | text for subject in subjects], args.n_samples, args.seed, args.seed_by_position),
+        task,
+        size,
+        settings.sampling,
+        settings_from(args, pipeline.OutputSettings),
+        args.batch_size,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("superresolution.py", lambda: run(parser().parse_args(argv)), GO_ON)
+    return run_command(parser(), run, argv, GO_ON)
 
 
 if __name__ == "__main__":

@@ -7,35 +7,39 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from ldm.cli.arguments import count
-from ldm.cli.parser import Parser, command
-from ldm.io.errors import blame
+from ldm.cli.parser import Parser, run_command
+from ldm.io.errors import fault_of
+from ldm.io.files import atomic_write, read_json
+
+
+def parser() -> Parser:
+    p = Parser(prog="train_tokenizer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--captions", required=True, metavar="FILE", help="captions in the COCO format")
+    p.add_argument("--out", required=True, metavar="FILE", help="tokenizer file to write (.json)")
+    p.add_argument("--vocab-size", type=count, default=2048, metavar="N", help="most entries (default: %(default)s)")
+    p.add_argument(
+        "--max-length", type=count, default=16, metavar="N", help="tokens per caption (default: %(default)s)"
+    )
+    return p
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.io.files import atomic_write, read_json
     from ldm.modules.encoders.tokenizer import train_tokenizer
 
-    with blame("--captions", (OSError, ValueError, KeyError)):
+    with fault_of("captions", (OSError, ValueError, KeyError)):
         annotations = read_json(args.captions)["annotations"]
         tokenizer = train_tokenizer((a["caption"] for a in annotations), args.vocab_size, args.max_length)
-    with blame("--out"), atomic_write(args.out) as temporary:
+    with fault_of("out"), atomic_write(args.out) as temporary:
         tokenizer.save(str(temporary))
     print(f"{args.out}: {tokenizer.get_vocab_size()} entries")
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", required=True, help="captions in the COCO format")
-    parser.add_argument("--out", required=True, help="tokenizer file to write (.json)")
-    parser.add_argument("--vocab-size", type=count, default=2048, help="most entries (default: %(default)s)")
-    parser.add_argument("--max-length", type=count, default=16, help="tokens per caption (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return command("train_tokenizer.py", lambda: run(arguments(argv)))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

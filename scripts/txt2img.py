@@ -1,4 +1,4 @@
-"""Pictures from text, plain or with encoder propagation (Faster Diffusion)."""
+"""Images from text, with or without encoder propagation (Faster Diffusion)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ from ldm.cli.arguments import (
     size_arguments,
     text_arguments,
 )
-from ldm.cli.inputs import text_items
-from ldm.cli.parser import Parser, command
-from ldm.cli.run import GO_ON, make_pictures
-from ldm.cli.setup import make_setup, picture_size
+from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
 
 LAION400M = (ROOT / "configs/latent-diffusion/txt2img-1p4B-eval.yaml", ROOT / "models/ldm/text2img-large/model.ckpt")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     p = Parser(prog="txt2img.py", description=__doc__)
     size_arguments(text_arguments(p))
     sampling_arguments(p)
@@ -32,27 +29,32 @@ def parser() -> argparse.ArgumentParser:
     model_arguments(p, EMOJI64).add_argument(
         "--laion400m",
         action="store_true",
-        help="without --config and --ckpt: latent diffusion trained on LAION-400M, models/ldm/text2img-large",
+        help="without --config and --ckpt: latent diffusion trained on LAION-400M, in models/ldm/text2img-large",
     )
     output_arguments(p, "outputs/txt2img-samples")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
-    default = LAION400M if args.laion400m else EMOJI64
-    items = text_items(args, default)
-    setup = make_setup(args, default)
-    size = picture_size(args, setup.sizes)
+    from ldm.cli import inputs, pipeline, setup, tasks
 
-    from ldm.sampling.conditions import Text
-    from ldm.sampling.engine import Task
-
-    make_pictures(args, setup, items, Task(Text(args.negative_prompt)), size, args.n_samples)
+    model = setup.make_setup(settings_from(args, setup.ModelSettings), LAION400M if args.laion400m else EMOJI64)
+    shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
+    items = inputs.text_items(settings_from(args, inputs.TextSettings), shown)
+    pipeline.make_images(
+        model,
+        items,
+        tasks.text_task(args.negative_prompt),
+        setup.image_size(model.sizes, args.H, args.W),
+        settings_from(args, pipeline.SamplingSettings),
+        settings_from(args, pipeline.OutputSettings),
+        args.batch_size,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("txt2img.py", lambda: run(parser().parse_args(argv)), GO_ON)
+    return run_command(parser(), run, argv, GO_ON)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.api import KINDS, parsed
+from ldm.cli.kinds import KINDS, parsed
 from tests.helpers.images import add, labelled, slope, small
 from tests.helpers.paths import EMOJI64, ROOT
 from tests.helpers.scripts import Script, load_script

@@ -14,10 +14,9 @@ from tests.helpers.paths import ROOT
 LOOK_UP = """
 import evaluation.protocols.protocol, evaluation.table.spec, evaluation.recognition, evaluation.cost, evaluation.figures
 import ldm
-from ldm.cli.arguments import EMOJI64
+from ldm.cli.arguments import CLASS_NAMES, EMOJI64
 from ldm.models.diffusion.propagation.load import load_plan, plan_names
 from ldm.checkpoint.published import load_manifest
-from ldm.cli.tasks import CLASS_NAMES
 from ldm.util import PROJECT_ROOT, find_file
 
 installed = evaluation.__file__.removesuffix("evaluation/__init__.py")

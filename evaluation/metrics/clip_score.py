@@ -17,7 +17,7 @@ from evaluation.metrics.extractors import resized
 from evaluation.metrics.intervals import mean_values
 from evaluation.metrics.result import Result
 from evaluation.runs.images import Images, incomplete_warnings, left_out_warnings, open_samples
-from ldm.cli.devices import device_named
+from ldm.cli.devices import find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256, json_sha256
 
@@ -127,7 +127,7 @@ def load_variant(
     Raises:
         SettingError: `weights`: no CLIP model, or not the one that the variant is defined with; `device`: not there.
     """
-    place, kind = device_named(device), find_variant(variant)
+    place, kind = find_device(device), find_variant(variant)
     with fault_of("weights"):
         model = load_clip(weights, vocabulary)
         if kind.shape not in (None, found := (model.size, *model.shape)):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from evaluation.metrics import ModelError
 from evaluation.metrics.clip import load_clip
 from ldm.checkpoint.download import DownloadError, fetch
-from ldm.cli.devices import device_named
+from ldm.cli.devices import find_device
 from ldm.io.errors import one_line
 from ldm.io.files import file_sha256
 from ldm.io.images import to_pil
@@ -272,7 +272,7 @@ def load_extractor(
     """
     if name not in EXTRACTORS:
         raise ModelError(f"features: {name!r} is not one of {', '.join(EXTRACTORS)}")
-    place = device_named(device)
+    place = find_device(device)
     return EXTRACTORS[name](weights, resize).to(place)
 
 

@@ -93,8 +93,8 @@ class Comparison:
             data = self.data and file_sha256(*(Path(self.data) / name for name in ("pictures.npy", "captions.json")))
         return {
             "config": fingerprint(experiment.setup.config_path)[:16],
-            "averaged": experiment.weights,
-            "precision": "autocast" if experiment.autocast else "full",
+            "averaged": experiment.setup.weights,
+            "precision": "autocast" if experiment.setup.autocast else "full",
             "steps": self.steps,
             "data": data and data[:16],
             "items": digest([item.settings() for item in self.items]),

@@ -28,9 +28,7 @@ BATCH = 8  # images per batch
 class Experiment:
     """A model and the images that a figure samples with it.
 
-    setup:    the model's files and sizes.
-    weights:  which weights of the UNet, see `load_model`.
-    autocast: run the networks in the device's lower precision.
+    setup:    the model's files and sizes, and how it runs.
     prompts:  texts; models without a text encoder sample classes, or without a condition.
     count:    number of images: one for each of the first prompts, or for classes spread evenly over all classes.
     seed:     of their noise.
@@ -38,8 +36,6 @@ class Experiment:
     """
 
     setup: Setup
-    weights: str
-    autocast: bool
     prompts: Sequence[str]
     count: int
     seed: int
@@ -48,7 +44,7 @@ class Experiment:
     @cached_property
     def model(self) -> LatentDiffusion:
         """The model; it is loaded when it is first needed."""
-        return self.setup.load(self.weights)
+        return self.setup.load()
 
     @cached_property
     def facts(self) -> RunFacts:
@@ -136,7 +132,7 @@ class Experiment:
         with fault_of("steps"):
             plan = self.plan(plan, sampler, steps) if isinstance(plan, str) else plan
         with fault_of("config"):
-            return Engine(self.model, self.setup.sizes, recipe, plan, self.task, self.autocast)
+            return Engine(self.model, self.setup.sizes, recipe, plan, self.task, self.setup.autocast)
 
     def _recipe(self, sampler: str, steps: int, noise_weight: float = 0.0, guidance_reuse: bool = False) -> Recipe:
         side = self.setup.sizes.default

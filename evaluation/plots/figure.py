@@ -9,8 +9,20 @@ from typing import Any
 
 from evaluation.plots.drawing import style
 from evaluation.plots.experiment import Experiment
+from ldm.cli.arguments import EMOJI64
+from ldm.cli.inputs import prompts_in
+from ldm.cli.setup import ModelSettings, Setup, make_setup
 from ldm.io.errors import fault_of
 from ldm.models.diffusion.loop import NonFiniteLatents
+
+
+def experiment_inputs(model: ModelSettings, prompts: str) -> tuple[Setup, list[str]]:
+    """What all figures have in common: the model, which is emoji64 unless another is named, and the prompts of a file.
+
+    Raises:
+        SettingError: a file can't be used.
+    """
+    return make_setup(model, EMOJI64), prompts_in(prompts, "prompts")
 
 
 def make_figure(kind: str, experiment: Experiment, out: Path, options: Mapping[str, Any]) -> list[str]:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm.cli.arguments import MOST
-from ldm.cli.devices import find_device
-from ldm.cli.processes import stated
+from ldm.cli.parser import stated
 from ldm.io.errors import BadInput, blame
 
 if TYPE_CHECKING:
@@ -64,6 +63,8 @@ def join(args: argparse.Namespace) -> Process:
 
     May start the other processes of this machine, which run the same command line.
     """
+    from ldm.cli.devices import find_device
+
     found = find_device(args.device)
     cores = os.cpu_count() or 1
     if found.type == "cpu" and (args.devices or 1) > cores:

@@ -17,8 +17,9 @@ from evaluation.cost import read_unet
 from evaluation.generate import default_model, make_engine, parse, select_prompts
 from evaluation.protocols.protocol import Protocol
 from evaluation.table.spec import Row
-from ldm.cli.processes import ALONE
-from ldm.cli.setup import make_setup
+from ldm.cli.devices import ALONE
+from ldm.cli.parser import settings_from
+from ldm.cli.setup import ModelSettings, make_setup
 from ldm.io.errors import BadInput, blame
 from ldm.io.files import atomic_write, parse_json, read_text
 from ldm.io.kinds import MAPPING, TEXT, Kind, check, known, number, optional, whole
@@ -159,7 +160,7 @@ def time_pictures(argv: Sequence[str], pictures: int) -> dict[str, Any]:
 
     args, protocol = parse(argv)
     items = make_items([prompt.line() for prompt in select_prompts(args, protocol)], protocol.seed, 1)
-    setup = make_setup(args, default_model(protocol), ALONE)
+    setup = make_setup(settings_from(args, ModelSettings), default_model(protocol), ALONE)
     before = resident("VmRSS") if STATUS.exists() else 0
     engine = make_engine(args, protocol, setup, batch=1)
     for _ in range(WARM_UP):

@@ -25,7 +25,8 @@ from evaluation.table.now import changed_at, content, prompts_of
 from evaluation.table.quality import Quality, renamed
 from evaluation.table.spec import COLUMNS, FTC, HOW, SHORT, Row
 from ldm.cli.arguments import ROOT
-from ldm.cli.settings import make_recipe
+from ldm.cli.parser import settings_from
+from ldm.cli.settings import SamplingSettings, make_recipe
 from ldm.io.errors import BadInput, blame
 from ldm.io.files import json_sha256
 
@@ -130,7 +131,8 @@ class Job:
         """
         args, protocol = parse(self.argv())
         asked = protocol.asked() | ({} if self.prompts is None else {"prompts_sha256": prompts_sha256(self.prompts)})
-        recipe, plan = make_recipe(args, (protocol.size,) * 2), plan_of(self.row, self.protocol, self.ckpt)
+        sampling = settings_from(args, SamplingSettings)
+        recipe, plan = make_recipe(sampling, (protocol.size,) * 2), plan_of(self.row, self.protocol, self.ckpt)
         return {"protocol": asked, "method": asdict(recipe) | plan.settings()}
 
     def others(self, made: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -38,6 +38,24 @@ class DownloadError(OSError):
 
 class _OtherVersion(DownloadError):
     """What has come so far and what the server has now are not of one file."""
+
+
+def fetch_any(
+    urls: Sequence[str], target: Path, sha256: str | None = None, progress: Progress = lambda done, total: None
+) -> None:
+    """Download weights from the first address that has them; arguments as for `fetch`.
+
+    Raises:
+        DownloadError: none has them, with what each said.
+        OSError: something that is no file stands at the target.
+    """
+    failures = []
+    for url in urls:
+        try:
+            return fetch(url, target, sha256, progress)
+        except DownloadError as error:
+            failures.append(f"{url}: {error}")
+    raise DownloadError(f"no mirror has it: {'; '.join(failures)}")
 
 
 def fetch(url: str, target: Path, sha256: str | None = None, progress: Progress = lambda done, total: None) -> None:

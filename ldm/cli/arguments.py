@@ -17,6 +17,7 @@ EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/em
 PROMPT, SHOWN = "a red heart, noto style", 8
 NOISE_WEIGHT = 0.003
 IMAGENET = 1000  # classes; where a model has one more, that one is their absence
+CLASS_NAMES = ROOT / "models/ldm/cin256-v2/classes.txt"  # of ImageNet
 PROPAGATE = ("hold", "linear", "quadratic", "zeros")
 NOISE_ORDERS = ("before", "after", "update")
 # The names of ldm.models.diffusion.solvers.registry.SOLVERS, which needs PyTorch; --help must answer at once.
@@ -36,10 +37,12 @@ finite = number(float, -sys.float_info.max, sys.float_info.max, "a finite number
 
 
 def parallel(text: str) -> int | None:
+    """An argparse type: a whole number, or None for auto."""
     return None if text == "auto" else whole(1, MOST, "auto or a whole number")(text)
 
 
 def interval(text: str) -> tuple[float, float]:
+    """An argparse type: two timesteps, LOW,HIGH."""
     low, comma, high = text.partition(",")
     if not comma:
         raise argparse.ArgumentTypeError(f"must be LOW,HIGH, two timesteps such as 200,800; got {text!r}")
@@ -47,27 +50,36 @@ def interval(text: str) -> tuple[float, float]:
 
 
 def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Prompts, and how many pictures of each."""
+    """Prompts, and how many images of each."""
     what = p.add_argument_group("what to make")
     text = what.add_mutually_exclusive_group()
     text.add_argument(
         "--prompt",
-        help=f"the text to picture (default: {PROMPT}; with --compare the first {SHOWN} of prompts.txt "
-        f"beside the model's weights, if it is there)",
+        help=f"what the images show (default: {PROMPT}; with --compare the first {SHOWN} lines of prompts.txt in the "
+        f"folder of the model's weights, if that file exists)",
     )
-    text.add_argument("--from-file", metavar="FILE", help="one prompt per line, each made n_iter times")
+    text.add_argument("--from-file", metavar="FILE", help="text file with one prompt per line")
     negative_argument(what)
     what.add_argument("--repeat", type=count, default=1, metavar="N", help="use each prompt N times")
     what.add_argument(
         "--n_samples",
+        dest="batch_size",
         type=count,
         default=4,
         metavar="N",
-        help="pictures of the prompt in each iteration; the batch size (default: %(default)s)",
+        help="batch size: images of --prompt, or lines of --from-file, at a time (default: %(default)s)",
     )
-    what.add_argument("--n_iter", type=count, default=1, metavar="N", help="iterations (default: %(default)s)")
+    what.add_argument(
+        "--n_iter",
+        type=count,
+        default=1,
+        metavar="N",
+        help="batches of --prompt, or images of each line of --from-file (default: %(default)s)",
+    )
     noise_arguments(what)
-    what.add_argument("--fixed_code", action="store_true", help="begin every prompt and iteration from the same noise")
+    what.add_argument(
+        "--fixed_code", action="store_true", help="start every prompt and every iteration from the same noise"
+    )
     return what
 
 
@@ -76,30 +88,29 @@ def negative_argument(group: argparse._ArgumentGroup) -> None:
         "--negative_prompt",
         default="",
         metavar="PROMPT",
-        help="what the pictures are not to show: the text that guidance leads away from (default: the empty text)",
+        help="what the images must not show; guidance leads away from it (default: the empty text)",
     )
 
 
-def picture_arguments(p: argparse.ArgumentParser, strength: float) -> None:
-    """Prompts, the picture to begin with, how much of it is made anew, and the size of the results."""
+def start_image_arguments(p: argparse.ArgumentParser, strength: float) -> None:
+    """Prompts, the image to start from, how much of it is changed, and the size of the results."""
     what = text_arguments(p)
     what.add_argument(
-        "--init-img", required=True, metavar="FILE", help="the picture to begin with; transparent parts become white"
+        "--init-img", required=True, metavar="FILE", help="the image to start from; transparent parts become white"
     )
     strength_argument(what, strength)
     size_arguments(
-        what,
-        "the picture's, rounded down to what the model can make; the picture is scaled to cover it and cut off evenly",
+        what, "the image's, rounded down to what the model can make; the image is scaled to cover that size and cropped"
     )
 
 
-def strength_argument(group: argparse._ActionsContainer, default: float) -> None:
+def strength_argument(group: argparse._ActionsContainer, default: float | None) -> None:
     group.add_argument(
         "--strength",
         type=number(float, sys.float_info.min, 1, "a number above 0, up to 1"),
         default=default,
-        help="how much of the picture is made anew: the share of the steps that is run; a plan "
-        "counts these (default: %(default)s)",
+        help="how much of the image is changed: the share of the steps that is run. A plan counts only these steps "
+        "(default: %(default)s)",
     )
 
 
@@ -108,8 +119,8 @@ def noise_level_argument(group: argparse._ActionsContainer) -> None:
         "--noise_level",
         type=number(int, 0, sys.maxsize, "a whole number >= 0"),
         metavar="N",
-        help="noise on the small picture, for the x4 upscaler: the timestep of its schedule; with "
-        "more it invents more (default: see above)",
+        help="for the x4 upscaler: how much noise is added to the small image, as a timestep of its schedule; with "
+        "more noise the model invents more detail (default: see above)",
     )
 
 
@@ -118,7 +129,7 @@ def uncond_class_argument(group: argparse._ActionsContainer) -> None:
         "--uncond_class",
         type=number(int, 0, sys.maxsize, "a whole number >= 0"),
         metavar="CLASS",
-        help=f"class that stands for none, which guidance needs (default: {IMAGENET}, of a model with "
+        help=f"class that means no class; guidance needs it (default: {IMAGENET} for a model with "
         f"{IMAGENET + 1} classes)",
     )
 
@@ -132,18 +143,19 @@ def class_names_argument(group: argparse._ArgumentGroup, default: str = "none") 
     group.add_argument(
         "--class-names",
         metavar="FILE",
-        help=f"names of the classes, one line each from class 0, synonyms separated by commas (default: {default})",
+        help="text file with the names of the classes, one line per class, starting with class 0; commas separate "
+        f"synonyms (default: {default})",
     )
 
 
 def count_arguments(
     group: argparse._ArgumentGroup, samples: int, batch: int, what: str, flags: Sequence[str] = ("--n_samples",)
 ) -> None:
-    """How many pictures, at most how many at a time, and the seed of their noise.
+    """How many images, at most how many at a time, and the seed of their noise.
 
     Args:
         samples, batch: the defaults.
-        what: pictures of what, for the help.
+        what: images of what, for the help.
         flags: what the published script calls their number.
     """
     group.add_argument(
@@ -154,28 +166,27 @@ def count_arguments(
         type=count,
         default=batch,
         metavar="N",
-        help="pictures at a time; changes speed and memory, and the last digits of what is computed "
-        "(default: %(default)s)",
+        help="images at a time; changes speed, memory, and rounding errors (default: %(default)s)",
     )
     noise_arguments(group)
 
 
 def noise_arguments(group: argparse._ArgumentGroup) -> None:
-    """The seed, and what else a picture's noise depends on."""
+    """The seed, and what else an image's noise depends on."""
     seed_argument(
         group,
-        "fixes each picture's noise, with what is pictured (prompt, class, content of the file) and "
-        "the number of its sample",
+        "an image's noise depends on the seed, on what the image shows (prompt, class, content of the file) and on "
+        "the number of the sample",
     )
     group.add_argument(
         "--seed-by-position",
         action="store_true",
-        help="noise from the place in the list instead of what is pictured, as in earlier versions",
+        help="noise depends on the position in the list instead of what the image shows, as in earlier versions",
     )
 
 
 def seed_argument(
-    group: argparse._ArgumentGroup, what: str = "fixes each picture's noise, with its place in the list"
+    group: argparse._ArgumentGroup, what: str = "an image's noise depends on the seed and on its position in the list"
 ) -> None:
     group.add_argument(
         "--seed", type=number(int, 0, 2**32 - 1, "0..2^32-1"), default=42, help=f"{what} (default: %(default)s)"
@@ -214,102 +225,122 @@ def sampling_arguments(
         dest="eta",
         type=number(float, 0, 1, "a number in 0..1"),
         metavar="ETA",
-        help=f"of ddim: 0 = deterministic, 1 = ancestral sampling {default(eta)}",
+        help=f"noise of the ddim sampler: 0 = deterministic, 1 = ancestral sampling {default(eta)}",
     )
-    p.set_defaults(default_eta=eta, eta_flag=eta_flags[-1])
+    p.set_defaults(default_eta=eta)
     if guided:
-        how.add_argument(
-            "--scale", "--guidance_scale", type=finite, default=scale, help=f"guidance scale, 1 = none {default(scale)}"
-        )
-        how.add_argument(
-            "--guidance-interval",
-            type=interval,
-            metavar="LOW,HIGH",
-            help="guide only from key steps at these training timesteps (default: all)",
-        )
-        how.add_argument(
-            "--guidance-reuse",
-            action="store_true",
-            help="between key steps add the key step's guidance to the conditional prediction alone",
-        )
+        guidance_arguments(how, scale, default(scale))
     else:
         p.set_defaults(scale=1.0, guidance_interval=None, guidance_reuse=False)
     sampler = how.add_mutually_exclusive_group()
     sampler.add_argument("--sampler", default="ddim", help=f"the solver: {SAMPLERS} (default: %(default)s)")
-    sampler.add_argument("--plms", action="store_true", help="the same as --sampler plms")
-    sampler.add_argument("--dpm", action="store_true", help="the same as --sampler dpm-solver++")
+    for flag, name in (("--plms", "plms"), ("--dpm", "dpm-solver++")):
+        sampler.add_argument(
+            flag, action="store_const", const=name, dest="sampler", help=f"the same as --sampler {name}"
+        )
     return sampler
+
+
+def guidance_arguments(group: argparse._ArgumentGroup, scale: float | None, default: str) -> None:
+    """The guidance scale, and when guidance is computed."""
+    group.add_argument(
+        "--scale", "--guidance_scale", type=finite, default=scale, help=f"guidance scale; 1 = no guidance {default}"
+    )
+    group.add_argument(
+        "--guidance-interval",
+        type=interval,
+        metavar="LOW,HIGH",
+        help="use guidance only from key timesteps between these two training timesteps (default: from all)",
+    )
+    group.add_argument(
+        "--guidance-reuse",
+        action="store_true",
+        help="compute guidance at key timesteps only; add the same difference at the timesteps that follow",
+    )
 
 
 def propagation_arguments(
     p: argparse.ArgumentParser,
     plan: str = "faster-diffusion",
-    below: float = 500.0,
-    order: str = "before",
+    below: float | None = 500.0,
+    order: str | None = "before",
     compare: bool = True,
 ) -> None:
-    """The plan and prior noise injection, with their defaults; `compare`: whether both methods can be run at once."""
+    """The plan and prior noise injection, with their defaults; `compare`: whether both methods can be run at once.
+
+    below, order: None = as the protocol of an evaluation says.
+    """
     fast = p.add_argument_group("encoder propagation")
-    fast.add_argument(
-        "--plan",
-        default=plan,
-        help="what of the UNet runs at which steps: off (all), faster-diffusion or another name in "
-        "configs/plans, uniform:N, pro, deepcache:N[:BRANCH], deepcache:NAME[:BRANCH], "
-        "online:[time:]X, auto:K or auto:SHARE%% (by calibration), key steps such as 0,1,2,5, or "
-        "FILE.yaml (default: %(default)s)",
-    )
-    fast.add_argument(
-        "--propagate",
-        choices=PROPAGATE,
-        help="what the decoder gets between key steps: the last one's features, those of the last two or "
-        "three extrapolated, or nothing, for comparison (default: the plan file's, or hold)",
-    )
-    fast.add_argument(
-        "--parallel",
-        type=parallel,
-        metavar="N|auto",
-        help="most decoder steps in one batch; changes speed and memory, and the last digits of what is "
-        "computed (default: auto; on a GPU what memory allows, on a CPU as many as are faster)",
-    )
+    plan_arguments(fast, plan)
     fast.add_argument(
         "--tome",
         type=number(float, 0, 0.75, "a number in 0..0.75"),
         default=0.0,
         metavar="R",
-        help="merge this share of the tokens for self-attention at the UNet's finest level (ToMe; "
-        "its authors' share is 0.5; default: 0, none)",
+        help="token merging (ToMe): merge this share of the tokens for self-attention at the UNet's finest level; its "
+        "authors use 0.5 (default: 0, none)",
+    )
+    prior_noise_arguments(fast, below, order)
+    if not compare:
+        p.set_defaults(compare=False, list_plans=False)
+        return
+    fast.add_argument(
+        "--list-plans", action="store_true", help="print the named plans and what they cost; make no images"
     )
     fast.add_argument(
+        "--compare",
+        action="store_true",
+        help="make each image without encoder propagation, with --plan, and with the best calibrated plan of the same "
+        "cost; save them side by side and print what each method costs",
+    )
+
+
+def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
+    group.add_argument(
+        "--plan",
+        default=plan,
+        help="at which timesteps the UNet's encoder runs: off (at all), faster-diffusion or another name in "
+        "configs/plans, uniform:N, pro, deepcache:N[:BRANCH], deepcache:NAME[:BRANCH], online:[time:]X, auto:K or "
+        "auto:SHARE%% (calibrated), a list of key timesteps such as 0,1,2,5 (0 = the first step), or FILE.yaml "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--propagate",
+        choices=PROPAGATE,
+        help="skip features between key timesteps: hold = those of the last key timestep, linear or quadratic = "
+        "extrapolated from the last two or three, zeros = none, for comparison (default: as the plan file says, "
+        "or hold)",
+    )
+    group.add_argument(
+        "--parallel",
+        type=parallel,
+        metavar="N|auto",
+        help="most decoder steps in one batch; changes speed, memory, and rounding errors (default: auto; on a GPU "
+        "what fits into memory, on a CPU as many as save time)",
+    )
+
+
+def prior_noise_arguments(group: argparse._ArgumentGroup, below: float | None, order: str | None) -> None:
+    unknown = "the protocol's"
+    group.add_argument(
         "--noise-weight",
         type=number(float, 0, sys.float_info.max, "a number >= 0"),
         metavar="X",
-        help=f"prior noise injection; 0 = off (default: {NOISE_WEIGHT}, with --plan off 0)",
+        help=f"weight of prior noise injection; 0 = off (default: {NOISE_WEIGHT}; with --plan off 0)",
     )
-    fast.add_argument(
+    group.add_argument(
         "--noise-below",
         type=finite,
         default=below,
         metavar="T",
-        help="inject at timesteps below T of the training's (default: %(default)s)",
+        help=f"inject at training timesteps below T (default: {unknown if below is None else below})",
     )
-    fast.add_argument(
+    group.add_argument(
         "--noise-order",
         choices=NOISE_ORDERS,
         default=order,
-        help="inject before the prediction, after it, or after the solver's step (default: %(default)s)",
+        help=f"inject before the prediction, after it, or after the solver's update (default: {order or unknown})",
     )
-    if compare:
-        fast.add_argument(
-            "--list-plans", action="store_true", help="print the named plans with their cost, and make nothing"
-        )
-        fast.add_argument(
-            "--compare",
-            action="store_true",
-            help="make each picture plain, as --plan says, and by the best calibrated plan of that cost; "
-            "save them side by side and say what each took",
-        )
-    else:
-        p.set_defaults(compare=False, list_plans=False)
 
 
 def model_arguments(
@@ -319,25 +350,35 @@ def model_arguments(
     note = f"default: {default[1].parent.relative_to(ROOT)}" if default else note
     model = p.add_argument_group(f"the model ({note})")
     model.add_argument(
-        "--config", metavar="YAML", help="the model's config; alone it stands for the one published model that has it"
+        "--config",
+        metavar="YAML",
+        help="the model's config; without --ckpt it stands for the one published model that has this config",
     )
     model.add_argument(
         "--ckpt",
         metavar="FILE",
-        help="its weights, .safetensors or .ckpt, or a diffusers folder; alone they take config.yaml "
-        "beside them, or the published config that fits",
+        help="the weights: .safetensors, .ckpt, or a diffusers folder; without --config the config is config.yaml in "
+        "the same folder, or the published config that fits",
     )
     model.add_argument(
         "--weights",
         choices=("auto", "ema", "raw"),
         default="auto",
-        help="averaged or last weights of the UNet; auto = averaged if there are any",
+        help="use the averaged (ema) or the last (raw) weights of the UNet; auto = averaged if there are any",
     )
-    model.add_argument("--C", type=count, help="latent channels, to check the config (default: the model's)")
-    model.add_argument("--f", type=count, help="downsampling factor, to check the config (default: the model's)")
+    model.add_argument(
+        "--C", dest="channels", type=count, metavar="N", help="latent channels; an error if the config says another"
+    )
+    model.add_argument(
+        "--f", dest="factor", type=count, metavar="N", help="downsampling factor; an error if the config says another"
+    )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     precision = model.add_mutually_exclusive_group()
-    precision.add_argument("--precision", choices=("full", "autocast"), help="(default: autocast on cuda, else full)")
+    precision.add_argument(
+        "--precision",
+        choices=("full", "autocast"),
+        help="float32, or the device's lower precision (default: autocast on cuda, else full)",
+    )
     precision.add_argument(
         "--fp16", action="store_const", const="autocast", dest="precision", help="the same as --precision autocast"
     )
@@ -347,12 +388,12 @@ def model_arguments(
 def output_arguments(
     p: argparse.ArgumentParser, outdir: str, flags: Sequence[str] = ("--outdir",), grid: bool = True
 ) -> argparse._ArgumentGroup:
-    """Where pictures go.
+    """Where images go.
 
     Args:
         outdir: the default.
         flags: what the published script calls it.
-        grid: whether a grid of all pictures is offered.
+        grid: whether a grid of all images is offered.
     """
     out = p.add_argument_group("output")
     out.add_argument(
@@ -360,20 +401,25 @@ def output_arguments(
         dest="outdir",
         default=outdir,
         metavar="DIR",
-        help="gets samples/, manifest.jsonl and what shows pictures together; what is already there is "
-        "not made again (default: %(default)s)",
+        help="folder for samples/, manifest.jsonl, and grids; images that are already there are not made again "
+        "(default: %(default)s)",
     )
     if grid:
         out.add_argument(
             "--n_rows",
+            dest="columns",
             type=whole(0, MOST),
             default=0,
             metavar="N",
-            help="pictures in a row of the grid; 0 = the batch size",
+            help="images in a row of the grid (default: the batch size)",
         )
-        out.add_argument("--skip_grid", action="store_true", help="save no grid; needed for very many pictures")
+        out.add_argument(
+            "--skip_grid", dest="grid", action="store_false", help="save no grid; needed for very many images"
+        )
     else:
-        p.set_defaults(skip_grid=True)
-    out.add_argument("--skip_save", action="store_true", help="save no single pictures")
-    out.add_argument("--again", action="store_true", help="make what is already there again, to measure its time")
+        p.set_defaults(grid=False, columns=0)
+    out.add_argument("--skip_save", dest="save", action="store_false", help="save no single images")
+    out.add_argument(
+        "--again", action="store_true", help="make images again that are already there, to measure the time"
+    )
     return out

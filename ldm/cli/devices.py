@@ -1,37 +1,106 @@
-"""The device that a command line's --device names."""
+"""Where a run computes: its device, and the processes that share its work, as torchrun starts them.
+
+The first process leads: it alone looks for images, prints and writes, and tells the others what to compute with it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-from ldm.cli.processes import ALONE, Processes
-from ldm.io.errors import BadInput, SettingError, flags_named
+import torch
+import torch.distributed as dist
 
-# PyTorch is imported where it is used: --help must answer at once.
-if TYPE_CHECKING:
-    import torch
+from ldm.cli.parser import stated
+from ldm.io.errors import BadInput, SettingError, fault_of
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    rank:  0..size-1; 0 leads.
+    local: rank among those of this machine, which names its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @staticmethod
+    def from_environment() -> Processes:
+        """As torchrun says in the environment; without it, one alone.
+
+        Raises:
+            BadInput: there it says what can't be.
+        """
+        size = stated(os.environ, "WORLD_SIZE", 1, 1)
+        rank, local = (stated(os.environ, name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
+        return Processes(rank, size, local)
+
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    @contextmanager
+    def joined(self, device: torch.device) -> Iterator[None]:
+        """They can talk to each other inside the block; over NCCL between GPUs, else over gloo."""
+        if not self.several:
+            yield
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with fault_of(f"environment variable WORLD_SIZE: {self.size} processes can't meet", (ValueError, RuntimeError)):
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=self.rank, world_size=self.size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values."""
+        if not self.several:
+            return value
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return min(values)
+
+    def tell(self, order: Any) -> None:
+        """The leader's order to all others; None = there is nothing more to do."""
+        if self.several:
+            dist.broadcast_object_list([order])
+
+    def orders(self) -> Iterator[Any]:
+        """What the leader tells, until there is nothing more to do."""
+        while True:
+            order = [None]
+            try:
+                dist.broadcast_object_list(order)
+            except RuntimeError as error:
+                raise BadInput(f"process {self.rank}: the leading process has ended ({error})") from error
+            if order[0] is None:
+                return
+            yield order[0]
+
+
+ALONE = Processes()
 
 
 def find_device(name: str, processes: Processes = ALONE) -> torch.device:
     """The device of that name, or the best one for auto.
 
     Raises:
-        BadInput: it is not on this machine.
+        SettingError: it is not on this machine.
     """
     if processes.several:
         return _own_device(name, processes)
-    with flags_named({}):
-        return device_named(name)
-
-
-def device_named(name: str) -> torch.device:
-    """The device of that name, or the best one for auto.
-
-    Raises:
-        SettingError: `device`: it is not on this machine.
-    """
-    import torch
-
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     present = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
     if name == "auto":
@@ -43,15 +112,13 @@ def device_named(name: str) -> torch.device:
 
 def _own_device(name: str, processes: Processes) -> torch.device:
     """This process's, where there are several: the CPU for all, or a GPU for each."""
-    import torch
-
     if name not in ("auto", "cuda", "cpu"):
-        raise BadInput(
-            f"--device: {name} is one device, and there are {processes.size} processes; accepted: auto, cuda, cpu"
+        raise SettingError(
+            "device", f"{name} is one device, and there are {processes.size} processes; accepted: auto, cuda, cpu"
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and gpus == 0):
         return torch.device("cpu")
     if processes.local >= gpus:
-        raise BadInput(f"--device: process {processes.rank} has no GPU of its own; this machine has {gpus}")
+        raise SettingError("device", f"process {processes.rank} has no GPU of its own; this machine has {gpus}")
     return torch.device("cuda", processes.local)

@@ -1,144 +1,228 @@
-"""What the arguments of a sampling script picture: prompts, classes by name, pictures that are read."""
+"""What the images of a run show: prompts, classes by name, images that are read."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ldm.cli.arguments import MOST, PROMPT, SHOWN, Files
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoint import fingerprint
+from ldm.cli.arguments import MOST, PROMPT, SHOWN
 from ldm.cli.class_names import Names, read_names
-from ldm.cli.model_files import model_files
-from ldm.cli.setup import Setup, make_setup, picture_size
-from ldm.io.errors import BadInput, blame
-from ldm.io.files import read_lines
+from ldm.cli.setup import image_size
+from ldm.io.errors import SettingError, fault_of, shown
+from ldm.io.files import read_json, read_lines
+from ldm.io.images import fit, from_pil, open_image, open_labels, open_mask
+from ldm.sampling.engine import Sizes
+from ldm.sampling.generate import Item, make_items
 
-# PyTorch and what needs it are imported where they are used: --help must answer at once.
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from ldm.sampling.engine import Sizes
-    from ldm.sampling.generate import Item
+MASK = "_mask.png"  # what a mask's name has in the place of .png
 
 
-def prompts_in(path: str | Path, flag: str = "--from-file") -> list[str]:
-    """The prompts in a file, one per line; empty lines are skipped."""
-    with blame(flag):
-        lines = read_lines(path)
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise BadInput(f"{flag}: {path} is empty; expected one prompt per line")
-    return prompts
+@dataclass(frozen=True)
+class TextSettings:
+    """Prompts, and how many images of each; see `ldm.cli.arguments.text_arguments`."""
+
+    prompt: str | None = None
+    from_file: str | None = None
+    repeat: int = 1
+    batch_size: int = 4
+    n_iter: int = 1
+    seed: int = 42
+    seed_by_position: bool = False
+    fixed_code: bool = False
 
 
-def shipped_prompts(args: argparse.Namespace, default: Files | None) -> list[str]:
-    """The first prompts that lie beside the model's weights, if there are any."""
-    file = model_files(args, default)[1].parent / "prompts.txt"
-    return prompts_in(file)[:SHOWN] if file.is_file() else []
-
-
-def text_items(
-    args: argparse.Namespace, default: Files | None = None, extra: dict[str, Any] | None = None
-) -> list[Item]:
-    """The pictures that `text_arguments` ask for.
+def text_items(settings: TextSettings, shown: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> list[Item]:
+    """The images that are asked for.
 
     Args:
-        default: the model that needs no flag.
-        extra: what else of each picture is to be remembered.
+        shown: the prompts where none are given; without them the usual one.
+        extra: what else of each image is to be remembered.
+
+    Raises:
+        SettingError: the file has no prompts, or they are more images than one run makes.
     """
-    prompts, per_iteration = [PROMPT if args.prompt is None else args.prompt], args.n_samples
-    shown = shipped_prompts(args, default) if args.compare and args.prompt is None and args.from_file is None else []
-    if args.from_file is not None or shown:
-        # As published: a batch is n_samples pictures of the prompt, or n_samples lines of the file.
-        prompts, per_iteration = shown or prompts_in(args.from_file), 1
-    subjects = [{"prompt": prompt} | (extra or {}) for prompt in prompts]
+    prompts, per_iteration = [PROMPT if settings.prompt is None else settings.prompt], settings.batch_size
+    if settings.from_file is not None or (shown and settings.prompt is None):
+        # As published: a batch is batch_size images of the prompt, or batch_size lines of the file.
+        prompts = shown if settings.from_file is None else prompts_in(settings.from_file)
+        per_iteration = 1
     return image_items(
-        args, subjects, per_iteration * args.n_iter, args.repeat, per_iteration if args.fixed_code else None
+        [{"prompt": prompt, **(extra or {})} for prompt in prompts],
+        per_iteration * settings.n_iter,
+        settings.seed,
+        settings.seed_by_position,
+        settings.repeat,
+        per_iteration if settings.fixed_code else None,
     )
 
 
+def prompts_in(path: str | Path, setting: str = "from_file") -> list[str]:
+    """The prompts in a file, one per line; empty lines are skipped.
+
+    Raises:
+        SettingError: it can't be read, or has none.
+    """
+    with fault_of(setting):
+        prompts = [line.strip() for line in read_lines(path) if line.strip()]
+        if not prompts:
+            raise ValueError(f"{path} is empty; expected one prompt per line")
+    return prompts
+
+
+def shipped_prompts(ckpt: Path) -> list[str]:
+    """The first prompts that lie beside a model's weights, if there are any."""
+    file = ckpt.parent / "prompts.txt"
+    return prompts_in(file)[:SHOWN] if file.is_file() else []
+
+
 def image_items(
-    args: argparse.Namespace,
     subjects: Sequence[Mapping[str, Any]],
-    samples: int | None = None,
+    samples: int,
+    seed: int,
+    by_position: bool = False,
     repeat: int = 1,
     share_start: int | None = None,
 ) -> list[Item]:
     """The images of a run, in order.
 
     Args:
-        subjects, share_start: see `ldm.sampling.generate.make_items`.
-        samples: of each subject; None = --n_samples.
+        subjects, samples, seed, by_position, share_start: see `ldm.sampling.generate.make_items`.
         repeat: how often each subject is taken.
 
     Raises:
-        BadInput: more than one run makes.
+        SettingError: more than one run makes.
     """
-    from ldm.sampling.generate import make_items
-
-    samples = args.n_samples if samples is None else samples
     if (total := len(subjects) * repeat * samples) > MOST:
-        raise BadInput(
-            f"--n_samples: {len(subjects)} subjects x {repeat * samples} images of each are {total}; one "
-            f"run makes {MOST} at most"
+        raise SettingError(
+            "n_samples",
+            f"{len(subjects)} subjects x {repeat * samples} images of each are {total}; one run makes {MOST} at most",
         )
     return make_items(
-        [subject for subject in subjects for _ in range(repeat)], samples, args.seed, share_start, args.seed_by_position
+        [subject for subject in subjects for _ in range(repeat)], samples, seed, share_start, by_position
     )
 
 
-def given_names(args: argparse.Namespace, default: Path | None = None) -> Names:
-    """The names in --class-names, else in the default file; none without either."""
-    path = args.class_names or default
-    with blame("--class-names"):
+def class_names(path: str | Path | None, default: Path | None = None) -> Names:
+    """The names in a file, else in the default file; none without either."""
+    path = path or default
+    with fault_of("class_names"):
         return {} if path is None else read_names(path)
 
 
-def from_picture(args: argparse.Namespace, default: Files) -> tuple[Tensor, list[Item], Setup]:
-    """What `picture_arguments` ask for: the picture in the size of the results, (3, H, W); these; the model."""
-    from ldm.io.images import open_image
-
-    with blame("--init-img"):
-        image = open_image(args.init_img)
-        items = text_items(args, default, named(args.init_img, "init_img"))
-    setup = make_setup(args, default)
-    return in_size(image, args, setup.sizes), items, setup
+def start_image(path: str | Path) -> tuple[Image.Image, dict[str, str]]:
+    """The image to start from, and how each result remembers it."""
+    with fault_of("init_img"):
+        return open_image(path), named(path, "init_img")
 
 
-def in_size(image: Image.Image, args: argparse.Namespace, sizes: Sizes) -> Tensor:
-    """A picture to begin with in the size of the results, (3, H, W): its own, rounded down, unless args say another."""
-    from ldm.io.images import fit, from_pil
-
+def in_size(image: Image.Image, sizes: Sizes, height: int | None, width: int | None) -> Tensor:
+    """An image to start from in the size of the results, (3, H, W): as given, or its own, rounded down."""
     step = sizes.multiple
-    height, width = (max(step, side // step * step) for side in (image.height, image.width))
-    return from_pil(fit(image, *picture_size(args, sizes, (height, width))))
+    own = tuple(max(step, side // step * step) for side in (image.height, image.width))
+    return from_pil(fit(image, *image_size(sizes, height, width, own)))
 
 
-def stacked(pictures: Mapping[str, Tensor]) -> Tensor:
-    """Pictures (..., H, W) by name as a batch.
+def stacked(images: Mapping[str, Tensor]) -> Tensor:
+    """Images (..., H, W) by name as a batch.
 
     Raises:
         ValueError: they are not of one size.
     """
-    import torch
-
-    (first, one), *others = pictures.items()
+    (first, one), *others = images.items()
     for name, other in others:
         if other.shape != one.shape:
             raise ValueError(
                 f"{name} has {pixels(other)}, {first} {pixels(one)}; expected one size, so run each size by itself"
             )
-    return torch.stack(list(pictures.values()))
+    return torch.stack(list(images.values()))
 
 
-def pixels(picture: Tensor) -> str:
-    return f"{picture.shape[-1]} x {picture.shape[-2]} pixels"
+def pixels(image: Tensor) -> str:
+    """Its size in words."""
+    return f"{image.shape[-1]} x {image.shape[-2]} pixels"
 
 
 def named(path: str | Path, role: str) -> dict[str, str]:
-    """How a picture remembers an input file: by name and content."""
-    from ldm.checkpoint import fingerprint
-
+    """How an image remembers an input file: by name and content."""
     return {role: Path(path).name, f"{role}_sha256": fingerprint(path)[:16]}
+
+
+@dataclass(frozen=True)
+class MaskedImages:
+    """What is in a folder for inpainting, by name.
+
+    subjects: how each result remembers its image and mask.
+    images:   (N, 3, H, W) in [-1, 1].
+    masks:    (N, 1, H, W), 1 = to be made anew.
+    left_out: names of the files that are no pair of image and mask.
+    """
+
+    subjects: list[dict[str, Any]]
+    images: Tensor
+    masks: Tensor
+    left_out: Sequence[str]
+
+
+def masked_images(folder: Path) -> MaskedImages:
+    """The images NAME.png of a folder with their masks NAME_mask.png.
+
+    Raises:
+        ValueError: there are none, a mask without its image or of another size, or images of several sizes.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    subjects, images, masks = [], {}, {}
+    for mask_path in sorted(folder.glob(f"*{MASK}")):
+        path = mask_path.with_name(mask_path.name.removesuffix(MASK) + ".png")
+        image, mask = from_pil(open_image(path)), open_mask(mask_path)
+        if mask.shape[1:] != image.shape[1:]:
+            raise ValueError(f"{mask_path.name} has {pixels(mask)}, its image {pixels(image)}")
+        subjects.append(named(path, "image") | named(mask_path, "mask"))
+        images[path.name], masks[mask_path.name] = image, mask
+    if not subjects:
+        raise ValueError(f"{folder} has no masks; expected images NAME.png with masks NAME{MASK}")
+    left_out = [path.name for path in folder.iterdir() if path.is_file() and path.name not in images | masks]
+    return MaskedImages(subjects, stacked(images), stacked(masks), left_out)
+
+
+def small_images(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], Tensor]:
+    """Images of one size, (N, 3, h, w) in [-1, 1], and how each result remembers its own.
+
+    Raises:
+        SettingError: they can't be read, or are of several sizes.
+    """
+    with fault_of("images"):
+        images = stacked({str(path): from_pil(open_image(path)) for path in paths})
+        return [named(path, "image") for path in paths], images
+
+
+def label_maps(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
+    """Maps of labels by name, each (H, W), and how each result remembers its own.
+
+    Raises:
+        SettingError: they can't be read, or are of several sizes.
+    """
+    with fault_of("maps"):
+        maps = {str(path): open_labels(path) for path in paths}
+        stacked(maps)  # of one size
+        return [named(path, "map") for path in paths], maps
+
+
+def read_layouts(path: str | Path) -> list[Any]:
+    """The entries of a file of boxes, one for each image.
+
+    Raises:
+        SettingError: it can't be read, is no JSON, or not a list.
+    """
+    with fault_of("boxes"):
+        layouts = read_json(path)
+        if not isinstance(layouts, list) or not layouts:
+            raise ValueError(f"{path}: expected a list of images; got {shown(layouts)}")
+        return layouts

@@ -8,21 +8,28 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from importlib import metadata
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
-from ldm.io.errors import BadInput, did_you_mean
+from ldm.io.errors import BadInput, SettingError, blame, did_you_mean
+from ldm.io.files import clean, unfinished
 
 PACKAGE = "faster-diffusion-ldm"
 LONGEST_WORD, LONGEST_MESSAGE = 200, 2000  # characters of an error message
 MEMORY = "can't allocate memory"  # what PyTorch says where the machine has not enough of it
+GO_ON = "stopped; the same command goes on from here"
+MOST_PROCESSES = 65536
+
+Settings = TypeVar("Settings")
 
 
 class Parser(argparse.ArgumentParser):
     """Raises BadInput instead of ending the process; takes no shortened flags."""
 
-    def __init__(self, **settings: Any):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
         self.add_argument("--version", action=Version, nargs=0, help="print the versions and exit")
 
@@ -46,8 +53,20 @@ class Parser(argparse.ArgumentParser):
     def flags(self) -> set[str]:
         """All flags, also those of subcommands."""
         own = {flag for action in self._actions for flag in action.option_strings}
+        return own.union(*(parser.flags() for parser in self._subparsers_below()))
+
+    def _subparsers_below(self) -> list[Parser]:
         below = (action.choices.values() for action in self._actions if isinstance(action, argparse._SubParsersAction))
-        return own.union(*(parser.flags() for parsers in below for parser in parsers))
+        return [parser for parsers in below for parser in parsers]
+
+    def flag(self, setting: str) -> str:
+        """The flag of a setting, or its own name where it has none."""
+        for action in self._actions:
+            if action.dest == setting and action.option_strings:
+                same = (f"--{setting}", f"--{setting.replace('_', '-')}")
+                long = [flag for flag in action.option_strings if flag.startswith("--")]
+                return next((flag for flag in long if flag in same), (long or action.option_strings)[0])
+        return next((flag for flag in (p.flag(setting) for p in self._subparsers_below()) if flag != setting), setting)
 
 
 class Version(argparse.Action):
@@ -62,6 +81,12 @@ class Version(argparse.Action):
                 found.append(f"{package} not installed")
         print(", ".join(found))
         parser.exit()
+
+
+def settings_from(args: argparse.Namespace, kind: Callable[..., Settings], **others: Any) -> Settings:
+    """A dataclass whose fields have the values of the arguments of the same names, or the others' values."""
+    names = [field.name for field in fields(kind) if field.name not in others]
+    return kind(**{name: getattr(args, name) for name in names}, **others)
 
 
 def number(kind: type, low: float, high: float, accepted: str) -> Callable[[str], Any]:
@@ -79,6 +104,23 @@ def number(kind: type, low: float, high: float, accepted: str) -> Callable[[str]
     return parse
 
 
+def whole(low: int, high: int, accepted: str = "a whole number") -> Callable[[str], Any]:
+    """An argparse type: a whole number in low..high. What is counted has a limit, so that no count takes all memory."""
+    return number(int, low, high, f"{accepted} in {low}..{high}")
+
+
+def stated(env: Mapping[str, str], name: str, default: int, low: int, high: int = MOST_PROCESSES) -> int:
+    """A number in low..high that an environment variable states; the default if it is not set, or empty.
+
+    Raises:
+        BadInput: another value.
+    """
+    try:
+        return whole(low, high)(env.get(name) or default)
+    except argparse.ArgumentTypeError as error:
+        raise BadInput(f"environment variable {name}: {error}; torchrun and SLURM set it") from None
+
+
 def readable(message: str) -> str:
     """An error message for a terminal: one line, without control characters, and with what is long in it cut.
 
@@ -94,17 +136,41 @@ def _cut(text: str, limit: int) -> str:
     return f"{text[: limit * 2 // 3]}...({len(text)} characters)...{text[-limit // 6 :]}"
 
 
-def whole(low: int, high: int, accepted: str = "a whole number") -> Callable[[str], Any]:
-    """An argparse type: a whole number in low..high. What is counted has a limit, so that no count takes all memory."""
-    return number(int, low, high, f"{accepted} in {low}..{high}")
+def run_command(
+    parser: Parser,
+    run: Callable[[argparse.Namespace], int | None],
+    argv: Sequence[str] | None,
+    stopped: str = "stopped",
+) -> int:
+    """Parse a command line and do its work; errors name arguments by their flags.
+
+    Args:
+        parser: with the command's name as `prog`.
+        run: does the work; its result, if it has one, is the exit code.
+        argv: None = the process's.
+        stopped: what to say if the user interrupts it.
+
+    Returns:
+        The exit code.
+    """
+    code: int | None = 0
+
+    def work() -> None:
+        nonlocal code
+        try:
+            code = run(parser.parse_args(argv))
+        except SettingError as error:
+            raise BadInput(f"{parser.flag(error.setting)}: {error.problem}") from error
+
+    return command(parser.prog, work, stopped) or code or 0
 
 
 def command(name: str, run: Callable[[], None], stopped: str = "stopped") -> int:
-    """Run a command line; its exit code.
+    """Do the work of a command line; its exit code.
 
     Args:
         name: of the script, for messages.
-        run: parses the arguments and does the work.
+        run: does the work.
         stopped: what to say if the user interrupts it.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold what the terminal can't show
@@ -121,12 +187,45 @@ def command(name: str, run: Callable[[], None], stopped: str = "stopped") -> int
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and MEMORY not in str(error):
             raise
-        print(
-            f"{name}: error: not enough memory for all of it at a time: {readable(str(error)) or 'a list'}",
-            file=sys.stderr,
-        )
+        what = readable(str(error)) or "a list"
+        print(f"{name}: error: not enough memory for all of it at a time: {what}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: {stopped}", file=sys.stderr)
         return 130
     return 0
+
+
+# Places to write
+
+
+def check_output(path: str | None, flag: str = "--out") -> None:
+    """It must be possible to write the file; found out before the work.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if path is None:
+        return
+    with blame(flag, (OSError,)):  # a name that no file can have
+        place = next(p for p in Path(path).absolute().parents if p.exists())
+        if Path(path).is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+            raise BadInput(f"{flag}: can't write {path}; expected a file in a writable directory")
+
+
+def check_outdir(outdir: Path, flag: str = "--outdir") -> None:
+    """It must be possible to write there; nothing is left behind by finding out.
+
+    Raises:
+        BadInput: it is not.
+    """
+    with blame(flag, (OSError,)):  # a name that no file can have
+        place = next(p for p in (outdir, *outdir.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise BadInput(f"{flag}: {place} is a file; expected a directory")
+    try:
+        clean(place)
+        with unfinished(place):
+            pass
+    except OSError as error:
+        raise BadInput(f"{flag}: can't write to {outdir}: {error.strerror}") from error

@@ -1,31 +1,50 @@
-"""What was made and what it cost: sheets of pictures, comparisons, lines on the screen."""
+"""What was made and what it cost: grids, comparisons, lines on the screen."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-# PyTorch and what needs it are imported where they are used: --help must answer at once.
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
-    from ldm.cli.setup import Setup
-    from ldm.sampling.engine import Engine
-    from ldm.sampling.generate import Item, Sample
+from ldm.cli.setup import Setup
+from ldm.io.errors import fault_of
+from ldm.io.files import atomic_write
+from ldm.io.images import find_png, from_pil, grid, psnr, save_png, side_by_side
+from ldm.models.diffusion.propagation.plan import Plan
+from ldm.sampling.engine import Engine
+from ldm.sampling.generate import Item, Sample, digest
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What becomes of the images; see `ldm.cli.arguments.output_arguments` and `propagation_arguments`.
+
+    columns: of the grid; 0 = the batch size.
+    """
+
+    outdir: str | Path
+    save: bool = True
+    grid: bool = True
+    columns: int = 0
+    again: bool = False
+    compare: bool = False
+    list_plans: bool = False
 
 
 @dataclass
-class Result:
-    """What one method made, or found made by an earlier run.
+class MethodRun:
+    """The images of one method, made now or by an earlier run, and what they cost.
 
     settings: what all of it depends on beside the items.
-    first_calls: seconds per picture that the first batch of a process takes longer; None = not measured.
+    first_calls: seconds per image that the first batch of a process takes longer; None = not measured.
     count, macs: of all.
-    replaced: pictures made in the place of files that were damaged or changed.
+    replaced: images made in the place of files that were damaged or changed.
     fresh, spent_macs, seconds, seconds_unet: of what this run made.
     """
 
@@ -59,11 +78,11 @@ class Result:
 
     @property
     def gmac(self) -> float:
-        """Of the UNet, for one picture."""
+        """Billions of MACs of the UNet for one image."""
         return self.macs / self.count / 1e9
 
     def __str__(self) -> str:
-        """The cost of one picture."""
+        """The cost of one image."""
         time = (
             "found, not measured"
             if self.fresh == 0
@@ -72,109 +91,113 @@ class Result:
         return f"{time}, {self.gmac:.2f} GMAC of the UNet"
 
 
-def opening(args: argparse.Namespace, setup: Setup, engine: Engine) -> str:
+def opening(plan: str, setup: Setup, engine: Engine) -> str:
     """What the run is to do, in one line: plan, sampler, parallel decoders, device, model."""
-    import torch
-
-    from ldm.models.diffusion.propagation.plan import Plan
-
-    plan, recipe = engine.plan, engine.recipe
-    keys = f"{len(plan.keys)} key steps of {plan.num_nodes}" if isinstance(plan, Plan) else f"{plan.num_nodes} steps"
+    recipe, nodes, parallel = engine.recipe, engine.plan.num_nodes, engine.plan.parallel
+    keys = f"{len(engine.plan.keys)} key steps of {nodes}" if isinstance(engine.plan, Plan) else f"{nodes} steps"
     count = torch.get_num_threads()
     threads = f" ({count} thread{'s' * (count != 1)})" if setup.device.type == "cpu" else ""
     return (
-        f"plan {args.plan} ({keys}), sampler {recipe.sampler}, scale {recipe.scale:g}, parallel {plan.parallel}, "
+        f"plan {plan} ({keys}), sampler {recipe.sampler}, scale {recipe.scale:g}, parallel {parallel}, "
         f"device {setup.device}{threads}, model {setup.ckpt.parent.name}/{setup.ckpt.name}"
     )
 
 
 def save_sheet(
-    kind: str, sheet: Image.Image, items: Sequence[Item], settings: dict[str, Any], args: argparse.Namespace
+    kind: str, sheet: Image.Image, items: Sequence[Item], settings: Mapping[str, Any], outdir: str | Path
 ) -> Path:
-    """Save a sheet of pictures under a name from all that it depends on; one that is there is kept."""
-    from ldm.io.images import find_png, save_png
-    from ldm.sampling.generate import digest
-
-    settings = settings | {"sheet": kind, "items": [item.settings() for item in items]}
-    path = Path(args.outdir) / f"{kind}-{args.seed}-{digest(settings)}.png"
+    """Save a sheet of images under a name from all that it depends on; one that is there is kept."""
+    settings = {**settings, "sheet": kind, "items": [item.settings() for item in items]}
+    path = Path(outdir) / f"{kind}-{items[0].seed[0]}-{digest(settings)}.png"
     if find_png(path, settings) is None:
         save_png(path, sheet, settings)
     return path
 
 
-def report(
-    results: Sequence[Result], items: Sequence[Item], settings: dict[str, Any], args: argparse.Namespace, batch: int
-) -> None:
-    """Save and announce what shows the pictures together, and say what each cost."""
-    if args.compare:
-        compare(results, items, settings, args, batch)
-        return
-    print(f"each picture: {results[0]}")
-    if not args.skip_grid:
-        from ldm.io.images import grid
+def save_array(run: MethodRun, items: Sequence[Item], outdir: str | Path) -> Path:
+    """Save all images as `arr_0`, (N, H, W, 3) uint8, under a name from all that they depend on.
 
-        columns = args.n_rows or batch
-        sheet = grid(results[0].images, columns, [item.caption for item in items])
-        print(f"grid: {save_sheet('grid', sheet, items, settings | {'columns': columns}, args)}")
+    Raises:
+        SettingError: it can't be written.
+    """
+    shape = "x".join(map(str, (len(items), run.settings["height"], run.settings["width"], 3)))
+    path = Path(outdir) / f"{shape}-{items[0].seed[0]}-{digest(run.settings)}.npz"
+    with fault_of("outdir", (OSError,)), atomic_write(path) as temporary:
+        np.savez(temporary, np.stack([np.asarray(image) for image in run.images]))
+    return path
+
+
+def report(
+    runs: Sequence[MethodRun], items: Sequence[Item], settings: Mapping[str, Any], output: OutputSettings, batch: int
+) -> None:
+    """Save and announce what shows the images together, and print what each cost.
+
+    Args:
+        settings: what the images of all methods depend on.
+    """
+    if output.compare:
+        compare(runs, items, settings, output.outdir, batch)
+        return
+    print(f"each image: {runs[0]}")
+    if output.grid:
+        columns = output.columns or batch
+        sheet = grid(runs[0].images, columns, [item.caption for item in items])
+        print(f"grid: {save_sheet('grid', sheet, items, {**settings, 'columns': columns}, output.outdir)}")
 
 
 def compare(
-    results: Sequence[Result], items: Sequence[Item], settings: dict[str, Any], args: argparse.Namespace, batch: int
+    runs: Sequence[MethodRun], items: Sequence[Item], settings: Mapping[str, Any], outdir: str | Path, batch: int
 ) -> None:
-    """Plain and accelerated pictures side by side, with cost and distance; the first result is the plain one."""
-    import torch
-
-    from ldm.io.images import from_pil, psnr, side_by_side
-
-    plain, *others = (torch.stack([from_pil(image) for image in result.images]) for result in results)
+    """Plain and accelerated images side by side, with cost and distance; the first run is the plain one."""
+    plain, *others = (torch.stack([from_pil(image) for image in run.images]) for run in runs)
     distances = [psnr(plain, other) for other in others]
     captions = [
         f"{' | '.join(f'{d:.1f}' for d in each)} dB  {item.caption}"
         for *each, item in zip(*distances, items, strict=True)
     ]
-    sheet = side_by_side({f"{r.label}: {r.gmac:.1f} GMAC": r.images for r in results}, captions)
-    path = save_sheet("compare", sheet, items, settings, args)
-    print("\n".join(comparison(results, distances, min(batch, len(items)))))
+    sheet = side_by_side({f"{run.label}: {run.gmac:.1f} GMAC": run.images for run in runs}, captions)
+    path = save_sheet("compare", sheet, items, settings, outdir)
+    print("\n".join(comparison(runs, distances, min(batch, len(items)))))
     print(f"side by side: {path}")
 
 
-def comparison(results: Sequence[Result], distances: Sequence[Tensor], batch: int) -> Iterator[str]:
+def comparison(runs: Sequence[MethodRun], distances: Sequence[Tensor], batch: int) -> Iterator[str]:
     """The lines of a comparison: what each method costs, and the plain one as a multiple of the others.
 
     Args:
-        results: the plain one first.
-        distances: PSNR of each picture of the others to the plain one, in dB.
-        batch: pictures in the first batch.
+        runs: the plain one first.
+        distances: PSNR of each image of the others to the plain one, in dB.
+        batch: images in the first batch.
     """
-    plain, *others = results
-    names = [*(r.label for r in results), *(f"{plain.label} / {r.label}" for r in others)]
+    plain, *others = runs
+    names = [*(run.label for run in runs), *(f"{plain.label} / {run.label}" for run in others)]
     width = max(map(len, names)) + 2
     first = "first" if batch == 1 else f"first {batch}"
     columns = "".join(f"{name:>10}" for name in (first, "further", "UNet", "GMAC"))
-    yield f"{'seconds per picture':{width}}{columns}  PSNR to plain: mean, lowest"
-    for name, result, distance in zip(names, results, (None, *distances), strict=False):
+    yield f"{'seconds per image':{width}}{columns}  PSNR to plain: mean, lowest"
+    for name, run, distance in zip(names, runs, (None, *distances), strict=False):
         found = "found, not measured"
-        times = (
-            f"{found:>30}"
-            if result.fresh == 0
-            else "".join(f"{'' if s is None else f'{s:.3f}':>10}" for s in times_of(result))
-        )
+        times = f"{found:>30}" if run.fresh == 0 else "".join(f"{decimals(s, 3):>10}" for s in times_of(run))
         quality = "" if distance is None else f"  {distance.mean():.1f} dB, {distance.min():.1f} dB"
-        yield f"{name:{width}}{times}{result.gmac:>10.2f}{quality}"
-    for name, other in zip(names[len(results) :], others, strict=True):
+        yield f"{name:{width}}{times}{run.gmac:>10.2f}{quality}"
+    for name, other in zip(names[len(runs) :], others, strict=True):
         ratios = [*map(ratio, times_of(plain), times_of(other)), plain.gmac / other.gmac]
-        yield f"{name:{width}}" + "".join(f"{'' if r is None else f'{r:.2f}':>10}" for r in ratios)
-    if any(result.fresh < result.count for result in results):
+        yield f"{name:{width}}" + "".join(f"{decimals(r, 2):>10}" for r in ratios)
+    if any(run.fresh < run.count for run in runs):
         yield "what an earlier run has made is not measured; --again makes it again"
 
 
-def times_of(result: Result) -> tuple[float | None, float | None, float | None]:
-    """Seconds per picture: of the first batch of a process, of a further one, of its UNet; None = not measured."""
-    if result.fresh == 0:
+def decimals(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def times_of(run: MethodRun) -> tuple[float | None, float | None, float | None]:
+    """Seconds per image: of the first batch of a process, of a further one, of its UNet; None = not measured."""
+    if run.fresh == 0:
         return None, None, None
-    further = result.seconds / result.fresh
-    first = None if result.first_calls is None else further + result.first_calls
-    return first, further, result.seconds_unet / result.fresh
+    further = run.seconds / run.fresh
+    first = None if run.first_calls is None else further + run.first_calls
+    return first, further, run.seconds_unet / run.fresh
 
 
 def ratio(one: float | None, other: float | None) -> float | None:

@@ -1,133 +1,141 @@
-"""How the pictures of a run are sampled: solver, steps, guidance, plan, decoder batches."""
+"""How the images of a run are sampled: solver, steps, guidance, plan, decoder batches."""
 
 from __future__ import annotations
 
-import argparse
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
+
+from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import NOISE_WEIGHT
+from ldm.cli.devices import ALONE, Processes
 from ldm.cli.setup import Setup
-from ldm.io.errors import BadInput, blame, did_you_mean
+from ldm.io.errors import SettingError, did_you_mean, fault_of
+from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, load_plan
+from ldm.models.diffusion.propagation.plan import AnyPlan, Plan, with_few_sizes
+from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.profiling.memory import decoders_that_fit, free_bytes
+from ldm.sampling.engine import Engine, Recipe, num_nodes, usual_scale
 
-# PyTorch and what needs it are imported where they are used: --help must answer at once.
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.models.diffusion.propagation.load import RunFacts
-    from ldm.models.diffusion.propagation.plan import AnyPlan
-    from ldm.sampling.engine import Engine, Recipe
-
-PUBLISHED_SAMPLERS = {"plms": "plms", "dpm": "dpm-solver++"}
 CPU_POSITIONS = 16384  # latent positions in one decoder batch of an evaluation on a CPU; last digits depend on it
 # The same of the scripts: as many predictions as gain by sharing a batch, 48 of 8 x 8 latents. More take memory only.
 FAST_POSITIONS = 3072
 
 
-def make_recipe(args: argparse.Namespace, size: tuple[int, int], setup: Setup | None = None) -> Recipe:
-    """How pictures of this height and width are sampled.
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How images are sampled; see `ldm.cli.arguments`.
 
-    setup: whose config has a scale, where args has none.
+    eta: None = default_eta, where the solver has a choice of it.
+    scale: None = what the model's config recommends.
+    plan, propagate: as `load_plan` takes them.
+    parallel: most decoder steps in one batch; None = as many as are fast and fit into memory.
+    noise_weight: of prior noise injection; None = usual with a plan that skips encoders.
     """
-    from ldm.models.diffusion.solvers.registry import SOLVERS
-    from ldm.sampling.engine import Recipe, usual_scale
 
-    sampler, eta = sampler_name(args), args.eta
-    if eta is None:
-        eta = args.default_eta if SOLVERS[sampler].takes_eta else 0.0
-    elif eta and not SOLVERS[sampler].takes_eta:
-        raise BadInput(
-            f"{args.eta_flag}: {sampler} has no choice of it; expected 0, or a sampler that has: "
-            f"{', '.join(name for name, solver in SOLVERS.items() if solver.takes_eta)}; got {eta:g}"
+    sampler: str = "ddim"
+    steps: int | None = 50
+    eta: float | None = None
+    default_eta: float | None = 0.0
+    scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_reuse: bool = False
+    plan: str = "off"
+    propagate: str | None = None
+    parallel: int | None = None
+    tome: float = 0.0
+    noise_weight: float | None = None
+    noise_below: float = 500.0
+    noise_order: str = "before"
+
+
+def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mapping[str, Any] | None = None) -> Recipe:
+    """How images of this height and width are sampled.
+
+    Args:
+        config: of the model, which recommends a guidance scale where the settings have none.
+
+    Raises:
+        SettingError: there is no such solver, it has no choice of eta, or the guidance interval is empty.
+    """
+    sampler = settings.sampler
+    if sampler not in SOLVERS:
+        names = ", ".join(SOLVERS)
+        raise SettingError(
+            "sampler", f"there is no solver {sampler!r}; accepted: {names}{did_you_mean(sampler, SOLVERS)}"
         )
-    weight = args.noise_weight
+    weight = settings.noise_weight
     if weight is None:
-        weight = 0.0 if args.plan == "off" else NOISE_WEIGHT
-    scale = usual_scale(setup.config) if args.scale is None else args.scale
+        weight = 0.0 if settings.plan == "off" else NOISE_WEIGHT
     recipe = Recipe(
         *size,
         sampler,
-        args.steps,
-        eta,
-        scale,
-        args.guidance_interval,
-        args.guidance_reuse,
-        args.tome,
+        settings.steps,
+        _eta(settings),
+        usual_scale(config or {}) if settings.scale is None else settings.scale,
+        settings.guidance_interval,
+        settings.guidance_reuse,
+        settings.tome,
         weight,
-        args.noise_below,
-        args.noise_order,
+        settings.noise_below,
+        settings.noise_order,
     )
-    with blame("--guidance-interval"):
+    with fault_of("guidance_interval"):
         _ = recipe.guidance  # checks it
     return recipe
 
 
-def sampler_name(args: argparse.Namespace) -> str:
-    from ldm.models.diffusion.solvers.registry import SOLVERS
-
-    flag, name = "--sampler", args.sampler
-    for published, meant in PUBLISHED_SAMPLERS.items():
-        if getattr(args, published):
-            flag, name = f"--{published}", meant
-    if name not in SOLVERS:
-        raise BadInput(
-            f"{flag}: there is no solver {name!r}; accepted: {', '.join(SOLVERS)}{did_you_mean(name, SOLVERS)}"
+def _eta(settings: SamplingSettings) -> float:
+    takes_eta = SOLVERS[settings.sampler].takes_eta
+    if settings.eta is None:
+        return settings.default_eta if takes_eta else 0.0
+    if settings.eta and not takes_eta:
+        names = ", ".join(name for name, solver in SOLVERS.items() if solver.takes_eta)
+        raise SettingError(
+            "eta",
+            f"{settings.sampler} has no choice of it; expected 0, or a sampler that has: {names}; got {settings.eta:g}",
         )
-    return name
+    return settings.eta
 
 
 def count_nodes(recipe: Recipe, setup: Setup, strength: float = 1.0) -> int:
     """How many predictions a run of the last `strength` (0..1) of the steps makes, which is what its plan counts."""
-    from ldm.sampling.engine import num_nodes
-
     timesteps = setup.config.model.params.get("timesteps", 1000)
-    with blame("--steps"):
+    with fault_of("steps"):
         num_nodes(recipe, timesteps)
-    with blame("--strength"):
+    with fault_of("strength"):
         return num_nodes(recipe, timesteps, strength)
-
-
-def uses_autocast(args: argparse.Namespace, device: torch.device) -> bool:
-    """Whether the networks run in the device's lower precision, from --precision."""
-    return (args.precision or ("autocast" if device.type == "cuda" else "full")) == "autocast"
 
 
 def run_facts(setup: Setup, sampler: str) -> RunFacts:
     """What plans and calibrations may have been made for."""
-    from ldm.checkpoint import fingerprint
-    from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of
-
     return RunFacts({"sampler": sampler, "weights": fingerprint(setup.ckpt)[:16]}, calibrations_of(setup.ckpt))
 
 
-def make_plan(args: argparse.Namespace, nodes: int, run: RunFacts) -> AnyPlan:
-    """The run's plan, with all decoders that can share a batch in one where --parallel is auto.
+def make_plan(settings: SamplingSettings, nodes: int, run: RunFacts) -> AnyPlan:
+    """The run's plan, with all decoders that can share a batch in one where the settings leave that open.
 
     See `with_batches` for what a run makes of that.
-    """
-    from ldm.models.diffusion.propagation.load import load_plan
 
-    with blame("--plan"):
-        plan = load_plan(args.plan, nodes, args.parallel or nodes, args.propagate, run)
-    if args.compare and plan.plain and not args.tome:
-        raise BadInput(
-            f"--plan: {args.plan} skips no encoder, so --compare has nothing to compare; "
-            f"expected a plan such as faster-diffusion, or --tome"
-        )
-    if args.guidance_reuse and args.scale != 1.0 and (plan.shallow or plan.refresh):
-        raise BadInput(
-            f"--guidance-reuse: between key steps it needs the whole decoder and nothing more; {args.plan} "
-            f"has shallow or refreshed steps"
+    Raises:
+        SettingError: there is no such plan for so many nodes, or it does not go with the guidance.
+    """
+    with fault_of("plan"):
+        plan = load_plan(settings.plan, nodes, settings.parallel or nodes, settings.propagate, run)
+    if settings.guidance_reuse and settings.scale != 1.0 and (plan.shallow or plan.refresh):
+        raise SettingError(
+            "guidance_reuse",
+            f"between key steps it needs the whole decoder and nothing more; {settings.plan} has shallow or "
+            f"refreshed steps",
         )
     return plan
 
 
 def best_plan(plan: AnyPlan, nodes: int, run: RunFacts) -> tuple[str, AnyPlan | None]:
     """The name of the calibrated plan at the cost of another, and the plan; or why there is none, and None."""
-    from ldm.models.diffusion.propagation.load import load_plan
-    from ldm.models.diffusion.propagation.plan import Plan
-
     if plan.plain:
         return "the plan skips no encoder", None
     if not isinstance(plan, Plan) or plan.shallow or plan.refresh:
@@ -142,36 +150,40 @@ def best_plan(plan: AnyPlan, nodes: int, run: RunFacts) -> tuple[str, AnyPlan | 
     return name, best
 
 
-def with_batches(engine: Engine, parallel: int | None, batch: int, setup: Setup) -> AnyPlan:
-    """The engine's plan with decoder batches that are fast here and fit into memory.
+def with_batches(
+    engine: Engine, parallel: int | None, batch: int, device: torch.device, processes: Processes = ALONE
+) -> Engine:
+    """The engine with decoder batches that are fast here and fit into memory.
 
     Args:
-        parallel: --parallel; None = auto.
-        batch: most pictures at a time.
+        parallel: most decoder steps in one batch, as asked for; None = to be chosen here.
+        batch: most images at a time.
+        processes: that share each batch, so they take as many times more.
 
-    Several processes share each batch, so they take as many times more.
+    Raises:
+        SettingError: what was asked for does not fit into the memory of a CPU.
     """
-    from ldm.models.diffusion.propagation.plan import Plan, with_few_sizes
-    from ldm.profiling.memory import decoders_that_fit, free_bytes
-
+    plan = engine.plan
+    if plan.plain or plan.parallel <= 1:
+        return engine
     latents = batch * (1 if engine.recipe.scale == 1.0 else 2)  # that the UNet gets at one node
-    each = engine.decoder_bytes(latents)
-    plan, processes, free = engine.plan, setup.processes, free_bytes(setup.device)
+    each, free = engine.decoder_bytes(latents), free_bytes(device)
     fit = decoders_that_fit(free, each)
     fit = plan.num_nodes if fit is None else fit
     if parallel is None:
-        if setup.device.type == "cpu":
+        if device.type == "cpu":
             fit = min(fit, FAST_POSITIONS // (latents * math.prod(engine.shape[1:])))
         fit = processes.size * processes.least(max(1, fit))
-        if setup.device.type == "cpu" and isinstance(plan, Plan) and not processes.several:
-            return with_few_sizes(plan, min(fit, plan.num_nodes))
-        return replace(plan, parallel=fit)
+        if device.type == "cpu" and isinstance(plan, Plan) and not processes.several:
+            return engine.with_plan(with_few_sizes(plan, min(fit, plan.num_nodes)))
+        return engine.with_plan(replace(plan, parallel=fit))
     # A GPU that runs out of memory says so, and the batch is halved; a CPU's system kills the process.
-    longest = max(len(batch.nodes) for batch in plan.batches()) if isinstance(plan, Plan) else plan.parallel
+    longest = max(len(part.nodes) for part in plan.batches()) if isinstance(plan, Plan) else plan.parallel
     share = -(-longest // processes.size)
-    if setup.device.type == "cpu" and share > max(1, fit):
-        raise BadInput(
-            f"--parallel: {share} decoder steps need about {share * each / 1e6:.0f} MB, {free / 1e6:.0f} MB "
-            f"are free; expected auto or at most {max(1, fit) * processes.size}"
+    if device.type == "cpu" and share > max(1, fit):
+        raise SettingError(
+            "parallel",
+            f"{share} decoder steps need about {share * each / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+            f"expected auto or at most {max(1, fit) * processes.size}",
         )
-    return plan
+    return engine

@@ -2,126 +2,141 @@
 
 from __future__ import annotations
 
-import argparse
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ldm.cli.arguments import Files
-from ldm.cli.devices import find_device
-from ldm.cli.model_files import model_files
-from ldm.cli.processes import ALONE, Processes
-from ldm.io.errors import BadInput, blame
-from ldm.io.files import clean, unfinished
+import torch
+from torch import nn
 
-# PyTorch and what needs it are imported where they are used: --help must answer at once.
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from ldm.checkpoint import Bounded, CheckpointError, check_weights, load_config, load_model, read_checkpoint
+from ldm.checkpoint.diagnosis import Facts, facts_of_config, facts_of_weights, fitting, stated_prediction, summary
+from ldm.checkpoint.published import Published, load_manifest
+from ldm.cli.arguments import EMOJI64, Files
+from ldm.cli.devices import ALONE, Processes, find_device
+from ldm.io.errors import SettingError, fault_of
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.sampling.engine import Sizes
+from ldm.util import PROJECT_ROOT, instantiate_from_config
 
-    from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.sampling.engine import Sizes
+# A config that does not build a model may fail in any way that a constructor can.
+CONSTRUCTION = (ValueError, OSError, TypeError, KeyError)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and where and how it runs; see `ldm.cli.arguments.model_arguments`."""
+
+    config: str | Path | None = None
+    ckpt: str | Path | None = None
+    weights: str = "auto"
+    channels: int | None = None
+    factor: int | None = None
+    device: str = "auto"
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The model to use, from its files' names and its config: all that can be known before it is loaded."""
+    """The model to use, from its files' names and its config: all that can be known before it is loaded.
+
+    weights:  averaged or last, as `load_model` takes them.
+    autocast: run the networks in the device's lower precision.
+    """
 
     config_path: Path
     ckpt: Path
     config: Any
     sizes: Sizes
     device: torch.device
-    processes: Processes
+    processes: Processes = ALONE
+    weights: str = "auto"
+    autocast: bool = False
 
-    def load(self, weights: str) -> LatentDiffusion:
-        """The model on the run's device; `weights` as `load_model` takes them.
+    def load(self) -> LatentDiffusion:
+        """The model on the run's device.
 
         Raises:
-            BadInput: the files do not make a model.
+            SettingError: the files do not make a model.
         """
-        from ldm.checkpoint import CheckpointError, load_model
+        with fault_of("config", CONSTRUCTION), fault_of("ckpt", (CheckpointError,)):
+            return load_model(self.config_path, self.ckpt, self.device, self.weights)
 
-        # A config that does not build a model may fail in any way that a constructor can.
-        with blame("--config", (ValueError, OSError, TypeError, KeyError)), blame("--ckpt", (CheckpointError,)):
-            return load_model(self.config_path, self.ckpt, self.device, weights)
+    @property
+    def suspect(self) -> str:
+        """The argument at fault if the networks compute NaN or infinite numbers."""
+        return "precision" if self.autocast else "ckpt"
 
 
-def make_setup(args: argparse.Namespace, default: Files | None = None, processes: Processes | None = None) -> Setup:
+def make_setup(settings: ModelSettings, default: Files | None = None, processes: Processes | None = None) -> Setup:
     """What is quick to check comes before what is slow to load.
 
-    args: what `model_arguments` give, and outdir, which may be None.
-    processes: that make each picture together; None = those that torchrun has started.
-    """
-    config_path, ckpt = model_files(args, default)
-    if args.outdir is not None:
-        check_outdir(Path(args.outdir))
-    processes = Processes.of_run() if processes is None else processes
-    device = find_device(args.device, processes)
-    if processes.several and args.guidance_reuse:
-        raise BadInput(
-            "--guidance-reuse: needs the key step's guidance at every later step, so it does not go with "
-            "several processes"
-        )
+    Args:
+        default: config and weights of the model that needs no argument.
+        processes: that make each image together; None = those that torchrun has started.
 
-    setup = read_setup(config_path, ckpt, device, processes)
-    for flag, given, real in (("--C", args.C, setup.sizes.channels), ("--f", args.f, setup.sizes.factor)):
+    Raises:
+        SettingError: the files are not there, or are not those of such a model; or there is no such device.
+    """
+    config_path, ckpt = model_files(settings.config, settings.ckpt, default)
+    processes = Processes.from_environment() if processes is None else processes
+    device = find_device(settings.device, processes)
+    autocast = uses_autocast(settings.precision, device)
+    setup = read_setup(config_path, ckpt, device, processes, settings.weights, autocast)
+    for name, given, real in (
+        ("channels", settings.channels, setup.sizes.channels),
+        ("factor", settings.factor, setup.sizes.factor),
+    ):
         if given not in (None, real):
-            raise BadInput(f"{flag}: this model's is {real}; got {given}")
+            raise SettingError(name, f"this model's is {real}; got {given}")
     return setup
 
 
-def read_setup(config_path: Path, ckpt: Path, device: torch.device, processes: Processes = ALONE) -> Setup:
-    """What the files say."""
-    from ldm.checkpoint import check_weights, load_config
-    from ldm.checkpoint.diagnosis import stated_prediction
-    from ldm.sampling.engine import Sizes
+def read_setup(
+    config_path: Path,
+    ckpt: Path,
+    device: torch.device,
+    processes: Processes = ALONE,
+    weights: str = "auto",
+    autocast: bool = False,
+) -> Setup:
+    """What the files say.
 
-    with blame("--config"):
+    Raises:
+        SettingError: they are not those of a latent diffusion model.
+    """
+    with fault_of("config"):
         config = load_config(config_path)
         sizes = Sizes.of(config.model)
     says, stated = config.model.params.get("parameterization", "eps"), stated_prediction(ckpt)
     if stated not in (None, says):
-        raise BadInput(
-            f"--config: its parameterization is {says}; the network in {ckpt} predicts {stated}, its scheduler says"
+        raise SettingError(
+            "config", f"its parameterization is {says}; the network in {ckpt} predicts {stated}, its scheduler says"
         )
-    with blame("--ckpt"):
+    with fault_of("ckpt"):
         check_weights(ckpt)
-    return Setup(config_path, ckpt, config, sizes, device, processes)
+    return Setup(config_path, ckpt, config, sizes, device, processes, weights, autocast)
 
 
-def check_output(path: str | None, flag: str = "--out") -> None:
-    """It must be possible to write the file; found out before the work."""
-    if path is None:
-        return
-    with blame(flag, (OSError,)):  # a name that no file can have
-        place = next(p for p in Path(path).absolute().parents if p.exists())
-        if Path(path).is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
-            raise BadInput(f"{flag}: can't write {path}; expected a file in a writable directory")
+def uses_autocast(precision: str | None, device: torch.device) -> bool:
+    """Whether the networks run in the device's lower precision; None = where that is usual, on a GPU of NVIDIA."""
+    return (precision or ("autocast" if device.type == "cuda" else "full")) == "autocast"
 
 
-def check_outdir(outdir: Path, flag: str = "--outdir") -> None:
-    """It must be possible to write there; nothing is left behind by finding out."""
-    with blame(flag, (OSError,)):  # a name that no file can have
-        place = next(p for p in (outdir, *outdir.absolute().parents) if p.exists())
-    if not place.is_dir():
-        raise BadInput(f"{flag}: {place} is a file; expected a directory")
-    try:
-        clean(place)
-        with unfinished(place):
-            pass
-    except OSError as error:
-        raise BadInput(f"{flag}: can't write to {outdir}: {error.strerror}") from error
+def image_size(
+    sizes: Sizes, height: int | None, width: int | None, default: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Height and width of the images in pixels, as given or by default, which is the model's.
 
-
-def picture_size(args: argparse.Namespace, sizes: Sizes, default: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Height and width of the pictures, from --H and --W; default: the model's."""
-    height, width = default or (sizes.default, sizes.default)
-    height, width = args.H or height, args.W or width
-    for flag, value in (("--H", height), ("--W", width)):
+    Raises:
+        SettingError: the model can't make images of that height or width.
+    """
+    usual = default or (sizes.default, sizes.default)
+    height, width = height or usual[0], width or usual[1]
+    for name, value in (("H", height), ("W", width)):
         if value % sizes.multiple:
-            raise BadInput(f"{flag}: must be a multiple of {sizes.multiple} for this model; got {value}")
+            raise SettingError(name, f"must be a multiple of {sizes.multiple} for this model; got {value}")
     return height, width
 
 
@@ -129,16 +144,78 @@ def conditioner(setup: Setup) -> nn.Module:
     """The model's conditioner without its weights, to see what it takes."""
     config = setup.config.model.params.get("cond_stage_config")
     if isinstance(config, str):
-        raise BadInput(f"--config: a model without a conditioner of its own: its cond_stage_config is {config}")
+        raise SettingError("config", f"a model without a conditioner of its own: its cond_stage_config is {config}")
     return without_weights(config)
 
 
 def without_weights(config: Any) -> nn.Module:
     """The model, or a part of it, built from its part of the config."""
-    import torch
-
-    from ldm.checkpoint import Bounded
-    from ldm.util import instantiate_from_config
-
-    with blame("--config", (ValueError, OSError, TypeError, KeyError)), torch.device("meta"), Bounded():
+    with fault_of("config", CONSTRUCTION), torch.device("meta"), Bounded():
         return instantiate_from_config(config)
+
+
+# The model's files: those given, one of them found from the other, or the script's own
+
+
+def model_files(config: str | Path | None, ckpt: str | Path | None, default: Files | None = None) -> Files:
+    """Config and weights; where neither is given the default.
+
+    Raises:
+        SettingError: a file is not there, or there is not exactly one that belongs to the one given.
+    """
+    if config is None and ckpt is None:
+        if default is None:
+            raise SettingError("config", "needed, together with ckpt: the files of the model")
+        config, ckpt = default
+    with fault_of("config", (OSError,)):  # a name that no file can have
+        if config is not None and not Path(config).is_file():
+            raise SettingError("config", f"{config}: no such file")
+    ckpt = weights_for(Path(config)) if ckpt is None else Path(ckpt)
+    with fault_of("ckpt", (OSError,)):
+        found = ckpt.exists()
+    if not found:
+        raise SettingError("ckpt", f"{ckpt}: no such file, nor a diffusers folder{how_to_get(ckpt)}")
+    return config_for(ckpt) if config is None else Path(config), ckpt
+
+
+def how_to_get(ckpt: Path) -> str:
+    """The end of an error message about weights that are not here: what fetches them, if they are published."""
+    names = [model.name for model in _published() if model.file().resolve() == ckpt.resolve()]
+    return f"; python scripts/download_models.py {names[0]} fetches it" if names else ""
+
+
+def weights_for(config: Path) -> Path:
+    """Where the one published checkpoint lies, or is to lie, that belongs to a config."""
+    if config.resolve() == EMOJI64[0].resolve():
+        return EMOJI64[1]
+    models = [model for model in _published() if (PROJECT_ROOT / model.config).resolve() == config.resolve()]
+    if len(models) != 1:
+        names = ", ".join(model.name for model in models)
+        why = f"several published models have it: {names}" if models else "no published model has it"
+        raise SettingError("ckpt", f"needed together with config {config}, since {why}")
+    return models[0].file()
+
+
+def config_for(ckpt: Path) -> Path:
+    """config.yaml beside the weights, or the one published config that states what they are."""
+    beside = (ckpt if ckpt.is_dir() else ckpt.parent) / "config.yaml"
+    if beside.is_file():
+        return beside
+    with fault_of("ckpt", (CheckpointError, ValueError, OSError)):
+        facts = facts_of_weights(read_checkpoint(ckpt))
+    found = fitting_configs(facts)
+    if len(found) == 1:
+        return PROJECT_ROOT / found[0]
+    fits = " and ".join(found) if found else f"no published config; it is: {summary(facts)}"
+    raise SettingError("config", f"needed together with ckpt {ckpt}, which fits {fits}")
+
+
+def fitting_configs(weights: Facts) -> Sequence[str]:
+    """Published configs that state what a checkpoint is, as paths in the project."""
+    paths = dict.fromkeys(model.config for model in _published())
+    return fitting(weights, [(path, facts_of_config(load_config(PROJECT_ROOT / path).model)) for path in paths])
+
+
+def _published() -> Sequence[Published]:
+    with fault_of("models/published.yaml"):
+        return [*load_manifest().values()]

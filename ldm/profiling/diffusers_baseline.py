@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.models import attention_processor
 from torch import Tensor, nn
 
 from ldm.checkpoint.conversion import diffusers_unet
@@ -32,11 +34,9 @@ class Peer:
     @torch.inference_mode()
     def run(self, workload: Workload) -> Tensor:
         """What `Workload.run` does with the plain plan."""
-        from diffusers import DDIMScheduler
-
         p = workload.params
         prediction = {"eps": "epsilon", "v": "v_prediction"}[p.get("parameterization", "eps")]
-        scheduler = DDIMScheduler(
+        scheduler = diffusers.DDIMScheduler(
             beta_start=p["linear_start"],
             beta_end=p["linear_end"],
             beta_schedule="scaled_linear",
@@ -58,21 +58,16 @@ def diffusers_peer(params: dict[str, Any], network: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the network is not one of Stable Diffusion 1 or 2.
-        ImportError: diffusers is not installed.
     """
-    from diffusers import UNet2DConditionModel
-
     config, weights = diffusers_unet(params, network.diffusion_model.state_dict())
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+        unet = diffusers.UNet2DConditionModel.from_config(config)
     unet.load_state_dict(weights, assign=True)
     return unet.eval().requires_grad_(False)
 
 
 def fastest(unet: nn.Module, workload: Workload) -> Peer:
     """Try its attention processors and memory formats on one evaluation each, and keep the fastest."""
-    from diffusers.models import attention_processor
-
     latents, best, kept = torch.cat([workload.x, workload.x]), float("inf"), ("", "")
 
     def setting(processor: str, memory: str) -> None:

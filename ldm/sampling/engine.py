@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -170,7 +171,6 @@ class Engine:
         recipe, plan: how; the plan is for the recipe's nodes.
         task: what.
         autocast: run the networks in the device's lower precision.
-        on_node: called after every node of every batch, for progress.
         spread: share decoders with the other processes of the run, see `DistributedDecode`; each must make the same
             images.
 
@@ -186,14 +186,19 @@ class Engine:
         plan: AnyPlan,
         task: Task,
         autocast: bool = False,
-        on_node: Callable[[], None] = lambda: None,
         spread: bool = False,
     ):
         self.model, self.recipe, self.plan, self.task = model, recipe, plan, task
-        self.autocast, self.on_node, self.spread = autocast, on_node, spread
+        self.autocast, self.spread = autocast, spread
         self._most: int | None = None  # decoders in a batch, if memory has run out
         self.shape = (sizes.channels, *(sizes.whole(side) // sizes.factor for side in (recipe.height, recipe.width)))
         self._tokens = task.condition.tokens(model)
+
+    def with_plan(self, plan: AnyPlan) -> Engine:
+        """The same engine with another plan."""
+        other = copy(self)
+        other.plan = plan
+        return other
 
     def pack(self) -> None:
         """Exchange the layers of the model's UNet for packed ones, for good, where they are faster; see `pack`."""
@@ -220,15 +225,20 @@ class Engine:
             | self.task.start.settings()
         )
 
-    def __call__(self, items: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
+    def __call__(
+        self, items: Sequence[Item], on_node: Callable[[], object] = lambda: None
+    ) -> tuple[list[Image.Image], dict[str, Any]]:
         """The items' images, and for each of them what it cost: seconds, and MACs of the UNet.
+
+        Args:
+            on_node: called after every node of the batch, for progress.
 
         Raises:
             NonFiniteLatents: with the step and the layer.
             ValueError: the decoded images are not finite.
         """
         device = self.model.device
-        (latents, runs), sampling = timed(lambda: self._sample(items), device)
+        (latents, runs), sampling = timed(lambda: self._sample(items, on_node), device)
         images, decoding = timed(lambda: to_pil(self.task.start.finish(self.decode(latents), items)), device)
         cost = self._cost(runs)
         seconds, seconds_unet = (round(total / len(items), 4) for total in (sampling + decoding, sampling))
@@ -275,10 +285,12 @@ class Engine:
         latents, runs = self._sample(items)
         return latents, self._cost(runs)
 
-    def _sample(self, items: Sequence[Item]) -> tuple[Tensor, list[Ran]]:
+    def _sample(
+        self, items: Sequence[Item], on_node: Callable[[], object] = lambda: None
+    ) -> tuple[Tensor, list[Ran]]:
         """The items' latents, and what ran: once for all of them, or for each if it depends on the image."""
         parts = [[item] for item in items] if self.plan.per_image else [items]
-        latents, runs = zip(*map(self._run, parts), strict=True)
+        latents, runs = zip(*(self._run(part, on_node=on_node) for part in parts), strict=True)
         return torch.cat(latents), [*runs]
 
     def _cost(self, runs: Sequence[Ran]) -> Cost:
@@ -291,7 +303,12 @@ class Engine:
             ]
         )
 
-    def _run(self, items: Sequence[Item], network: ConditionedNetwork | None = None) -> tuple[Tensor, Ran]:
+    def _run(
+        self,
+        items: Sequence[Item],
+        network: ConditionedNetwork | None = None,
+        on_node: Callable[[], object] = lambda: None,
+    ) -> tuple[Tensor, Ran]:
         """The items' latents, by the model's network or another; what ran at each node, and its timestep."""
         with self._precision():
             start, noise = self.task.start, ImageNoise([item.seed for item in items]).node
@@ -303,7 +320,7 @@ class Engine:
             for state in denoise(DistributedDecode(backoff) if self.spread else backoff, rule, self.plan, x, edits):
                 x = state.x
                 computes.append(state.compute)
-                self.on_node()
+                on_node()
             self._most = backoff.most
         return x, (computes, [node.t for node in rule.nodes])
 

@@ -3,17 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from ldm.checkpoint import load_config, read_checkpoint, save_weights
+from ldm.io.errors import SettingError, fault_of
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.ema import ema_name
+from ldm.training.state import LAST, read_state
 from ldm.util import instantiate_from_config
 
 # Averages that a training keeps, and the part of the model that each follows.
 AVERAGES = {"network_ema.": "model.", "conditioner_ema.": "cond_stage_model."}
+
+
+def export(
+    source: str | Path, out: str | Path, part: str | None = None, normalize: bool = False, dtype: str = "float32"
+) -> int:
+    """Write the weights of a training run, as sampling loads them, or one part of a model file; how many tensors.
+
+    Args:
+        source: log folder of a training run, or with `part` a model file.
+        out: file to write.
+        part: name of the part, such as first_stage_model.
+        normalize: see `normalized_first_stage`.
+        dtype: of the weights, a name of PyTorch's.
+
+    Raises:
+        SettingError: a file can't be read or written, or has no such part.
+    """
+    with fault_of("source"):
+        state = part_of(Path(source), part) if part else weights_of_run(Path(source), normalize)
+    # The schedule's buffers, which have no dot in their names, stay exact: rounded, they would change every sample.
+    precision = getattr(torch, dtype)
+    state = {k: v.to(precision) if v.is_floating_point() and "." in k else v for k, v in state.items()}
+    with fault_of("out"):
+        save_weights(out, state)
+    return len(state)
+
+
+def part_of(file: Path, part: str) -> dict[str, Tensor]:
+    """The weights of one part of a model file."""
+    prefix = f"{part}."
+    state = {k.removeprefix(prefix): v for k, v in read_checkpoint(file).items() if k.startswith(prefix)}
+    if not state:
+        raise SettingError("part", f"{file} has no weights named {prefix}*")
+    return state
+
+
+def weights_of_run(folder: Path, normalize: bool) -> dict[str, Tensor]:
+    """The weights of a training run."""
+    weights = sampling_weights(read_state(folder / LAST)["state_dict"])
+    return normalized_first_stage(load_config(folder / "config.yaml"), weights) if normalize else weights
 
 
 def sampling_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

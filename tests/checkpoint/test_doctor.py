@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +23,7 @@ from ldm.checkpoint.diagnosis import (
     stated_prediction,
 )
 from ldm.checkpoint.published import load_manifest
+from ldm.cli.examine import computes, published
 from tests.helpers.paths import GOLDENS, ROOT
 from tests.helpers.scripts import load_script
 
@@ -31,7 +31,6 @@ MODELS = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes
 EMOJI64 = ROOT / "models" / "ldm" / "emoji64"
 FILES = ["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")]
 main = load_script("doctor").main
-doctor = sys.modules["doctor"]
 
 
 # Facts
@@ -119,7 +118,7 @@ def test_formats_that_a_device_does_not_compute_in_are_left_out(monkeypatch):
         return real(x, weight)
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
-    assert doctor.computes(torch.device("cpu")) == "computes in float32, bfloat16"
+    assert computes(torch.device("cpu")) == "computes in float32, bfloat16"
 
 
 def test_published_models_that_are_here(tmp_path):
@@ -131,10 +130,10 @@ def test_published_models_that_are_here(tmp_path):
         model.file(tmp_path).touch()
     save_file({"a": torch.zeros(1)}, plain.file(tmp_path))
     here = [good, bad, plain, next(m for m in models if m.name == "vq-f4")]
-    lines = [str(finding) for finding in doctor.published(here, False, tmp_path)]
+    lines = [str(finding) for finding in published(here, False, tmp_path)]
     assert lines[0] == "ok    sd-v1-4: here, not verified (--verify); configs/stable-diffusion/v1-inference.yaml"
     assert lines[-1].startswith("note  1 published models are not here: vq-f4")
-    lines = [str(finding) for finding in doctor.published(here, True, tmp_path)]
+    lines = [str(finding) for finding in published(here, True, tmp_path)]
     assert "here, as published" in lines[0] and "no published SHA-256" in lines[2]
     assert lines[1].startswith("FAULT sd-v1-5:") and "download_models.py sd-v1-5" in lines[1]
 

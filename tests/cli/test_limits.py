@@ -11,11 +11,11 @@ import pytest
 from evaluation import fid
 from evaluation.runs.processes import launched
 from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, count, parallel, side, step_count
+from ldm.cli.devices import Processes
 from ldm.cli.inputs import image_items
 from ldm.cli.parser import Parser, command
-from ldm.cli.processes import Processes
-from ldm.cli.run import BATCH_PIXELS, SHEET_PIXELS, check_amount, sheet_fits
-from ldm.io.errors import BadInput
+from ldm.cli.pipeline import BATCH_PIXELS, SHEET_PIXELS, check_amount, sheet_fits
+from ldm.io.errors import BadInput, SettingError
 from tests.helpers.scripts import load_script
 
 LONG = "x" * 5000
@@ -33,23 +33,22 @@ def test_counts_have_a_limit(kind, most):
 
 @pytest.mark.parametrize("subjects, repeat, samples", [(1, 10**6, 10**6), (1000, 1, 1001), (1, 1, 10**6 + 1)])
 def test_no_run_makes_more_images_than_it_can_list(subjects, repeat, samples):
-    args = argparse.Namespace(n_samples=samples, seed=0, seed_by_position=False)
-    with pytest.raises(BadInput, match=f"^--n_samples: .* are {subjects * repeat * samples}; one run makes {MOST} at"):
-        image_items(args, [{"prompt": "x"}] * subjects, repeat=repeat)
-    assert len(image_items(args, [{"prompt": "x"}] * 3, 2, repeat=4)) == 24
+    total = subjects * repeat * samples
+    with pytest.raises(SettingError, match=f"^n_samples: .* are {total}; one run makes {MOST} at"):
+        image_items([{"prompt": "x"}] * subjects, samples, seed=0, repeat=repeat)
+    assert len(image_items([{"prompt": "x"}] * 3, 2, seed=0, repeat=4)) == 24
 
 
 def test_a_batch_and_a_sheet_have_a_limit():
-    args = argparse.Namespace(compare=False)
     side = int(BATCH_PIXELS**0.5)
-    check_amount(args, 1, (side, side), 1)
-    check_amount(args, 5, (side, side), 1)
-    with pytest.raises(BadInput, match="^--n_samples: 2 images of .* at a time"):
-        check_amount(args, 5, (side, side), 2)
-    with pytest.raises(BadInput, match="^--batch_size: 1 images"):
-        check_amount(argparse.Namespace(compare=False, batch_size=9), 1, (side, side + 1), 9)
-    with pytest.raises(BadInput, match="^--compare: 1000 images of 64 x 64"):
-        check_amount(argparse.Namespace(compare=True), 1000, (64, 64), 1)
+    check_amount(1, (side, side), 1)
+    check_amount(5, (side, side), 1)
+    with pytest.raises(SettingError, match="^batch_size: 2 images of .* at a time"):
+        check_amount(5, (side, side), 2)
+    with pytest.raises(SettingError, match="^batch_size: 1 images"):
+        check_amount(1, (side, side + 1), 9)
+    with pytest.raises(SettingError, match="^compare: 1000 images of 64 x 64"):
+        check_amount(1000, (64, 64), 1, compare=True)
     assert sheet_fits(SHEET_PIXELS // 4, (2, 2)) and not sheet_fits(SHEET_PIXELS // 4 + 1, (2, 2))
 
 
@@ -75,17 +74,17 @@ def test_a_batch_and_a_sheet_have_a_limit():
 def test_an_environment_that_can_not_be_is_refused(monkeypatch, env):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert Processes.of_run() == Processes(0, 1, 0)
+    assert Processes.from_environment() == Processes(0, 1, 0)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match=rf"^environment variable {name}: expected a whole number in"):
-        Processes.of_run()
+        Processes.from_environment()
 
 
 def test_an_empty_variable_is_one_that_is_not_set(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")
-    assert Processes.of_run() == Processes(0, 1, 0)
+    assert Processes.from_environment() == Processes(0, 1, 0)
 
 
 @pytest.mark.parametrize(

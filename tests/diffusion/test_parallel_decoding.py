@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.cli.processes import Processes
+from ldm.cli.devices import Processes
 from ldm.io.images import from_pil, read_png
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.parallel.backoff import BatchBackoff
@@ -199,7 +199,7 @@ def test_spread_decoders_give_what_one_process_gives(size):
 
 def test_processes_agree_on_the_batch_and_follow_the_leader():
     def work(rank: int) -> tuple[int, list[object]]:
-        processes = Processes.of_run()
+        processes = Processes.from_environment()
         with processes.joined(torch.device("cpu")):
             least = processes.least(7 - rank)
             if processes.rank > 0:
@@ -210,7 +210,7 @@ def test_processes_agree_on_the_batch_and_follow_the_leader():
 
     followed = (5, [("plain", [1, 2]), ("accelerated", [3])])
     assert in_processes(3, work) == [(5, []), followed, followed]
-    assert Processes.of_run() == Processes() and Processes().least(4) == 4
+    assert Processes.from_environment() == Processes() and Processes().least(4) == 4
 
 
 @pytest.fixture(scope="module")

@@ -300,7 +300,7 @@ def smallest(kind: str) -> list[str]:
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """Two images of a tiny model."""
     files = write_model(tmp_path_factory.mktemp("model"))
-    return Experiment(read_setup(*files, torch.device("cpu")), "auto", False, WORDS, 2, 42, None)
+    return Experiment(read_setup(*files, torch.device("cpu")), WORDS, 2, 42, None)
 
 
 def test_evolution_draws_the_numbers_that_it_writes(experiment):

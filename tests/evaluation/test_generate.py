@@ -256,7 +256,7 @@ def test_what_is_needed(runs, capfd, tmp_path):
     assert refused(capfd, main(["--out", str(tmp_path)])).startswith("--protocol: needed; accepted: coco2014-30k")
     protocol = write_protocol(tmp_path / "p.yaml")
     line = refused(capfd, main(["--protocol", str(protocol), "--data", str(runs.coco), "--out", str(tmp_path / "o")]))
-    assert line.startswith("--config: needed, together with --ckpt")
+    assert line.startswith("--config: needed, together with ckpt")
 
 
 def test_protocols_that_do_not_fit_the_model(runs, tmp_path, capfd):

@@ -13,11 +13,14 @@ from omegaconf import OmegaConf
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
+from ldm.profiling.benchmark import read_row
 from ldm.profiling.cost import unet_macs
 from ldm.profiling.timing import Seconds, alternate, peak_memory, shares
 from ldm.profiling.workload import Workload, random_network
-from scripts.benchmark import EMOJI, main, read_row
+from tests.helpers.paths import EMOJI64
+from tests.helpers.scripts import load_script
 
+main = load_script("benchmark").main
 PARAMS = dict(
     linear_start=0.00085,
     linear_end=0.012,
@@ -100,7 +103,7 @@ def test_shares_are_of_the_kinds_that_ran():
 def test_rows_are_plans_with_their_propagation_and_batch():
     assert read_row("uniform:4+linear@3", 8, Path("none")) == Plan(8, (0, 4), 3, propagate="linear")
     assert read_row("off", 3, Path("none")) == load_plan("off", 3)
-    calibrated = read_row("auto:9@3", 50, EMOJI.parent / "calibration")
+    calibrated = read_row("auto:9@3", 50, EMOJI64 / "calibration")
     assert len(calibrated.keys) == 9 and (calibrated.parallel, calibrated.propagate) == (3, "quadratic")
 
 
@@ -159,7 +162,7 @@ def test_prints_a_table_and_writes_json(tmp_path, capsys, against):
         (["--config", "none.yaml"], "--config: none.yaml: no such file"),
         (["--json", f"{__file__}/out.json"], "--json: can't write"),
         (["--json", "n" * 5000], "--json: "),
-        (["--size", "7", "7", "--steps", "1"], "--config, --size: x must have height and width that are multiples"),
+        (["--size", "7", "7", "--steps", "1"], "--size: x must have height and width that are multiples"),
     ],
 )
 def test_bad_input(capsys, args, why):

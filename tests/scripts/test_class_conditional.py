@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.cli.settings import make_recipe
+from ldm.cli.parser import settings_from
+from ldm.cli.settings import SamplingSettings, make_recipe
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.sampling.conditions import Classes
@@ -79,7 +80,7 @@ def test_the_defaults_give_the_trajectories_of_the_fork(case, final, flags):
     for part in (model.model.diffusion_model, model.cond_stage_model):
         recipe_weights(part, **model_case["weight_recipe"])
     args = load_script("class_conditional").parser().parse_args(flags)
-    recipe = make_recipe(args, (8, 8), None)
+    recipe = make_recipe(settings_from(args, SamplingSettings), (8, 8))
     engine = FromGiven(
         model.eval(),
         Sizes(3, 1, 4, 8),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint import load_config, load_model
+from ldm.cli.inputs import masked_images
 from ldm.io.images import from_pil, open_image
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.solvers.registry import SOLVERS
@@ -17,7 +18,6 @@ from ldm.sampling.conditions import MaskedImage, Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import make_items
 from ldm.sampling.start import KeepOutsideMask, LatentInpaint, mean_latents
-from scripts.inpaint import read_folder
 from tests.helpers.images import add, original, scene
 from tests.helpers.paths import EMOJI64
 from tests.helpers.scripts import Script, check_batches, check_resume
@@ -160,10 +160,10 @@ def broken(folder, fault: str) -> None:
 @pytest.mark.parametrize(
     "fault, why",
     [
-        ("mask size", "--indir: a_mask.png has 32 x 16 pixels, its picture 32 x 32 pixels"),
+        ("mask size", "--indir: a_mask.png has 32 x 16 pixels, its image 32 x 32 pixels"),
         ("two sizes", "--indir: b.png has 64 x 32 pixels, a.png 32 x 32 pixels; expected one size"),
         ("no picture", "--indir: .*a.png: no such file; expected an image"),
-        ("no masks", "--indir: .* has no masks; expected pictures NAME.png with masks NAME_mask.png"),
+        ("no masks", "--indir: .* has no masks; expected images NAME.png with masks NAME_mask.png"),
         ("empty", "--indir: .* has no masks; expected"),
         ("nothing to paint", "--indir: .*a_mask.png: a mask that paints nothing: its brightest level is 1 of 255"),
         ("transparent", "--indir: .*a_mask.png: a mask with transparent parts; expected white where to paint"),
@@ -180,7 +180,7 @@ def test_files_that_are_left_alone_are_said(tmp_path, capsys):
     add(tmp_path, "a", (32, 32))
     for name in ("lonely.png", "notes.txt"):
         Image.new("RGB", (32, 32)).save(tmp_path / name, format="PNG")
-    assert len(read_folder(tmp_path).subjects) == 1
+    assert len(masked_images(tmp_path).subjects) == 1
     assert re.match(r"warning: --indir: 2 files are left alone, .* \(lonely.png, notes.txt\)$", capsys.readouterr().err)
 
 

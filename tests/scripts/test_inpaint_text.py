@@ -95,4 +95,4 @@ def test_a_mask_of_another_size(script, capsys):
     add(script.folder / "in", "cat", (64, 32))
     (script.folder / "in" / "bird_mask.png").write_bytes((script.folder / "in" / "cat_mask.png").read_bytes())
     line = script.refusal(capsys, "--prompt", "a cat")
-    assert line == "--indir: bird_mask.png has 64 x 32 pixels, its picture 64 x 64 pixels"
+    assert line == "--indir: bird_mask.png has 64 x 32 pixels, its image 64 x 64 pixels"

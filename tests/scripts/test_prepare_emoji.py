@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,18 +10,19 @@ import torch
 import yaml
 
 from ldm.data.emoji import EmojiDataset
+from ldm.data.emoji_set.concepts import Concept, check_listed, colourless, skin_tones
+from ldm.data.emoji_set.dataset import choose_heldout, prepare, split_of, write_images
+from ldm.data.emoji_set.drawings import chars_by_name, codes_by_name, concept_id, draw
+from ldm.data.emoji_set.packages import RECIPES, Package, Recipe, Style
+from ldm.data.emoji_set.phrases import phrase, telling
+from ldm.io.errors import BadInput
 from ldm.training.data import CaptionShares, ImageBatches
 from tests.helpers.paths import ROOT
+from tests.helpers.scripts import load_script
 
+main = load_script("prepare_emoji").main
 
-@pytest.fixture(scope="module")
-def prepare():
-    spec = importlib.util.spec_from_file_location("prepare_emoji", ROOT / "scripts/prepare_emoji.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+CONCEPTS = ROOT / "scripts/emoji_concepts.yaml"
 
 
 @pytest.fixture
@@ -162,12 +162,12 @@ def test_broken_dataset_names_the_command(folder, break_it):
         ("Christmas tree", "a christmas tree"),
     ],
 )
-def test_phrase(prepare, name, words):
-    assert prepare.phrase(name) == words
+def test_phrase(name, words):
+    assert phrase(name) == words
 
 
-def test_keywords_point_at_one_concept(prepare):
-    found = prepare.telling(
+def test_keywords_point_at_one_concept():
+    found = telling(
         ["pepperoni", "cheese", "italian", "food"],
         "pizza",
         accepted={"pepperoni", "cheese", "food"},
@@ -177,23 +177,23 @@ def test_keywords_point_at_one_concept(prepare):
     assert found == ["pepperoni"]
 
 
-def test_spellings_of_a_code_point_agree(prepare):
-    assert prepare.concept_id("2764-fe0f") == prepare.concept_id("2764") == "2764"
+def test_spellings_of_a_code_point_agree():
+    assert concept_id("2764-fe0f") == concept_id("2764") == "2764"
 
 
-def test_icons_without_code_points_are_found_by_name(prepare):
+def test_icons_without_code_points_are_found_by_name():
     codes = {"robot": "1F916", "raisedfist": "270A", "pizza": "1F355"}
     icons = {
         "icons": dict.fromkeys(["robot-2", "robot", "pizza-1", "pizza-2", "brazil", "raised_fist"]),
         "aliases": {"fist": {"parent": "raised_fist"}},
     }
-    assert prepare.chars_by_name(icons, codes) == {"1F916": "robot", "270A": "raised_fist", "1F355": "pizza-1"}
+    assert chars_by_name(icons, codes) == {"1F916": "robot", "270A": "raised_fist", "1F355": "pizza-1"}
 
 
-def test_dogside_is_the_dog_and_dog_is_its_face(prepare):
+def test_dogside_is_the_dog_and_dog_is_its_face():
     codes = {"dog": "1F415", "dogface": "1F436", "dragon": "1F409"}
     icons = {"icons": dict.fromkeys(["dog", "dogside", "dragonside"])}
-    assert prepare.chars_by_name(icons, codes) == {"1F436": "dog", "1F415": "dogside", "1F409": "dragonside"}
+    assert chars_by_name(icons, codes) == {"1F436": "dog", "1F415": "dogside", "1F409": "dragonside"}
 
 
 @pytest.mark.parametrize(
@@ -206,18 +206,18 @@ def test_dogside_is_the_dog_and_dog_is_its_face(prepare):
         ("orange", 2, ()),
     ],
 )
-def test_colour_is_left_open(prepare, name, tier, open_caption):
-    assert prepare.colourless(name, tier) == open_caption
+def test_colour_is_left_open(name, tier, open_caption):
+    assert colourless(name, tier) == open_caption
 
 
-def test_a_group_that_no_emoji_has_is_said(prepare):
+def test_a_group_that_no_emoji_has_is_said():
     listed = {"tier1": {}, "iconic": [], "extra": [], "dropped": [], "names": {}, "groups": {"hart": ["a heart"]}}
-    with pytest.raises(prepare.BadInput, match="groups that no emoji has: hart"):
-        prepare.check_listed(listed, set(), {"heart"})
+    with pytest.raises(BadInput, match="groups that no emoji has: hart"):
+        check_listed(listed, set(), {"heart"})
 
 
-def test_the_first_source_that_knows_a_name_counts(prepare):
-    codes = prepare.codes_by_name(
+def test_the_first_source_that_knows_a_name_counts():
+    codes = codes_by_name(
         [{"1f436": "dog-face", "1f415": "dog"}],
         [
             {"name": "DOG FACE", "unified": "1F436", "short_names": ["dog"]},
@@ -228,25 +228,23 @@ def test_the_first_source_that_knows_a_name_counts(prepare):
     assert codes["dog"] == "1F415" and codes["dogface"] == "1F436" and codes["heart"] == codes["redheart"] == "2764"
 
 
-def test_a_skin_tone_is_held_out_with_its_concept(prepare):
-    hand = prepare.Concept(
-        "1F44B", "waving hand", "People & Body", 2, ("a waving hand", "a hello"), "1F44B", ("a hand",)
-    )
+def test_a_skin_tone_is_held_out_with_its_concept():
+    hand = Concept("1F44B", "waving hand", "People & Body", 2, ("a waving hand", "a hello"), "1F44B", ("a hand",))
     emoji = [
         {
             "unified": "1F44B",
             "skin_variations": {"1F3FD": {"unified": "1F44B-1F3FD"}, "1F3FD-1F3FF": {"unified": "1F44B-1F3FD-1F3FF"}},
         }
     ]
-    [toned] = prepare.skin_tones([hand], emoji)
+    [toned] = skin_tones([hand], emoji)
     assert (toned.id, toned.tier, toned.base) == ("1F44B-1F3FD", 4, "1F44B")
     assert toned.phrases == ("a waving hand with medium skin tone",)
     assert toned.groups == ("a waving hand", "a hand")
 
 
 @pytest.fixture(scope="module", params=[64, 128])
-def recipe(prepare, request):
-    return prepare.RECIPES[request.param]
+def recipe(request):
+    return RECIPES[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +252,8 @@ def heldout(recipe):
     return yaml.safe_load(recipe.heldout.read_text())
 
 
-def test_committed_split(prepare, recipe, heldout):
-    listed = yaml.safe_load(prepare.CONCEPTS.read_text())
+def test_committed_split(recipe, heldout):
+    listed = yaml.safe_load(CONCEPTS.read_text())
     tier1 = {name for names in listed["tier1"].values() for name in names}
     assert 280 <= len(tier1) <= 320 and set(listed["iconic"]) <= tier1
     assert not tier1 & set(listed["dropped"])
@@ -265,20 +263,20 @@ def test_committed_split(prepare, recipe, heldout):
     assert all(set(pair) < styles for pair in heldout["pairs"].values())
 
 
-def test_held_out_never_trains(prepare, recipe, heldout):
+def test_held_out_never_trains(recipe, heldout):
     for concept in heldout["concepts"]:
-        assert {prepare.split_of(concept, s.name, heldout) for s in recipe.styles} == {"heldout_concept"}
+        assert {split_of(concept, s.name, heldout) for s in recipe.styles} == {"heldout_concept"}
     for concept, held in heldout["pairs"].items():
         for style in (s.name for s in recipe.styles):
-            assert (prepare.split_of(concept, style, heldout) == "train") == (style not in held)
+            assert (split_of(concept, style, heldout) == "train") == (style not in held)
 
 
-def test_choice_is_by_hash_and_spares_the_iconic(prepare):
-    concepts = [prepare.Concept(f"{i:X}", f"c{i}", "Objects", 1 + i % 3, ("x",), f"{i:X}", ()) for i in range(3000)]
+def test_choice_is_by_hash_and_spares_the_iconic():
+    concepts = [Concept(f"{i:X}", f"c{i}", "Objects", 1 + i % 3, ("x",), f"{i:X}", ()) for i in range(3000)]
     iconic = {c.name for c in concepts[:1500]}
-    text = prepare.choose_heldout(concepts, iconic, "emoji0", ["noto", "openmoji"])
+    text = choose_heldout(concepts, iconic, "emoji0", ["noto", "openmoji"])
     chosen = yaml.safe_load(text)
-    assert chosen == yaml.safe_load(prepare.choose_heldout(concepts[::-1], iconic, "emoji0", ["noto", "openmoji"]))
+    assert chosen == yaml.safe_load(choose_heldout(concepts[::-1], iconic, "emoji0", ["noto", "openmoji"]))
     assert "training of emoji0" in text
     picked = [int(c, 16) for c in chosen["concepts"]]
     assert min(picked) >= 1500 and all(i % 3 < 2 for i in picked) and 30 < len(picked) < 90
@@ -307,7 +305,7 @@ EMOJI = [
 
 
 @pytest.fixture
-def packages(prepare, tmp_path, monkeypatch):
+def packages(tmp_path):
     """A recipe of two icon sets, one without code points, whose packages lie in the cache already."""
     cache, sets = tmp_path / "packages", {}
     for name, files in {
@@ -328,13 +326,10 @@ def packages(prepare, tmp_path, monkeypatch):
         "openmoji": {"openmoji.json": []},
         "lib": {"lib.json": {}},
     }.items():
-        sets[name] = prepare.Package(name, "1", tuple(files))
+        sets[name] = Package(name, "1", tuple(files))
         for file, content in files.items():
             (cache / sets[name].folder).mkdir(parents=True, exist_ok=True)
             (cache / sets[name].folder / file).write_text(json.dumps(content))
-    monkeypatch.setattr(prepare, "GOOGLE", sets["google"])
-    monkeypatch.setattr(prepare, "OPENMOJI", sets["openmoji"])
-    monkeypatch.setattr(prepare, "EMOJILIB", sets["lib"])
     listed = {
         "tier1": {"all": ["fire"]},
         "iconic": [],
@@ -346,18 +341,17 @@ def packages(prepare, tmp_path, monkeypatch):
         "groups": {"hand-fingers-open": ["a hand"]},
     }
     (tmp_path / "concepts.yaml").write_text(yaml.safe_dump(listed))
-    monkeypatch.setattr(prepare, "CONCEPTS", tmp_path / "concepts.yaml")
     heldout = tmp_path / "emoji0/heldout.yaml"
     heldout.parent.mkdir()
     heldout.write_text(yaml.safe_dump({"concepts": {"1F44B": "waving hand"}, "pairs": {"1F525": ["two"]}}))
-    styles = [prepare.Style(name, sets[s], "MIT", "", "") for name, s in (("one", "charted"), ("two", "named"))]
-    return prepare.Recipe(128, tuple(styles), True, heldout), cache
+    styles = [Style(name, sets[s], "MIT", "", "") for name, s in (("one", "charted"), ("two", "named"))]
+    return Recipe(128, tuple(styles), True, heldout, (sets["google"], sets["openmoji"], sets["lib"])), cache
 
 
-def test_a_dataset_from_icon_sets(prepare, packages, tmp_path):
+def test_a_dataset_from_icon_sets(packages, tmp_path):
     pytest.importorskip("resvg_py")
     recipe, cache = packages
-    captions = prepare.prepare(recipe, tmp_path / "out", cache)
+    captions = prepare(recipe, tmp_path / "out", cache, tmp_path / "concepts.yaml")
     assert [(i["concept"], i["style"], i["tier"], i["split"]) for i in captions["images"]] == [
         ("1F525", "one", 1, "train"),
         ("1F44B", "one", 2, "heldout_concept"),
@@ -380,16 +374,16 @@ def test_a_dataset_from_icon_sets(prepare, packages, tmp_path):
     assert data.captions(0) == ["a waving hand, one style"] and data.groups(0) == ["a hand, one style"]
 
 
-def test_pictures_are_written_as_numpy_saves_them(prepare, tmp_path):
+def test_pictures_are_written_as_numpy_saves_them(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     np.save(tmp_path / "expected.npy", pictures)
-    prepare.write_pictures(tmp_path / "pictures.npy", list(pictures))
+    write_images(tmp_path / "pictures.npy", list(pictures))
     assert (tmp_path / "pictures.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
 
-def test_pictures_are_composited_on_white(prepare):
+def test_pictures_are_composited_on_white():
     pytest.importorskip("resvg_py")
-    image = prepare.picture(
+    image = draw(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">'
         '<rect x="2" y="2" width="4" height="4" fill="red"/></svg>',
         64,
@@ -402,24 +396,24 @@ def test_pictures_are_composited_on_white(prepare):
 def run(tmp_path, path):
     return subprocess.run(
         [sys.executable, ROOT / "scripts/prepare_emoji.py", "--out", tmp_path / "out"],
-        env={"PATH": str(path)},
+        env={"PATH": str(path), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
 
 
-def test_without_the_package_for_svg_nothing_is_fetched(prepare, tmp_path, monkeypatch, capsys):
+def test_without_the_package_for_svg_nothing_is_fetched(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    assert prepare.main(["--out", str(tmp_path / "out")]) == 2
+    assert main(["--out", str(tmp_path / "out")]) == 2
     assert "resvg-py is needed" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flag", ["--out", "--cache"])
-def test_a_folder_that_can_not_be_is_said_before_anything_is_fetched(prepare, tmp_path, monkeypatch, capsys, flag):
+def test_a_folder_that_can_not_be_is_said_before_anything_is_fetched(tmp_path, monkeypatch, capsys, flag):
     monkeypatch.setenv("PATH", "")  # nothing can be
     (tmp_path / "file").touch()
     for place in ("n" * 5000, str(tmp_path / "file")):
-        assert prepare.main(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), flag, place]) == 2
+        assert main(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), flag, place]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"prepare_emoji.py: error: {flag}: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()

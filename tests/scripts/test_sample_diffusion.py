@@ -133,4 +133,4 @@ def test_bad_arguments(script, capsys, arguments, why):
 
 def test_a_model_is_needed(tmp_path, capsys):
     line = Script("sample_diffusion", tmp_path).refusal(capsys)
-    assert line == "--config: needed, together with --ckpt: the files of the model"
+    assert line == "--config: needed, together with ckpt: the files of the model"

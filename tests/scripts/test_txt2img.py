@@ -122,9 +122,9 @@ def test_pictures_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
         r"\(\d+ threads?\), model model\d*/model.safetensors\n",
         out,
     )
-    assert re.search(r"each picture: [\d.]+ s, [\d.]+ s of it UNet, [\d.]+ GMAC", out)
+    assert re.search(r"each image: [\d.]+ s, [\d.]+ s of it UNet, [\d.]+ GMAC", out)
     last = out.splitlines()[-1]
-    assert re.fullmatch(r"4 pictures \(4 made, 0 found\) in .*out/samples; spent [\d.]+ s, [\d.]+ GMAC", last)
+    assert re.fullmatch(r"4 images \(4 made, 0 found\) in .*out/samples; spent [\d.]+ s, [\d.]+ GMAC", last)
 
 
 def test_a_second_run_makes_nothing_and_touches_nothing(call, tmp_path, capsys):
@@ -487,7 +487,7 @@ def test_again_makes_the_same_pictures_and_measures_them(call, tmp_path, capsys)
     capsys.readouterr()
     assert call(*COMPARE, "--again") == 0
     out = capsys.readouterr().out
-    assert "not measured" not in out and "4 pictures (4 made, 0 found)" in out
+    assert "not measured" not in out and "4 images (4 made, 0 found)" in out
     files = pictures(tmp_path)
     assert all((old == pixels(path)).all() for old, path in zip(shown, files.values(), strict=True))
     after = snapshot(tmp_path)
@@ -667,7 +667,7 @@ def test_the_command_as_a_user_runs_it(files, tmp_path):
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )
-    assert "1 picture (1 made, 0 found) in out/samples" in done.stdout
+    assert "1 image (1 made, 0 found) in out/samples" in done.stdout
     assert "Traceback" not in done.stderr and json.loads((tmp_path / "out" / "manifest.jsonl").read_text())
 
 

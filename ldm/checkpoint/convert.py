@@ -1,0 +1,78 @@
+"""Files of weights from one layout to the other: a CompVis checkpoint, or a folder of the diffusers library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoint.conversion import diffusers_configs, is_openclip, to_diffusers
+from ldm.checkpoint.file import PART_FILES, read_checkpoint, save_weights
+from ldm.checkpoint.fill import load_state
+from ldm.checkpoint.model import diffusion_params
+from ldm.io.errors import SettingError, fault_of
+from ldm.io.files import clean, unfinished
+
+
+def folder_to_checkpoint(source: str | Path, out: str | Path) -> int:
+    """Write the weights of a diffusers folder as one file; how many tensors it has.
+
+    Raises:
+        SettingError: `source` is no such folder, or `out` can't be written.
+    """
+    with fault_of("source"):
+        if not Path(source).is_dir():
+            raise ValueError(f"{source}: no such folder; --to ldm converts a diffusers folder")
+        state = read_checkpoint(source)
+    with fault_of("out"):
+        save_weights(out, state)
+    return len(state)
+
+
+def checkpoint_to_folder(
+    source: str | Path, config: str | Path, out: str | Path, weights: str = "auto"
+) -> dict[str, int]:
+    """Write a model as a diffusers folder; how many tensors each part has.
+
+    Args:
+        source: its weights.
+        config: its YAML.
+        out: the folder, which is made.
+        weights: averaged or last weights of the UNet, see `load_state`.
+
+    Raises:
+        SettingError: a file can't be read or written, or the model is none that diffusers has.
+    """
+    with fault_of("out"):
+        if Path(out).exists():
+            raise SettingError("out", f"{out} exists; expected a folder to make")
+    with fault_of("config"):
+        params = diffusion_params(config)
+    with fault_of("source"):
+        state = load_state(source, weights)
+        parts = to_diffusers(state)
+    with fault_of("config", (ValueError, KeyError, TypeError)):
+        configs = diffusers_configs(params, parts, is_openclip(state))
+    with fault_of("out"):
+        write_folder(Path(out), parts, configs)
+    return {part: len(tensors) for part, tensors in parts.items()}
+
+
+def write_folder(
+    folder: Path, parts: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write weights and configs by the names of the parts; the folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clean(folder.parent)
+    with unfinished(folder.parent) as place:
+        temporary = place / folder.name
+        for name, config in configs.items():
+            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            (temporary / name).mkdir(parents=True)
+            (temporary / name / file).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for part, weights in parts.items():
+            save_weights(temporary / part / PART_FILES[part][0], weights)
+        temporary.rename(folder)

@@ -1,0 +1,178 @@
+"""Calibration of one model and sampler: which key timesteps, and which skip features between them, cost least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.cli.arguments import EMOJI64
+from ldm.cli.inputs import prompts_in
+from ldm.cli.parser import check_outdir
+from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe, run_facts
+from ldm.cli.setup import ModelSettings, make_setup
+from ldm.cli.tasks import text_task
+from ldm.io.errors import SettingError, fault_of
+from ldm.io.files import atomic_write
+from ldm.models.diffusion.loop import denoise
+from ldm.models.diffusion.propagation.calibration import Calibration, measure
+from ldm.models.diffusion.propagation.load import RunFacts, load_plan
+from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan
+from ldm.profiling.plan_table import spans
+from ldm.sampling.engine import Engine
+from ldm.sampling.generate import Item, prompt_items
+
+TRIED_TOGETHER = 8  # most decoder steps in one batch of a trial
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What is measured, and what is looked for.
+
+    from_file: text file with prompts; n_samples: how many of them, from the first; seed: of the noise.
+    keys: number of key timesteps; macs: in its place, the share of the plain run's MACs that they may cost.
+    """
+
+    from_file: str | Path
+    n_samples: int = 8
+    seed: int = 42
+    keys: int = 9
+    macs: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The calibration of a sampler, the plan that was looked for, and what else was tried.
+
+    errors: mean squared error of the latents, by what the decoder gets between key timesteps.
+    file: where the calibration belongs.
+    """
+
+    calibration: Calibration
+    plan: Plan
+    errors: Mapping[str, float]
+    file: Path
+
+    @property
+    def lines(self) -> str:
+        """What was found, for the screen."""
+        errors = ", ".join(f"{how} {error:.3g}" for how, error in self.errors.items())
+        return (
+            f"key steps of {self.plan.num_nodes}: {spans(self.plan.keys)}\nmean squared error of the latents: {errors}"
+        )
+
+
+def calibrate_model(
+    model: ModelSettings, sampling: SamplingSettings, settings: CalibrationSettings, keep: bool
+) -> Outcome:
+    """Measure plain runs of a text-to-image model, and find the best plan.
+
+    Args:
+        keep: whether the calibration is to be kept, which is checked before the work.
+
+    Raises:
+        SettingError: a setting can't be used.
+        BadInput: the calibration can't be written.
+    """
+    if sampling.eta:
+        raise SettingError("eta", f"a calibration is of deterministic runs; expected 0, got {sampling.eta:g}")
+    prompts = prompts_in(settings.from_file)[: settings.n_samples]
+    items = prompt_items(prompts, 1, settings.seed, by_position=True)
+    engine, facts = plain_engine(model, sampling)
+    if keep:
+        check_outdir(facts.calibrations, "--ckpt")
+    how = {"prompts": len(prompts), "seed": settings.seed, "scale": engine.recipe.scale, "eta": engine.recipe.eta}
+    with fault_of("ckpt", (ValueError,)):  # predictions that are not finite
+        calibration = calibrate(engine, items, facts.facts, how)
+    with fault_of("macs" if settings.macs else "keys"):
+        plan = calibration.plan_within(settings.macs) if settings.macs else calibration.plan(settings.keys)
+    with fault_of("ckpt", (ValueError,)):
+        errors = try_propagations(engine, plan, items)
+    best = min(errors, key=errors.get)
+    file = facts.calibrations / f"{engine.recipe.sampler}-{engine.recipe.steps}.json"
+    return Outcome(replace(calibration, propagate=best), replace(plan, propagate=best), errors, file)
+
+
+def plain_engine(model: ModelSettings, sampling: SamplingSettings) -> tuple[Engine, RunFacts]:
+    """The model ready for plain runs of its usual size, and what its runs are known by."""
+    setup = make_setup(model, EMOJI64)
+    recipe = make_recipe(sampling, (setup.sizes.default,) * 2, setup.config)
+    plan = load_plan("off", count_nodes(recipe, setup))
+    loaded = setup.load()
+    with fault_of("config"):
+        engine = Engine(loaded, setup.sizes, recipe, plan, text_task())
+    return engine, run_facts(setup, recipe.sampler)
+
+
+def calibrate(
+    engine: Engine, items: Sequence[Item], made_for: Mapping[str, Any], how: Mapping[str, Any]
+) -> Calibration:
+    """Measure image by image along plain runs; the tables are the means.
+
+    Args:
+        engine: with a plain plan.
+        items: the images.
+        made_for, how: see `Calibration`.
+
+    Raises:
+        ValueError: predictions that are not finite.
+    """
+    tables = [measure(*engine.plain_run([item])) for item in tqdm(items, desc="measuring", unit="image", disable=None)]
+    eps, features = (
+        [[float(f"{v:.4g}") for v in np.mean(rows, axis=0)] for rows in zip(*table, strict=True)]
+        for table in zip(*tables, strict=True)
+    )
+    unit = engine.unit
+    return Calibration(
+        engine.plan.num_nodes, eps, features, unit.encode / unit.whole, "hold", dict(made_for), dict(how)
+    )
+
+
+def try_propagations(engine: Engine, plan: Plan, items: Sequence[Item]) -> dict[str, float]:
+    """Mean squared error of the final latents to the plain run's, for each kind of skip features between key timesteps.
+
+    Args:
+        engine: with a plain plan.
+        plan: to be tried.
+
+    Raises:
+        ValueError: latents that are not finite.
+    """
+    errors = {name: 0.0 for name, degree in PROPAGATIONS.items() if degree >= 0}
+    for item in items:
+        run = engine.plain_run([item])
+
+        def final(candidate: Plan, run: tuple[Any, ...] = run) -> Tensor:
+            model, rule, x = run
+            *_, state = denoise(model, rule, replace(candidate, parallel=TRIED_TOGETHER), x)
+            return state.x
+
+        plain = final(engine.plan)
+        for name in errors:
+            errors[name] += float((final(replace(plan, propagate=name)) - plain).square().mean()) / len(items)
+    return errors
+
+
+def write_plan(path: str | Path, plan: Plan, calibration: Calibration) -> None:
+    """Write a plan file of `ldm.models.diffusion.propagation.load`, with how it was made."""
+    how = ", ".join(f"{name} {value}" for name, value in calibration.how.items())
+    text = yaml.safe_dump(
+        {
+            "source": "scripts/calibrate_plan.py",
+            "note": f"least total error of its number of key steps ({how})",
+            "steps": {plan.num_nodes: [*plan.keys]},
+            "propagate": plan.propagate,
+            "made_for": calibration.made_for,
+        },
+        sort_keys=False,
+        default_flow_style=None,
+        width=100,
+    )
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -1,0 +1,168 @@
+"""The dataset: images and captions of concepts in styles, and what of them is held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm.data.emoji_set.concepts import Concept, concepts_of, skin_tones
+from ldm.data.emoji_set.drawings import codes_by_name, draw, read_chars, sources
+from ldm.data.emoji_set.packages import Recipe, Style, fetch
+from ldm.data.emoji_set.phrases import full_caption
+from ldm.io.files import atomic_write, read_json, read_yaml
+
+
+def share(*key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256("/".join(key).encode()).digest()[:8], "big") / 2**64
+
+
+def choose_heldout(concepts: Sequence[Concept], iconic: Iterable[str], model: str, styles: Sequence[str]) -> str:
+    """The text of heldout.yaml: about 5 % of the concepts of tiers 1 and 2, and 3 % of the other pairs."""
+    captioned = [c for c in concepts if c.tier < 3]
+    held = {c.id for c in captioned if c.name not in set(iconic) and share("concept", c.id) < 0.06}
+    lines = [
+        f"# Kept out of the training of {model}. scripts/prepare_emoji.py obeys this file.",
+        "concepts:   # in no style",
+    ]
+    lines += [f'  "{c.id}": {json.dumps(c.name)}' for c in captioned if c.id in held]
+    lines += ["pairs:      # not in these styles"]
+    for concept in captioned:
+        without = [s for s in styles if share("pair", concept.id, s) < 0.03]
+        if without and concept.id not in held:
+            lines.append(f'  "{concept.id}": [{", ".join(without)}]   # {concept.name}')
+    return "\n".join(lines) + "\n"
+
+
+def split_of(concept: str, style: str, heldout: Mapping[str, Any]) -> str:
+    """'heldout_concept', 'heldout_pair' or 'train'."""
+    if concept in heldout["concepts"]:
+        return "heldout_concept"
+    return "heldout_pair" if style in heldout["pairs"].get(concept, ()) else "train"
+
+
+def build(
+    recipe: Recipe,
+    concepts: Sequence[Concept],
+    found: Mapping[Style, Mapping[str, Path | str]],
+    heldout: Mapping[str, Any],
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Images, each (size, size, 3) uint8, and the COCO captions that belong to them."""
+    drawings: list[np.ndarray] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, style in enumerate(recipe.styles, start=1):
+        drawn = sorted((c for c in concepts if c.id in found[style]), key=lambda c: c.tier)
+        seen = set()
+        for concept in tqdm(drawn, desc=style.name, leave=False, disable=None):
+            drawing = draw(found[style][concept.id], recipe.size)
+            digest = hashlib.sha256(drawing).digest()
+            if digest in seen:  # some sets draw one image for several people or families
+                continue
+            seen.add(digest)
+            row = len(images)
+            drawings.append(drawing)
+            images.append(image_entry(row, number, style, concept, recipe.size, heldout))
+            for kind, words in captions_of(concept, recipe.varied):
+                annotations.append(
+                    {
+                        "id": len(annotations),
+                        "image_id": row,
+                        "phrase": words,
+                        "caption": full_caption(words, style.name),
+                        "kind": kind,
+                    }
+                )
+    return drawings, {
+        "info": {"description": "Emoji pictures on white with captions", "version": "1"},
+        "licenses": [license_entry(i, style) for i, style in enumerate(recipe.styles, start=1)],
+        "images": images,
+        "annotations": annotations,
+    }
+
+
+def image_entry(
+    row: int, license: int, style: Style, concept: Concept, size: int, heldout: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the captions file says of an image."""
+    return {
+        "id": row,
+        "file_name": f"{style.name.replace(' ', '_')}/{concept.id}.png",
+        "height": size,
+        "width": size,
+        "license": license,
+        "concept": concept.id,
+        "name": concept.name,
+        "style": style.name,
+        "category": concept.category,
+        "tier": concept.tier,
+        "split": split_of(concept.base, style.name, heldout),
+    }
+
+
+def license_entry(number: int, style: Style) -> dict[str, Any]:
+    """What the captions file says of a style's licence."""
+    return {
+        "id": number,
+        "name": style.license,
+        "url": style.url,
+        "attribution": style.attribution,
+        "package": f"{style.package.name}@{style.package.version}",
+    }
+
+
+def captions_of(concept: Concept, varied: bool) -> list[tuple[str, str]]:
+    """Kind and words of each caption: the name first."""
+    name, *keywords = concept.phrases
+    groups = [g for g in concept.groups if g not in concept.phrases] if varied else []
+    return [("name", name), *(("keyword", k) for k in keywords), *(("group", g) for g in groups)]
+
+
+def write(path: Path, data: bytes) -> None:
+    """The file appears whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_images(path: Path, images: Sequence[np.ndarray]) -> None:
+    """One .npy file, written image by image: at 128 all of them in one array would be 1 GB more of memory."""
+    with atomic_write(path) as temporary:
+        stored = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(images), *images[0].shape))
+        for row, drawing in enumerate(images):
+            stored[row] = drawing
+        stored.flush()
+
+
+def prepare(recipe: Recipe, out: Path, cache: Path, concepts_file: Path) -> dict[str, Any]:
+    """Make the dataset in a folder; its COCO captions.
+
+    Args:
+        cache: folder of the fetched packages.
+        concepts_file: which concepts are kept; scripts/emoji_concepts.yaml.
+
+    Raises:
+        BadInput: a package can't be fetched, or a name or a group is listed that no emoji has.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    folders = {p: fetch(p, cache) for p in tqdm(recipe.packages, desc="packages", leave=False, disable=None)}
+    listed = read_yaml(concepts_file)
+    emoji, openmoji, lib = (read_json(folders[p] / p.wanted[0]) for p in recipe.names)
+    concepts = concepts_of(listed, emoji, openmoji, lib)
+    if not recipe.heldout.exists():
+        text = choose_heldout(concepts, listed["iconic"], recipe.heldout.parent.name, [s.name for s in recipe.styles])
+        write(recipe.heldout, text.encode())
+    if recipe.varied:
+        concepts += skin_tones(concepts, emoji)
+    charted = [read_chars(folders[p]) for p in recipe.packages if "chars.json" in p.wanted]
+    codes = codes_by_name(charted, emoji, openmoji)
+    found = {s: sources(s, folders[s.package], codes) for s in recipe.styles}
+    images, captions = build(recipe, concepts, found, read_yaml(recipe.heldout))
+    write_images(out / "pictures.npy", images)
+    write(out / "captions.json", json.dumps(captions, ensure_ascii=False).encode())
+    return captions

@@ -1,0 +1,79 @@
+"""How long loading a model takes and how much memory, on checkpoints of its shapes filled with random numbers."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ldm.checkpoint import load_model, unmade_model
+from ldm.profiling.timing import resident
+
+
+@dataclass(frozen=True)
+class Loading:
+    """seconds: until the model is there; seconds_read: until each of its weights was read; the rest in bytes.
+
+    file: the checkpoint; before, peak: what the process had in memory; weights: as the model computes with them.
+    """
+
+    file: int
+    seconds: float
+    seconds_read: float
+    before: int
+    peak: int
+    weights: int
+
+
+def measure_loading(config: str, suffix: str, dtype: str, folder: str) -> Loading:
+    """Load a checkpoint of random weights in a new process.
+
+    Args:
+        config: of the model.
+        suffix, dtype: of the checkpoint, .safetensors or .ckpt, and a name of PyTorch's.
+        folder: where the checkpoint lies for that time.
+
+    Raises:
+        ValueError, OSError: the config makes no model.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        path = Path(place) / f"model{suffix}"
+        _in_new_process(_write, config, path, dtype)
+        return _in_new_process(_load, config, path)
+
+
+def _in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _write(config: str, path: Path, dtype: str) -> None:
+    """Write a checkpoint of random weights in the config's shapes."""
+    torch.manual_seed(0)
+    state = {
+        key: torch.randn(value.shape).mul_(0.02).to(getattr(torch, dtype)) if value.is_meta else value
+        for key, value in unmade_model(config).state_dict().items()
+    }
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state}, path)
+
+
+def _load(config: str, path: Path) -> Loading:
+    before, began = resident("VmHWM"), time.perf_counter()
+    model = load_model(config, path)
+    seconds = time.perf_counter() - began
+    tensors = model.state_dict().values()
+    for tensor in tensors:
+        tensor.sum()
+    seconds_read, weights = time.perf_counter() - began, sum(tensor.nbytes for tensor in tensors)
+    return Loading(path.stat().st_size, seconds, seconds_read, before, resident("VmHWM"), weights)
