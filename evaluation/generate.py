@@ -100,9 +100,7 @@ def parser() -> Parser:
     )
     out.add_argument("--verify", action="store_true", help="make nothing; read the whole folder again and judge it")
     # What the protocol decides, or a run has no choice of.
-    p.set_defaults(
-        default_eta=0.0, guidance_interval=None, guidance_reuse=False
-    )
+    p.set_defaults(default_eta=0.0, guidance_interval=None, guidance_reuse=False)
     return p
 
 

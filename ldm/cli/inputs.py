@@ -104,9 +104,7 @@ def image_items(
             "n_samples",
             f"{len(subjects)} subjects x {repeat * samples} images of each are {total}; one run makes {MOST} at most",
         )
-    return make_items(
-        [subject for subject in subjects for _ in range(repeat)], samples, seed, share_start, by_position
-    )
+    return make_items([subject for subject in subjects for _ in range(repeat)], samples, seed, share_start, by_position)
 
 
 def class_names(path: str | Path | None, default: Path | None = None) -> Names:

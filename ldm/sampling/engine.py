@@ -285,9 +285,7 @@ class Engine:
         latents, runs = self._sample(items)
         return latents, self._cost(runs)
 
-    def _sample(
-        self, items: Sequence[Item], on_node: Callable[[], object] = lambda: None
-    ) -> tuple[Tensor, list[Ran]]:
+    def _sample(self, items: Sequence[Item], on_node: Callable[[], object] = lambda: None) -> tuple[Tensor, list[Ran]]:
         """The items' latents, and what ran: once for all of them, or for each if it depends on the image."""
         parts = [[item] for item in items] if self.plan.per_image else [items]
         latents, runs = zip(*(self._run(part, on_node=on_node) for part in parts), strict=True)

@@ -112,10 +112,7 @@ def test_sizes_compare_and_the_example(script, capsys):
             [[DOG], [DOG, CAT | {"box": [0, 0, 0, 1]}]],
             "--boxes: image 2, box 2: box: width and height must be positive",
         ),
-        (
-            "[[" + json.dumps(CAT).replace("0.2", "NaN") + "]]",
-            "--boxes: image 1, box 1: box: must lie in the image",
-        ),
+        ("[[" + json.dumps(CAT).replace("0.2", "NaN") + "]]", "--boxes: image 1, box 1: box: must lie in the image"),
         ([[DOG] * 31], "--boxes: image 1: boxes: the model takes at most 30; got 31"),
     ],
     ids=lambda value: "" if isinstance(value, str) and value.startswith("--") else str(value)[:40],
