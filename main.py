@@ -22,9 +22,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.processes import Processes
-
-from ldm.cli.parser import Parser, command, whole
+from ldm.cli.parser import Parser, command, stated_ranks, whole
 from ldm.io.errors import BadInput, blame
 from ldm.util import instantiate_from_config  # noqa: F401  (published scripts import it from here)
 
@@ -124,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     logdir = Path(args.resume) if args.resume else Path(args.logdir) / (args.name or Path(args.base[0]).stem)
     if not args.resume and (logdir / "last.ckpt").exists():
         raise BadInput(f"--name: {logdir} holds a run already; go on with --resume {logdir} or choose another name")
-    Processes.of_run()  # which checks what torchrun states
+    stated_ranks()  # a number that can't be is refused
     for name in RANKS:
         if not os.environ.get(name, "0").isdecimal():
             raise BadInput(f"environment variable {name}: expected a whole number from 0 on; got {os.environ[name]!r}")

@@ -5,7 +5,6 @@ The first process leads: it alone looks for images, prints and writes, and tells
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ldm.cli.parser import stated
+from ldm.cli.parser import stated_ranks
 from ldm.io.errors import BadInput, SettingError, fault_of
 
 
@@ -37,9 +36,7 @@ class Processes:
         Raises:
             BadInput: there it says what can't be.
         """
-        size = stated(os.environ, "WORLD_SIZE", 1, 1)
-        rank, local = (stated(os.environ, name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
-        return Processes(rank, size, local)
+        return Processes(*stated_ranks())
 
     @property
     def several(self) -> bool:

@@ -121,6 +121,17 @@ def stated(env: Mapping[str, str], name: str, default: int, low: int, high: int 
         raise BadInput(f"environment variable {name}: {error}; torchrun and SLURM set it") from None
 
 
+def stated_ranks() -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this machine, as torchrun states them; without it one process, alone.
+
+    Raises:
+        BadInput: what it states can't be.
+    """
+    size = stated(os.environ, "WORLD_SIZE", 1, 1)
+    rank, local = (stated(os.environ, name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
+    return rank, size, local
+
+
 def readable(message: str) -> str:
     """An error message for a terminal: one line, without control characters, and with what is long in it cut.
 
