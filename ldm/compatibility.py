@@ -25,15 +25,15 @@ AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 # Of ldm.util
 
 
-def exists(value: Any) -> bool:
-    return value is not None
+def exists(x: Any) -> bool:
+    return x is not None
 
 
-def default(value: Any, otherwise: Any) -> Any:
-    """The value, or if it is None the other one, which may be a function without arguments that makes it."""
-    if value is not None:
-        return value
-    return otherwise() if isfunction(otherwise) else otherwise
+def default(val: Any, d: Any) -> Any:
+    """val; if it is None, d or, if d is a function, its result."""
+    if val is not None:
+        return val
+    return d() if isfunction(d) else d
 
 
 def ismap(x: Any) -> bool:
@@ -78,7 +78,7 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Te
 def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> np.ndarray:
-    """Betas (T,) of a schedule given as alpha-bar of the time 0..1."""
+    """Betas (T,) of a schedule that is given as alpha-bar of the time in 0..1."""
     edges = [alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)]
     return np.array([min(1 - later / earlier, max_beta) for earlier, later in zip(edges, edges[1:], strict=False)])
 
@@ -86,7 +86,7 @@ def betas_for_alpha_bar(
 def make_ddim_timesteps(
     ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
 ) -> np.ndarray:
-    """See `ddim_timesteps`; also prints the grid unless told not to."""
+    """See `ddim_timesteps`; with verbose it prints the timesteps."""
     steps = np.asarray(ddim_timesteps(num_ddim_timesteps, num_ddpm_timesteps, ddim_discr_method))
     if verbose:
         print(f"Selected timesteps for ddim sampler: {steps}")
@@ -96,7 +96,7 @@ def make_ddim_timesteps(
 def make_ddim_sampling_parameters(
     alphacums: np.ndarray | Tensor, ddim_timesteps: Sequence[int], eta: float, verbose: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Standard deviations of the noise, alpha-bars and the previous ones' of an ascending grid, each (S,)."""
+    """Sigmas, alpha-bars and previous alpha-bars of ascending timesteps, each (S,)."""
     table, steps = np.asarray(alphacums), np.asarray(ddim_timesteps)
     alphas = table[steps]
     alphas_prev = np.append(table[0], alphas[:-1])

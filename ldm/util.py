@@ -26,7 +26,7 @@ PUBLISHED = ("count_params", "default", "exists", "isimage", "ismap", "log_txt_a
 
 
 def __getattr__(name: str) -> Any:
-    """The published helpers of this module. They need PyTorch, which is imported only for those who ask for them."""
+    """The published helpers of this module. They need PyTorch, which is imported only when one of them is used."""
     if name in PUBLISHED:
         from ldm import compatibility
 
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
 
 
 class ConfigError(ValueError):
-    """A config that does not describe an object of this project."""
+    """A config that does not describe an object of an allowed package."""
 
 
 def _inside(name: str, packages: Iterable[str]) -> bool:
@@ -45,15 +45,15 @@ def _inside(name: str, packages: Iterable[str]) -> bool:
 def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
     """The class or function that a dotted name points to.
 
-    A config is data, often downloaded, so a name may only lead to what an allowed package defines
-    itself: neither to another package nor to something that a module of ours merely imported.
+    A config is often downloaded, so a name may only lead to what an allowed package defines itself: not to another
+    package, nor to something that a module of ours imported.
 
     Args:
         target: 'package.module.Name'.
         allow: packages accepted besides ldm, torch.nn and torch.optim.
 
     Raises:
-        ConfigError: the name is not allowed, or nothing is there.
+        ConfigError: the name is not allowed, or does not exist.
     """
     packages = (*ALLOWED_PACKAGES, *allow)
     choices = ", ".join(packages)
@@ -86,11 +86,11 @@ def instantiate_from_config(config: Mapping[str, Any], allow: Iterable[str] = ()
     Args:
         config: a mapping with `target` (dotted name of a class) and optionally `params` (its arguments).
         allow: packages accepted besides ldm, torch.nn and torch.optim.
-        given: arguments that are not the config's to say.
+        given: arguments that the config can't set.
 
     Raises:
-        ConfigError: no target, a target that is not allowed, or arguments that it does not take or can't be built
-            with, such as a negative width.
+        ConfigError: no target, a target that is not allowed, or arguments that its constructor does not accept, such
+            as a negative width.
     """
     cls, params = _class_and_params(config, allow, given)
     try:
@@ -102,8 +102,7 @@ def instantiate_from_config(config: Mapping[str, Any], allow: Iterable[str] = ()
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Whether the config and its parts (`..._config`) describe objects of this project, as far as that can be told
-    without building them.
+    """Check the config and its parts (`..._config`) as far as possible without building them.
 
     Raises:
         ConfigError: see `instantiate_from_config`.
@@ -146,7 +145,7 @@ def _class_and_params(
 
 
 def _check_types(cls: type, params: Mapping[str, Any]) -> None:
-    """Raises ValidationError for an argument that is not of the type that the constructor's annotation states."""
+    """Raises ValidationError for an argument whose type is not that of the constructor's annotation."""
     schema = _schema(cls)
     # As JSON, whose lists may stand for tuples too; everything else must be of the type as it stands.
     stated = {name: value for name, value in params.items() if name in schema.model_fields}
@@ -159,7 +158,7 @@ def _plain(value: Any) -> Any:
 
 @cache
 def _schema(cls: type) -> type[BaseModel]:
-    """The arguments of a constructor whose annotations state a type that JSON has."""
+    """The arguments of a constructor whose annotated types can be checked: those with a form in JSON."""
     fields: dict[str, Any] = {}
     for name, hint in _hints(cls).items():
         with suppress(PydanticSchemaGenerationError):
@@ -169,7 +168,7 @@ def _schema(cls: type) -> type[BaseModel]:
 
 
 def _signature(cls: type) -> inspect.Signature:
-    """What a class takes; where its constructor hands `**rest` to its base, that includes what the base takes."""
+    """The signature of a class. If its constructor passes `**rest` to its base, it includes that of the base."""
     signature = inspect.signature(cls)
     kinds = [parameter.kind for parameter in signature.parameters.values()]
     if kinds[-1:] != [inspect.Parameter.VAR_KEYWORD] or inspect.Parameter.VAR_POSITIONAL in kinds:
@@ -181,7 +180,7 @@ def _signature(cls: type) -> inspect.Signature:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """The types of a constructor's arguments, of its bases' too; those that Python can tell."""
+    """The annotated types of a constructor's arguments, and of its bases'."""
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         with suppress(NameError, TypeError, AttributeError):
@@ -190,7 +189,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def find_file(path: str | Path) -> Path:
-    """An existing file named by a config: looked for from the working directory, then the project root.
+    """A file that a config names, relative to the working directory or, if it is not there, to the project root.
 
     Raises:
         FileNotFoundError: it is in neither place.

@@ -7,7 +7,7 @@ Every weight is the same in both, under another name, except that
 - OpenCLIP (Stable Diffusion 2) keeps the query, key and value of a layer in one tensor, (3 C, C), there it is three;
 - Stable Diffusion 2 takes the text from the layer before the last, and the folder is without that last layer.
 
-Facts about the layouts only; whatever key they do not know is an error.
+An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 class ConversionError(ValueError):
-    """Weights that are not Stable Diffusion 1 or 2 in the layout that they should have."""
+    """Weights that are not those of Stable Diffusion 1 or 2 in the expected layout."""
 
 
 # Names
@@ -79,9 +79,9 @@ def unet_names(levels: int, blocks: int, attention: set[int]) -> dict[str, str]:
     """The UNet's modules, ours -> theirs.
 
     Args:
-        levels: resolutions.
+        levels: number of resolutions.
         blocks: residual blocks per level of the encoder; the decoder has one more.
-        attention: numbers of the decoder's levels, coarsest 0, that have attention.
+        attention: the levels of the decoder with attention; 0 is the coarsest.
     """
     pairs = dict(UNET_ENDS)
     residual = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
@@ -135,7 +135,7 @@ def _rename(part: str, state: Mapping[str, Tensor], names: Mapping[str, str]) ->
     """Each key under the name that its innermost known module has on the other side.
 
     Raises:
-        ConversionError: keys of no known module, or weights of whole numbers and the like.
+        ConversionError: keys of an unknown module, or weights that are not floating-point numbers.
     """
     renamed, unknown = {}, []
     for key, value in state.items():
@@ -163,7 +163,7 @@ def _inverse(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many numbers stand where `pattern` has its group, in the names of `state`; counted from 0."""
+    """1 + the largest number that the group of `pattern` matches in the names of `state`."""
     return 1 + max((int(found[1]) for key in state if (found := re.match(pattern, key))), default=-1)
 
 
@@ -330,11 +330,11 @@ def _openclip_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def diffusers_configs(
     params: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]], openclip: bool
 ) -> dict[str, dict[str, Any]]:
-    """What stands in the JSON files of a folder: of each part, and of the "scheduler".
+    """The content of the JSON files of a folder: for each part, and for the "scheduler".
 
     Args:
-        params: of a `LatentDiffusion` config.
-        parts: of `to_diffusers`, from that model's weights.
+        params: `model.params` of the config of a `LatentDiffusion`.
+        parts: result of `to_diffusers` for its weights.
         openclip: see `is_openclip`.
 
     Raises:
@@ -362,11 +362,11 @@ def diffusers_configs(
 
 
 def diffusers_unet(params: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights of a folder's UNet alone.
+    """Settings and weights of the UNet of a folder.
 
     Args:
-        params: of a `LatentDiffusion` config.
-        state: of its `UNetModel`.
+        params: `model.params` of the config of a `LatentDiffusion`.
+        state: state dict of its `UNetModel`.
 
     Raises:
         ConversionError, KeyError: not a UNet of Stable Diffusion 1 or 2.

@@ -1,4 +1,4 @@
-"""Does a checkpoint belong to a config? What tells models of the family apart, read from both and compared."""
+"""Does a checkpoint belong to a config? Facts that tell models apart are read from both and compared."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # as diff
 
 @dataclass(frozen=True)
 class Facts:
-    """What tells models apart; None = there is no such part, or not one that these facts know.
+    """Facts that distinguish models; None = the model has no such part, or an unknown one.
 
-    channels:    of the network's input: the latents' and those of a condition beside them.
-    width:       of the network's first level.
-    context:     width of the network's context tokens.
+    channels:    input channels of the network: those of the latents and of a concatenated condition.
+    width:       channels of the network's first level.
+    context:     width of the context tokens.
     linear:      its transformers begin and end with linear layers (Stable Diffusion 2), not convolutions (1).
-    labels:      classes, or numbers of the vector, that the network is told beside the timestep.
+    labels:      number of classes, or length of the vector, that the network is conditioned on beside the timestep.
     first_stage: "KL, 4 channels, factor 8" or "VQ, 8192 codes of 3 channels, factor 4".
     conditioner: one of CONDITIONERS.
     """
@@ -63,7 +63,7 @@ def summary(facts: Facts) -> str:
 
 
 def facts_of_config(config: Mapping[str, Any]) -> Facts:
-    """From the `model` part of a config, without building it.
+    """The facts of the `model` part of a config, without building it.
 
     Raises:
         ValueError: it is neither a diffusion model's nor a first stage's.
@@ -106,7 +106,7 @@ def _conditioner_of_config(config: Any) -> str | None:
 
 
 def facts_of_weights(state: Mapping[str, Tensor]) -> Facts:
-    """From the names and shapes of a checkpoint of a diffusion model or of a first stage."""
+    """The facts of a checkpoint of a diffusion model or of a first stage, from names and shapes."""
     if f"{UNET}input_blocks.0.0.weight" not in state:
         return Facts(first_stage=_first_stage_of_weights(state, ""))
     width, channels = state[f"{UNET}input_blocks.0.0.weight"].shape[:2]
@@ -147,7 +147,7 @@ def _first_stage_of_weights(state: Mapping[str, Tensor], prefix: str) -> str | N
 
 @dataclass(frozen=True)
 class Difference:
-    """A fact that config and checkpoint state differently."""
+    """A fact that differs between config and checkpoint."""
 
     name: str
     config: Any
@@ -158,7 +158,7 @@ class Difference:
 
 
 def differences(config: Facts, weights: Facts) -> list[Difference]:
-    """What the two state differently, in the order of `Facts`."""
+    """The facts that differ, in the order of `Facts`."""
     return [
         Difference(field.name, ours, theirs)
         for field in fields(Facts)
@@ -167,7 +167,7 @@ def differences(config: Facts, weights: Facts) -> list[Difference]:
 
 
 def fitting(weights: Facts, configs: Iterable[tuple[str, Facts]]) -> list[str]:
-    """Names of the configs that state the same facts."""
+    """Names of the configs with the same facts."""
     return [name for name, facts in configs if facts == weights]
 
 
@@ -182,17 +182,17 @@ def stated_prediction(ckpt: Path) -> str | None:
 
 @torch.no_grad()
 def measured_prediction(network: Callable[[Tensor], Tensor], shape: tuple[int, ...], seed: int = 0) -> str | None:
-    """What a trained network predicts, "eps" or "v", told from one prediction on pure noise.
+    """What a trained network predicts, "eps" or "v", found from one prediction on pure noise.
 
-    At the last training timestep the input is almost nothing but the noise, so one that predicts the noise returns
-    its input; v is then almost minus the clean image, of which the input says nothing.
+    At the last training timestep the input is almost pure noise, so a network that predicts the noise returns its
+    input. There v is almost minus the clean image, which does not correlate with the input.
 
     Args:
-        network: its raw prediction at the last training timestep, (B, C, H, W) -> (B, C, H, W).
-        shape: of its input.
+        network: raw prediction at the last training timestep, (B, C, H, W) -> (B, C, H, W).
+        shape: shape of its input.
 
     Returns:
-        None: neither is clear. An untrained network, or one that predicts x0, passes for "v".
+        None if neither is clear. An untrained network, or one that predicts x0, looks like "v".
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     prediction = network(x).float()

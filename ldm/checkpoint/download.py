@@ -1,8 +1,9 @@
-"""Fetch files of weights over HTTP: an interrupted transfer goes on where it stopped, a file appears whole or not at
-all, and what is no file of weights is thrown away.
+"""Download weights over HTTP. Interrupted transfers are resumed, files are written atomically, and anything that is not
+a file of weights is discarded.
 
-Of the libraries that do this, pooch has no resume, and huggingface_hub takes files of its own site only, of which this
-project's mirrors are a third, and holds none to a SHA-256.
+No library does this: pooch 1.9 begins an interrupted file anew. huggingface_hub 2.4 serves its own site only, where
+fewer than half of the mirrors are; it resumes without If-Range, so a file that changed meanwhile is joined of two
+versions, and it compares no SHA-256.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ Progress = Callable[[int, "int | None"], None]
 
 
 class DownloadError(OSError):
-    """A file that could not be had from an address."""
+    """A download that failed."""
 
 
 class _OtherVersion(DownloadError):
-    """What has come so far and what the server has now are not of one file."""
+    """The file on the server is not the one that the partial download is of."""
 
 
 def fetch_any(
@@ -61,23 +62,23 @@ def fetch_any(
 def fetch(url: str, target: Path, sha256: str | None = None, progress: Progress = lambda done, total: None) -> None:
     """Download weights from `url` to `target`.
 
-    What came so far is kept beside the target in a `.part` file, whose name holds the address and the server's
-    version of the file: a later call goes on with it, unless the file has changed there. A transfer that breaks off
-    is taken up again as long as each attempt gets further. Without a version that the server states (a strong ETag,
-    or the time of the last change) two parts may be of two files, so it begins anew.
+    The partial download is kept beside the target in a `.part` file, whose name identifies the address and the
+    server's version of the file. A later call resumes it, unless the file has changed on the server. A transfer that
+    breaks off is resumed as long as each attempt gets further. If the server states no version (a strong ETag or
+    Last-Modified), two parts might be of two files, so the download begins anew.
 
     Args:
         url: http or https; if it ends in .zip, its one .ckpt file becomes the target.
-        target: file to write; its folder is made. A link is followed.
-        sha256: what the target's content must have, hexadecimal; None = not known: then its size, its first bytes and
-            its table of contents are checked, see `weight_format`.
-        progress: called with the bytes so far and in all (None = the server does not say).
+        target: file to write; its folder is created, links are followed.
+        sha256: of the target's content, hexadecimal; None = not known. Size, first bytes and table of contents are
+            always checked, see `weight_format`.
+        progress: called with the bytes so far and the total (None = the server does not state it).
 
     Raises:
-        DownloadError: no connection, an error of the server, no room, something else in place of a file of weights,
-            another content than `sha256`, an archive without exactly one checkpoint, or another process is
-            downloading it. The message says which, not the address.
-        OSError: something that is no file stands at the target.
+        DownloadError: no connection, an error of the server, no space on the disk, not a file of weights, another
+            SHA-256, an archive without exactly one checkpoint, or another process is downloading it. The message
+            says which, but not the address.
+        OSError: the target exists and is not a file.
     """
     target = destination(target)
     with _whole_part(url, target, progress) as part:
@@ -100,7 +101,7 @@ def fetch(url: str, target: Path, sha256: str | None = None, progress: Progress 
 
 @contextmanager
 def _whole_part(url: str, target: Path, progress: Progress) -> Iterator[Path]:
-    """All bytes of `url`, in a part file that is this process's own during the block."""
+    """Yield a part file with all bytes of `url`; during the block no other process uses it."""
     reached = -1
     while True:
         with _transfer(url, target, progress) as (part, total):
@@ -118,7 +119,7 @@ def _whole_part(url: str, target: Path, progress: Progress) -> Iterator[Path]:
 
 @contextmanager
 def _transfer(url: str, target: Path, progress: Progress) -> Iterator[tuple[Path, int | None]]:
-    """One attempt: the part file, longer than before, and how many bytes it is to have (None = not known)."""
+    """One attempt: yield the part file, and its final size in bytes (None = not known)."""
     with _open(url) as answer:
         version, total = _version(answer), _length(answer)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,7 @@ def _transfer(url: str, target: Path, progress: Progress) -> Iterator[tuple[Path
 
 
 def _go_on(url: str, part: Path, have: int, version: str, total: int, progress: Progress) -> None:
-    """The bytes from `have` on; of a server that knows no ranges, all again."""
+    """Fetch the bytes from `have` on; all of them if the server does not support ranges."""
     try:
         with _open(url, have, version) as answer:
             header = "ETag" if version.startswith('"') else "Last-Modified"
@@ -188,7 +189,7 @@ def _length(answer: http.client.HTTPResponse) -> int | None:
 
 
 def _version(answer: http.client.HTTPResponse) -> str | None:
-    """What the server calls the version of a file, byte for byte; a weak ETag (W/) does not tell bytes apart."""
+    """The server's version of a file. A weak ETag (W/) is none, since different bytes may share it."""
     etag = answer.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified")
 
@@ -208,7 +209,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def _copy(answer: http.client.HTTPResponse, part: Path, start: int, total: int | None, progress: Progress) -> None:
-    """Append to the part from `start` on; a transfer that breaks off leaves what has come."""
+    """Append to the part from `start` on; if the transfer breaks off, the part keeps what was received."""
     _check_room(part.parent, (total or 0) - start)
     done = start
     with part.open("ab" if start else "wb") as file:
@@ -219,7 +220,7 @@ def _copy(answer: http.client.HTTPResponse, part: Path, start: int, total: int |
 
 
 def _next(answer: http.client.HTTPResponse, total: int | None) -> bytes:
-    """The next bytes; none at the end, or where the transfer broke off, which the number of bytes tells."""
+    """The next bytes; none at the end, or if the transfer broke off, which the caller sees from the size."""
     try:
         return answer.read1(BLOCK)
     except (OSError, http.client.HTTPException) as error:

@@ -1,4 +1,4 @@
-"""State dicts in files: safe reading of every format, writing, and a name for the content."""
+"""Files of weights: safe reading of every format, writing, and a hash of the content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm.checkpoint.weight_file import CheckpointError, weight_format
 from ldm.io.errors import one_line, some
 from ldm.io.files import atomic_write, file_sha256, read_json
 
-GROUP = 2**28  # bytes of a safetensors file that are mapped, and let go of, together
+GROUP = 2**28  # bytes of a safetensors file that are mapped, and released, together
 PART_FILES = {
     part: [f"{stem}{variant}{suffix}" for suffix, stem in stems.items() for variant in ("", ".fp16")]
     for part, stems in {
@@ -29,11 +29,11 @@ PART_FILES = {
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a .safetensors file, or of a .ckpt / .pt / .pth one, see `state_dict_in`.
 
-    A folder of the diffusers library (Stable Diffusion 1 or 2) is read as the CompVis checkpoint that it stands for,
-    see `ldm.checkpoint.conversion`.
+    A folder of the diffusers library (Stable Diffusion 1 or 2) is converted to the names of a CompVis checkpoint, see
+    `ldm.checkpoint.conversion`.
 
-    The format is told from the content, not from the name. Tensors are mapped from the file where the
-    format allows it. Nothing in the file can run code.
+    The format is detected from the content, not from the name. Tensors are memory-mapped where the format allows it.
+    No code in the file is run.
 
     Raises:
         FileNotFoundError: no such file.
@@ -51,21 +51,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def check_weights(path: str | Path) -> None:
-    """Whether `read_checkpoint` can begin: quick, since no tensor is read.
+    """A quick check before `read_checkpoint`; no tensor is read.
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: no checkpoint, or a folder that lacks a part.
+        FileNotFoundError: no such file. CheckpointError: not a checkpoint, or a folder that lacks a part.
     """
     for file in part_files(Path(path)).values() if Path(path).is_dir() else [path]:
         weight_format(file)
 
 
 def plain_names(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without what wrappers of a training add to its names: "module." (parallel training) before every
-    one, "_orig_mod." (a compiled module) anywhere.
+    """The state dict without the prefixes of training wrappers: "module." (parallel training) before every name,
+    "_orig_mod." (a compiled module) anywhere in it.
 
     Raises:
-        CheckpointError: two names become one, or a tensor is of a kind that no layer computes with.
+        CheckpointError: two names become the same, or a tensor is quantized, sparse or without data.
     """
     strange = [f"{key}: {kind}" for key, value in state.items() if (kind := _strange_kind(value))]
     if strange:
@@ -130,8 +130,9 @@ def part_files(path: Path) -> dict[str, Path]:
 def _map_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of the file, in its order; none is read before it is used.
 
-    Each group of them has a mapping of its own. What was read of a mapping stays in memory as long as one of its
-    tensors lives, so with a single one a model copied from the file would need the whole file beside it.
+    Each group of tensors has a mapping of its own. The pages that were read of a mapping stay in memory as long as one
+    of its tensors exists. With a single mapping, copying a model from the file would need the whole file in memory
+    beside it.
     """
     state, room = {}, GROUP
     try:
@@ -155,7 +156,7 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mappin
     """Write a state dict as .safetensors; the file appears whole or not at all.
 
     Args:
-        state: tensors by name, on any device; those that share memory are written once each.
+        state: tensors by name, on any device; tensors that share memory are written separately.
         metadata: strings by name for the file's header.
     """
     own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
@@ -164,10 +165,10 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mappin
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file's content (of a diffusers folder's weights), hexadecimal: names what made an image.
+    """SHA-256 of a file's content (of the weights of a diffusers folder), hexadecimal; identifies a model.
 
     Raises:
-        OSError: no such file, or no regular one. CheckpointError: a folder that lacks a part.
+        OSError: no such file, or not a regular one. CheckpointError: a folder that lacks a part.
     """
     path = Path(path)
     return file_sha256(*(part_files(path).values() if path.is_dir() else [path]))

@@ -1,7 +1,7 @@
-"""A module filled with the weights of a file; every key that finds no place is named.
+"""Fill a module with the weights of a file, and report every key that does not match.
 
-Published checkpoints carry their training's leftovers (schedule buffers, averages, losses); what is known to
-be harmless is reported in one line, and anything else that does not match is an error.
+Published checkpoints hold keys of their training (schedule buffers, averages, losses). Keys known to be harmless are
+reported in one line; any other mismatch is an error.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ ALIGNMENT = 64  # bytes, of the memory that PyTorch allocates
 
 @dataclass(frozen=True)
 class Report:
-    """What loading did beside the plain match of keys.
+    """The result of loading.
 
     path:    the file.
-    weights: "ema" or "raw", which of the network's weights were taken.
-    ignored: known-optional keys of the file that the module has no place for.
-    absent:  known-optional keys of the module that the file does not have.
+    weights: "ema" or "raw", the weights of the network that were loaded.
+    ignored: optional keys of the file that the module does not have.
+    absent:  optional keys of the module that the file does not have.
     """
 
     path: Path
@@ -68,14 +68,14 @@ def average_of(key: str) -> str:
 
 
 def load_state(path: str | Path, weights: str = "auto") -> dict[str, Tensor]:
-    """The state dict of a file, without averages: with `ema` they take the place of the network's weights.
+    """The state dict of a file without its averages; with `ema` they replace the network's weights.
 
     Args:
         path: see `read_checkpoint`.
         weights: "raw" (the network as trained), "ema" (its moving average), "auto" (ema if there is one).
 
     Raises:
-        CheckpointError: see `read_checkpoint`; or there is no average, or an average of nothing.
+        CheckpointError: see `read_checkpoint`; or there is no average, or one without its weight.
     """
     return choose_weights(path, read_checkpoint(path), weights)[0]
 
@@ -93,7 +93,7 @@ def choose_weights(path: str | Path, state: dict[str, Tensor], weights: str) -> 
         return _averages_alone(path, chosen | averages, weights)
     if weights == "raw" or not averages:
         return chosen, "raw"
-    # Only trained parameters have an average: what is frozen keeps its one value.
+    # Only trained parameters have an average.
     for key in [k for k in chosen if k.startswith("model.")]:
         chosen[key] = averages.pop(average_of(key), chosen[key])
     refuse_averages(averages, path)
@@ -101,13 +101,13 @@ def choose_weights(path: str | Path, state: dict[str, Tensor], weights: str) -> 
 
 
 def refuse_averages(left: Collection[str], path: str | Path) -> None:
-    """Averages that no weight has taken."""
+    """Raise CheckpointError for averages without their weight."""
     if left:
         raise CheckpointError(f"{path}: averages of no model.* weight{some(left)}; use weights 'raw'")
 
 
 def _averages_alone(path: str | Path, state: dict[str, Tensor], weights: str) -> tuple[dict[str, Tensor], str]:
-    """A file of averages without the weights that they are of, as trainers write for sampling; `fill` names them."""
+    """A file that holds only averages, as trainers write for sampling. `fill` gives them the names of weights."""
     if weights == "raw":
         raise CheckpointError(
             f"{path}: weights 'raw' asked for, but the file has only averages (model_ema.*) of the "
@@ -137,7 +137,7 @@ def load_weights(module: nn.Module, path: str | Path, weights: str = "auto") -> 
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str, assign: bool = False) -> Report:
-    """Fill `module` and use up `state`; with `assign` its tensors become the module's, which may be on meta."""
+    """Fill `module` and empty `state`; with `assign` its tensors replace the module's, which may be on meta."""
     expected = module.state_dict(keep_vars=True)
     state |= {key: state.pop(average_of(key)) for key in expected if key not in state and average_of(key) in state}
     refuse_averages([key for key in state if key.startswith("model_ema.") and key not in EMA_BOOKKEEPING], path)
@@ -147,29 +147,29 @@ def fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str, ass
     for key in [key for key in state if key in expected and _rounded(key, state[key], expected[key])]:
         del state[key]
         ignored.add(key)
-    for key in list(state):  # one after the other, so that the file is let go of on the way
+    for key in list(state):  # one by one, so that the mapping of the file is released on the way
         value = state.pop(key)
         if key in expected:
             state[key] = _aligned(value.to(expected[key].dtype))
-    if assign:  # what the file leaves out and the model never reads still needs a place
+    if assign:  # keys that the file lacks and the model never reads
         state |= {key: torch.zeros_like(expected[key], device="cpu") for key in absent if expected[key].is_meta}
     module.load_state_dict(state, strict=False, assign=assign)
     return Report(path, used, tuple(sorted(ignored)), tuple(sorted(absent)))
 
 
 def _rounded(key: str, value: Tensor, own: Tensor) -> bool:
-    """A noise schedule that was stored in half precision, as in checkpoints converted as a whole.
+    """Whether this is a noise schedule in half precision, as in checkpoints that were converted as a whole.
 
-    The config gives it exactly. Rounded, the first steps of a fine schedule have no noise at all.
+    The config states it exactly. Rounded, the first timesteps of a fine schedule have no noise.
     """
     return bool(SCHEDULE.fullmatch(key)) and value.itemsize < own.itemsize
 
 
 def _unmatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> tuple[set[str], set[str]]:
-    """Keys of the file without a place in the module, and of the module that the file lacks: harmless ones only.
+    """The optional keys that only the file has, and those that only the module has.
 
     Raises:
-        CheckpointError: one that is not known to be harmless, or tensors of another shape or kind of number.
+        CheckpointError: other keys do not match, or tensors differ in shape, or are not floating-point numbers.
     """
     missing = {key for key in expected if key not in state and not _shared(key, expected)}
     unexpected = {key for key in state if key not in expected and not _copied(key, state)}
@@ -200,9 +200,9 @@ def _unmatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """The tensor as PyTorch would allocate it: elsewhere the last digits of what is computed from it may differ.
+    """The tensor with the memory alignment of PyTorch's own; with another, the last digits of results may differ.
 
-    So what a model computes depends on its weights, not on where they lie in a file.
+    So results depend on the weights, not on their position in a file.
     """
     return value if value.data_ptr() % ALIGNMENT == 0 else value.clone()
 
@@ -212,10 +212,10 @@ def _twin(key: str) -> str:
 
 
 def _shared(key: str, expected: Mapping[str, Tensor]) -> bool:
-    """A module whose conditioner is its first stage lists the same tensors twice."""
+    """Whether this key of the conditioner is also one of the first stage: the two may be one module."""
     return key.startswith("cond_stage_model.") and _twin(key) in expected and expected[key] is expected[_twin(key)]
 
 
 def _copied(key: str, state: Mapping[str, Tensor]) -> bool:
-    """A file of such a model may hold the first stage's weights twice."""
+    """Whether the file holds this weight of the first stage a second time, under the conditioner's name."""
     return key.startswith("cond_stage_model.") and _twin(key) in state and torch.equal(state[key], state[_twin(key)])

@@ -1,4 +1,4 @@
-"""A model from its config and its checkpoint, without memory for weights that the file brings."""
+"""Build a model from its config and fill it from a checkpoint, without allocating weights that the file replaces."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_TIMESTEPS = 100_000
 
 
 class _Open(Schema, extra="allow"):
-    """Names that are not checked here are for the model's constructor to check."""
+    """Other names are allowed; the model's constructor checks them."""
 
 
 class _Sampling(_Open):
@@ -49,7 +49,7 @@ class _Config(_Open):
 
 
 class Bounded(TorchFunctionMode):
-    """A config can ask for any number of layers; building more than a model has ends with a ConfigError."""
+    """Raises ConfigError when a config builds more than MOST_TENSORS tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,11 +68,11 @@ class Bounded(TorchFunctionMode):
 
 
 class _Unmade(TorchFunctionMode):
-    """Layers get no memory and no random values: the checkpoint brings both.
+    """Layers are built without memory or random values, which the checkpoint replaces.
 
-    Only what is made to be filled (`torch.empty`) goes to the meta device; buffers that a constructor computes,
-    such as the noise schedule, are made for real, since a file need not have them. A constructor that moves its
-    layers to a device moves nothing: that is for the caller to say.
+    Only tensors to be filled (`torch.empty`) go to the meta device. Buffers that a constructor computes, such as the
+    noise schedule, are real, since a file may lack them. Moving layers to a device inside a constructor has no effect;
+    the caller chooses the device.
     """
 
     def __torch_function__(
@@ -87,13 +87,13 @@ class _Unmade(TorchFunctionMode):
 
 
 def load_config(path: str | Path) -> Any:
-    """A model's YAML config as an OmegaConf mapping: `model` (target and params) and what stands beside it.
+    """The YAML config of a model as an OmegaConf mapping: `model` (target and params) and other sections.
 
-    It is data: interpolations (${...}), which could read the environment, are refused; published configs have none.
+    Interpolations (${...}) are refused, because they could read the environment. Published configs have none.
 
     Raises:
-        OSError: no such file, or no regular one.
-        ConfigError: not YAML, without `model.target`, or with a value of another kind than its place takes.
+        OSError: no such file, or not a regular one.
+        ConfigError: not YAML, without `model.target`, or with a value of the wrong type.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; expected a model's .yaml config")
@@ -124,7 +124,7 @@ def diffusion_params(path: str | Path) -> dict[str, Any]:
 
 
 def _check_values(value: Any, place: str = "") -> None:
-    """Raise ConfigError for values that OmegaConf would not take as they stand."""
+    """Raise ConfigError for interpolations and missing values (???)."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             _check_values(inner, f"{place}.{key}" if place else str(key))
@@ -134,9 +134,9 @@ def _check_values(value: Any, place: str = "") -> None:
 
 
 def unmade_model(config_path: str | Path) -> nn.Module:
-    """The model of a config without weights: they are on the meta device, buffers of its own (noise schedule) real.
+    """The model of a config without weights, which are on the meta device; computed buffers (noise schedule) are real.
 
-    It has no moving average: that is for training only.
+    It has no moving average, which only training needs.
 
     Raises:
         FileNotFoundError, ConfigError: see `load_config` and `instantiate_from_config`.
@@ -153,14 +153,14 @@ def load_model(
 ) -> nn.Module:
     """The model of a config (a `LatentDiffusion`), filled from a checkpoint, ready to sample from.
 
-    It is in evaluation mode, without gradients and without a moving average of its own. Its weights may be the
-    file's own, mapped into memory (docs/loading.md): replace such a file, as `save_weights` does, rather than write
-    into it. Its `weights_file` is ckpt_path, by which plans find its calibrations.
+    It is in evaluation mode, without gradients and without a moving average. Its weights may be mapped from the file
+    (docs/loading.md), so replace such a file, as `save_weights` does, rather than write into it. Its attribute
+    `weights_file` is ckpt_path; plans find its calibrations by it.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: see `unmade_model` and `load_weights`.
     """
-    load_config(config_path)  # what is quick to check comes first
+    load_config(config_path)  # checked before the checkpoint, which takes longer
     state, used = choose_weights(ckpt_path, read_checkpoint(ckpt_path), weights)
     model = unmade_model(config_path)
     log.info("%s", fill(model, state, Path(ckpt_path), used, assign=True))

@@ -1,4 +1,4 @@
-"""PyTorch's own files, read without running code, and the state dict that lies somewhere in them."""
+"""Read PyTorch's own files without running code, and find the state dict in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN_DTYPE = re.compile(r"[?bBhHiIlLqQefdgFDGSUmM]|[biufcSUmM]\d+")
 
 
 class _Inert:
-    """Stands for an object beside the weights that nobody reads: it takes whatever is said of it and keeps nothing."""
+    """Placeholder for an object that is not read: accepts any arguments and any state, and keeps nothing."""
 
     def __init__(self, *args: Any):
         pass
@@ -28,7 +28,7 @@ class _Inert:
 
 
 class _Callback(_Inert):
-    """The training callback that published checkpoints name as a mere dictionary key."""
+    """The training callback that published checkpoints use as a dictionary key."""
 
 
 class _NumpyScalar(_Inert):
@@ -44,15 +44,15 @@ class _NumpyArrayType(_Inert):
 
 
 class _NumpyDtype(_Inert):
-    """Refuses arrays of objects and of records: what is beside the weights is numbers, text and dates."""
+    """Refuses arrays of objects and of records; numbers, text and dates are accepted."""
 
     def __init__(self, code: Any = None, *rest: Any):
         if not (isinstance(code, str) and PLAIN_DTYPE.fullmatch(code)):
             raise ValueError(f"a numpy array of dtype {code!r}")
 
 
-# Old checkpoints (Lightning 1.x) hold numpy numbers beside the weights: a best score, a learning rate. They are dropped
-# with all that is no tensor, so each name becomes a stand-in, and numpy's own functions never see what a file says.
+# Old checkpoints (Lightning 1.x) hold numpy numbers beside the weights: a best score, a learning rate. Only tensors
+# are kept, so each of these names maps to a placeholder, and numpy's own functions never get data of the file.
 INERT = [
     (_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
     (_NumpyDtype, "numpy.dtype"),
@@ -66,10 +66,10 @@ INERT = [
 
 
 def read_pickle(path: Path, zipped: bool) -> Any:
-    """What a file of `torch.save` holds. Nothing in it is run.
+    """The content of a file of `torch.save`. No code in it is run.
 
     Raises:
-        CheckpointError: it is cut off or damaged, or asks for anything but tensors, plain values and numpy's.
+        CheckpointError: it is truncated or damaged, or holds other objects than tensors, plain values and numpy's.
     """
     with torch.serialization.safe_globals(INERT):
         try:
@@ -90,7 +90,7 @@ def read_pickle(path: Path, zipped: bool) -> Any:
 
 
 def _unsafe_globals(path: Path, zipped: bool, refusal: str) -> list[str]:
-    """The names outside PyTorch's own that a refused pickle asked for; the older format tells the first."""
+    """The names of the code that a refused pickle asked for; for the older format only the first."""
     named = re.findall(r"\bGLOBAL (\S+)", refusal)
     if zipped and named:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
@@ -98,10 +98,10 @@ def _unsafe_globals(path: Path, zipped: bool, refusal: str) -> list[str]:
 
 
 def state_dict_in(path: Path, content: Any) -> dict[str, Tensor]:
-    """The one dictionary of tensors that a checkpoint holds: bare, or under a name that trainers use (WRAPPERS).
+    """The state dict of a checkpoint: at the top, or under a name that trainers use (WRAPPERS).
 
     Raises:
-        CheckpointError: there is none, or more than one; the message says what is there.
+        CheckpointError: there is none, or more than one; the message lists what was found.
     """
     if _is_state(content):
         return dict(content)

@@ -1,4 +1,4 @@
-"""The published checkpoints that `models/published.yaml` lists, and which of them are here."""
+"""The published checkpoints listed in `models/published.yaml`, and which of them are downloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MANIFEST = PROJECT_ROOT / "models" / "published.yaml"
 
 
 class ManifestError(ValueError):
-    """A list of published checkpoints that can't be used."""
+    """An invalid list of published checkpoints."""
 
 
 def _address(url: str) -> str:
@@ -56,8 +56,11 @@ class Published(Schema):
         return root / self.path
 
     def status(self, root: Path = PROJECT_ROOT, verify: bool = False) -> str:
-        """ "absent", "present", or with `verify`, which reads the file: "verified", "wrong" (also: cut off, or no file
-        of weights) or "unverifiable" (readable, but there is no SHA-256)."""
+        """Whether the file is there: "absent" or "present".
+
+        With `verify`, which reads the file: "verified", "wrong" (another SHA-256, truncated, or not a file of weights)
+        or "unverifiable" (readable, but its SHA-256 is not known).
+        """
         if not self.file(root).is_file():
             return "absent"
         if not verify:
@@ -76,7 +79,7 @@ def load_manifest(path: str | Path = MANIFEST) -> dict[str, Published]:
 
     Raises:
         FileNotFoundError: no such file.
-        ManifestError: not YAML, or an entry lacks a field, has one that is not known, or one of another kind.
+        ManifestError: not YAML, or an entry has a missing, unknown or invalid field.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; expected a list of published checkpoints")

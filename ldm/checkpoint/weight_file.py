@@ -1,4 +1,4 @@
-"""What a file of weights is, told from its first bytes and its table of contents; no tensor is read."""
+"""The format of a file of weights, from its first bytes and its table of contents; no tensor is read."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ FOREIGN = {  # first bytes of what servers and tools leave in the place of weigh
 
 
 class CheckpointError(ValueError):
-    """A file that is not the checkpoint it should be."""
+    """A file that is not a checkpoint, or not the expected one."""
 
 
 def weight_format(path: str | Path) -> str:
-    """ "safetensors", "zip" (PyTorch since 1.6) or "pickle" (PyTorch before): from the content, not from the name.
+    """ "safetensors", "zip" (PyTorch since 1.6) or "pickle" (PyTorch before), from the content, not from the name.
 
-    A safetensors file is held to the size that its header states, a zip archive to its table of contents at the end,
-    so one of these that is cut off is found out. An older pickle has neither.
+    Truncated files are detected by the size that a safetensors header states, and by the table of contents at the end
+    of a zip archive. An older pickle has neither.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: it is no regular file, empty, cut off, or something else.
+        CheckpointError: it is not a regular file, empty, truncated, or something else.
     """
     path = Path(path)
     if not path.exists():

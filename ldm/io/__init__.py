@@ -1,1 +1,1 @@
-"""Files from outside and values in them, read with care; files written whole or not at all."""
+"""Reading files safely, checking the values in them, and writing files atomically."""

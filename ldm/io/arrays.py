@@ -1,4 +1,4 @@
-"""Arrays in npy and npz files: what a header says is compared with the file before anything is read."""
+"""Arrays in npy and npz files. The header is compared with the size of the file before any value is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 @dataclass(frozen=True)
 class Header:
-    """What an npy file says of its array. start: bytes before the values."""
+    """The header of an npy file. start: bytes before the values."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -35,7 +35,7 @@ def read_header(stream: IO[bytes], size: int) -> Header:
         size: bytes of the file.
 
     Raises:
-        ValueError: no such header, values that are no numbers or texts, or not as many as the file has room for.
+        ValueError: no such header, values that are neither numbers nor text, or a size other than the file's.
     """
     version = np.lib.format.read_magic(stream)
     if version not in HEADERS:
@@ -53,13 +53,13 @@ def read_header(stream: IO[bytes], size: int) -> Header:
 
 @contextmanager
 def open_array(path: str | Path, name: str) -> Iterator[tuple[IO[bytes], Header]]:
-    """An array of an npz file, or the one of an npy file, whose header has been read.
+    """Open an array in an npz file, or the one in an npy file, and read its header.
 
     Args:
-        name: of the array, in an npz file.
+        name: name of the array in an npz file.
 
     Raises:
-        OSError: no such file, or no regular one.
+        OSError: no such file, or not a regular one.
         ValueError: it has no such array, or see `read_header`.
     """
     check_regular(path)
@@ -75,7 +75,7 @@ def open_array(path: str | Path, name: str) -> Iterator[tuple[IO[bytes], Header]
 
 
 def array_names(path: str | Path) -> set[str]:
-    """Names of the arrays in an npz file.
+    """The names of the arrays in an npz file.
 
     Raises:
         OSError, ValueError: it can't be read.
@@ -89,10 +89,10 @@ def load_array(path: str | Path, name: str, most: int) -> np.ndarray:
     """An array of an npz file.
 
     Args:
-        most: values that it may have.
+        most: greatest number of values that is accepted.
 
     Raises:
-        OSError, ValueError: see `open_array`; also more values.
+        OSError, ValueError: see `open_array`; or it has more values.
     """
     with open_array(path, name) as (stream, header):
         count = math.prod(header.shape)

@@ -1,4 +1,4 @@
-"""What bad input raises, and how names and errors stand in one-line messages."""
+"""Errors for bad input, and parts of their one-line messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 class BadInput(Exception):
-    """What the user gave can't be used; the message is one line that names the argument."""
+    """Input of the user that can't be used. The message is one line that names the argument."""
 
 
 class SettingError(ValueError):
@@ -29,7 +29,7 @@ class SettingError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """The value for a message: of a long one the beginning, of many levels the first."""
+    """The value for a message, shortened if it is long or deeply nested."""
     return _SHORT.repr(value)
 
 
@@ -41,13 +41,13 @@ def some(names: Iterable[str], limit: int = 8) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Its message, or its kind if it has none."""
+    """The message of an error in one line; the name of its class if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
 def blame(flag: str, errors: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-    """Such errors inside the block are the fault of this argument."""
+    """Such errors inside the block become a BadInput that names this argument."""
     try:
         yield
     except BrokenPipeError:
@@ -77,6 +77,6 @@ def flags_named(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
-    """The end of an error message about a name that is none: the known name nearest to it; empty if none is near."""
+    """The end of a message about an unknown name: the most similar known name; empty if none is similar."""
     near = get_close_matches(given, sorted(names), n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""

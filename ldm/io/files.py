@@ -1,7 +1,7 @@
-"""Files that come from outside, read with care; files that are written whole or not at all.
+"""Safe reading and atomic writing of files.
 
-Text is UTF-8, with or without a byte order mark. Its lines end where editors end them (LF, CR LF or CR), and nowhere
-else: a separator such as U+2028 belongs to its line. Only regular files are read: a FIFO or a device may never end.
+Text is UTF-8, with or without a byte order mark. Lines end with LF, CR LF or CR; other separators, such as U+2028, are
+part of their line. Only regular files are read, because a FIFO or a device may never end.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import yaml
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there, and so nothing is cleaned
+except ImportError:  # Windows: without locks, nothing is cleaned
     fcntl = None
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig, ListConfig
 
-MOST_BYTES = 1 << 30  # of a text
-MOST_DEPTH = 64  # of lists and mappings in each other
-MOST_VALUES = 20_000_000  # in all of them; where YAML refers to a value again, it counts again
+MOST_BYTES = 1 << 30  # of a text file
+MOST_DEPTH = 64  # of nested lists and mappings
+MOST_VALUES = 20_000_000  # in all of them; a value that YAML refers to again counts again
 UNFINISHED, LOCK = ".unfinished-", ".lock"
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -45,11 +45,11 @@ KINDS = {
 
 
 class FileError(ValueError):
-    """A file that can't be read; the message is one line and begins with the file's name."""
+    """A file that can't be read. The message is one line that begins with the file's name."""
 
 
 class NotAFile(OSError):
-    """What stands at a path is no regular file; the message is one line."""
+    """A path that is not a regular file. The message is one line."""
 
     def __init__(self, path: str | Path, found: str) -> None:
         super().__init__(errno.EINVAL, f"{found}; expected a file", str(path))
@@ -66,7 +66,7 @@ class NotAFile(OSError):
 
 
 def kind(path: str | Path) -> str | None:
-    """What stands at a path, links followed, if it is no regular file: "a folder", "a FIFO", ...
+    """What is at a path, after following links: "a folder", "a FIFO", ...; None for a regular file.
 
     Raises:
         OSError: nothing is there.
@@ -76,10 +76,10 @@ def kind(path: str | Path) -> str | None:
 
 
 def check_regular(path: str | Path) -> None:
-    """To be called before a file is opened.
+    """Call this before opening a file.
 
     Raises:
-        OSError: nothing is there, or no regular file.
+        OSError: there is no file, or not a regular one.
     """
     if found := kind(path):
         raise NotAFile(path, found)
@@ -89,7 +89,7 @@ def read_bytes(path: str | Path) -> bytes:
     """The content of a text file.
 
     Raises:
-        OSError: it is not there, or no regular file. FileError: it is larger than any text is.
+        OSError: there is no file, or not a regular one. FileError: it has more than MOST_BYTES.
     """
     check_regular(path)
     if (size := os.stat(path).st_size) > MOST_BYTES:
@@ -122,7 +122,7 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of what `read_text` read."""
+    """Split the result of `read_text` into lines."""
     return text.removesuffix("\n").split("\n") if text else []
 
 
@@ -130,11 +130,11 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
     """The value of a JSON text.
 
     Args:
-        pairs: makes an object of its names and values; None = a dict, where of repeated names the last counts.
-        line: number of the text's first line, for messages.
+        pairs: builds an object from its names and values; None = a dict, in which the last of repeated names counts.
+        line: number of the first line, for messages.
 
     Raises:
-        FileError: not JSON, nested too deep, or with half a character (a lone surrogate).
+        FileError: not JSON, nested too deeply, or with a lone surrogate.
     """
     try:
         value = json.loads(text, object_pairs_hook=pairs)
@@ -168,7 +168,7 @@ def parse_json_lines(text: str) -> list[tuple[int, Any]]:
     """The values of JSON lines with their line numbers, from 0; empty lines are skipped.
 
     Raises:
-        FileError: a line is not JSON; it says which.
+        FileError: a line is not JSON; the message names it.
     """
     values = []
     for number, line in enumerate(split_lines(text)):
@@ -181,7 +181,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text, made of plain values only.
 
     Raises:
-        FileError: not YAML, nested too deep, or with references that make too much of it.
+        FileError: not YAML, nested too deeply, or too large after its references are resolved.
     """
     try:
         value = yaml.safe_load(text)
@@ -215,7 +215,7 @@ def read_config(path: str | Path) -> DictConfig | ListConfig:
 
     text = read_text(path)
     with _named(path):
-        parse_yaml(text)  # a bound on what follows
+        parse_yaml(text)  # refuses what is nested too deeply or too large
         try:
             return OmegaConf.load(io.StringIO(text))
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
@@ -231,7 +231,7 @@ def _named(place: str | Path) -> Iterator[None]:
 
 
 def _check_size(value: Any) -> None:
-    """Raise FileError if lists and mappings lie too deep in each other, or hold too much."""
+    """Raise FileError if lists and mappings are nested too deeply or hold too many values."""
     level, count = [[value]], 0
     for _ in range(MOST_DEPTH + 1):
         level = [
@@ -249,10 +249,10 @@ def _check_size(value: Any) -> None:
 
 
 def file_sha256(*paths: str | Path) -> str:
-    """SHA-256 of the content of files, one after the other, hexadecimal.
+    """SHA-256 of the concatenated contents of files, hexadecimal.
 
     Raises:
-        OSError: one is not there, or no regular file.
+        OSError: there is no such file, or not a regular one.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -272,10 +272,10 @@ def json_sha256(values: Any) -> str:
 
 
 def destination(path: str | Path) -> Path:
-    """Where a file of this name is to be written: links are followed.
+    """The path to write to, after following links.
 
     Raises:
-        OSError: the links lead nowhere, or to something that is no file.
+        OSError: the links form a loop, or lead to something that is not a file.
     """
     path = Path(path)
     if path.exists() and (found := kind(path)):
@@ -288,13 +288,13 @@ def destination(path: str | Path) -> Path:
 
 @contextmanager
 def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
-    """Yield a temporary path; what is written there is at `path` only if the block succeeds.
+    """Yield a temporary path; its file is moved to `path` if the block succeeds.
 
-    A link is followed. A device or a FIFO gets the bytes; it stays what it is. A file may be read by whom the umask
-    says, even if its writer makes files for their owner alone, as safetensors does.
+    Links are followed. A device or a FIFO is written to, not replaced. The file's permissions follow the umask, also if
+    its writer creates files for their owner alone, as safetensors does.
 
     Args:
-        keep: a file of that name stays what it is, so that of several writers one wins.
+        keep: do not replace an existing file, so that the first of several writers wins.
 
     Raises:
         OSError: it can't be written; a folder, socket or block device stands there; nobody reads the FIFO.
@@ -310,7 +310,7 @@ def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
     with unfinished(path.parent) as place:
         temporary = place / path.name
         yield temporary
-        temporary.chmod(place.stat().st_mode & 0o666)  # of a new folder that is 0o777 without the umask
+        temporary.chmod(place.stat().st_mode & 0o666)  # a new folder's mode is 0o777 without the umask
         if keep:
             with suppress(FileExistsError):
                 os.link(temporary, path)
@@ -320,8 +320,8 @@ def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _written_to(path: Path) -> Iterator[Path]:
-    """A temporary path whose content goes to a FIFO or device in the end."""
-    # Not to wait for ever for a reader.
+    """Yield a temporary path; its content is written to a FIFO or device at the end."""
+    # Without O_NONBLOCK, opening a FIFO would wait for a reader.
     target = os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb")
     with target, tempfile.TemporaryDirectory() as folder:
         os.set_blocking(target.fileno(), True)
@@ -333,8 +333,8 @@ def _written_to(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def unfinished(folder: Path) -> Iterator[Path]:
-    """A new folder in the folder, for what is not ready yet; it is deleted in the end. Its lock shows others that its
-    process is alive (`clean`)."""
+    """Yield a new temporary folder inside `folder`, deleted at the end. A lock in it shows that this process is alive,
+    see `clean`."""
     place, lock = _create(folder)
     try:
         yield place
@@ -353,12 +353,15 @@ def _create(folder: Path) -> tuple[Path, IO[bytes]]:
             if os.path.exists(lock.name):
                 return place, lock
             lock.close()
-        # Before it was locked, another process took it for a dead one's.
+        # Another process deleted it before it was locked.
 
 
 def _lock(stream: IO[bytes], wait: bool = True) -> bool:
-    """Lock an open file against other processes until it is closed; whether that worked. A killed process's locks end
-    with it."""
+    """Lock an open file against other processes until it is closed or the process ends.
+
+    Returns:
+        whether that worked.
+    """
     if fcntl is None:
         return False
     try:
@@ -369,12 +372,12 @@ def _lock(stream: IO[bytes], wait: bool = True) -> bool:
 
 
 def clean(folder: str | Path) -> None:
-    """Delete what killed processes left unfinished in a folder; what living ones are at stays."""
+    """Delete the temporary folders of killed processes inside `folder`; those of running processes stay."""
     for left in Path(folder).glob(f"{UNFINISHED}*"):
         try:
             with (left / LOCK).open("rb+") as lock:
                 dead = _lock(lock, wait=False)
-        except FileNotFoundError:  # without a lock there is nothing in it yet, or some of it is deleted already
+        except FileNotFoundError:  # the lock is the first file to be written and may be the first to be deleted
             dead = True
         except OSError:  # another user's, or not ours
             dead = False
@@ -389,10 +392,10 @@ def _clean_once(folder: Path) -> None:
 
 @contextmanager
 def appending(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file opened to read it and to add lines; other processes that want to wait until the block ends.
+    """Open a file for reading and appending; other processes that do so wait until the block ends.
 
     Raises:
-        OSError: it can't be opened, or is no regular file.
+        OSError: it can't be opened, or is not a regular file.
     """
     if os.path.exists(path):
         check_regular(path)
@@ -403,8 +406,9 @@ def appending(path: str | Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def alone(path: str | Path) -> Iterator[bool]:
-    """Whether no other process is in such a block for this file, which is made; where there are no locks, it is
-    taken for granted. The block may rename or delete the file.
+    """Yield whether no other process is in such a block for this file, which is created if it is missing.
+
+    Always True on systems without locks. The block may rename or delete the file.
 
     Raises:
         OSError: it can't be opened.
@@ -419,7 +423,7 @@ def alone(path: str | Path) -> Iterator[bool]:
 
 
 def _free(stream: IO[bytes]) -> bool:
-    """Lock an open file, unless another process has."""
+    """Lock an open file; False if another process has locked it."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -430,7 +434,7 @@ def _free(stream: IO[bytes]) -> bool:
 
 
 def add_line(stream: IO[bytes], line: bytes) -> None:
-    """Add a line at the end; what a crash left of the last one stays by itself."""
+    """Append a line. If a crash left the last line unfinished, begin a new one."""
     if stream.seek(0, os.SEEK_END) > 0:
         stream.seek(-1, os.SEEK_END)
         line = line if stream.read(1) == b"\n" else b"\n" + line

@@ -54,12 +54,12 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 @contextmanager
 def opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
-    """An image file of which the header has been read; what is raised in the block is said to be the file's fault,
-    for one that is damaged can fail in any way.
+    """Open an image file and read its header. Any error inside the block becomes a FileError, since reading a damaged
+    file can raise anything.
 
     Raises:
-        OSError: no such file, or no regular one.
-        FileError: none of `FORMATS`, a damaged one, or one of more than `MOST_PIXELS`.
+        OSError: no such file, or not a regular one.
+        FileError: not one of `FORMATS`, damaged, or larger than `MOST_PIXELS`.
     """
     if isinstance(path, str | Path):
         if not Path(path).exists():
@@ -67,7 +67,7 @@ def opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
         check_regular(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a bound of our own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is the bound
             image = Image.open(path, formats=[*FORMATS])
         with image:
             if image.width * image.height > MOST_PIXELS:
@@ -84,13 +84,13 @@ def opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
 def open_image(path: str | Path) -> Image.Image:
     """An image file as 8-bit RGB, as a viewer shows it.
 
-    It is turned as its EXIF data say; what is transparent becomes white; 16-bit grey is rounded to 8 bits; of
-    an animation the first frame is taken.
+    It is rotated as its EXIF data say. Transparent parts become white. 16-bit grey is rounded to 8 bits. An animation
+    gives its first frame.
 
     Raises:
         OSError: no such file.
-        ValueError: not an image, a damaged one, one of more than 16 bits per level, or one of 16 whose levels are
-            those of 8, so that it would be black.
+        ValueError: not an image, damaged, with more than 16 bits per level, or a 16-bit file of 8-bit levels, which
+            would be black.
     """
     image = _eight_bits(path)
     if image.mode == "RGBA":
@@ -99,11 +99,11 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def open_mask(path: str | Path) -> Tensor:
-    """A mask file as ones, where it is brighter than middle grey, and zeros; (1, H, W).
+    """A mask file as (1, H, W): 1 where it is brighter than middle grey, else 0.
 
     Raises:
-        OSError, ValueError: see `open_image`; also a mask with transparent parts, which may mean what is to be
-            painted as well as what is to stay; and one without anything to paint, such as labels.
+        OSError, ValueError: see `open_image`; or the mask has transparent parts, which may mean either region; or
+            nothing in it is bright, as in a file of labels.
     """
     image = _eight_bits(path)
     if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
@@ -122,7 +122,7 @@ def open_labels(path: str | Path) -> Tensor:
 
     Raises:
         OSError: no such file.
-        ValueError: not an image, a damaged one, or one with colours.
+        ValueError: not an image, damaged, or with colours.
     """
     image = _upright(path)
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
@@ -131,7 +131,7 @@ def open_labels(path: str | Path) -> Tensor:
 
 
 def _eight_bits(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, or RGBA if it says what is transparent."""
+    """An image file as 8-bit RGB, or RGBA if it has transparency."""
     image = _upright(path)
     if image.mode.startswith("I"):
         levels = np.asarray(image)
@@ -155,12 +155,12 @@ def _upright(path: str | Path) -> Image.Image:
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The image scaled (Lanczos) to cover height x width, and cut off evenly where it stands out."""
+    """The image resized (Lanczos) to cover height x width, and cropped at the centre."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def pad(images: Tensor, height: int, width: int) -> Tensor:
-    """Images (..., C, H, W) made larger on the right and at the bottom by repeating their edges."""
+    """Images (..., C, H, W) padded on the right and at the bottom by repeating their edges."""
     extra = (0, width - images.shape[-1], 0, height - images.shape[-2])
     return torch.nn.functional.pad(images, extra, mode="replicate")
 
@@ -191,7 +191,7 @@ def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] = 
     """The images, all of one size, in rows of `columns`, left to right and top to bottom.
 
     Args:
-        captions: one per image, or none; neighbours of one caption share it, a long one is cut.
+        captions: one per image, or none; neighbours with the same caption share it, a long one is cut.
         cell: with captions small images are enlarged by a whole factor to about this width in pixels.
     """
     if not images or columns < 1 or len(captions) not in (0, len(images)):
@@ -295,12 +295,12 @@ def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width
 def png_bytes(
     image: Image.Image, settings: Mapping[str, Any], run: Mapping[str, Any] | None = None, parameters: str | None = None
 ) -> bytes:
-    """The content of a PNG file with its settings.
+    """The content of a PNG file that holds its settings.
 
     Args:
-        settings: what the image depends on, as JSON values: text `settings`.
-        run: how it was made besides (device, seconds, ...), which it does not depend on: text `run`.
-        parameters: text `parameters`, for people and other programs; by default a line that repeats both.
+        settings: everything the image depends on, as JSON values; goes to the text `settings`.
+        run: other facts of the run (device, seconds, ...); goes to the text `run`.
+        parameters: the text `parameters`, for people and other programs; by default a line with both.
     """
     run = dict(run or {})
     text = PngImagePlugin.PngInfo()
@@ -324,7 +324,7 @@ def save_png(
     """Write an image with its settings (see `png_bytes`); the file appears whole or not at all.
 
     Returns:
-        `run` as the file has it: with a proof, by which `find_png` sees that nothing was changed.
+        `run` as it stands in the file: with a hash by which `find_png` detects changes.
     """
     run = dict(run or {})
     run["proof"] = _proof(image, settings, run)
@@ -342,7 +342,7 @@ def _proof(image: Image.Image, settings: Mapping[str, Any], run: Mapping[str, An
 
 
 def find_png(path: str | Path, settings: Mapping[str, Any]) -> tuple[Image.Image, dict[str, Any]] | None:
-    """An image and its run; None unless `save_png` wrote it with these settings, and it is still what was written."""
+    """An image and its run; None unless `save_png` wrote it with these settings and it is unchanged."""
     found = read_png(path)
     if found is None or found[1] != settings:
         return None
@@ -352,7 +352,7 @@ def find_png(path: str | Path, settings: Mapping[str, Any]) -> tuple[Image.Image
 
 
 def read_png(path: str | Path) -> tuple[Image.Image, dict[str, Any], dict[str, Any]] | None:
-    """An image with its settings and run as `png_bytes` made them; None if it is not such an image."""
+    """An image with the settings and run that `png_bytes` wrote; None if it has none."""
     try:
         with opened(path) as image:
             image.load()

@@ -1,10 +1,12 @@
-"""How an image was made, as the text `parameters` of a PNG that AUTOMATIC1111's web UI writes and many programs read.
+"""The settings of an image as the PNG text `parameters`, in the format of AUTOMATIC1111's web UI.
+
+Many programs read it:
 
     a red heart, noto style
     Negative prompt: grey
     Steps: 50, Sampler: DDIM, CFG scale: 2.0, Seed: 42, Size: 64x64, Model hash: 0123456789, Model: model, ...
 
-Those programs draw their noise otherwise, so the text names the settings; it does not make the same image there.
+Those programs draw other noise, so the same settings do not give the same image there.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from operator import itemgetter
 from pathlib import PurePosixPath
 from typing import Any
 
-# Names that readers know, by ours; the others stand as they are.
+# Our sampler names -> the names that readers know; other names stay.
 SAMPLERS = {
     "ddim": "DDIM",
     "plms": "PLMS",
@@ -26,7 +28,7 @@ SAMPLERS = {
     "dpm++2m-karras": "DPM++ 2M Karras",
     "unipc": "UniPC",
 }
-# The fields of the last line: its name, and from which of our settings it is.
+# The fields of the last line: name -> our setting, and how its value is written.
 FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "Steps": ("steps", str),
     "Sampler": ("sampler", lambda name: SAMPLERS.get(name, name)),
@@ -45,7 +47,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def parameters(settings: Mapping[str, Any]) -> str:
-    """The text for an image with these settings: those of its item, its model's files and its sampler."""
+    """The text for an image with these settings: those of its item, its model files and its sampler."""
     if "width" in settings:
         settings = {**settings, "size": f"{settings['width']}x{settings['height']}"}
     given = {key: value for key, value in settings.items() if value is not None}  # without keys, a plain run
@@ -61,5 +63,5 @@ def parameters(settings: Mapping[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As readers take it: what would end a field stands in quotes."""
+    """A value with characters that would end its field stands in quotes, as readers expect."""
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text

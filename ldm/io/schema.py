@@ -1,6 +1,6 @@
-"""What YAML and JSON files (plans, protocols, tables, run cards, ...) may hold: pydantic models, errors in one line.
+"""Types for the content of YAML and JSON files (plans, protocols, tables, run cards, ...), checked by pydantic.
 
-A value is taken as it stands: "3" is not 3, true is not 1, NaN is not a number. A name that is not a field is an error.
+Values are not converted: "3" is not 3, true is not 1, NaN is not a number. An unknown name is an error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Schema(BaseModel):
-    """Base of the classes that say what a mapping in a file holds. Instances can't be changed."""
+    """Base class: its fields are the names that a mapping in a file may have. Instances are immutable."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -65,10 +65,10 @@ def parse(kind: type[T], content: Any, place: str = "") -> T:
     """The content of a file as a `Schema`, or as another type that pydantic knows.
 
     Args:
-        place: of the content, for messages; it comes before the name of a value.
+        place: where the content stands, for messages.
 
     Raises:
-        ValueError: a value is not what it should be; one line, which names the first such value.
+        ValueError: a wrong value; the message is one line that names the first one.
     """
     try:
         return TypeAdapter(kind).validate_python(content, strict=True)
@@ -77,7 +77,7 @@ def parse(kind: type[T], content: Any, place: str = "") -> T:
 
 
 def first_error(error: ValidationError, place: str = "") -> str:
-    """The first of pydantic's findings in one line: which value, what it should be, what it is."""
+    """The first of pydantic's errors in one line: the name, what is accepted, what was given."""
     found = error.errors(include_url=False)[0]
     name = ".".join(filter(None, [place, *map(str, found["loc"])]))
     if found["type"] == "value_error":

@@ -14,15 +14,15 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.optim import ClippedTraining, adamw
 from ldm.util import instantiate_from_config
 
-SAMPLE = 1024  # training images that the linear start is made from
-INITIAL_LOGVAR = -6.0  # posterior noise far below the latents' own variance of about 1
+SAMPLE = 1024  # number of training images for the initialisation
+INITIAL_LOGVAR = -6.0  # of the posterior; far below the latents' variance of about 1
 
 
 @torch.no_grad()
 def start_from_principal_components(model: AutoencoderKL, images: Tensor) -> None:
-    """Let a first stage with linear shortcuts begin as the best linear one, its deep paths silent.
+    """Initialise a first stage with linear shortcuts: the shortcuts as PCA, the deep paths as zero.
 
-    Learned from random weights, colours alone take thousands of steps.
+    From random weights, thousands of steps are needed until the colours alone are right.
 
     Args:
         images: (N, 3, H, W) in [-1, 1], a sample of the training images.
@@ -64,7 +64,7 @@ class AutoencoderTraining(ClippedTraining):
         self.learning_rate, self.scheduler_config = learning_rate, scheduler_config
 
     def on_train_start(self) -> None:
-        # Not on_fit_start: there, the steps of a run that goes on are not known yet, and its weights would be lost.
+        # Not in on_fit_start: there, global_step of a resumed run is still 0, and its weights would be lost.
         if self.model.encoder.shortcut is not None and self.trainer.global_step == 0:
             train = self.trainer.datamodule.train
             spread = torch.linspace(0, len(train) - 1, min(len(train), SAMPLE)).long().tolist()
@@ -93,6 +93,6 @@ class AutoencoderTraining(ClippedTraining):
 
     @torch.no_grad()
     def images(self, batch: dict[str, Tensor]) -> Tensor:
-        """Rows of the sample grid: images, then their reconstructions, (2B, 3, H, W)."""
+        """The images of the sample grid, then their reconstructions, (2B, 3, H, W)."""
         images = batch[self.model.image_key]
         return torch.cat([images, self.model(images, sample_posterior=False)[0].clamp(-1, 1)])

@@ -1,4 +1,4 @@
-"""What happens beside the steps of a training: states that survive a kill, sample grids, a progress bar."""
+"""Callbacks of a training: checkpoints, sample grids, a progress bar."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ldm.training.state import PREVIOUS, steps_done
 
 
 class Stopped(Exception):
-    """The user ends the training."""
+    """The user stopped the training."""
 
 
 class KeptState(pl.Callback):
-    """Keep the newest state in `LOGDIR/last.ckpt`, the one before it in `previous.ckpt`, the settings in `config.yaml`.
+    """Keep the newest state in `LOGDIR/last.ckpt`, the one before in `previous.ckpt`, the settings in `config.yaml`.
 
-    Each is replaced in one rename: a kill at any moment leaves whole files, from which `main.py --resume LOGDIR` goes
-    on. A state that is not finite is not kept: the training ends.
+    Files are replaced atomically, so a kill at any moment leaves complete files for `main.py --resume LOGDIR`. A state
+    that is not finite is not saved; the training ends with an error.
     """
 
     def __init__(self, path: Path, every_minutes: float, config: DictConfig):
@@ -52,7 +52,7 @@ class KeptState(pl.Callback):
                     with atomic_write(self.path.with_name(PREVIOUS)) as previous:
                         copy(self.path, previous)
         else:
-            trainer.save_checkpoint(self.path)  # all processes take part, the first one writes
+            trainer.save_checkpoint(self.path)  # all processes take part, the first one writes the file
         self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
 
     def fail(self, trainer: pl.Trainer, what: str) -> None:
@@ -63,7 +63,7 @@ class KeptState(pl.Callback):
         )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Not before: what is refused leaves no run behind.
+        # Not earlier: a refused training must leave no folder.
         with atomic_write(self.path.with_name("config.yaml")) as unfinished:
             unfinished.write_text(self.config, encoding="utf-8")
 
@@ -71,27 +71,27 @@ class KeptState(pl.Callback):
         loss = outputs["loss"]
         if not loss.isfinite():
             self.fail(trainer, f"a loss of {loss.item()}")
-        # The last step is kept here, too: after it Lightning counts a part of an epoch as a whole one.
+        # The last step is saved here, too: afterwards Lightning counts a partial epoch as a whole one.
         last = trainer.global_step == trainer.max_steps
         due = last or self.stopping or time.monotonic() - self.saved_at > self.every_seconds
-        if trainer.strategy.reduce_boolean_decision(due, all=False):  # processes save together, or wait for ever
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # all processes must save together
             self.save(trainer)
         if self.stopping:
             raise Stopped
 
     @contextmanager
     def stopped_after_a_step(self) -> Iterator[None]:
-        """Ctrl-C in the block ends the training when its step is done and kept; the second one ends it at once.
+        """Ctrl-C in the block stops the training after the current step is saved; a second Ctrl-C stops it at once.
 
         Raises:
-            KeyboardInterrupt: that has happened.
+            KeyboardInterrupt: the training was stopped.
         """
 
         def stop(*_: object) -> None:
             self.stopping = True
             signal.signal(signal.SIGINT, before)
 
-        if threading.current_thread() is not threading.main_thread():  # elsewhere Python takes no signals
+        if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
             yield
             return
         before = signal.signal(signal.SIGINT, stop)
@@ -108,7 +108,7 @@ class KeptState(pl.Callback):
 
 
 def copy(source: Path, target: Path) -> None:
-    """Another name for the same content, or a copy where the file system knows no second names."""
+    """A hard link to the file, or a copy where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -136,7 +136,7 @@ class SampleGrid(pl.Callback):
 
 
 class StepBar(pl.Callback):
-    """One bar over all steps, with the latest loss; a line for each validation."""
+    """A progress bar over all steps with the latest loss, and a line for each validation."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         total = trainer.max_steps if trainer.max_steps > 0 else None

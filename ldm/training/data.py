@@ -1,4 +1,4 @@
-"""Data modules for `main.py`: what a training sees and what it is validated on."""
+"""Data modules for `main.py`: training and validation sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm.util import instantiate_from_config
 
 
 class ImageBatches(Dataset):
-    """An image dataset as {"image": (3, H, W) in [-1, 1]}; with `flip`, half of them mirrored."""
+    """Images of a dataset as {"image": (3, H, W) in [-1, 1]}; with `flip`, half of them are mirrored."""
 
     def __init__(self, dataset: EmojiDataset, indices: Sequence[int], flip: bool = False):
         self.dataset, self.indices, self.flip = dataset, indices, flip
@@ -33,11 +33,11 @@ class ImageBatches(Dataset):
 
 
 class TrainingData(pl.LightningDataModule):
-    """Batches of the datasets `train` and `val`, which `setup` of each kind makes.
+    """Batches of the datasets `train` and `val`, which `setup` of a subclass makes.
 
     Args:
-        batch_size: images per step (and process).
-        seed: of the order and of what the datasets draw.
+        batch_size: images per step and process.
+        seed: of the order and of the datasets' random numbers.
     """
 
     train: Dataset
@@ -57,12 +57,12 @@ class TrainingData(pl.LightningDataModule):
 
 
 class EmojiImagesData(TrainingData):
-    """Images alone, for a first stage, validated on held-out ones.
+    """Images for training a first stage, validated on held-out images.
 
     Args:
         root: folder written by `scripts/prepare_emoji.py`.
         batch_size: images per step.
-        val_split, max_val: what to validate on, and the most images of it.
+        val_split, max_val: split for validation, and the greatest number of images of it.
         max_tier: 3 = all concepts, 4 = skin tones too, see `ldm.data.emoji.EmojiDataset`.
         flip: mirror half of the training images.
         seed: of the images' order and mirroring.
@@ -96,11 +96,11 @@ EmojiPicturesData = EmojiImagesData  # its name in the configurations of older r
 
 @dataclass(frozen=True)
 class CaptionShares:
-    """What is drawn as an image's caption; what a caption leaves open, sampling has to decide.
+    """How often each kind of caption is drawn for an image.
 
-    name: share of names among the captions that name the image; the rest are keywords.
-    group: share of captions that tell a wider group alone ("a heart", "an animal"), where there are such.
-    style: share of captions that tell the style.
+    name:  share of the image's name among captions of its concept; the rest are keywords.
+    group: share of captions that name only a wider group ("a heart", "an animal"), for images that have any.
+    style: share of captions that name the style.
     """
 
     name: float = 1.0
@@ -113,7 +113,7 @@ class CaptionShares:
                 raise ValueError(f"{field}_share must lie in [0, 1]; got {share}")
 
     def draw(self, captions: Sequence[str], groups: Sequence[str]) -> str:
-        """One of the captions (the name first, then keywords) or of the groups, by torch's global generator."""
+        """Draw one of the captions (the name first, then keywords) or of the groups, with torch's global generator."""
         if groups and self.group and torch.rand(()) < self.group:
             chosen = groups[int(torch.randint(len(groups), ()))]
         elif len(captions) > 1 and torch.rand(()) >= self.name:
@@ -124,7 +124,7 @@ class CaptionShares:
 
 
 class CaptionedLatents(Dataset):
-    """Latents with one of their captions, drawn anew each time."""
+    """Latents with one of their captions, drawn at each access."""
 
     def __init__(
         self,
@@ -143,20 +143,20 @@ class CaptionedLatents(Dataset):
 
 
 class EmojiLatentsData(TrainingData):
-    """Latents and captions for the diffusion model; validated on the held-out concept x style pairs.
+    """Latents and captions for the diffusion model, validated on held-out pairs of concept and style.
 
     Args:
         root: folder written by `scripts/prepare_emoji.py`.
-        first_stage: config file and weights that encode the images, once, when training starts.
+        first_stage: config file and weights of the first stage, which encodes the images once, when training starts.
         batch_size: latents per step.
         max_tier: 1 = the most concrete concepts only, 2 = all that have prompts, see `prepare_emoji.py`.
-        name_share, group_share, style_share: of the training captions, see `CaptionShares`; validation takes
-            names with their style.
-        max_val: most latents to validate on.
-        seed: of the latents' order and their captions.
+        name_share, group_share, style_share: of the training captions, see `CaptionShares`; validation uses names with
+            their style.
+        max_val: greatest number of latents for validation.
+        seed: of the order and the captions.
 
     Raises:
-        ValueError: a share is not in [0, 1], or a number is none.
+        ValueError: a share is not in [0, 1].
     """
 
     def __init__(

@@ -21,19 +21,19 @@ from ldm.training.optim import ClippedTraining, adamw
 
 
 class DiffusionTraining(ClippedTraining):
-    """Trains `model` (and its conditioner, if trainable) on batches of latents or images with conditions.
+    """Trains `model`, and its conditioner if it is trainable, on batches of latents or images with their conditioning.
 
-    A batch holds the condition under the model's cond_stage_key, and either "latent" (B, C, h, w), already
-    encoded and scaled, or images under its first_stage_key.
+    A batch holds the raw conditioning (captions, ...) under the model's cond_stage_key, and either "latent"
+    (B, C, h, w), encoded and scaled, or images under its first_stage_key.
 
     Args:
         learning_rate, scheduler_config: see `ldm.training.optim.adamw`; the model's own scheduler_config is
             used where none is given.
-        condition_dropout: share of conditions replaced by `unconditional`, for classifier-free guidance.
-        unconditional: the condition that stands for none, for example the empty prompt.
+        condition_dropout: share of the conditioning replaced by `unconditional`, for classifier-free guidance.
+        unconditional: stands for no conditioning, for example the empty prompt.
         min_snr_gamma: weight timesteps by min(SNR, gamma), arXiv 2303.09556; None = the published loss.
-        ema_decay: of the averages of network and conditioner.
-        guidance_scale, sample_steps: of the sample grids.
+        ema_decay: decay of the moving averages of network and conditioner.
+        guidance_scale, sample_steps: for the sample grids.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class DiffusionTraining(ClippedTraining):
         if model.ckpt_path:
             load_weights(model, model.ckpt_path)
         self.model = model
-        model.model.to(memory_format=torch.channels_last)  # a tenth faster on CPUs
+        model.model.to(memory_format=torch.channels_last)  # 10 % faster on CPUs
         self.network_ema = LitEma(model.model, ema_decay)
         self.conditioner_ema = LitEma(model.cond_stage_model, ema_decay) if model.cond_stage_trainable else None
         self.learning_rate = learning_rate
@@ -69,7 +69,7 @@ class DiffusionTraining(ClippedTraining):
         return self.model.get_first_stage_encoding(self.model.encode_first_stage(batch[self.model.first_stage_key]))
 
     def timestep_weights(self, t: Tensor) -> Tensor:
-        """Weight of each image's loss, (B,), so that in units of x_0 error it is min(SNR, gamma)."""
+        """Weight of each image's loss, (B,): min(SNR, gamma) for the squared error of x_0."""
         snr = self.model.alphas_cumprod[t] / (1.0 - self.model.alphas_cumprod[t])
         in_units_of = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1.0}[self.model.parameterization]
         return snr.clamp(max=self.min_snr_gamma) / in_units_of
@@ -94,25 +94,25 @@ class DiffusionTraining(ClippedTraining):
         return {"loss": (self.timestep_weights(t) * simple).mean(), "loss_simple": simple.mean()}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        # The averages belong to the step: in on_train_batch_end a state could be written between the two.
+        # Here, so that no state is saved between the step and its averages, as could happen in on_train_batch_end.
         super().optimizer_step(*args, **kwargs)
         self.network_ema(self.model.model)
         if self.conditioner_ema is not None:
             self.conditioner_ema(self.model.cond_stage_model)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Held-out loss of the averaged weights, always at the same timesteps and noise."""
+        """Held-out loss of the EMA weights, always at the same timesteps and with the same noise."""
         z = self.latents(batch)
         generator = torch.Generator().manual_seed(batch_idx)
         t = torch.linspace(0, self.model.num_timesteps - 1, len(z)).long().to(z.device)
         noise = torch.randn(z.shape, generator=generator).to(z.device)
-        with self.averaged():
+        with self.ema_weights():
             losses = self.losses(z, batch[self.model.cond_stage_key], t, noise)
         self.log_dict({f"val/{k}": v for k, v in losses.items()}, batch_size=len(z), prog_bar=True)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The model holds its averaged weights inside the block."""
+    def ema_weights(self) -> Iterator[None]:
+        """The model has its EMA weights inside the block."""
         with ExitStack() as stack:
             stack.enter_context(self.network_ema.applied_to(self.model.model))
             if self.conditioner_ema is not None:
@@ -129,12 +129,12 @@ class DiffusionTraining(ClippedTraining):
 
     @torch.no_grad()
     def images(self, batch: dict[str, Any]) -> Tensor:
-        """Samples for the batch's conditions, always from the same noise, (B, 3, H, W) in [-1, 1]."""
+        """Samples for the conditioning of the batch, always from the same noise, (B, 3, H, W) in [-1, 1]."""
         model, condition = self.model, batch[self.model.cond_stage_key]
         rule = solver("ddim", model.alphas_cumprod, self.sample_steps)
         noise = ImageNoise([(i,) for i in range(len(condition))])
         start = noise.start((model.channels, model.image_size, model.image_size)).to(self.device)
-        with self.averaged():
+        with self.ema_weights():
             denoiser = model.denoiser(
                 model.get_learned_conditioning(condition),
                 model.get_learned_conditioning([self.unconditional] * len(condition)),

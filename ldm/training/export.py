@@ -1,4 +1,4 @@
-"""From the state of a training run to the weights that sampling loads."""
+"""Convert the state of a training run to weights for sampling."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def weights_of_run(folder: Path, normalize: bool) -> dict[str, Tensor]:
 
 
 def sampling_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's weights of a Lightning module's state, with averages in place of what they average."""
+    """The weights of the model in a Lightning module's state, replaced by their moving averages."""
     weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     for ema_prefix, part in AVERAGES.items():
         for key in [k for k in weights if k.startswith(part)]:
@@ -72,12 +72,11 @@ def sampling_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def normalized_first_stage(config: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a KL first stage whose latents have mean 0 in every channel and variance 1 over all.
+    """The weights of a KL first stage, changed so that latents have mean 0 in every channel and variance 1 in total.
 
-    The statistics over the training images of `config` are folded into the two 1x1 convolutions around the
-    latents, so that nothing else changes: reconstructions stay the same and no model needs to know of it.
-    Each channel is divided by the geometric mean of its own and the average deviation: channels of fine detail
-    stay smaller than those of shape and colour, but less so than in the given weights.
+    Statistics over the training images of `config` are folded into the two 1x1 convolutions around the latents, so
+    reconstructions stay the same. Each channel is divided by the geometric mean of its own and the average standard
+    deviation: channels of fine detail stay smaller than those of shape and colour, but less so than before.
     """
     model = instantiate_from_config(config.model)
     model.load_state_dict(dict(weights))
@@ -96,7 +95,7 @@ def latent_means(model: AutoencoderKL, batches: Iterable[Mapping[str, Tensor]]) 
 
 @torch.no_grad()
 def fold(model: AutoencoderKL, mean: Tensor, scale: Tensor) -> None:
-    """Change `model` in place so that it encodes to (z - mean) / scale, per channel, and decodes from that."""
+    """Change `model` in place: it then encodes to (z - mean) / scale, per channel, and decodes from that."""
     into, back = model.quant_conv, model.post_quant_conv
     channels = model.embed_dim
     into.bias[:channels] = (into.bias[:channels] - mean) / scale

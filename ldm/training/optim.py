@@ -1,4 +1,4 @@
-"""The optimizer that every training of the project uses, and how gradients are clipped for it."""
+"""The optimizer of all trainings, and gradient clipping for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm.util import instantiate_from_config
 def adamw(
     parameters: Iterable[nn.Parameter], learning_rate: float, scheduler_config: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """AdamW with decay on matrices and kernels only, and a learning-rate factor per step.
+    """AdamW with weight decay for matrices and kernels only, and a learning-rate factor per step.
 
     Args:
         learning_rate: base rate, multiplied with the scheduler's factor.
@@ -42,7 +42,7 @@ def adamw(
 class ClippedTraining(pl.LightningModule):
     """Clips the gradients of `model` as the trainer's gradient_clip_val and gradient_clip_algorithm say.
 
-    Lightning refuses that for a fused optimizer under bf16, because of loss scaling, which bf16 does not have.
+    Lightning itself refuses to do so for a fused optimizer with bf16, because of loss scaling, which bf16 does not use.
     """
 
     model: nn.Module

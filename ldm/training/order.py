@@ -1,7 +1,7 @@
-"""The order of the data and the random numbers of a training: functions of its seed and of the place in it.
+"""The order of the data and the random numbers of a training. Both depend only on its seed and the step.
 
-Nothing depends on what was drawn before. So a training that was killed goes on as if it had not been, and neither
-validation nor sample grids change what is trained.
+Nothing depends on earlier random numbers. So a resumed training gives the same weights as an uninterrupted one, and
+validation and sample grids do not change them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-IMAGE, STEP = 0, 1  # what numbers are drawn for
+IMAGE, STEP = 0, 1  # purposes of random numbers
 
 
 def seed_of(purpose: int, *place: int) -> int:
-    """A seed for PyTorch that belongs to one purpose at one place."""
+    """A seed for PyTorch for one purpose at one place (epoch, batch, ...)."""
     return int(np.random.SeedSequence((purpose, *place)).generate_state(1, np.uint64)[0])
 
 
 class SeededImages(Dataset):
-    """A dataset whose images are named by (index, seed of what is drawn for it)."""
+    """A dataset indexed by (index, seed of the image's random numbers)."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -36,7 +36,7 @@ class SeededImages(Dataset):
 
 
 class ImageOrder(DistributedSampler):
-    """The keys of `SeededImages` in the order of an epoch, without the first `skip` ones."""
+    """The indices for `SeededImages` in the order of an epoch, without the first `skip`."""
 
     skip = 0
 
@@ -47,10 +47,10 @@ class ImageOrder(DistributedSampler):
 
 
 class TrainingBatches(DataLoader):
-    """Shuffled batches, whole ones only. After a resume come those that the epoch had left.
+    """Shuffled batches; an incomplete last one is dropped. A resumed epoch continues with its remaining batches.
 
     Args:
-        dataset: what it draws with `torch.rand` and the like belongs to the image and the epoch.
+        dataset: its random numbers (`torch.rand`, ...) depend on the image and the epoch only.
         rank, processes: this process among those that train together; each gets other images.
 
     Raises:
@@ -70,7 +70,7 @@ class TrainingBatches(DataLoader):
         self.resumed = {"epoch": -1, "given": 0}
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: it begins when the first batch is wanted, and by then the epoch is known.
+        # A generator, so this runs when the first batch is requested: only then the epoch is known.
         self.given = self.resumed["given"] if self.resumed["epoch"] == self.sampler.epoch else 0
         self.sampler.skip = self.given * self.batch_size
         for batch in super().__iter__():
@@ -85,7 +85,7 @@ class TrainingBatches(DataLoader):
 
 
 class StepSeeds(pl.Callback):
-    """What a step draws (timesteps, noise, dropout) belongs to its place in the training."""
+    """Seeds the random numbers of a step (timesteps, noise, dropout) by its place in the training."""
 
     def __init__(self, seed: int):
         self.seed = seed

@@ -1,4 +1,4 @@
-"""One training run: from a configuration to a folder with everything the run made."""
+"""One training run: from a configuration to a folder with all its results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ldm.training.order import StepSeeds
 from ldm.training.state import LAST, check_fits, read_state
 from ldm.util import instantiate_from_config
 
-SEED = 23  # of weights, data order and noise, if the configuration names none
+SEED = 23  # of weights, data order and noise, if the configuration has none
 OURS = {"logger", "callbacks", "enable_checkpointing", "use_distributed_sampler"}  # that a config can't set
 TRAINER = set(inspect.signature(pl.Trainer.__init__).parameters) - OURS - {"self"}
 RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
@@ -39,7 +39,7 @@ class _Section(Schema):
 
 
 class _Trainer(Schema, extra="allow"):
-    """Arguments of Lightning's trainer; those that are not here are for Lightning to check."""
+    """Arguments of Lightning's trainer; Lightning checks the others."""
 
     max_steps: int | None = None
     min_steps: int | None = None
@@ -76,8 +76,8 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
     The weights depend on the configuration and its seed only, not on where the training was stopped and resumed.
 
     Raises:
-        ValueError: a section is missing or not known, or an argument in it is wrong; last.ckpt is damaged; the loss
-            is not finite.
+        ValueError: a section or an argument in it is missing, unknown or wrong; last.ckpt is damaged; the loss is
+            not finite.
     """
     check(config)
     seed, last = config.lightning.get("seed", SEED), logdir / LAST
@@ -96,7 +96,7 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
     kept = KeptState(last, config.lightning.get("checkpoint_every_minutes", 3.0), config)
     trainer = trainer_of(
         settings,
-        # The CSV logger deletes what it finds in its folder, so every start of the run gets its own.
+        # The CSV logger empties its folder, so each start of the run has its own.
         logger=[
             CSVLogger(logdir, name="metrics", version=f"{done:08d}"),
             TensorBoardLogger(logdir, name="", version="tensorboard"),
@@ -141,7 +141,7 @@ def make_steps(
 
 @contextmanager
 def no_trace_unless_begun(logdir: Path) -> Iterator[None]:
-    """Of a training that is refused before its first step, no folder stays; Lightning's refusals are ValueErrors."""
+    """Delete the new folder of a training that fails before its first step; Lightning's errors become ValueErrors."""
     new = not logdir.exists()
     try:
         yield
@@ -153,9 +153,9 @@ def no_trace_unless_begun(logdir: Path) -> Iterator[None]:
 
 
 def check(config: DictConfig) -> None:
-    """Raise ValueError unless the sections, and the names in them, are those of a training.
+    """Raise ValueError unless the sections and the names in them are those of a training.
 
-    A configuration is data, so it may refer to its own settings (${data.params.root}) but not to the environment.
+    A configuration may refer to its own settings (${data.params.root}), but not to the environment.
     """
     for key, value in flat(OmegaConf.to_container(config)).items():
         if RESOLVER.search(str(value)):
@@ -167,7 +167,7 @@ def check(config: DictConfig) -> None:
 
 
 def built(section: str, config: Mapping[str, Any], **given: Any) -> Any:
-    """The object of a section; what its constructor can't use is the section's fault."""
+    """The object of a section; errors of its constructor name the section."""
     try:
         return instantiate_from_config(config, **given)
     except (TypeError, AttributeError, OSError, ValueError, OmegaConfBaseException) as error:
@@ -192,7 +192,7 @@ def trainer_of(settings: Mapping[str, Any], **ours: Any) -> pl.Trainer:
     quiet = {"enable_model_summary": False, "enable_progress_bar": False}
     try:
         return pl.Trainer(**quiet | settings, **ours, enable_checkpointing=False)
-    except Exception as error:  # what a setting can't be is for Lightning to say, in exceptions of many kinds
+    except Exception as error:  # Lightning checks the settings and raises exceptions of many kinds
         raise ValueError(f"lightning.trainer: {error}; got {dict(settings)}") from error
 
 
@@ -200,7 +200,7 @@ def trainer_of(settings: Mapping[str, Any], **ours: Any) -> pl.Trainer:
 
 
 def say_what_changed(state: Mapping[str, Any], config: DictConfig, logdir: Path) -> None:
-    """Print each setting that is not what the state was trained with."""
+    """Print each setting that differs from those of the saved state."""
     kept = state.get("callbacks", {}).get(KeptState.__name__, {}).get("config")
     if kept is None:
         print(
@@ -226,9 +226,9 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def with_steps(config: DictConfig, steps: int) -> DictConfig:
-    """The configuration for another number of steps: the learning-rate schedule keeps its shape.
+    """The configuration for another number of steps; the learning-rate schedule is stretched with them.
 
-    A validation comes at the latest at the end.
+    There is a validation at the end at the latest.
     """
     config = config.copy()
     trainer = config.lightning.trainer
@@ -243,7 +243,7 @@ def with_steps(config: DictConfig, steps: int) -> DictConfig:
 
 
 def scale_schedule(params: DictConfig | None, ratio: float) -> None:
-    """Change the steps that a schedule of `ldm.lr_scheduler` is given."""
+    """Scale the numbers of steps of a schedule of `ldm.lr_scheduler`."""
     for key, rounded in (("warm_up_steps", math.floor), ("max_decay_steps", math.ceil), ("cycle_lengths", math.ceil)):
         if params is not None and key in params:
             value = params[key]

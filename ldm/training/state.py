@@ -1,4 +1,4 @@
-"""The file a training goes on from."""
+"""The saved state from which a training is resumed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PARTS = {
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a training wrote into its `last.ckpt`; tensors are mapped from the file.
+    """The state of a training in its `last.ckpt`; tensors are mapped from the file.
 
-    Every byte that counts is checked first, against the CRCs in the file.
+    The content is checked first, against the CRCs in the file.
 
     Raises:
-        ValueError: the file is damaged, or no state of a training; the message says what to go on from.
+        ValueError: the file is damaged, or not a state of a training; the message names the state before it, if any.
     """
     check_regular(path)
     try:
@@ -58,7 +58,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_fits(state: Mapping[str, Any], module: torch.nn.Module, path: Path) -> None:
-    """Raise ValueError unless the weights of a state are those of the module: the same names, shapes and types."""
+    """Raise ValueError unless the weights of a state have the names, shapes and types of the module's."""
     kept, wanted = state["state_dict"], module.state_dict()
     for name in [*wanted, *kept]:
         there, here = (described(weights.get(name)) for weights in (kept, wanted))
@@ -74,5 +74,5 @@ def described(weight: Any) -> str:
 
 
 def steps_done(path: Path) -> int:
-    """Optimizer steps behind a state."""
+    """The number of optimizer steps of a saved state."""
     return read_state(path)["global_step"]
