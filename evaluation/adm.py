@@ -1,9 +1,9 @@
 """The ADM suite without TensorFlow: FID, sFID, Inception Score, precision and recall of SAMPLES against REFERENCE.
 
-REFERENCE is an npz file as published with guided diffusion: images in arr_0, statistics in mu, sigma, mu_s, sigma_s,
-or both; or a folder; or protocol:NAME for the reference of a protocol. SAMPLES is an npz file with images in arr_0, or
-a folder. Published statistics are of inception-2015 with its own resize (tf1-bilinear); for another network the
-statistics are computed from the reference's images.
+REFERENCE is an npz file as published with guided diffusion (images in arr_0, statistics in mu, sigma, mu_s, sigma_s, or
+both), a folder of images, or protocol:NAME for the reference of a protocol. SAMPLES is an npz file with images in
+arr_0, or a folder of images. Published statistics are for inception-2015 with its own resize (tf1-bilinear). For
+another network the statistics are computed from the images in REFERENCE.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from evaluation.metrics.command import (
     SAMPLES,
+    Defaults,
     add_extractor,
     add_output,
     add_reference,
@@ -30,16 +31,16 @@ from ldm.io.errors import BadInput, blame, fault_of, flags_named
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="adm.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(prog="adm.py", description=__doc__, formatter_class=Defaults)
     add_reference(p, "npz file or folder")
     p.add_argument("samples", metavar="SAMPLES", help=SAMPLES)
-    p.add_argument("--save-statistics", metavar="NPZ", help="write the reference's statistics")
+    p.add_argument("--save-statistics", metavar="NPZ", help="file for the statistics of the reference")
     p.add_argument(
         "--bootstrap",
         type=whole(2, MOST),
         metavar="N",
-        help="95 %% intervals: of FID and Inception Score by resampling the samples N times, of precision and recall "
-        "Wilson's",
+        help="also compute 95 %% intervals: for FID and Inception Score by resampling the samples N times, for "
+        "precision and recall by Wilson's formula",
     )
     add_extractor(p)
     add_run(p)

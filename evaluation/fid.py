@@ -1,8 +1,8 @@
-"""Fréchet distance (FID) of SAMPLES from REFERENCE; on request KID, CMMD, FID-infinity and an interval.
+"""Fréchet distance (FID) between SAMPLES and REFERENCE; with flags also KID, CMMD, FID-infinity and an interval.
 
-SAMPLES and REFERENCE are folders of images, or npz or npy files of images uint8 (N, H, W, 3). REFERENCE may also be an
-npz file of statistics (mu, sigma), or protocol:NAME for the real images of a protocol. To compare with images of the
-plain run from the same noise, use evaluation/paired.py.
+SAMPLES and REFERENCE are folders of images, or npz or npy files of images, uint8 (N, H, W, 3). REFERENCE can also be an
+npz file of statistics (mu, sigma), or protocol:NAME for the real images of a protocol. To compare an accelerated run
+with the plain run from the same noise, use evaluation/paired.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from evaluation.metrics.command import (
     SAMPLES,
+    Defaults,
     add_cache,
     add_extractor,
     add_output,
@@ -28,21 +29,28 @@ from ldm.io.errors import flags_named
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fid.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(prog="fid.py", description=__doc__, formatter_class=Defaults)
     add_reference(p, "real images, or their statistics")
     p.add_argument("samples", metavar="SAMPLES", help=SAMPLES)
-    p.add_argument("--kid", action="store_true", help="also the kernel distance KID")
-    p.add_argument("--cmmd", action="store_true", help="also CMMD; needs --extractor clip with ViT-L/14 at 336 px")
-    p.add_argument("--infinity", action="store_true", help="also FID-infinity, extrapolated to infinitely many samples")
+    p.add_argument("--kid", action="store_true", help="also compute the kernel distance KID")
     p.add_argument(
-        "--bootstrap", type=whole(2, MOST), metavar="N", help="95 %% interval, by resampling the samples N times"
+        "--cmmd", action="store_true", help="also compute CMMD; needs --extractor clip with ViT-L/14 at 336 px"
+    )
+    p.add_argument(
+        "--infinity", action="store_true", help="also compute FID-infinity, extrapolated to infinitely many samples"
+    )
+    p.add_argument(
+        "--bootstrap",
+        type=whole(2, MOST),
+        metavar="N",
+        help="also compute a 95 %% interval by resampling the samples N times",
     )
     p.add_argument(
         "--seed",
         type=number(int, 0, 2**32 - 1, "0..2^32-1"),
         default=0,
         metavar="N",
-        help="of KID's subsets, FID-infinity and resampling",
+        help="seed of the random subsets (KID, FID-infinity) and of the resampling",
     )
     add_extractor(p)
     add_run(p)

@@ -9,13 +9,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evaluation.metrics.command import PREFERENCES, PROMPTS, SAMPLES, add_output, measure_flags, publish
+from evaluation.metrics.command import PREFERENCES, PROMPTS, SAMPLES, Defaults, add_output, measure_flags, publish
 from ldm.cli.parser import Parser, check_output, command
 from ldm.io.errors import flags_named
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="preference.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(prog="preference.py", description=__doc__, formatter_class=Defaults)
     p.add_argument("samples", metavar="SAMPLES", help=SAMPLES)
     p.add_argument("--prompts", metavar="FILE", help=PROMPTS)
     p.add_argument("--model", choices=PREFERENCES, default=PREFERENCES[0], help="the model that scores the images")

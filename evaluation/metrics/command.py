@@ -18,16 +18,31 @@ VARIANTS = ("hessel-b32", "cos100-l14", "cos100-g14", "hessel", "cos100")
 PREFERENCES = ("image-reward", "hps-v2.1")
 PROTOCOL = "protocol:"  # before the name of a protocol, whose real images are the reference
 CACHE = Path.home() / ".cache" / "faster-diffusion-ldm" / "statistics"
-SAMPLES = "images: a folder, or an npz or npy file"
+SAMPLES = "the images: a folder, or an npz or npy file"
 PROMPTS = (
-    "the images' prompts: a line per image, JSON lines with file and prompt, or JSON; default: the prompts stored in "
-    "the images"
+    "the prompts of the images: a text file with a line per image, or JSON or JSON lines with file and prompt "
+    "(default: the prompts stored in the images)"
 )
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help that states the default of each flag that has one, unless its text does."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or "(default: " in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def add_reference(p: argparse.ArgumentParser, what: str) -> None:
-    p.add_argument("reference", metavar="REFERENCE", help=f"{what}; or {PROTOCOL}NAME, the real images of a protocol")
-    p.add_argument("--data", metavar="DIR", help=f"data folder of {PROTOCOL}NAME; default: the protocol's own")
+    p.add_argument(
+        "reference", metavar="REFERENCE", help=f"{what}; or {PROTOCOL}NAME for the real images of a protocol"
+    )
+    p.add_argument(
+        "--data",
+        metavar="DIR",
+        help=f"folder with the data of {PROTOCOL}NAME (default: the one that the protocol names)",
+    )
 
 
 def protocol_name(args: argparse.Namespace) -> str | None:
@@ -45,13 +60,16 @@ def protocol_name(args: argparse.Namespace) -> str | None:
 
 def add_extractor(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("feature network")
-    group.add_argument("--extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="the network of the features")
+    group.add_argument(
+        "--extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="the network that computes the features"
+    )
     group.add_argument(
         "--weights",
         metavar="PATH",
-        help="its weights: a file, or a folder for dinov2 and clip; default: those of its package or download",
+        help="weights of the network: a file, or a folder for dinov2 and clip (default: those in its package, or its "
+        "download)",
     )
-    group.add_argument("--resize", choices=RECIPES, help="how images are resized for it; default: its usual resize")
+    group.add_argument("--resize", choices=RECIPES, help="how images are resized for the network (default: its own)")
 
 
 def add_run(p: argparse.ArgumentParser) -> None:
@@ -62,12 +80,15 @@ def add_run(p: argparse.ArgumentParser) -> None:
 
 
 def add_output(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", metavar="JSON", help="write the result, with everything that it depends on")
+    p.add_argument("--out", metavar="JSON", help="file for the result, with everything that it depends on")
 
 
 def add_cache(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--cache", default=str(CACHE), metavar="DIR", help="keeps statistics of reference images; 'none' = nowhere"
+        "--cache",
+        default=str(CACHE),
+        metavar="DIR",
+        help="folder that keeps statistics of reference images; none = keep none",
     )
 
 

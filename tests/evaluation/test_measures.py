@@ -932,6 +932,13 @@ def test_help_answers_at_once(name):
     assert "usage: " + name in quick_help(ROOT / "evaluation" / f"{name}.py")
 
 
+def test_help_states_each_default_that_there_is_once():
+    printed = " ".join(fid.parser().format_help().split())
+    assert "resampling (default: 0)" in printed and "per batch; changes speed and memory only (default: 50)" in printed
+    assert "default: None" not in printed and "default: False" not in printed
+    assert "(default: its own)" in printed and printed.count("(default: the one that the protocol names)") == 1
+
+
 def test_array_is_read_piece_by_piece(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
     images = ImageArray(tmp_path / "a.npz")
