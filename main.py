@@ -4,11 +4,11 @@
     python main.py --base configs/autoencoder/emoji64-kl-f8.yaml -t --steps 100 data.params.batch_size=8
     python main.py --resume logs/emoji64-kl-f8 -t
 
-A configuration has the sections `model` (what is trained: `target`, `params`), `training` (how: a Lightning
-module of `ldm.training` that takes the model), `data` (a Lightning data module) and `lightning` (arguments of
-the trainer, of the checkpoints, and the seed). Everything a run makes lies in its log folder: the configuration
-as used, `last.ckpt`, metrics as CSV and for TensorBoard, and sample grids. A run that was stopped or killed and
-resumed ends with the same weights as one that was not.
+A configuration has four sections: `model` (the model to train: `target`, `params`), `training` (a Lightning module of
+`ldm.training` that trains the model), `data` (a Lightning data module) and `lightning` (the trainer, the checkpoints
+and the seed). The log folder of a run holds everything that the run writes: the configuration as used, `last.ckpt`,
+metrics as CSV and for TensorBoard, and image grids. A run that was stopped or killed and then resumed ends with the
+same weights as a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="CONFIG.yaml",
         help="configuration files; later ones override earlier ones",
     )
-    parser.add_argument("-r", "--resume", metavar="LOGDIR", help="go on with the run of this folder")
+    parser.add_argument("-r", "--resume", metavar="LOGDIR", help="resume the run in this folder")
     parser.add_argument("-t", "--train", action="store_true", help="train (without it: validate once)")
     parser.add_argument("-n", "--name", help="name of the run (default: that of the first configuration)")
     parser.add_argument("-l", "--logdir", default="logs", help="folder of the runs (default: %(default)s)")
@@ -69,7 +69,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "(default: the configuration's lightning.trainer.max_steps)",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="single settings, for example data.params.batch_size=8"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="change single settings, for example data.params.batch_size=8"
     )
     args = parser.parse_intermixed_args(argv)
     # What follows --base is read as belonging to it.

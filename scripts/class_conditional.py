@@ -1,4 +1,4 @@
-"""Images of classes, with or without encoder propagation, as in the authors' fork of latent diffusion.
+"""Class-conditional images, with or without encoder propagation, as in the authors' fork of latent diffusion.
 
 The defaults are those of the class-conditional ImageNet experiment: 250 DDIM steps, 48 key timesteps, prior noise
 after the solver's update at timesteps below 150. --plan ldm250-demo is the fork's list of 19 key timesteps.

@@ -33,7 +33,7 @@ def parser() -> Parser:
     p = Parser(prog="download_models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", metavar="NAME", help="models to download, list or verify")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--list", action="store_true", help="print which models there are and which are here")
+    what.add_argument("--list", action="store_true", help="list all models and show which of them are on this machine")
     what.add_argument(
         "--verify", action="store_true", help="check the SHA-256 of files (default: of all that are here)"
     )

@@ -1,9 +1,9 @@
-"""Masked parts of images made anew, with or without encoder propagation (Faster Diffusion).
+"""Inpainting: new content in the masked parts of images, with or without encoder propagation (Faster Diffusion).
 
-With --prompt any text-to-image model can do it: before every step the rest of the image is put back, at the noise
-level of the latents. An inpainting model of Stable Diffusion also reads the prompt, and sees the image and the mask.
-Without --prompt the inpainting model of latent diffusion is used, which sees the image and the mask. Pixels outside
-the mask never change.
+With --prompt any text-to-image model can be used: before every step, the latents outside the mask are replaced by
+those of the image at the same noise level. An inpainting model of Stable Diffusion reads the prompt, the masked image
+and the mask. Without --prompt the inpainting model of latent diffusion is used; it reads the masked image and the mask.
+Pixels outside the mask never change.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parser() -> Parser:
         "--indir",
         required=True,
         metavar="DIR",
-        help="folder with images NAME.png and masks NAME_mask.png, of one size; white parts of a mask are made anew",
+        help="folder with images NAME.png and masks NAME_mask.png, all of one size; white = the part to inpaint",
     )
     what.add_argument("--prompt", help="what the masked parts show, for a model that reads text")
     negative_argument(what)

@@ -1,4 +1,4 @@
-"""Images from boxes and the classes in them, with or without encoder propagation (Faster Diffusion).
+"""Images from bounding boxes and their classes, with or without encoder propagation (Faster Diffusion).
 
 --boxes is a JSON file: a list of images. Each image is a list of {"class": CLASS, "box": [X, Y, WIDTH, HEIGHT]}.
 CLASS is a number, or a name from --class-names. X and Y are the top left corner of the box. All four numbers are

@@ -3,10 +3,11 @@
     python scripts/prepare_emoji.py --out data/emoji64
     python scripts/prepare_emoji.py --size 128 --out data/emoji128
 
-The script fetches the emoji sets with the npm client. npm must be on the PATH; a set that is already there is not
-fetched again. It puts each image on white at 64 x 64 or 128 x 128 pixels and writes `pictures.npy` and `captions.json`
-(COCO captions). The dataset of 64 has five sets; that of 128 has nine, and skin tones. scripts/emoji_concepts.yaml
-lists which concepts are kept; heldout.yaml in the model's folder lists what is not trained on.
+The script downloads the emoji sets with the npm client, which must be on the PATH. A set that was downloaded before is
+not downloaded again. The script puts each image on white at 64 x 64 or 128 x 128 pixels and writes `pictures.npy` and
+`captions.json` (COCO captions). The dataset of 64 pixels has five sets; that of 128 pixels has nine, and skin tones.
+scripts/emoji_concepts.yaml lists which concepts are kept; heldout.yaml in the model's folder lists which are not used
+for training.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def parser() -> Parser:
     p.add_argument(
         "--out", type=Path, metavar="DIR", help="the dataset's folder (default: data/emoji64 or data/emoji128)"
     )
-    p.add_argument("--cache", type=Path, metavar="DIR", help="folder of the fetched packages (default: OUT/packages)")
+    p.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder for the downloaded packages (default: OUT/packages)"
+    )
     return p
 
 

@@ -1,4 +1,4 @@
-"""Images from maps of labels, with or without encoder propagation (Faster Diffusion)."""
+"""Images from semantic maps (a label for every pixel), with or without encoder propagation (Faster Diffusion)."""
 
 from __future__ import annotations
 

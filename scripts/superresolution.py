@@ -1,4 +1,4 @@
-"""Small images made large, with or without encoder propagation (Faster Diffusion).
+"""Super-resolution: larger versions of small images, with or without encoder propagation (Faster Diffusion).
 
 The default model is bsr_sr: 100 steps, eta 1. With --config and --ckpt the model can be the x4 upscaler of Stable
 Diffusion, which reads a prompt and adds noise to the small image: 75 steps, eta 0, scale 9, noise level 20.

@@ -19,7 +19,9 @@ def parser() -> Parser:
     p = Parser(prog="train_tokenizer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--captions", required=True, metavar="FILE", help="captions in the COCO format")
     p.add_argument("--out", required=True, metavar="FILE", help="tokenizer file to write (.json)")
-    p.add_argument("--vocab-size", type=count, default=2048, metavar="N", help="most entries (default: %(default)s)")
+    p.add_argument(
+        "--vocab-size", type=count, default=2048, metavar="N", help="largest number of entries (default: %(default)s)"
+    )
     p.add_argument(
         "--max-length", type=count, default=16, metavar="N", help="tokens per caption (default: %(default)s)"
     )

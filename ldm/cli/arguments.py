@@ -55,8 +55,8 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     text = what.add_mutually_exclusive_group()
     text.add_argument(
         "--prompt",
-        help=f"what the images show (default: {PROMPT}; with --compare the first {SHOWN} lines of prompts.txt in the "
-        f"folder of the model's weights, if that file exists)",
+        help=f"text that describes the images (default: {PROMPT}; with --compare the first {SHOWN} lines of "
+        f"prompts.txt in the folder of the model's weights, if that file exists)",
     )
     text.add_argument("--from-file", metavar="FILE", help="text file with one prompt per line")
     negative_argument(what)
@@ -277,21 +277,19 @@ def propagation_arguments(
         type=number(float, 0, 0.75, "a number in 0..0.75"),
         default=0.0,
         metavar="R",
-        help="token merging (ToMe): merge this share of the tokens for self-attention at the UNet's finest level; its "
-        "authors use 0.5 (default: 0, none)",
+        help="token merging (ToMe): merge this share of the tokens for self-attention at the UNet's finest level; the "
+        "authors of ToMe use 0.5 (default: 0, none)",
     )
     prior_noise_arguments(fast, below, order)
     if not compare:
         p.set_defaults(compare=False, list_plans=False)
         return
-    fast.add_argument(
-        "--list-plans", action="store_true", help="print the named plans and what they cost; make no images"
-    )
+    fast.add_argument("--list-plans", action="store_true", help="print the named plans and their cost; make no images")
     fast.add_argument(
         "--compare",
         action="store_true",
         help="make each image without encoder propagation, with --plan, and with the best calibrated plan of the same "
-        "cost; save them side by side and print what each method costs",
+        "cost; save them side by side and print time, MACs and PSNR of each method",
     )
 
 
@@ -299,24 +297,26 @@ def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
     group.add_argument(
         "--plan",
         default=plan,
-        help="at which timesteps the UNet's encoder runs: off (at all), faster-diffusion or another name in "
-        "configs/plans, uniform:N, pro, deepcache:N[:BRANCH], deepcache:NAME[:BRANCH], online:[time:]X, auto:K or "
-        "auto:SHARE%% (calibrated), a list of key timesteps such as 0,1,2,5 (0 = the first step), or FILE.yaml "
+        help="the key timesteps, at which the UNet's encoder runs: off = every step; faster-diffusion or another name "
+        "in configs/plans; uniform:N = every N-th step; pro = with gaps that grow by one; auto:K = the best K by "
+        "calibration; auto:SHARE%% = as many as this share of the MACs allows; numbers of steps such as 0,1,2,5 (0 = "
+        "the first step); FILE.yaml; deepcache:N[:BRANCH] or deepcache:NAME[:BRANCH] = DeepCache; online:[time:]X = "
+        "when the latent (with time: the timestep embedding) has changed by X. See docs/acceleration.md "
         "(default: %(default)s)",
     )
     group.add_argument(
         "--propagate",
         choices=PROPAGATE,
-        help="skip features between key timesteps: hold = those of the last key timestep, linear or quadratic = "
-        "extrapolated from the last two or three, zeros = none, for comparison (default: as the plan file says, "
-        "or hold)",
+        help="features that the decoder gets between key timesteps: hold = those of the last key timestep, linear or "
+        "quadratic = extrapolated from the last two or three, zeros = only zeros, for comparison (default: as the "
+        "plan file says, or hold)",
     )
     group.add_argument(
         "--parallel",
         type=parallel,
         metavar="N|auto",
-        help="most decoder steps in one batch; changes speed, memory, and rounding errors (default: auto; on a GPU "
-        "what fits into memory, on a CPU as many as save time)",
+        help="largest number of decoder steps in one batch; changes speed, memory, and rounding errors (default: "
+        "auto = on a GPU as many as fit into memory, on a CPU as many as save time)",
     )
 
 
@@ -367,10 +367,10 @@ def model_arguments(
         help="use the averaged (ema) or the last (raw) weights of the UNet; auto = averaged if there are any",
     )
     model.add_argument(
-        "--C", dest="channels", type=count, metavar="N", help="latent channels; an error if the config says another"
+        "--C", dest="channels", type=count, metavar="N", help="number of latent channels that the config must have"
     )
     model.add_argument(
-        "--f", dest="factor", type=count, metavar="N", help="downsampling factor; an error if the config says another"
+        "--f", dest="factor", type=count, metavar="N", help="downsampling factor that the config must have"
     )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     precision = model.add_mutually_exclusive_group()
@@ -401,7 +401,7 @@ def output_arguments(
         dest="outdir",
         default=outdir,
         metavar="DIR",
-        help="folder for samples/, manifest.jsonl, and grids; images that are already there are not made again "
+        help="folder for samples/, manifest.jsonl, and grids; images that already exist there are not made again "
         "(default: %(default)s)",
     )
     if grid:
@@ -419,7 +419,5 @@ def output_arguments(
     else:
         p.set_defaults(grid=False, columns=0)
     out.add_argument("--skip_save", dest="save", action="store_false", help="save no single images")
-    out.add_argument(
-        "--again", action="store_true", help="make images again that are already there, to measure the time"
-    )
+    out.add_argument("--again", action="store_true", help="make images again that already exist, to measure their time")
     return out
