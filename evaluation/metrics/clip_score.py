@@ -13,7 +13,7 @@ from tqdm import tqdm
 from evaluation.metrics import ModelError
 from evaluation.metrics.captions import prompts_of
 from evaluation.metrics.clip import ClipModel, load_clip
-from evaluation.metrics.extractors import resized
+from evaluation.metrics.extractors import find_recipe, resized
 from evaluation.metrics.intervals import mean_values
 from evaluation.metrics.result import Result
 from evaluation.runs.images import Images, incomplete_warnings, left_out_warnings, open_samples
@@ -80,14 +80,14 @@ def compute(
         made = images.provenance
     with fault_of("prompts"):
         prompts = prompts_of(images, prompts)
-    kind = find_variant(variant)
+    kind, recipe = find_variant(variant), find_recipe(resize)
     model = weights if isinstance(weights, ClipModel) else load_variant(variant, weights, vocabulary, device)
     with fault_of("vocabulary"):
         texts = [kind.prefix + prompt for prompt in prompts]
         cut = sum(model.tokenizer.cut(texts))
         tokens = model.tokenizer(texts).tolist()
     with fault_of("samples"):
-        each = measure(images, texts, model, kind, resize, batch_size)
+        each = measure(images, texts, model, kind, recipe, batch_size)
     name = f"clip_score_{variant}"
     protocol = {
         "measure": name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from evaluation.metrics import ModelError
 from evaluation.metrics.clip import load_clip
 from ldm.checkpoint.download import DownloadError, fetch
 from ldm.cli.devices import find_device
-from ldm.io.errors import one_line
+from ldm.io.errors import SettingError, one_line
 from ldm.io.files import file_sha256
 from ldm.io.images import to_pil
 
@@ -41,40 +41,21 @@ class Features(NamedTuple):
     logits: Tensor | None = None
 
 
-class Extractor(Protocol):
-    """Images -> features.
+class Extractor(nn.Module):
+    """Images -> features. A network has its own `load`, `extract`, and these constants.
 
-    name:    of the network.
-    weights: the file of its weights; sha256: of that file.
-    size:    side of its input in pixels; resize: how images are resized to it.
-    recipe:  resize and features in words, for reports.
-    device:  where it runs.
-    """
-
-    name: str
-    weights: Path
-    sha256: str
-    size: int
-    resize: str
-    recipe: str
-    device: torch.device
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], of any size -> features (B, D)."""
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size)."""
-
-    def extract(self, prepared: Tensor) -> Features:
-        """Images as `prepare` returns them -> all features that measures need."""
-
-
-class Network(nn.Module):
-    """What the extractors share; each has its own `load`, `extract`, and these constants.
+    name:         of the network.
+    usual_resize: how images are resized for it, unless another recipe is asked for.
+    size:         side of its input in pixels.
+    resize:       the recipe that is used.
+    weights:      the file of its weights; sha256: of that file.
 
     Args:
         weights: file or folder of the network's weights; None = those of the network's package or cache.
-        resize: a name of RECIPES; None = the one that is usual with this network.
+        resize: a name of RECIPES; None = the usual one.
+
+    Raises:
+        ModelError: the weights can't be had. SettingError: `resize`: there is no such recipe.
     """
 
     name: str
@@ -83,9 +64,7 @@ class Network(nn.Module):
 
     def __init__(self, weights: str | Path | None = None, resize: str | None = None) -> None:
         super().__init__()
-        self.resize = resize or self.usual_resize
-        if self.resize not in RECIPES:
-            raise ModelError(f"resize: {resize!r} is not one of {', '.join(RECIPES)}")
+        self.resize = find_recipe(resize or self.usual_resize)
         self.network, self.weights = self.load(None if weights is None else Path(weights))
         self.network.eval().requires_grad_(False)
         self.sha256 = file_sha256(self.weights)
@@ -96,6 +75,7 @@ class Network(nn.Module):
 
     @property
     def recipe(self) -> str:
+        """Features and resize in words, for reports."""
         return f"{self.name}, pooled; {self.resize} to {self.size} px"
 
     @property
@@ -103,13 +83,19 @@ class Network(nn.Module):
         return next(self.network.parameters()).device
 
     def prepare(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], of any size -> (B, 3, size, size)."""
         return resized(images, self.size, self.resize)
 
+    def extract(self, prepared: Tensor) -> Features:
+        """Images as `prepare` returns them -> all features that measures need."""
+        raise NotImplementedError
+
     def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], of any size -> features (B, D)."""
         return self.extract(self.prepare(images)).pooled
 
 
-class EfficientNetLite0(Network):
+class EfficientNetLite0(Extractor):
     """Features of EfficientNet-lite0 before its classifier, averaged over positions: 1280 of them, >= 0.
 
     Its weights come with a package, so nothing is downloaded. Spatial: 7 channels of the last map, 4 x 4.
@@ -141,7 +127,7 @@ class EfficientNetLite0(Network):
         return Features(pooled, spatial_features(x), self.network._fc(pooled))
 
 
-class Inception2015(Network):
+class Inception2015(Extractor):
     """The network of the published Fréchet distances: 2048 features, 7 x 17 x 17 spatial ones, 1008 classes.
 
     Its weights are torch-fidelity's conversion of the published ones: a local file, the cache of torch.hub where
@@ -181,7 +167,7 @@ class Inception2015(Network):
         return Features(found.pooled, spatial_features(found.mixed_6), found.logits)
 
 
-class DinoV2(Network):
+class DinoV2(Extractor):
     """The class token of DINOv2 after the final norm; 1024 features of the large model.
 
     Raises:
@@ -212,7 +198,7 @@ class DinoV2(Network):
         return Features(self.network(pixel_values=((prepared + 1) / 2 - mean) / std).pooler_output)
 
 
-class Clip(Network):
+class Clip(Extractor):
     """CLIP's embedding of an image, made unit length.
 
     Raises:
@@ -263,15 +249,15 @@ def load_extractor(
 
     Args:
         name: one of EXTRACTORS.
-        weights, resize: see `Network`.
+        weights, resize: see `Extractor`.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
         ModelError: see the networks; or the name is not one of EXTRACTORS.
-        SettingError: there is no such device.
+        SettingError: `device` or `resize`: there is none of that name.
     """
     if name not in EXTRACTORS:
-        raise ModelError(f"features: {name!r} is not one of {', '.join(EXTRACTORS)}")
+        raise ModelError(f"{name!r} is not one of {', '.join(EXTRACTORS)}")
     place = find_device(device)
     return EXTRACTORS[name](weights, resize).to(place)
 
@@ -343,14 +329,24 @@ RECIPES: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
+def find_recipe(name: str) -> str:
+    """The name, which is one of RECIPES.
+
+    Raises:
+        SettingError: `resize`: it is not.
+    """
+    if name not in RECIPES:
+        raise SettingError("resize", f"{name!r} is not one of {', '.join(RECIPES)}")
+    return name
+
+
 def resized(images: Tensor, size: int, recipe: str) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size); each depends on itself alone.
 
     Raises:
         ValueError: the recipe is not one of RECIPES, or the images have another shape.
     """
-    if recipe not in RECIPES:
-        raise ValueError(f"resize: {recipe!r} is not one of {', '.join(RECIPES)}")
+    find_recipe(recipe)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must have the shape (B, 3, H, W); got {tuple(images.shape)}")
     return RECIPES[recipe](images, size)

@@ -134,7 +134,7 @@ class ImageFolder:
         return file_sha256(*self.files)
 
     def keys(self) -> list[str]:
-        """What tells each image from the others in every run: its noise and subject, if they are in the file, else
+        """What tells each image from the others in every run: its noise and conditioning, if they are in the file, else
         its name."""
         settings = [settings_of(file) for file in self.files]
         if any(s is None or not {"seed", "start"} <= s.keys() for s in settings):

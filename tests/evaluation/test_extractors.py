@@ -24,6 +24,7 @@ from evaluation.metrics.extractors import (
     spatial_features,
 )
 from evaluation.metrics.inception import Inception
+from ldm.io.errors import SettingError
 from ldm.io.images import from_pil
 from ldm.modules.encoders.openclip import OpenCLIP
 from tests.helpers.clip_vocabulary import lines, write_vocabulary
@@ -300,7 +301,7 @@ def test_networks_without_weights_say_what_is_needed(name, weights, why):
 
 
 def test_unknown_recipe_is_named():
-    with pytest.raises(ModelError, match="resize: 'bicubic' is not one of clean"):
+    with pytest.raises(SettingError, match="resize: 'bicubic' is not one of clean"):
         load_extractor("efficientnet-lite0", resize="bicubic")
 
 
