@@ -165,7 +165,7 @@ def write_plan(path: str | Path, plan: Plan, calibration: Calibration) -> None:
     text = yaml.safe_dump(
         {
             "source": "scripts/calibrate_plan.py",
-            "note": f"least total error of its number of key steps ({how})",
+            "note": f"least total error for its number of key timesteps ({how})",
             "steps": {plan.num_nodes: [*plan.keys]},
             "propagate": plan.propagate,
             "made_for": calibration.made_for,
