@@ -19,15 +19,12 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ldm.cli.parser import Parser, command, stated_ranks, whole
-from ldm.io.errors import BadInput, blame
+from ldm.cli.parser import Parser, run_command, stated_ranks, whole
+from ldm.io.errors import BadInput, fault_of
 from ldm.util import instantiate_from_config  # noqa: F401  (published scripts import it from here)
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # read when Lightning is imported
 SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
@@ -41,106 +38,100 @@ AS_MEANT = (
 )
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+def parser() -> Parser:
+    p = Parser(
+        prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, intermixed=True
+    )
+    p.add_argument(
         "-b",
         "--base",
         nargs="+",
         default=[],
         metavar="CONFIG.yaml",
-        help="configuration files; later ones override earlier ones",
+        help="configuration files of a new run; later ones override earlier ones",
     )
-    parser.add_argument("-r", "--resume", metavar="LOGDIR", help="resume the run in this folder")
-    parser.add_argument("-t", "--train", action="store_true", help="train (without it: validate once)")
-    parser.add_argument("-n", "--name", help="name of the run (default: that of the first configuration)")
-    parser.add_argument("-l", "--logdir", default="logs", help="folder of the runs (default: %(default)s)")
-    parser.add_argument(
+    p.add_argument("-r", "--resume", metavar="LOGDIR", help="resume the run in this folder")
+    p.add_argument("-t", "--train", action="store_true", help="train (without it: validate once)")
+    p.add_argument("-n", "--name", help="name of the run (default: that of the first configuration file)")
+    p.add_argument("-l", "--logdir", default="logs", metavar="DIR", help="folder of the runs (default: %(default)s)")
+    p.add_argument(
         "-s",
         "--seed",
         type=whole(0, 2**32 - 1),
+        metavar="N",
         help="seed of weights, data order and noise (default: the configuration's lightning.seed, or 23)",
     )
-    parser.add_argument(
+    p.add_argument(
         "--steps",
         type=whole(1, 10**12),
         metavar="N",
-        help="train N steps in all; the learning-rate schedule is shortened or stretched with them "
+        help="train N steps in all; the learning-rate schedule is stretched or shortened to match "
         "(default: the configuration's lightning.trainer.max_steps)",
     )
-    parser.add_argument(
+    p.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="change single settings, for example data.params.batch_size=8"
     )
-    args = parser.parse_intermixed_args(argv)
+    return p
+
+
+def given_files(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
+    """The argument that names the configuration, its files, and the single settings.
+
+    Raises:
+        BadInput: files are not there, or a single setting is not written as KEY=VALUE.
+    """
     # What follows --base is read as belonging to it.
-    args.overrides = [text for text in args.base if is_setting(text)] + args.overrides
-    args.base = [text for text in args.base if not is_setting(text)]
-    if bool(args.base) == bool(args.resume):
-        parser.error("give either --base CONFIG.yaml (a new run) or --resume LOGDIR (an old one)")
-    flag, files = ("--base", args.base) if args.base else ("--resume", [str(Path(args.resume) / "config.yaml")])
+    base = [text for text in args.base if not is_setting(text)]
+    overrides = [text for text in args.base if is_setting(text)] + args.overrides
+    if bool(base) == bool(args.resume):
+        raise BadInput("give either --base CONFIG.yaml (a new run) or --resume LOGDIR (an old one)")
+    name, files = ("base", [*map(Path, base)]) if base else ("resume", [Path(args.resume) / "config.yaml"])
     for path in files:
-        with blame(flag, (OSError,)):  # a name that no file can have
-            if not Path(path).is_file():
-                parser.error(f"{flag}: no file {path}")
-    for text in args.overrides:
+        with fault_of(name, (OSError,)):  # a name that no file can have
+            if not path.is_file():
+                raise BadInput(f"--{name}: no file {path}")
+    for text in overrides:
         if not SETTING.match(text) or text.endswith("=???"):
-            parser.error(f"expected KEY=VALUE with the whole name, for example data.params.batch_size=8; got {text!r}")
-    return args
+            raise BadInput(
+                f"expected KEY=VALUE with the whole name, for example data.params.batch_size=8; got {text!r}"
+            )
+    return name, files, overrides
 
 
 def is_setting(text: str) -> bool:
     return "=" in text and not Path(text).is_file()
 
 
-def configuration(args: argparse.Namespace) -> DictConfig:
-    """What the files and the command line say together."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    from ldm.io.files import read_config
-    from ldm.training.run import SEED, check, with_steps
-
-    flag, files = ("--resume", [Path(args.resume) / "config.yaml"]) if args.resume else ("--base", args.base)
-    config = OmegaConf.create()
-    for path in files:
-        with blame(flag):
-            part = read_config(path)
-            if not OmegaConf.is_dict(part):
-                raise ValueError(f"{path}: expected sections and their settings; got a list")
-            config = OmegaConf.merge(config, part)
-    for text in args.overrides:
-        with blame(text, (ValueError, OmegaConfBaseException, YAMLError)):
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
-    with blame(flag, (ValueError, OmegaConfBaseException)):
-        check(config)
-        config.lightning.seed = args.seed if args.seed is not None else config.lightning.get("seed", SEED)
-        return with_steps(config, args.steps) if args.steps else config
-
-
-def run(args: argparse.Namespace) -> None:
-    logdir = Path(args.resume) if args.resume else Path(args.logdir) / (args.name or Path(args.base[0]).stem)
-    if not args.resume and (logdir / "last.ckpt").exists():
-        raise BadInput(f"--name: {logdir} holds a run already; go on with --resume {logdir} or choose another name")
-    stated_ranks()  # a number that can't be is refused
+def check_environment() -> None:
+    """Raise BadInput for numbers of processes that can't be, which Lightning reads without a check."""
+    stated_ranks()
     for name in RANKS:
         if not os.environ.get(name, "0").isdecimal():
             raise BadInput(f"environment variable {name}: expected a whole number from 0 on; got {os.environ[name]!r}")
-    config = configuration(args)
-    # Imported late so that --help and a wrong flag answer at once.
-    from ldm.training.run import fit
 
+
+def run(args: argparse.Namespace) -> None:
+    name, files, overrides = given_files(args)
+    logdir = Path(args.resume) if args.resume else Path(args.logdir) / (args.name or files[0].stem)
+    if not args.resume and (logdir / "last.ckpt").exists():
+        raise BadInput(f"--name: {logdir} holds a run already; go on with --resume {logdir} or choose another name")
+    check_environment()
+    from ldm.training.run import fit, read_configuration
+
+    with fault_of(name):
+        config = read_configuration(files, overrides, args.seed, args.steps)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in AS_MEANT:
         warnings.filterwarnings("ignore", message)
-    with blame("--resume" if args.resume else "--base"):
+    with fault_of(name):
         fit(config, logdir, train=args.train)
     if args.train:
         print(f"for sampling: python scripts/export_model.py {logdir} --out {logdir}/model.safetensors")
 
 
-def main(argv: list[str] | None = None) -> int:
-    return command("main.py", lambda: run(arguments(argv)), "stopped; go on with --resume LOGDIR")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(parser(), run, argv, "stopped; go on with --resume LOGDIR")
 
 
 if __name__ == "__main__":

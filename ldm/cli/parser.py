@@ -27,11 +27,19 @@ Settings = TypeVar("Settings")
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises BadInput instead of ending the process; takes no shortened flags."""
+    """Raises BadInput instead of ending the process; takes no shortened flags.
 
-    def __init__(self, **settings: Any) -> None:
+    intermixed: positional arguments may stand between flags.
+    """
+
+    def __init__(self, intermixed: bool = False, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
+        self.intermixed = intermixed
         self.add_argument("--version", action=Version, nargs=0, help="print the versions and exit")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        parse = self.parse_intermixed_args if self.intermixed else super().parse_args
+        return parse(args, namespace)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         for argument in sys.argv[1:] if args is None else args:

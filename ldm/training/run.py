@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import model_validator
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from yaml import YAMLError
 
-from ldm.io.errors import shown
+from ldm.io.errors import fault_of, shown
+from ldm.io.files import read_config
 from ldm.io.schema import AboveZero, NotNegative, Schema, Seed, Text, check_names, parse
 from ldm.training.callbacks import KeptState, SampleGrid, StepBar
 from ldm.training.order import StepSeeds
@@ -150,6 +152,38 @@ def no_trace_unless_begun(logdir: Path) -> Iterator[None]:
     finally:
         if new and not (logdir / "config.yaml").exists():
             shutil.rmtree(logdir, ignore_errors=True)
+
+
+def read_configuration(
+    files: Sequence[Path], overrides: Sequence[str], seed: int | None = None, steps: int | None = None
+) -> DictConfig:
+    """What configuration files and single settings say together.
+
+    Args:
+        files: later ones override earlier ones.
+        overrides: KEY=VALUE, in the words of OmegaConf.
+        seed: of weights, data order and noise; None = the configuration's, or 23.
+        steps: in all, see `with_steps`; None = the configuration's.
+
+    Raises:
+        SettingError: a single setting can't be used.
+        ValueError, OSError: a file can't be read, or says what is not accepted.
+    """
+    config = OmegaConf.create()
+    for path in files:
+        part = read_config(path)
+        if not OmegaConf.is_dict(part):
+            raise ValueError(f"{path}: expected sections and their settings; got a list")
+        config = OmegaConf.merge(config, part)
+    for text in overrides:
+        with fault_of(text, (ValueError, OmegaConfBaseException, YAMLError)):
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+    try:
+        check(config)
+        config.lightning.seed = seed if seed is not None else config.lightning.get("seed", SEED)
+        return with_steps(config, steps) if steps else config
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error)) from error
 
 
 def check(config: DictConfig) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.data.emoji import EmojiDataset
@@ -30,10 +30,10 @@ from ldm.training.autoencoder import start_from_principal_components
 from ldm.training.callbacks import KeptState
 from ldm.training.diffusion import DiffusionTraining
 from ldm.training.export import sampling_weights
-from ldm.training.run import fit, scale_schedule
+from ldm.training.run import fit, read_configuration, scale_schedule
 from ldm.training.state import read_state, steps_done
 from ldm.util import instantiate_from_config
-from main import arguments, configuration, main
+from main import given_files, main, parser
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import Child, quick_help
@@ -396,6 +396,12 @@ def test_no_gpu_is_said(trained, tmp_path, monkeypatch, capsys):
     assert "lightning.trainer.accelerator: 'gpu', but there is no GPU" in capsys.readouterr().err
 
 
+def configuration(argv: list[str]) -> DictConfig:
+    """What a command line trains."""
+    args = parser().parse_args(argv)
+    return read_configuration(*given_files(args)[1:], args.seed, args.steps)
+
+
 def test_configurations_of_older_runs_are_read(trained):
     section = OmegaConf.load(trained / "first.yaml").data
     section.target = "ldm.training.data.EmojiPicturesData"
@@ -405,8 +411,8 @@ def test_configurations_of_older_runs_are_read(trained):
 
 
 def test_a_setting_may_refer_to_another(trained):
-    args = arguments(["-b", str(trained / "first.yaml"), "lightning.trainer.max_steps=${data.params.batch_size}"])
-    assert configuration(args).lightning.trainer.max_steps == 4
+    argv = ["-b", str(trained / "first.yaml"), "lightning.trainer.max_steps=${data.params.batch_size}"]
+    assert configuration(argv).lightning.trainer.max_steps == 4
 
 
 def test_settings_may_stand_anywhere(trained):
@@ -416,9 +422,9 @@ def test_settings_may_stand_anywhere(trained):
         ["data.params.batch_size=3", "-b", first, "-t", "lightning.trainer.max_steps=7"],
         ["-b", first, "-t", "data.params.batch_size=3", "-n", "x", "lightning.trainer.max_steps=7"],
     ):
-        args = arguments(argv)
-        config = configuration(args)
-        assert args.base == [first] and args.train
+        args = parser().parse_args(argv)
+        config = configuration(argv)
+        assert given_files(args)[1] == [Path(first)] and args.train
         assert config.data.params.batch_size == 3 and config.lightning.trainer.max_steps == 7
 
 
@@ -574,13 +580,13 @@ def test_steps_scale_the_schedule(trained, tmp_path):
     }
     config.lightning.trainer.update(max_steps=10000, val_check_interval=1500)
     OmegaConf.save(config, tmp_path / "c.yaml")
-    short = configuration(arguments(["-b", str(tmp_path / "c.yaml"), "-t", "--steps", "500"]))
+    short = configuration(["-b", str(tmp_path / "c.yaml"), "-t", "--steps", "500"])
     trainer, params = short.lightning.trainer, short.training.params.scheduler_config.params
     assert (trainer.max_steps, trainer.val_check_interval) == (500, 500)
     assert (params.warm_up_steps, params.max_decay_steps) == (15, 600)
     whole, scaled = (LambdaWarmUpCosineScheduler(**p) for p in (schedule, params))
     assert [scaled(s) for s in (3, 15, 100, 500)] == pytest.approx([whole(20 * s) for s in (3, 15, 100, 500)])
-    one = configuration(arguments(["-b", str(tmp_path / "c.yaml"), "--steps", "1"])).training.params.scheduler_config
+    one = configuration(["-b", str(tmp_path / "c.yaml"), "--steps", "1"]).training.params.scheduler_config
     assert instantiate_from_config(one)(1) == pytest.approx(0.525)  # half of its two steps of decay
     cycles = OmegaConf.create({"warm_up_steps": [10], "cycle_lengths": [1e4]})
     scale_schedule(cycles, 0.5)
