@@ -203,15 +203,3 @@ def _by_block(call: Callable[[], Any], blocks: Iterable[nn.Module], convention: 
     for hook in hooks:
         hook.remove()
     return result, spent
-
-
-def plan_macs(
-    unet: nn.Module | Mapping[str, Any],
-    plan: AnyPlan,
-    size: Sequence[int],
-    batch: int = 1,
-    context_length: int | None = None,
-    tome: float = 0.0,
-) -> int:
-    """MACs of all of a run's predictions; arguments as for `unet_macs`."""
-    return unet_macs(unet, size, batch, context_length, tome).run(plan)

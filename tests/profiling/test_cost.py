@@ -5,7 +5,7 @@ import torch
 
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.profiling.cost import Macs, count_macs, plan_macs, unet_macs
+from ldm.profiling.cost import Macs, count_macs, unet_macs
 from tests.helpers.published import SD_V1
 
 # Counted on the published network, guidance batch of 2, 64 x 64 latents, 77 tokens.
@@ -83,4 +83,4 @@ def test_a_living_network_is_counted_as_its_config_and_left_alone(options):
     context = torch.zeros(3, 5, 16) if length else None
     with torch.no_grad():
         assert macs.plain(1) == count_macs(lambda: unet(x, t, context=context, y=y))
-    assert plan_macs(unet, Plan(4, (0, 2)), (8, 8), 3, length) == macs.once + 2 * macs.encode + 4 * macs.decode
+    assert unet_macs(unet, (8, 8), 3, length).run(Plan(4, (0, 2))) == macs.once + 2 * macs.encode + 4 * macs.decode
