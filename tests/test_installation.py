@@ -30,8 +30,8 @@ for name in evaluation.protocols.protocol.protocol_names():
 assert len(evaluation.table.spec.table_names()) >= 8
 for model in load_manifest().values():
     assert (PROJECT_ROOT / model.config).is_file(), model.config
-for path in (*EMOJI64, CLASS_NAMES, evaluation.cost.SD_V1, evaluation.recognition.MODEL / "prompts.txt",
-             evaluation.recognition.MODEL / "heldout.yaml", evaluation.recognition.MODEL / "tokenizer.json"):
+for path in (*EMOJI64, CLASS_NAMES, evaluation.cost.SD_V1, EMOJI64[0].parent / "prompts.txt",
+             EMOJI64[0].parent / "heldout.yaml", EMOJI64[0].parent / "tokenizer.json"):
     assert path.is_file() and str(path).startswith(installed), path
 images = ldm.load("emoji64").images(["a red heart, noto style"], plan="auto:9", steps=50)
 print(images[0].size)

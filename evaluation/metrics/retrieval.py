@@ -1,6 +1,7 @@
-"""Concept retrieval: whether the real pictures nearest to a picture show the thing that it should show.
+"""Concept retrieval: whether the real images nearest to an image show the concept that the image should show.
 
-Features of pictures are compared with those of real pictures by their cosine; see `DEFINITION`.
+`compute` measures the images of a finished run. Images are compared with real images by the cosine of their features;
+`DEFINITION` says how.
 """
 
 from __future__ import annotations
@@ -8,22 +9,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from ldm.io.errors import blame
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
 
-# What needs PyTorch is imported where it is used: --help must answer at once.
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-    from torch import Tensor
-
-    from evaluation.metrics.extractors import Extractor
-    from ldm.data.emoji import EmojiDataset
+from evaluation.metrics.extractors import Extractor, load_extractor, network_fields
+from evaluation.metrics.intervals import share_interval
+from evaluation.metrics.real_images import images_by_id
+from evaluation.metrics.result import Result
+from evaluation.runs.folder import MANIFEST, SAMPLES
+from evaluation.runs.images import open_images
+from ldm.data.emoji import EmojiDataset
+from ldm.io.errors import fault_of
+from ldm.io.files import file_sha256
+from ldm.io.images import from_pil, open_image
+from ldm.sampling.generate import read_manifest
 
 FEATURES = "efficientnet-lite0"
 SPLITS = ("train", "heldout_pair", "heldout_concept")
 RANKS = (1, 5)
+# Stands in the protocols of results: with another text, older results could not be compared with new ones.
 DEFINITION = (
     "A picture is a hit at k if one of the k real pictures nearest to it (cosine of standardised features) "
     "shows the same concept, in any style. Real set: every picture of tiers 1..real_tier, of all splits and "
@@ -33,10 +44,166 @@ DEFINITION = (
 )
 
 
-def standardise(features: Tensor, reference: Tensor) -> Tensor:
-    """Shift and scale every feature, so that over the reference it has mean 0 and variance 1.
+def compute(run: str | Path, real: RealImages, *, rank: int = 5) -> Result:
+    """Concept retrieval of the images of a finished run: `R@rank`, the share of images that are hits.
 
-    A feature that is constant over the reference tells nothing and becomes 0.
+    Args:
+        run: the folder of a run of evaluation/generate.py with captions of the dataset as prompts.
+        real: images of the dataset, see `load_real_images`.
+        rank: one of RANKS.
+
+    Raises:
+        SettingError: `samples`: the run can't be read; `data`: the dataset can't.
+    """
+    run = Path(run)
+    with fault_of("data"):
+        entries, sha256 = images_by_id(real.data / "captions.json"), file_sha256(real.data / "pictures.npy")
+    with fault_of("samples"):
+        lines = read_manifest(run / MANIFEST)
+        images = [open_image(run / line["file"]) for line in lines]
+        made = open_images(run / SAMPLES).provenance
+    found = real.retrieve(images, [entries[line["image_id"]] for line in lines], "samples").share(rank)
+    protocol = {
+        "measure": f"R@{rank}",
+        "definition": DEFINITION,
+        "real_tier": real.tier,
+        "n": len(lines),
+        "real": sha256,
+        "prompts": made.get("protocol_sha256"),
+        **network_fields(real.extractor),
+    }
+    return Result({f"R@{rank}": found["share"], f"R@{rank}_interval": found["interval"]}, protocol, made)
+
+
+# The real images, and what is retrieved from them
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Real images among which the nearest ones are found.
+
+    data:      the folder of their dataset; tier: they are those of tiers 1 to this.
+    entries:   the M images' entries in the dataset (concept, name, style, category, ...).
+    features:  (M, D), as the network gives them.
+    extractor: the network.
+    batch_size: images per batch.
+    """
+
+    data: Path
+    tier: int
+    entries: Sequence[Mapping[str, Any]]
+    features: Tensor
+    extractor: Extractor
+    batch_size: int
+
+    def retrieve(self, images: Sequence[Image.Image], entries: Sequence[Mapping[str, Any]], label: str) -> Retrieval:
+        """Find the real images nearest to each of N images.
+
+        Args:
+            entries: what each image should show.
+            label: of the progress bar.
+        """
+        stacked = torch.stack([from_pil(image) for image in images])  # (N, 3, H, W)
+        features = features_of(stacked, self.extractor, self.batch_size, label)
+        return self._retrieve(standardise(features, self.features), entries)
+
+    def retrieve_each(self) -> Retrieval:
+        """Find the real images nearest to each real image, itself left out."""
+        return self._retrieve(standardise(self.features, self.features), self.entries, range(len(self.entries)))
+
+    def _retrieve(
+        self, features: Tensor, entries: Sequence[Mapping[str, Any]], left_out: Sequence[int] | None = None
+    ) -> Retrieval:
+        real = standardise(self.features, self.features)
+        concepts, real_concepts = ([entry["concept"] for entry in some] for some in (entries, self.entries))
+        hits = {rank: hits_at(rank, features, concepts, real, real_concepts, left_out).tolist() for rank in RANKS}
+        found = nearest(features, real, max(RANKS), left_out).tolist()
+        return Retrieval(entries, hits, [[self.entries[i]["name"] for i in row] for row in found])
+
+
+def load_real_images(
+    data: str | Path, *, tier: int = 2, extractor: Extractor | str = FEATURES, batch_size: int = 50
+) -> RealImages:
+    """The real images of a dataset, with their features.
+
+    Args:
+        data: folder of a dataset of scripts/prepare_emoji.py.
+        tier: images of tiers 1 to this.
+        extractor: the network or its name.
+        batch_size: images per batch; changes speed and memory only.
+
+    Raises:
+        SettingError: `data`: no such dataset; `extractor`: no such network.
+    """
+    with fault_of("data"):
+        parts = [EmojiDataset(data, split, tier) for split in SPLITS]  # all splits, so that each concept has images
+    with fault_of("extractor"):
+        network = load_extractor(extractor, device="cpu") if isinstance(extractor, str) else extractor
+    images = torch.cat([part.batch(np.arange(len(part))) for part in parts])  # (M, 3, H, W)
+    features = features_of(images, network, batch_size, "real images")
+    return RealImages(Path(data), tier, [e for part in parts for e in part.images], features, network, batch_size)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The real images nearest to each of N images.
+
+    entries: what each image should show.
+    hits:    rank -> N booleans: whether one of the `rank` nearest shows the same concept.
+    found:   the names of the nearest real images of each image.
+    """
+
+    entries: Sequence[Mapping[str, Any]]
+    hits: Mapping[int, Sequence[bool]]
+    found: Sequence[Sequence[str]]
+
+    def share(self, rank: int) -> dict[str, Any]:
+        """The share of hits, and its 95 % interval, as JSON values."""
+        return share(self.hits[rank])
+
+    def summary(self) -> dict[str, Any]:
+        """The shares of hits, in all and by category, as JSON values."""
+        by_category: dict[str, list[bool]] = {}
+        for entry, hit in zip(self.entries, self.hits[max(RANKS)], strict=True):
+            by_category.setdefault(entry["category"], []).append(hit)
+        categories = {name: {"n": len(hits)} | share(hits) for name, hits in sorted(by_category.items())}
+        return {
+            "n": len(self.entries),
+            **{f"R@{rank}": self.share(rank) for rank in self.hits},
+            f"R@{max(RANKS)} by category": categories,
+        }
+
+    def each(self, captions: Sequence[str]) -> list[dict[str, Any]]:
+        """The result of each image, which was sampled with that caption, as JSON values."""
+        return [
+            {
+                "caption": caption,
+                "concept": entry["concept"],
+                "category": entry["category"],
+                **{f"R@{rank}": hits[i] for rank, hits in self.hits.items()},
+                "found": self.found[i],
+            }
+            for i, (caption, entry) in enumerate(zip(captions, self.entries, strict=True))
+        ]
+
+
+def features_of(images: Tensor, extractor: Extractor, batch_size: int, label: str) -> Tensor:
+    """Features (N, D) of images (N, 3, H, W) in [-1, 1], with a progress bar."""
+    with tqdm(total=len(images), desc=f"features: {label}", unit="image", disable=None) as bar:
+        features = []
+        for part in images.split(batch_size):
+            features.append(extractor(part.to(extractor.device)).cpu())
+            bar.update(len(part))
+    return torch.cat(features)
+
+
+# The arithmetic
+
+
+def standardise(features: Tensor, reference: Tensor) -> Tensor:
+    """Shift and scale every feature so that it has mean 0 and variance 1 over the reference.
+
+    A feature that is constant over the reference carries no information and becomes 0.
 
     Args:
         features: (N, D). reference: (M, D).
@@ -47,161 +214,89 @@ def standardise(features: Tensor, reference: Tensor) -> Tensor:
 
 
 def nearest(features: Tensor, real: Tensor, k: int, left_out: Sequence[int] | None = None) -> Tensor:
-    """Indices (N, k) of the real pictures of highest cosine similarity, the most similar first.
+    """Indices (N, k) of the real images of highest cosine similarity, the most similar first.
 
     Args:
         features: (N, D). real: (M, D).
-        left_out: for each row of features the index of a real picture that does not count.
+        left_out: for each row of features, the index of a real image that does not count.
 
     Raises:
-        ValueError: there are fewer than k real pictures to find.
+        ValueError: there are fewer than k real images to find.
     """
-    import torch
-
     found = len(real) - (left_out is not None)
     if not 1 <= k <= found:
-        raise ValueError(f"k must be 1..{found}, the real pictures that can be found; got {k}")
-    similarity = torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(real).T  # (N, M)
+        raise ValueError(f"k must be 1..{found}, the real images that can be found; got {k}")
+    similarity = normalize(features) @ normalize(real).T  # (N, M)
     if left_out is not None:
         similarity[torch.arange(len(features)), torch.as_tensor(left_out)] = -math.inf
     return similarity.topk(k).indices
 
 
-def retrieval(
+def hits_at(
+    rank: int,
     features: Tensor,
     concepts: Sequence[str],
     real_features: Tensor,
     real_concepts: Sequence[str],
-    k: int,
     left_out: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """For each picture whether one of its k nearest real pictures shows the same concept, (N,) bool.
+    """For each image, whether one of its `rank` nearest real images shows the same concept, (N,) bool.
 
     Args:
         features, real_features: (N, D) and (M, D), see `standardise`; compared by cosine.
         concepts, real_concepts: N and M of them.
         left_out: see `nearest`.
     """
-    import numpy as np
-
-    found = np.asarray(real_concepts)[nearest(features, real_features, k, left_out).numpy()]  # (N, k)
+    found = np.asarray(real_concepts)[nearest(features, real_features, rank, left_out).numpy()]  # (N, rank)
     return (found == np.asarray(concepts)[:, None]).any(1)
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:
     """The share of hits with its binomial 95 % interval, as JSON values."""
-    from evaluation.metrics.intervals import share_interval
-
     n, hit = len(hits), int(sum(hits))
     return {"share": round(hit / n, 4), "interval": [round(end, 4) for end in share_interval(hit, n)]}
 
 
-@dataclass(frozen=True)
-class RealSet:
-    """What retrieval finds: real pictures with standardised features.
-
-    entries: the M pictures' entries in the dataset (concept, name, style, category, ...).
-    raw:      (M, D) features as the network gives them.
-    extract:  the network.
-    """
-
-    entries: Sequence[Mapping[str, Any]]
-    raw: Tensor
-    extract: Extractor
-    batch: int
-
-    @staticmethod
-    def of(parts: Sequence[EmojiDataset], extract: Extractor, batch: int) -> RealSet:
-        import numpy as np
-        import torch
-
-        pictures = torch.cat([part.batch(np.arange(len(part))) for part in parts])  # (M, 3, H, W)
-        entries = [entry for part in parts for entry in part.images]
-        return RealSet(entries, features_of(pictures, extract, batch, "real pictures"), extract, batch)
-
-    def judge(self, images: Sequence[Image.Image], entries: Sequence[Mapping[str, Any]], label: str) -> Verdict:
-        """Retrieval for other pictures, `entries` saying what each should show."""
-        import torch
-
-        from ldm.io.images import from_pil
-
-        pictures = torch.stack([from_pil(image) for image in images])  # (N, 3, H, W)
-        raw = features_of(pictures, self.extract, self.batch, label)
-        return self._verdict(standardise(raw, self.raw), entries)
-
-    def judge_itself(self) -> Verdict:
-        """Retrieval for the real pictures, each with itself left out."""
-        return self._verdict(standardise(self.raw, self.raw), self.entries, range(len(self.entries)))
-
-    def _verdict(
-        self, features: Tensor, entries: Sequence[Mapping[str, Any]], left_out: Sequence[int] | None = None
-    ) -> Verdict:
-        real = standardise(self.raw, self.raw)
-        concepts, real_concepts = ([entry["concept"] for entry in some] for some in (entries, self.entries))
-        hits = {k: retrieval(features, concepts, real, real_concepts, k, left_out).tolist() for k in RANKS}
-        found = nearest(features, real, max(RANKS), left_out).tolist()
-        return Verdict(entries, hits, [[self.entries[i]["name"] for i in row] for row in found])
+# Captions as prompts
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Retrieval of N pictures.
+class Queries:
+    """Captions that images are sampled with, and the real images that they belong to.
 
-    entries: what each should show.
-    hits:    k -> N of them.
-    found:   the names of the real pictures nearest to each.
+    captions: N names with their styles.
+    entries:  the entries of those images in the dataset.
+    images:   (N, 3, H, W) in [-1, 1].
     """
 
+    captions: Sequence[str]
     entries: Sequence[Mapping[str, Any]]
-    hits: Mapping[int, Sequence[bool]]
-    found: Sequence[Sequence[str]]
-
-    def summary(self) -> dict[str, Any]:
-        """Shares of hits, as JSON values."""
-        k = max(RANKS)
-        by_category: dict[str, list[bool]] = {}
-        for entry, hit in zip(self.entries, self.hits[k], strict=True):
-            by_category.setdefault(entry["category"], []).append(hit)
-        return (
-            {"n": len(self.entries)}
-            | {f"R@{k}": share(hits) for k, hits in self.hits.items()}
-            | {
-                f"R@{k} by category": {
-                    name: {"n": len(hits)} | share(hits) for name, hits in sorted(by_category.items())
-                }
-            }
-        )
-
-    def pictures(self, captions: Sequence[str]) -> list[dict[str, Any]]:
-        """Each picture's result, as JSON values."""
-        return [
-            {
-                "caption": caption,
-                "concept": entry["concept"],
-                "category": entry["category"],
-                **{f"R@{k}": hits[i] for k, hits in self.hits.items()},
-                "found": self.found[i],
-            }
-            for i, (caption, entry) in enumerate(zip(captions, self.entries, strict=True))
-        ]
+    images: Tensor
 
 
-def features_of(pictures: Tensor, extract: Extractor, batch: int, label: str) -> Tensor:
-    """Features (N, D) of pictures (N, 3, H, W) in [-1, 1], with progress."""
-    import torch
-    from tqdm import tqdm
-
-    with tqdm(total=len(pictures), desc=f"features: {label}", unit="image", disable=None) as bar:
-        features = []
-        for part in pictures.split(batch):
-            features.append(extract(part))
-            bar.update(len(part))
-    return torch.cat(features)
+def choose_queries(data: EmojiDataset, count: int, seed: int) -> Queries:
+    """`count` captions at random, or all if there are fewer, see `spread`."""
+    chosen = spread(data.images, count, seed)
+    return Queries(
+        [data.captions(i)[0] for i in chosen], [data.images[i] for i in chosen], data.batch(np.array(chosen))
+    )
 
 
-def load_extractor() -> Extractor:
-    from evaluation.metrics.extractors import ModelError
-    from evaluation.metrics.extractors import load_extractor as load
+def spread(entries: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[int]:
+    """Indices of `count` random entries, or of all if there are fewer, spread evenly over concepts and styles.
 
-    with blame("features", (ModelError,)):
-        return load(FEATURES, device="cpu")
+    Concepts take turns in random order; each gives an entry of one of the styles that were used least so far.
+    """
+    random = np.random.default_rng(seed)
+    left: dict[str, list[int]] = {}
+    for index in random.permutation(len(entries)).tolist():
+        left.setdefault(entries[index]["concept"], []).append(index)
+    used = {entry["style"]: 0 for entry in entries}
+    chosen: list[int] = []
+    while any(left.values()):
+        for indices in filter(None, left.values()):
+            index = min(indices, key=lambda i: used[entries[i]["style"]])  # ties: the first, at random
+            indices.remove(index)
+            used[entries[index]["style"]] += 1
+            chosen.append(index)
+    return chosen[:count]

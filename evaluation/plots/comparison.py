@@ -16,12 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.metrics.frechet import distance
-from evaluation.metrics.retrieval import SPLITS, RealSet, features_of, load_extractor
+from evaluation.metrics.paired import load_ssim
+from evaluation.metrics.retrieval import Queries, RealImages, choose_queries, features_of, load_real_images
 from evaluation.metrics.statistics import Moments
-from evaluation.paired import load_ssim
 from evaluation.plots.experiment import BATCH, Experiment
 from evaluation.plots.rows import Row
-from evaluation.recognition import Asked
 from ldm.checkpoint import fingerprint
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of, one_line
@@ -62,21 +61,19 @@ class Comparison:
     steps: int
 
     @cached_property
-    def queries(self) -> Asked:
+    def queries(self) -> Queries:
         """The dataset's captions that are the prompts."""
         count = self.experiment.count
         with fault_of("data"):
-            found = Asked.of(EmojiDataset(self.data, split="train", max_tier=1), count, self.experiment.seed)
+            found = choose_queries(EmojiDataset(self.data, split="train", max_tier=1), count, self.experiment.seed)
         if len(found.captions) < count:
             raise SettingError("count", f"{self.data} has {len(found.captions)} captions; got {count}")
         return found
 
     @cached_property
-    def real(self) -> RealSet:
+    def real(self) -> RealImages:
         """The dataset's images, with their features."""
-        with fault_of("data"):
-            images = [EmojiDataset(self.data, split=split, max_tier=2) for split in SPLITS]
-        return RealSet.of(images, load_extractor(), BATCH)
+        return load_real_images(self.data, batch_size=BATCH)
 
     @cached_property
     def items(self) -> list[Item]:
@@ -131,14 +128,14 @@ class Comparison:
 
     def against_real(self, name: str, images: Tensor, plain: Tensor) -> Values:
         """Feature distances and retrieval of images (N, 3, H, W) in [-1, 1]; `name`: of the row."""
-        ours, plains = (features_of(some, self.real.extract, BATCH, name) for some in (images, plain))
-        retrieval = self.real.judge(to_pil(images), self.queries.entries, name)
+        real = self.real
+        ours, plains = (features_of(some, real.extractor, BATCH, name) for some in (images, plain))
+        moments = (Moments.from_features(features.double().numpy()) for features in (ours, real.features))
+        found = real.retrieve(to_pil(images), self.queries.entries, name)
         return {
             "feature_distance": float((ours - plains).norm(dim=1).mean()),
-            "fid_real": distance(
-                *(Moments.from_features(f.double().numpy()).gaussian() for f in (ours, self.real.raw))
-            ),
-            "R@5": float(np.mean(retrieval.hits[5])),
+            "fid_real": distance(*(part.gaussian() for part in moments)),
+            "R@5": float(np.mean(found.hits[5])),
         }
 
 
@@ -173,7 +170,7 @@ def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -
 
 def depends_on(comparison: Comparison, row: Row, plan: AnyPlan) -> dict[str, Any]:
     """Everything that a row's values depend on, as JSON values."""
-    method = {name: value for name, value in dict(row).items() if name not in ("family", "label", "plan", "propagate")}
+    method = row.model_dump(include={"sampler", "steps", "noise_weight", "guidance_reuse"})
     return comparison.experiment.settings() | comparison.settings | {"row": method | {"plan": plan.settings()}}
 
 

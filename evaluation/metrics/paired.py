@@ -1,0 +1,310 @@
+"""Distances between the images of an accelerated run and those of the plain run from the same noise.
+
+Every value is named ..._vs_plain: it says how much the acceleration changes the images, not how good they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from evaluation.metrics import ModelError
+from evaluation.metrics.extractors import Extractor, load_extractor, network_fields
+from evaluation.metrics.frechet import distance, few_images_warnings
+from evaluation.metrics.intervals import mean_values
+from evaluation.metrics.result import Result, flat
+from evaluation.metrics.statistics import Moments, to_numpy, total
+from evaluation.runs.images import ImageError, ImageFolder, Images, incomplete_warnings, left_out_warnings, open_samples
+from ldm.io.errors import fault_of, one_line
+from ldm.io.files import file_sha256
+from ldm.io.images import psnr
+
+# Pairs of images, (B, 3, H, W) in [-1, 1] each, -> a value for each pair, (B,).
+Measure = Callable[[Tensor, Tensor], Tensor]
+SHOWN = 3  # of many images, how many a message names
+WINDOW = 11  # of SSIM, in pixels
+LPIPS_LEAST = 31  # pixels that AlexNet needs
+LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
+ALIKE = ("protocol", "weights", "config", "averaged", "seeds", "precision")  # what both runs must have in common
+
+
+def compute(
+    plain: str | Path | Images,
+    accelerated: str | Path | Images,
+    *,
+    extractor: Extractor | str = "inception-2015",
+    weights: str | Path | None = None,
+    resize: str | None = None,
+    batch_size: int = 50,
+    device: str = "auto",
+    lpips: bool = False,
+) -> Result:
+    """PSNR, SSIM, feature distances and the Fréchet distance of an accelerated run from the plain run.
+
+    Args:
+        plain, accelerated: images: a folder, an npz file (arr_0) or npy file uint8 (N, H, W, 3), or opened ones. See
+            `paired` for what belongs together.
+        extractor: the feature network or its name; for a name:
+        weights, resize, device: see `load_extractor`.
+        batch_size: pairs per batch; changes speed and memory only.
+        lpips: also the perceptual distance LPIPS (AlexNet).
+
+    Raises:
+        SettingError: an argument can't be used, or `packages`: torchmetrics is missing.
+    """
+    with fault_of("plain"):
+        plain = open_samples(plain)
+    with fault_of("accelerated"):
+        accelerated = open_samples(accelerated)
+        check_alike(plain.provenance, accelerated.provenance)
+        plain, accelerated = paired(plain, accelerated)
+        check_size(plain, LPIPS_LEAST if lpips else WINDOW)
+    with fault_of("extractor"):
+        network = load_extractor(extractor, weights, resize, device) if isinstance(extractor, str) else extractor
+    measures = load_measures(network.device, lpips)
+    with fault_of("accelerated"):
+        values, width = all_values(plain, accelerated, network, measures, batch_size)
+    made, n = accelerated.provenance, len(plain.names)
+    protocol = {
+        "measure": "paired",
+        **network_fields(network),
+        "n": n,
+        "plain": {"sha256": plain.sha256()},
+        "prompts": made.get("protocol_sha256"),
+    }
+    if lpips:
+        protocol["lpips"] = {
+            "network": "alexnet",
+            "sha256": file_sha256(lpips_weights()),
+            "torchmetrics": version("torchmetrics"),
+        }
+    warnings = [
+        *(warning for images in (plain, accelerated) for warning in left_out_warnings(images)),
+        *(warning for images in (plain, accelerated) for warning in incomplete_warnings(images, images.provenance)),
+        *few_images_warnings(n, width, "fid_vs_plain"),
+    ]
+    return Result(values, protocol, {**made, "plain": plain.provenance}, warnings)
+
+
+def all_values(
+    plain: Images, accelerated: Images, extractor: Extractor, measures: Mapping[str, Measure], batch_size: int
+) -> tuple[dict[str, Any], int]:
+    """The values of the pairs by name, and the number of features of the network.
+
+    Args:
+        plain, accelerated: in the same order.
+        measures: of pairs of images, by name.
+
+    Raises:
+        ImageError: an image can't be read, or the images of a pair differ in size.
+    """
+    each: dict[str, list[np.ndarray]] = {}
+    moments: tuple[list[Moments], list[Moments]] = ([], [])
+    for a, b in pair_batches(plain, accelerated, batch_size):
+        found = {name: measure(a, b) for name, measure in measures.items()}
+        one, other = (features_of(images, extractor) for images in (a, b))
+        found |= {"feature_distance": (one - other).norm(dim=1), "feature_cosine": F.cosine_similarity(one, other)}
+        for name, values in found.items():
+            each.setdefault(name, []).append(to_numpy(values))
+        for parts, features in zip(moments, (one, other), strict=True):
+            parts.append(Moments.from_features(features.numpy()))
+    of_plain, of_accelerated = (total(parts).gaussian() for parts in moments)
+    result: dict[str, Any] = {"fid_vs_plain": distance(of_accelerated, of_plain)}
+    for name, parts in each.items():
+        values = np.concatenate(parts)
+        # Identical images have an infinite PSNR, which its mean leaves out.
+        result |= mean_values(f"{name}_vs_plain", values[np.isfinite(values)].astype(np.float64))
+    result["identical_pictures"] = int(np.isinf(np.concatenate(each["psnr"])).sum())
+    return result, len(of_plain.mean)
+
+
+def features_of(images: Tensor, extractor: Extractor) -> Tensor:
+    """Pooled features (B, D) float64 of images (B, 3, H, W) in [-1, 1], each resized on its own."""
+    prepared = torch.cat([extractor.prepare(image[None]) for image in images])
+    return extractor.extract(prepared.to(extractor.device)).pooled.double().cpu()
+
+
+def pair_batches(plain: Images, accelerated: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images of the pairs, (B, 3, H, W) each, with a progress bar.
+
+    Raises:
+        ImageError: the images of a pair differ in size.
+    """
+    waiting: list[tuple[Tensor, Tensor]] = []
+    pairs = zip(plain, accelerated, strict=True)
+    for i, (a, b) in enumerate(tqdm(pairs, total=len(plain.names), desc="pairs", unit="pair", disable=None)):
+        if a.shape != b.shape:
+            raise ImageError(
+                f"{plain.names[i]} has {a.shape[2]} x {a.shape[1]} pixels, its partner "
+                f"{accelerated.names[i]} has {b.shape[2]} x {b.shape[1]}"
+            )
+        waiting.append((a, b))
+        if len(waiting) == batch_size or i == len(plain.names) - 1:
+            yield torch.stack([a for a, _ in waiting]), torch.stack([b for _, b in waiting])
+            waiting = []
+
+
+# What is compared with what
+
+
+def check_alike(plain: Mapping[str, Any], accelerated: Mapping[str, Any]) -> None:
+    """Check that the runs differ only in what an acceleration changes, as far as their provenance is known.
+
+    Raises:
+        ImageError: they differ in more; it names the fields.
+    """
+
+    def facts(made: Mapping[str, Any]) -> dict[str, Any]:
+        # A run card has the precision among the settings of its method, an image among its other settings.
+        method = made["method"] if isinstance(made.get("method"), Mapping) else {}
+        return flat({name: made.get(name, method.get(name)) or {} for name in ALIKE})
+
+    ours, theirs = facts(plain), facts(accelerated)
+    differ = [
+        f"{name} ({ours[name]} there, {theirs[name]} here)"
+        for name in sorted(ours.keys() & theirs.keys())
+        if ours[name] != theirs[name]
+    ]
+    if differ:
+        raise ImageError(
+            f"differs from the plain run in {'; '.join(differ)}; expected runs that differ in sampler, steps or plan "
+            f"only"
+        )
+
+
+def check_size(images: Images, least: int) -> None:
+    """Check that there are two images of at least `least` pixels in each direction.
+
+    Raises:
+        ImageError: there are not.
+    """
+    side = min(next(iter(images)).shape[1:])
+    if side < least or len(images.names) < 2:
+        raise ImageError(
+            f"expected at least 2 pairs of images of at least {least} x {least} pixels; got {len(images.names)} with "
+            f"a side of {side}"
+        )
+
+
+def paired(plain: Images, accelerated: Images) -> tuple[Images, Images]:
+    """Both sets in the same order.
+
+    Files are paired by the noise and the inputs that are stored in them, or by name if a side has none stored; the
+    images of two arrays by position.
+
+    Raises:
+        ImageError: a folder and an array, whose orders differ; runs from different noise; images without a partner, or
+            several of the same noise and inputs.
+    """
+    if isinstance(plain, ImageFolder) and isinstance(accelerated, ImageFolder):
+        return paired_files(plain, accelerated)
+    if isinstance(plain, ImageFolder) or isinstance(accelerated, ImageFolder):
+        raise ImageError(
+            f"can't pair {plain.path} with {accelerated.path}: a folder is in the order of its names, an array is not; "
+            f"expected two folders or two arrays"
+        )
+    if len(plain.names) != len(accelerated.names):
+        raise ImageError(
+            f"{plain.path} has {len(plain.names)} images, {accelerated.path} has {len(accelerated.names)}; they are "
+            f"paired by position, so expected the same number"
+        )
+    return plain, accelerated
+
+
+def paired_files(plain: ImageFolder, accelerated: ImageFolder) -> tuple[ImageFolder, ImageFolder]:
+    """The images of two folders in the same order; see `paired`."""
+    folders = (plain, accelerated)
+    keys = [folder.keys() for folder in folders]
+    if set(keys[0]).isdisjoint(keys[1]):
+        if all(stored != list(folder.names) for stored, folder in zip(keys, folders, strict=True)):
+            raise ImageError(
+                f"different noise or inputs: no image of {plain.path} has a partner in {accelerated.path}; "
+                f"[noise, start, inputs] is {min(keys[0])} there and {min(keys[1])} here"
+            )
+        keys = [list(folder.names) for folder in folders]
+    positions = [{key: i for i, key in enumerate(of)} for of in keys]
+    for folder, of, position in zip(folders, keys, positions, strict=True):
+        if len(position) < len(of):
+            raise ImageError(
+                f"{folder.path}: {len(of) - len(position)} images share noise and inputs with another; are there "
+                f"several runs in the folder?"
+            )
+    for folder, ours, theirs in zip(folders, positions, reversed(positions), strict=True):
+        if alone := [folder.names[i] for key, i in ours.items() if key not in theirs]:
+            raise ImageError(
+                f"mismatched sets: {len(alone)} images of {folder.path} have no partner, such as "
+                f"{', '.join(alone[:SHOWN])}"
+            )
+    shared = sorted(positions[0])
+    return tuple(
+        folder.subset([position[key] for key in shared]) for folder, position in zip(folders, positions, strict=True)
+    )
+
+
+# Measures of pairs
+
+
+def load_measures(device: torch.device, lpips: bool) -> dict[str, Measure]:
+    """PSNR, SSIM and, on request, LPIPS, by name.
+
+    Raises:
+        SettingError: `packages`: torchmetrics is missing; `lpips`: its packages or weights are.
+    """
+    with fault_of("packages"):
+        measures = {"psnr": psnr, "ssim": load_ssim()}
+    if not lpips:
+        return measures
+    with fault_of("lpips"):
+        return {**measures, "lpips": load_lpips(device)}
+
+
+def load_ssim() -> Measure:
+    """SSIM with the published window and constants, from torchmetrics. Source: Wang et al. (2004).
+
+    Raises:
+        ModelError: torchmetrics is missing or can't be imported.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+    except Exception as error:  # a missing package; or a torchvision that does not fit PyTorch, which it imports
+        raise ModelError(
+            f"SSIM needs torchmetrics, which can't be imported here: {one_line(error)[:160]}; "
+            f'pip install -e ".[eval]", and no torchvision rather than one that does not fit PyTorch'
+        ) from error
+
+    def similarity(a: Tensor, b: Tensor) -> Tensor:
+        a, b = ((x.double() + 1) / 2 for x in (a, b))  # SSIM depends on brightness, so 0..1
+        return ssim(a, b, data_range=1.0, kernel_size=WINDOW, reduction="none").reshape(-1)
+
+    return similarity
+
+
+def load_lpips(device: torch.device) -> Measure:
+    """LPIPS with AlexNet, from torchmetrics. Source: arXiv 1801.03924.
+
+    Raises:
+        ModelError: torchvision or the weights are missing.
+    """
+    try:
+        from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+
+        measure = LearnedPerceptualImagePatchSimilarity("alex").to(device)
+    except Exception as error:  # a missing package, a package that does not fit PyTorch, a download that fails
+        raise ModelError(
+            f"LPIPS needs torchvision (one that fits the installed PyTorch) and its weights "
+            f"{LPIPS_WEIGHTS} in torch.hub's folder checkpoints: {one_line(error)[:160]}"
+        ) from error
+    return lambda a, b: measure.net(a.to(device), b.to(device)).reshape(-1)
+
+
+def lpips_weights() -> Path:
+    """The file of AlexNet's weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS
