@@ -66,6 +66,10 @@ class Plan:
     per_image: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        self._check_nodes()
+        self._check_batches()
+
+    def _check_nodes(self) -> None:
         if not self.keys or self.keys[0] != 0:
             raise ValueError(f"keys must start with node 0, which has no earlier features; got {self.keys}")
         for name, nodes in (("keys", self.keys), ("shallow", self.shallow)):
@@ -75,11 +79,13 @@ class Plan:
             raise ValueError(
                 f"key {self.keys[-1]} is past the last node {self.num_nodes - 1}; this schedule is for a longer run"
             )
-        if self.parallel < 1:
-            raise ValueError(f"parallel must be at least 1 decoder step per batch; got {self.parallel}")
         keys = {*self.keys}
         if wrong := [i for i in self.shallow if i in keys or not 0 < i < self.num_nodes]:
             raise ValueError(f"shallow nodes must be 1..{self.num_nodes - 1} and no key nodes; got {wrong}")
+
+    def _check_batches(self) -> None:
+        if self.parallel < 1:
+            raise ValueError(f"parallel must be at least 1 decoder step per batch; got {self.parallel}")
         if self.branch < 0 or (self.branch and not self.shallow):
             raise ValueError(f"branch must be at least 0, and 0 without shallow nodes; got {self.branch}")
         if self.propagate not in PROPAGATIONS:
