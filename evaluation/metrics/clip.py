@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluation.metrics import ModelError
 from ldm.io.errors import one_line
 from ldm.io.files import read_json
+from ldm.modules.encoders.clip import from_folder
 from ldm.modules.encoders.clip_image import MEAN, STD
 from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
 from ldm.modules.encoders.openclip import OpenCLIP, Vision
@@ -73,8 +75,6 @@ class TransformersClip(ClipModel):
     """A CLIPModel of the transformers library."""
 
     def __init__(self, folder: Path, vocabulary: Path | None) -> None:
-        from ldm.modules.encoders.clip import from_folder
-
         super().__init__(ClipTokenizer(vocabulary))
         self.model = from_folder("CLIPModel", folder)
         config = self.model.config.vision_config
@@ -119,8 +119,6 @@ class OpenClip(ClipModel):
 
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 

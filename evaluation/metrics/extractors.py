@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 from evaluation.metrics import ModelError
 from evaluation.metrics.clip import load_clip
+from evaluation.metrics.inception import Inception
 from ldm.checkpoint.download import DownloadError, fetch
 from ldm.cli.devices import find_device
 from ldm.io.errors import SettingError, one_line
 from ldm.io.files import file_sha256
 from ldm.io.images import to_pil
+from ldm.modules.encoders.clip import from_folder
 
 INSTALL = 'install it with: pip install -e ".[eval]"'
 INCEPTION_URL = (
@@ -140,8 +142,6 @@ class Inception2015(Extractor):
     name, usual_resize, size = "inception-2015", "tf1-bilinear", 299
 
     def load(self, weights: Path | None) -> tuple[nn.Module, Path]:
-        from evaluation.metrics.inception import Inception
-
         weights = weights or self.downloaded()
         return fill(Inception(), weights, self.name), weights
 
@@ -185,8 +185,6 @@ class DinoV2(Extractor):
                 f"{self.name}: {weights or 'no weights are named'}: expected a folder with config.json "
                 f"and model.safetensors of facebook/dinov2-large"
             )
-        from ldm.modules.encoders.clip import from_folder
-
         try:
             return from_folder("Dinov2Model", weights), file
         except ValueError as error:
