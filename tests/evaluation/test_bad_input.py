@@ -16,8 +16,6 @@ import pytest
 from evaluation import adm, clip_score, fid, paired, preference
 from evaluation.metrics.preference import PACKAGES
 from tests.helpers.measures import N, assert_one_line, draw, fid_of, load_json
-from tests.helpers.paths import ROOT
-from tests.helpers.processes import quick_help
 
 
 def test_a_run_that_is_not_finished_is_told(call, sets, tmp_path, capsys):
@@ -149,8 +147,3 @@ def test_plug_ins_that_are_not_installed_say_so(call, capsys, monkeypatch, sets)
         monkeypatch.setitem(sys.modules, package, None)
         assert preference.main([str(sets / "plain"), "--model", name]) == 2
         assert_one_line(capsys.readouterr().err, f"--model: {name} needs the package {package}, which is not installed")
-
-
-@pytest.mark.parametrize("name", ["fid", "adm", "paired", "clip_score", "preference", "results"])
-def test_help_answers_at_once(name):
-    assert "usage: " + name in quick_help(ROOT / "evaluation" / f"{name}.py")
