@@ -37,9 +37,7 @@ PACKAGES = (
     "",
 )
 # Tables run measures by their commands; they are to call functions instead.
-NOT_YET = [
-    *(f"evaluation/table/{name}.py" for name in ("cost", "fill", "job", "now", "quality")),
-]
+NOT_YET = [*(f"evaluation/table/{name}.py" for name in ("cost", "fill", "job", "now", "quality"))]
 FILES = sorted(
     str(path.relative_to(ROOT))
     for top in ("ldm", "scripts", "evaluation", "main.py")
