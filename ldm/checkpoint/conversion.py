@@ -147,7 +147,7 @@ def _rename(part: str, state: Mapping[str, Tensor], names: Mapping[str, str]) ->
     if unknown:
         raise ConversionError(f"{part}: keys that Stable Diffusion 1 and 2 do not have{some(unknown, 4)}")
     if others := [f"{key} {value.dtype}" for key, value in renamed.items() if not value.is_floating_point()]:
-        raise ConversionError(f"{part}: weights that are no real numbers{some(others, 4)}")
+        raise ConversionError(f"{part}: weights that are not floating-point numbers{some(others, 4)}")
     return renamed
 
 

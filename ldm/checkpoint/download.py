@@ -111,9 +111,9 @@ def _whole_part(url: str, target: Path, progress: Progress) -> Iterator[Path]:
                 return
             if size > total:
                 part.unlink()
-                raise DownloadError(f"{size} bytes came where the server had announced {total}; thrown away")
+                raise DownloadError(f"{size} bytes received, {total} announced; discarded")
             if size <= reached:
-                raise DownloadError(f"the transfer broke off at {size} of {total} bytes; try again to go on from there")
+                raise DownloadError(f"the transfer broke off at {size} of {total} bytes; try again to resume it")
             reached = size
 
 
@@ -167,14 +167,14 @@ def _open(url: str, start: int = 0, version: str | None = None) -> http.client.H
     except (URLError, OSError, http.client.HTTPException) as error:
         raise DownloadError(f"no connection ({getattr(error, 'reason', None) or error})") from error
     except ValueError as error:  # an address that the server redirects to
-        raise DownloadError(f"the server leads to an address that is none ({error})") from error
+        raise DownloadError(f"the server redirects to an invalid address ({error})") from error
     encoding = answer.headers.get("Content-Encoding", "identity")
     if answer.headers.get_content_type() == "text/html" or encoding != "identity":
         answer.close()
         raise DownloadError(
             "a web page, not a file"
             if encoding == "identity"
-            else f"an answer compressed with {encoding}, which was not asked for"
+            else f"a response compressed with {encoding}, which was not requested"
         )
     return answer
 
@@ -233,9 +233,9 @@ def _check(file: Path, sha256: str | None) -> None:
     try:
         weight_format(file)
     except CheckpointError as error:
-        raise DownloadError(f"no file of weights, thrown away: {str(error).removeprefix(f'{file}: ')}") from error
+        raise DownloadError(f"not a file of weights, discarded: {str(error).removeprefix(f'{file}: ')}") from error
     if sha256 is not None and (found := file_sha256(file)) != sha256:
-        raise DownloadError(f"another file than expected, thrown away: its SHA-256 is {found}, not {sha256}")
+        raise DownloadError(f"not the expected file, discarded: its SHA-256 is {found}, not {sha256}")
 
 
 def _unpack(archive: Path, target: Path) -> None:

@@ -103,7 +103,7 @@ def choose_weights(path: str | Path, state: dict[str, Tensor], weights: str) -> 
 def refuse_averages(left: Collection[str], path: str | Path) -> None:
     """Raise CheckpointError for averages without their weight."""
     if left:
-        raise CheckpointError(f"{path}: averages of no model.* weight{some(left)}; use weights 'raw'")
+        raise CheckpointError(f"{path}: averages without their model.* weight{some(left)}; use weights 'raw'")
 
 
 def _averages_alone(path: str | Path, state: dict[str, Tensor], weights: str) -> tuple[dict[str, Tensor], str]:
@@ -189,7 +189,7 @@ def _unmatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path
         "missing": missing - absent,
         "unexpected": unexpected - ignored,
         "of another shape": shapes,
-        "that are no real numbers": dtypes,
+        "that are not floating-point numbers": dtypes,
     }
     if any(faults.values()):
         problems = [f"{len(names)} {what}{some(names)}" for what, names in faults.items() if names]

@@ -45,7 +45,7 @@ def read_header(stream: IO[bytes], size: int) -> Header:
         raise ValueError(f"an array of {header.dtype} {header.shape}; expected numbers, and no side below 0")
     if (stated := math.prod(header.shape) * header.dtype.itemsize) != size - header.start:
         raise ValueError(
-            f"cut off, or a wrong header: {header.dtype} {header.shape} are {stated} bytes, "
+            f"truncated, or a wrong header: {header.dtype} {header.shape} are {stated} bytes, "
             f"and there are {size - header.start}"
         )
     return header
@@ -100,5 +100,5 @@ def load_array(path: str | Path, name: str, most: int) -> np.ndarray:
             raise ValueError(f"{name} has {count} values; accepted: {most}")
         content = stream.read(count * header.dtype.itemsize)
         if len(content) < count * header.dtype.itemsize:
-            raise ValueError(f"{name} is cut off")
+            raise ValueError(f"{name} is truncated")
         return np.frombuffer(content, header.dtype).reshape(header.shape, order="F" if header.fortran else "C").copy()

@@ -93,7 +93,7 @@ def read_bytes(path: str | Path) -> bytes:
     """
     check_regular(path)
     if (size := os.stat(path).st_size) > MOST_BYTES:
-        raise FileError(f"{path}: {size} bytes; a text has {MOST_BYTES} at most")
+        raise FileError(f"{path}: {size} bytes; a text file may have {MOST_BYTES} at most")
     return Path(path).read_bytes()
 
 
@@ -149,7 +149,7 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise FileError("not JSON: half a character, a lone surrogate") from None
+            raise FileError("not JSON: a lone surrogate, half a character") from None
     return value
 
 

@@ -114,7 +114,7 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
     elif trainer.max_steps == 0:
         raise ValueError("lightning.trainer.max_steps: 0 steps train nothing")
     elif 0 < trainer.max_steps <= done:
-        print(f"{logdir}: all {trainer.max_steps} steps are done; lightning.trainer.max_steps=N goes on to step N")
+        print(f"{logdir}: all {trainer.max_steps} steps are done; lightning.trainer.max_steps=N continues to step N")
     else:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         print(f"{logdir}: {trained / 1e6:.2f} M weights, from step {done} to {trainer.max_steps}")

@@ -40,8 +40,8 @@ def read_state(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if isinstance(state, dict) and all(isinstance(state.get(part), kind) for part, kind in PARTS.items()):
                 return state
-            raise ValueError("it holds no state of a training")
-        raise ValueError(f"its part {damaged} is not what was written")
+            raise ValueError("it does not hold the state of a training")
+        raise ValueError(f"its part {damaged} does not match its CRC")
     except Exception as error:  # a damaged pickle can make the reader fail in any way
         previous = path.with_name(PREVIOUS)
         advice = (

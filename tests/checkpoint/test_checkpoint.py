@@ -167,7 +167,7 @@ def test_choice_of_weights(tmp_path):
         load_state(plain, "ema")
     with pytest.raises(ValueError, match="auto, ema, raw"):
         load_state(plain, "best")
-    with pytest.raises(CheckpointError, match="averages of no model.* weight .model_ema.zzz."):
+    with pytest.raises(CheckpointError, match="averages without their model.* weight .model_ema.zzz."):
         load_state(write(tmp_path / "z.ckpt", both | {"model_ema.zzz": torch.zeros(1)}))
 
 

@@ -422,7 +422,9 @@ def test_a_checkpoint_of_another_model_is_refused(change, why):
 def test_weights_of_other_numbers_are_refused(dtype):
     key = "model.diffusion_model.out.2.bias"
     state = Small("sd_v1").state
-    with pytest.raises(ConversionError, match=f"unet: weights that are no real numbers .conv_out.bias {dtype}"):
+    with pytest.raises(
+        ConversionError, match=f"unet: weights that are not floating-point numbers .conv_out.bias {dtype}"
+    ):
         to_diffusers(state | {key: state[key].to(dtype)})
 
 

@@ -216,7 +216,7 @@ def test_weights_of_whole_numbers(tmp_path, capsys):
     state["model.diffusion_model.out.2.bias"] = state["model.diffusion_model.out.2.bias"].to(torch.int64)
     save_file(state, tmp_path / "m.safetensors")
     assert main([*FILES[:3], str(tmp_path / "m.safetensors")]) == 1
-    assert "no real numbers (model.diffusion_model.out.2.bias torch.int64, config" in capsys.readouterr().out
+    assert "not floating-point numbers (model.diffusion_model.out.2.bias torch.int64, config" in capsys.readouterr().out
 
 
 def test_a_config_that_does_not_build(tmp_path, capsys):

@@ -292,7 +292,7 @@ def test_parts_of_other_versions_go_when_one_is_whole(site, target):
 def test_what_is_no_file_of_weights_is_not_kept(site, target, content, why):
     """Served as the usual bytes, with status 200; there is no SHA-256 to find it out."""
     site.files["/model.ckpt"] = content
-    with pytest.raises(DownloadError, match=f"no file of weights, thrown away: .*{why}") as error:
+    with pytest.raises(DownloadError, match=f"not a file of weights, discarded: .*{why}") as error:
         fetch(f"{site.address}/model.ckpt", target)
     assert not list(target.parent.iterdir()) and str(target) not in str(error.value)
 
@@ -304,7 +304,7 @@ def test_what_is_no_file_of_weights_is_not_kept(site, target, content, why):
         ({"Content-Length": "-5"}, "Content-Length '-5'"),
         ({"Content-Length": "9" * 18}, r"needs 1000000000.00 GB; .* are free"),
         ({"Content-Length": "1" * 99}, "damaged"),
-        ({"Content-Encoding": "gzip"}, "compressed with gzip, which was not asked for"),
+        ({"Content-Encoding": "gzip"}, "compressed with gzip, which was not requested"),
     ],
 )
 def test_nonsense_of_a_server_is_told(site, target, headers, why):

@@ -216,7 +216,7 @@ def test_a_file_of_averages_alone_is_a_model(tmp_path):
     with pytest.raises(CheckpointError, match="only averages .model_ema.*. of the network"):
         load_weights(Network(), path, "raw")
     averages["model_ema.other"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match="averages of no model.* weight .model_ema.other."):
+    with pytest.raises(CheckpointError, match="averages without their model.* weight .model_ema.other."):
         load_weights(Network(), save(tmp_path / "o.ckpt", averages | rest))
 
 
@@ -230,7 +230,7 @@ def test_weights_are_real_numbers(tmp_path, dtype, suffix):
     path = tmp_path / f"m.{suffix}"
     save_file(state, path) if suffix == "safetensors" else save(path, state)
     module = nn.Linear(3, 2)
-    with pytest.raises(CheckpointError, match=rf"no real numbers .weight {dtype}, config torch.float32."):
+    with pytest.raises(CheckpointError, match=rf"not floating-point numbers .weight {dtype}, config torch.float32."):
         load_weights(module, path)
     for taken in (torch.float16, torch.bfloat16, torch.float64):
         load_weights(module, save(tmp_path / "ok.ckpt", {k: v.real.to(taken) for k, v in state.items()}))

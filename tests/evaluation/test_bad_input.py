@@ -97,7 +97,7 @@ def bad(tmp_path_factory) -> Path:
         ("other.npz", "other.npz: can't be read: has no array arr_0$"),
         ("grey.npz", r"expected images uint8 \(N, H, W, 3\), N > 0; got uint8 \(4, 8, 8\)"),
         ("float.npz", "got float32"),
-        ("cut.npy", r"cut off, or a wrong header: uint8 \(4, 8, 8, 3\) are 768 bytes, and there are 668$"),
+        ("cut.npy", r"truncated, or a wrong header: uint8 \(4, 8, 8, 3\) are 768 bytes, and there are 668$"),
         ("minus.npy", r"an array of uint8 \(-3, 8, 8, 3\); expected numbers, and no side below 0"),
         ("minus.npz", r"an array of uint8 \(-3, 8, 8, 3\)"),
         ("liar.npz", r"wrong header: uint8 \(100000, 128, 128, 3\) are 4915200000 bytes, and there are 10$"),

@@ -508,7 +508,7 @@ def test_a_file_that_is_no_state_is_refused(trained, tmp_path, part, value, caps
     torch.save(torch.load(path, weights_only=True) | {part: value}, path)
     assert main(["--resume", str(tmp_path / "r"), "-t", "--steps", "9"]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "last.ckpt is damaged (it holds no state of a training)" in err
+    assert err.count("\n") == 1 and "last.ckpt is damaged (it does not hold the state of a training)" in err
 
 
 def test_a_state_of_another_model_is_refused(trained, tmp_path, capsys):
