@@ -404,8 +404,8 @@ def check_width(reference: Reference, images: Images, extractor: Extractor) -> N
     Raises:
         ImageError: they are not.
     """
-    first = next(iter(images))[None].to(extractor.device)
-    features = extractor.extract(extractor.prepare(first))
+    prepared = extractor.prepare(next(iter(images))[None])
+    features = extractor.extract(prepared.to(extractor.device))
     for what, gaussian, found in (
         ("", reference.gaussian, features.pooled),
         ("spatial ", reference.spatial, features.spatial),

@@ -15,6 +15,7 @@ import pytest
 
 from evaluation import adm, clip_score, fid, paired, preference
 from evaluation.metrics.preference import PACKAGES
+from evaluation.runs.images import ImageFolder, incomplete_warnings
 from tests.helpers.measures import N, assert_one_line, draw, fid_of, load_json
 
 
@@ -28,6 +29,11 @@ def test_a_run_that_is_not_finished_is_told(call, sets, tmp_path, capsys):
         assert load_json(out)["warnings"][0].startswith(why)
     (tmp_path / "run.json").write_text(json.dumps({"plan": "off", "pictures": N}))
     assert not any("not finished" in w for w in fid_of(call, out, "real", str(tmp_path / "samples"))["warnings"])
+    for key in ("images", "pictures"):  # cards of older runs say pictures
+        (tmp_path / "run.json").write_text(json.dumps({"plan": "off", key: N + 1}))
+        images = ImageFolder(tmp_path / "samples")
+        (warning,) = incomplete_warnings(images, images.provenance)
+        assert f"{N} images of a run of {N + 1}" in warning
 
 
 def test_too_few_images_are_found_before_the_work(call, sets, tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.metrics.intervals import bootstrap, mean_interval, mean_values, normal_interval
+from evaluation.metrics.intervals import bootstrap, mean_interval, mean_values, normal_interval, share_interval
 
 
 def test_bootstrap_covers_the_truth_and_pairs_sets():
@@ -23,3 +23,11 @@ def test_bootstrap_covers_the_truth_and_pairs_sets():
     shifted = bootstrap(values + 2, lambda x: float(x.mean()), count=300, seed=1)
     np.testing.assert_allclose(shifted - again, 2)  # the same images each time
     assert not np.array_equal(again, bootstrap(values, lambda x: float(x.mean()), 300, seed=2))
+
+
+def test_intervals_by_hand():
+    assert normal_interval(5.0, np.array([0.0, 2.0])) == pytest.approx([5 - 1.959964 * 2**0.5, 5 + 1.959964 * 2**0.5])
+    assert mean_interval(np.array([0.0, 2.0])) == pytest.approx([1 - 1.959964, 1 + 1.959964])
+    assert share_interval(5, 10) == pytest.approx([0.236593, 0.763407], abs=1e-6)  # published tables of Wilson's
+    assert share_interval(0, 10)[0] == pytest.approx(0, abs=1e-12)
+    assert mean_values("score", np.array([])) == {"score": None}
