@@ -29,7 +29,7 @@ PROJECT_FILES = (
 
 
 class BuildWithFiles(build_py):
-    """Puts these files into the package, where `ldm.util.PROJECT_ROOT` finds them in an installation; and into a
+    """Puts these files into the package, where `ldm.io.files.PROJECT_ROOT` finds them in an installation; and into a
     source distribution, from which a package can be built again."""
 
     def finalize_options(self) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.cli.arguments import count, side, step_count
 from ldm.cli.parser import Parser, command
 from ldm.io.errors import BadInput, blame
-from ldm.util import PROJECT_ROOT
+from ldm.io.files import PROJECT_ROOT
 
 # What needs PyTorch is imported where it is used: --help must answer at once.
 if TYPE_CHECKING:

@@ -27,11 +27,11 @@ from ldm.cli.pipeline import check_amount, check_guidance, check_network, what_i
 from ldm.cli.settings import SamplingSettings, count_nodes, make_plan, make_recipe, run_facts, with_batches
 from ldm.cli.setup import Setup, model_files, read_setup, uses_autocast
 from ldm.io.errors import BadInput
+from ldm.io.files import PROJECT_ROOT, find_file
 from ldm.io.images import to_pil
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.engine import Engine
 from ldm.sampling.generate import Item
-from ldm.util import PROJECT_ROOT, find_file
 
 WEIGHTS = ("model.safetensors", "model.ckpt", "last.ckpt")
 

@@ -1,24 +1,20 @@
-"""Build objects from the `target:` and `params:` of a config; find the files a config names."""
+"""Build objects from the `target:` and `params:` of a config."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, get_type_hints
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError, create_model
 
+from ldm.io.files import PROJECT_ROOT  # noqa: F401
 from ldm.io.schema import first_error
 
-INSTALLED_FILES = Path(__file__).resolve().parent / "_project"  # where setup.py puts the folders beside ldm
-# From here paths such as models/ldm/emoji64/config.yaml start, in a checkout as in an installation.
-PROJECT_ROOT = INSTALLED_FILES if INSTALLED_FILES.is_dir() else INSTALLED_FILES.parents[1]
 ALLOWED_PACKAGES = ("ldm", "torch.nn", "torch.optim")
 
 
@@ -153,7 +149,10 @@ def _check_types(cls: type, params: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else repr(value)
+    """The value as JSON has it: OmegaConf's containers are no dicts and lists."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, Sequence) else repr(value)
 
 
 @cache
@@ -186,15 +185,3 @@ def _hints(cls: type) -> dict[str, Any]:
         with suppress(NameError, TypeError, AttributeError):
             hints |= get_type_hints(vars(base).get("__init__", base.__init__), include_extras=True)
     return hints
-
-
-def find_file(path: str | Path) -> Path:
-    """A file that a config names, relative to the working directory or, if it is not there, to the project root.
-
-    Raises:
-        FileNotFoundError: it is in neither place.
-    """
-    for candidate in (Path(path), PROJECT_ROOT / path):
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(f"{path}: no such file, neither from {Path.cwd()} nor from {PROJECT_ROOT}")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.cli.parser import GO_ON, Parser, run_command
 from ldm.io.errors import BadInput, did_you_mean, fault_of
-from ldm.util import PROJECT_ROOT
+from ldm.io.files import PROJECT_ROOT
 
 if TYPE_CHECKING:
     from ldm.checkpoint.published import Published

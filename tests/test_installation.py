@@ -17,7 +17,7 @@ import ldm
 from ldm.cli.arguments import CLASS_NAMES, EMOJI64
 from ldm.models.diffusion.propagation.load import load_plan, plan_names
 from ldm.checkpoint.published import load_manifest
-from ldm.util import PROJECT_ROOT, find_file
+from ldm.io.files import PROJECT_ROOT, find_file
 
 installed = evaluation.__file__.removesuffix("evaluation/__init__.py")
 assert ldm.__file__.startswith(installed) and str(PROJECT_ROOT).startswith(installed), (ldm.__file__, PROJECT_ROOT)

@@ -21,7 +21,7 @@ EXTRAS = {
     "main.py": {"", "train"},
     "ldm/modules/encoders/": {"", "text"},
     "evaluation/": {"", "eval", "text"},
-    "scripts/prepare_emoji.py": {"", "train"},
+    "ldm/data/emoji_set/": {"", "train"},
     "scripts/benchmark.py": {"", "test"},
     "ldm/profiling/diffusers_baseline.py": {"", "test"},
     "tests/": {"", "test"},

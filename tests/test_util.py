@@ -10,8 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.io.files import atomic_write
-from ldm.util import ConfigError, check_config, find_file, get_obj_from_str, instantiate_from_config
+from ldm.io.files import atomic_write, find_file
+from ldm.util import ConfigError, check_config, get_obj_from_str, instantiate_from_config
 from tests.helpers.paths import ROOT
 
 
@@ -72,7 +72,7 @@ def test_what_a_module_merely_imports_is_out_of_reach(target):
 def test_a_config_can_only_build_classes():
     assert callable(get_obj_from_str("torch.nn.functional.relu"))
     with pytest.raises(ConfigError, match="is a function"):
-        instantiate_from_config({"target": "ldm.util.find_file", "params": {"path": "x"}})
+        instantiate_from_config({"target": "ldm.util.check_config", "params": {"config": {}}})
 
 
 def test_the_refusal_names_the_target_and_the_way_out():

@@ -11,9 +11,8 @@ from pydantic import AfterValidator, Field
 
 from ldm.checkpoint.weight_file import CheckpointError, weight_format
 from ldm.io.errors import shown
-from ldm.io.files import FileError, file_sha256, read_yaml
+from ldm.io.files import PROJECT_ROOT, FileError, file_sha256, read_yaml
 from ldm.io.schema import AboveZero, Schema, Text, parse
-from ldm.util import PROJECT_ROOT
 
 MANIFEST = PROJECT_ROOT / "models" / "published.yaml"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.cli.parser import number, whole
-from ldm.util import PROJECT_ROOT
+from ldm.io.files import PROJECT_ROOT
 
 Files = tuple[Path, Path]  # a model's config and weights
 

@@ -23,8 +23,8 @@ from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.installation import Finding
 from ldm.cli.setup import CONSTRUCTION, fitting_configs
 from ldm.io.errors import fault_of, some
+from ldm.io.files import PROJECT_ROOT
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import PROJECT_ROOT
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEASURE = 32  # largest height and width of the latents for the measured prediction

@@ -16,9 +16,10 @@ from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.arguments import EMOJI64, Files
 from ldm.cli.devices import ALONE, Processes, find_device
 from ldm.io.errors import SettingError, fault_of
+from ldm.io.files import PROJECT_ROOT
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.engine import Sizes
-from ldm.util import PROJECT_ROOT, instantiate_from_config
+from ldm.util import instantiate_from_config
 
 # A config that does not build a model may fail in any way that a constructor can.
 CONSTRUCTION = (ValueError, OSError, TypeError, KeyError)

@@ -31,6 +31,9 @@ except ImportError:  # Windows: without locks, nothing is cleaned
 if TYPE_CHECKING:
     from omegaconf import DictConfig, ListConfig
 
+INSTALLED_FILES = Path(__file__).resolve().parents[1] / "_project"  # where setup.py puts the folders beside ldm
+# From here paths such as models/ldm/emoji64/config.yaml start, in a checkout as in an installation.
+PROJECT_ROOT = INSTALLED_FILES if INSTALLED_FILES.is_dir() else INSTALLED_FILES.parents[1]
 MOST_BYTES = 1 << 30  # of a text file
 MOST_DEPTH = 64  # of nested lists and mappings
 MOST_VALUES = 20_000_000  # in all of them; a value that YAML refers to again counts again
@@ -60,6 +63,21 @@ class NotAFile(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
+
+
+# Finding
+
+
+def find_file(path: str | Path) -> Path:
+    """A file that a config names, relative to the working directory or, if it is not there, to the project root.
+
+    Raises:
+        FileNotFoundError: it is in neither place.
+    """
+    for candidate in (Path(path), PROJECT_ROOT / path):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"{path}: no such file, neither from {Path.cwd()} nor from {PROJECT_ROOT}")
 
 
 # Reading

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.io.errors import BadInput
-from ldm.io.files import clean, unfinished
-from ldm.util import PROJECT_ROOT
+from ldm.io.files import PROJECT_ROOT, clean, unfinished
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.io.files import find_file
 from ldm.modules.diffusionmodules.process import ForwardProcess
 from ldm.modules.diffusionmodules.util import make_beta_schedule, timestep_embedding
-from ldm.util import find_file
 
 
 def _betas(timesteps: int = 1000, beta_schedule: str = "linear", **bounds: float) -> np.ndarray:
@@ -77,7 +77,7 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
         noise_schedule_config, max_noise_level: see `ImageConcatWithNoiseAugmentation`.
         timestep_dim: width D of an embedding, and of the level's sinusoidal embedding.
         clip_stats_path: file with the mean and standard deviation of the embeddings, two tensors (D,); looked
-            for by `ldm.util.find_file`. None = 0 and 1.
+            for by `ldm.io.files.find_file`. None = 0 and 1.
 
     Raises:
         ValueError: the file is missing or holds something else.

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldm.io.files import read_bytes
+from ldm.io.files import find_file, read_bytes
 from ldm.modules.encoders.tokenizer import check_ids, cut
-from ldm.util import find_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,7 +31,7 @@ def find_vocabulary(path: str | Path | None = None) -> Path:
 
     Args:
         path: `bpe_simple_vocab_16e6.txt.gz` of OpenAI's CLIP, a `merges.txt` of transformers, or a folder
-            with one of them; looked for by `ldm.util.find_file`.
+            with one of them; looked for by `ldm.io.files.find_file`.
 
     Raises:
         ValueError: there is none.

@@ -116,7 +116,7 @@ class BERTEmbedder(TransformerEmbedder):
         n_embed, n_layer, max_seq_len, device, embedding_dropout: see TransformerEmbedder.
         vocab_size: number of token ids, at least those of the tokenizer.
         use_tokenizer: whether text is accepted; token ids always are.
-        tokenizer: a JSON file of the tokenizers library (looked for by `ldm.util.find_file`), or such a
+        tokenizer: a JSON file of the tokenizers library (looked for by `ldm.io.files.find_file`), or such a
             tokenizer; None = only token ids can be encoded.
 
     Raises:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.io.files import read_text
-from ldm.util import find_file
+from ldm.io.files import find_file, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -28,12 +28,11 @@ from pydantic import AfterValidator, model_validator
 
 from ldm.checkpoint import fingerprint
 from ldm.io.errors import did_you_mean, shown
-from ldm.io.files import read_yaml
+from ldm.io.files import PROJECT_ROOT, read_yaml
 from ldm.io.schema import Schema, Text, parse
 from ldm.models.diffusion.propagation.calibration import Calibration, Nodes, read_calibration
 from ldm.models.diffusion.propagation.online import OnlinePlan
 from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan
-from ldm.util import PROJECT_ROOT
 
 PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
 FORMS = (
