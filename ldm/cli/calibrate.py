@@ -20,6 +20,7 @@ from ldm.cli.setup import ModelSettings, make_setup
 from ldm.cli.tasks import text_task
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import atomic_write
+from ldm.io.schema import parse
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.calibration import Calibration, measure
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
@@ -96,7 +97,7 @@ def calibrate_model(
         errors = try_propagations(engine, plan, items)
     best = min(errors, key=errors.get)
     file = facts.calibrations / f"{engine.recipe.sampler}-{engine.recipe.steps}.json"
-    return Outcome(replace(calibration, propagate=best), replace(plan, propagate=best), errors, file)
+    return Outcome(calibration.model_copy(update={"propagate": best}), replace(plan, propagate=best), errors, file)
 
 
 def plain_engine(model: ModelSettings, sampling: SamplingSettings) -> tuple[Engine, RunFacts]:
@@ -129,8 +130,9 @@ def calibrate(
         for table in zip(*tables, strict=True)
     )
     unit = engine.unit
-    return Calibration(
-        engine.plan.num_nodes, eps, features, unit.encode / unit.whole, "hold", dict(made_for), dict(how)
+    measured = {"num_nodes": engine.plan.num_nodes, "eps": eps, "features": features}
+    return parse(
+        Calibration, measured | {"encoder": unit.encode / unit.whole, "made_for": dict(made_for), "how": dict(how)}
     )
 
 

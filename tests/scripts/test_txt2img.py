@@ -144,11 +144,11 @@ def test_a_killed_run_resumes(call, tmp_path, monkeypatch, capsys):
     (tmp_path / "out" / "manifest.jsonl").unlink()
     real, made = Engine.__call__, []
 
-    def killed(self, items):
+    def killed(self, items, *rest):
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(items)
-        return real(self, items)
+        return real(self, items, *rest)
 
     monkeypatch.setattr(Engine, "__call__", killed)
     assert call("--n_iter", "3", "--n_samples", "1", "--skip_grid") == 130
@@ -562,9 +562,9 @@ def test_warming_up_computes_every_shape_of_a_run_twice(call, monkeypatch, flags
         assert seconds >= 0 and known <= {*first_calls}
         return seconds
 
-    def made(self, items):
+    def made(self, items, *rest):
         start = len(computed)
-        result = make(self, items)
+        result = make(self, items, *rest)
         (shapes,) = (shapes for engine, shapes in warmed if engine is self)
         assert {*computed[start:]} == shapes
         return result
