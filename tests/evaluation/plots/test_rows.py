@@ -1,0 +1,24 @@
+"""Rows of a comparison from a YAML file."""
+
+from __future__ import annotations
+
+from evaluation.figures import ROWS as SHIPPED
+from evaluation.plots.rows import read_rows
+
+
+def test_lists_in_a_row_are_rows(tmp_path):
+    file = tmp_path / "rows.yaml"
+    file.write_text(
+        "rows:\n- {family: a, steps: [5, 10], plan: ['off', 'uniform:2']}\n- {family: b, noise_weight: 0.1}\n"
+    )
+    rows = read_rows(str(file), 40)
+    assert [(row.family, row.steps, row.plan) for row in rows] == [
+        ("a", 5, "off"),
+        ("a", 5, "uniform:2"),
+        ("a", 10, "off"),
+        ("a", 10, "uniform:2"),
+        ("b", 40, "off"),
+    ]
+    assert len(set(map(str, rows))) == 5 and "prior noise 0.1" in str(rows[-1])
+    shipped = read_rows(str(SHIPPED), 50)
+    assert len(shipped) == len(set(map(str, shipped))) > 25
