@@ -246,7 +246,7 @@ def test_sizes_follow_each_other_and_batches_change_nothing(models):
         ({"subjects": HEART, "step": 9}, TypeError, "step: no argument of this kind of model; there are"),
         ({"subjects": HEART, "plms": 1}, TypeError, "plms must be True or False"),
         ({"subjects": HEART, "H": 33}, ValueError, "^H: must be a multiple of 32"),
-        ({"subjects": HEART, "plan": "auto:9", "steps": 20}, ValueError, "^plan: auto plans need .* there is 50"),
+        ({"subjects": HEART, "plan": "auto:9", "steps": 20}, ValueError, "^plan: auto plans need .* one for 50"),
         ({"subjects": HEART, "strength": 0.5}, ValueError, "strength needs an image"),
         (
             {"subjects": HEART, "image": "in/bird.png", "mask": "in/bird_mask.png", "strength": 0.5},

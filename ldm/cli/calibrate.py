@@ -64,9 +64,8 @@ class Outcome:
     def lines(self) -> str:
         """What was found, for the screen."""
         errors = ", ".join(f"{how} {error:.3g}" for how, error in self.errors.items())
-        return (
-            f"key steps of {self.plan.num_nodes}: {spans(self.plan.keys)}\nmean squared error of the latents: {errors}"
-        )
+        keys = f"key timesteps of {self.plan.num_nodes}: {spans(self.plan.keys)}"
+        return f"{keys}\nmean squared error of the latents: {errors}"
 
 
 def calibrate_model(

@@ -84,7 +84,7 @@ class MethodRun:
     def __str__(self) -> str:
         """The cost of one image."""
         time = (
-            "found, not measured"
+            "reused, not timed"
             if self.fresh == 0
             else (f"{self.seconds / self.fresh:.2f} s, {self.seconds_unet / self.fresh:.2f} s of it UNet")
         )
@@ -94,7 +94,7 @@ class MethodRun:
 def opening(plan: str, setup: Setup, engine: Engine) -> str:
     """What the run is to do, in one line: plan, sampler, parallel decoders, device, model."""
     recipe, nodes, parallel = engine.recipe, engine.plan.num_nodes, engine.plan.parallel
-    keys = f"{len(engine.plan.keys)} key steps of {nodes}" if isinstance(engine.plan, Plan) else f"{nodes} steps"
+    keys = f"{len(engine.plan.keys)} key timesteps of {nodes}" if isinstance(engine.plan, Plan) else f"{nodes} steps"
     count = torch.get_num_threads()
     threads = f" ({count} thread{'s' * (count != 1)})" if setup.device.type == "cpu" else ""
     return (
@@ -176,7 +176,7 @@ def comparison(runs: Sequence[MethodRun], distances: Sequence[Tensor], batch: in
     columns = "".join(f"{name:>10}" for name in (first, "further", "UNet", "GMAC"))
     yield f"{'seconds per image':{width}}{columns}  PSNR to plain: mean, lowest"
     for name, run, distance in zip(names, runs, (None, *distances), strict=False):
-        found = "found, not measured"
+        found = "reused, not timed"
         times = f"{found:>30}" if run.fresh == 0 else "".join(f"{decimals(s, 3):>10}" for s in times_of(run))
         quality = "" if distance is None else f"  {distance.mean():.1f} dB, {distance.min():.1f} dB"
         yield f"{name:{width}}{times}{run.gmac:>10.2f}{quality}"
@@ -184,7 +184,7 @@ def comparison(runs: Sequence[MethodRun], distances: Sequence[Tensor], batch: in
         ratios = [*map(ratio, times_of(plain), times_of(other)), plain.gmac / other.gmac]
         yield f"{name:{width}}" + "".join(f"{decimals(r, 2):>10}" for r in ratios)
     if any(run.fresh < run.count for run in runs):
-        yield "what an earlier run has made is not measured; --again makes it again"
+        yield "images of an earlier run are reused and not timed; --again makes them again"
 
 
 def decimals(value: float | None, digits: int) -> str:

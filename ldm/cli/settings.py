@@ -128,8 +128,7 @@ def make_plan(settings: SamplingSettings, nodes: int, run: RunFacts) -> AnyPlan:
     if settings.guidance_reuse and settings.scale != 1.0 and (plan.shallow or plan.refresh):
         raise SettingError(
             "guidance_reuse",
-            f"between key steps it needs the whole decoder and nothing more; {settings.plan} has shallow or "
-            f"refreshed steps",
+            f"between key timesteps it needs steps of the decoder alone; {settings.plan} has other steps",
         )
     return plan
 
@@ -139,7 +138,7 @@ def best_plan(plan: AnyPlan, nodes: int, run: RunFacts) -> tuple[str, AnyPlan | 
     if plan.plain:
         return "the plan skips no encoder", None
     if not isinstance(plan, Plan) or plan.shallow or plan.refresh:
-        return "calibration chooses key steps alone, and this plan has other steps or decides as it runs", None
+        return "calibration chooses only key timesteps, and this plan has other steps or decides during the run", None
     name = f"auto:{len(plan.keys)}"
     try:
         best = load_plan(name, nodes, nodes, run=run)

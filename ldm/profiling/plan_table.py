@@ -21,7 +21,7 @@ def spans(nodes: Sequence[int]) -> str:
 
 
 def plan_table(unit: Macs, nodes: int, more: Sequence[str] = (), images: int = 1) -> Iterator[str]:
-    """Lines of a table: plan, MACs and critical path as a share of the plain run's, key nodes.
+    """Lines of a table: plan, MACs and critical path as a share of the plain run's, key timesteps.
 
     Args:
         unit: of one prediction.
@@ -30,11 +30,11 @@ def plan_table(unit: Macs, nodes: int, more: Sequence[str] = (), images: int = 1
         images: how often each node predicts for one image, 2 with guidance.
     """
     plain = unit.plain(nodes)
-    yield f"{'plan':<18}{'MACs':>7}{'latency':>9}  key nodes of {nodes}"
+    yield f"{'plan':<18}{'MACs':>7}{'critical path':>15}  key timesteps of {nodes}"
     for name in (*RULES, *more, *plan_names()):
         plan = load_plan(name, nodes)
-        yield (f"{name:<18}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>9.1%}  {spans(plan.keys)}")
+        yield (f"{name:<18}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>15.1%}  {spans(plan.keys)}")
     yield (
-        f"100 % = {images * plain / 1e9:.2f} GMAC of the UNet for one image; latency: what must be computed one "
-        f"after the other when decoders that share features run at the same time"
+        f"100 % = {images * plain / 1e9:.2f} GMAC of the UNet for one image; critical path: what must be "
+        f"computed one after the other when decoders that share features run at the same time"
     )

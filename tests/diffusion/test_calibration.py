@@ -104,12 +104,12 @@ def test_auto_plans_come_from_the_table_beside_the_weights(tmp_path):
     assert len(load_plan("auto:100%", 10, run=run).keys) == 10
     for facts, nodes, why in (
         ({"sampler": "plms", "weights": "abc"}, 10, "for plms with 10 nodes; there is none"),
-        ({"sampler": "ddim", "weights": "abc"}, 20, "for ddim with 20 nodes; there is 10"),
+        ({"sampler": "ddim", "weights": "abc"}, 20, "for ddim with 20 nodes; there is one for 10"),
         ({"sampler": "ddim", "weights": "b"}, 10, "made for weights abc; this run's is b"),
     ):
         with pytest.raises(ValueError, match=why):
             load_plan("auto:5", nodes, run=RunFacts(facts, tmp_path))
-    with pytest.raises(ValueError, match="not known from"):
+    with pytest.raises(ValueError, match="the file of these weights is not known"):
         load_plan("auto:5", 10)
 
 
@@ -231,7 +231,7 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
     assert load_script("calibrate_plan").main(command) == 0
     printed = capsys.readouterr().out
     written = yaml.safe_load(plan.read_text())
-    assert f"key steps of 20: {','.join(map(str, written['steps'][20]))}" in printed
+    assert f"key timesteps of 20: {','.join(map(str, written['steps'][20]))}" in printed
     assert written["made_for"].keys() == {"sampler", "weights"} and written["propagate"] in printed
     table = read_calibration(tmp_path / "calibration/ddim-20.json")
     assert table.plan(5).keys == tuple(written["steps"][20]) and table.how["prompts"] == 2

@@ -184,7 +184,7 @@ def test_faulty_plan_files_say_why(tmp_path, text, why):
     [
         ("fastest", "faster-diffusion"),
         ("fastest", r"uniform:N"),
-        ("uniform:0", "at least every 1"),
+        ("uniform:0", "needs N >= 1"),
         ("uniform:x", "unknown plan"),
         ("1,2", "node 0"),
         ("0,2,2", "strictly"),

@@ -368,7 +368,7 @@ def test_pictures_are_timed_one_by_one(made, tmp_path):
         ({"sampler": "dpm-solver", "eta": 0.5}, "eta must be 0 for dpm-solver"),
         ({"plan": "auto:2"}, "auto plans need a calibration of this model for ddim with 4 nodes"),
         ({"plan": "deepcache:2:9"}, "9 blocks are to run anew; this network has 6 on each side"),
-        ({"plan": "deepcache:2", "propagate": "linear"}, "deepcache:2 decodes nothing between its key nodes"),
+        ({"plan": "deepcache:2", "propagate": "linear"}, "deepcache:2 decodes nothing between its key timesteps"),
     ],
     ids=str,
 )

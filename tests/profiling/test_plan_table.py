@@ -30,7 +30,7 @@ def test_costs_of_the_named_plans():
 def test_the_list_needs_no_weights(tmp_path, capsys, flags):
     assert load_script("txt2img").main([*flags, "--steps", "20", "--outdir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "key nodes of 20" in printed and "0-3,5,10,15\n" in printed and "100 % = 8.69 GMAC" in printed
+    assert "key timesteps of 20" in printed and "0-3,5,10,15\n" in printed and "100 % = 8.69 GMAC" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -39,9 +39,9 @@ def test_the_list_needs_no_weights(tmp_path, capsys, flags):
     [
         (
             ["--plan", "deepcache:2", "--guidance-reuse"],
-            "--guidance-reuse: between key steps it needs the whole decoder",
+            "--guidance-reuse: between key timesteps it needs steps of the decoder alone",
         ),
-        (["--plan", "deepcache:2", "--propagate", "linear"], "decodes nothing between its key nodes"),
+        (["--plan", "deepcache:2", "--propagate", "linear"], "decodes nothing between its key timesteps"),
         (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has 6 on each side"),
         (["--plan", "online:x"], "needs a threshold"),
         (["--plan", "online:-1"], "threshold must be above 0"),

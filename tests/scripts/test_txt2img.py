@@ -118,7 +118,7 @@ def test_pictures_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
     assert Image.open(grid).size[0] == 2 + 3 * 130  # enlarged 8 times, with captions
     out = capsys.readouterr().out
     assert re.match(
-        r"plan faster-diffusion \(4 key steps of 5\), sampler ddim, scale 3, parallel \d+, device cpu "
+        r"plan faster-diffusion \(4 key timesteps of 5\), sampler ddim, scale 3, parallel \d+, device cpu "
         r"\(\d+ threads?\), model model\d*/model.safetensors\n",
         out,
     )
@@ -455,8 +455,8 @@ def test_compare_shows_both_with_cost_and_distance(call, tmp_path, capsys):
         ("faster-diffusion", "ddim", "auto:9"),
         ("0,10,20,30,40", "ddim", "auto:5"),
         ("auto:9", "ddim", "the plan is auto:9 already"),
-        ("deepcache:3", "ddim", "calibration chooses key steps"),
-        ("online:0.1", "ddim", "calibration chooses key steps"),
+        ("deepcache:3", "ddim", "calibration chooses only key timesteps"),
+        ("online:0.1", "ddim", "calibration chooses only key timesteps"),
         ("off", "ddim", "the plan skips no encoder"),
         ("faster-diffusion", "plms", "auto plans need a calibration of this model for plms with 50 nodes"),
     ],
@@ -477,7 +477,7 @@ def test_a_second_comparison_says_what_it_did_not_measure(call, tmp_path, capsys
     assert call(*COMPARE) == 0
     assert snapshot(tmp_path) == before
     out = capsys.readouterr().out
-    assert len(re.findall(r"^(?:plain|0,3) +found, not measured +\d+\.\d\d", out, re.M)) == 2 and "--again" in out
+    assert len(re.findall(r"^(?:plain|0,3) +reused, not timed +\d+\.\d\d", out, re.M)) == 2 and "--again" in out
     assert re.search(r"^plain / 0,3 +\d+\.\d\d$", out, re.M), "of the MACs alone"
 
 
@@ -487,7 +487,7 @@ def test_again_makes_the_same_pictures_and_measures_them(call, tmp_path, capsys)
     capsys.readouterr()
     assert call(*COMPARE, "--again") == 0
     out = capsys.readouterr().out
-    assert "not measured" not in out and "4 images (4 made, 0 found)" in out
+    assert "not timed" not in out and "4 images (4 made, 0 found)" in out
     files = pictures(tmp_path)
     assert all((old == pixels(path)).all() for old, path in zip(shown, files.values(), strict=True))
     after = snapshot(tmp_path)

@@ -126,7 +126,9 @@ def load_plan(
     )
     if propagate is not None:
         if plan.shallow and propagate != "hold":
-            raise ValueError(f"{spec} decodes nothing between its key nodes that could be {propagate}; accepted: hold")
+            raise ValueError(
+                f"{spec} decodes nothing between its key timesteps that could be {propagate}; accepted: hold"
+            )
         plan = replace(plan, propagate=propagate)
     return replace(plan, parallel=parallel)
 
@@ -157,7 +159,7 @@ def _auto(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
     match = re.fullmatch(r"auto:(?:(\d+)|(0?\.\d+)|(\d+(?:\.\d+)?)%)", spec)
     if match is None:  # 1.0 among them: one key node, or all of the MACs?
         raise ValueError(
-            f"auto takes a number of key nodes, as in auto:9, or a share of the plain run's MACs, as in "
+            f"auto takes a number of key timesteps, as in auto:9, or a share of the plain run's MACs, as in "
             f"auto:80%; got {spec!r}"
         )
     keys, fraction, percent = match.groups()
@@ -170,8 +172,8 @@ def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
     folder, sampler = run.calibrations, run.facts.get("sampler")
     if folder is None:
         raise ValueError(
-            "auto plans need a calibration, which lies beside the model's weights, and it is not known "
-            "from which file these came; load the model with ldm.load or ldm.checkpoint.load_model"
+            "auto plans need a calibration, which is stored beside the model's weights, and the file of these "
+            "weights is not known; load the model with ldm.load or ldm.checkpoint.load_model"
         )
     there = sorted(folder.glob(f"{sampler}-*.json")) if folder.is_dir() else []
     found = {path: read_calibration(path) for path in there}
@@ -179,10 +181,10 @@ def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
         if calibration.num_nodes == num_nodes:
             run.check(calibration.made_for, f"calibration {path.name}")
             return calibration
-    lengths = ", ".join(str(calibration.num_nodes) for calibration in found.values()) or "none"
+    lengths = ", ".join(str(calibration.num_nodes) for calibration in found.values())
     raise ValueError(
         f"auto plans need a calibration of this model for {sampler} with {num_nodes} nodes; there is "
-        f"{lengths}: scripts/calibrate_plan.py makes one"
+        f"{f'one for {lengths}' if lengths else 'none'}; scripts/calibrate_plan.py makes it"
     )
 
 
@@ -206,14 +208,14 @@ def _keys(spec: str, num_nodes: int) -> tuple[int, ...]:
     if spec[:1].isdigit():
         return _expand(spec.split(","), num_nodes)
     raise ValueError(
-        f"unknown plan {spec!r}; accepted: {', '.join(FORMS)}, key nodes such as 0,1,2,5, a .yaml file, or one of "
+        f"unknown plan {spec!r}; accepted: {', '.join(FORMS)}, key timesteps such as 0,1,2,5, a .yaml file, or one of "
         f"{', '.join(plan_names())}{did_you_mean(spec, (*FORMS, *plan_names()))}"
     )
 
 
 def _every(n: int, num_nodes: int) -> tuple[int, ...]:
     if n < 1:
-        raise ValueError(f"a uniform plan needs a key node at least every 1 node; got {n}")
+        raise ValueError(f"a uniform plan needs N >= 1, a key timestep at every N-th step; got {n}")
     return tuple(range(0, num_nodes, n))
 
 
@@ -223,7 +225,7 @@ def _expand(entries: Iterable[int | str], num_nodes: int) -> tuple[int, ...]:
     for entry in entries:
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", str(entry))
         if span is None:
-            raise ValueError(f"key nodes must be numbers or ranges such as 0-3; got {shown(entry)}")
+            raise ValueError(f"key timesteps must be numbers or ranges such as 0-3; got {shown(entry)}")
         nodes = range(int(span[1]), int(span[2] or span[1]) + 1)
         # Before they are counted out, which could fill the memory.
         if nodes and nodes[-1] >= num_nodes:
