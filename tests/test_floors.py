@@ -89,3 +89,16 @@ def test_there_is_one_denoising_loop():
     """Only the loop steps a rule."""
     stepping = [file for file in FILES if file.startswith(D) and "rule.step(" in (ROOT / file).read_text()]
     assert stepping == [f"{D}/loop.py"]
+
+
+# Where a command line is read: what these functions are given they turn into settings.
+OF_COMMANDS = {"ldm/cli/parser.py"}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("ldm/") and file not in OF_COMMANDS])
+def test_no_library_function_takes_the_arguments_of_a_command(file):
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            taken = {ast.unparse(arg.annotation) for arg in given if arg.annotation is not None}
+            assert not any("Namespace" in kind for kind in taken), f"{file}: {node.name}"

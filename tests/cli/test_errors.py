@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import dataclass
+
 import pytest
 
-from ldm.cli.parser import command, readable
+from ldm.cli.parser import Parser, command, readable, run_command, settings_from
 from ldm.io.errors import BadInput, SettingError, fault_of, flags_named
 from tests.helpers.scripts import load_script
 
@@ -65,3 +68,50 @@ def test_a_setting_that_cant_be_used_is_told_as_the_commands_flag():
     with pytest.raises(SettingError, match="^plan: none$") as found, fault_of("steps"):  # the inner one knows better
         raise SettingError("plan", "none")
     assert (found.value.setting, found.value.problem) == ("plan", "none")
+
+
+def a_command() -> Parser:
+    p = Parser(prog="x.py")
+    p.add_argument("-c", "--custom_steps", "--steps", dest="steps", type=int, default=3)
+    p.add_argument("-e", "--ddim_eta", dest="eta")
+    p.add_argument("--C", dest="channels")
+    p.add_argument("--guidance-interval")
+    p.add_subparsers().add_parser("one").add_argument("--rows-below")
+    return p
+
+
+@pytest.mark.parametrize(
+    "setting, flag",
+    [
+        ("steps", "--steps"),
+        ("eta", "--ddim_eta"),
+        ("channels", "--C"),
+        ("guidance_interval", "--guidance-interval"),
+        ("rows_below", "--rows-below"),
+        ("models/published.yaml", "models/published.yaml"),
+    ],
+)
+def test_a_command_names_its_own_flag_for_a_setting(setting, flag, capsys):
+    def run(args: argparse.Namespace) -> None:
+        raise SettingError(setting, "can't be")
+
+    assert run_command(a_command(), run, []) == 2
+    assert capsys.readouterr().err == f"x.py: error: {flag}: can't be\n"
+
+
+@pytest.mark.parametrize("result, code", [(None, 0), (0, 0), (1, 1)])
+def test_what_a_command_returns_is_its_exit_code(result, code):
+    assert run_command(a_command(), lambda args: result, []) == code
+
+
+def test_settings_are_the_arguments_of_their_fields_names():
+    @dataclass(frozen=True)
+    class Settings:
+        steps: int
+        eta: str | None
+        sampler: str
+
+    args = a_command().parse_args(["--steps", "7"])
+    assert settings_from(args, Settings, sampler="plms") == Settings(7, None, "plms")
+    with pytest.raises(AttributeError, match="sampler"):
+        settings_from(args, Settings)
