@@ -1,8 +1,8 @@
 """Compare the images of an ACCELERATED run with those of the PLAIN run from the same noise.
 
-Images are paired by the noise and the inputs that are stored in the files, or by name if a side has none stored; the
-images of two arrays by position. Every value is named ..._vs_plain: it says how much the acceleration changes the
-images, not how good they are. For their quality, use evaluation/fid.py.
+Images are paired by the noise and the inputs that are stored in the files, or by file name if one side has none stored.
+The images of two arrays are paired by position. Every value is named ..._vs_plain: it says how much the acceleration
+changes the images, not how good they are. For their quality, use evaluation/fid.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evaluation.metrics.command import SAMPLES, Defaults, add_extractor, add_output, add_run, measure_flags, publish
+from evaluation.metrics.command import Defaults, add_extractor, add_output, add_run, measure_flags, publish
 from ldm.cli.parser import Parser, check_output, command
 from ldm.io.errors import flags_named
 
@@ -20,12 +20,12 @@ FLAGS = {"plain": "PLAIN", "accelerated": "ACCELERATED", "packages": "packages"}
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="paired.py", description=__doc__, formatter_class=Defaults)
-    p.add_argument("plain", metavar="PLAIN", help=f"{SAMPLES}; of the plain run")
-    p.add_argument("accelerated", metavar="ACCELERATED", help="the same, of the accelerated run")
+    p.add_argument("plain", metavar="PLAIN", help="images of the plain run: a folder, or an npz or npy file")
+    p.add_argument("accelerated", metavar="ACCELERATED", help="images of the accelerated run, in the same form")
     p.add_argument(
         "--lpips",
         action="store_true",
-        help="also the perceptual distance LPIPS (AlexNet); needs torchvision and the weights of AlexNet",
+        help="also compute the perceptual distance LPIPS (AlexNet); needs torchvision and the weights of AlexNet",
     )
     add_extractor(p)
     add_run(p)

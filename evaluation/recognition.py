@@ -1,8 +1,8 @@
-"""Concept retrieval: are the real images nearest to a sampled image of the concept that its caption names?
+"""Concept retrieval: do the real images that are most similar to a sampled image show the concept of its caption?
 
-For each of --count captions of the dataset the model samples one image. The image is recognised at k if one of the k
-real images with the most similar features shows the same concept, in any style. The real images themselves are measured
-as well, each with itself left out, and so are the copies of real images by the model's first stage.
+For each of --count captions of the dataset the model samples one image. The image is recognised at k if at least one of
+the k real images with the most similar features shows the same concept, in any style. For comparison the same is
+measured for the real images, each against all others, and for their reconstructions by the model's first stage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS = 20  # of the grid of images
 
 
 def parser() -> Parser:
-    p = Parser(prog="recognition.py", description=__doc__)
+    p = Parser(prog="recognition.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--data",
         default="data/emoji64",
@@ -42,7 +42,7 @@ def parser() -> Parser:
         type=whole(0, MOST),
         default=200,
         metavar="N",
-        help="number of captions, or as many as the split has; 0 = measure the real images only, without a model "
+        help="number of captions, at most those of the split; 0 = measure only the real images, without a model "
         "(default: %(default)s)",
     )
     p.add_argument("--split", choices=SPLITS, default="train", help="split of the captions (default: %(default)s)")
@@ -81,11 +81,11 @@ def parser() -> Parser:
         type=number(int, 0, 2**32 - 1, "0..2^32-1"),
         default=0,
         metavar="N",
-        help="of the choice of captions, and of the noise of the images (default: %(default)s)",
+        help="seed of the choice of captions and of the noise of the images (default: %(default)s)",
     )
-    p.add_argument("--out", metavar="JSON", help="write the results, with everything that they depend on")
+    p.add_argument("--out", metavar="JSON", help="file for the results, with everything that they depend on")
     p.add_argument(
-        "--images", "--pictures", metavar="PNG", help=f"write the sampled images as a grid, {COLUMNS} in a row"
+        "--images", "--pictures", metavar="PNG", help=f"file for the sampled images as a grid, {COLUMNS} in a row"
     )
     return p
 
