@@ -143,7 +143,7 @@ def parser() -> Parser:
     p = Parser(prog="figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=Parser)
     for name, kind in KINDS.items():
-        one = kinds.add_parser(name, help=kind.summary, description=kind.summary)
+        one = kinds.add_parser(name, help=kind.summary, description=f"Draw the {name} figure: {kind.summary}.")
         if kind.count is not None:
             one.add_argument(
                 "--count", type=count, default=kind.count, metavar="N", help="number of images (default: %(default)s)"

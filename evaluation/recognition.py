@@ -1,8 +1,8 @@
-"""Concept retrieval: do the real images that are most similar to a sampled image show the concept of its caption?
+"""Concept retrieval: are the real images nearest to a sampled image of the concept that its caption names?
 
-For each of --count captions of the dataset the model samples one image. The image is recognised at k if at least one of
-the k real images with the most similar features shows the same concept, in any style. For comparison the same is
-measured for the real images, each against all others, and for their reconstructions by the model's first stage.
+For each of --count captions of the dataset the model samples one image. The image is recognised at k if one of the k
+real images with the most similar features shows the same concept, in any style. The real images themselves are measured
+as well, each with itself left out, and so are the copies of real images by the model's first stage.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evaluation.metrics.command import Defaults, add_output
 from ldm.cli.arguments import EMOJI64, MOST, count, finite, step_count
 from ldm.cli.parser import Parser, check_output, number, run_command, settings_from, whole
 from ldm.io.errors import BadInput, blame
@@ -24,70 +25,59 @@ COLUMNS = 20  # of the grid of images
 
 
 def parser() -> Parser:
-    p = Parser(prog="recognition.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="recognition.py", description=__doc__, formatter_class=Defaults)
+    image_arguments(p)
+    sampling_arguments(p)
+    add_output(p)
     p.add_argument(
-        "--data",
-        default="data/emoji64",
-        metavar="DIR",
-        help="dataset of scripts/prepare_emoji.py (default: %(default)s)",
+        "--images", "--pictures", metavar="PNG", help=f"file for the sampled images as a grid, {COLUMNS} in a row"
     )
-    p.add_argument(
-        "--config", default=str(EMOJI64[0]), metavar="YAML", help="the model's config (default: that of emoji64)"
-    )
-    p.add_argument(
-        "--ckpt", default=str(EMOJI64[1]), metavar="FILE", help="the model's weights (default: those of emoji64)"
-    )
+    return p
+
+
+def image_arguments(p: Parser) -> None:
+    """The captions, and the real images that sampled images are compared with."""
+    p.add_argument("--data", default="data/emoji64", metavar="DIR", help="dataset of scripts/prepare_emoji.py")
     p.add_argument(
         "--count",
         type=whole(0, MOST),
         default=200,
         metavar="N",
-        help="number of captions, at most those of the split; 0 = measure only the real images, without a model "
-        "(default: %(default)s)",
+        help="number of captions, at most those of the split; 0 = measure only the real images, without a model",
     )
-    p.add_argument("--split", choices=SPLITS, default="train", help="split of the captions (default: %(default)s)")
+    p.add_argument("--split", choices=SPLITS, default="train", help="split of the captions")
+    tiers = {"type": int, "choices": (1, 2, 3)}
     p.add_argument(
-        "--max-tier",
-        type=int,
-        choices=(1, 2, 3),
-        default=1,
-        help="use captions of tiers 1 to this; tier 1 has the most concrete concepts (default: %(default)s)",
+        "--max-tier", **tiers, default=1, help="use captions of tiers 1 to this; tier 1 has the most concrete concepts"
     )
     p.add_argument(
         "--real-tier",
-        type=int,
-        choices=(1, 2, 3),
+        **tiers,
         default=2,
-        help="use real images of tiers 1 to this, at least --max-tier; more real images make the task harder "
-        "(default: %(default)s)",
+        help="use real images of tiers 1 to this, at least --max-tier; more real images make the task harder",
     )
-    p.add_argument("--steps", type=step_count, default=25, metavar="N", help="sampling steps (default: %(default)s)")
+
+
+def sampling_arguments(p: Parser) -> None:
+    """The model, and how it samples."""
+    p.add_argument("--config", default=str(EMOJI64[0]), metavar="YAML", help="the model's config (default: emoji64's)")
+    p.add_argument("--ckpt", default=str(EMOJI64[1]), metavar="FILE", help="the model's weights (default: emoji64's)")
+    p.add_argument("--steps", type=step_count, default=25, metavar="N", help="sampling steps")
     p.add_argument("--scale", type=finite, metavar="X", help="guidance scale, 1 = none (default: the model's, or 7.5)")
     p.add_argument(
-        "--plan",
-        default="off",
-        help="encoder propagation, as --plan of txt2img.py; without prior noise injection (default: off)",
+        "--plan", default="off", help="encoder propagation, as --plan of txt2img.py; without prior noise injection"
     )
-    p.add_argument("--sampler", default="ddim", help="name of the solver (default: %(default)s)")
+    p.add_argument("--sampler", default="ddim", help="name of the solver")
     p.add_argument(
-        "--batch-size",
-        type=count,
-        default=50,
-        metavar="N",
-        help="images per batch; changes speed and memory only (default: %(default)s)",
+        "--batch-size", type=count, default=50, metavar="N", help="images per batch; changes speed and memory only"
     )
     p.add_argument(
         "--seed",
         type=number(int, 0, 2**32 - 1, "0..2^32-1"),
         default=0,
         metavar="N",
-        help="seed of the choice of captions and of the noise of the images (default: %(default)s)",
+        help="seed of the choice of captions and of the noise of the images",
     )
-    p.add_argument("--out", metavar="JSON", help="file for the results, with everything that they depend on")
-    p.add_argument(
-        "--images", "--pictures", metavar="PNG", help=f"file for the sampled images as a grid, {COLUMNS} in a row"
-    )
-    return p
 
 
 def run(args: argparse.Namespace) -> None:

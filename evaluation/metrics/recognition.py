@@ -172,11 +172,8 @@ def load_captions(settings: Settings) -> EmojiDataset:
         SettingError: `real_tier`: below max_tier; `data`: no such dataset, or too few images in it.
     """
     if settings.real_tier < settings.max_tier:
-        raise SettingError(
-            "real_tier",
-            f"must be at least --max-tier {settings.max_tier}, so that what is asked for can be found; got "
-            f"{settings.real_tier}",
-        )
+        tiers = f"{settings.max_tier}, the tier of the captions, so that each concept has real images"
+        raise SettingError("real_tier", f"must be at least {tiers}; got {settings.real_tier}")
     with fault_of("data"):
         data = EmojiDataset(settings.data, settings.split, settings.max_tier)
         total = sum(len(EmojiDataset(settings.data, split, settings.real_tier)) for split in SPLITS)

@@ -44,7 +44,9 @@ def make(experiment: Experiment, *, steps: int, rows: str, data: str | None, cac
         data, cache: see `Comparison` and `compare`.
     """
     if data and experiment.count < 2:
-        raise SettingError("count", f"a Fréchet distance (--data) needs at least 2 images; got {experiment.count}")
+        raise SettingError(
+            "count", f"a Fréchet distance from a dataset needs at least 2 images; got {experiment.count}"
+        )
     with fault_of("rows"):
         plans, remark = plans_of(experiment, read_rows(rows, steps))
     comparison = Comparison(experiment, data, steps)

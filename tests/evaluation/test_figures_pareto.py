@@ -186,7 +186,7 @@ def test_a_dataset_gives_prompts_and_real_images(tmp_path, capsys):
     capsys.readouterr()
     for count, why in (
         ("20", "has 19 captions; got 20"),
-        ("1", "a Fréchet distance (--data) needs at least 2 images; got 1"),
+        ("1", "a Fréchet distance from a dataset needs at least 2 images; got 1"),
     ):
         assert draw([*arguments, count], tmp_path, rows) == 2
         assert (error := capsys.readouterr().err).startswith("figures.py: error: --count: ")

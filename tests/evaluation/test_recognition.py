@@ -83,7 +83,7 @@ def test_held_out_split_and_no_model(call, data, tmp_path):
     [
         (["--data", "nowhere"], "--data: .*nowhere.* is missing; make the dataset with"),
         (["--split", "heldout_concept"], "--data: .* 0 images in heldout_concept, the real set has 20"),
-        (["--max-tier", "3"], "--real-tier: must be at least --max-tier 3.*; got 2"),
+        (["--max-tier", "3"], "--real-tier: must be at least 3, the tier of the captions.*; got 2"),
         (["--config", "none.yaml"], "--config: none.yaml: no such file"),
         (["--ckpt", "none.safetensors"], "--ckpt: none.safetensors: no such file"),
         (["--sampler", "warp"], "--sampler: there is no solver 'warp'; accepted: ddim"),
