@@ -89,7 +89,7 @@ def published(unet: Mapping[str, Any], size: Sequence[int], batch: int, plan: Pl
 
 
 def node_table(units: Mapping[str, Macs], plans: Mapping[str, Plan]) -> Iterator[str]:
-    """Lines: what one evaluation costs at each kind of node that the plans have."""
+    """Lines: what one evaluation costs at each kind of node that the plans have, and what of it is computed once."""
     yield f"{'one evaluation, GMAC':<34}" + "".join(f"{name:>12}" for name in units)
     seen = set()
     for plan in plans.values():
@@ -103,6 +103,9 @@ def node_table(units: Mapping[str, Macs], plans: Mapping[str, Plan]) -> Iterator
         yield f"{'keys and values of the text, once':<34}" + "".join(
             f"{unit.once / 1e9:>12.2f}" for unit in units.values()
         )
+    yield f"{'of a decoder, once a key timestep':<34}" + "".join(
+        f"{unit.shared / 1e9:>12.2f}" for unit in units.values()
+    )
 
 
 def run_table(units: Mapping[str, Macs], plans: Mapping[str, Plan], paper: Mapping[str, int | None]) -> Iterator[str]:
@@ -149,7 +152,10 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(node_table(units, plans)), end="\n\n")
     paper = {label: published(unet, size, args.batch, plan) for label, plan in plans.items()}
     print("\n".join(run_table(units, plans, paper)))
-    print("\nshare: of a run with every node in full. Critical path: exact count.")
+    print(
+        "\nshare: of a run with every node in full. Critical path: exact count. Every decoder counts in full, also the "
+        "part that\nis computed once for all nodes with the same features."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

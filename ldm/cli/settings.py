@@ -167,7 +167,7 @@ def with_batches(
         return engine
     latents = batch * (1 if engine.recipe.scale == 1.0 else 2)  # that the UNet gets at one node
     each, free = engine.decoder_bytes(latents), free_bytes(device)
-    fit = decoders_that_fit(free, each)
+    fit = decoders_that_fit(free, each, engine.shared_bytes())
     fit = plan.num_nodes if fit is None else fit
     if parallel is None:
         if device.type == "cpu":

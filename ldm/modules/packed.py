@@ -6,12 +6,14 @@ small feature maps of a UNet's inner levels that takes longer than the computati
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.meta import meta_unet
+from ldm.modules.diffusionmodules.util import PartedConvolution
 
 
 class PackedLinear(nn.Module):
@@ -64,12 +66,30 @@ class PackedConv2d(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.settings, "none", [], "")
 
 
+class PackedParts(PartedConvolution):
+    """A packed convolution of all input channels, or of those before some channel or from it on alone.
+
+    The weights are kept twice: packed, they are in an order out of which some channels can not be taken.
+    """
+
+    def __init__(self, whole: nn.Module, first: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.whole, self.first, self.last = whole, first, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x)
+
+    def part(self, x: Tensor, start: int) -> Tensor:
+        return self.last(x) if start else self.first(x)
+
+
 def pack(unet: nn.Module, size: Sequence[int], context_length: int | None = None) -> None:
     """Exchange a UNet's layers for packed ones, one after the other; each gives up its former weights.
 
     Layers that are not float32 on a CPU stay as they are, and so do all on a CPU without AVX-512, where the order of a
     convolution's weights depends on the batch too. Afterwards the network is for inference in float32 only: it has no
-    weights to train, to save or to convert.
+    weights to train, to save or to convert. The first convolutions of the decoder's residual blocks are kept in parts,
+    too, for what several nodes share (`UNetModel.share`): 22 % more weights for Stable Diffusion's shapes.
 
     Args:
         unet: a `UNetModel`.
@@ -77,7 +97,7 @@ def pack(unet: nn.Module, size: Sequence[int], context_length: int | None = None
         context_length: tokens of the context, for a UNet with cross-attention.
     """
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        pack_layers(unet, convolution_shapes(unet, size, context_length))
+        pack_layers(unet, convolution_shapes(unet, size, context_length), unet.shared_from())
 
 
 def convolution_shapes(
@@ -94,16 +114,31 @@ def convolution_shapes(
     return shapes
 
 
-def pack_layers(network: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+def pack_layers(
+    network: nn.Module, shapes: Mapping[str, Sequence[int]], parts: Mapping[str, int] = MappingProxyType({})
+) -> None:
     """Exchange the layers of any network.
 
     Args:
         network: its layers are exchanged, not the network itself.
         shapes: of the inputs of its convolutions, by their names; one without a shape stays as it is.
+        parts: the input channel at which a convolution is also kept in two parts, by its name.
     """
     for name, layer in list(network.named_modules()):
         if (packed := _packed(layer, shapes.get(name))) is not layer:
+            if name in parts:
+                packed = PackedParts(packed, *_packed_parts(layer, shapes[name], parts[name]))
             network.set_submodule(name, packed)
+
+
+def _packed_parts(conv: nn.Conv2d, shape: Sequence[int], start: int) -> Iterator[nn.Module]:
+    """Packed convolutions of the input channels before `start`, with the bias, and of the others."""
+    batch, _, *size = shape
+    for weight, bias in ((conv.weight[:, :start], conv.bias), (conv.weight[:, start:], None)):
+        outs, ins, *kernel = weight.shape
+        part = nn.Conv2d(ins, outs, kernel, conv.stride, conv.padding, bias=False, device="meta")
+        part.weight, part.bias = nn.Parameter(weight, requires_grad=False), bias
+        yield _packed(part, (batch, ins, *size))
 
 
 def _packed(layer: nn.Module, shape: Sequence[int] | None) -> nn.Module:

@@ -24,11 +24,15 @@ TEXT_TOKENS = 77  # of CLIP, and of our text encoders unless a config says other
 class Macs:
     """MACs of one prediction of a batch: convolutions, linear layers, and both products of attention.
 
+    Every prediction counts with its whole decoder, as in the paper, though `shared` of it is computed once for the
+    nodes that hold the features of a key timestep (`UNetModel.share`).
+
     encode: what a non-key node saves: input blocks, middle block and time embedding.
     decode: what a key node and a decoder node pay: output blocks, output layer and time embedding.
     outer:  [n]: the first n input blocks alone, with the time embedding; [0] = 0.
     last:   [n]: the last n output blocks, with the output layer and the time embedding.
     once:   what is computed once for all steps of a run: keys and values of the context.
+    shared: of `decode`, what depends on the key timestep's features alone.
     """
 
     encode: int
@@ -36,6 +40,7 @@ class Macs:
     outer: tuple[int, ...] = (0,)
     last: tuple[int, ...] = ()
     once: int = 0
+    shared: int = 0
 
     @property
     def whole(self) -> int:
@@ -190,7 +195,7 @@ def unet_macs(
         features, (*outer, encode) = _by_block(lambda: unet.encode(x, **inputs), unet.input_blocks, convention)
         _, (*before, decode) = _by_block(lambda: unet.decode(features, **inputs), unet.output_blocks, convention)
         last = (time + decode - done for done in reversed([time, *before]))
-        return Macs(encode, decode, (0, *outer), tuple(last), once)
+        return Macs(encode, decode, (0, *outer), tuple(last), once, count(lambda: unet.share(features)))
 
 
 def _by_block(call: Callable[[], Any], blocks: Iterable[nn.Module], convention: str) -> tuple[Any, list[int]]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm.modules.diffusionmodules.features import Features
-from ldm.modules.diffusionmodules.meta import meta_unet
+from ldm.modules.diffusionmodules.meta import meta_unet, on_meta
 
 SHARE = 0.8  # of the free memory that is planned for; an estimate knows nothing of workspaces and fragments
 MEMINFO = Path("/proc/meminfo")
@@ -70,7 +70,18 @@ def decoder_bytes(
     with torch.device("meta"), torch.no_grad():
         unet, x, inputs = meta_unet(unet, size, 2 * batch, context_length, tome)
         one, other = unet.encode(x, **inputs).chunk(2)
-        return peak_bytes(lambda: unet.decode(Features.cat([one, other]), **inputs)) // 2
+        # Features in common are computed once for all nodes: of two nodes, each has half of that.
+        calls = (
+            lambda: unet.decode(Features.cat([one, other]), **inputs),
+            lambda: unet.decode(unet.share(one), **inputs),
+        )
+        return max(map(peak_bytes, calls)) // 2
+
+
+def shared_bytes(unet: nn.Module) -> int:
+    """What a run needs for all its decoder nodes together: the copies of weights that they share."""
+    with torch.device("meta"):
+        return peak_bytes(on_meta(unet).part_weights)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -86,6 +97,6 @@ def free_bytes(device: torch.device) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def decoders_that_fit(free: int | None, each: int) -> int | None:
-    """How many decoder nodes of `each` bytes go into one batch; None = not known."""
-    return None if free is None else int(SHARE * free) // each
+def decoders_that_fit(free: int | None, each: int, shared: int) -> int | None:
+    """How many decoder nodes of `each` bytes, and `shared` for all, go into one batch; None = not known."""
+    return None if free is None else max(0, int(SHARE * free) - shared) // each

@@ -28,7 +28,7 @@ from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
 from ldm.models.diffusion.solvers.registry import num_steps, solver
 from ldm.modules.packed import pack
 from ldm.profiling.cost import Macs, unet_macs
-from ldm.profiling.memory import decoder_bytes
+from ldm.profiling.memory import decoder_bytes, shared_bytes
 from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import Item
 from ldm.sampling.start import Start
@@ -214,6 +214,10 @@ class Engine:
         """What one decoder node of `batch` predictions needs; see `ldm.profiling.memory`."""
         unet = self.model.model.diffusion_model
         return decoder_bytes(unet, self.shape[1:], batch, self._tokens, self.recipe.tome)
+
+    def shared_bytes(self) -> int:
+        """What all decoder nodes need together; see `ldm.profiling.memory`."""
+        return shared_bytes(self.model.model.diffusion_model)
 
     def settings(self) -> dict[str, Any]:
         """What images depend on beside weights and item, as JSON values."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from ldm.cli.devices import Processes
 from ldm.io.images import from_pil, read_png
@@ -74,8 +75,9 @@ def test_the_estimate_is_what_a_real_decoder_holds():
 
 def test_memory_decides_how_many_fit():
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
-    assert decoders_that_fit(1000, 100) == 8 and decoders_that_fit(100, 100) == 0
-    assert decoders_that_fit(None, 100) is None
+    assert decoders_that_fit(1000, 100, 0) == 8 and decoders_that_fit(100, 100, 0) == 0
+    assert decoders_that_fit(1000, 100, 150) == 6 and decoders_that_fit(100, 10, 150) == 0
+    assert decoders_that_fit(None, 100, 0) is None
 
 
 class SmallDevice(ToyNetwork):
@@ -83,10 +85,10 @@ class SmallDevice(ToyNetwork):
 
     room = 5
 
-    def advance(self, features: Features, *rest, **named) -> Features:
-        if len(features) > self.room:
-            raise torch.OutOfMemoryError(f"{len(features)} latents")
-        return super().advance(features, *rest, **named)
+    def advance(self, features: Features, t: Tensor, *rest, **named) -> Features:
+        if len(t) > self.room:
+            raise torch.OutOfMemoryError(f"{len(t)} latents")
+        return super().advance(features, t, *rest, **named)
 
 
 def small_device(room: int) -> SmallDevice:
@@ -283,7 +285,7 @@ def test_bad_input_says_why(files, tmp_path, capsys, monkeypatch, arguments, pro
     if arguments == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has GPUs")
     meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  900000 kB\nMemAvailable:  3000 kB\n")
+    meminfo.write_text("MemTotal:  900000 kB\nMemAvailable:  3300 kB\n")
     monkeypatch.setattr("ldm.profiling.memory.MEMINFO", meminfo)
     if processes > 1:
         for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": processes}.items():
@@ -296,7 +298,7 @@ def test_bad_input_says_why(files, tmp_path, capsys, monkeypatch, arguments, pro
 
 def test_auto_takes_what_memory_allows(files, tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemAvailable:  3000 kB\n")
+    meminfo.write_text("MemAvailable:  3300 kB\n")
     monkeypatch.setattr("ldm.profiling.memory.MEMINFO", meminfo)
     for steps in ("25", "26"):
         assert main(command(files, tmp_path / "out", "--steps", steps)) == 0

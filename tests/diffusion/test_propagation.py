@@ -157,7 +157,7 @@ class KeysTime:
     """A denoiser whose decoder is given the time of the key node that it goes on from."""
 
     def __init__(self, denoiser: Denoiser):
-        self.denoiser, self.to_eps = denoiser, denoiser.to_eps
+        self.denoiser, self.share, self.to_eps = denoiser, denoiser.share, denoiser.to_eps
 
     def encode(self, x: Tensor, t: float) -> Features:
         self.key = t
@@ -230,6 +230,9 @@ class MisorderedContext:
     def __init__(self, guided: Guided):
         self.guided, self.network = guided, guided.network
         self.encode, self.to_eps = guided.encode, guided.to_eps
+
+    def share(self, features: Features) -> Features:
+        return features
 
     def decode(self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None) -> list[Prediction]:
         n, cond = len(ts), self.guided.both.cond

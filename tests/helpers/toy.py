@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,8 +17,8 @@ from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
 from ldm.models.diffusion.solvers.registry import SOLVERS, solver
-from ldm.modules.diffusionmodules.features import Features
-from ldm.modules.diffusionmodules.util import make_beta_schedule
+from ldm.modules.diffusionmodules.features import Features, PartWeights, SharedPart
+from ldm.modules.diffusionmodules.util import convolve_part, has_parts, make_beta_schedule
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 CHANNELS = 3
@@ -34,6 +37,7 @@ class ToyNetwork(nn.Module):
         self.outward = nn.ModuleList(nn.Conv2d(2 * CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64) for _ in "12")
         self.encoded: list[int] = []
         self.refreshed: list[int] = []
+        self.shared: list[int] = []
         self.decoded: list[int] = []
 
     def embed_time(self, t: Tensor) -> Tensor:
@@ -57,10 +61,26 @@ class ToyNetwork(nn.Module):
         return tuple(skips[1:])
 
     def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0) -> Features:
-        h, skips = features.hidden, list(features.skips)
-        for layer in self.outward[2 - len(skips) : 2 - blocks]:
-            h = torch.tanh(layer(torch.cat([torch.sin(h + 2 * shift(t, cond) + tome), skips.pop()], dim=1)))
-        return Features(h, tuple(skips))
+        nodes = len(t) // len(features)
+        h = features.hidden.repeat(nodes, 1, 1, 1)
+        for i in reversed(range(blocks, len(features.skips))):
+            h = torch.sin(h + 2 * shift(t, cond) + tome)
+            if features.shared:
+                same = features.shared[i].conv.repeat(nodes, 1, 1, 1)
+                h = torch.tanh(convolve_part(self.outward[1 - i], h, 0) + same)
+            else:
+                h = torch.tanh(self.outward[1 - i](torch.cat([h, features.skips[i]], dim=1)))
+        return Features(h, features.skips[:blocks])
+
+    def part_weights(self) -> tuple[PartWeights, ...]:
+        return ()
+
+    def share(self, features: Features, weights: Sequence[PartWeights]) -> Features:
+        self.shared.append(len(features))
+        if not all(map(has_parts, self.outward)):
+            return features
+        convs = [convolve_part(self.outward[1 - i], skip, CHANNELS) for i, skip in enumerate(features.skips)]
+        return replace(features, shared=tuple(SharedPart(conv[:, :0], conv, conv[:, :0]) for conv in convs))
 
     def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Tensor:
         self.decoded.append(len(t))

@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.checkpoint import diffusion_params
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.profiling.cost import Macs, count_macs, unet_macs
+from tests.helpers.paths import ROOT
 from tests.helpers.published import SD_V1
 
 # Counted on the published network, guidance batch of 2, 64 x 64 latents, 77 tokens.
@@ -35,6 +37,27 @@ def test_stable_diffusion_v1_to_the_last_mac():
     assert round(ENCODER / 1e9 + MIDDLE / 1e9, 2) == 261.44
     assert round((macs.plain(1) - TIME) / 1e9, 2) == 803.27
     assert unet_macs(SD_V1, (64, 64), batch=1, context_length=77).whole * 2 == macs.whole
+
+
+# Of each output block of Stable Diffusion v1: positions; channels that are computed once for a key timestep, which for
+# the first block are all, and else those of whole groups of the skip; channels of its output.
+SD_V1_SHARED = [
+    *[(8 * 8, 2560, 1280), *[(8 * 8, 1280, 1280)] * 2],
+    *[(16 * 16, 1280, 1280)] * 2,
+    (16 * 16, 600, 1280),  # 1280 + 640 channels in groups of 60
+    *[(32 * 32, 600, 640), (32 * 32, 640, 640), (32 * 32, 300, 640)],  # 640 + 320 channels in groups of 30
+    *[(64 * 64, 300, 320), *[(64 * 64, 320, 320)] * 2],
+]
+
+
+def test_what_of_the_decoder_is_computed_once_for_a_key_timestep():
+    macs = unet_macs(SD_V1, (64, 64), batch=2, context_length=77)
+    assert macs.shared == sum(2 * positions * 10 * ins * outs for positions, ins, outs in SD_V1_SHARED)
+    assert macs.shared / macs.decode == pytest.approx(0.137, abs=5e-4)
+    emoji = unet_macs(diffusion_params(ROOT / "models/ldm/emoji64/config.yaml")["unet_config"], (8, 8), 2, 16)
+    assert emoji.shared / emoji.decode == pytest.approx(0.155, abs=5e-4)
+    plan = Plan(50, KEYS_50)
+    assert macs.run(plan) == macs.once + 9 * macs.encode + 50 * macs.decode, "every decoder counts in full"
 
 
 def test_a_run_pays_the_encoder_at_key_nodes_only():

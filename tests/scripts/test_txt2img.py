@@ -541,11 +541,11 @@ def test_methods_take_turns_warmed_up_and_nothing_else_is_timed(call, monkeypatc
     ],
 )
 def test_warming_up_computes_every_shape_of_a_run_twice(call, monkeypatch, flags):
-    computed: list[tuple[str, int, int]] = []
+    computed: list[tuple[str, int, int, bool]] = []
 
     def spied(name, real):
         return lambda self, x, *rest: (
-            computed.append((name, len(x), len(getattr(x, "skips", ())))),
+            computed.append((name, len(rest[0]), len(getattr(x, "skips", ())), bool(getattr(x, "shared", ())))),
             real(self, x, *rest),
         )[1]
 
@@ -576,9 +576,9 @@ def test_warming_up_computes_every_shape_of_a_run_twice(call, monkeypatch, flags
 
 
 def test_what_a_first_call_costs_is_taken_from_the_first_of_the_process(text_to_image):
-    engine, first_calls = text_to_image("0,3", parallel=2), {("decode", 4, 4): 1000.0}
-    assert 1000 <= engine.warm_up(ITEMS[:1], first_calls) < 2000 and first_calls["decode", 4, 4] == 1000
-    assert {key[0] for key in first_calls} == {"encode", "decode", "rest"}
+    engine, first_calls = text_to_image("0,3", parallel=2), {("decode", 4, 4, True): 1000.0}
+    assert 1000 <= engine.warm_up(ITEMS[:1], first_calls) < 2000 and first_calls["decode", 4, 4, True] == 1000
+    assert {key[0] for key in first_calls} == {"encode", "part_weights", "share", "decode", "rest"}
 
 
 def test_without_a_prompt_a_comparison_shows_those_that_ship_with_the_model(files, call, tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.schedule import Node
-from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.features import Features, PartWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,9 @@ class Denoiser(Protocol):
     def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
         """Features of one node with the outermost `blocks` skips made anew, of x at timestep t."""
 
+    def share(self, features: Features) -> Features:
+        """The features with what the decoders of several nodes have in common, computed once; they predict the same."""
+
     def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
         """The features of each of n nodes, decoded at its timestep until `blocks` blocks remain."""
 
@@ -73,6 +76,10 @@ class ConditionedNetwork(Protocol):
     def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float) -> Features: ...
 
     def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Sequence[Tensor]: ...
+
+    def part_weights(self) -> Sequence[PartWeights]: ...
+
+    def share(self, features: Features, weights: Sequence[PartWeights] | None) -> Features: ...
 
     def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Features: ...
 
@@ -117,6 +124,7 @@ class Conditional:
         self.cond = cond
         self.tome = tome
         self._to_eps = TO_EPS[parameterization]
+        self._part_weights: Sequence[PartWeights] | None = None
 
     @property
     def batch(self) -> int | None:
@@ -135,25 +143,29 @@ class Conditional:
         self._check(x)
         return features.with_outer(self.network.encode_outer(x, self._times(x, [t]), self.cond, blocks, self.tome))
 
+    def share(self, features: Features) -> Features:
+        if self._part_weights is None:  # once for a run
+            self._part_weights = self.network.part_weights()
+        return self.network.share(features, self._part_weights)
+
     def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
         joined = Features.cat(features)  # n*B
-        t = self._times(joined.hidden, ts)
+        t = self._times(features[0].hidden, ts)
         return self.network.advance(joined, t, self.cond.tile(len(ts)), blocks, self.tome).chunk(len(ts))
 
     def decode(
         self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
     ) -> list[Prediction]:
-        joined = Features.cat(features)  # n*B
-        t = self._times(joined.hidden, ts)
-        out = self.network.decode(joined, t, self.cond.tile(len(ts)), self.tome)  # (n*B, C, H, W)
+        t = self._times(features[0].hidden, ts)
+        out = self.network.decode(Features.for_nodes(features), t, self.cond.tile(len(ts)), self.tome)  # (n*B, C, H, W)
         return [Prediction(part) for part in out.chunk(len(ts))]
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
         return self._to_eps(prediction.out, x, node.abar)
 
     def _times(self, like: Tensor, ts: Sequence[float]) -> Tensor:
-        """A timestep for each of a batch of len(ts) nodes, (n*B,), step-major."""
-        return torch.tensor(ts, device=like.device).repeat_interleave(len(like) // len(ts))
+        """The timesteps of n nodes, each for as many images as `like` has, (n*B,), step-major."""
+        return torch.tensor(ts, device=like.device).repeat_interleave(len(like))
 
     def _check(self, x: Tensor) -> None:
         for name, part in self.cond.parts().items():
@@ -179,6 +191,9 @@ class Wrapper:
 
     def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
         return self.inner.refresh(features, x, t, blocks)
+
+    def share(self, features: Features) -> Features:
+        return self.inner.share(features)
 
     def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
         return self.inner.advance(features, ts, blocks)

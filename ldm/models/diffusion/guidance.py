@@ -82,6 +82,9 @@ class Guided:
             return self.conditional.refresh(features, x, t, blocks)
         return self.both.refresh(features, torch.cat([x, x]), t, blocks)
 
+    def share(self, features: Features) -> Features:
+        return self.both.share(features)
+
     def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
         self._check_no_reuse()
         denoiser = self.conditional if self._unguided(features[0]) else self.both
@@ -100,7 +103,8 @@ class Guided:
             last, features, ts = predictions[0], features[1:], ts[1:]
         if ts:
             push = (self.guidance.scale - 1) * last.offset
-            conditional = [f.images(slice(len(f) // 2, None)) for f in features]
+            halves = {f: f.images(slice(len(f) // 2, None)) for f in dict.fromkeys(features)}
+            conditional = [halves[f] for f in features]
             predictions += [Prediction(p.out + push, last.offset) for p in self.conditional.decode(conditional, ts)]
         return predictions
 

@@ -8,6 +8,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PartWeights = tuple[Tensor | None, Tensor | None]  # of a block's first convolution and its residual; None = its own
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPart:
+    """The part of an output block that depends on the key timestep's features alone, for the decoders of several nodes.
+
+    rest:     channels of the skip that are normalised in one group with channels of the node, (B, C_r, H, W).
+    conv:     the first convolution of the other channels, (B, C_out, H', W').
+    residual: the residual connection of them, (B, C_out, H', W').
+    weights:  of the two layers for the channels before those, see `UNetModel.part_weights`.
+    """
+
+    rest: Tensor
+    conv: Tensor
+    residual: Tensor
+    weights: PartWeights = (None, None)
+
+    def __len__(self) -> int:
+        """The batch size of the features."""
+        return len(self.conv)
+
+    def images(self, chosen: slice) -> SharedPart:
+        """Of some of the batch; a view."""
+        return SharedPart(self.rest[chosen], self.conv[chosen], self.residual[chosen], self.weights)
+
 
 @dataclass(frozen=True, eq=False)
 class Features:
@@ -18,10 +44,13 @@ class Features:
 
     hidden: (B, C, h, w).
     skips:  outputs of the outermost input blocks, first to last, each (B, C_i, H_i, W_i).
+    shared: what the network has computed of them for several nodes, see `UNetModel.share`: for each skip that of the
+        block that takes it. () = nothing.
     """
 
     hidden: Tensor
     skips: tuple[Tensor, ...]
+    shared: tuple[SharedPart, ...] = ()
 
     def __len__(self) -> int:
         """The batch size."""
@@ -29,11 +58,12 @@ class Features:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
+        """The features themselves, without what is computed of them."""
         return self.hidden, *self.skips
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Features:
-        """The inverse of `tensors`."""
+        """The inverse of `tensors`, with nothing shared."""
         hidden, *skips = tensors
         return Features(hidden, tuple(skips))
 
@@ -50,9 +80,16 @@ class Features:
             return parts[0]
         return Features.of([torch.cat(same) for same in zip(*(part.tensors for part in parts), strict=True)])
 
+    @staticmethod
+    def for_nodes(parts: Sequence[Features]) -> Features:
+        """What `decode` takes for a batch of nodes: shared features once, if all nodes have the same; else `cat`."""
+        first = parts[0]
+        return first if first.shared and all(part is first for part in parts) else Features.cat(parts)
+
     def images(self, chosen: slice) -> Features:
         """Some of the batch; a view."""
-        return Features.of([tensor[chosen] for tensor in self.tensors])
+        hidden, *skips = (tensor[chosen] for tensor in self.tensors)
+        return Features(hidden, tuple(skips), tuple(part.images(chosen) for part in self.shared))
 
     def chunk(self, n: int) -> list[Features]:
         """Views of n equal batches, the inverse of `cat`."""

@@ -17,7 +17,7 @@ def meta_unet(
     unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int, context_length: int | None, tome: float
 ) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     """The UNet without data, an x for it, and the other arguments of its `encode`; to be called on the meta device."""
-    unet = instantiate_from_config(unet) if isinstance(unet, Mapping) else _on_meta(unet)
+    unet = instantiate_from_config(unet) if isinstance(unet, Mapping) else on_meta(unet)
     inputs = {"timesteps": torch.zeros(batch), "context": None, "y": None, "tome": tome}
     if context_length is not None:
         inputs["context"] = torch.zeros(batch, context_length, unet.context_dim)
@@ -32,7 +32,7 @@ def _label(unet: nn.Module, batch: int) -> Tensor:
     return torch.zeros(batch, unet.adm_in_channels or 1)
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
+def on_meta(module: nn.Module) -> nn.Module:
     """A copy of the module without its data."""
     tensors = chain(module.parameters(), module.buffers())
     memo = {}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,16 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.context import Context, ProjectedContext
-from ldm.modules.diffusionmodules.features import Features
-from ldm.modules.diffusionmodules.util import checkpoint, normalization, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.features import Features, PartWeights, SharedPart
+from ldm.modules.diffusionmodules.util import (
+    checkpoint,
+    convolve_part,
+    has_parts,
+    normalization,
+    timestep_embedding,
+    weight_part,
+    zero_module,
+)
 from ldm.modules.token_merging import check_ratio
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -107,14 +116,52 @@ class ResBlock(TimestepBlock):
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else conv(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """(B, C, H, W), (B, D) -> (B, C_out, H', W')."""
-        return checkpoint(self._forward, x, emb, enabled=self.use_checkpoint)
+    def forward(self, x: Tensor | None, emb: Tensor, shared: SharedPart | None = None) -> Tensor:
+        """(B, C, H, W), (B, D) -> (B, C_out, H', W').
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm_in, act_in, conv_in = self.in_layers
+        With `shared`, made of the input's last channels by `share` for a batch of B, there are n nodes, step-major: x
+        is the channels before these, (n*B, C_x, H, W), or None if `shared` is of all channels; emb is (n*B, D).
+        """
+        return checkpoint(self._forward, x, emb, shared, enabled=self.use_checkpoint)
+
+    def own_from(self, channels: int) -> int:
+        """The first of the input's last `channels` whose normalisation group has no channel before them."""
+        norm = self.in_layers[0]
+        size = norm.num_channels // norm.num_groups
+        return -(-(norm.num_channels - channels) // size) * size
+
+    def shares(self, channels: int) -> bool:
+        """Whether `share` is possible for the input's last `channels`: they hold a whole group, or are all."""
+        width = self.in_layers[0].num_channels
+        apart = all(has_parts(layer) or isinstance(layer, nn.Identity) for layer in self._entry_layers())
+        return channels == width or (self.own_from(channels) < width and apart)
+
+    def _entry_layers(self) -> tuple[nn.Module, nn.Module]:
+        return self.in_layers[2], self.skip_connection
+
+    def part_weights(self, channels: int) -> PartWeights:
+        """Copies of the weights that `forward` uses for the input's other channels when `channels` are shared."""
+        convolution, residual = (weight_part(layer, self.own_from(channels)) for layer in self._entry_layers())
+        return convolution, residual
+
+    def share(self, x: Tensor, weights: PartWeights = (None, None)) -> SharedPart:
+        """What `forward` computes of the last channels of its input, whatever the others are.
+
+        Normalisation works group by group and a convolution is linear in its input channels. The channels that share a
+        group with others, less than a group, are left for `forward`.
+
+        Args:
+            x: the channels, (B, C_x, H, W).
+            weights: see `part_weights`.
+        """
+        start = self.own_from(x.shape[1])
+        left = start - (self.in_layers[0].num_channels - x.shape[1])
+        return SharedPart(x[:, :left], *self._entry(x[:, left:], start), weights)
+
+    def _forward(self, x: Tensor | None, emb: Tensor, shared: SharedPart | None) -> Tensor:
         norm_out, act_out, dropout, conv_out = self.out_layers
-        h = conv_in(self.resample(act_in(norm_in(x))))  # (B, C_out, H', W')
+        # both (B, C_out, H', W')
+        h, residual = self._entry(x) if shared is None else self._shared_entry(x, shared, len(emb) // len(shared))
         shift = self.emb_layers(emb)  # (B, C_out or 2 C_out)
         shift = shift.view(*shift.shape, *[1] * (h.ndim - 2))  # (B, ..., 1, 1)
         if self.use_scale_shift_norm:
@@ -122,7 +169,32 @@ class ResBlock(TimestepBlock):
             h = norm_out(h) * (1 + scale) + shift
         else:
             h = norm_out(h + shift)
-        return self.skip_connection(self.resample(x)) + conv_out(dropout(act_out(h)))
+        return residual + conv_out(dropout(act_out(h)))
+
+    def _entry(self, x: Tensor, start: int = 0, weights: PartWeights = (None, None)) -> tuple[Tensor, Tensor]:
+        """First convolution and residual of the input, or their parts that come from its channels from `start` on."""
+        norm, act, conv = self.in_layers
+        if x.shape[1] == norm.num_channels:
+            return conv(self.resample(act(norm(x)))), self.skip_connection(self.resample(x))
+        h = convolve_part(conv, self.resample(act(norm.part(x, start))), start, weights[0])
+        x = self.resample(x)
+        if not isinstance(self.skip_connection, nn.Identity):
+            return h, convolve_part(self.skip_connection, x, start, weights[1])
+        after = norm.num_channels - start - x.shape[1]
+        return h, F.pad(x, (*[0, 0] * (x.ndim - 2), start, after))  # zeros for the other channels
+
+    def _shared_entry(self, x: Tensor | None, shared: SharedPart, nodes: int) -> tuple[Tensor, Tensor]:
+        def tile(same: Tensor) -> Tensor:
+            return same.repeat(nodes, *[1] * (same.ndim - 1))
+
+        if x is None:
+            return tile(shared.conv), tile(shared.residual)
+        if shared.rest.shape[1]:
+            x = torch.cat([x, tile(shared.rest)], dim=1)
+        h, residual = self._entry(x, 0, shared.weights)
+        for part, same in ((h, shared.conv), (residual, shared.residual)):
+            part.unflatten(0, (nodes, -1)).add_(same)
+        return h, residual
 
 
 class AttentionBlock(nn.Module):
@@ -215,11 +287,23 @@ class AttentionPool2d(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """Layers in a row, each given what it takes of the timestep embedding, the context and token merging."""
+    """Layers in a row, each given what it takes of the timestep embedding, the context and token merging.
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None, tome: float = 0.0) -> Tensor:
+    `shared` is for the first layer, a `ResBlock`.
+    """
+
+    def forward(
+        self,
+        x: Tensor | None,
+        emb: Tensor,
+        context: Context | None = None,
+        tome: float = 0.0,
+        shared: SharedPart | None = None,
+    ) -> Tensor:
         for layer in self:
-            if isinstance(layer, TimestepBlock):
+            if shared is not None:
+                x, shared = layer(x, emb, shared), None
+            elif isinstance(layer, TimestepBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context, tome)
@@ -565,24 +649,84 @@ class UNetModel(nn.Module):
         blocks: int = 0,
         tome: float = 0.0,
     ) -> Features:
-        """Decode until `blocks` output blocks remain; arguments as for `decode`.
+        """Decode until `blocks` output blocks remain; arguments as for `decode`, but nothing shared is used.
 
         Raises:
             ValueError: as `decode`, or fewer blocks than that remain already.
         """
-        if not 0 <= blocks <= len(features.skips) <= len(self.output_blocks):
-            raise ValueError(
-                f"features must have {max(blocks, 1)}..{len(self.output_blocks)} skips for this network; "
-                f"got {len(features.skips)}"
-            )
+        h = self._advanced(replace(features, shared=()), timesteps, context, y, blocks, tome)
+        return Features(h, features.skips[:blocks])
+
+    def _advanced(
+        self, features: Features, timesteps: Tensor, context: Context | None, y: Tensor | None, blocks: int, tome: float
+    ) -> Tensor:
+        """What goes into the last `blocks` output blocks, (B, C, H, W)."""
+        self._check_skips(features, blocks)
         self.check_merging(tome)
-        h, skips = features.hidden, list(features.skips)  # (B, C, h, w)
-        context = self._checked_context(context, len(h))
-        emb = self.embed(timesteps, y, len(h))  # (B, D): of this step
-        for block in self.output_blocks[len(self.output_blocks) - len(skips) : len(self.output_blocks) - blocks]:
-            share = tome if len(skips) <= self.finest else 0.0
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, share)  # (B, C_i, H_i, W_i)
-        return Features(h, tuple(skips))
+        # The hidden features of shared ones are in what the first block shares.
+        h, batch = (None, len(timesteps)) if features.shared else (features.hidden, len(features))
+        context = self._checked_context(context, batch)
+        emb = self.embed(timesteps, y, batch)  # (B, D): of this step
+        for i in reversed(range(blocks, len(features.skips))):
+            block, share = self.output_blocks[-1 - i], tome if i < self.finest else 0.0
+            if features.shared:
+                h = block(h, emb, context, share, features.shared[i])
+            else:
+                h = block(torch.cat([h, features.skips[i]], dim=1), emb, context, share)  # (B, C_i, H_i, W_i)
+        return h
+
+    def _skip_widths(self) -> list[int]:
+        """Channels of the skip that each output block takes, without the first's."""
+        return [
+            block.in_layers[0].num_channels - before.out_layers[0].num_channels
+            for (before, *_), (block, *_) in pairwise(self.output_blocks)
+        ]
+
+    def shared_from(self) -> dict[str, int]:
+        """The convolutions of which `share` computes a part, by name, and the first input channel of that part."""
+        cuts = {}
+        for i, skip in enumerate(self._skip_widths(), start=1):
+            block = self.output_blocks[i][0]
+            if block.shares(skip):
+                start = block.own_from(skip)
+                cuts |= {f"output_blocks.{i}.0.{name}": start for name in ("in_layers.2", "skip_connection")}
+        return cuts
+
+    def part_weights(self) -> tuple[PartWeights, ...]:
+        """Copies of weights for `share`, made once for a run: for each skip, the outermost first.
+
+        A convolution copies a slice of its weight at every call: a tenth of a decoder's time for one image of emoji64
+        on a CPU. Packed layers have copies of their own.
+        """
+        others = zip(self.output_blocks[1:], self._skip_widths(), strict=True)
+        return (*reversed([block.part_weights(skip) for (block, *_), skip in others]), (None, None))
+
+    def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
+        """The features with the part of every output block that depends on them alone, for decoders at many timesteps.
+
+        That is the first block up to the timestep embedding, and of the others the first convolution and the residual
+        of the skip's channels, as far as these are normalised in groups of their own. Decoding gives the same up to
+        rounding. Where that is not possible for some block (`ResBlock.shares`), the features come back as they are.
+
+        Args:
+            features: of this network.
+            weights: what `part_weights` made; None = nothing, which is as right, and slower on small maps.
+
+        Raises:
+            ValueError: features of another network.
+        """
+        self._check_skips(features, 0)
+        if not features.skips:
+            return features
+        *skips, innermost = features.skips
+        inputs = [*skips, torch.cat([features.hidden, innermost], dim=1)]
+        blocks = [self.output_blocks[-1 - i][0] for i in range(len(inputs))]
+        pairs = list(zip(blocks, inputs, strict=True))
+        if not all(block.shares(x.shape[1]) for block, x in pairs):
+            return features
+        weights = weights[: len(pairs)] if weights else [(None, None)] * len(pairs)
+        shared = tuple(block.share(x, own) for (block, x), own in zip(pairs, weights, strict=True))
+        return replace(features, shared=shared)
 
     def decode(
         self,
@@ -595,13 +739,14 @@ class UNetModel(nn.Module):
         """The prediction (B, C_out, H, W) at `timesteps` from features of the same or an earlier step.
 
         Args:
-            features: of this network, of batch B (`Features.cat` those of several steps for one batch).
+            features: of this network, of batch B (`Features.cat` those of several steps for one batch); or made by
+                `share`, of a batch that goes n times into B: those of n steps, step-major.
             timesteps, context, y, tome: as for `encode`, of this step, not of the key step.
 
         Raises:
             ValueError: as `encode`, or features of another network.
         """
-        h = self.advance(features, timesteps, context, y, tome=tome).hidden
+        h = self._advanced(features, timesteps, context, y, 0, tome)
         return self.out(h) if self.id_predictor is None else self.id_predictor(h)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Context | None = None, y: Tensor | None = None) -> Tensor:
@@ -636,6 +781,13 @@ class UNetModel(nn.Module):
             raise ValueError(
                 "this network has no self-attention in spatial transformers at its finest level, so there "
                 f"are no tokens to merge; accepted: 0; got {tome:g}"
+            )
+
+    def _check_skips(self, features: Features, blocks: int) -> None:
+        if not 0 <= blocks <= len(features.skips) <= len(self.output_blocks):
+            raise ValueError(
+                f"features must have {max(blocks, 1)}..{len(self.output_blocks)} skips for this network; "
+                f"got {len(features.skips)}"
             )
 
     def _check_input(self, x: Tensor) -> None:

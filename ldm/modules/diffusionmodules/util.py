@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -97,10 +98,13 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalisation that is computed in float32, whatever the input's precision."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 == self.weight.dtype:
-            return super().forward(x)
-        normed = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(x.dtype)
+        return super().forward(x) if x.dtype == torch.float32 == self.weight.dtype else self.part(x, 0)
+
+    def part(self, x: Tensor, start: int) -> Tensor:
+        """Normalise channels of whole groups alone: x is the input's channels from `start` on, (B, C_x, ...)."""
+        weight, bias = (p[start : start + x.shape[1]].float() for p in (self.weight, self.bias))
+        groups = x.shape[1] * self.num_groups // self.num_channels
+        return F.group_norm(x.float(), groups, weight, bias, self.eps).to(x.dtype)
 
 
 def normalization(channels: int, eps: float = 1e-5) -> GroupNorm32:
@@ -114,6 +118,42 @@ def normalization(channels: int, eps: float = 1e-5) -> GroupNorm32:
     return GroupNorm32(32, channels, eps=eps)
 
 
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+
+
+class PartedConvolution(nn.Module, ABC):
+    """A convolution of another kind than PyTorch's that also computes what comes of some input channels alone."""
+
+    @abstractmethod
+    def part(self, x: Tensor, start: int) -> Tensor:
+        """See `convolve_part`."""
+
+
+def has_parts(conv: nn.Module) -> bool:
+    """Whether it is a convolution for `convolve_part`; what else takes its place may compute anything."""
+    return type(conv) in CONVOLUTIONS or isinstance(conv, PartedConvolution)
+
+
+def weight_part(layer: nn.Module, stop: int) -> Tensor | None:
+    """A copy of a convolution's weight for its first `stop` input channels; None for any other layer."""
+    return layer.weight[:, :stop].contiguous() if type(layer) in CONVOLUTIONS else None
+
+
+def convolve_part(conv: nn.Module, x: Tensor, start: int, weight: Tensor | None = None) -> Tensor:
+    """What a convolution makes of some of its input channels; summed over all channels, its output.
+
+    Args:
+        conv: of 1, 2 or 3 dimensions with zero padding, or a `PartedConvolution`.
+        x: the input's channels from `start` on, (B, C_x, ...); the bias goes with the first ones.
+        weight: what `weight_part` made of it for these channels; None = a slice of its own.
+    """
+    if isinstance(conv, PartedConvolution):
+        return conv.part(x, start)
+    weight = conv.weight[:, start : start + x.shape[1]] if weight is None else weight
+    function = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+    return function(x, weight, None if start else conv.bias, conv.stride, conv.padding)
+
+
 def zero_module(module: nn.Module) -> nn.Module:
     """Set all parameters to zero, so that a residual branch starts as the identity."""
     for parameter in module.parameters():
@@ -121,7 +161,7 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def checkpoint(function: Callable[..., Tensor], *inputs: Tensor | None, enabled: bool) -> Tensor:
+def checkpoint(function: Callable[..., Tensor], *inputs: Any, enabled: bool) -> Tensor:
     """function(*inputs); if enabled, its activations are dropped and computed again in the backward pass."""
     if enabled and torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.conditioning import Conditioning
-from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.features import Features, PartWeights
 from ldm.util import instantiate_from_config
 
 CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
@@ -75,6 +75,12 @@ class DiffusionWrapper(nn.Module):
         self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
     ) -> tuple[Tensor, ...]:
         return self.diffusion_model.encode_outer(self._input(x, cond), t, cond.context, cond.y, blocks, tome)
+
+    def part_weights(self) -> tuple[PartWeights, ...]:
+        return self.diffusion_model.part_weights()
+
+    def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
+        return self.diffusion_model.share(features, weights)
 
     def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0) -> Features:
         return self.diffusion_model.advance(features, t, cond.context, cond.y, blocks, tome)

@@ -21,13 +21,19 @@ class BatchBackoff(Wrapper):
         most: nodes in one batch; None = as many as it is given. Halved at every failure, and kept after it.
 
     Raises:
-        torch.OutOfMemoryError: (in decode and advance) a single node is too much; or another method fails, which has
-            no batch to halve.
+        torch.OutOfMemoryError: (in decode and advance) a single node is too much; or encode or refresh fails, which
+            have no batch to halve.
     """
 
     def __init__(self, denoiser: Denoiser, most: int | None = None) -> None:
         super().__init__(denoiser)
         self.most = most
+
+    def share(self, features: Features) -> Features:
+        try:
+            return super().share(features)
+        except torch.OutOfMemoryError:
+            return features  # sharing saves time only
 
     def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
         return self._in_parts(len(ts), lambda part, _: self.inner.advance(features[part], ts[part], blocks))

@@ -13,7 +13,7 @@ from torch._inductor import config as inductor
 
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.denoiser import ConditionedNetwork
-from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.features import Features, PartWeights
 
 COMPILERS = ("g++", "clang++")
 Backend = str | Callable[..., Any]
@@ -49,7 +49,7 @@ class Compiled(nn.Module):
     """A `ConditionedNetwork` that computes what another one does, with compiled `encode` and `decode`.
 
     Decoders are best run one by one: batches of another size are compiled anew. Parts of the encoder or decoder
-    (`encode_outer`, `advance`) are not compiled.
+    (`encode_outer`, `share`, `advance`) are not compiled.
 
     Args:
         network: in evaluation mode; its layers may be packed, which is faster.
@@ -63,7 +63,7 @@ class Compiled(nn.Module):
         super().__init__()
         self.inner = network
         self._encode = compiled(self._encode_tensors, backend)
-        self._decode = compiled(self._decode_tensors, backend)
+        self._decode = compiled(network.decode, backend)
 
     def project(self, cond: Conditioning) -> Conditioning:
         return self.inner.project(cond)
@@ -79,17 +79,20 @@ class Compiled(nn.Module):
     ) -> Sequence[Tensor]:
         return self.inner.encode_outer(x, t, cond, blocks, tome)
 
+    def part_weights(self) -> tuple[PartWeights, ...]:
+        return ()  # slices are constants of the graph; weights that it is given would not be
+
+    def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
+        return self.inner.share(features, weights)
+
     def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0) -> Features:
         return self.inner.advance(features, t, cond, blocks, tome)
 
     def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Tensor:
-        return self._decode(features.tensors, t, cond, tome)
+        return self._decode(features, t, cond, tome)
 
     def _encode_tensors(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float) -> tuple[Tensor, ...]:
         return self.inner.encode(x, t, cond, tome).tensors
-
-    def _decode_tensors(self, tensors: Sequence[Tensor], t: Tensor, cond: Conditioning, tome: float) -> Tensor:
-        return self.inner.decode(Features.of(tensors), t, cond, tome)
 
 
 def check_compiler() -> None:

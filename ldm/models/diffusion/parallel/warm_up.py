@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.denoiser import ConditionedNetwork
-from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.features import Features, PartWeights
 
 T = TypeVar("T")
 
@@ -58,6 +58,12 @@ class WarmUp:
     def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Sequence[Tensor]:
         return self._once(("encode_outer", len(x), blocks), lambda: self.network.encode_outer(x, t, cond, blocks, tome))
 
+    def part_weights(self) -> Sequence[PartWeights]:
+        return self._once(("part_weights",), self.network.part_weights)
+
+    def share(self, features: Features, weights: Sequence[PartWeights] | None) -> Features:
+        return self._once(("share", len(features)), lambda: self.network.share(features, weights))
+
     def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Features:
         return self._once(
             ("advance", len(features), blocks), lambda: self.network.advance(features, t, cond, blocks, tome)
@@ -66,7 +72,7 @@ class WarmUp:
     def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float) -> Tensor:
         # Zeros keep the latents finite, whatever the solver.
         return self._once(
-            ("decode", len(features), len(features.skips)),
+            ("decode", len(t), len(features.skips), bool(features.shared)),
             lambda: torch.zeros_like(self.network.decode(features, t, cond, tome)),
         )
 

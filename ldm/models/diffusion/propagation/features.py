@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ldm.models.diffusion.propagation.plan import PROPAGATIONS
@@ -35,6 +36,11 @@ class Propagation:
         # Solvers that come back to a timestep replace its features.
         kept = [old for old in self.keys if len(old[1]) == len(features) and old[0] != t]
         return Propagation(self.degree, (*kept, (t, features))[-max(self.degree, 0) - 1 :])
+
+    def shared(self, share: Callable[[Features], Features]) -> Propagation:
+        """With what several nodes compute of the last key node's features; computed the first time only."""
+        t, last = self.keys[-1]
+        return self if last.shared else Propagation(self.degree, (*self.keys[:-1], (t, share(last))))
 
     def at(self, t: float) -> Features:
         """What the decoder gets at timestep t; at the last key node, exactly its features."""

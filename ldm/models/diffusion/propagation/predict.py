@@ -46,6 +46,9 @@ def predict(
     if compute is Compute.SHALLOW:
         features = [model.refresh(cache.inner, x, ts[0], plan.branch)]
     else:  # the decoders take the key node's features, or what is extrapolated from several
+        held = plan.propagate == "hold" and not (plan.refresh or plan.branch)
+        if held and (compute is Compute.DECODER or len(ts) > 1):
+            cache = replace(cache, features=cache.features.shared(model.share))
         features = [cache.features.at(t) for t in ts]
         if plan.refresh and compute is Compute.DECODER:
             features = [model.refresh(features[0], x, ts[0], plan.refresh)]
