@@ -1,1 +1,1 @@
-"""Measurements on pictures and models."""
+"""Measurements on images and models."""

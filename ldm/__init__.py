@@ -28,7 +28,7 @@ def load(
     weights: str = "auto",
     precision: str | None = None,
 ) -> Model:
-    """A model to make pictures with; see `ldm.api.Model`.
+    """A model to make images with; see `ldm.api.Model`.
 
     Args:
         name: a model of models/ldm or of models/published.yaml, such as "emoji64" or "sd-v1-5"; or a folder with a
