@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli.parser import Parser, run_command, stated_ranks, whole
+from ldm.cli.parser import Parser, run_command, torchrun_ranks, whole
 from ldm.io.errors import BadInput, fault_of
 from ldm.util import instantiate_from_config  # noqa: F401  (published scripts import it from here)
 
@@ -104,7 +104,7 @@ def is_setting(text: str) -> bool:
 
 def check_environment() -> None:
     """Raise BadInput for numbers of processes that can't be, which Lightning reads without a check."""
-    stated_ranks()
+    torchrun_ranks()
     for name in RANKS:
         if not os.environ.get(name, "0").isdecimal():
             raise BadInput(f"environment variable {name}: expected a whole number from 0 on; got {os.environ[name]!r}")

@@ -23,7 +23,7 @@ from ldm.cli.devices import find_device
 from ldm.cli.inputs import image_items
 from ldm.cli.kinds import BATCH, KINDS, Given, ImageLike, Job, as_files, kind_of, parsed
 from ldm.cli.parser import settings_from
-from ldm.cli.pipeline import check_amount, check_guidance, check_network, what_is_cut
+from ldm.cli.pipeline import check_amount, check_guidance, check_network, truncated_prompts
 from ldm.cli.settings import SamplingSettings, count_nodes, make_plan, make_recipe, run_facts, with_batches
 from ldm.cli.setup import Setup, model_files, read_setup, uses_autocast
 from ldm.io.errors import BadInput
@@ -115,7 +115,7 @@ class Model:
             check_amount(len(items), job.size, args.batch_size)
             batch = min(args.batch_size, len(items))
             engine = self._engine(job, batch)
-            if cut := what_is_cut(items, job.task, self.network):
+            if cut := truncated_prompts(items, job.task, self.network):
                 warnings.warn(cut, stacklevel=3)
             return Run(engine, items, batch)
 

@@ -39,13 +39,13 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     from ldm.cli import inputs, pipeline, setup, tasks
 
-    start, remembered = inputs.start_image(args.init_img)
+    start, reference = inputs.start_image(args.init_img)
     model = setup.make_setup(settings_from(args, setup.ModelSettings), DEPTH)
     shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
-    image = inputs.in_size(start, model.sizes, args.H, args.W)
+    image = inputs.resized_start(start, model.sizes, args.H, args.W)
     pipeline.make_images(
         model,
-        inputs.text_items(settings_from(args, inputs.TextSettings), shown, remembered),
+        inputs.text_items(settings_from(args, inputs.TextSettings), shown, reference),
         tasks.depth_task(model, image, args.strength, args.negative_prompt),
         tuple(image.shape[1:]),
         settings_from(args, pipeline.SamplingSettings),

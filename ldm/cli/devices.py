@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ldm.cli.parser import stated_ranks
+from ldm.cli.parser import torchrun_ranks
 from ldm.io.errors import BadInput, SettingError, fault_of
 
 
@@ -36,7 +36,7 @@ class Processes:
         Raises:
             BadInput: there it says what can't be.
         """
-        return Processes(*stated_ranks())
+        return Processes(*torchrun_ranks())
 
     @property
     def several(self) -> bool:

@@ -43,7 +43,7 @@ def text_items(settings: TextSettings, shown: Sequence[str] = (), extra: Mapping
 
     Args:
         shown: the prompts where none are given; without them the usual one.
-        extra: what else of each image is to be remembered.
+        extra: what else is recorded with each image.
 
     Raises:
         SettingError: the file has no prompts, or they are more images than one run makes.
@@ -115,12 +115,12 @@ def class_names(path: str | Path | None, default: Path | None = None) -> Names:
 
 
 def start_image(path: str | Path) -> tuple[Image.Image, dict[str, str]]:
-    """The image to start from, and how each result remembers it."""
+    """The image to start from, and how each result refers to it."""
     with fault_of("init_img"):
-        return open_image(path), named(path, "init_img")
+        return open_image(path), file_reference(path, "init_img")
 
 
-def in_size(image: Image.Image, sizes: Sizes, height: int | None, width: int | None) -> Tensor:
+def resized_start(image: Image.Image, sizes: Sizes, height: int | None, width: int | None) -> Tensor:
     """An image to start from in the size of the results, (3, H, W): as given, or its own, rounded down."""
     step = sizes.multiple
     own = tuple(max(step, side // step * step) for side in (image.height, image.width))
@@ -147,8 +147,8 @@ def pixels(image: Tensor) -> str:
     return f"{image.shape[-1]} x {image.shape[-2]} pixels"
 
 
-def named(path: str | Path, role: str) -> dict[str, str]:
-    """How an image remembers an input file: by name and content."""
+def file_reference(path: str | Path, role: str) -> dict[str, str]:
+    """How an image refers to an input file: by name and content."""
     return {role: Path(path).name, f"{role}_sha256": fingerprint(path)[:16]}
 
 
@@ -156,7 +156,7 @@ def named(path: str | Path, role: str) -> dict[str, str]:
 class MaskedImages:
     """What is in a folder for inpainting, by name.
 
-    subjects: how each result remembers its image and mask.
+    subjects: how each result refers to its image and mask.
     images:   (N, 3, H, W) in [-1, 1].
     masks:    (N, 1, H, W), 1 = to be made anew.
     left_out: names of the files that are no pair of image and mask.
@@ -182,7 +182,7 @@ def masked_images(folder: Path) -> MaskedImages:
         image, mask = from_pil(open_image(path)), open_mask(mask_path)
         if mask.shape[1:] != image.shape[1:]:
             raise ValueError(f"{mask_path.name} has {pixels(mask)}, its image {pixels(image)}")
-        subjects.append(named(path, "image") | named(mask_path, "mask"))
+        subjects.append(file_reference(path, "image") | file_reference(mask_path, "mask"))
         images[path.name], masks[mask_path.name] = image, mask
     if not subjects:
         raise ValueError(f"{folder} has no masks; expected images NAME.png with masks NAME{MASK}")
@@ -191,18 +191,18 @@ def masked_images(folder: Path) -> MaskedImages:
 
 
 def small_images(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], Tensor]:
-    """Images of one size, (N, 3, h, w) in [-1, 1], and how each result remembers its own.
+    """Images of one size, (N, 3, h, w) in [-1, 1], and how each result refers to its own.
 
     Raises:
         SettingError: they can't be read, or are of several sizes.
     """
     with fault_of("images"):
         images = stacked({str(path): from_pil(open_image(path)) for path in paths})
-        return [named(path, "image") for path in paths], images
+        return [file_reference(path, "image") for path in paths], images
 
 
 def label_maps(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
-    """Maps of labels by name, each (H, W), and how each result remembers its own.
+    """Maps of labels by name, each (H, W), and how each result refers to its own.
 
     Raises:
         SettingError: they can't be read, or are of several sizes.
@@ -210,7 +210,7 @@ def label_maps(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], dict[
     with fault_of("maps"):
         maps = {str(path): open_labels(path) for path in paths}
         stacked(maps)  # of one size
-        return [named(path, "map") for path in paths], maps
+        return [file_reference(path, "map") for path in paths], maps
 
 
 def read_layouts(path: str | Path) -> list[Any]:

@@ -30,7 +30,7 @@ from ldm.cli.arguments import (
     strength_argument,
     uncond_class_argument,
 )
-from ldm.cli.inputs import in_size, named, stacked
+from ldm.cli.inputs import file_reference, resized_start, stacked
 from ldm.cli.parser import Parser, Version
 from ldm.cli.settings import SamplingSettings
 from ldm.cli.setup import Setup, image_size
@@ -100,13 +100,15 @@ def name_of(target: str) -> str:
 
 @dataclass(frozen=True)
 class File:
-    """An image that was given, as a file; `remembered(role)` is how the item remembers it."""
+    """An image that was given, as a file; `reference(role)` is how the item refers to it."""
 
     path: Path
     digest: str | None  # of its pixels, if it was given as an image
 
-    def remembered(self, role: str) -> dict[str, str]:
-        return named(self.path, role) if self.digest is None else {role: "image", f"{role}_sha256": self.digest}
+    def reference(self, role: str) -> dict[str, str]:
+        return (
+            file_reference(self.path, role) if self.digest is None else {role: "image", f"{role}_sha256": self.digest}
+        )
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,11 @@ class Given:
         return image_size(setup.sizes, self.height, self.width)
 
     def start(self, setup: Setup) -> tuple[torch.Tensor, dict[str, str]]:
-        """The image to start from, (3, H, W) in the size of the results, and how it is remembered."""
+        """The image to start from, (3, H, W) in the size of the results, and how the item refers to it."""
         if len(self.images) != 1:
             raise ValueError(f"image must be one image here; got {len(self.images)}")
         file = self.images[0]
-        return in_size(open_image(file.path), setup.sizes, self.height, self.width), file.remembered("init_img")
+        return resized_start(open_image(file.path), setup.sizes, self.height, self.width), file.reference("init_img")
 
     def stacked(self) -> torch.Tensor:
         """The images, (N, 3, H, W) in [-1, 1]."""
@@ -161,7 +163,7 @@ class Given:
         return stacked({str(i): from_pil(open_image(file.path)) for i, file in enumerate(self.images)})
 
     def masked(self) -> tuple[list[dict[str, str]], torch.Tensor, torch.Tensor]:
-        """How images and masks are remembered, the images and their masks, (N, 3, H, W) and (N, 1, H, W)."""
+        """How the items refer to images and masks, the images, and their masks, (N, 3, H, W) and (N, 1, H, W)."""
         images = self.stacked()
         if len(self.masks) != len(self.images):
             raise ValueError(f"mask: expected one for each image, {len(self.images)}; got {len(self.masks)}")
@@ -171,7 +173,7 @@ class Given:
                 f"mask must be as large as the image, {tuple(images.shape[-2:])}; got {tuple(masks.shape[-2:])}"
             )
         subjects = [
-            image.remembered("image") | mask.remembered("mask")
+            image.reference("image") | mask.reference("mask")
             for image, mask in zip(self.images, self.masks, strict=True)
         ]
         return subjects, images, masks
@@ -229,9 +231,9 @@ def text(given: Given, setup: Setup, sampling: SamplingSettings, negative_prompt
         return text_inpainting(given, setup, sampling, negative_prompt)
     subjects = [{"prompt": prompt} for prompt in given.prompts()]
     if given.images:
-        image, remembered = given.start(setup)
+        image, reference = given.start(setup)
         task = image_task(image, 0.75 if strength is None else strength, negative_prompt)
-        return Job([subject | remembered for subject in subjects], task, tuple(image.shape[1:]), sampling)
+        return Job([subject | reference for subject in subjects], task, tuple(image.shape[1:]), sampling)
     if strength is not None:
         raise ValueError("strength needs an image to begin with")
     return Job(subjects, text_task(negative_prompt), given.size(setup), sampling)
@@ -279,8 +281,8 @@ def depth_arguments(p: Parser) -> None:
 
 def depth(given: Given, setup: Setup, sampling: SamplingSettings, negative_prompt: str, strength: float) -> Job:
     given.only(subjects=True, images=True)
-    image, remembered = given.start(setup)
-    subjects = [{"prompt": prompt} | remembered for prompt in given.prompts()]
+    image, reference = given.start(setup)
+    subjects = [{"prompt": prompt} | reference for prompt in given.prompts()]
     return Job(subjects, depth_task(setup, image, strength, negative_prompt), tuple(image.shape[1:]), sampling)
 
 
@@ -298,7 +300,7 @@ def upscaling(
     images = given.stacked()
     settings = upscaling_settings(setup, sampling, given.subjects, negative_prompt, noise_level)
     task, size = upscaling_task(setup, images, settings)
-    subjects = [file.remembered("image") for file in given.images]
+    subjects = [file.reference("image") for file in given.images]
     if settings.prompt is not None:
         prompts = [""] * len(subjects) if given.subjects is None else given.prompts(len(subjects))
         subjects = with_prompts(subjects, prompts)
@@ -351,7 +353,7 @@ def labels(given: Given, setup: Setup, sampling: SamplingSettings) -> Job:
             raise ValueError("subjects must be maps of labels for this model; got none")
         labelled = {str(i): open_labels(file.path) for i, file in enumerate(maps)}
         stacked(labelled)  # of one size
-        subjects = [file.remembered("map") for file in maps]
+        subjects = [file.reference("map") for file in maps]
     task, size = label_task(setup, labelled)
     return Job(subjects, task, size, sampling)
 

@@ -129,7 +129,7 @@ def stated(env: Mapping[str, str], name: str, default: int, low: int, high: int 
         raise BadInput(f"environment variable {name}: {error}; torchrun and SLURM set it") from None
 
 
-def stated_ranks() -> tuple[int, int, int]:
+def torchrun_ranks() -> tuple[int, int, int]:
     """Rank, number of processes, and rank on this machine, as torchrun states them; without it one process, alone.
 
     Raises:

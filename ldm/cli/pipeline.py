@@ -33,7 +33,7 @@ from ldm.sampling.generate import Item, Sample, generate
 BATCH_PIXELS = 2**26  # 256 images of 512 x 512 pixels at a time
 SHEET_PIXELS = 80_000_000  # Pillow doubts larger files
 CELL = 192  # pixels to which a comparison enlarges small images
-ONLY = "pictures"  # the name of a single method; names of grids depend on it
+SINGLE = "pictures"  # the name of a single method; names of grids depend on it
 
 Methods = Mapping[str, tuple[Recipe, AnyPlan]]
 
@@ -72,7 +72,7 @@ def make_images(
         settings = weights_of(setup)
     methods = choose_methods(setup, sampling, recipe, nodes, output.compare)
     engines = load_engines(setup, methods, task)
-    if setup.processes.leads and (cut := what_is_cut(items, task, next(iter(engines.values())).model)):
+    if setup.processes.leads and (cut := truncated_prompts(items, task, next(iter(engines.values())).model)):
         print(cut)
 
     with setup.processes.joined(setup.device):
@@ -142,7 +142,7 @@ def check_network(model: LatentDiffusion, recipe: Recipe, plan: AnyPlan) -> None
         check_blocks(plan, len(unet.output_blocks))
 
 
-def what_is_cut(items: Sequence[Item], task: Task, model: LatentDiffusion) -> str | None:
+def truncated_prompts(items: Sequence[Item], task: Task, model: LatentDiffusion) -> str | None:
     """How many texts, the negative prompt among them, the model does not read to their end; None if it reads all."""
     texts = [*(item.inputs for item in items), task.condition.settings()]
     prompts = {text[name] for text in texts for name in ("prompt", "negative_prompt") if name in text}
@@ -171,7 +171,7 @@ def choose_methods(setup: Setup, sampling: SamplingSettings, recipe: Recipe, nod
     facts = run_facts(setup, recipe.sampler)
     plan = make_plan(sampling, nodes, facts)
     if not compare:
-        return {ONLY: (recipe, plan)}
+        return {SINGLE: (recipe, plan)}
     if plan.plain and not recipe.tome:
         raise SettingError(
             "plan",
@@ -207,7 +207,7 @@ def load_engines(setup: Setup, methods: Methods, task: Task) -> dict[str, Engine
 
 
 def weights_of(setup: Setup) -> dict[str, str]:
-    """What an image remembers of its model's files."""
+    """What is recorded with an image of its model's files."""
     return {
         "ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}",
         "weights": fingerprint(setup.ckpt)[:16],

@@ -175,11 +175,11 @@ def model_files(config: str | Path | None, ckpt: str | Path | None, default: Fil
     with fault_of("ckpt", (OSError,)):
         found = ckpt.exists()
     if not found:
-        raise SettingError("ckpt", f"{ckpt}: no such file, nor a diffusers folder{how_to_get(ckpt)}")
+        raise SettingError("ckpt", f"{ckpt}: no such file, nor a diffusers folder{download_hint(ckpt)}")
     return config_for(ckpt) if config is None else Path(config), ckpt
 
 
-def how_to_get(ckpt: Path) -> str:
+def download_hint(ckpt: Path) -> str:
     """The end of an error message about weights that are not here: what fetches them, if they are published."""
     names = [model.name for model in _published() if model.file().resolve() == ckpt.resolve()]
     return f"; python scripts/download_models.py {names[0]} fetches it" if names else ""

@@ -73,7 +73,7 @@ def class_task(
     names = class_names(names_file, CLASS_NAMES if known in (IMAGENET, IMAGENET + 1) else None)
     with fault_of("classes"):
         subjects = [{"class": find_class(text, names, known)} for text in classes]
-    return subjects, Task(Classes(absent_class(known, uncond) if guided else None))
+    return subjects, Task(Classes(unconditional_class(known, uncond) if guided else None))
 
 
 def class_count(setup: Setup) -> int:
@@ -84,7 +84,7 @@ def class_count(setup: Setup) -> int:
     return embedder.n_classes
 
 
-def absent_class(classes: int, given: int | None) -> int:
+def unconditional_class(classes: int, given: int | None) -> int:
     """The class that guidance leads away from."""
     if given is None and classes == IMAGENET + 1:
         return IMAGENET
@@ -126,7 +126,7 @@ def inpainting_task(setup: Setup, images: Tensor, masks: Tensor, text: bool, neg
 
 
 @dataclass(frozen=True)
-class Upscaling:
+class UpscalingSettings:
     """What an upscaler that reads text is told, and how its images are sampled.
 
     prompt: None = the upscaler reads no text.
@@ -140,7 +140,7 @@ class Upscaling:
 
 def upscaling_settings(
     setup: Setup, sampling: SamplingSettings, prompt: Any = None, negative: str = "", noise_level: int | None = None
-) -> Upscaling:
+) -> UpscalingSettings:
     """Settings with what was not given filled in, as published for the kind of upscaler.
 
     Raises:
@@ -156,17 +156,17 @@ def upscaling_settings(
         )
 
     if setup.config.model.params.get("conditioning_key") == "hybrid-adm":
-        return Upscaling(
+        return UpscalingSettings(
             filled(75, 0.0, 9.0), "" if prompt is None else prompt, negative, 20 if noise_level is None else noise_level
         )
     given = {"prompt": prompt, "negative_prompt": negative, "noise_level": noise_level}
     for name, value in {**given, "scale": None if sampling.scale == 1.0 else sampling.scale}.items():
         if value not in (None, ""):
             raise SettingError(name, "only for an upscaler that reads text, such as x4-upscaling")
-    return Upscaling(filled(100, 1.0, 1.0))
+    return UpscalingSettings(filled(100, 1.0, 1.0))
 
 
-def upscaling_task(setup: Setup, images: Tensor, settings: Upscaling) -> tuple[Task, Size]:
+def upscaling_task(setup: Setup, images: Tensor, settings: UpscalingSettings) -> tuple[Task, Size]:
     """Small images (N, 3, h, w) made large, and how large.
 
     Raises:
