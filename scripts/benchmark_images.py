@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ldm.cli.arguments import count
 from ldm.cli.parser import Parser, check_output, run_command
-from ldm.io.errors import SettingError
+from ldm.io.errors import BadInput
 from ldm.io.files import atomic_write, parse_json_lines, read_text
 
 SCRIPT = Path(__file__).resolve().with_name("txt2img.py")
@@ -64,7 +64,7 @@ def one_process(row: str, images: int, further: int, options: Sequence[str]) -> 
     """Seconds per image of the first batch of a new process, and the median of its further ones.
 
     Raises:
-        SettingError: txt2img.py refuses the row or the options, or fails.
+        BadInput: txt2img.py refuses the row or the options, or fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = [
@@ -83,7 +83,7 @@ def one_process(row: str, images: int, further: int, options: Sequence[str]) -> 
         done = subprocess.run(run, capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["it said nothing"]
-            raise SettingError("rows", f"{row}: {said[-1]}")
+            raise BadInput(f"--rows {row}: {said[-1]}")
         entries = parse_json_lines(read_text(Path(folder) / "manifest.jsonl"))
     seconds = [entry["seconds"] for _, entry in entries[::images]]  # the images of a batch say the same
     return seconds[0], statistics.median(seconds[1:])
