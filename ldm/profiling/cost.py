@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,6 +187,27 @@ def unet_macs(
         convention: see `count_macs`. The paper's counts keys and values of the context at every step, as the networks
             do that it was measured with.
     """
+    how = (*size,), batch, context_length, tome, convention
+    if isinstance(unet, nn.Module):
+        return _unet_macs(unet, *how)
+    plain = OmegaConf.to_container(OmegaConf.create(unet))
+    return _macs_of_config(json.dumps(plain, sort_keys=True), *how)
+
+
+@lru_cache
+def _macs_of_config(config: str, *how: Any) -> Macs:
+    """The same network is counted once in a process, however often it is built."""
+    return _unet_macs(json.loads(config), *how)
+
+
+def _unet_macs(
+    unet: nn.Module | Mapping[str, Any],
+    size: tuple[int, ...],
+    batch: int,
+    context_length: int | None,
+    tome: float,
+    convention: str,
+) -> Macs:
     with torch.device("meta"), torch.no_grad():
         unet, x, inputs = meta_unet(unet, size, batch, context_length, tome)
         count, once = partial(count_macs, convention=convention), 0

@@ -208,7 +208,7 @@ class Engine:
     @cached_property
     def unit(self) -> Macs:
         """What one prediction of one image without guidance costs."""
-        return unet_macs(self.model.model.diffusion_model, self.shape[1:], 1, self._tokens, self.recipe.tome)
+        return unet_macs(self.model.model.config, self.shape[1:], 1, self._tokens, self.recipe.tome)
 
     def decoder_bytes(self, batch: int) -> int:
         """What one decoder node of `batch` predictions needs; see `ldm.profiling.memory`."""

@@ -27,6 +27,7 @@ class DiffusionWrapper(nn.Module):
         super().__init__()
         if conditioning_key not in CONDITIONING_KEYS:
             raise ValueError(f"conditioning_key {conditioning_key!r} is not one of {CONDITIONING_KEYS}")
+        self.config = diff_model_config
         self.diffusion_model = instantiate_from_config(diff_model_config)
         self.conditioning_key = conditioning_key
 
