@@ -12,7 +12,6 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError, create_model
 
-from ldm.io.files import PROJECT_ROOT  # noqa: F401
 from ldm.io.schema import first_error
 
 ALLOWED_PACKAGES = ("ldm", "torch.nn", "torch.optim")
