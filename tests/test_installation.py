@@ -12,7 +12,8 @@ import pytest
 from tests.helpers.paths import ROOT
 
 LOOK_UP = """
-import evaluation.protocols.protocol, evaluation.table.spec, evaluation.recognition, evaluation.cost, evaluation.figures
+import evaluation.protocols.protocol, evaluation.table.cost, evaluation.table.spec
+import evaluation.recognition, evaluation.figures
 import ldm
 from ldm.cli.arguments import CLASS_NAMES, EMOJI64
 from ldm.models.diffusion.propagation.load import load_plan, plan_names
@@ -30,7 +31,7 @@ for name in evaluation.protocols.protocol.protocol_names():
 assert len(evaluation.table.spec.table_names()) >= 8
 for model in load_manifest().values():
     assert (PROJECT_ROOT / model.config).is_file(), model.config
-for path in (*EMOJI64, CLASS_NAMES, evaluation.cost.SD_V1, EMOJI64[0].parent / "prompts.txt",
+for path in (*EMOJI64, CLASS_NAMES, evaluation.table.cost.SD_V1, EMOJI64[0].parent / "prompts.txt",
              EMOJI64[0].parent / "heldout.yaml", EMOJI64[0].parent / "tokenizer.json"):
     assert path.is_file() and str(path).startswith(installed), path
 images = ldm.load("emoji64").images(["a red heart, noto style"], plan="auto:9", steps=50)

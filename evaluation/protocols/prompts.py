@@ -1,9 +1,9 @@
-"""Which prompts a protocol asks for: read from the data, chosen by a seeded rule.
+"""The prompts of a protocol: read from its data, chosen by a seeded rule.
 
-The rule needs no random generator, so that anyone can repeat it in any language: images are ordered by
-SHA-256("SEED/IMAGE"), the captions of one by SHA-256("SEED/IMAGE/CAPTION") or, for `first`, by id. Then each image in
-turn gives a caption, and so again until there are enough. So the order of the file does not matter, and the first N of
-a selection are the selection of N.
+The rule needs no random generator, so it can be repeated in any language. Images are ordered by
+SHA-256("SEED/IMAGE"), the captions of an image by SHA-256("SEED/IMAGE/CAPTION") or, for `first`, by id. Each image in
+turn gives one caption, then each a second, until there are enough. So the order of the file does not matter, and the
+first N of a selection are the selection of N.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.protocols.protocol import Protocol, Select
+from ldm.io.errors import fault_of
 from ldm.io.files import parse_json, parse_json_lines, read_text, split_lines
-from ldm.io.kinds import SEEDS
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to picture.
+    """One prompt.
 
-    id:      tells it from all others of its data; with the protocol's seed it names the noise.
-    image:   what it is a caption of: prompts of one image share this number.
-    inputs: what it says, see `ldm.sampling.generate.Item`.
+    id:     tells it from all others of its data; with the protocol's seed it names the noise.
+    image:  the image that it is a caption of: prompts of one image share this number.
+    inputs: what the model is conditioned on, see `ldm.sampling.generate.Item`.
     """
 
     id: int
@@ -38,11 +38,26 @@ class Prompt:
         return {**self.inputs, "id": self.id}
 
 
+def chosen_prompts(protocol: Protocol, data: str | Path | None = None) -> list[Prompt]:
+    """The prompts of a protocol, in its order.
+
+    Args:
+        data: the folder of its data; None = the protocol's.
+
+    Raises:
+        SettingError: `data` is not what it should be, or has fewer prompts than `count`.
+    """
+    with fault_of("data"):
+        prompts = read_prompts(protocol, protocol.folder(data))
+    with fault_of("count"):
+        return choose(prompts, protocol.select)
+
+
 def read_prompts(protocol: Protocol, folder: Path) -> list[Prompt]:
     """All prompts of the protocol's data.
 
     Args:
-        folder: what its file names are relative to.
+        folder: the folder of its data.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -70,7 +85,7 @@ def read_prompts(protocol: Protocol, folder: Path) -> list[Prompt]:
 
 
 def coco_prompts(content: Any, where: Mapping[str, Any]) -> Iterator[Prompt]:
-    """Captions of COCO's annotations, of images whose fields have the values of `where` (or one of a list's)."""
+    """The captions in COCO's annotations of images that fit `where`."""
     if not isinstance(content, Mapping):
         raise ValueError(
             f"expected COCO's captions, an object with images and annotations; got {type(content).__name__}"
@@ -89,7 +104,7 @@ def coco_prompts(content: Any, where: Mapping[str, Any]) -> Iterator[Prompt]:
 
 
 def fits(image: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
-    """Whether its fields have the values of `where`, or one of a list's."""
+    """Whether each field that `where` names has its value, or one of the values if it is a list."""
     return all(image[name] in (value if isinstance(value, list) else [value]) for name, value in where.items())
 
 
@@ -111,7 +126,7 @@ def json_prompts(text: str) -> Iterator[Prompt]:
 
 
 def entries(content: Mapping[str, Any], name: str, needed: Sequence[str]) -> Iterable[Mapping[str, Any]]:
-    """A list of the annotations whose entries have all of these fields."""
+    """A list in COCO's annotations, each of whose entries has these fields."""
     listed = content.get(name)
     if not isinstance(listed, list):
         raise ValueError(f"expected COCO's captions; it has no list of {name}, only {', '.join(content) or 'nothing'}")
@@ -125,7 +140,7 @@ def entries(content: Mapping[str, Any], name: str, needed: Sequence[str]) -> Ite
 
 def integer(entry: Mapping[str, Any], name: str, place: str) -> int:
     value = entry[name]
-    if type(value) is not int or value not in SEEDS:
+    if type(value) is not int or not 0 <= value < 2**32:
         raise ValueError(f"{place}: {name} must be a whole number in 0..2^32-1; got {value!r}")
     return value
 
@@ -137,7 +152,7 @@ def sentence(text: Any, place: str) -> str:
 
 
 def choose(prompts: Sequence[Prompt], select: Select) -> list[Prompt]:
-    """The prompts that the rule above takes, in its order.
+    """The prompts that the rule above chooses, in its order.
 
     Raises:
         ValueError: there are none, or fewer than asked for.

@@ -1,4 +1,4 @@
-"""YAML files that are found by name, such as protocols and tables: finding and reading them."""
+"""YAML files that are named by their stem, such as protocols and tables."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def find_file(kind: str, name: str, folder: Path, names: tuple[str, ...]) -> Pat
 
 
 @contextmanager
-def reading(kind: str, path: Path) -> Iterator[Any]:
-    """The file's content; what is found wrong with it inside the block is said with the file's name.
+def reading(kind: str, path: Path) -> Iterator[dict[str, Any]]:
+    """The file's content; errors inside the block become a ValueError that names the file.
 
     Raises:
         ValueError: it can't be read, or is not of the kind.
     """
     try:
-        yield read_yaml(path)
+        content = read_yaml(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"the file should be a mapping; got {type(content).__name__}")
+        yield content
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except (TypeError, ValueError, AttributeError) as error:

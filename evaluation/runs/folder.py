@@ -1,13 +1,13 @@
-"""The folder of one run: what was asked for, its pictures, and the proof that they are all there.
+"""The folder of one run: its settings, its images, and the proof that they are all there.
 
     run.json          the run card: protocol, method, weights, versions
-    prompts.jsonl     what is pictured, in order
+    prompts.jsonl     the prompts, in order
     samples/          ID-REPEAT.png
-    journal/          what each process made, and how, with its SHA-256; a line is written before its picture
-    manifest.jsonl    one line for each picture, in order, with its SHA-256; there once all are there
+    journal/          a file for each process: a line for each image, with its SHA-256, written before the image
+    manifest.jsonl    a line for each image, in order, with its SHA-256; written when all images are there
 
-Any number of processes write into it without talking to each other: each makes its own share, and whoever finds that
-all is there writes the manifest.
+Any number of processes write into it without talking to each other: each makes its own share, and the one that finds
+all images there writes the manifest.
 """
 
 from __future__ import annotations
@@ -22,27 +22,18 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pydantic import ConfigDict
 
 from evaluation.protocols.prompts import Prompt
-from ldm.cli.arguments import LARGEST_SIDE, MOST
+from evaluation.protocols.protocol import Amount, Side
 from ldm.io.files import atomic_write, clean, file_sha256, json_sha256, parse_json_lines, read_bytes, read_json
 from ldm.io.images import opened, png_bytes, read_png
-from ldm.io.kinds import MAPPING, TEXT, check, known, whole
+from ldm.io.schema import Schema, Seed, Text, parse
 from ldm.sampling.generate import Item, Sample, append_line, read_manifest
 
 CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"
 NPZ = "samples.npz"
 MAY_DIFFER = ("name", "metrics", "versions")  # in run cards of one run
-# What a card must have, for a run to be gone on with.
-NEEDED = {
-    "protocol": MAPPING,
-    "protocol_sha256": TEXT,
-    "plan": TEXT,
-    "method": MAPPING,
-    "weights": TEXT,
-    "batch": whole(1, MOST),
-}
-ASKED = {"prompts_sha256": TEXT, "seed": whole(0), "repeats": whole(1, MOST), "size": whole(1, LARGEST_SIDE)}
 SHOWN = 5  # of what differs or is wrong, how much a message names
 
 Card = Mapping[str, Any]
@@ -52,8 +43,32 @@ class FolderError(ValueError):
     """A folder that is not what it should be."""
 
 
+class Asked(Schema):
+    """What is needed of a run card's protocol; there is more."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompts_sha256: Text
+    seed: Seed
+    repeats: Amount
+    size: Side
+
+
+class CardFields(Schema):
+    """What is needed of a run card, for the run to be continued; there is more."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    protocol: Asked
+    protocol_sha256: Text
+    plan: Text
+    method: dict[str, Any]
+    weights: Text
+    batch: Amount
+
+
 def make_items(lines: Sequence[Mapping[str, Any]], seed: int, repeats: int) -> list[Item]:
-    """The pictures of a run. Noise comes from (seed, prompt's id, repeat), wherever in the list the prompt stands."""
+    """The images of a run. Noise comes from (seed, prompt's id, repeat), wherever the prompt stands in the list."""
     return [
         Item(index, repeat, line, (seed, line["id"], repeat), (seed, line["id"], repeat))
         for index, line in enumerate(lines)
@@ -105,10 +120,10 @@ def some(names: Sequence[str]) -> str:
 
 
 class RunFolder:
-    """A run's folder for one of its processes; a `Store` for `ldm.sampling.generate.fill`.
+    """The folder of a run, for one of its processes; a `Store` for `ldm.sampling.generate.fill`.
 
     Raises:
-        FolderError: no run card, or not one of ours; prompts that are not the card's.
+        FolderError: no run card, or not one of ours; other prompts than the card's.
     """
 
     def __init__(self, path: Path, process: str = "0-of-1") -> None:
@@ -137,12 +152,12 @@ class RunFolder:
         """Begin a run, or go on with it.
 
         Raises:
-            FolderError: another run is there; it names the fields that differ. Or pictures without a run card.
+            FolderError: another run is there; the message names the fields that differ. Or images without a run card.
         """
         if not (path / CARD).is_file():
             if (path / SAMPLES).exists():
                 raise FolderError(
-                    f"{path} has {SAMPLES}/ but no {CARD}: pictures that are not from an evaluation; "
+                    f"{path} has {SAMPLES}/ but no {CARD}: images that are not from an evaluation; "
                     f"choose another folder"
                 )
             with atomic_write(path / PROMPTS) as temporary:
@@ -157,7 +172,7 @@ class RunFolder:
             clean(folder)
         return RunFolder(path, process)
 
-    # A store
+    # Store
 
     def find(self, item: Item) -> Sample | None:
         name = file_name(item)
@@ -170,7 +185,7 @@ class RunFolder:
     def save(self, item: Item, image: Image.Image, run: Mapping[str, Any]) -> Sample:
         name = file_name(item)
         path = self.path / name
-        # How long it took is not in the file: the same picture must be the same bytes.
+        # How long it took is not in the file: the same image must be the same bytes.
         content = png_bytes(image, item.settings() | self.settings)
         self._list(name, hashlib.sha256(content).hexdigest(), run)
         with atomic_write(path) as temporary:
@@ -178,8 +193,7 @@ class RunFolder:
         return Sample(item, image, path, True, run, name in self._refused)
 
     def _proven(self, name: str) -> str | None:
-        """The hash of a picture that is the one that a process listed when it made it; None if it is not there, or
-        another."""
+        """The hash of an image, if a process listed it when it made the image; else None."""
         if name not in self._listed or not (self.path / name).is_file():
             return None
         sha256 = file_sha256(self.path / name)
@@ -187,7 +201,7 @@ class RunFolder:
 
     @cached_property
     def _listed(self) -> dict[str, set[str]]:
-        """The hashes that all processes listed so far, of each file."""
+        """For each file the hashes that processes have listed so far."""
         listed: dict[str, set[str]] = {}
         for journal in sorted((self.path / JOURNAL).glob("*.jsonl")):
             for entry in read_manifest(journal):
@@ -198,10 +212,10 @@ class RunFolder:
         append_line(self.journal, {"file": name, "sha256": sha256, **run})
         self._listed.setdefault(name, set()).add(sha256)
 
-    # The whole
+    # The whole run
 
     def finish(self) -> bool:
-        """Write the manifest if every picture is there; whether it is."""
+        """Write the manifest if every image is there; returns whether it is."""
         self.__dict__.pop("_listed", None)  # the other processes' lines of the meantime
         names = [file_name(item) for item in self.items]
         hashes = [self._proven(name) for name in names] if {*names} <= self._listed.keys() else [None]
@@ -221,19 +235,27 @@ class RunFolder:
         return True
 
     def there(self) -> tuple[int, list[str]]:
-        """How many pictures are there as they were made; the names of those that are others."""
+        """How many images are there as they were made; the names of files that are not as they were made."""
         names = [file_name(item) for item in self.items]
         proven = {name for name in names if self._proven(name)}
         return len(proven), [name for name in names if name not in proven and (self.path / name).exists()]
 
+    def unfinished(self) -> str:
+        """How far a run is that is not finished, in words."""
+        there, others = self.there()
+        text = f"{there} of {len(self.items)} images there"
+        if not others:
+            return text
+        return f"{text}; not as they were made: {some(others)}; the part that made them makes them again"
+
     def faults(self) -> list[str]:
-        """What is wrong with the folder, everything read again: nothing, if each picture is there, whole, once."""
+        """What is wrong with the folder, everything read again: nothing if each image is there, whole and once."""
         if not (self.path / MANIFEST).is_file():
             missing = sum(not (self.path / file_name(item)).is_file() for item in self.items)
-            return [f"unfinished: no {MANIFEST}, {missing} of {len(self.items)} pictures missing"]
+            return [f"unfinished: no {MANIFEST}, {missing} of {len(self.items)} images missing"]
         lines = read_manifest(self.path / MANIFEST)
         names = [file_name(item) for item in self.items]
-        faults = [] if [line.get("file") for line in lines] == names else [f"{MANIFEST}: not a line for each picture"]
+        faults = [] if [line.get("file") for line in lines] == names else [f"{MANIFEST}: not a line for each image"]
         listed = {line.get("file"): line.get("sha256") for line in lines}
         for item, name in zip(self.items, names, strict=True):
             faults += self._faults_of(item, name, listed.get(name))
@@ -243,8 +265,8 @@ class RunFolder:
             if not (path.is_dir() and path.name.startswith("."))
         } - {*names}
         if (self.path / NPZ).exists() and not self._npz_is_whole():
-            faults.append(f"{NPZ}: not the whole pictures of this run; delete it, --npz writes it anew")
-        return faults + [f"{stray}: no picture of this run" for stray in sorted(strays)]
+            faults.append(f"{NPZ}: not all images of this run; delete it, --npz writes it anew")
+        return faults + [f"{stray}: no image of this run" for stray in sorted(strays)]
 
     def _faults_of(self, item: Item, name: str, sha256: str | None) -> list[str]:
         path = self.path / name
@@ -254,11 +276,11 @@ class RunFolder:
             return [f"{name}: not the file that {MANIFEST} lists"]
         found = read_png(path)
         if found is None or found[1] != item.settings() | self.settings:
-            return [f"{name}: not a whole picture of this run"]
+            return [f"{name}: not a whole image of this run"]
         return []
 
     def write_npz(self) -> Path:
-        """All pictures as `arr_0`, (N, H, W, 3) uint8, in the order of the manifest; one in memory at a time."""
+        """All images as `arr_0`, (N, H, W, 3) uint8, in the order of the manifest; one in memory at a time."""
         path = self.path / NPZ
         if self._npz_is_whole():
             return path
@@ -276,7 +298,7 @@ class RunFolder:
         return path
 
     def _npz_of(self) -> str:
-        """What the journals call the array of these pictures."""
+        """The name of this array in the journals."""
         return f"{NPZ} of {file_sha256(self.path / MANIFEST)}"
 
     def _npz_is_whole(self) -> bool:
@@ -290,7 +312,7 @@ class RunFolder:
 
 
 def decisive(card: Card) -> dict[str, Any]:
-    """What the pictures depend on."""
+    """What the images depend on."""
     return {name: value for name, value in card.items() if name not in MAY_DIFFER}
 
 
@@ -303,16 +325,13 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD
     try:
         card = read_json(path)
-        known("it", card, {*NEEDED}, {*card})
-        check("", card, NEEDED)
-        known("protocol", card["protocol"], {*ASKED}, {*card["protocol"]})
-        check("protocol.", card["protocol"], ASKED)
+        parse(CardFields, card)
         if json_sha256(card["protocol"]) != card["protocol_sha256"]:
             raise FolderError(f"{path}: its protocol is not the one that its hash names; the file was changed")
         return card
     except OSError as error:
         raise FolderError(f"{path}: {error.strerror}; expected the folder of a run") from error
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, FolderError):
-            raise
+    except FolderError:
+        raise
+    except ValueError as error:
         raise FolderError(f"{path}: not a run card: {' '.join(str(error).split())}") from error

@@ -1,25 +1,24 @@
-"""Which of a run's processes this one is, and where it computes: one machine or many, by Lightning Fabric.
+"""The processes of a run, on one machine or many, by Lightning Fabric.
 
-Fabric starts the processes of `--devices`, or finds itself in those that torchrun or SLURM started. They meet once,
-when they begin, and exchange nothing.
+Fabric starts the processes, or takes those that torchrun or SLURM started. They meet once, at the beginning, and
+exchange nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ldm.cli.arguments import MOST
+import torch
+
+from ldm.cli.devices import find_device
 from ldm.cli.parser import stated
-from ldm.io.errors import BadInput, blame
+from ldm.io.errors import SettingError, fault_of
 
 if TYPE_CHECKING:
-    import torch
-
-MOST_DEVICES = 1024  # of a machine; as many machines
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -34,19 +33,11 @@ class Process:
         return f"{self.rank}-of-{self.world_size}"
 
 
-def shard(text: str) -> tuple[int, int]:
-    """argparse type of --shard: 2/8 -> (1, 8)."""
-    part, slash, parts = text.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts) <= MOST):
-        raise argparse.ArgumentTypeError(f"expected K/N, part K of 1..N, and N at most {MOST}; got {text!r}")
-    return int(part) - 1, int(parts)
-
-
 def launched(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """Devices of each node and nodes, as torchrun or SLURM started processes for them; None = nobody did.
+    """Processes on each machine, and machines, as torchrun or SLURM started them; None = they did not.
 
     Raises:
-        BadInput: there is said what can't be.
+        BadInput: an environment variable that can't be right.
     """
     if "TORCHELASTIC_RUN_ID" in env:
         local = stated(env, "LOCAL_WORLD_SIZE", 1, 1)
@@ -58,37 +49,52 @@ def launched(env: Mapping[str, str]) -> tuple[int, int] | None:
     return None
 
 
-def join(args: argparse.Namespace) -> Process:
-    """Take this process's place among those of `--device`, `--devices`, `--num_nodes`, `--strategy`, `--shard`.
+def join(
+    device: str = "auto",
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    strategy: str = "auto",
+    part: tuple[int, int] = (0, 1),
+) -> Process:
+    """Take this process's place among those of the run.
 
     May start the other processes of this machine, which run the same command line.
+
+    Args:
+        device: name of a device.
+        devices, num_nodes: processes on each machine, and machines; None = as torchrun or SLURM says, or 1.
+        strategy: auto (Fabric only for several processes) or ddp.
+        part: which part of how many of the run these processes make, (0..parts-1, parts).
+
+    Raises:
+        SettingError: no such device, more processes than cores, or one device for several processes.
+        BadInput: environment variables of torchrun or SLURM that can't be right.
     """
-    from ldm.cli.devices import find_device
-
-    found = find_device(args.device)
+    found = find_device(device)
     cores = os.cpu_count() or 1
-    if found.type == "cpu" and (args.devices or 1) > cores:
-        raise BadInput(f"--devices: this machine has {cores} cores; got {args.devices}")
-    devices, nodes = launched(os.environ) or (1, 1)
-    devices, nodes = args.devices or devices, args.num_nodes or nodes
-    part, parts = args.shard
-    if devices * nodes == 1 and args.strategy == "auto":
-        return Process(part, parts, found)
-    if found.index is not None and args.device not in ("auto", "cuda"):
-        raise BadInput(f"--device: {args.device} is one device; with --devices {devices} expected auto, cpu or cuda")
+    if found.type == "cpu" and (devices or 1) > cores:
+        raise SettingError("devices", f"this machine has {cores} cores; got {devices}")
+    stated_devices, stated_nodes = launched(os.environ) or (1, 1)
+    each, nodes = devices or stated_devices, num_nodes or stated_nodes
+    if each * nodes == 1 and strategy == "auto":
+        return Process(*part, found)
+    if found.index is not None and device not in ("auto", "cuda"):
+        raise SettingError("device", f"{device} is one device; with --devices {each} expected auto, cpu or cuda")
+    # Ranks and addresses in the environment are read by Fabric, and checked by nobody.
+    suspect = "devices" if devices else "environment variables of torchrun or SLURM"
+    with fault_of(suspect, (ValueError, RuntimeError, TypeError, LookupError)):
+        fabric = launch(found.type, each, nodes)
+    rank, world_size = part[0] * fabric.world_size + fabric.global_rank, part[1] * fabric.world_size
+    return Process(rank, world_size, fabric.device)
 
+
+def launch(accelerator: str, devices: int, num_nodes: int) -> Fabric:
+    """The processes, started. Fabric is slow to import, and one process needs none."""
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
 
-    # What torchrun and SLURM say more (ranks, addresses) is read in there, and checked by nobody.
-    with blame(
-        "--devices" if args.devices else "environment variables of torchrun or SLURM",
-        (ValueError, RuntimeError, TypeError, LookupError),
-    ):
-        # Gloo, since nothing is exchanged: NCCL would keep a GPU's memory for it.
-        fabric = Fabric(
-            accelerator=found.type, devices=devices, num_nodes=nodes, strategy=DDPStrategy(process_group_backend="gloo")
-        )
-        fabric.launch()
-    world_size = fabric.world_size
-    return Process(part * world_size + fabric.global_rank, parts * world_size, fabric.device)
+    # Gloo, since nothing is exchanged: NCCL would keep a GPU's memory for it.
+    strategy = DDPStrategy(process_group_backend="gloo")
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    fabric.launch()
+    return fabric

@@ -1,208 +1,145 @@
-"""What a row of a table costs: counted from the config alone, and timed one picture at a time."""
+"""MACs of runs, counted from a model's config alone, with the paper's numbers beside them."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import statistics
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from evaluation.cost import read_unet
-from evaluation.generate import default_model, make_engine, parse, select_prompts
-from evaluation.protocols.protocol import Protocol
-from evaluation.table.spec import Row
-from ldm.cli.devices import ALONE
-from ldm.cli.parser import settings_from
-from ldm.cli.setup import ModelSettings, make_setup
-from ldm.io.errors import BadInput, blame
-from ldm.io.files import atomic_write, parse_json, read_text
-from ldm.io.kinds import MAPPING, TEXT, Kind, check, known, number, optional, whole
+from evaluation.protocols.protocol import Method, Protocol
+from evaluation.runs.generate import plan_of, recipe_of
+from ldm.checkpoint import diffusion_params, load_config
+from ldm.io.errors import SettingError, fault_of
+from ldm.io.files import PROJECT_ROOT
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.plan import Compute, Plan, check_blocks
+from ldm.profiling.cost import CONVENTIONS, Macs, context_tokens, unet_macs
+from ldm.sampling.engine import Sizes
 
-if TYPE_CHECKING:
-    from ldm.models.diffusion.propagation.plan import AnyPlan
-    from ldm.profiling.cost import Macs
-
-WARM_UP = 2  # as the released code: two calls before the one that is timed
-SECONDS = Kind(
-    "a list of numbers >= 0, one or more",
-    lambda value: isinstance(value, list) and bool(value) and all(number("", 0).holds(entry) for entry in value),
-)
-NEEDED = {
-    "seconds": SECONDS,
-    "seconds_unet": SECONDS,
-    "memory": optional(number("a number of bytes", 0)),
-    **dict.fromkeys(("precision", "weights", "machine", "date"), TEXT),
-    "threads": whole(1),
-}
-ALSO = {"config": TEXT, "parallel": whole(1), "torch": TEXT, "protocol": MAPPING, "method": MAPPING}
+SD_V1 = PROJECT_ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
+# Tables 1 and 5, "GFLOPs/image" of Stable Diffusion v1.5, by steps and number of key timesteps.
+PUBLISHED = {(50, 50): 37050, (50, 9): 27350, (20, 20): 14821, (20, 7): 11743, (50, 25): 31011, (50, 5): 26370}
+PUBLISHED_SIZE, PUBLISHED_BATCH = [64, 64], 2
+AGREES = 0.001
+NO_CONFIG = (ValueError, OSError, TypeError, KeyError)
 
 
-# Counted
+def read_unet(path: str | Path) -> tuple[dict[str, Any], int, int | None]:
+    """The UNet's config, the side of the latents that the model was trained with, and the tokens of its context."""
+    params = diffusion_params(path)
+    return params["unet_config"], params.get("image_size", 0), context_tokens(params)
 
 
-@lru_cache
-def unit_of(config: Path, size: int, guided: bool, tome: float) -> Macs:
-    """MACs of one prediction of a picture, in the paper's count.
+# A row of a table
+
+
+def gflops(protocol: Protocol, method: Method, config: Path, ckpt: Path) -> float | None:
+    """GMACs of the UNet for one image, as the paper counts them; None for a plan that decides during the run.
 
     Args:
-        size: of the picture, in pixels. guided: the network sees every latent twice. tome: share of tokens merged.
-    """
-    from ldm.checkpoint import load_config
-    from ldm.profiling.cost import unet_macs
-    from ldm.sampling.engine import Sizes
-
-    model = load_config(config).model
-    (unet, _, tokens), side = read_unet(config), size // Sizes.of(model).factor
-    return unet_macs(unet, (side, side), 2 if guided else 1, tokens, tome, "paper")
-
-
-def plan_of(row: Row, protocol: Protocol, ckpt: Path) -> AnyPlan:
-    """The plan of the row's run.
-
-    Args:
-        ckpt: the model's weights, which need not be there: calibrations for `auto:K` lie beside them.
+        ckpt: the model's weights, which need not be there, see `plan_of`.
 
     Raises:
-        ValueError: a plan, sampler, number of steps or eta that can't be used.
+        SettingError: a sampler, a number of steps, a plan or a config that can't be used.
     """
-    from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, load_plan
-    from ldm.sampling.engine import Recipe, num_nodes
-
-    usual = protocol.sampling
-    recipe = Recipe(
-        protocol.size, protocol.size, row.sampler or usual.sampler, row.steps or usual.steps, row.eta or 0.0
-    )
-    run = RunFacts({"sampler": recipe.sampler}, calibrations_of(ckpt))
-    return load_plan(row.plan, num_nodes(recipe), propagate=row.propagate, run=run)
-
-
-def gflops(row: Row, protocol: Protocol, config: Path, ckpt: Path) -> float | None:
-    """GMACs of the UNet for one picture, as the paper counts them; None for a plan that decides on the way.
-
-    Raises:
-        ValueError: see `plan_of`; or a config that can't be used, or not with this plan.
-    """
-    from ldm.models.diffusion.propagation.plan import Plan, check_blocks
-
-    plan = plan_of(row, protocol, ckpt)
-    unit = unit_of(config, protocol.size, protocol.guidance != 1, row.tome or 0.0)
-    check_blocks(plan, len(unit.outer) - 1)
+    plan = plan_of(recipe_of(protocol, method), method, ckpt)
+    with fault_of("config", NO_CONFIG):
+        unit = unit_of(config, protocol.size, 1 if protocol.guidance == 1 else 2, method.tome)
+    with fault_of("plan"):
+        check_blocks(plan, len(unit.outer) - 1)
     return unit.run(plan) / 1e9 if isinstance(plan, Plan) else None
 
 
-# Timed
+@lru_cache
+def unit_of(config: Path, size: int, batch: int, tome: float) -> Macs:
+    """MACs of one prediction for an image of `size` pixels, `batch` latents at a time, in the paper's count."""
+    (unet, _, tokens), side = read_unet(config), size // Sizes.of(load_config(config).model).factor
+    return unet_macs(unet, (side, side), batch, tokens, tome, "paper")
 
 
-def timed(argv: Sequence[str], pictures: int, out: Path) -> dict[str, Any]:
-    """Seconds of each picture and peak memory, measured in a process of its own and kept in `out`.
+# The report of evaluation/cost.py
+
+
+def report(
+    config: str | Path, plans: Sequence[str], steps: Sequence[int], size: Sequence[int] | None, batch: int, tokens: int
+) -> Iterator[str]:
+    """Lines: what each kind of node costs, and what whole runs cost.
 
     Args:
-        argv: of evaluation/generate.py.
-        pictures: how many are timed, one at a time.
+        plans: as `load_plan` takes them; steps: network evaluations of a run; each plan is run with each number.
+        size: height and width of the latents; None = the config's.
+        batch: latents per evaluation.
+        tokens: of the context; None = what the config's encoder reads.
+
+    Raises:
+        SettingError: `plan`, `config` or `size` can't be used.
     """
-    # What earlier rows left in memory must not count.
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            measured = fresh.submit(time_pictures, [*argv], pictures).result()
-    except BrokenProcessPool:
-        raise BadInput(
-            f"--timed: the process that timed pictures for {out} was killed, as systems do that run out of "
-            f"memory; what is there stays, and --timed 0 times none"
-        ) from None
-    with blame("--runs", (OSError,)), atomic_write(out) as temporary:
-        temporary.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    return measured
-
-
-def read_timing(path: Path) -> dict[str, Any] | None:
-    """What `timed` kept there, if it did."""
-    if not path.is_file():
-        return None
-    try:
-        content = parse_json(read_text(path))
-        known("it", content, {*NEEDED}, {*ALSO})
-        check("", content, NEEDED | ALSO)
-        return content
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"--runs: {path}: not a timing: {error}; without the file it is measured again") from error
-
-
-def compare_timings(timings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise BadInput if rows, by name, were not timed alike."""
-    names = list(timings)
-    for name in names[1:]:
-        for what in ("machine", "threads", "precision"):
-            first, other = timings[names[0]][what], timings[name][what]
-            if first != other:
-                raise BadInput(
-                    f"--runs: rows were timed with different {what} ({names[0]}: {first}, {name}: {other}); "
-                    f"without their cost-*.json they are timed again"
-                )
-
-
-def time_pictures(argv: Sequence[str], pictures: int) -> dict[str, Any]:
-    """Time pictures one by one, after some that are not timed.
-
-    memory: bytes at the peak while pictures are made. On a GPU what PyTorch allocated; on a CPU what the process has
-    in memory beyond what it had before the model came; None where that is not known.
-    """
-    import torch
-
-    from evaluation.runs.folder import make_items
-    from ldm.checkpoint import fingerprint
-    from ldm.profiling.timing import STATUS, machine, resident
-
-    args, protocol = parse(argv)
-    items = make_items([prompt.line() for prompt in select_prompts(args, protocol)], protocol.seed, 1)
-    setup = make_setup(settings_from(args, ModelSettings), default_model(protocol), ALONE)
-    before = resident("VmRSS") if STATUS.exists() else 0
-    engine = make_engine(args, protocol, setup, batch=1)
-    for _ in range(WARM_UP):
-        engine(items[:1])
-    start_peak(setup.device)
-    spent = [engine([items[k % len(items)]])[1] for k in range(pictures)]
-    gpu = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else None
-    memory = (
-        torch.cuda.max_memory_allocated(setup.device)
-        if gpu
-        else (resident("VmHWM") - before if STATUS.exists() else None)
+    with fault_of("plan"):
+        runs = {f"{spec}, {number} steps": load_plan(spec, number) for number in steps for spec in plans}
+    for label, plan in runs.items():
+        if not isinstance(plan, Plan):
+            raise SettingError("plan", f"{label.split(',')[0]} decides during a run; its cost is not known before")
+    with fault_of("config"):
+        unet, side, usual = read_unet(config)
+    size, tokens = size or [side, side], usual and (tokens or usual)
+    with fault_of("size", NO_CONFIG):
+        units = counts(unet, size, batch, tokens)
+    yield f"{config}: UNet on {batch} latents of {size[0]} x {size[1]}" + (f", {tokens} tokens" if tokens else "")
+    yield ""
+    yield from node_table(units, runs)
+    yield ""
+    yield from run_table(units, runs, {label: published(unet, size, batch, plan) for label, plan in runs.items()})
+    yield ""
+    yield (
+        "share: of a run with every node in full. Critical path: exact count. Every decoder counts in full, also the "
+        "part that\nis computed once for all nodes with the same features."
     )
-    return {
-        "seconds": [s["seconds"] for s in spent],
-        "seconds_unet": [s["seconds_unet"] for s in spent],
-        "memory": memory,
-        "parallel": engine.plan.parallel,
-        "precision": engine.settings()["precision"],
-        "protocol": protocol.asked(),
-        "method": engine.settings(),
-        "weights": fingerprint(setup.ckpt),
-        "config": fingerprint(setup.config_path),
-        "machine": gpu or machine()["processor"],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
-def start_peak(device: Any) -> None:
-    """Peaks of memory are of what comes now."""
-    import torch
-
-    from ldm.profiling.timing import CLEAR
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif CLEAR.exists():
-        CLEAR.write_text("5")
+def counts(unet: Mapping[str, Any], size: Sequence[int], batch: int, tokens: int | None) -> dict[str, Macs]:
+    """MACs of one evaluation, by convention."""
+    return {name: unet_macs(unet, size, batch, tokens, convention=name) for name in CONVENTIONS}
 
 
-def costs(measured: dict[str, Any]) -> dict[str, float]:
-    """The columns of a timing: medians, and gigabytes."""
-    found = {name: statistics.median(measured[name]) for name in ("seconds", "seconds_unet")}
-    return found | ({} if measured["memory"] is None else {"memory": measured["memory"] / 1e9})
+def published(unet: Mapping[str, Any], size: Sequence[int], batch: int, plan: Plan) -> int | None:
+    """The paper's GMACs for this run, if it has such a row."""
+    same = (unet, list(size), batch) == (read_unet(SD_V1)[0], PUBLISHED_SIZE, PUBLISHED_BATCH)
+    known = same and not plan.refresh and Compute.SHALLOW not in plan.computes()
+    return PUBLISHED.get((plan.num_nodes, len(plan.keys))) if known else None
+
+
+def node_table(units: Mapping[str, Macs], plans: Mapping[str, Plan]) -> Iterator[str]:
+    """Lines: what one evaluation costs at each kind of node that the plans have, and what of it is computed once."""
+    yield f"{'one evaluation, GMAC':<34}" + "".join(f"{name:>12}" for name in units)
+    lines = {}
+    for plan in plans.values():
+        for kind in dict.fromkeys(plan.computes()):
+            depth = plan.branch or plan.refresh if kind.value != "full" else 0
+            label = f"{kind.value} node" + (f", {depth} outer blocks" if depth else "")
+            lines.setdefault(label, [unit.node(kind, plan) for unit in units.values()])
+    if any(unit.once for unit in units.values()):
+        lines["keys and values of the text, once"] = [unit.once for unit in units.values()]
+    lines["of a decoder, once a key timestep"] = [unit.shared for unit in units.values()]
+    for label, macs in lines.items():
+        yield f"{label:<34}" + "".join(f"{value / 1e9:>12.2f}" for value in macs)
+
+
+def run_table(units: Mapping[str, Macs], plans: Mapping[str, Plan], paper: Mapping[str, int | None]) -> Iterator[str]:
+    """Lines: what whole runs cost, with the paper's number beside where there is one."""
+    yield (
+        f"{'run, GMAC':<26}{'keys':>5}"
+        + "".join(f"{name:>12}{'share':>8}" for name in units)
+        + f"{'critical path':>15}{'in the paper':>14}"
+    )
+    for label, plan in plans.items():
+        cells = "".join(
+            f"{unit.run(plan) / 1e9:>12.1f}{unit.run(plan) / unit.plain(plan.num_nodes):>8.1%}"
+            for unit in units.values()
+        )
+        line = f"{label:<26}{len(plan.keys):>5}{cells}{units['exact'].critical_path(plan) / 1e9:>15.1f}"
+        if paper[label] is None:
+            yield line
+        else:
+            off = units["paper"].run(plan) / 1e9 / paper[label] - 1
+            yield f"{line}{paper[label]:>14}  {off:+.2%}" + ("" if abs(off) < AGREES else " DIFFERS")

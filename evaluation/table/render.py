@@ -1,22 +1,25 @@
-"""A filled table as Markdown, CSV and LaTeX: ours beside the paper's, and what each row changes against its plain row.
+"""A finished table as Markdown, CSV and LaTeX: our numbers beside the paper's, and the changes against the plain rows.
 
-The difference from the paper's number stands there only where both are of the same thing. Where model or measure is
-another, only the changes can be set beside each other.
+A difference from the paper's number is shown only where both are of the same thing. Where model or measure are others,
+only the changes can be compared.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from evaluation.table.spec import COLUMNS, Cell, Column, Row, Table
+from ldm.io.files import atomic_write
 
-OF = ("weights", "n", "protocol", "protocol_sha256")
+ABOUT = ("weights", "n", "protocol", "protocol_sha256")
+PARTS = ("", "_low", "_high", "_paper", "_difference")  # of a column, in the CSV
 
-# Of what LaTeX gives a meaning (to some at the beginning of a row), or old versions can't set.
+# Signs that LaTeX gives a meaning (some only at the beginning of a row), or that old versions can't set.
 ESCAPED = {
     "\\": r"\textbackslash{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
@@ -33,64 +36,93 @@ ESCAPED = {
 
 
 @dataclass(frozen=True)
-class Filled:
-    """A row with what is known of it.
+class RenderedRow:
+    """A row with its values.
 
-    cells:  by column; remark: in words, why some are empty.
+    cells:  values by column; remark: why some are missing.
     unlike: columns in which ours is of something else than the paper's number.
-    of:     what the cells are of: `OF`, as far as there is such.
-    model:  that made them, where it is not the paper's.
+    about:  what the values are of: `ABOUT`, as far as it is known.
+    model:  the model that made them, if it is not the paper's.
     """
 
-    row: Row
+    spec: Row
     cells: Mapping[str, Cell] = field(default_factory=dict)
     remark: str = ""
     unlike: Collection[str] = ()
-    of: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
     model: str = ""
 
     @property
     def name(self) -> str:
-        """The row's; with the model that made its numbers, where the paper's are of another."""
+        """The row's name; with its model, if that is not the paper's."""
+        group, label = self.spec.group, self.spec.label
         if not self.model:
-            return self.row.name
-        return (
-            f"{self.model} (paper: {self.row.group}): {self.row.label}"
-            if self.row.group
-            else (f"{self.model}: {self.row.label}")
-        )
+            return self.spec.name
+        return f"{self.model} (paper: {group}): {label}" if group else f"{self.model}: {label}"
 
-    def value(self, name: str) -> float | None:
-        return self.cells[name][0] if name in self.cells else None
+    def value(self, column: str) -> float | None:
+        return self.cells[column][0] if column in self.cells else None
 
-    def papers(self, name: str) -> float | None:
+    def comparable(self, column: str) -> float | None:
         """The paper's number, if ours is of the same thing."""
-        return None if name in self.unlike else self.row.paper.get(name)
+        return None if column in self.unlike else self.spec.paper.get(column)
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """A table for one world, ready to be shown.
+class RenderedTable:
+    """A table in one world, ready to be shown.
 
-    columns: those that are shown, of the table's.
-    notes:   in words, what the numbers are of.
-    heads:   of columns that are another measure here than in the paper.
+    columns: those of the table that are shown.
+    notes:   what the numbers are of, in words.
+    heads:   names of columns that are another measure here than in the paper.
+    stem:    of the names of its files.
     """
 
     table: Table
     world: str
     columns: Sequence[str]
-    rows: Sequence[Filled]
+    rows: Sequence[RenderedRow]
     notes: Sequence[str] = ()
     heads: Mapping[str, str] = field(default_factory=dict)
+    stem: str = ""
 
     def head(self, name: str) -> str:
         return self.heads.get(name, COLUMNS[name].head)
 
-    def plain_of(self, filled: Filled) -> Filled | None:
+    @property
+    def title(self) -> str:
+        return f"{one_line(self.table.title)}, {self.world}"
+
+    def all_notes(self) -> list[str]:
+        """The notes of the table and of its numbers, each on one line."""
+        texts = (f"The paper's numbers: {self.table.source.strip()}.", self.table.note, *self.notes)
+        return [line for text in texts if (line := one_line(text))]
+
+    def plain_of(self, row: RenderedRow) -> RenderedRow | None:
         """The row that this one is compared with: the last plain one above in its group; None for plain rows."""
-        above = [other for other in self.rows[: self.rows.index(filled)] if other.row.group == filled.row.group]
-        return None if filled.row.plain else next((other for other in reversed(above) if other.row.plain), None)
+        above = [other for other in self.rows[: self.rows.index(row)] if other.spec.group == row.spec.group]
+        return None if row.spec.plain else next((other for other in reversed(above) if other.spec.plain), None)
+
+
+def write(table: RenderedTable, folder: str | Path) -> list[Path]:
+    """Write the table as Markdown, CSV and LaTeX; returns the files.
+
+    Raises:
+        OSError: a file can't be written.
+    """
+    files = []
+    for suffix, text in ((".md", markdown(table)), (".csv", csv_text(table)), (".tex", latex(table))):
+        files.append(Path(folder) / f"{table.stem}{suffix}")
+        with atomic_write(files[-1]) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return files
+
+
+# Cells
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def number(value: float | None, column: Column) -> str:
@@ -107,130 +139,98 @@ def cell(found: Cell | None, column: Column) -> str:
 
 
 def change(value: float | None, base: float | None, column: Column, digits: int = 0) -> str:
-    """By how much a value differs, as a share where the column's are; nothing if one is not known."""
+    """By how much a value differs, as a share where the column's changes are shares; empty if one is not known."""
     if value is None or base is None or (column.share and base == 0):
         return ""
     return f"{value / base - 1:+.{digits}%}" if column.share else f"{value - base:+.{column.digits}f}"
 
 
-def values(sheet: Sheet) -> list[list[str]]:
-    """Head and rows: each quantity ours and the paper's, with the difference in the coco world."""
-    compared = sheet.world == "coco"
+def values(table: RenderedTable) -> list[list[str]]:
+    """Head and rows: ours and the paper's, with the difference in the coco world."""
+    compared = table.world == "coco"
     head = ["row"]
-    for name in sheet.columns:
-        ours, theirs = sheet.head(name), COLUMNS[name].head
+    for name in table.columns:
+        ours, theirs = table.head(name), COLUMNS[name].head
         head += [ours, "paper" if ours == theirs else f"paper ({theirs})", *(["difference"] if compared else [])]
     body = []
-    for filled in sheet.rows:
-        line = [filled.name]
-        for name in sheet.columns:
+    for row in table.rows:
+        line = [row.name]
+        for name in table.columns:
             column = COLUMNS[name]
-            line += [cell(filled.cells.get(name), column), number(filled.row.paper.get(name), column)]
-            line += [change(filled.value(name), filled.papers(name), column, 2)] if compared else []
-        body.append([*line, filled.remark])
+            line += [cell(row.cells.get(name), column), number(row.spec.paper.get(name), column)]
+            line += [change(row.value(name), row.comparable(name), column, 2)] if compared else []
+        body.append([*line, row.remark])
     return [[*head, "remark"], *body]
 
 
-def changes(sheet: Sheet) -> list[list[str]]:
+def changes(table: RenderedTable) -> list[list[str]]:
     """Head and rows: what each accelerated row changes against its plain row, ours and the paper's."""
     head = ["change against the plain row"]
-    for name in sheet.columns:
-        head += [sheet.head(name), "paper"]
+    for name in table.columns:
+        head += [table.head(name), "paper"]
     body = []
-    for filled in sheet.rows:
-        plain = sheet.plain_of(filled)
+    for row in table.rows:
+        plain = table.plain_of(row)
         if plain is None:
             continue
-        line = [filled.name]
-        for name in sheet.columns:
-            line += [
-                change(filled.value(name), plain.value(name), COLUMNS[name]),
-                change(filled.row.paper.get(name), plain.row.paper.get(name), COLUMNS[name]),
-            ]
+        line = [row.name]
+        for name in table.columns:
+            column = COLUMNS[name]
+            line.append(change(row.value(name), plain.value(name), column))
+            line.append(change(row.spec.paper.get(name), plain.spec.paper.get(name), column))
         body.append(line)
     return [head, *body]
 
 
-def markdown(sheet: Sheet) -> str:
-    parts = [f"### {title(sheet)}"]
-    for head, *body in (values(sheet), changes(sheet)):
+# Formats
+
+
+def markdown(table: RenderedTable) -> str:
+    parts = [f"### {table.title}"]
+    for head, *body in (values(table), changes(table)):
         lines = [head, ["---"] * len(head), *body]
         parts.append("\n".join("| " + " | ".join(map(in_markdown, line)) + " |" for line in lines))
-    return "\n\n".join([*parts, *notes(sheet)]) + "\n"
-
-
-def title(sheet: Sheet) -> str:
-    return f"{' '.join(sheet.table.title.split())}, {sheet.world}"
+    return "\n\n".join([*parts, *table.all_notes()]) + "\n"
 
 
 def in_markdown(text: str) -> str:
-    """A cell: one line, and no bar that would end it."""
-    return " ".join(text.split()).replace("|", r"\|")
+    """A cell: one line, without a bar that would end it."""
+    return one_line(text).replace("|", r"\|")
 
 
-def notes(sheet: Sheet) -> list[str]:
-    """Each on one line."""
-    texts = (f"The paper's numbers: {sheet.table.source.strip()}.", sheet.table.note, *sheet.notes)
-    return [line for text in texts if (line := " ".join(text.split()))]
+def latex(table: RenderedTable) -> str:
+    lines = [f"% {table.title}"]
+    for head, *body in (values(table), changes(table)):
+        rows = [" & ".join(map(in_latex, line)) + r" \\" for line in [head, *body]]
+        begin = rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}"
+        lines += [begin, r"\hline", rows[0], r"\hline", *rows[1:], r"\hline", r"\end{tabular}", ""]
+    return "\n".join([*lines, *(f"% {note}" for note in table.all_notes())]) + "\n"
 
 
-def latex(sheet: Sheet) -> str:
-    lines = []
-    for head, *body in (values(sheet), changes(sheet)):
-        rows = [" & ".join(map(escape, line)) + r" \\" for line in [head, *body]]
-        lines += [
-            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-            r"\hline",
-            rows[0],
-            r"\hline",
-            *rows[1:],
-            r"\hline",
-            r"\end{tabular}",
-            "",
-        ]
-    return "\n".join([f"% {title(sheet)}", *lines, *(f"% {note}" for note in notes(sheet))]) + "\n"
+def in_latex(text: str) -> str:
+    return "".join(ESCAPED.get(sign, sign) for sign in one_line(text))
 
 
-def escape(text: str) -> str:
-    return "".join(ESCAPED.get(sign, sign) for sign in " ".join(text.split()))
-
-
-def csv_text(sheet: Sheet) -> str:
-    """One line per row, with the plain row's name and what the numbers are of; numbers in full; for each column its
-    value, interval, the paper's and the difference."""
+def csv_text(table: RenderedTable) -> str:
+    """A line per row, with numbers in full: its plain row, what the numbers are of, and for each column its value,
+    interval, the paper's number and the difference."""
     out = io.StringIO()
-    parts = ("", "_low", "_high", "_paper", "_difference")
-    heads = [
-        "table",
-        "world",
-        "row",
-        "compared_with",
-        *OF,
-        *(f"{name}{part}" for name in sheet.columns for part in parts),
-        "remark",
-    ]
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(heads)
-    for filled in sheet.rows:
-        plain, line = sheet.plain_of(filled), []
-        for name in sheet.columns:
-            value, interval = filled.cells.get(name, (None, None))
-            like = filled.papers(name)
-            line += [
-                value,
-                *(interval or (None, None)),
-                filled.row.paper.get(name),
-                None if None in (value, like) else value - like,
-            ]
-        writer.writerow(
-            [
-                sheet.table.name,
-                sheet.world,
-                filled.name,
-                plain.name if plain else "",
-                *(filled.of.get(name) for name in OF),
-                *line,
-                filled.remark,
-            ]
-        )
+    columns = (f"{name}{part}" for name in table.columns for part in PARTS)
+    writer.writerow(["table", "world", "row", "compared_with", *ABOUT, *columns, "remark"])
+    for row in table.rows:
+        plain = table.plain_of(row)
+        head = [table.table.name, table.world, row.name, plain.name if plain else ""]
+        line = [value for name in table.columns for value in csv_cells(row, name)]
+        writer.writerow([*head, *(row.about.get(name) for name in ABOUT), *line, row.remark])
     return out.getvalue()
+
+
+def csv_cells(row: RenderedRow, column: str) -> Iterator[float | None]:
+    """The values of PARTS."""
+    value, interval = row.cells.get(column, (None, None))
+    paper = row.comparable(column)
+    yield value
+    yield from interval or (None, None)
+    yield row.spec.paper.get(column)
+    yield None if value is None or paper is None else value - paper

@@ -1,43 +1,44 @@
-"""The paper's tables as files: which rows there are, how each is run, and what the paper says of it.
+"""The paper's tables as files: the rows, how each is run, and the paper's numbers.
 
 evaluation/table/NAME.yaml:
 
-    title:    the table's head
-    source:   where its numbers were published, and of what
-    note:     what to bear in mind when it is read (optional)
+    title:    title of the table
+    source:   where its numbers were published, and what they are of
+    note:     what to bear in mind (optional)
     apart:    {column: why}, where the published numbers are of something else than ours can be (optional)
     columns:  names of `COLUMNS`, in order
-    protocol: {coco: NAME, emoji: NAME}   of each world in which there is such a table
+    protocol: {coco: NAME, emoji: NAME}, the protocol in each world in which there is such a table
     rows:     a list, in order:
-        label:      of the row; with `group`, what several rows have in common (optional)
+        label:      name of the row; with `group`, what several rows have in common (optional)
         plain:      true: the rows below, up to the next such row, are compared with this one
-        sampler, steps, plan, propagate, tome, eta, noise_weight, noise_below, noise_order: as evaluation/generate.py
-                    takes them; default: the protocol's
-        parallel:   decoder steps in one batch; moves time and memory only (default: auto)
+        sampler, steps, plan, propagate, tome, eta, noise_weight, noise_below, noise_order: see `Method`; default: the
+                    protocol's
+        parallel:   decoder steps in one batch; changes time and memory only (default: auto)
         protocol:   other protocols than the table's, by world; null = the row is not in that world
-        paper:      {column: number}, what the paper says
+        paper:      {column: number}, the paper's numbers
         missing:    why the row can't be run: the paper's numbers stand alone
-        costs_only: why only its cost can be had
+        costs_only: why only its cost can be measured
 
-A row that is run in the `coco` world is run with published models: Stable Diffusion, cin256-v2. The `emoji` world is
-the model that ships.
+The `coco` world runs published models: Stable Diffusion, cin256-v2. The `emoji` world runs the model that ships.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator, Field, model_validator
+
+from evaluation.protocols.protocol import Method, Protocol
 from evaluation.protocols.yaml_file import find_file, names_in, reading
 from ldm.cli.arguments import MOST, MOST_STEPS, NOISE_ORDERS, PROPAGATE
-from ldm.io.kinds import MAPPING, NUMBER, SHARE, TEXT, Kind, check, choice, is_text, known, number, optional, whole
+from ldm.io.schema import NotNegative, Number, Schema, Share, Text, parse
 
 TABLE_DIR = Path(__file__).parent
 WORLDS = ("coco", "emoji")
 SHORT = 8  # digits of a hash that are shown
-Cell = tuple[float, list[float] | None]  # a value, and its 95 % interval if there is one
+Cell = tuple[float, list[float] | None]  # a value, and its 95 % interval or None
 HOW = ("sampler", "steps", "plan", "propagate", "tome", "eta", "noise_weight", "noise_below", "noise_order")
 
 
@@ -45,10 +46,10 @@ HOW = ("sampler", "steps", "plan", "propagate", "tome", "eta", "noise_weight", "
 class Column:
     """One quantity.
 
-    head:   what it is in the paper, with the unit.
+    head:   its name in the paper, with the unit.
     digits: after the point.
-    kind:   `quality` is measured of a row's pictures, `cost` is timed, `count` is counted, `derived` from the others.
-    share:  changes are shares of the plain row's value.
+    kind:   `quality` is measured on a row's images, `cost` is timed, `count` is counted, `derived` from the others.
+    share:  changes are shown as shares of the plain row's value.
     """
 
     head: str
@@ -70,130 +71,75 @@ COLUMNS = {
     "memory": Column("peak GB", 2, "cost", share=True),
     "ftc": Column("FTC = FID × s / CLIP", 1, "derived", share=True),
 }
-FTC = ("fid", "clip_score", "seconds")  # what that is made of
+FTC = ("fid", "clip_score", "seconds")  # the columns that it is computed from
+
+World, ColumnName = Literal[WORLDS], Literal[tuple(COLUMNS)]
 
 
-# What fields may be
-
-ROW = {
-    "label": TEXT,
-    "group": TEXT,
-    "plain": Kind("true or false", lambda value: type(value) is bool),
-    "sampler": TEXT,
-    "steps": whole(1, MOST_STEPS),
-    "plan": Kind("a text, 'off' in quotes, which YAML takes for no", is_text),
-    "propagate": choice(*PROPAGATE),
-    "tome": number("a number in 0..0.75", 0, 0.75),
-    "eta": SHARE,
-    "noise_weight": number("a number >= 0", 0),
-    "noise_below": NUMBER,
-    "noise_order": choice(*NOISE_ORDERS),
-    "parallel": whole(1, MOST),
-    "protocol": MAPPING,
-    "paper": MAPPING,
-    "missing": TEXT,
-    "costs_only": TEXT,
-}
-TABLE = {
-    "title": TEXT,
-    "source": TEXT,
-    "note": TEXT,
-    "apart": MAPPING,
-    "protocol": MAPPING,
-    "columns": Kind(
-        "a list of columns, each once",
-        lambda value: (
-            isinstance(value, list)
-            and bool(value)
-            and all(isinstance(name, str) and value.count(name) == 1 for name in value)
-        ),
-    ),
-    "rows": Kind("a list with a row or more", lambda value: isinstance(value, list) and bool(value)),
-}
+def _quoted(plan: Any) -> Any:
+    if isinstance(plan, bool):
+        raise ValueError(f"should be text, 'off' in quotes, which YAML takes for no; got {plan}")
+    return plan
 
 
-def given(content: Any) -> dict[str, Any]:
-    """The fields that are not left at their defaults."""
-    return {f.name: value for f in fields(content) if (value := getattr(content, f.name)) is not f.default}
+class Row(Schema):
+    """One row; see above."""
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row; see above.
-
-    Raises:
-        ValueError: a value that is not what it should be.
-    """
-
-    label: str
+    label: Text
     group: str = ""
     plain: bool = False
-    sampler: str | None = None
-    steps: int | None = None
-    plan: str = "off"
-    propagate: str | None = None
-    tome: float | None = None
-    eta: float | None = None
-    noise_weight: float | None = None
-    noise_below: float | None = None
-    noise_order: str | None = None
-    parallel: int | None = None
-    protocol: Mapping[str, str | None] = field(default_factory=dict)
-    paper: Mapping[str, float] = field(default_factory=dict)
-    missing: str | None = None
-    costs_only: str | None = None
-
-    def __post_init__(self) -> None:
-        check(f"{self.name}: ", given(self), ROW)
-        known(f"{self.name}: protocol", self.protocol, set(), set(WORLDS))
-        check(f"{self.name}: protocol.", self.protocol, dict.fromkeys(WORLDS, optional(TEXT)))
-        known(f"{self.name}: paper", self.paper, set(), set(COLUMNS))
-        check(f"{self.name}: paper.", self.paper, dict.fromkeys(COLUMNS, NUMBER))
+    sampler: Text | None = None
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
+    plan: Annotated[Text, BeforeValidator(_quoted)] = "off"
+    propagate: Literal[PROPAGATE] | None = None
+    tome: Annotated[Number, Field(ge=0, le=0.75)] | None = None
+    eta: Share | None = None
+    noise_weight: NotNegative | None = None
+    noise_below: Number | None = None
+    noise_order: Literal[NOISE_ORDERS] | None = None
+    parallel: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    protocol: dict[World, Text | None] = {}
+    paper: dict[ColumnName, Number | int] = {}
+    missing: Text | None = None
+    costs_only: Text | None = None
 
     @property
     def name(self) -> str:
         return f"{self.group}: {self.label}" if self.group else self.label
 
-    def how(self) -> dict[str, str]:
-        """How it is run, as texts: those of `HOW` that are given."""
-        return {name: str(value) for name in HOW if (value := getattr(self, name)) is not None}
+    def how(self) -> dict[str, Any]:
+        """How it is run: the fields of `HOW` that are given."""
+        return {name: value for name in HOW if (value := getattr(self, name)) is not None}
+
+    def method(self, protocol: Protocol) -> Method:
+        """The method under a protocol, which says what the row leaves open."""
+        return protocol.method(**self.how(), parallel=self.parallel)
 
     def flags(self) -> list[str]:
-        """What evaluation/generate.py is told of it, without the protocol."""
+        """The same as flags of evaluation/generate.py, without the protocol."""
         return [f"--{name.replace('_', '-')}={value}" for name, value in self.how().items()]  # a value may be -1e-07
 
 
-@dataclass(frozen=True)
-class Table:
-    """One file's content; see above.
-
-    Raises:
-        ValueError: a value that is not what it should be.
-    """
+class Table(Schema):
+    """The content of a table file; see above."""
 
     name: str
-    title: str
-    source: str
-    columns: list[str]
-    protocol: Mapping[str, str]
-    rows: list[Row]
+    title: Text
+    source: Text
+    columns: Annotated[list[ColumnName], Field(min_length=1)]
+    protocol: dict[World, Text]
+    rows: Annotated[list[Row], Field(min_length=1)]
     note: str = ""
-    apart: Mapping[str, str] = field(default_factory=dict)
+    apart: dict[ColumnName, Text] = {}
 
-    def __post_init__(self) -> None:
-        check("", given(self), TABLE)
-        if strange := [name for name in self.columns if name not in COLUMNS]:
-            raise ValueError(f"there is no column {strange[0]!r}; accepted: {', '.join(COLUMNS)}")
-        known("protocol", self.protocol, set(), set(WORLDS))
-        check("protocol.", self.protocol, dict.fromkeys(WORLDS, TEXT))
-        known("apart", self.apart, set(), set(self.columns))
-        check("apart.", self.apart, dict.fromkeys(COLUMNS, TEXT))
-        names = [row.name for row in self.rows]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two rows are called {twice[0]!r}")
-        for row in self.rows:
-            if unshown := row.paper.keys() - {*self.columns}:
-                raise ValueError(f"{row.name}: paper has {', '.join(sorted(unshown))}, which is not among the columns")
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Table:
+        check_once("columns", self.columns)
+        check_once("rows", [row.name for row in self.rows])
+        for place, names in {"apart": self.apart, **{row.name: row.paper for row in self.rows}}.items():
+            if unshown := names.keys() - {*self.columns}:
+                raise ValueError(f"{place} has {', '.join(sorted(unshown))}, which is not among the columns")
+        return self
 
     def protocol_of(self, row: Row, world: str) -> str | None:
         """The name of the protocol that the row is run under; None = the row is not in this world."""
@@ -203,21 +149,21 @@ class Table:
         return [row for row in self.rows if self.protocol_of(row, world) is not None]
 
 
+def check_once(what: str, names: list[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{what} has {twice[0]!r} twice")
+
+
 def table_names() -> tuple[str, ...]:
     return tuple(sorted(names_in(TABLE_DIR), key=lambda name: (len(name), name)))
 
 
 def load_table(name: str) -> Table:
-    """The table of a name in evaluation/tables, or of a .yaml file.
+    """The table of a name in evaluation/table, or of a .yaml file.
 
     Raises:
         ValueError: there is none, or it is not a table.
     """
     path = find_file("table", name, TABLE_DIR, table_names())
     with reading("table", path) as content:
-        known("the file", content, {"title", "source", "columns", "protocol", "rows"}, {"note", "apart"})
-        check("", content, {"rows": TABLE["rows"]})
-        for place, entry in enumerate(content["rows"], 1):
-            known(f"row {place}", entry, {"label"}, {*ROW})
-        rows = [Row(**entry) for entry in content["rows"]]
-        return Table(**{**content, "rows": rows}, name=path.stem)
+        return parse(Table, {**content, "name": path.stem})

@@ -98,3 +98,8 @@ def _entry(name: str, entry: Any) -> Published:
     if not isinstance(entry, dict):
         raise ValueError(f"{name} should be a mapping; got {shown(entry)}")
     return parse(Published, {"name": name, **entry}, name)
+
+
+def published_sha256(path: Path) -> str | None:
+    """The SHA-256 of the weights that are published for this place in the project; None if it is not known."""
+    return next((model.sha256 for model in load_manifest().values() if model.file() == path), None)

@@ -84,6 +84,9 @@ def first_error(error: ValidationError, place: str = "") -> str:
         return f"{name} {found['ctx']['error']}".strip()
     if found["type"] == "missing":
         return f"{name} is missing"
+    if found["type"] == "extra_forbidden":
+        return f"{name} is not a name that is accepted here"
     mapping = found["type"] in ("model_type", "dict_type")
     wanted = "be a mapping" if mapping else found["msg"].partition(" should ")[2]
-    return f"{name or 'it'} should {wanted or found['msg']}; got {shown(found['input'])}"
+    problem = f" should {wanted}" if wanted else f": {found['msg']}"
+    return f"{name or 'it'}{problem}; got {shown(found['input'])}"

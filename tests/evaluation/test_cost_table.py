@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from evaluation.cost import SD_V1, counts, main, published, read_unet
+from evaluation.cost import main
+from evaluation.table.cost import SD_V1, counts, published, read_unet
 from ldm.checkpoint import load_config, load_model
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.sampling.conditions import Text

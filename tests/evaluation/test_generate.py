@@ -16,12 +16,15 @@ import pytest
 from PIL import Image
 
 from evaluation.generate import main
+from evaluation.protocols.protocol import Method, load_protocol
+from evaluation.runs.generate import ModelFiles, compute
+from ldm.io.errors import SettingError
 from ldm.io.files import json_sha256
 from tests.helpers.coco import LONG, captions, write_coco, write_protocol
 from tests.helpers.processes import Child
 from tests.helpers.tiny_models import write_model
 
-PICTURES, BATCH = 40, 8
+IMAGES, BATCH = 40, 8
 
 
 class Runs:
@@ -71,7 +74,7 @@ def files(out: Path) -> dict[str, bytes]:
     }
 
 
-def pictures(out: Path) -> int:
+def images(out: Path) -> int:
     return sum(1 for _ in (out / "samples").glob("[!.]*.png"))
 
 
@@ -85,37 +88,37 @@ def refused(capfd, code: int) -> str:
 # What is made
 
 
-def test_a_picture_for_every_caption_with_a_card(runs, whole):
+def test_a_image_for_every_caption_with_a_card(runs, whole):
     card = json.loads((whole / "run.json").read_text())
     prompts = [json.loads(line) for line in (whole / "prompts.jsonl").read_text().splitlines()]
     notes = {note["id"]: note for note in captions(24)["annotations"]}
-    assert len(prompts) == PICTURES == pictures(whole) == card["pictures"]
+    assert len(prompts) == IMAGES == images(whole) == card["pictures"]
     assert all(p["prompt"] == " ".join(notes[p["id"]]["caption"].split()) for p in prompts)
     cut = sum("red red red" in p["prompt"] for p in prompts)
-    assert card["captions_cut"] == cut and PICTURES / LONG - 8 < cut < PICTURES / LONG + 8
+    assert card["captions_cut"] == cut and IMAGES / LONG - 8 < cut < IMAGES / LONG + 8
     assert card["protocol_sha256"] == json_sha256(card["protocol"]) and card["seeds"] == [0]
     assert card["method"].items() >= {"steps": 4, "scale": 3.0, "keys": [0, 2], "noise_weight": 0.003}.items()
     assert len(card["weights"]) == 64 and card["versions"]["torch"] and (card["plan"], card["batch"]) == ("0,2", BATCH)
     array = np.load(whole / "samples.npz")["arr_0"]
     shown = [np.asarray(Image.open(whole / f"samples/{p['id']:08d}-000.png")) for p in prompts]
-    assert (array == shown).all() and len({picture.tobytes() for picture in shown}) == PICTURES
+    assert (array == shown).all() and len({image.tobytes() for image in shown}) == IMAGES
 
 
 def test_the_folder_proves_itself(runs, whole, tmp_path, capfd):
     assert main(["--verify", "--out", str(whole)]) == 0
-    assert capfd.readouterr().out.startswith(f"{PICTURES} pictures, each there, whole and once; tiny, protocol ")
+    assert capfd.readouterr().out.startswith(f"{IMAGES} images, each there, whole and once; tiny, protocol ")
     assert runs(tmp_path / "part", "--shard", "2/3") == 0
     capfd.readouterr()
     line = refused(capfd, main(["--verify", "--out", str(tmp_path / "part")]))
-    assert re.fullmatch(r"--verify: .*/part: unfinished: no manifest.jsonl, 24 of 40 pictures missing", line)
+    assert re.fullmatch(r"--verify: .*/part: unfinished: no manifest.jsonl, 24 of 40 images missing", line)
 
 
-def test_a_picture_belongs_to_its_caption_not_to_its_place(runs, whole, tmp_path):
-    """Fewer of the protocol's prompts, in other batches: the same pictures, to the last digit."""
+def test_a_image_belongs_to_its_caption_not_to_its_place(runs, whole, tmp_path):
+    """Fewer of the protocol's prompts, in other batches: the same images, to the last digit."""
     assert runs(tmp_path / "few", "--count", "11") == 0
     for path in (tmp_path / "few" / "samples").iterdir():
         assert np.array_equal(*(np.asarray(Image.open(p)) for p in (path, whole / "samples" / path.name)))
-    assert pictures(tmp_path / "few") == 11
+    assert images(tmp_path / "few") == 11
 
 
 def test_the_batch_size_changes_no_byte(runs, whole, tmp_path):
@@ -126,6 +129,36 @@ def test_the_batch_size_changes_no_byte(runs, whole, tmp_path):
 def test_plans_by_name(runs, tmp_path):
     assert runs(tmp_path / "out", "--count", "1", "--plan", "faster-diffusion") == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["method"]["keys"] == [0, 1, 2]
+
+
+def test_a_function_makes_the_same_run(runs, whole, tmp_path):
+    protocol = load_protocol(str(runs.protocol))
+    model = ModelFiles(*map(Path, runs.model[1::2]))
+    made = compute(protocol, Method(steps=4, plan="0,2"), model, out=tmp_path / "out", data=runs.coco)
+    assert (made.made, made.found, made.complete, made.images) == (IMAGES, 0, True, tmp_path / "out" / "samples")
+    assert files(tmp_path / "out") == files(whole)
+    again = compute(protocol, Method(steps=4, plan="0,2"), model, out=tmp_path / "out", data=runs.coco)
+    assert (again.made, again.found, again.complete) == (0, IMAGES, True)
+
+
+@pytest.mark.parametrize(
+    "given, why",
+    [
+        ({"method": Method(sampler="magic")}, "sampler: there is no solver 'magic'"),
+        ({"method": Method(sampler="plms", eta=0.5)}, "eta: plms has no choice of it"),
+        ({"method": Method(steps=4, plan="0,9")}, "plan: key 9 is past the last node 3"),
+        ({"method": Method(steps=4, tome=0.5)}, "tome: "),
+        ({"model": None}, "model: needed: protocol tiny names none"),
+        ({"model": ModelFiles(Path("a"), Path("b"))}, "config|ckpt: "),
+        ({"data": "nowhere"}, "data: .*nowhere/annotations/captions_val2017.json: no such file"),
+    ],
+    ids=str,
+)
+def test_a_function_names_the_argument_at_fault(runs, tmp_path, given, why):
+    usual = {"method": Method(steps=4), "model": ModelFiles(*map(Path, runs.model[1::2])), "data": runs.coco}
+    with pytest.raises(SettingError, match=f"^{why}"):
+        compute(load_protocol(str(runs.protocol)), **usual | given, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # One process or many
@@ -176,8 +209,8 @@ def test_three_processes_make_the_files_of_one(runs, whole, tmp_path, launcher):
 # Stops
 
 
-def test_processes_killed_at_any_picture_leave_a_run_that_goes_on(runs, whole, tmp_path):
-    """Each kills itself when it has made so many pictures: before one has its name, or after."""
+def test_processes_killed_at_any_image_leave_a_run_that_goes_on(runs, whole, tmp_path):
+    """Each kills itself when it has made so many images: before one has its name, or after."""
     out, log, chance = tmp_path / "out", tmp_path / "log", random.Random(0)
 
     def killed_at(part: int, count: int, before: bool) -> int:
@@ -198,7 +231,7 @@ def test_processes_killed_at_any_picture_leave_a_run_that_goes_on(runs, whole, t
         plans = [(part, chance.randint(1, 3), chance.random() < 0.5) for part in (1, 2)]
         children = [Child(lambda plan=plan: killed_at(*plan), log) for plan in plans]
         assert [child.end() for child in children] == [-signal.SIGKILL] * 2, (kills, log.read_text())
-    assert 0 < pictures(out) < PICTURES and log.read_text().count("error") == 0
+    assert 0 < images(out) < IMAGES and log.read_text().count("error") == 0
     before = {path: path.stat().st_mtime_ns for path in (out / "samples").glob("[!.]*")}
     assert runs(out) == 0
     assert files(out) == files(whole)
@@ -261,7 +294,7 @@ def test_what_is_needed(runs, capfd, tmp_path):
 
 def test_protocols_that_do_not_fit_the_model(runs, tmp_path, capfd):
     for changes, why in (
-        ({"size": 18}, "--protocol: its pictures have 18 px; this model's must be a multiple of 4"),
+        ({"size": 18}, "--protocol: its images have 18 px; this model's must be a multiple of 4"),
         ({"data": {"kind": "classes", "classes": 9}, "select": {}}, "--config: not a class-cond"),
     ):
         path = write_protocol(tmp_path / "p.yaml", **changes)

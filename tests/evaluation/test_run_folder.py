@@ -41,7 +41,7 @@ def card(**changes):
 
 
 def colour(items):
-    """Pictures whose colour is their seed."""
+    """Images whose colour is their seed."""
     return [Image.new("RGB", (4, 4), item.seed) for item in items], {"seconds": 0.5}
 
 
@@ -136,7 +136,7 @@ def test_parts_need_not_know_of_each_other(tmp_path, whole):
     assert content(path) == content(whole)
 
 
-def test_hidden_folders_of_other_tools_are_no_pictures(whole):
+def test_hidden_folders_of_other_tools_are_no_images(whole):
     before = content(whole)
     (whole / "samples" / ".ipynb_checkpoints").mkdir()
     shutil.copy(next((whole / "samples").glob("*.png")), whole / "samples" / ".ipynb_checkpoints")
@@ -156,7 +156,7 @@ def test_damage_is_found_and_mended(whole):
     faults = RunFolder(whole).faults()
     assert sorted(fault.split(": ")[1] for fault in faults) == [
         "missing",
-        "no picture of this run",
+        "no image of this run",
         "not the file that manifest.jsonl lists",
         "not the file that manifest.jsonl lists",
     ]
@@ -165,7 +165,7 @@ def test_damage_is_found_and_mended(whole):
 
 
 def altered(path: Path) -> None:
-    """Other pixels under the same settings, as a picture editor leaves them."""
+    """Other pixels under the same settings, as an image editor leaves them."""
     with Image.open(path) as image:
         text = PngImagePlugin.PngInfo()
         for name, value in image.text.items():
@@ -173,7 +173,7 @@ def altered(path: Path) -> None:
         Image.eval(image, lambda level: 255 - level).save(path, pnginfo=text)
 
 
-def test_a_picture_with_other_pixels_is_not_taken_for_the_one_that_was_made(whole):
+def test_a_image_with_other_pixels_is_not_taken_for_the_one_that_was_made(whole):
     before = content(whole)
     first = min((whole / "samples").iterdir())
     altered(first)
@@ -185,7 +185,7 @@ def test_a_picture_with_other_pixels_is_not_taken_for_the_one_that_was_made(whol
     assert run(whole) and content(whole) == before and RunFolder(whole).faults() == []
 
 
-def test_parts_do_not_finish_over_a_picture_that_was_altered(tmp_path, whole):
+def test_parts_do_not_finish_over_a_image_that_was_altered(tmp_path, whole):
     path = tmp_path / "parts"
     run(path, 0, 3)
     altered(min((path / "samples").iterdir()))
@@ -193,7 +193,7 @@ def test_parts_do_not_finish_over_a_picture_that_was_altered(tmp_path, whole):
     assert run(path, 0, 3) and content(path) == content(whole)
 
 
-def test_a_picture_without_its_line_is_made_again(whole):
+def test_a_image_without_its_line_is_made_again(whole):
     before = content(whole)
     shutil.rmtree(whole / "journal")
     assert not RunFolder(whole).finish()
@@ -201,7 +201,7 @@ def test_a_picture_without_its_line_is_made_again(whole):
 
 
 def test_two_equal_runs_at_once_end_well(tmp_path, whole):
-    """One finishes while the other is about to rename its picture."""
+    """One finishes while the other is about to rename its image."""
     path = tmp_path / "twice"
 
     def slow() -> int:
@@ -246,9 +246,9 @@ def test_arrays_that_are_not_whole_are_found_and_written_anew(whole):
         assert folder.write_npz().read_bytes() == good
 
 
-def test_pictures_missing_from_an_unfinished_run_are_counted(tmp_path):
+def test_images_missing_from_an_unfinished_run_are_counted(tmp_path):
     run(tmp_path / "part", 0, 3)
-    assert RunFolder(tmp_path / "part").faults() == ["unfinished: no manifest.jsonl, 4 of 6 pictures missing"]
+    assert RunFolder(tmp_path / "part").faults() == ["unfinished: no manifest.jsonl, 4 of 6 images missing"]
 
 
 def test_another_run_is_refused_by_the_fields_that_differ(whole):
@@ -272,11 +272,11 @@ def test_files_that_were_changed_are_refused(whole, tmp_path):
     for changed, why in (
         (text.replace('"size": 4', '"size": 5'), "its protocol is not the one that its hash names"),
         (text[:40], "not a run card"),
-        ("{}", "not a run card: it has no batch, method,"),
-        (text.replace('"batch"', '"many"'), "not a run card: it has no batch"),
-        (text.replace('"batch": 2', '"batch": "2"'), "not a run card: batch must be a whole number"),
-        (text.replace('"seed": 5', '"seed": "5"'), "not a run card: protocol.seed must be a whole"),
-        (text.replace('"repeats"', '"again"'), "not a run card: protocol has no repeats"),
+        ("{}", "not a run card: protocol is missing"),
+        (text.replace('"batch"', '"many"'), "not a run card: batch is missing"),
+        (text.replace('"batch": 2', '"batch": "2"'), "not a run card: batch should be a valid integer"),
+        (text.replace('"seed": 5', '"seed": "5"'), "not a run card: protocol.seed should be a valid integer"),
+        (text.replace('"repeats"', '"again"'), "not a run card: protocol.repeats is missing"),
         ("[]", "not a run card"),
     ):
         (whole / "run.json").write_text(changed)
@@ -286,13 +286,13 @@ def test_files_that_were_changed_are_refused(whole, tmp_path):
         RunFolder(tmp_path / "nowhere")
 
 
-def test_pictures_of_another_kind_are_not_mixed_in(tmp_path):
+def test_images_of_another_kind_are_not_mixed_in(tmp_path):
     (tmp_path / "samples").mkdir()
     with pytest.raises(FolderError, match="has samples/ but no run.json"):
         RunFolder.open(tmp_path, card(), PROMPTS)
 
 
-def test_all_pictures_in_one_array(whole):
+def test_all_images_in_one_array(whole):
     path = RunFolder(whole).write_npz()
     first, array = path.read_bytes(), np.load(path)["arr_0"]
     path.unlink()

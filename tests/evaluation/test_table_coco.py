@@ -1,4 +1,4 @@
-"""evaluation/tables.py in the coco world: from captions and real pictures to the printed table, with tiny networks."""
+"""evaluation/tables.py in the coco world: from captions and real images to the printed table, with tiny networks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from evaluation import tables
 from evaluation.metrics.clip import load_clip
 from evaluation.metrics.extractors import load_extractor, resized
 from evaluation.metrics.inception import Inception
-from evaluation.metrics.result import read_result
 from evaluation.protocols.protocol import load_protocol
-from evaluation.runs.images import ImageFolder
-from evaluation.table import quality as table_quality
-from evaluation.table.quality import Quality
+from evaluation.table import measures
+from evaluation.table.build import Sources, jobs_of
+from evaluation.table.paper import other_world, reasons_unlike
+from evaluation.table.row import Job
 from evaluation.table.spec import COLUMNS, load_table
+from evaluation.table.timing import Timing
 from ldm.checkpoint import fingerprint, save_weights
-from ldm.io.files import file_sha256
 from ldm.io.images import from_pil, open_image
 from tests.helpers.clip_vocabulary import lines
 from tests.helpers.coco import write_coco, write_protocol
@@ -65,7 +65,12 @@ class World:
         ]
 
     def run(self, row: str) -> Path:
-        return self.folder / "runs" / "tiny" / RUNS[row]
+        (folder,) = (self.folder / "runs" / "tiny").glob(f"{RUNS[row]}-????????")
+        return folder
+
+    def result(self, row: str, measure: str) -> Path:
+        (file,) = self.run(row).glob(f"{measure}-*.json")
+        return file
 
     def table(self) -> dict[str, list[str]]:
         """The printed cells of each row of the first part."""
@@ -121,7 +126,7 @@ def world(tmp_path_factory) -> World:
     write_networks(folder)
     write_table(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table_quality, "RESAMPLES", 2)
+        patch.setattr(measures, "RESAMPLES", 2)
         assert tables.main(World(folder).argv("--rows", "1", "--timed", "1")) == 0
         assert tables.main(World(folder).argv("--timed", "0")) == 0
     return World(folder, (folder / "runs" / "two-coco.md").read_text(encoding="utf-8"))
@@ -139,24 +144,20 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("row", RUNS)
-def test_values_are_those_of_the_rows_pictures(world, row):
-    """FID against all real pictures; each picture with its own caption."""
-    fid, clip = (
-        load_extractor("inception-2015", world.folder / "inception.pth", "clean"),
-        load_clip(world.folder / "clip"),
-    )
+def test_values_are_those_of_the_rows_images(world, row):
+    """FID against all real images; each image with its own caption."""
+    fid = load_extractor("inception-2015", world.folder / "inception.pth", "clean")
+    clip = load_clip(world.folder / "clip")
     entries = [json.loads(line) for line in (world.run(row) / "manifest.jsonl").read_text().splitlines()]
     made = read([world.run(row) / entry["file"] for entry in entries])
     real = read([*(world.folder / "coco" / "val2017").iterdir()])
     assert (len(made), len(real)) == (COUNT, REAL)
-    features = [
-        np.concatenate([fid(picture).numpy() for picture in pictures]).astype(np.float64) for pictures in (made, real)
-    ]
+    features = [np.concatenate([fid(image).numpy() for image in images]).astype(np.float64) for images in (made, real)]
     found = world.csv()[row]
     assert float(found["fid"]) == pytest.approx(frechet(*features), rel=1e-4)
     captions = {entry["file"]: entry["prompt"] for entry in entries}
-    seen = clip.embed_images(torch.cat([resized(picture, clip.size, "clip-crop") for picture in made]))
-    cosines = (seen * clip.embed_texts([f"A photo depicts {captions[name]}" for name in sorted(captions)])).sum(1)
+    shown = clip.embed_images(torch.cat([resized(image, clip.size, "clip-crop") for image in made]))
+    cosines = (shown * clip.embed_texts([f"A photo depicts {captions[name]}" for name in sorted(captions)])).sum(1)
     assert float(found["clip_score"]) == pytest.approx(2.5 * cosines.clamp(min=0).mean().item(), rel=1e-5)
 
 
@@ -199,7 +200,7 @@ def test_printed_is_what_was_found_beside_the_papers(world):
         "on an A40 in half precision.",
     ]
     assert "\n| row | FID | paper | difference | CLIP-score (hessel) | paper (CLIP-score) | diff" in world.printed
-    assert f"fid, inception-2015, clean: N = {COUNT} pictures of " in world.printed
+    assert f"fid, inception-2015, clean: N = {COUNT} images of " in world.printed
 
 
 def test_files(world):
@@ -243,53 +244,45 @@ def refused(capfd, argv: list[str]) -> str:
     return output.err.splitlines()[-1].removeprefix("tables.py: error: ")
 
 
-def test_numbers_of_other_weights_are_not_shown(world, other, capfd):
-    there, given = (fingerprint(world.folder / name)[:8] for name in ("model.safetensors", other.name))
-    why = f"of other weights: {there}, not {given} (other.safetensors)"
+def cells(world: World) -> list[str]:
+    """What the CSV has of quality and time."""
+    return [row[name] for row in world.csv().values() for name in ("fid", "clip_score", "seconds", "ftc")]
+
+
+def test_numbers_of_other_files_are_not_shown(world, other, capfd):
+    """Other weights, or another config: other runs, none of which is there."""
     line = refused(capfd, world.argv("--show", "--ckpt", str(other)))
-    assert line.startswith("TABLE: no row of two is finished in ") and f": results {why}; seconds {why}; " in line
-    line = refused(capfd, world.argv("--timed", "0", "--ckpt", str(other)))
-    assert line == f"--runs: {world.run('plain')} holds pictures {why}; choose another folder"
+    assert re.match(r"TABLE: no row of two is finished in .*: not run; no such model", line)
     changed = world.folder / "changed.yaml"
     changed.write_text((world.folder / "config.yaml").read_text() + "# other\n")
-    for more in ("--show", "--rows=1"):
-        line = refused(capfd, world.argv(more, "--config", str(changed)))
-        assert f" of other config: {fingerprint(world.folder / 'config.yaml')[:8]}, not " in line
+    line = refused(capfd, world.argv("--show", "--config", str(changed)))
+    assert line.startswith("TABLE: no row of two is finished in ")
 
 
-def test_pictures_of_a_protocol_that_was_edited_are_not_shown(world, capfd):
+def test_images_of_a_protocol_that_was_edited_are_not_shown(world, capfd):
     protocol = world.folder / "tiny.yaml"
     kept = protocol.read_text()
     protocol.write_text(yaml.safe_dump(yaml.safe_load(kept) | {"guidance": 4.0}))
     try:
-        shown, made = (refused(capfd, world.argv(*more)) for more in (["--show"], ["--timed", "0"]))
+        line = refused(capfd, world.argv("--show"))
     finally:
         protocol.write_text(kept)
-    differ = "of another run: protocol.guidance (3.0 there, 4.0 given); method.scale (3.0 there, 4.0 given)"
-    assert f": results {differ}; seconds {differ}; " in shown
-    assert made == f"--runs: {world.run('plain')} holds pictures {differ}; choose another folder"
+    assert line.startswith("TABLE: no row of two is finished in ")
 
 
-def test_pictures_of_other_captions_are_not_shown(world, tmp_path, capfd):
-    assert tables.main(world.argv("--show", "--data", str(write_coco(tmp_path / "other", REAL + 1)))) == 0
-    differ = r"of another run: protocol\.prompts_sha256 \(.{66} there, .{66} given\)"
-    assert all(re.fullmatch(f"results {differ}", world.csv()[row]["remark"]) for row in RUNS)
-    assert tables.main(world.argv("--show", "--data", str(tmp_path / "gone"))) == 0
-    assert world.printed in capfd.readouterr().out
+def test_images_of_other_captions_are_not_shown(world, tmp_path, capfd):
+    line = refused(capfd, world.argv("--show", "--data", str(write_coco(tmp_path / "other", REAL + 1))))
+    assert line.startswith("TABLE: no row of two is finished in ")
+    line = refused(capfd, world.argv("--show", "--data", str(tmp_path / "gone")))
+    assert "gone/annotations/captions_val2017.json is not there, which tiny needs" in line
 
 
 @pytest.mark.parametrize(
     "columns, metric, count, argv, why",
     [
-        (["fid"], "fid", COUNT, ["--count", "1"], "--count: fid: at least 2 pictures are needed; got 1"),
-        (["fid"], "fid", 1, [], "TABLE: protocol few: fid: at least 2 pictures are needed; got 1"),
-        (
-            ["fid", "recall"],
-            "adm",
-            COUNT,
-            [],
-            "TABLE: protocol few: fid, recall: at least 4 pictures are needed; got 3",
-        ),
+        (["fid"], "fid", COUNT, ["--count", "1"], "--count: fid: at least 2 images are needed; got 1"),
+        (["fid"], "fid", 1, [], "TABLE: protocol few: fid: at least 2 images are needed; got 1"),
+        (["fid", "recall"], "adm", COUNT, [], "TABLE: protocol few: fid, recall: at least 4 images are needed; got 3"),
         (
             ["fid"],
             "fid",
@@ -297,11 +290,11 @@ def test_pictures_of_other_captions_are_not_shown(world, tmp_path, capfd):
             ["--count", "9"],
             "--count: 9 prompts are asked for, at most 1 of an image; there are 4",
         ),
-        (["fid"], "fid", 9, [], "TABLE: 9 prompts are asked for, at most 1 of an image; there are 4"),
+        (["fid"], "fid", 9, [], "TABLE: protocol few: 9 prompts are asked for, at most 1 of an image; there are 4"),
     ],
     ids=str,
 )
-def test_too_few_pictures_are_refused_before_any_is_made(world, tmp_path, capfd, columns, metric, count, argv, why):
+def test_too_few_images_are_refused_before_any_is_made(world, tmp_path, capfd, columns, metric, count, argv, why):
     content = yaml.safe_load((world.folder / "tiny.yaml").read_text())
     content |= {"select": {"count": count}, "metrics": {metric: ["inception-2015/clean"]}}
     (tmp_path / "few.yaml").write_text(yaml.safe_dump(content))
@@ -324,12 +317,16 @@ def test_too_few_pictures_are_refused_before_any_is_made(world, tmp_path, capfd,
 @pytest.mark.parametrize(
     "metrics, argv, why",
     [
-        ({"fid": ["nope/clean"]}, [], "TABLE: protocol few: metrics: invalid choice: 'nope' (choose from "),
-        ({"fid": ["inception-2015/nope"]}, [], "TABLE: protocol few: metrics: invalid choice: 'nope' (choose from "),
+        (
+            {"fid": ["nope/clean"]},
+            [],
+            "TABLE: protocol few: metrics: there is no extractor 'nope'; accepted: efficient",
+        ),
+        ({"fid": ["inception-2015/nope"]}, [], "TABLE: protocol few: metrics: there is no resize 'nope'; accepted: "),
         (
             {"fid": ["inception-2015/clean"], "clip_score": ["nope"]},
             [],
-            "TABLE: protocol few: metrics: invalid choice: 'n",
+            "TABLE: protocol few: metrics: 'nope' is not one of hessel-b32, ",
         ),
         (
             {"fid": ["dinov2/clean"]},
@@ -360,121 +357,110 @@ def test_two_protocols_of_one_name_are_refused(world, tmp_path, capfd):
     assert line == f"TABLE: {paths[0]} and {paths[1]} are two protocols of one name; expected each with its own"
 
 
-def test_pictures_and_times_of_a_plan_that_was_edited_are_not_shown(world, tmp_path, capfd):
-    """Those of the plain row, moved to where the row of a file with all key nodes has its own."""
+def test_images_and_times_of_a_plan_that_was_edited_are_not_shown(world, tmp_path, capfd):
+    """A plan file with all key timesteps makes the images of the plain row; edited, it makes others."""
     plan, file = tmp_path / "plan.yaml", tmp_path / "t.yaml"
     plan.write_text(yaml.safe_dump({"source": "here", "steps": {4: [0, 1, 2, 3]}}))
     row = {"label": "filed", "sampler": "ddim", "steps": 4, "plan": str(plan), "noise_weight": 0.0}
     table = yaml.safe_load((world.folder / "two.yaml").read_text())
     file.write_text(yaml.safe_dump(table | {"rows": [row | {"paper": PAPER}]}))
     argv = [str(file), *world.argv("--show", "--runs", str(tmp_path))[1:]]
-    (job,) = tables.jobs_of(load_table(str(file)), tables.parser().parse_args(argv))
-    shutil.copytree(world.run("plain"), job.folder)
+    sources = Sources(inception=str(world.folder / "inception.pth"), clip=str(world.folder / "clip"), device="cpu")
+
+    def job() -> Job:
+        filed = load_table(str(file))
+        return jobs_of(filed, "coco", tmp_path, sources, None, filed.columns)[0]
+
+    shutil.copytree(world.run("plain"), job().folder)
     assert tables.main(argv) == 0
     (found,) = csv.DictReader((tmp_path / "t-coco.csv").read_text().splitlines())
     assert [found[name] for name in ("fid", "seconds")] == [world.csv()["plain"][name] for name in ("fid", "seconds")]
     capfd.readouterr()
 
     plan.write_text(yaml.safe_dump({"source": "here", "steps": {4: [0, 2]}}))
-    differ = "of another run: method.keys (null there, [0, 2] given)"
-    assert refused(capfd, argv).endswith(f": results {differ}; seconds {differ}")
+    assert refused(capfd, argv).endswith(": not run")
     plan.unlink()
-    unknown = f"results of a run that is no longer known: plan file {plan} is not a plan: it cannot be read"
-    assert unknown in refused(capfd, argv)
+    assert f": filed: plan: plan file {plan} is not a plan: it cannot be read" in refused(capfd, argv)
 
 
 def write_inception(world: World, folder: Path) -> list[str]:
     torch.save(recipe_weights(Inception(), seed=12, gain=1.4).state_dict(), folder / "another.pth")
-    hashes = (file_sha256(path) for path in (world.folder / "inception.pth", folder / "another.pth"))
-    return ["fid", "features_sha256: {}, now {}".format(*hashes), "--inception", str(folder / "another.pth")]
+    return ["fid", "--inception", str(folder / "another.pth")]
 
 
 def write_clip(world: World, folder: Path) -> list[str]:
     shutil.copytree(world.folder / "clip", folder / "clip")
     weights = [path / "clip" / "model.safetensors" for path in (world.folder, folder)]
     save_weights(weights[1], {name: tensor * 2 for name, tensor in load_file(weights[0]).items()})
-    hashes = map(file_sha256, weights)
-    return ["clip_score", "features_sha256: {}, now {}".format(*hashes), "--clip", str(folder / "clip")]
+    return ["clip_score", "--clip", str(folder / "clip")]
 
 
 def write_reality(world: World, folder: Path) -> list[str]:
-    """The same captions, another picture."""
+    """The same captions, another image."""
     shutil.copytree(world.folder / "coco", folder / "coco")
     Image.new("RGB", (24, 20), (0, 200, 0)).save(folder / "coco" / "val2017" / f"{0:012d}.jpg")
-    hashes = (ImageFolder(path / "coco" / "val2017").sha256() for path in (world.folder, folder))
-    return ["fid", "reference.sha256: {}, now {}".format(*hashes), "--data", str(folder / "coco")]
+    return ["fid", "--data", str(folder / "coco")]
 
 
 @pytest.mark.parametrize("write", [write_inception, write_clip, write_reality])
-def test_results_of_another_network_or_other_real_pictures_are_not_taken_for_these(world, tmp_path, capfd, write):
-    measure, differ, *argv = write(world, tmp_path)
-    line = refused(capfd, world.argv("--timed", "0", *argv))
-    assert line == (
-        f"--runs: {world.run('plain') / measure}.json was measured otherwise ({differ}); without the file "
-        f"it is measured again"
-    )
+def test_results_of_another_network_or_other_real_images_are_not_taken_for_these(world, tmp_path, capfd, write):
+    """Neither shown nor lost: the other result is computed beside them."""
+    measure, *argv = write(world, tmp_path)
+    before = {path: path.read_bytes() for path in world.run("plain").glob("*.json")}
     assert tables.main(world.argv("--show", *argv)) == 0
-    for row in RUNS:
-        assert [world.csv()[row][name] for name in ("fid", "remark")] == ["", f"results measured otherwise ({differ})"]
+    row = world.csv()["plain"]
+    assert row[measure] == row["ftc"] == "" != row["seconds"]
+    try:
+        assert tables.main(world.argv("--timed", "0", "--rows", "1", *argv)) == 0
+        assert float(world.csv()["plain"][measure]) > 0
+        new = {*world.run("plain").glob("*.json")} - before.keys()
+        assert [path.name.partition("-")[0] for path in new] == [measure]
+    finally:
+        for path in {*world.run("plain").glob("*.json")} - before.keys():
+            path.unlink()
+    assert {path: path.read_bytes() for path in world.run("plain").glob("*.json")} == before
+    assert tables.main(world.argv("--show")) == 0 and world.printed in capfd.readouterr().out
 
 
 def test_results_of_another_resize_are_not_shown(world, capfd):
-    """Nor need the networks or the data be there to tell."""
     protocol = world.folder / "tiny.yaml"
     kept = protocol.read_text()
     protocol.write_text(kept.replace("inception-2015/clean", "inception-2015/tf1-bilinear"))
     try:
-        assert tables.main(world.argv("--show", "--inception", "gone", "--clip", "gone", "--data", "gone")) == 0
+        assert tables.main(world.argv("--show")) == 0
     finally:
         protocol.write_text(kept)
-    assert world.csv()["ours"]["remark"] == "results measured otherwise (resize: clean, now tf1-bilinear)"
+    assert world.csv()["ours"]["fid"] == "" != world.csv()["ours"]["clip_score"]
 
 
-def test_without_the_weights_what_is_there_is_shown(world, other, capfd):
-    ckpt, card = world.folder / "model.safetensors", world.run("ours") / "clip_score.json"
-    kept = card.read_bytes()
+def test_files_that_are_missing_are_named_where_nothing_is_made(world, capfd):
+    """What the hashes of runs and results are taken from must be there; times need no networks."""
+    ckpt = world.folder / "model.safetensors"
     ckpt.rename(world.folder / "away")
     try:
-        assert tables.main(world.argv("--show")) == 0 and world.printed in capfd.readouterr().out
-        result = read_result(card)
-        replace(result, samples={**result.samples, "weights": fingerprint(other)}).write(card)
         line = refused(capfd, world.argv("--show"))
     finally:
         (world.folder / "away").rename(ckpt)
-    there, given = fingerprint(ckpt)[:8], fingerprint(other)[:8]
-    assert line.startswith(f"--runs: rows of different weights (plain: {there}, ours: {there}, ours: {given}); ")
-    # With the weights it is known which of them are the row's.
-    assert tables.main(world.argv("--show")) == 0
-    assert f"| results of other weights: {given}, not {there} (model.safetensors) |" in capfd.readouterr().out
-    card.write_bytes(kept)
-
-
-def test_pictures_that_others_were_made_over_are_not_shown(world, other, capfd):
-    """Their results are kept, and of the row's weights."""
-    card = world.run("ours") / "run.json"
-    kept = card.read_text()
-    card.write_text(json.dumps(json.loads(kept) | {"weights": fingerprint(other)}))
-    assert tables.main(world.argv("--show")) == 0
-    card.write_text(kept)
-    there, given = fingerprint(other)[:8], fingerprint(world.folder / "model.safetensors")[:8]
-    assert world.csv()["ours"]["remark"] == f"results of other weights: {there}, not {given} (model.safetensors)"
-    assert world.csv()["ours"]["fid"] == "" != world.csv()["plain"]["fid"]
+    assert line.startswith("TABLE: no row of two is finished in ") and f": ckpt: {ckpt}: no such file" in line
+    assert tables.main(world.argv("--show", "--inception", "gone")) == 0
+    plain = world.csv()["plain"]
+    assert plain["fid"] == "" != plain["seconds"] and plain["remark"].startswith("inception: inception-2015: gone: no ")
 
 
 @pytest.mark.parametrize(
     "damage, why",
     [
         ("{", "line 1, column 2: not JSON: Expecting property name"),
-        ("[]", "it must be a mapping"),
-        ('{"seconds": [1.0]}', "it has no date, machine"),
-        ({"seconds": []}, "seconds must be a list of numbers >= 0, one or more; got []"),
-        ({"seconds": 3}, "seconds must be a list of numbers"),
-        ({"seconds_unet": [None]}, "seconds_unet must be a list"),
-        ({"machine": None}, "machine must be a text; got None"),
-        ({"weights": None}, "weights must be a text; got None"),
-        ({"memory": "1"}, "memory must be a number of bytes or null"),
-        ({"threads": 1.5}, "threads must be a whole number"),
-        ({"method": 3}, "method must be a mapping; got 3"),
+        ("[]", "it should be a mapping"),
+        ('{"seconds": [1.0]}', "seconds_unet is missing"),
+        ({"seconds": []}, "seconds should have at least 1 item"),
+        ({"seconds": 3}, "seconds should be a valid list; got 3"),
+        ({"seconds_unet": [None]}, "seconds_unet.0 should be a valid number; got None"),
+        ({"machine": None}, "machine should be a valid string; got None"),
+        ({"weights": None}, "weights should be a valid string; got None"),
+        ({"memory": "1"}, "memory should be a valid integer; got '1'"),
+        ({"threads": 1.5}, "threads should be a valid integer; got 1.5"),
+        ({"method": 3}, "method should be a mapping; got 3"),
     ],
     ids=str,
 )
@@ -487,19 +473,6 @@ def test_a_damaged_timing_is_refused_by_name(world, capfd, damage, why):
     assert line.startswith(f"--runs: {timing}: not a timing: {why}") and line.endswith("the file it is measured again")
 
 
-def test_times_of_other_weights_are_left_out_and_taken_again(world, other, capfd):
-    timing = world.run("plain") / "cost-auto.json"
-    kept = timing.read_text()
-    timing.write_text(json.dumps(json.loads(kept) | {"weights": fingerprint(other)}))
-    assert tables.main(world.argv("--show")) == 0
-    assert world.csv()["plain"]["seconds"] == "" and float(world.csv()["plain"]["fid"]) > 0
-    assert world.csv()["plain"]["remark"].startswith(f"seconds of other weights: {fingerprint(other)[:8]}, not ")
-    assert tables.main(world.argv("--rows", "1", "--timed", "1")) == 0
-    assert float(world.csv()["plain"]["seconds"]) > 0 and world.csv()["plain"]["remark"] == ""
-    assert json.loads(timing.read_text())["weights"] == fingerprint(world.folder / "model.safetensors")
-    timing.write_text(kept)
-
-
 # What can be set against the paper's numbers
 
 PUBLISHED = "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa"  # in models/published.yaml
@@ -508,6 +481,19 @@ MEASURED, TIMED = (
     {"fid", "clip_score", "sfid", "inception_score", "precision", "recall", "ftc"},
     {"seconds", "seconds_unet", "memory", "ftc"},
 )
+
+
+def timing_on(machine: str, precision: str) -> Timing:
+    return Timing(
+        seconds=[1.0],
+        seconds_unet=[1.0],
+        memory=None,
+        precision=precision,
+        weights="x",
+        machine=machine,
+        threads=1,
+        date="2026-01-01",
+    )
 
 
 @pytest.mark.parametrize(
@@ -529,43 +515,50 @@ MEASURED, TIMED = (
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_is_like_for_like(argv, weights, timing, unlike, why):
-    args = tables.parser().parse_args(["table1", "--world", "coco", *argv])
-    job = tables.jobs_of(load_table("table1"), args)[0]
-    found = job.unlike(weights, timing and dict(zip(("machine", "precision"), timing, strict=True)))
+    given = dict(zip(argv[::2], argv[1::2], strict=True))
+    sources = Sources(config=given.get("--config"), ckpt=given.get("--ckpt"))
+    table, count = load_table("table1"), given.get("--count")
+    job = jobs_of(table, "coco", Path("runs"), sources, count and int(count), table.columns)[0]
+    timing = timing and timing_on(*timing)
+    found = reasons_unlike(job.bench, table, "coco", weights, timing)
     assert {*found} == unlike and all(reason.startswith(why) for reason in found.values())
 
 
 def test_times_that_the_source_took_otherwise_are_not_compared():
     """Of batches, in the fork's table."""
-    args = tables.parser().parse_args(["table3", "--world", "coco"])
-    job = next(job for job in tables.jobs_of(load_table("table3"), args) if job.row.name.endswith(": guidance 1.5"))
-    found = job.unlike(None, {"machine": "NVIDIA A40", "precision": "autocast"})
+    table = load_table("table3")
+    jobs = jobs_of(table, "coco", Path("runs"), Sources(), None, table.columns)
+    job = next(job for job in jobs if job.row.name.endswith(": guidance 1.5"))
+    found = reasons_unlike(job.bench, table, "coco", None, timing_on("NVIDIA A40", "autocast"))
     assert {*found} == {"seconds", "ftc", "clip_score"} and "batches of 16 (plain) and 4 (ours)" in found["seconds"]
 
 
 def test_what_a_table_says_of_ftc_is_said_of_ftc():
-    args = tables.parser().parse_args(["table5", "--world", "coco", "--count", "5"])
-    job = replace(tables.jobs_of(load_table("table5"), args)[0], apart={"ftc": "by another formula"})
-    found = job.unlike(None, None)
+    table = load_table("table5").model_copy(update={"apart": {"ftc": "by another formula"}})
+    job = jobs_of(table, "coco", Path("runs"), Sources(), 5, table.columns)[0]
+    found = reasons_unlike(job.bench, table, "coco", None, None)
     assert found["ftc"] == "by another formula" and found["fid"].startswith("of 5 prompts")
 
 
 def test_what_is_said_of_the_emoji_world_is_of_its_protocol():
-    args = tables.parser().parse_args(["table6", "--world", "emoji"])
-    jobs = tables.jobs_of(load_table("table6"), args)
-    measures = "another model, other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score; a row"
-    assert measures in tables.other_world(jobs)
+    table = load_table("table6")
+    benches = [job.bench for job in jobs_of(table, "emoji", Path("runs"), Sources(), None, table.columns)]
+    other = "another model, other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score; a row"
+    assert other in other_world(benches)
     metrics = {"fid": ["inception-2015/clean"], "clip_score": ["hessel-b32"]}
-    jobs = [replace(job, protocol=replace(job.protocol, metrics=metrics, name="mine")) for job in jobs]
-    assert tables.other_world(jobs) == (
+    benches = [
+        replace(bench, usual=bench.usual.model_copy(update={"metrics": metrics, "name": "mine"})) for bench in benches
+    ]
+    assert other_world(benches) == (
         "World emoji: another model; a row that begins with its name was run with it in the place of the paper's, at "
         "the guidance of mine."
     )
 
 
 def test_nothing_of_the_emoji_world_is_like_the_papers():
-    args = tables.parser().parse_args(["table1", "--world", "emoji"])
-    assert {*tables.jobs_of(load_table("table1"), args)[0].unlike(None, None)} == {*COLUMNS}
+    table = load_table("table1")
+    job = jobs_of(table, "emoji", Path("runs"), Sources(), None, table.columns)[0]
+    assert {*reasons_unlike(job.bench, table, "emoji", None, None)} == {*COLUMNS}
 
 
 @pytest.mark.parametrize(
@@ -591,5 +584,5 @@ def test_nothing_of_the_emoji_world_is_like_the_papers():
     ids=str,
 )
 def test_heads_say_what_is_measured(metrics, heads):
-    found = Quality(replace(load_protocol("coco2017-10k"), metrics=metrics), "", Path(), Path()).heads()
+    found = measures.heads(load_protocol("coco2017-10k").model_copy(update={"metrics": metrics}))
     assert bool(found) == bool(heads) and heads.items() <= found.items() and "gflops" not in found

@@ -12,23 +12,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from evaluation import generate, tables
-from evaluation.metrics.extractors import load_extractor, network_fields
-from evaluation.metrics.statistics import load_reference, save_statistics
+from evaluation.metrics.result import read_result
 from evaluation.protocols.protocol import load_protocol
-from evaluation.table import cost as table_cost
-from evaluation.table import quality as table_quality
-from evaluation.table.now import real_now
-from evaluation.table.quality import Quality
-from evaluation.table.render import Filled, Sheet, csv_text, latex, markdown, notes, title
+from evaluation.table import measures
+from evaluation.table.build import Sources, jobs_of
+from evaluation.table.cost import gflops
+from evaluation.table.render import RenderedRow, RenderedTable, csv_text, latex, markdown
+from evaluation.table.row import Job
 from evaluation.table.spec import Row, Table, load_table, table_names
-from ldm.io.errors import BadInput
-from ldm.io.images import open_image
-from tests.helpers.coco import write_coco, write_protocol
+from evaluation.table.timing import compare_timings, cost_values, read_timing, time_images, timed
+from ldm.io.errors import SettingError
+from tests.helpers.coco import write_coco
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import write_data
 
@@ -66,10 +64,9 @@ def test_the_docs_repeat_what_the_files_say():
     for name in (name for name in ALL if name != "table4"):  # which is not in this world
         table, shown = load_table(name), (ROOT / "docs" / "tables" / f"{name}-emoji.md").read_text(encoding="utf-8")
         parts = shown.rstrip().split("\n\n")
-        assert {*notes(Sheet(table, "emoji", table.columns, []))} <= {*parts} and (
-            parts[0] == f"### {title(Sheet(table, 'emoji', table.columns, []))}"
-        )
-        names = [Filled(row, model="" if row.missing else "emoji64").name for row in table.rows_in("emoji")]
+        rendered = RenderedTable(table, "emoji", table.columns, [])
+        assert {*rendered.all_notes()} <= {*parts} and parts[0] == f"### {rendered.title}"
+        names = [RenderedRow(row, model="" if row.missing else "emoji64").name for row in table.rows_in("emoji")]
         assert [line.split(" | ")[0].removeprefix("| ") for line in parts[1].splitlines()[2:]] == names
 
 
@@ -115,8 +112,8 @@ def test_numbers_of_several_tables_agree():
 
 def test_rows_are_compared_with_the_plain_row_of_their_group():
     table = load_table("table3")
-    sheet = Sheet(table, "coco", ("fid",), [Filled(row) for row in table.rows])
-    found = {filled.row.name: plain and plain.row.name for filled in sheet.rows if (plain := sheet.plain_of(filled))}
+    rendered = RenderedTable(table, "coco", ("fid",), [RenderedRow(row) for row in table.rows])
+    found = {row.name: plain and plain.name for row in rendered.rows if (plain := rendered.plain_of(row))}
     assert found == {
         "DiT-XL/2 256: DDPM 250 + ours": "DiT-XL/2 256: DDPM 250",
         "DiT-XL/2 512: DDPM 250 + ours": "DiT-XL/2 512: DDPM 250",
@@ -133,7 +130,7 @@ def test_gflops_of_stable_diffusion_are_the_papers():
     protocol = load_protocol("coco2017-10k")
     config, ckpt = (ROOT / protocol.defaults[name] for name in ("config", "ckpt"))
     for row in rows:
-        assert table_cost.gflops(row, protocol, config, ckpt) == pytest.approx(row.paper["gflops"], rel=1e-3)
+        assert gflops(protocol, row.method(protocol), config, ckpt) == pytest.approx(row.paper["gflops"], rel=1e-3)
     assert len(rows) == 6
 
 
@@ -156,16 +153,16 @@ def test_gflops_only_needs_no_weights(tmp_path, capfd):
 # How a table is shown
 
 
-def sheet(world: str) -> Sheet:
+def sheet(world: str) -> RenderedTable:
     table = load_table("table6")
     plain, without, injected = table.rows
     rows = [
-        Filled(plain, {"fid": (20.0, [19.5, 20.5]), "clip_score": (0.75, None)}),
-        Filled(without, {"fid": (21.5, None)}),
-        Filled(injected, remark="not supported: 100 % & more"),
+        RenderedRow(plain, {"fid": (20.0, [19.5, 20.5]), "clip_score": (0.75, None)}),
+        RenderedRow(without, {"fid": (21.5, None)}),
+        RenderedRow(injected, remark="not supported: 100 % & more"),
     ]
-    heads = Quality(load_protocol(table.protocol[world]), table.protocol[world], Path(), Path()).heads()
-    return Sheet(table, world, table.columns, rows, ["A note."], heads)
+    heads = measures.heads(load_protocol(table.protocol[world]))
+    return RenderedTable(table, world, table.columns, rows, ["A note."], heads)
 
 
 def test_markdown():
@@ -189,9 +186,9 @@ def test_another_model_is_not_set_against_the_papers_numbers():
 
 def test_a_row_of_another_model_names_it():
     plain, *_ = load_table("table1").rows
-    assert Filled(plain, model="emoji64").name == "emoji64 (paper: SD v1.5): DDIM"
-    assert Filled(plain).name == "SD v1.5: DDIM"
-    assert Filled(load_table("table6").rows[0], model="emoji64").name == "emoji64: plain"
+    assert RenderedRow(plain, model="emoji64").name == "emoji64 (paper: SD v1.5): DDIM"
+    assert RenderedRow(plain).name == "SD v1.5: DDIM"
+    assert RenderedRow(load_table("table6").rows[0], model="emoji64").name == "emoji64: plain"
 
 
 def test_csv():
@@ -209,15 +206,17 @@ def test_csv():
 
 def test_what_would_break_a_format_is_escaped():
     table = Table(
-        "t",
-        "A\ntitle",
-        "from\nthere",
-        ["fid"],
-        {"coco": "coco2017-10k"},
-        [Row("a|b\nc", plain=True, missing="no\n\nsuch | model"), Row("[*", missing="x")],
+        name="t",
+        title="A\ntitle",
+        source="from\nthere",
+        columns=["fid"],
+        protocol={"coco": "coco2017-10k"},
+        rows=[Row(label="a|b\nc", plain=True, missing="no\n\nsuch | model"), Row(label="[*", missing="x")],
         note="one\ntwo",
     )
-    made = Sheet(table, "coco", ["fid"], [Filled(row, remark=row.missing) for row in table.rows], ["three\n% four"])
+    made = RenderedTable(
+        table, "coco", ["fid"], [RenderedRow(row, remark=row.missing) for row in table.rows], ["three\n% four"]
+    )
     text = markdown(made)
     assert text.startswith("### A title, coco\n\n") and "\n| a\\|b c |  |  |  | no such \\| model |\n" in text
     assert text.endswith("The paper's numbers: from there.\n\none two\n\nthree % four\n")
@@ -277,7 +276,7 @@ def made(tmp_path_factory) -> tuple[list[str], str]:
         "cpu",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table_quality, "RESAMPLES", 3)
+        patch.setattr(measures, "RESAMPLES", 3)
         assert tables.main([*argv, "--timed", "0"]) == 0
     return argv, (folder / "runs" / "two-emoji-2.md").read_text()
 
@@ -289,11 +288,12 @@ def test_two_rows_of_the_shipped_model(made, capfd):
     for name, line in (("plain", plain), ("ours", ours)):
         assert re.match(rf"\| emoji64: {name} \| {distance} \|  \| {share} \|  \| \d", line)
     assert other.endswith("| no such model |") and (
-        "R@5, efficientnet-lite0, torch-antialias: N = 2 pictures of emoji64/model" in text
+        "R@5, efficientnet-lite0, torch-antialias: N = 2 images of emoji64/model" in text
     )
     runs = [path.parent for path in sorted((Path(argv[6]) / "emoji64-2").rglob("manifest.jsonl"))]
-    assert [path.name for path in runs] == ["ddim_4_0,2", "ddim_4_off"]
-    result = json.loads((runs[0] / "retrieval.json").read_text())
+    assert [path.name[:-9] for path in runs] == ["ddim_4_0,2", "ddim_4_off"]
+    (file,) = runs[0].glob("retrieval-*.json")
+    result = json.loads(file.read_text())
     assert result["protocol"]["n"] == 2 and result["samples"]["plan"] == "0,2"
     # MACs of an emoji64 prediction are as the timed runs count them: 2 of 4 encoders are saved.
     whole, fast = (float(line.split("|")[6]) for line in (plain, ours))
@@ -310,49 +310,36 @@ def test_what_is_done_is_not_made_again(made, capfd):
 
 def test_results_of_different_protocols_are_refused(made, capfd):
     argv, _ = made
-    path = Path(argv[6]) / "emoji64-2" / "ddim_4_off" / "fid.json"
-    kept = path.read_text()
-    from evaluation.metrics.result import Result, read_result
-
-    found = read_result(path)
-    Result(found.values, {**found.protocol, "n": 3}, found.samples).write(path)
+    (path,) = (Path(argv[6]) / "emoji64-2").glob("ddim_4_off-*/fid-*.json")
+    kept, found = path.read_text(), read_result(path)
+    replace(found, protocol={**found.protocol, "n": 3}).write(path)
     line = refused(capfd, [*argv, "--show"])
     path.write_text(kept)
     assert line.startswith("--runs: different protocols can't be compared") and "n (plain: 3, ours: 2)" in line
 
 
-def test_pictures_are_timed_one_by_one(made, tmp_path):
-    argv = [
-        "--protocol",
-        "emoji64",
-        "--steps",
-        "2",
-        "--plan",
-        "0",
-        "--count",
-        "2",
-        "--data",
-        made[0][4],
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "run"),
-        "--parallel",
-        "1",
-    ]
-    found = table_cost.time_pictures(argv, 2)
-    assert len(found["seconds"]) == 2 and all(
-        0 < u < s for u, s in zip(found["seconds_unet"], found["seconds"], strict=True)
-    )
-    assert found["parallel"] == 1 and isinstance(found["memory"], int) and not (tmp_path / "run").exists()
-    assert table_cost.costs(found | {"seconds": [3.0, 1.0, 2.0]})["seconds"] == 2.0
-    kept = tmp_path / "cost.json"
-    assert table_cost.read_timing(kept) is None
-    assert len(table_cost.timed(argv, 2, kept)["seconds"]) == len(table_cost.read_timing(kept)["seconds"]) == 2
+def tiny_job(made, row: Row) -> Job:
+    """A row beside those of the table that was made."""
+    argv, _ = made
+    table = Table(name="t", title="t", source="s", columns=["seconds"], protocol={"emoji": "emoji64"}, rows=[row])
+    sources = Sources(data=argv[4], device="cpu")
+    (job,) = jobs_of(table, "emoji", Path(argv[6]), sources, 2, table.columns)
+    return job
 
-    table_cost.compare_timings({"plain": found, "ours": found})
-    with pytest.raises(BadInput, match=r"rows were timed with different threads \(plain: \d+, ours: 64\)"):
-        table_cost.compare_timings({"plain": found, "ours": found | {"threads": 64}})
+
+def test_images_are_timed_one_by_one(made, tmp_path):
+    job = tiny_job(made, Row(label="a", steps=2, plan="0", parallel=1))
+    found = time_images(job.request, "cpu", 2)
+    assert len(found.seconds) == 2 and all(0 < u < s for u, s in zip(found.seconds_unet, found.seconds, strict=True))
+    assert found.parallel == 1 and isinstance(found.memory, int) and not job.folder.exists()
+    assert cost_values(found.model_copy(update={"seconds": [3.0, 1.0, 2.0]}))["seconds"] == 2.0
+    kept = tmp_path / "cost.json"
+    assert read_timing(kept) is None
+    assert len(timed(job.request, "cpu", 2, kept).seconds) == len(read_timing(kept).seconds) == 2
+
+    compare_timings({"plain": found, "ours": found})
+    with pytest.raises(SettingError, match=r"rows were timed with different threads \(plain: \d+, ours: 64\)"):
+        compare_timings({"plain": found, "ours": found.model_copy(update={"threads": 64})})
 
 
 # Bad input
@@ -361,14 +348,14 @@ def test_pictures_are_timed_one_by_one(made, tmp_path):
 @pytest.mark.parametrize(
     "how, why",
     [
-        ({"plan": "nope"}, "unknown plan 'nope'; accepted: "),
-        ({"steps": 5000}, "steps must be 1..1000, "),
-        ({"plan": "0,4"}, "key 4 is past the last node 3"),
-        ({"sampler": "nope"}, "solver must be one of ddim, "),
-        ({"sampler": "dpm-solver", "eta": 0.5}, "eta must be 0 for dpm-solver"),
-        ({"plan": "auto:2"}, "auto plans need a calibration of this model for ddim with 4 nodes"),
-        ({"plan": "deepcache:2:9"}, "9 blocks are to run anew; this network has 6 on each side"),
-        ({"plan": "deepcache:2", "propagate": "linear"}, "deepcache:2 decodes nothing between its key timesteps"),
+        ({"plan": "nope"}, "plan: unknown plan 'nope'; accepted: "),
+        ({"steps": 5000}, "steps: steps must be 1..1000, "),
+        ({"plan": "0,4"}, "plan: key 4 is past the last node 3"),
+        ({"sampler": "nope"}, "sampler: there is no solver 'nope'; accepted: ddim, "),
+        ({"sampler": "dpm-solver", "eta": 0.5}, "eta: dpm-solver has no choice of it; "),
+        ({"plan": "auto:2"}, "plan: auto plans need a calibration of this model for ddim with 4 nodes"),
+        ({"plan": "deepcache:2:9"}, "plan: 9 blocks are to run anew; this network has 6 on each side"),
+        ({"plan": "deepcache:2", "propagate": "linear"}, "plan: deepcache:2 decodes nothing between its key timesteps"),
     ],
     ids=str,
 )
@@ -385,7 +372,7 @@ def test_a_row_that_cant_be_run_is_named_before_any_is_made(made, tmp_path, capf
         assert refused(capfd, argv).startswith(f"TABLE: bad: {why}") and not runs.exists()
 
 
-def test_a_timing_that_is_killed_is_one_line(tmp_path):
+def test_a_timing_that_is_killed_is_one_line(made, tmp_path):
     def kill() -> None:
         while not (children := multiprocessing.active_children()):
             time.sleep(0.01)
@@ -393,8 +380,8 @@ def test_a_timing_that_is_killed_is_one_line(tmp_path):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(BadInput, match=r"^--timed: the process that timed pictures for .*cost\.json was killed, as "):
-        table_cost.timed(["--protocol", "emoji64", "--out", "run"], 1, tmp_path / "cost.json")
+    with pytest.raises(SettingError, match=r"^timed: the process that timed images for .*cost\.json was killed, as "):
+        timed(tiny_job(made, Row(label="a", steps=2)).request, "cpu", 1, tmp_path / "cost.json")
     killer.join()
     assert not [*tmp_path.iterdir()]
 
@@ -438,7 +425,7 @@ def test_a_row_that_cant_be_run_does_not_hide_what_others_have(made, tmp_path, c
         assert tables.main([str(file), *argv[1:], *more]) == 0
         good, bad = capfd.readouterr().out.splitlines()[4:6]
         assert re.match(r"\| emoji64: good \| \d+\.\d\d \(.*\) \|  \| \d+\.\d \|  \|  \|$", good)
-        assert bad.startswith("| bad |  |  |  |  | TABLE: bad: auto plans need a calibration of this model")
+        assert bad.startswith("| bad |  |  |  |  | bad: plan: auto plans need a calibration of this model")
 
 
 def test_a_plan_that_decides_on_the_way_says_why_it_has_no_gflops(tmp_path, capfd):
@@ -474,9 +461,12 @@ def test_a_plan_that_decides_on_the_way_says_why_it_has_no_gflops(tmp_path, capf
         ),
         (["table1", "--world", "emoji", "--rows", "0"], "--rows: expected row numbers from 1"),
         (["table1", "--world", "emoji", "--rows", "13"], "--rows: table1 has 12 rows in the emoji world; got 13"),
-        (["table1", "--world", "coco", "--ckpt", "gone"], "--ckpt: gone is not there: no such file; --gflops"),
+        (["table1", "--world", "coco", "--ckpt", "gone"], "--ckpt: gone: no such file; --gflops"),
         (["table4", "--world", "emoji"], "--world: table4 is not in the emoji world"),
-        (["table6", "--world", "emoji", "--show"], "TABLE: no row of table6 is finished in .*: not run$"),
+        (
+            ["table6", "--world", "emoji", "--show", "--data", "gone"],
+            "TABLE: no row of table6 is finished in .*: data: .*gone/captions.json is not there, which emoji64 needs: ",
+        ),
     ],
     ids=" ".join,
 )
@@ -488,8 +478,8 @@ def test_bad_arguments(tmp_path, capfd, argv, why):
 @pytest.mark.parametrize(
     "column, why",
     [
-        ("fid", "has no metrics fid or adm, which say the network of Fréchet distances"),
-        ("clip_score", "has neither metrics clip_score nor pictures in which concepts could be found"),
+        ("fid", "needs fid or adm, which say the network of Fréchet distances"),
+        ("clip_score", "needs clip_score, or data with images in which concepts can be found"),
     ],
 )
 def test_a_protocol_that_can_not_be_judged_is_refused_before_the_work(tmp_path, capfd, column, why):
@@ -506,7 +496,7 @@ def test_a_protocol_that_can_not_be_judged_is_refused_before_the_work(tmp_path, 
         )
     )
     line = refused(capfd, [str(file), "--world", "emoji", "--runs", str(tmp_path / "runs"), "--count", "1"])
-    assert line == f"TABLE: protocol emoji64-prompts {why}" and not (tmp_path / "runs").exists()
+    assert line == f"TABLE: protocol emoji64-prompts: metrics: {why}" and not (tmp_path / "runs").exists()
 
 
 def test_what_the_papers_data_need(tmp_path, capfd):
@@ -514,7 +504,7 @@ def test_what_the_papers_data_need(tmp_path, capfd):
     runs, ckpt = ["--runs", str(tmp_path / "runs")], tmp_path / "model.safetensors"
     usual = refused(capfd, ["table1", "--world", "coco", *runs])
     assert re.match(
-        r"--ckpt: .*v1-5-pruned-emaonly.safetensors is not there: python scripts/download_models.py "
+        r"--ckpt: .*v1-5-pruned-emaonly.safetensors: no such file; python scripts/download_models.py "
         r"sd-v1-5 fetches it; --gflops-only needs no weights",
         usual,
     )
@@ -536,45 +526,49 @@ def test_what_the_papers_data_need(tmp_path, capfd):
     assert not (tmp_path / "runs").exists()
 
 
-def test_rows_share_a_folder_only_if_their_pictures_are_the_same():
-    folders: dict[str, set[tuple]] = {}
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory) -> Sources:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder, side=64)
+    return Sources(data=str(folder))
+
+
+def test_rows_share_a_folder_only_if_their_images_are_the_same(emoji):
+    folders: dict[Path, set[tuple]] = {}
     for name in (name for name in ALL if name != "table4"):  # which is not in this world
-        args = tables.parser().parse_args([name, "--world", "emoji"])
-        for job in tables.jobs_of(load_table(name), args):
+        table = load_table(name)
+        for job in jobs_of(table, "emoji", Path("runs"), emoji, 2, table.columns):
             if not job.row.missing:
-                folders.setdefault(str(job.folder), set()).add(tuple(job.row.flags()))
+                folders.setdefault(job.folder, set()).add(tuple(job.row.flags()))
     assert all(len(settings) == 1 for settings in folders.values()) and len(folders) > 20
-    assert {f"outputs/tables/emoji64/{name}" for name in ("ddim_50_off_tome-0.5", "dpm-solver++_20_off")} <= {*folders}
+    names = {folder.name[:-9] for folder in folders}
+    assert {"ddim_50_off_tome-0.5", "dpm-solver++_20_off"} <= names and {f.parent for f in folders} == {
+        Path("runs/emoji64-2")
+    }
 
 
-def test_a_row_is_told_to_generate_py_as_it_is(tmp_path):
-    args = tables.parser().parse_args(["table6", "--world", "emoji", "--runs", "my runs", "--data", str(tmp_path)])
-    job = replace(tables.jobs_of(load_table("table6"), args)[0], row=Row("a", noise_below=-1e-7, eta=0, steps=3))
-    told, protocol = generate.parse(job.argv())
-    assert (told.noise_below, told.eta, told.steps, told.data) == (-1e-7, 0, 3, str(tmp_path))
-    assert protocol == job.protocol and told.outdir.startswith("my runs/emoji64/3_off_eta-0_noise-below-")
-    assert shlex.split(job.command()) == ["python", "evaluation/generate.py", *job.argv()]
+def test_the_command_of_a_row_makes_its_images(emoji):
+    job = replace(
+        jobs_of(load_table("table6"), "emoji", Path("my runs"), emoji, 2, ["fid"])[0],
+        row=Row(label="a", noise_below=-1e-7, eta=0, steps=3, plan="a b.yaml"),
+    )
+    method = job.row.method(job.bench.protocol)
+    assert (method.noise_below, method.eta, method.steps, method.sampler) == (-1e-7, 0.0, 3, "ddim")
+    job.__dict__["folder"] = Path("my runs/a")
+    python, script, *argv = shlex.split(job.command())
+    assert (python, script) == ("python", "evaluation/generate.py")
+    args = generate.parser().parse_args(argv)
+    given = {name: getattr(args, name) for name in generate.METHOD}
+    protocol = generate.protocol_of(args)
+    assert protocol == job.bench.protocol and protocol.method(**given) == method
+    assert (args.out, args.data) == ("my runs/a", emoji.data)
 
 
 def test_data_are_where_the_measures_look_for_them():
-    args = tables.parser().parse_args(["table3", "--world", "coco"])
-    jobs = tables.jobs_of(load_table("table3"), args)
-    assert any("data" not in job.protocol.defaults for job in jobs)
-    assert all(job.data == job.protocol.folder(None) for job in jobs)
-
-
-def test_real_pictures_have_the_hash_that_results_name(tmp_path):
-    """A folder, an array, statistics of ours."""
-    data, extract = write_coco(tmp_path / "coco", 3), load_extractor("efficientnet-lite0")
-    levels = [np.asarray(open_image(path)) for path in sorted((data / "val2017").iterdir())]
-    np.savez(data / "pictures.npz", arr_0=np.stack(levels))
-    found = load_reference(str(data / "pictures.npz"), extract)
-    save_statistics(data / "statistics.npz", found.gaussian, found.about | network_fields(extract))
-    for number, metrics in enumerate(({}, {"reference": "pictures.npz"}, {"reference": "statistics.npz"})):
-        path = write_protocol(tmp_path / f"p{number}.yaml", metrics=metrics)
-        source = str(data / metrics.get("reference", "val2017"))
-        about = load_reference(source, extract).about
-        assert real_now(str(path), data, ("", 0)) == about["sha256"] is not None
+    table = load_table("table3")
+    jobs = jobs_of(table, "coco", Path("runs"), Sources(), None, table.columns)
+    assert any("data" not in job.bench.protocol.defaults for job in jobs)
+    assert all(job.bench.data == job.bench.protocol.folder() for job in jobs)
 
 
 def test_a_file_in_the_place_of_runs(tmp_path, capfd):
@@ -583,9 +577,16 @@ def test_a_file_in_the_place_of_runs(tmp_path, capfd):
     assert capfd.readouterr().err == f"tables.py: error: --runs: {tmp_path / 'file'} is a file; expected a directory\n"
 
 
-def test_plans_that_are_written_alike_have_folders_of_their_own():
-    args = tables.parser().parse_args(["table5", "--world", "emoji"])
-    (job, *_) = tables.jobs_of(load_table("table5"), args)
-    plans = ("uniform-2", "uniform:2", "a/b.yaml", "a-b.yaml", "a%2Fb.yaml")
-    folders = {replace(job, row=Row("a", plan=plan)).folder for plan in plans}
-    assert len(folders) == len(plans) and {folder.parent for folder in folders} == {job.shared}
+def test_plans_of_one_name_have_folders_of_their_own(emoji, tmp_path):
+    (job, *_) = jobs_of(load_table("table6"), "emoji", tmp_path / "runs", emoji, 2, ["fid"])
+    (tmp_path / "a").mkdir()
+    files = [tmp_path / "a" / "b.yaml", tmp_path / "a-b.yaml"]
+    for number, file in enumerate(files):
+        file.write_text(yaml.safe_dump({"source": "here", "steps": {50: [0, number + 1]}}))
+    plans = ("uniform-2", "uniform:2", *map(str, files))
+    folders = {plan: replace(job, row=Row(label="a", plan=plan)).folder for plan in plans}
+    assert len({*folders.values()}) == len(plans) and {folder.parent.name for folder in folders.values()} == {
+        "emoji64-2"
+    }
+    files[0].write_text(files[1].read_text())  # an edited plan is another run
+    assert replace(job, row=Row(label="a", plan=plans[2])).folder != folders[plans[2]]

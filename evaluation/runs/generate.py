@@ -1,0 +1,373 @@
+"""The images that a protocol asks for, made by one method of one model, in a folder that proves that they are there.
+
+    run = generate.compute(load_protocol("emoji64"), Method(plan="faster-diffusion"), out="outputs/fast")
+
+An image depends on the protocol, its prompt, the number of its repeat, the model and the method: not on the number of
+processes, nor on where a run was stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from evaluation.protocols.prompts import Prompt, chosen_prompts
+from evaluation.protocols.protocol import Method, Protocol
+from evaluation.runs.folder import CARD, SAMPLES, RunFolder, prompts_sha256, read_card
+from evaluation.runs.processes import Process
+from ldm.checkpoint import CheckpointError, fingerprint, load_config, load_model
+from ldm.checkpoint.published import published_sha256
+from ldm.cli.devices import find_device
+from ldm.cli.settings import CPU_POSITIONS, SamplingSettings, make_recipe
+from ldm.cli.setup import CONSTRUCTION, read_setup, uses_autocast
+from ldm.io.errors import SettingError, fault_of
+from ldm.io.files import json_sha256
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.propagation.load import RunFacts, load_plan
+from ldm.models.diffusion.propagation.plan import AnyPlan, check_blocks
+from ldm.sampling.conditions import Classes, Text, prompts_cut
+from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+from ldm.sampling.generate import Item, fill
+
+BATCH = 16
+# Last digits depend on how much is computed at a time, and by how many threads: on a CPU both are fixed, so that files
+# do not depend on them. Larger batches gain nothing there, nor do threads where there can be processes.
+CPU_BATCH, CPU_LATENTS, CPU_THREADS = 8, 512, 1  # most images, most positions of their latents
+PACKAGES = ("faster-diffusion-ldm", "torch", "numpy", "pillow", "tokenizers")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model. What they say is read when it is asked for, once.
+
+    weights:   auto, ema or raw, see `load_model`.
+    precision: full or autocast; None = autocast on a GPU.
+    """
+
+    config: Path
+    ckpt: Path
+    weights: str = "auto"
+    precision: str | None = None
+
+    @cached_property
+    def content(self) -> Any:
+        """The config.
+
+        Raises:
+            SettingError: `config`: it is not there, or not of a latent diffusion model.
+        """
+        with fault_of("config"):
+            content = load_config(self.config)
+            Sizes.of(content.model)
+            return content
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return Sizes.of(self.content.model)
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """The hashes of weights and config; of published weights that are not here the published hash.
+
+        Raises:
+            SettingError: a file is not there.
+        """
+        weights = fingerprint(self.ckpt) if self.ckpt.exists() else published_sha256(self.ckpt)
+        if weights is None:
+            raise SettingError("ckpt", f"{self.ckpt}: no such file")
+        with fault_of("config"):
+            return {"weights": weights, "config": fingerprint(self.config)}
+
+    def check(self) -> None:
+        """Check that the weights are there and belong to the config, as far as their heads tell.
+
+        Raises:
+            SettingError: they do not.
+        """
+        read_setup(self.config, self.ckpt, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made: all that is known before the model is loaded; `prepare` makes it.
+
+    recipe, plan: the method for this model; decoder batches of the plan are chosen when it runs.
+    """
+
+    protocol: Protocol
+    prompts: Sequence[Prompt]
+    method: Method
+    model: ModelFiles
+    recipe: Recipe
+    plan: AnyPlan
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """What the images have in common with those of other methods, as JSON values."""
+        return self.protocol.asked() | {"prompts_sha256": prompts_sha256(self.prompts)}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Names the images: a hash of all that they depend on, but for the device and what is computed at a time."""
+        method = asdict(self.recipe) | self.plan.settings()
+        return json_sha256([self.asked, method, self.model.sha256, self.model.weights, self.model.precision])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run after this process has made its share.
+
+    made, found, replaced: images made now, images found; how many of those made took the place of a damaged file.
+    complete: all images of the run are there.
+    notes: what to bear in mind, in words.
+    """
+
+    folder: RunFolder
+    made: int
+    found: int
+    replaced: int
+    complete: bool
+    notes: Sequence[str] = ()
+
+    @property
+    def images(self) -> Path:
+        return self.folder.path / SAMPLES
+
+
+def compute(
+    protocol: Protocol,
+    method: Method | None = None,
+    model: ModelFiles | None = None,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    batch_size: int | None = None,
+    process: Process | None = None,
+) -> Run:
+    """Make the images of a protocol, or those that are missing in the folder.
+
+    Args:
+        method: None = the protocol's sampler and steps, without encoder propagation.
+        model: None = the protocol's.
+        out: folder of the run.
+        data: folder of the protocol's data; None = its own.
+        batch_size: images at a time on a GPU; None = as the folder says, or 16. On a CPU it is fixed.
+        process: which share of the run this process makes, and where; None = all of it, on the best device.
+
+    Raises:
+        SettingError: it names the argument, or the field of `method` or `model`, that can't be used.
+    """
+    if model is None:
+        files = protocol.model()
+        if files is None:
+            raise SettingError("model", f"needed: protocol {protocol.name} names none")
+        model = ModelFiles(*files)
+    model.check()
+    request = prepare(protocol, method or protocol.method(), model, chosen_prompts(protocol, data))
+    return make(request, Path(out), process or Process(0, 1, find_device("auto")), batch_size)
+
+
+# Before the model is loaded
+
+
+def prepare(protocol: Protocol, method: Method, model: ModelFiles, prompts: Sequence[Prompt]) -> Request:
+    """What is to be made; the weights need not be there.
+
+    Raises:
+        SettingError: see `compute`.
+    """
+    sizes = model.sizes
+    if protocol.size % sizes.multiple:
+        raise SettingError(
+            "protocol", f"its images have {protocol.size} px; this model's must be a multiple of {sizes.multiple}"
+        )
+    recipe = recipe_of(protocol, method)
+    plan = plan_of(recipe, method, model.ckpt, model.content.model.params.get("timesteps", 1000))
+    return Request(protocol, prompts, method, model, recipe, plan)
+
+
+def recipe_of(protocol: Protocol, method: Method) -> Recipe:
+    """How images of the protocol are sampled.
+
+    Raises:
+        SettingError: see `make_recipe`.
+    """
+    settings = SamplingSettings(**asdict(method), scale=protocol.guidance)
+    return make_recipe(settings, (protocol.size, protocol.size))
+
+
+def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000) -> AnyPlan:
+    """The plan of a run.
+
+    Args:
+        ckpt: the model's weights, beside which its calibrations lie; read only by a plan that names its model.
+        timesteps: the model's.
+
+    Raises:
+        SettingError: a number of steps, or a plan, that can't be used.
+    """
+    with fault_of("steps"):
+        nodes = num_nodes(recipe, timesteps)
+    with fault_of("plan"):
+        run = RunFacts.of(recipe.sampler, ckpt)
+        return load_plan(method.plan, nodes, method.parallel or nodes, method.propagate, run)
+
+
+def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:
+    """What the model is conditioned on.
+
+    Raises:
+        SettingError: it has fewer classes than the protocol asks for.
+    """
+    if protocol.data["kind"] != "classes":
+        return Task(Text())
+    # Where a model has one class more than the data, that class stands for none.
+    classes, known = protocol.data["classes"], getattr(model.cond_stage_model, "n_classes", None)
+    if known is not None and known < classes:
+        raise SettingError("config", f"this model has {known} classes; {protocol.name} asks for {classes}")
+    return Task(Classes(classes if known == classes + 1 and protocol.guidance != 1 else None))
+
+
+# The run
+
+
+def make(request: Request, out: Path, process: Process, batch_size: int | None = None) -> Run:
+    """This process's share of the images, in the folder, which is new or is continued.
+
+    Raises:
+        SettingError: see `compute`.
+    """
+    with fault_of("out"):
+        batch = batch_of(request, process.device, out, batch_size)
+    with cpu_threads(process.device):
+        engine = load_engine(request, process.device, batch)
+        card = run_card(request, engine, process.device, batch)
+        with fault_of("out"):
+            folder = RunFolder.open(out, card, request.prompts, str(process))
+        try:
+            with fault_of("precision" if engine.autocast else "ckpt", (ValueError,)):
+                made, found, replaced = fill_share(folder, engine, process)
+            complete = folder.finish()
+        except OSError as error:
+            problem = f"can't write to {out}: {error.strerror or error}; what is there stays, and the same run goes on"
+            raise SettingError("out", problem) from error
+    return Run(folder, made, found, replaced, complete, notes_of(request, folder, card))
+
+
+def batch_of(request: Request, device: torch.device, out: Path, given: int | None) -> int:
+    """Images at a time: on a CPU fixed by the size of the latents; else as given, as the folder says, or as usual."""
+    if device.type == "cpu":
+        return min(CPU_BATCH, max(1, CPU_LATENTS // (request.protocol.size // request.model.sizes.factor) ** 2))
+    return given or (read_card(out)["batch"] if (out / CARD).is_file() else BATCH)
+
+
+@contextmanager
+def cpu_threads(device: torch.device) -> Iterator[None]:
+    """As many threads inside the block as every run on a CPU has."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(CPU_THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def load_engine(request: Request, device: torch.device, batch: int) -> Engine:
+    """The model, ready to make the images, `batch` at a time.
+
+    Raises:
+        SettingError: the files do not make a model, or it can't do what is asked.
+    """
+    files, recipe, plan = request.model, request.recipe, request.plan
+    with fault_of("config", CONSTRUCTION), fault_of("ckpt", (CheckpointError,)):
+        model = load_model(files.config, files.ckpt, device, files.weights)
+    unet = model.model.diffusion_model
+    with fault_of("tome"):
+        unet.check_merging(recipe.tome)
+    with fault_of("plan"):
+        check_blocks(plan, len(unet.output_blocks))
+    if request.method.parallel is None and device.type == "cpu":  # not by free memory: last digits depend on it
+        latents = batch * (1 if recipe.scale == 1.0 else 2)
+        positions = latents * math.prod(side // files.sizes.factor for side in (recipe.height, recipe.width))
+        plan = replace(plan, parallel=max(1, CPU_POSITIONS // positions))
+    with fault_of("config", CONSTRUCTION):
+        engine = Engine(
+            model, files.sizes, recipe, plan, task_of(request.protocol, model), uses_autocast(files.precision, device)
+        )
+    engine.pack()
+    return engine
+
+
+def fill_share(folder: RunFolder, engine: Engine, process: Process) -> tuple[int, int, int]:
+    """This process's images: how many were made and found, and how many took the place of a damaged file."""
+    made = found = replaced = 0
+    items, batch = folder.items, folder.card["batch"]
+
+    def full(part: Sequence[Item]) -> tuple[list[Image.Image], dict[str, Any]]:
+        # The last batch is filled up where last digits would depend on it, see above.
+        more = -len(part) % batch if folder.card["device"] == "cpu" else 0
+        images, run = engine([*part, *[part[-1]] * more])
+        return images[: len(part)], run
+
+    share = sum(len(items[k : k + batch]) for k in range(process.rank * batch, len(items), process.world_size * batch))
+    with tqdm(total=share, desc=str(process), unit="image", disable=True if process.rank else None) as bar:
+        for image in fill(folder, items, full, batch, process.rank, process.world_size):
+            made, found, replaced = made + image.fresh, found + (not image.fresh), replaced + image.replaced
+            bar.update()
+    return made, found, replaced
+
+
+def run_card(request: Request, engine: Engine, device: torch.device, batch: int) -> dict[str, Any]:
+    """All that the images depend on, and what they were made with, as JSON values."""
+    protocol, files = request.protocol, request.model
+    texts = [prompt.inputs["prompt"] for prompt in request.prompts if "prompt" in prompt.inputs]
+    return {
+        "name": protocol.name,
+        "protocol_sha256": json_sha256(request.asked),
+        "protocol": request.asked,
+        "pictures": len(request.prompts) * protocol.repeats,
+        "seeds": [protocol.seed],
+        "plan": request.method.plan,
+        "method": engine.settings(),
+        "ckpt": f"{files.ckpt.parent.name}/{files.ckpt.name}",
+        **files.sha256,
+        "averaged": files.weights,
+        "captions_cut": prompts_cut(engine.model, texts),
+        "device": device.type,
+        "batch": batch,
+        "parallel": engine.plan.parallel,
+        "metrics": dict(protocol.metrics),
+        "versions": versions(device),
+    }
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return found | {"machine": gpu or platform.machine()}
+
+
+def notes_of(request: Request, folder: RunFolder, card: dict[str, Any]) -> list[str]:
+    notes = []
+    if cut := card["captions_cut"]:
+        notes.append(f"{cut} of {len(request.prompts)} captions are longer than the model reads and cut off")
+    if folder.card["versions"] != card["versions"]:
+        notes.append(f"begun with other versions, so last digits may differ: {folder.card['versions']}")
+    return notes
