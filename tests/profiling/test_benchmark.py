@@ -15,6 +15,7 @@ from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
 from ldm.profiling.benchmark import read_row
 from ldm.profiling.cost import unet_macs
+from ldm.profiling.memory import shared_bytes
 from ldm.profiling.timing import Seconds, alternate, peak_memory, shares
 from ldm.profiling.workload import Workload, random_network
 from tests.helpers.paths import EMOJI64
@@ -77,15 +78,17 @@ def test_peak_memory_is_what_was_held_at_one_time():
     assert peak_memory(call) == 3 * before.nbytes
 
 
-def test_a_serial_propagated_run_needs_no_more_than_plain_and_the_features():
+def test_a_serial_propagated_run_needs_no_more_than_plain_and_what_its_nodes_share():
     """In a plain run, too, the features of the node before are still there."""
     run = workload()
-    features = sum(tensor.nbytes for tensor in run.denoiser.encode(run.x, 500.0).tensors)
+    shared = run.denoiser.share(run.denoiser.encode(run.x, 500.0))
+    features = sum(tensor.nbytes for tensor in shared.tensors)
+    parts = sum(part.conv.nbytes + part.residual.nbytes for part in shared.shared)
     plain, held, linear = (
         peak_memory(lambda plan=plan: run.run(plan))
         for plan in (load_plan("off", 4), Plan(4, (0, 2)), Plan(4, (0, 2), propagate="linear"))
     )
-    assert held <= plain + features
+    assert held <= plain + features + parts + shared_bytes(run.network.diffusion_model)
     assert linear <= plain + 3 * features
     assert peak_memory(lambda: run.run(Plan(4, (0,), 4))) > held, "decoders in one batch need more"
 

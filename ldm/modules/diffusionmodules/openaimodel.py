@@ -329,7 +329,7 @@ class UNetModel(nn.Module):
         """Copies of weights for `share`, made once for a run: for each skip, the outermost first.
 
         A convolution copies a slice of its weight at every call: a tenth of a decoder's time for one image of emoji64
-        on a CPU. Packed layers have copies of their own.
+        on a CPU. Large weights are not copied here, to save memory; packed layers have copies of their own.
         """
         others = zip(self.output_blocks[1:], self._skip_widths(), strict=True)
         return (*reversed([block.part_weights(skip) for (block, *_), skip in others]), (None, None))

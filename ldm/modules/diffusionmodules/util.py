@@ -119,6 +119,7 @@ def normalization(channels: int, eps: float = 1e-5) -> GroupNorm32:
 
 
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+SMALL_WEIGHT = 4 * 2**20  # bytes; of larger ones no copies are kept, to save memory
 
 
 class PartedConvolution(nn.Module, ABC):
@@ -135,8 +136,9 @@ def has_parts(conv: nn.Module) -> bool:
 
 
 def weight_part(layer: nn.Module, stop: int) -> Tensor | None:
-    """A copy of a convolution's weight for its first `stop` input channels; None for any other layer."""
-    return layer.weight[:, :stop].contiguous() if type(layer) in CONVOLUTIONS else None
+    """A copy of a convolution's weight for its first `stop` input channels; None if large, or for other layers."""
+    weight = layer.weight[:, :stop] if type(layer) in CONVOLUTIONS else None
+    return None if weight is None or weight.nbytes > SMALL_WEIGHT else weight.contiguous()
 
 
 def convolve_part(conv: nn.Module, x: Tensor, start: int, weight: Tensor | None = None) -> Tensor:
