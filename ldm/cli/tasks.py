@@ -224,9 +224,11 @@ def layout_task(setup: Setup, layouts: Sequence[Any], names: Names) -> tuple[Sub
     ids, length = vocabulary(setup)
     subjects, tokens = [], []
     for i, layout in enumerate(layouts, start=1):
-        with fault_of("boxes"), _at(f"image {i}"):
-            boxes = read_boxes(layout, names, ids - 1)  # the last id stands for no box
-            tokens.append(box_tokens(boxes, (length - 2) // 3, ids))  # three a box, and the crop's two
+        image = f"image {i}"
+        with fault_of("boxes"):
+            boxes = read_boxes(layout, image, names, ids - 1)  # the last id stands for no box
+            with _at(image):
+                tokens.append(box_tokens(boxes, (length - 2) // 3, ids))  # three a box, and the crop's two
         subjects.append({"boxes": [[b.category, b.x, b.y, b.width, b.height] for b in boxes]})
     return subjects, Task(Layout(torch.stack(tokens)))
 
@@ -240,17 +242,17 @@ def vocabulary(setup: Setup) -> tuple[int, int]:
     return transformer.num_tokens, transformer.max_seq_len
 
 
-def read_boxes(layout: Any, names: Names, classes: int) -> list[Box]:
-    """The boxes of one image of the file.
+def read_boxes(layout: Any, image: str, names: Names, classes: int) -> list[Box]:
+    """The boxes of one image of the file; `image` is what errors call it.
 
     Raises:
         ValueError: no list of boxes, or a box is refused by `read_box`.
     """
     if not isinstance(layout, list) or not layout:
-        raise ValueError(f"expected a list of boxes; got {shown(layout)}")
+        raise ValueError(f"{image}: expected a list of boxes; got {shown(layout)}")
     boxes = []
     for i, entry in enumerate(layout, start=1):
-        with _at(f"box {i}"):
+        with _at(f"{image}, box {i}"):
             boxes.append(read_box(entry, names, classes))
     return boxes
 
