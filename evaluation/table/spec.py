@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from evaluation.protocols.protocol import Method, Protocol
 from evaluation.protocols.yaml_file import find_file, names_in, reading
@@ -76,12 +76,6 @@ FTC = ("fid", "clip_score", "seconds")  # the columns that it is computed from
 World, ColumnName = Literal[WORLDS], Literal[tuple(COLUMNS)]
 
 
-def _quoted(plan: Any) -> Any:
-    if isinstance(plan, bool):
-        raise ValueError(f"should be text, 'off' in quotes, which YAML takes for no; got {plan}")
-    return plan
-
-
 class Row(Schema):
     """One row; see above."""
 
@@ -90,7 +84,7 @@ class Row(Schema):
     plain: bool = False
     sampler: Text | None = None
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
-    plan: Annotated[Text, BeforeValidator(_quoted)] = "off"
+    plan: Text = "off"
     propagate: Literal[PROPAGATE] | None = None
     tome: Annotated[Number, Field(ge=0, le=0.75)] | None = None
     eta: Share | None = None

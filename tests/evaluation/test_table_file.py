@@ -100,7 +100,7 @@ def test_faulty_tables_say_why(tmp_path, capfd, change, why):
         *(("propagate", value, "be 'hold', 'linear', 'quadratic' or 'zeros'") for value in ("cubic", [])),
         ("noise_order", "soon", "be 'before', 'after' or 'update'"),
         *(("plain", value, "be a valid boolean") for value in ("no", 1)),
-        ("plan", False, "be text, 'off' in quotes, which YAML takes for no"),
+        ("plan", False, "be a text: in YAML off, on, yes and no need quotes"),
         *((name, 4, "be a valid string") for name in ("plan", "missing", "costs_only", "sampler")),
         *((name, [3], "be a mapping") for name in ("paper", "protocol")),
     ],
