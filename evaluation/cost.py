@@ -1,10 +1,10 @@
-"""Count what a run of a model's UNet costs, in multiply-accumulates (MACs): for each kind of node, and in all.
+"""Count the multiply-accumulates (MACs) of a model's UNet, for each kind of step and for whole runs.
 
     python evaluation/cost.py --config configs/stable-diffusion/v1-inference.yaml --steps 50 20
 
-There are two counts. "exact" has both matrix products of attention; "paper" gives the numbers of Faster Diffusion
-(arXiv 2312.09608), see `ldm.profiling.cost.count_macs`. The critical path is what must be computed one after the other
-when all decoders that share features run at the same time. Only the config is read; no weights are needed.
+There are two counts. "exact" counts both matrix products of attention; "paper" reproduces the numbers of Faster
+Diffusion (arXiv 2312.09608), see `ldm.profiling.cost.count_macs`. The critical path is what must be computed one after
+the other when all decoders that share features run at the same time. Only the config is read; no weights are needed.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def parser() -> Parser:
         type=step_count,
         default=[50],
         metavar="N",
-        help="network evaluations of a run (default: 50)",
+        help="number of predictions of the network in a run (default: 50)",
     )
     p.add_argument("--size", nargs=2, type=side, metavar=("H", "W"), help="size of the latents (default: the config's)")
     p.add_argument(
-        "--batch", type=count, default=2, help="latents per evaluation; guidance makes 2 of one image (default: 2)"
+        "--batch", type=count, default=2, help="batch size of the network; with guidance an image needs 2 (default: 2)"
     )
     p.add_argument(
         "--tokens",
         type=count,
-        help="tokens of the context, for a UNet that takes one (default: what the config's encoder reads)",
+        help="tokens of the context, for a UNet with cross-attention (default: those of the config's text encoder)",
     )
     return p
 

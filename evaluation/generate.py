@@ -2,8 +2,8 @@
 
     python evaluation/generate.py --protocol emoji64 --plan faster-diffusion --out outputs/emoji64-fast
 
-An image depends on the protocol, its prompt, the number of its repeat, the model and the method. After a stop the same
-command continues the run. --verify reads the whole folder again and checks that each image is there, whole and once.
+An image depends on the protocol, its prompt, the number of its repeat, the model and the method. The same command
+continues a stopped run. --verify reads the whole folder again and checks that every image exists once and is complete.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ MOST_DEVICES = 1024  # of a machine; as many machines
 def parser() -> Parser:
     p = Parser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
-    what.add_argument("--protocol", metavar="NAME", help=f"{', '.join(protocol_names())}; or FILE.yaml")
-    what.add_argument("--data", metavar="DIR", help="folder of the protocol's data (default: the protocol's)")
+    what.add_argument("--protocol", metavar="NAME", help=f"the protocol: {', '.join(protocol_names())}; or FILE.yaml")
+    what.add_argument(
+        "--data", metavar="DIR", help="folder with the data of the protocol (default: the one that it names)"
+    )
     what.add_argument(
         "--count",
         type=count,
@@ -45,7 +47,12 @@ def parser() -> Parser:
     how = p.add_argument_group("how to sample (default: as the protocol says)")
     how.add_argument("--sampler", help="name of the solver")
     how.add_argument("--steps", type=step_count, metavar="N", help="sampling steps")
-    how.add_argument("--eta", type=number(float, 0, 1, "a number in 0..1"), metavar="ETA", help="noise of ddim")
+    how.add_argument(
+        "--eta",
+        type=number(float, 0, 1, "a number in 0..1"),
+        metavar="ETA",
+        help="noise of the ddim sampler: 0 = deterministic, 1 = ancestral sampling",
+    )
     propagation_arguments(p, "off", below=None, order=None, compare=False)
     model_arguments(p, note="default: the protocol's")
     process_arguments(p)
@@ -54,9 +61,9 @@ def parser() -> Parser:
     out.add_argument(
         "--npz",
         action="store_true",
-        help="when all images are there, write them into samples.npz, the format of the ADM suite",
+        help="when all images are made, also write them to samples.npz, the format of the ADM suite",
     )
-    out.add_argument("--verify", action="store_true", help="make nothing; read the whole folder again and check it")
+    out.add_argument("--verify", action="store_true", help="make no images; read the whole folder and check it")
     return p
 
 
@@ -74,13 +81,13 @@ def process_arguments(p: argparse.ArgumentParser) -> None:
         "--devices",
         type=whole(1, MOST_DEVICES),
         metavar="N",
-        help="processes on each machine, one device each (default: as torchrun or SLURM says, or 1)",
+        help="number of processes on each machine, one device each (default: as torchrun or SLURM says, or 1)",
     )
     where.add_argument(
         "--num_nodes",
         type=whole(1, MOST_DEVICES),
         metavar="N",
-        help="machines (default: as torchrun or SLURM says, or 1)",
+        help="number of machines (default: as torchrun or SLURM says, or 1)",
     )
     where.add_argument(
         "--strategy",
@@ -93,14 +100,14 @@ def process_arguments(p: argparse.ArgumentParser) -> None:
         type=shard,
         default=(0, 1),
         metavar="K/N",
-        help="make only part K of N, for machines that are not connected",
+        help="make only part K of N parts, for machines that are not connected",
     )
     where.add_argument(
         "--batch_size",
         type=count,
         metavar="N",
-        help="images at a time on a GPU, where it belongs to the run (default: the folder's, or 16); on a CPU it is "
-        "fixed by the size of the latents",
+        help="images at a time on a GPU (default: as in the folder, or 16); on a CPU the size of the latents "
+        "determines it",
     )
 
 

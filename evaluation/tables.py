@@ -1,13 +1,13 @@
-"""Make the paper's tables: what is missing is computed, and our numbers are printed beside the paper's.
+"""Make the paper's tables, and print our numbers beside the paper's.
 
     python evaluation/tables.py table1 --world emoji
     python evaluation/tables.py table1 --world coco --data COCO --clip CLIP-VIT-B-32
     python evaluation/tables.py table1 --world coco --gflops-only
 
-World coco: the published models on the paper's data. World emoji: the model that ships. There FID is a Fréchet
-distance of EfficientNet-lite0's features from the dataset, and concept retrieval R@5 takes the place of the CLIP-score;
-so only changes against the plain row can be compared with the paper's. Finished rows are kept in --runs: after a stop
-the same command continues, and tables share the rows that they have in common.
+World coco: the published models on the paper's data. World emoji: the model that ships. There the Fréchet distance of
+EfficientNet-lite0's features from the dataset replaces FID, and concept retrieval R@5 replaces the CLIP-score. So only
+changes against the plain row can be compared with the paper's. Finished rows are kept in --runs: the same command
+continues a stopped table, and tables share the rows that they have in common.
 """
 
 from __future__ import annotations
@@ -27,32 +27,41 @@ TIMED = 5
 
 def parser() -> Parser:
     p = Parser(prog="tables.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("table", metavar="TABLE", help=f"{', '.join(table_names())}; or FILE.yaml")
-    p.add_argument("--world", choices=WORLDS, required=True, help="which models and data")
-    p.add_argument("--rows", metavar="N,N", type=row_numbers, help="make only these rows, from 1 (default: all)")
+    p.add_argument("table", metavar="TABLE", help=f"the table: {', '.join(table_names())}; or FILE.yaml")
+    p.add_argument("--world", choices=WORLDS, required=True, help="the models and the data, see above")
+    p.add_argument(
+        "--rows", metavar="N,N", type=row_numbers, help="make only these rows; the first row is 1 (default: all)"
+    )
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--gflops-only", action="store_true", help="only the GFLOPs, from the config; needs no weights")
-    what.add_argument("--show", action="store_true", help="make nothing; print what is there")
-    p.add_argument("--count", type=count, metavar="N", help="images of a row (default: as the protocol says)")
+    what.add_argument(
+        "--gflops-only", action="store_true", help="compute only the GFLOPs, from the config; needs no weights"
+    )
+    what.add_argument("--show", action="store_true", help="make nothing; print what has been made before")
+    p.add_argument("--count", type=count, metavar="N", help="number of images per row (default: as the protocol says)")
     p.add_argument(
         "--timed",
         type=whole(0, MOST),
         default=TIMED,
         metavar="N",
-        help="images of a row that are timed, one at a time; 0 = none (default: %(default)s)",
+        help="number of images per row that are timed, one at a time; 0 = none (default: %(default)s)",
     )
     files = p.add_argument_group("files")
-    files.add_argument("--data", metavar="DIR", help="folder of the protocol's data (default: the protocol's)")
+    files.add_argument(
+        "--data", metavar="DIR", help="folder with the data of the protocol (default: the one that it names)"
+    )
     files.add_argument("--config", metavar="YAML", help="the model's config (default: the protocol's)")
-    files.add_argument("--ckpt", metavar="FILE", help="its weights (default: the protocol's)")
+    files.add_argument("--ckpt", metavar="FILE", help="the model's weights (default: the protocol's)")
     files.add_argument(
         "--inception",
         metavar="PATH",
-        help="weights of the network of Fréchet distances (default, of inception-2015: torch.hub's)",
+        help="weights of the network for Fréchet distances (default: for inception-2015 those of torch.hub)",
     )
-    files.add_argument("--clip", metavar="DIR", help="CLIP ViT-B/32, for the CLIP-score")
+    files.add_argument("--clip", metavar="DIR", help="folder of CLIP ViT-B/32, for the CLIP-score")
     files.add_argument(
-        "--runs", default="outputs/tables", metavar="DIR", help="images, results and tables (default: %(default)s)"
+        "--runs",
+        default="outputs/tables",
+        metavar="DIR",
+        help="folder for images, results and tables (default: %(default)s)",
     )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     return p
