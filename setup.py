@@ -64,6 +64,7 @@ setup(
         "omegaconf>=2.3",
         "pyyaml",
         "pydantic>=2.7",
+        "typing_extensions",
         "safetensors",
         "tokenizers",
         "tqdm",

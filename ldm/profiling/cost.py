@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,14 +189,13 @@ def unet_macs(
     how = (*size,), batch, context_length, tome, convention
     if isinstance(unet, nn.Module):
         return _unet_macs(unet, *how)
-    plain = OmegaConf.to_container(OmegaConf.create(unet))
-    return _macs_of_config(json.dumps(plain, sort_keys=True), *how)
+    return _macs_of_config(OmegaConf.to_yaml(OmegaConf.create(unet), sort_keys=True), *how)
 
 
 @lru_cache
 def _macs_of_config(config: str, *how: Any) -> Macs:
     """The same network is counted once in a process, however often it is built."""
-    return _unet_macs(json.loads(config), *how)
+    return _unet_macs(OmegaConf.create(config), *how)
 
 
 def _unet_macs(
