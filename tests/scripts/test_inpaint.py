@@ -20,7 +20,7 @@ from ldm.sampling.generate import make_items
 from ldm.sampling.start import KeepOutsideMask, LatentInpaint, mean_latents
 from tests.helpers.images import add, original, scene
 from tests.helpers.paths import EMOJI64
-from tests.helpers.scripts import Script, check_batches, check_resume
+from tests.helpers.scripts import Script, check_batches, check_resume, load_script
 from tests.helpers.tiny_models import tiny_model
 
 
@@ -176,12 +176,14 @@ def test_bad_folders(files, tmp_path, capsys, fault, why):
     assert re.match(why, script.refusal(capsys))
 
 
-def test_files_that_are_left_alone_are_said(tmp_path, capsys):
+def test_files_that_are_no_pair_are_named(files, tmp_path, capsys):
     add(tmp_path, "a", (32, 32))
     for name in ("lonely.png", "notes.txt"):
         Image.new("RGB", (32, 32)).save(tmp_path / name, format="PNG")
-    assert len(masked_images(tmp_path).subjects) == 1
-    assert re.match(r"warning: --indir: 2 files are left alone, .* \(lonely.png, notes.txt\)$", capsys.readouterr().err)
+    assert sorted(masked_images(tmp_path).left_out) == ["lonely.png", "notes.txt"]
+    assert load_script("inpaint").main([*files, "--indir", str(tmp_path), "--sampler", "magic"]) == 2
+    warning, *_ = capsys.readouterr().err.splitlines()
+    assert re.match(r"warning: --indir: 2 files are left out, .* \(lonely.png, notes.txt\)$", warning)
 
 
 @pytest.mark.parametrize(
