@@ -6,6 +6,7 @@ Source: CLIP (arXiv 2103.00020), OpenCLIP (arXiv 2212.07143).
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ EXPECTED = (
 TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers"}
 
 
-class ClipModel(nn.Module):
+class ClipModel(nn.Module, ABC):
     """Images and texts to unit vectors.
 
     weights: the file of the weights.
@@ -64,11 +65,13 @@ class ClipModel(nn.Module):
         """
         return F.normalize(self.text_features(self.tokenizer(texts).to(next(self.parameters()).device)))
 
+    @abstractmethod
     def image_features(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Prepared images (B, 3, size, size) -> (B, D)."""
 
+    @abstractmethod
     def text_features(self, tokens: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Tokens (B, L) -> (B, D)."""
 
 
 class TransformersClip(ClipModel):

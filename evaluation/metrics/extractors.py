@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class Features(NamedTuple):
     logits: Tensor | None = None
 
 
-class Extractor(nn.Module):
+class Extractor(nn.Module, ABC):
     """Images -> features. A network has its own `load`, `extract`, and these constants.
 
     name:         of the network.
@@ -71,9 +72,9 @@ class Extractor(nn.Module):
         self.network.eval().requires_grad_(False)
         self.sha256 = file_sha256(self.weights)
 
+    @abstractmethod
     def load(self, weights: Path | None) -> tuple[nn.Module, Path]:
         """The network, and the file that its weights came from."""
-        raise NotImplementedError
 
     @property
     def recipe(self) -> str:
@@ -88,9 +89,9 @@ class Extractor(nn.Module):
         """Images (B, 3, H, W) in [-1, 1], of any size -> (B, 3, size, size)."""
         return resized(images, self.size, self.resize)
 
+    @abstractmethod
     def extract(self, prepared: Tensor) -> Features:
         """Images as `prepare` returns them -> all features that measures need."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], of any size -> features (B, D)."""
