@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
@@ -124,7 +124,11 @@ class CaptionShares:
 
 
 class CaptionedLatents(Dataset):
-    """Latents with one of their captions, drawn at each access."""
+    """Latents with one of their captions, drawn at each access.
+
+    Args:
+        latents: (N, C, h, w), or (N, 2, C, h, w): of each image and of its mirror image, one of which is drawn.
+    """
 
     def __init__(
         self,
@@ -139,7 +143,10 @@ class CaptionedLatents(Dataset):
         return len(self.latents)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor | str]:
-        return {"latent": self.latents[i], "caption": self.shares.draw(self.captions[i], self.groups[i])}
+        latent = self.latents[i]
+        if latent.ndim == 4:
+            latent = latent[int(torch.randint(len(latent), ()))]
+        return {"latent": latent, "caption": self.shares.draw(self.captions[i], self.groups[i])}
 
 
 class EmojiLatentsData(TrainingData):
@@ -152,6 +159,7 @@ class EmojiLatentsData(TrainingData):
         max_tier: 1 = the most concrete concepts only, 2 = all that have prompts, see `prepare_emoji.py`.
         name_share, group_share, style_share: of the training captions, see `CaptionShares`; validation uses names with
             their style.
+        flip: mirror half of the training images, but none whose name says left or right.
         max_val: greatest number of latents for validation.
         seed: of the order and the captions.
 
@@ -168,11 +176,12 @@ class EmojiLatentsData(TrainingData):
         name_share: Share = 0.7,
         group_share: Share = 0.0,
         style_share: Share = 1.0,
+        flip: bool = False,
         max_val: Count = 128,
         seed: Seed = 23,
     ):
         super().__init__(batch_size, seed)
-        self.root, self.first_stage = root, first_stage
+        self.root, self.first_stage, self.flip = root, first_stage, flip
         self.max_tier, self.max_val = max_tier, max_val
         self.shares = CaptionShares(name_share, group_share, style_share)
 
@@ -186,13 +195,20 @@ class EmojiLatentsData(TrainingData):
     def encoded(self, first_stage: AutoencoderKL, split: str, limit: int | None = None) -> CaptionedLatents:
         dataset = EmojiDataset(self.root, split=split, max_tier=self.max_tier)
         chosen = list(range(len(dataset)))[:limit]
-        latents = [
-            first_stage.encode(torch.stack([dataset[i] for i in part])).mode()
-            for part in (chosen[i : i + 64] for i in range(0, len(chosen), 64))
-        ]
+        latents = torch.cat([first_stage.encode(images).mode() for images in _in_batches(dataset, chosen)])
+        if split == "train" and self.flip:
+            mirrored = [first_stage.encode(images.flip(-1)).mode() for images in _in_batches(dataset, chosen)]
+            fixed = torch.tensor([bool({"left", "right"} & {*dataset.images[i]["name"].split()}) for i in chosen])
+            latents = torch.stack([latents, torch.where(fixed[:, None, None, None], latents, torch.cat(mirrored))], 1)
         return CaptionedLatents(
-            torch.cat(latents),
+            latents,
             [dataset.captions(i) for i in chosen],
             [dataset.groups(i) for i in chosen],
             self.shares if split == "train" else CaptionShares(),
         )
+
+
+def _in_batches(dataset: EmojiDataset, indices: Sequence[int], size: int = 64) -> Iterator[torch.Tensor]:
+    """The images at these indices, (at most `size`, 3, H, W) at a time."""
+    for i in range(0, len(indices), size):
+        yield torch.stack([dataset[j] for j in indices[i : i + size]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.checkpoint import load_model, read_checkpoint
+from ldm.checkpoint import load_model, load_weights, read_checkpoint
 from ldm.data.emoji import EmojiDataset
 from ldm.io.files import UNFINISHED
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
@@ -408,6 +409,27 @@ def test_configurations_of_older_runs_are_read(trained):
     data = instantiate_from_config(section)
     data.setup("fit")
     assert len(data.train) == 19
+
+
+def test_latents_are_drawn_of_images_and_their_mirror_images(trained, tmp_path):
+    root = shutil.copytree(trained / "data", tmp_path / "data")
+    notes = json.loads((root / "captions.json").read_text())
+    notes["images"][0]["name"] = "thing pointing left"
+    (root / "captions.json").write_text(json.dumps(notes))
+    section = OmegaConf.load(trained / "second.yaml").data
+    section.params |= {"root": str(root), "flip": True}
+    data = instantiate_from_config(section)
+    data.setup("fit")
+    first_stage = AutoencoderKL(DDCONFIG, embed_dim=4).eval()
+    load_weights(first_stage, trained / "first.safetensors")
+    images = EmojiDataset(root, max_tier=1)
+    for i, mirrored in ((0, False), (1, True)):
+        seen = [data.train[i]["latent"] for _ in range(16)]
+        with torch.no_grad():
+            plain, flipped = (first_stage.encode(x[None]).mode()[0] for x in (images[i], images[i].flip(-1)))
+        assert any(torch.allclose(z, plain, atol=1e-5) for z in seen)
+        assert any(torch.allclose(z, flipped, atol=1e-5) for z in seen) is mirrored
+    assert data.val[0]["latent"].ndim == 3
 
 
 def test_a_setting_may_refer_to_another(trained):
