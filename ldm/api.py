@@ -24,7 +24,15 @@ from ldm.cli.inputs import image_items
 from ldm.cli.kinds import BATCH, KINDS, Given, ImageLike, Job, as_files, kind_of, parsed
 from ldm.cli.parser import settings_from
 from ldm.cli.pipeline import check_amount, check_guidance, check_network, truncated_prompts
-from ldm.cli.settings import SamplingSettings, count_nodes, make_plan, make_recipe, run_facts, with_batches
+from ldm.cli.settings import (
+    SamplingSettings,
+    check_memory,
+    count_nodes,
+    make_plan,
+    make_recipe,
+    run_facts,
+    with_batches,
+)
 from ldm.cli.setup import Setup, model_files, read_setup, uses_autocast
 from ldm.io.errors import BadInput
 from ldm.io.files import PROJECT_ROOT, find_file
@@ -133,6 +141,7 @@ class Model:
         if self._packed_for is None:
             engine.pack()
             self._packed_for = latents
+        check_memory(engine, batch, setup.device)
         return with_batches(engine, job.sampling.parallel, batch, setup.device)
 
 

@@ -19,7 +19,16 @@ from ldm.checkpoint import CheckpointError, fingerprint
 from ldm.cli.devices import ALONE, Processes
 from ldm.cli.parser import check_outdir
 from ldm.cli.report import MethodRun, OutputSettings, opening, report
-from ldm.cli.settings import SamplingSettings, best_plan, count_nodes, make_plan, make_recipe, run_facts, with_batches
+from ldm.cli.settings import (
+    SamplingSettings,
+    best_plan,
+    check_memory,
+    count_nodes,
+    make_plan,
+    make_recipe,
+    run_facts,
+    with_batches,
+)
 from ldm.cli.setup import Setup, without_weights
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -72,6 +81,7 @@ def make_images(
         settings = weights_of(setup)
     methods = choose_methods(setup, sampling, recipe, nodes, output.compare)
     engines = load_engines(setup, methods, task)
+    check_memory([*engines.values()][-1], min(batch, len(items)), setup.device)
     if setup.processes.leads and (cut := truncated_prompts(items, task, next(iter(engines.values())).model)):
         print(cut)
 

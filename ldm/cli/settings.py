@@ -23,6 +23,7 @@ from ldm.sampling.engine import Engine, Recipe, num_nodes, usual_scale
 CPU_POSITIONS = 16384  # latent positions in one decoder batch of an evaluation on a CPU; last digits depend on it
 # The same of the scripts: as many predictions as gain by sharing a batch, 48 of 8 x 8 latents. More take memory only.
 FAST_POSITIONS = 3072
+SMALL_PIXELS = 2**18  # at a time, one image of 512 x 512: always fit, so nothing is counted
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,24 @@ def best_plan(plan: AnyPlan, nodes: int, run: RunFacts) -> tuple[str, AnyPlan | 
     if best.keys == plan.keys and best.propagate == plan.propagate:
         return f"the plan is {name} already", None
     return name, best
+
+
+def check_memory(engine: Engine, images: int, device: torch.device) -> None:
+    """Raise SettingError if so many images at a time clearly need more memory than is free.
+
+    Each may have more pixels than any model was trained with, and a CPU's system kills a process that has too little.
+    """
+    free, (height, width) = free_bytes(device), (engine.recipe.height, engine.recipe.width)
+    if free is None or images * height * width <= SMALL_PIXELS:
+        return
+    # Of the lower precision, numbers have half the size.
+    need = engine.sampling_bytes(images) // (2 if engine.autocast else 1)
+    if need > free:
+        raise SettingError(
+            "batch_size",
+            f"{images} image{'s' * (images > 1)} of {width} x {height} pixels at a time need at least "
+            f"{need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; expected fewer or smaller images",
+        )
 
 
 def with_batches(

@@ -1,4 +1,4 @@
-"""How much memory decoders need, found without computing anything, and how much there is."""
+"""How much memory predictions and images need, found without computing anything, and how much there is."""
 
 from __future__ import annotations
 
@@ -58,6 +58,31 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     with torch.no_grad(), _FusedAttention(), _Peak() as peak:
         call()
     return peak.most
+
+
+def sampling_bytes(
+    unet: nn.Module,
+    first_stage: nn.Module,
+    size: Sequence[int],
+    images: int,
+    predictions: int,
+    context_length: int | None = None,
+    tome: float = 0.0,
+) -> int:
+    """What sampling some images needs at least: for one prediction, or for decoding the latents, whichever is more.
+
+    Args:
+        unet, first_stage: are left as they are.
+        size: channels, height and width of the latents.
+        images: at a time.
+        predictions: of one node, twice as many as images with guidance.
+        context_length, tome: as for `unet_macs`.
+    """
+    with torch.device("meta"), torch.no_grad():
+        unet, x, inputs = meta_unet(unet, size[1:], predictions, context_length, tome)
+        latents, first_stage = torch.zeros(images, *size), on_meta(first_stage)
+        predicting = peak_bytes(lambda: unet.decode(unet.encode(x, **inputs), **inputs))
+        return max(predicting, peak_bytes(lambda: first_stage.decode(latents)))
 
 
 def decoder_bytes(

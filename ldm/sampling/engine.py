@@ -28,7 +28,7 @@ from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
 from ldm.models.diffusion.solvers.registry import num_steps, solver
 from ldm.modules.packed import pack
 from ldm.profiling.cost import Macs, unet_macs
-from ldm.profiling.memory import decoder_bytes, shared_bytes
+from ldm.profiling.memory import decoder_bytes, sampling_bytes, shared_bytes
 from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import Item
 from ldm.sampling.start import Start
@@ -209,6 +209,12 @@ class Engine:
     def unit(self) -> Macs:
         """What one prediction of one image without guidance costs."""
         return unet_macs(self.model.model.config, self.shape[1:], 1, self._tokens, self.recipe.tome)
+
+    def sampling_bytes(self, images: int) -> int:
+        """What so many images at a time need at least, in the precision of the weights."""
+        predictions = images * (1 if self.recipe.scale == 1.0 else 2)
+        networks = self.model.model.diffusion_model, self.model.first_stage_model
+        return sampling_bytes(*networks, self.shape, images, predictions, self._tokens, self.recipe.tome)
 
     def decoder_bytes(self, batch: int) -> int:
         """What one decoder node of `batch` predictions needs; see `ldm.profiling.memory`."""

@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+import ldm
 from evaluation import fid
 from evaluation.runs.processes import launched
 from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, count, parallel, side, step_count
@@ -16,7 +17,8 @@ from ldm.cli.inputs import image_items
 from ldm.cli.parser import Parser, command
 from ldm.cli.pipeline import BATCH_PIXELS, SHEET_PIXELS, check_amount, sheet_fits
 from ldm.io.errors import BadInput, SettingError
-from tests.helpers.scripts import load_script
+from tests.helpers.scripts import Script, load_script
+from tests.helpers.tiny_models import write_model
 
 LONG = "x" * 5000
 
@@ -50,6 +52,22 @@ def test_a_batch_and_a_sheet_have_a_limit():
     with pytest.raises(SettingError, match="^compare: 1000 images of 64 x 64"):
         check_amount(1000, (64, 64), 1, compare=True)
     assert sheet_fits(SHEET_PIXELS // 4, (2, 2)) and not sheet_fits(SHEET_PIXELS // 4 + 1, (2, 2))
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_the_first_step(tmp_path, capsys, monkeypatch):
+    config, ckpt = map(str, write_model(tmp_path))
+    (tmp_path / "meminfo").write_text("MemTotal: 500000 kB\nMemAvailable: 100000 kB\n")
+    monkeypatch.setattr("ldm.profiling.memory.MEMINFO", tmp_path / "meminfo")
+    script = Script("txt2img", tmp_path, "--config", config, "--ckpt", ckpt, "--steps", "1", "--n_samples", "1")
+    for plan in ("off", "0"):
+        line = script.refusal(capsys, "--plan", plan, "--H", "768", "--W", "1024")
+        start, _, rest = line.partition("at least ")
+        assert start == "--n_samples: 1 image of 1024 x 768 pixels at a time need "
+        need, _, rest = rest.partition(" ")
+        assert 0.1 < float(need) < 1 and rest == "GB, 0.1 GB are free; expected fewer or smaller images"
+    with pytest.raises(ValueError, match="^batch_size: 1 image of 32 x 16384 pixels at a time need at least"):
+        ldm.load(config=config, ckpt=ckpt, device="cpu").images(["an owl"], H=16384, W=32, steps=1)
+    assert script("--H", "32", "--W", "16"), "smaller images fit"
 
 
 # The environment

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ldm.cli.devices import Processes
 from ldm.io.images import from_pil, read_png
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.parallel.backoff import BatchBackoff
 from ldm.models.diffusion.parallel.distributed import DistributedDecode
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.profiling.memory import decoder_bytes, decoders_that_fit, free_bytes, peak_bytes
+from ldm.profiling.memory import decoder_bytes, decoders_that_fit, free_bytes, peak_bytes, sampling_bytes
 from ldm.sampling.generate import read_manifest
 from tests.helpers.scripts import load_script
 from tests.helpers.tiny_models import write_model
@@ -41,6 +42,17 @@ UNET = dict(
     num_heads=2,
     use_spatial_transformer=True,
     context_dim=16,
+)
+FIRST_STAGE = dict(
+    double_z=True,
+    z_channels=4,
+    resolution=16,
+    in_channels=3,
+    out_ch=3,
+    ch=32,
+    ch_mult=[1, 1],
+    num_res_blocks=1,
+    attn_resolutions=[],
 )
 GUIDANCE = {"always": Guidance(3.0), "reuse": Guidance(3.0, reuse=True)}
 
@@ -71,6 +83,17 @@ def test_the_estimate_is_what_a_real_decoder_holds():
     one, four = (decoder_bytes(unet, (8, 8), batch, 7) for batch in (1, 4))
     assert four == pytest.approx(4 * one, rel=0.02)
     assert not unet.out[0].weight.is_meta
+
+
+def test_the_estimate_of_sampling_is_what_networks_really_hold():
+    unet = UNetModel(**UNET).requires_grad_(False)
+    first_stage = AutoencoderKL(FIRST_STAGE, 4).requires_grad_(False)
+    t, context = torch.full((8,), 500.0), torch.randn(8, 7, 16)
+    x = torch.randn(8, 4, 8, 8)
+    predicting = peak_bytes(lambda: unet.decode(unet.encode(x, t, context), t, context))
+    decoding = peak_bytes(lambda: first_stage.decode(x))
+    for images, predictions, real in ((1, 8, predicting), (8, 1, decoding)):
+        assert sampling_bytes(unet, first_stage, (4, 8, 8), images, predictions, 7) == real
 
 
 def test_memory_decides_how_many_fit():
