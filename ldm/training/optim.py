@@ -24,14 +24,17 @@ def adamw(
 
     Returns:
         what a Lightning module's `configure_optimizers` returns.
-
     """
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.01},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    return scheduled(torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True), scheduler_config)
+
+
+def scheduled(optimizer: torch.optim.Optimizer, scheduler_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The optimizer with a learning-rate factor per step, as `configure_optimizers` returns it; see `adamw`."""
     if scheduler_config is None:
         return {"optimizer": optimizer}
     factor = instantiate_from_config(scheduler_config)
@@ -46,6 +49,7 @@ class ClippedTraining(pl.LightningModule):
     """
 
     model: nn.Module
+    manages: tuple[str, ...] = ()  # settings of the trainer that the module has arguments for
 
     def configure_gradient_clipping(
         self,

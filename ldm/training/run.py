@@ -27,7 +27,7 @@ from ldm.io.schema import AboveZero, NotNegative, Schema, Seed, Text, check_name
 from ldm.training.callbacks import KeptState, SampleGrid, StepBar
 from ldm.training.order import StepSeeds
 from ldm.training.state import LAST, check_fits, read_state
-from ldm.util import instantiate_from_config
+from ldm.util import get_obj_from_str, instantiate_from_config
 
 SEED = 23  # of weights, data order and noise, if the configuration has none
 OURS = {"logger", "callbacks", "enable_checkpointing", "use_distributed_sampler"}  # that a config can't set
@@ -89,11 +89,11 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
         say_what_changed(state, config, logdir)
     pl.seed_everything(seed, workers=True, verbose=False)
     model = built("model", config.model)
-    module = built("training", config.training, model=model)
+    settings = OmegaConf.to_container(config.lightning.trainer, resolve=True)
+    module = built("training", config.training, model=model, **managed(config.training, settings))
     if state:
         check_fits(state, module, last)
     data = built("data", config.data, seed=seed)
-    settings = OmegaConf.to_container(config.lightning.trainer, resolve=True)
     bar = [StepBar()] if settings.pop("enable_progress_bar", True) else []
     kept = KeptState(last, config.lightning.get("checkpoint_every_minutes", 3.0), config)
     trainer = trainer_of(
@@ -121,6 +121,12 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
         with no_trace_unless_begun(logdir), kept.stopped_after_a_step():
             make_steps(trainer, module, data, resumed, done)
     return module
+
+
+def managed(training: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Take those settings out of the trainer's that the training module manages itself."""
+    kind = get_obj_from_str(training["target"])
+    return {name: settings.pop(name) for name in getattr(kind, "manages", ()) if settings.get(name) is not None}
 
 
 def make_steps(
