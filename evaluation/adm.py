@@ -28,6 +28,7 @@ from evaluation.metrics.command import (
 from ldm.cli.arguments import MOST
 from ldm.cli.parser import Parser, check_output, command, whole
 from ldm.io.errors import BadInput, blame, fault_of, flags_named
+from ldm.io.files import same_place
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,7 +87,7 @@ def check_statistics(path: str | None, reference: str) -> None:
     check_output(path, "--save-statistics")
     if Path(path).suffix != ".npz":
         raise BadInput(f"--save-statistics: expected a name that ends in .npz; got {path}")
-    if Path(path).resolve() == Path(reference).resolve():
+    if same_place(path, reference):
         raise BadInput(f"--save-statistics: {path} is REFERENCE itself; expected another file")
 
 

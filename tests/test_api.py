@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import ldm
-from ldm.cli.kinds import KINDS, parsed
+from ldm.cli.kinds import KINDS, PNG_MODES, TIFF_MODES, as_file, parsed
+from ldm.io.images import open_image
 from tests.helpers.images import add, labelled, slope, small
 from tests.helpers.paths import EMOJI64, ROOT
 from tests.helpers.scripts import Script, load_script
@@ -187,6 +188,39 @@ def test_the_pictures_are_those_of_the_script(case, models, tmp_path):
     assert len(images) == len(expected) > 0
     for image, pixels in zip(images, expected, strict=True):
         assert image.mode == "RGB" and (np.asarray(image).astype(int) == pixels).all()
+
+
+@pytest.mark.parametrize("mode", [*PNG_MODES, *TIFF_MODES[2:], "I", "I;16B", "HSV", "RGBX", "RGBa"])
+def test_an_image_of_any_mode_is_taken_as_a_viewer_shows_it(tmp_path, mode):
+    levels = np.linspace([0, 40, 80], [200, 160, 255], 64, dtype=np.uint8).reshape(8, 8, 3)
+    colours, grey = Image.fromarray(levels), Image.fromarray(levels[..., 0])
+    if mode == "LAB":
+        profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+        image, expected = ImageCms.profileToProfile(colours, *profiles, outputMode="LAB"), colours
+    elif mode.startswith("I"):
+        numbers = levels[..., 0].astype({"I": "<i4", "I;16": "<u2", "I;16B": ">u2"}[mode]) * 257
+        image, expected = Image.frombytes(mode, (8, 8), numbers.tobytes()), grey
+    else:
+        image = colours.convert("RGBA").convert(mode) if mode == "RGBa" else colours.convert(mode)
+        expected = image if mode in ("1", "L", "P") else colours.convert("L") if mode == "LA" else colours
+    shown = open_image(as_file(image, tmp_path).path)
+    difference = np.asarray(shown).astype(int) - np.asarray(expected.convert("RGB"))
+    assert shown.mode == "RGB" and np.abs(difference).max() <= {"YCbCr": 3, "LAB": 8, "HSV": 6}.get(mode, 0)
+
+
+@pytest.mark.parametrize(
+    "levels, why",
+    [
+        (np.full((8, 8), 0.5, np.float32), "levels that are not whole numbers"),
+        (np.full((8, 8), 70_000, np.int32), "levels 70000..70000; expected 8 or 16 bits"),
+        (np.full((8, 8), -1, np.int32), "levels -1..-1; expected 8 or 16 bits"),
+        (np.full((8, 8), 200, np.int32), "in more than 8 bits, which is black"),
+    ],
+    ids=["F", "large", "negative", "dark"],
+)
+def test_levels_without_a_meaning_are_refused(tmp_path, levels, why):
+    with pytest.raises(ValueError, match=why):
+        open_image(as_file(Image.fromarray(levels), tmp_path).path)
 
 
 SCRIPTS = {

@@ -33,6 +33,7 @@ LARGEST_SIDE = 2**14  # pixels of an image, or positions of a latent
 count = whole(1, MOST)
 step_count = whole(1, MOST_STEPS)
 side = whole(1, LARGEST_SIDE)
+scale_value = number(float, -1000, 1000, "a number in -1000..1000")
 finite = number(float, -sys.float_info.max, sys.float_info.max, "a finite number")
 
 
@@ -244,7 +245,11 @@ def sampling_arguments(
 def guidance_arguments(group: argparse._ArgumentGroup, scale: float | None, default: str) -> None:
     """The guidance scale, and when guidance is computed."""
     group.add_argument(
-        "--scale", "--guidance_scale", type=finite, default=scale, help=f"guidance scale; 1 = no guidance {default}"
+        "--scale",
+        "--guidance_scale",
+        type=scale_value,
+        default=scale,
+        help=f"guidance scale; 1 = no guidance {default}",
     )
     group.add_argument(
         "--guidance-interval",
@@ -324,7 +329,7 @@ def prior_noise_arguments(group: argparse._ArgumentGroup, below: float | None, o
     unknown = "the protocol's"
     group.add_argument(
         "--noise-weight",
-        type=number(float, 0, sys.float_info.max, "a number >= 0"),
+        type=number(float, 0, 100, "a number in 0..100"),
         metavar="X",
         help=f"weight of prior noise injection; 0 = off (default: {NOISE_WEIGHT}; with --plan off 0)",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def find_class(text: str, names: Names, classes: int) -> int:
     Raises:
         ValueError: no such class, or more than one of this name.
     """
-    if text.lstrip("+-").isdigit():
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
         found: Sequence[int] = [int(text)]
     else:
         found = names.get(folded(text), [])

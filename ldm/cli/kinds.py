@@ -53,6 +53,7 @@ from ldm.sampling.engine import Task
 
 ImageLike = Image.Image | str | Path
 BATCH = 4  # images at a time
+PNG_MODES, TIFF_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), ("I", "F", "CMYK", "YCbCr", "LAB")
 FLAG = r"--([a-zA-Z][\w-]*)(?:/--?[\w-]+)*"  # of a command line, with its other spellings
 
 
@@ -193,12 +194,26 @@ def as_file(image: ImageLike, folder: Path) -> File:
         raise TypeError(f"expected a PIL image or the path of a file; got a {type(image).__name__}")
     content = repr((image.mode, image.size)).encode() + image.tobytes()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    path = folder / f"{digest}.png"
     try:
+        image = kept_by_files(image)
+        path = folder / f"{digest}.{'tif' if image.mode in TIFF_MODES else 'png'}"
         image.save(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"an image of mode {image.mode}: {error}") from error
     return File(path, digest)
+
+
+def kept_by_files(image: Image.Image) -> Image.Image:
+    """The image in a mode that PNG or TIFF keeps; of modes such as HSV, colours and transparency count.
+
+    Raises:
+        ValueError: Pillow does not convert its mode.
+    """
+    if image.mode in (*PNG_MODES, *TIFF_MODES):
+        return image
+    if image.mode.startswith("I;16"):  # the other orders of its bytes
+        return image.convert("I")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 # The kinds of models: which arguments they take, and what they make of what is given

@@ -16,7 +16,7 @@ from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.arguments import EMOJI64, Files
 from ldm.cli.devices import ALONE, Processes, find_device
 from ldm.io.errors import SettingError, fault_of
-from ldm.io.files import PROJECT_ROOT
+from ldm.io.files import PROJECT_ROOT, same_place
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.engine import Sizes
 from ldm.util import instantiate_from_config
@@ -181,15 +181,15 @@ def model_files(config: str | Path | None, ckpt: str | Path | None, default: Fil
 
 def download_hint(ckpt: Path) -> str:
     """The end of an error message about weights that are not here: what fetches them, if they are published."""
-    names = [model.name for model in _published() if model.file().resolve() == ckpt.resolve()]
+    names = [model.name for model in _published() if same_place(model.file(), ckpt)]
     return f"; python scripts/download_models.py {names[0]} fetches it" if names else ""
 
 
 def weights_for(config: Path) -> Path:
     """Where the one published checkpoint lies, or is to lie, that belongs to a config."""
-    if config.resolve() == EMOJI64[0].resolve():
+    if same_place(config, EMOJI64[0]):
         return EMOJI64[1]
-    models = [model for model in _published() if (PROJECT_ROOT / model.config).resolve() == config.resolve()]
+    models = [model for model in _published() if same_place(PROJECT_ROOT / model.config, config)]
     if len(models) != 1:
         names = ", ".join(model.name for model in models)
         why = f"several published models have it: {names}" if models else "no published model has it"

@@ -195,8 +195,9 @@ def label_task(setup: Setup, maps: Mapping[str, Tensor]) -> tuple[Task, Size]:
     """
     labels = label_count(setup)
     for name, labelled in maps.items():
-        if labelled.max() >= labels:
-            raise SettingError("maps", f"{name} has a label {labelled.max()}; this model's are 0..{labels - 1}")
+        for label in (labelled.min(), labelled.max()):
+            if not 0 <= label < labels:
+                raise SettingError("maps", f"{name} has a label {label}; this model's are 0..{labels - 1}")
     # What the model can't make is filled up with the edge, and cut off in the end.
     batch = torch.stack(list(maps.values()))  # (N, H, W)
     height, width = batch.shape[-2:]

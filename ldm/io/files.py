@@ -80,6 +80,11 @@ def find_file(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path}: no such file, neither from {Path.cwd()} nor from {PROJECT_ROOT}")
 
 
+def same_place(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to the same place after following links; links in a loop lead to themselves."""
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 # Reading
 
 

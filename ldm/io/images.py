@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.io.files import FileError, atomic_write, check_regular, parse_json
@@ -145,6 +145,9 @@ def _eight_bits(path: str | Path) -> Image.Image:
         image = Image.fromarray((levels / 257).round().astype(np.uint8))
     elif image.mode == "F":
         raise ValueError(f"{path}: levels that are not whole numbers; expected 8 or 16 bits per level")
+    elif image.mode == "LAB":  # of the white D50, as files have it; Pillow converts it by colour profiles only
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 

@@ -210,9 +210,11 @@ class SemanticMap(ImageConcat):
 
     def encode(self, model: LatentDiffusion, items: Sequence[Item]) -> Tensor:
         labels = self._chosen(self.images, items).to(model.device)  # (B, H, W)
-        one_hot = F.one_hot(labels.long(), model.cond_stage_model.channel_mapper.in_channels)
+        classes = model.cond_stage_model.channel_mapper.in_channels
+        one_hot = torch.zeros(len(labels), classes, *labels.shape[1:], device=labels.device)  # (B, classes, H, W)
+        one_hot.scatter_(1, labels[:, None], 1.0)
         with torch.no_grad():
-            return model.get_learned_conditioning(one_hot.movedim(-1, 1).float())  # (B, C', h, w)
+            return model.get_learned_conditioning(one_hot)  # (B, C', h, w)
 
     def _channels(self, model: LatentDiffusion) -> int:
         return model.cond_stage_model.channel_mapper.out_channels

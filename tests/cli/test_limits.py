@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 
 import pytest
 
@@ -175,6 +176,22 @@ def test_a_name_that_no_file_can_have_is_blamed_on_its_flag(tmp_path, capsys, ar
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"txt2img.py: error: {flag}: ") and "xxx...(" in line and len(line) < 1000
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--config", "--ckpt", "--from-file", "--plan"])
+def test_links_in_a_loop_are_blamed_on_their_flag(tmp_path, capsys, flag):
+    for name, target in (("one.yaml", "two.yaml"), ("two.yaml", "one.yaml")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    assert load_script("txt2img").main(["--outdir", str(tmp_path / "out"), flag, str(tmp_path / "one.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"txt2img.py: error: {flag}: ") and "one.yaml" in line
+
+
+@pytest.mark.parametrize("argument", ["--scale=1e300", "--scale=-1001", "--noise-weight=1e300", "--noise-weight=101"])
+def test_weights_that_only_overflow_are_blamed_on_their_flag(tmp_path, capsys, argument):
+    flag, _, value = argument.partition("=")
+    line = Script("txt2img", tmp_path).refusal(capsys, argument)
+    assert line.startswith(flag) and re.search(rf": expected a number in .*; got '{value}'$", line)
 
 
 @pytest.mark.parametrize(

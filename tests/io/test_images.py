@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import EpsImagePlugin, Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, ImageCms, PngImagePlugin
 
 from ldm.io.images import (
     fit,
@@ -153,6 +153,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 def ramp() -> Image.Image:
     """Grey, 8 wide and 4 high, no two rows or columns alike."""
     return Image.fromarray(np.arange(32, dtype=np.uint8).reshape(4, 8) * 8)
+
+
+def test_colours_of_lab_are_those_of_srgb(tmp_path):
+    colours = np.array([[[200, 30, 30], [40, 160, 60], [20, 60, 200], [128, 128, 128], [255, 255, 255]]], np.uint8)
+    profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+    ImageCms.profileToProfile(Image.fromarray(colours), *profiles, outputMode="LAB").save(tmp_path / "a.tif")
+    with Image.open(tmp_path / "a.tif") as file:
+        assert file.mode == "LAB"
+    shown = np.asarray(open_image(tmp_path / "a.tif")).astype(int)
+    assert np.abs(shown - colours).max() <= 3, "8 bits of lightness and colour"
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "I;16", "CMYK"])

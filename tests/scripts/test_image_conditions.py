@@ -142,6 +142,7 @@ def test_maps_of_any_size_and_compare(paint, tmp_path):
         ([], "the following arguments are required: --maps"),
         (["--maps", "nowhere.png"], "--maps: nowhere.png: no such"),
         (["--maps", "HIGH"], "--maps: .*HIGH has a label 182; this model's are 0..181"),
+        (["--maps", "NEGATIVE"], "--maps: .*NEGATIVE has a label -1; this model's are 0..181"),
         (["--maps", "COLOUR"], "--maps: .*an image of mode RGB; expected one number per pixel"),
         (["--maps", "GOOD", "SMALL"], "--maps: .*SMALL has 16 x 32 pixels, .*GOOD 32 x 32 pixels; expected one size"),
         (
@@ -159,5 +160,6 @@ def test_bad_arguments_of_semantic2img(paint, tmp_path, capsys, arguments, why):
         "COLOUR": small(tmp_path / "c.png"),
     }.items():
         (tmp_path / name).write_bytes(open(path, "rb").read())
+    Image.fromarray(np.full((32, 32), -1, np.int32)).save(tmp_path / "NEGATIVE", format="TIFF")
     arguments = [str(tmp_path / a) if a.isupper() else a for a in arguments]
     assert re.match(why, paint.refusal(capsys, *arguments))
