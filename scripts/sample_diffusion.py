@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> None:
     model = setup.make_setup(settings_from(args, setup.ModelSettings, config=config, ckpt=ckpt))
     sampling = settings_from(args, pipeline.SamplingSettings)
     if args.vanilla_sample:
+        if args.spacing or args.timesteps_at:
+            raise BadInput("--vanilla_sample: takes all timesteps; not allowed with --spacing and --timesteps-at")
         sampling = replace(sampling, sampler="ddpm", steps=model.config.model.params.get("timesteps", 1000))
     items = inputs.image_items([{}], args.n_samples, args.seed, args.seed_by_position)
     made = pipeline.make_images(

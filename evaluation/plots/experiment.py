@@ -99,10 +99,11 @@ class Experiment:
         Raises:
             ValueError: see `load_plan` and `Recipe.rule`.
         """
-        nodes = num_nodes(self._recipe(sampler, steps), self.setup.config.model.params.get("timesteps", 1000))
+        recipe = self._recipe(sampler, steps)
+        nodes = num_nodes(recipe, self.setup.config.model.params.get("timesteps", 1000))
         positions = 2 * BATCH * self.setup.config.model.params["image_size"] ** 2
         parallel = nodes if self.setup.device.type != "cpu" else max(1, CPU_POSITIONS // positions)
-        facts = replace(self.facts, facts={**self.facts.facts, "sampler": sampler})
+        facts = replace(self.facts, facts={**self.facts.facts, "sampler": recipe.solver_name})
         return load_plan(spec, nodes, parallel, propagate, facts)
 
     def plan_if_calibrated(self, spec: str, sampler: str, steps: int, propagate: str | None = None) -> AnyPlan | None:

@@ -120,7 +120,7 @@ class Request:
     @cached_property
     def sha256(self) -> str:
         """Names the images: a hash of all that they depend on, but for the device and what is computed at a time."""
-        method = asdict(self.recipe) | self.plan.settings()
+        method = self.recipe.settings() | self.plan.settings()
         return json_sha256([self.asked, method, self.model.sha256, self.model.weights, self.model.precision])
 
 
@@ -220,7 +220,7 @@ def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000) -
     with fault_of("steps"):
         nodes = num_nodes(recipe, timesteps)
     with fault_of("plan"):
-        run = RunFacts.of(recipe.sampler, ckpt)
+        run = RunFacts.of(recipe.solver_name, ckpt)
         return load_plan(method.plan, nodes, method.parallel or nodes, method.propagate, run)
 
 

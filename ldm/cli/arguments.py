@@ -22,9 +22,16 @@ PROPAGATE = ("hold", "linear", "quadratic", "zeros")
 NOISE_ORDERS = ("before", "after", "update")
 # The names of ldm.models.diffusion.solvers.registry.SOLVERS, which needs PyTorch; --help must answer at once.
 SAMPLERS = (
-    "ddim, plms, ddpm, dpm-solver, dpm-solver++, dpm-solver++2s, dpm-solver-3s, dpm-solver++3m, euler, euler-a, heun, "
-    "dpm++2m-karras, unipc"
+    "ddim, plms, ddpm, dpm-solver, dpm-solver++, dpm-solver++2s, dpm-solver-3s, dpm-solver++3m, dpm-solver-published, "
+    "dpm-solver++-published, dpm-solver++3m-published, euler, euler-a, heun, dpm++2m-karras, unipc"
 )
+SPACINGS = ("time", "logsnr", "karras", "quad")  # of ldm.models.diffusion.spacing
+# The solvers whose default it is; that of all others is time.
+USUAL_SPACINGS = {
+    "quad": ("dpm-solver", "dpm-solver++", "dpm-solver++3m", "unipc"),
+    "logsnr": ("dpm-solver++2s", "dpm-solver-3s"),
+    "karras": ("dpm++2m-karras",),
+}
 
 MOST = 1_000_000  # images of one run, and whatever else is counted
 MOST_STEPS = 10_000  # of a solver; no training has more timesteps
@@ -48,6 +55,12 @@ def interval(text: str) -> tuple[float, float]:
     if not comma:
         raise argparse.ArgumentTypeError(f"must be LOW,HIGH, two timesteps such as 200,800; got {text!r}")
     return finite(low), finite(high)
+
+
+def timesteps(text: str) -> tuple[int, ...]:
+    """An argparse type: training timesteps, T,T,..."""
+    one = whole(0, MOST_STEPS)
+    return tuple(map(one, text.split(",")))
 
 
 def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -218,9 +231,7 @@ def sampling_arguments(
         return f"(default: {unknown if value is None else value})"
 
     how = p.add_argument_group("how to sample")
-    how.add_argument(
-        *steps_flags, dest="steps", type=step_count, default=steps, metavar="N", help=f"sampling steps {default(steps)}"
-    )
+    node_arguments(how, steps_flags, steps, default(steps))
     how.add_argument(
         *eta_flags,
         dest="eta",
@@ -235,11 +246,34 @@ def sampling_arguments(
         p.set_defaults(scale=1.0, guidance_interval=None, guidance_reuse=False)
     sampler = how.add_mutually_exclusive_group()
     sampler.add_argument("--sampler", default="ddim", help=f"the solver: {SAMPLERS} (default: %(default)s)")
-    for flag, name in (("--plms", "plms"), ("--dpm", "dpm-solver++")):
+    for flag, name in (("--plms", "plms"), ("--dpm", "dpm-solver++-published")):
         sampler.add_argument(
-            flag, action="store_const", const=name, dest="sampler", help=f"the same as --sampler {name}"
+            flag, action="store_const", const=name, dest="sampler", help=f"as published: --sampler {name}"
         )
     return sampler
+
+
+def node_arguments(group: argparse._ArgumentGroup, steps_flags: Sequence[str], steps: int | None, default: str) -> None:
+    """How many steps there are, and where they begin."""
+    usual = ", ".join(f"{spacing} for {', '.join(names)}" for spacing, names in USUAL_SPACINGS.items())
+    count = group.add_mutually_exclusive_group()
+    count.add_argument(
+        *steps_flags, dest="steps", type=step_count, default=steps, metavar="N", help=f"sampling steps {default}"
+    )
+    count.add_argument(
+        "--timesteps-at",
+        type=timesteps,
+        metavar="T,T,...",
+        help="instead: the training timesteps where the steps begin, such as 981,961,941 (falling; of 1000 timesteps "
+        "999 is the noisiest)",
+    )
+    group.add_argument(
+        "--spacing",
+        choices=SPACINGS,
+        help="how the steps are spread between noise and image: time = evenly over the timesteps, quad = over their "
+        "square root, logsnr = over the logarithm of the signal-to-noise ratio, karras = over sigma's seventh root "
+        f"(default: {usual}, time for the others)",
+    )
 
 
 def guidance_arguments(group: argparse._ArgumentGroup, scale: float | None, default: str) -> None:

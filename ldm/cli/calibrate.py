@@ -95,7 +95,7 @@ def calibrate_model(
     with fault_of("ckpt", (ValueError,)):
         errors = try_propagations(engine, plan, items)
     best = min(errors, key=errors.get)
-    file = facts.calibrations / f"{engine.recipe.sampler}-{engine.recipe.steps}.json"
+    file = facts.calibrations / f"{engine.recipe.solver_name}-{engine.recipe.steps}.json"
     return Outcome(calibration.model_copy(update={"propagate": best}), replace(plan, propagate=best), errors, file)
 
 
@@ -107,7 +107,7 @@ def plain_engine(model: ModelSettings, sampling: SamplingSettings) -> tuple[Engi
     loaded = setup.load()
     with fault_of("config"):
         engine = Engine(loaded, setup.sizes, recipe, plan, text_task())
-    return engine, run_facts(setup, recipe.sampler)
+    return engine, run_facts(setup, recipe.solver_name)
 
 
 def calibrate(

@@ -178,7 +178,7 @@ def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
 
 def choose_methods(setup: Setup, sampling: SamplingSettings, recipe: Recipe, nodes: int, compare: bool) -> Methods:
     """The methods of the run by name: the one asked for, or those of a comparison."""
-    facts = run_facts(setup, recipe.sampler)
+    facts = run_facts(setup, recipe.solver_name)
     plan = make_plan(sampling, nodes, facts)
     if not compare:
         return {SINGLE: (recipe, plan)}

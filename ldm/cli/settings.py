@@ -35,6 +35,8 @@ class SamplingSettings:
     plan, propagate: as `load_plan` takes them.
     parallel: most decoder steps in one batch; None = as many as are fast and fit into memory.
     noise_weight: of prior noise injection; None = usual with a plan that skips encoders.
+    spacing: of the steps; None = the solver's default, or none with timesteps_at.
+    timesteps_at: where the steps begin, in place of steps and spacing.
     """
 
     sampler: str = "ddim"
@@ -51,6 +53,8 @@ class SamplingSettings:
     noise_weight: float | None = None
     noise_below: float = 500.0
     noise_order: str = "before"
+    spacing: str | None = None
+    timesteps_at: tuple[int, ...] | None = None
 
 
 def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mapping[str, Any] | None = None) -> Recipe:
@@ -60,7 +64,8 @@ def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mappi
         config: of the model, which recommends a guidance scale where the settings have none.
 
     Raises:
-        SettingError: there is no such solver, it has no choice of eta, or the guidance interval is empty.
+        SettingError: there is no such solver, it has no choice of eta, it does not take the spacing, or the guidance
+            interval is empty.
     """
     sampler = settings.sampler
     if sampler not in SOLVERS:
@@ -68,13 +73,15 @@ def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mappi
         raise SettingError(
             "sampler", f"there is no solver {sampler!r}; accepted: {names}{did_you_mean(sampler, SOLVERS)}"
         )
+    with fault_of("spacing"):
+        SOLVERS[sampler].spacings.check(settings.spacing, settings.timesteps_at)
     weight = settings.noise_weight
     if weight is None:
         weight = 0.0 if settings.plan == "off" else NOISE_WEIGHT
     recipe = Recipe(
         *size,
         sampler,
-        settings.steps,
+        settings.steps if settings.timesteps_at is None else len(settings.timesteps_at),
         _eta(settings),
         usual_scale(config or {}) if settings.scale is None else settings.scale,
         settings.guidance_interval,
@@ -83,6 +90,8 @@ def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mappi
         weight,
         settings.noise_below,
         settings.noise_order,
+        settings.spacing,
+        settings.timesteps_at,
     )
     with fault_of("guidance_interval"):
         _ = recipe.guidance  # checks it
@@ -105,7 +114,7 @@ def _eta(settings: SamplingSettings) -> float:
 def count_nodes(recipe: Recipe, setup: Setup, strength: float = 1.0) -> int:
     """How many predictions a run of the last `strength` (0..1) of the steps makes, which is what its plan counts."""
     timesteps = setup.config.model.params.get("timesteps", 1000)
-    with fault_of("steps"):
+    with fault_of("steps" if recipe.timesteps_at is None else "timesteps_at"):
         num_nodes(recipe, timesteps)
     with fault_of("strength"):
         return num_nodes(recipe, timesteps, strength)

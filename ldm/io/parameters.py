@@ -22,16 +22,20 @@ SAMPLERS = {
     "ddim": "DDIM",
     "plms": "PLMS",
     "dpm-solver++": "DPM++ 2M",
+    "dpm-solver++-published": "DPM++ 2M",
     "euler": "Euler",
     "euler-a": "Euler a",
     "heun": "Heun",
     "dpm++2m-karras": "DPM++ 2M Karras",
     "unipc": "UniPC",
 }
+SCHEDULES = {"karras": "Karras", "logsnr": "Exponential"}  # our spacings -> the names that readers know
 # The fields of the last line: name -> our setting, and how its value is written.
 FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "Steps": ("steps", str),
     "Sampler": ("sampler", lambda name: SAMPLERS.get(name, name)),
+    "Schedule type": ("spacing", lambda name: SCHEDULES.get(name, name)),
+    "Timesteps": ("timesteps_at", lambda timesteps: ",".join(map(str, timesteps))),
     "CFG scale": ("scale", str),
     "Seed": ("seed", itemgetter(0)),
     "Size": ("size", str),

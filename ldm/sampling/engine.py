@@ -25,7 +25,7 @@ from ldm.models.diffusion.parallel.backoff import BatchBackoff
 from ldm.models.diffusion.parallel.distributed import DistributedDecode
 from ldm.models.diffusion.parallel.warm_up import WarmUp, timed
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
-from ldm.models.diffusion.solvers.registry import num_steps, solver
+from ldm.models.diffusion.solvers.registry import SOLVERS, levels_of, solver
 from ldm.modules.packed import pack
 from ldm.profiling.cost import Macs, unet_macs
 from ldm.profiling.memory import decoder_bytes, sampling_bytes, shared_bytes
@@ -81,6 +81,9 @@ def usual_scale(config: Mapping[str, Any]) -> float:
     return config.get("sampling", {}).get("scale", 7.5)
 
 
+NODE_FIELDS = ("spacing", "timesteps_at")  # of a recipe, recorded only where they say something
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How images are sampled, whatever the model, the task and the plan.
@@ -92,6 +95,7 @@ class Recipe:
     guidance_interval, guidance_reuse: see `Guidance`.
     tome: share of the UNet's finest tokens merged for self-attention, see `Merging`; 0 = none.
     noise_weight, noise_below, noise_order: prior noise injection, see `prior_noise`; weight 0 = none.
+    spacing, timesteps_at: where the steps begin, see `levels_of`; with timesteps_at, steps is their number.
     """
 
     height: int
@@ -106,6 +110,8 @@ class Recipe:
     noise_weight: float = 0.0
     noise_below: float = 500
     noise_order: str = "before"
+    spacing: str | None = None
+    timesteps_at: tuple[int, ...] | None = None
 
     def rule(self, alphas_cumprod: Tensor, noise: Callable[[int, Tensor], Tensor], strength: float = 1.0) -> Rule:
         """The solver of a run of the last `strength` (0..1) of all steps, rounded down.
@@ -113,11 +119,31 @@ class Recipe:
         Raises:
             ValueError: see `solver`; or no step is left.
         """
-        total = num_steps(self.sampler, alphas_cumprod, self.steps)
+        where = {"spacing": self.spacing, "timesteps_at": self.timesteps_at}
+        total = len(levels_of(self.sampler, alphas_cumprod, self.steps, **where)) - 1
         kept = int(strength * total + 1e-9)  # 0.29 of 100 steps is 29
         if kept < 1:
             raise ValueError(f"strength {strength:g} of {total} steps leaves none")
-        return solver(self.sampler, alphas_cumprod, self.steps, self.eta, noise, skip=total - kept)
+        return solver(self.sampler, alphas_cumprod, self.steps, self.eta, noise, total - kept, **where)
+
+    @property
+    def solver_name(self) -> str:
+        """The solver with its nodes, see `Spacings.name_of`."""
+        chosen = SOLVERS[self.sampler]
+        return chosen.spacings.name_of(self.sampler, chosen.chosen(self.spacing, self.timesteps_at), self.timesteps_at)
+
+    def settings(self) -> dict[str, Any]:
+        """What images depend on, as JSON values.
+
+        Without a spacing where it is the solver's published one, and nothing else is its default: so an image that was
+        made before there was a choice keeps its settings.
+        """
+        fields = asdict(self)
+        chosen = SOLVERS[self.sampler]
+        fields["spacing"] = chosen.chosen(self.spacing, self.timesteps_at)
+        if chosen.spacing is None and fields["spacing"] == chosen.spacings.published:
+            fields["spacing"] = None
+        return {name: value for name, value in fields.items() if value is not None or name not in NODE_FIELDS}
 
     @property
     def guidance(self) -> Guidance:
@@ -228,7 +254,7 @@ class Engine:
     def settings(self) -> dict[str, Any]:
         """What images depend on beside weights and item, as JSON values."""
         return (
-            asdict(self.recipe)
+            self.recipe.settings()
             | self.plan.settings()
             | {"precision": "autocast" if self.autocast else "full"}
             | self.task.condition.settings()

@@ -6,14 +6,16 @@ import re
 
 import pytest
 
+from ldm.cli import arguments
 from ldm.cli.arguments import SAMPLERS
+from ldm.models.diffusion import spacing
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from tests.helpers.paths import SCRIPTS
 from tests.helpers.processes import COMMANDS, quick_help
 
 SHARED = (
-    "seed steps sampler plan parallel noise-weight noise-below noise-order compare config ckpt weights device "
-    "precision outdir"
+    "seed steps sampler spacing timesteps-at plan parallel noise-weight noise-below noise-order compare "
+    "config ckpt weights device precision outdir"
 )
 FLAGS = {
     "txt2img": "prompt outdir skip_grid skip_save ddim_steps plms dpm laion400m fixed_code ddim_eta n_iter H W C f "
@@ -43,8 +45,15 @@ def test_help_names_the_published_flags(name):
         assert re.search(rf"--{flag}\b", printed), flag
 
 
-def test_help_names_the_solvers():
+def test_help_names_the_solvers_and_the_spacings():
     assert SAMPLERS == ", ".join(SOLVERS)
+    assert arguments.SPACINGS == spacing.SPACINGS
+
+
+def test_help_tells_the_default_spacing_of_every_solver():
+    own = {name: solver.spacing or solver.spacings.published for name, solver in SOLVERS.items()}
+    named = {name: spacing for spacing, names in arguments.USUAL_SPACINGS.items() for name in names}
+    assert own == dict.fromkeys(SOLVERS, "time") | named
 
 
 def test_short_published_flags():

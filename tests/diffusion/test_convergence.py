@@ -30,7 +30,7 @@ from ldm.models.diffusion.schedule import (
 )
 from ldm.models.diffusion.solvers.ancestral import Ancestral
 from ldm.models.diffusion.solvers.heun import Heun, heun_nodes
-from ldm.models.diffusion.solvers.registry import solver
+from ldm.models.diffusion.solvers.registry import SOLVERS, solver
 from ldm.models.diffusion.solvers.unipc import UniPC
 from tests.helpers.toy import ABAR
 
@@ -68,7 +68,7 @@ def levels(steps: int) -> tuple[Level, ...]:
 
 
 def multistep(steps: int, **settings) -> DPMMultistep:
-    return DPMMultistep(nodes_between(levels(steps)), lower_order_final=False, **settings)
+    return DPMMultistep(nodes_between(levels(steps)), lower_order_below=0, **settings)
 
 
 def singlestep(steps: int, order: int, skip_type: str = "logSNR", **settings) -> DPMSinglestep:
@@ -142,6 +142,37 @@ def test_stochastic_rules_sample_the_data(rule):
     samples = run(rule, x)
     assert abs(float(samples.mean()) - MEAN) < 0.01
     assert abs(float(samples.std()) / STD - 1) < 0.03
+
+
+def distribution(rule_of: Callable[[Callable[[int, Tensor], Tensor]], Rule]) -> tuple[float, float]:
+    """Mean and standard deviation of the samples, without drawing any: on Gaussian data the sample is a linear
+    function of the starting latents and of each node's noise.
+
+    Args:
+        rule_of: the rule with a source of noise.
+    """
+
+    def sample(start: float, noisy: int = -1) -> float:
+        noise = lambda i, x: torch.full_like(x, float(i == noisy))  # noqa: E731
+        return float(run(rule_of(noise), torch.tensor([start], dtype=torch.float64)))
+
+    nodes = len(rule_of(unit_noise).nodes)
+    begin = rule_of(unit_noise).nodes[0].abar
+    mean = sample(sqrt(begin) * MEAN)
+    shares = [sample(sqrt(begin) * MEAN + spread(begin)) - mean]
+    shares += [sample(sqrt(begin) * MEAN, i) - mean for i in range(nodes)]
+    return mean, sqrt(sum(share**2 for share in shares))
+
+
+@pytest.mark.parametrize("name, eta", [("ddpm", 0.0), ("euler-a", 0.0), ("ddim", 1.0), ("ddim", 0.5)])
+def test_more_steps_of_a_stochastic_rule_come_closer_to_the_distribution_of_the_data(name, eta):
+    """A single image has no fine run to come closer to: another number of steps draws other noise."""
+    errors = []
+    for steps in (5, 10, 20, 50):
+        mean, std = distribution(lambda noise, steps=steps: solver(name, ABAR, steps, eta, noise))
+        end = 1.0 if SOLVERS[name].spacings.clean else float(ABAR[0])
+        errors.append(max(abs(mean - sqrt(end) * MEAN), abs(std - spread(end))))
+    assert all(after < before / 1.3 for before, after in pairwise(errors)), errors
 
 
 def test_ancestral_is_ddim_with_eta_1():

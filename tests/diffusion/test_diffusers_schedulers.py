@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import Noise
 from ldm.models.diffusion.denoiser import Denoiser
-from ldm.models.diffusion.dpm_solver.rules import DPMMultistep
+from ldm.models.diffusion.dpm_solver.rules import PUBLISHED_BELOW, DPMMultistep
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import Level, nodes_between, noise_ratio
@@ -71,7 +71,7 @@ def named(name: str) -> Callable[[tuple[Level, ...], Noise], Rule]:
 
 
 def multistep(**settings) -> Callable[[tuple[Level, ...], Noise], Rule]:
-    return lambda levels, noise: DPMMultistep(nodes_between(levels), **settings)
+    return lambda levels, noise: DPMMultistep(nodes_between(levels), lower_order_below=PUBLISHED_BELOW, **settings)
 
 
 def unipc(**settings) -> Callable[[tuple[Level, ...], Noise], Rule]:
@@ -82,7 +82,7 @@ SOLVER_PAIRS = {
     "euler": Pair("EulerDiscrete", EULER, named("euler")),
     "euler-a": Pair("EulerAncestralDiscrete", SIGMAS, named("euler-a")),
     "heun": Pair("HeunDiscrete", HEUN, named("heun")),
-    "dpm-solver++": Pair("DPMSolverMultistep", {**TIMES, **MULTISTEP}, named("dpm-solver++")),
+    "dpm-solver++-published": Pair("DPMSolverMultistep", {**TIMES, **MULTISTEP}, named("dpm-solver++-published")),
     "dpm++2m-karras": Pair("DPMSolverMultistep", {**KARRAS, **MULTISTEP}, named("dpm++2m-karras")),
     "unipc": Pair("UniPCMultistep", UNIPC, named("unipc")),
 }
@@ -149,14 +149,14 @@ def test_the_runs_of_diffusers(name, steps, parameterization):
         ("euler", (2, 10, 25), 1e-4),
         ("euler-a", (2, 10, 25), 1e-4),
         ("heun", (2, 10, 25), 1e-4),
-        ("dpm-solver++", (1, 9, 27), 1e-9),
+        ("dpm-solver++-published", (1, 9, 27), 1e-9),
         ("unipc", (1, 9, 27), 1e-9),
         ("dpm++2m-karras", (10, 25), 0.5),
     ],
 )
 def test_the_levels_of_diffusers(name, counts, off_by):
     for steps in counts:
-        ours, theirs = SOLVERS[name].levels(ABAR, steps), levels_of(SOLVER_PAIRS[name].scheduler(steps))
+        ours, theirs = SOLVERS[name].spacings.levels(ABAR, steps), levels_of(SOLVER_PAIRS[name].scheduler(steps))
         assert [level.t for level in ours] == pytest.approx([level.t for level in theirs], abs=off_by)
         assert [noise_ratio(level.abar) for level in ours] == pytest.approx(
             [noise_ratio(level.abar) for level in theirs], rel=5e-5

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
 
 from ldm.models.diffusion.ddim import DDIM, DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.dpm_solver.rules import DPMMultistep, DPMSinglestep, singlestep_nodes, singlestep_orders
+from ldm.models.diffusion.dpm_solver.rules import (
+    PUBLISHED_BELOW,
+    DPMMultistep,
+    DPMSinglestep,
+    singlestep_nodes,
+    singlestep_orders,
+)
 from ldm.models.diffusion.edits import prior_noise
 from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.plms import PLMS, PLMSSampler, plms_nodes
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import (
+    SKIP_TYPES,
     Node,
     NoiseSchedule,
     ddim_levels,
@@ -23,6 +32,7 @@ from ldm.models.diffusion.schedule import (
     diffuse,
     log_snr,
     nodes_between,
+    noise_ratio,
     predict_x0,
 )
 from ldm.models.diffusion.solvers.ancestral import Ancestral
@@ -57,7 +67,7 @@ def recorded_rule(case) -> Rule:
     variant = case.get("solver_type", "dpmsolver")
     if case["method"] == "multistep":
         levels = schedule.levels(case["S"], case["skip_type"])
-        return DPMMultistep(nodes_between(levels), predicts, variant, order=case["order"])
+        return DPMMultistep(nodes_between(levels), predicts, variant, case["order"], PUBLISHED_BELOW)
     fixed = case["method"] == "singlestep_fixed"
     nodes, spans = singlestep_nodes(schedule, case["S"], case["order"], case["skip_type"], fixed)
     return DPMSinglestep(nodes, predicts, variant, spans=spans)
@@ -220,7 +230,10 @@ NODES = (Node(500, 0.3, 0.6), Node(200, 0.6, 0.9))
         (lambda: singlestep_nodes(schedule(), 10, 4), "order must be 1, 2 or 3"),
         (lambda: singlestep_nodes(schedule(), 0, 3), "steps must be 1..1000"),
         (lambda: singlestep_nodes(schedule(), 2, 3, fixed=True), "at least the order 3"),
-        (lambda: schedule().levels(10, "karras"), "skip_type must be one of time_uniform, logSNR"),
+        (
+            lambda: schedule().levels(10, "cosine"),
+            "skip_type must be one of time_uniform, logSNR, time_quadratic, karras",
+        ),
         (lambda: Ancestral(NODES, None), "needs noise"),
     ],
 )
@@ -233,12 +246,13 @@ def schedule() -> NoiseSchedule:
     return NoiseSchedule(torch.linspace(0.999, 0.005, 1000, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("skip_type", ["time_uniform", "logSNR", "time_quadratic"])
+@pytest.mark.parametrize("skip_type", SKIP_TYPES)
 def test_skip_types_are_even_in_their_own_measure(skip_type):
     measure = {
         "time_uniform": lambda time: time,
         "logSNR": lambda time: log_snr(schedule().level(time).abar),
         "time_quadratic": lambda time: time**0.5,
+        "karras": lambda time: noise_ratio(schedule().level(time).abar) ** (1 / 7),
     }[skip_type]
     times = schedule().times(7, skip_type)
     assert len(times) == 8 and times[0] == 1.0 and times[-1] == 0.001
@@ -259,7 +273,7 @@ def test_skip_types_are_even_in_their_own_measure(skip_type):
         (3, 1, [1, 1, 1]),
     ],
 )
-@pytest.mark.parametrize("skip_type", ["time_uniform", "logSNR", "time_quadratic"])
+@pytest.mark.parametrize("skip_type", SKIP_TYPES)
 def test_singlestep_nodes_are_as_many_as_asked_for(steps, order, orders, skip_type):
     assert singlestep_orders(steps, order) == orders
     nodes, spans = singlestep_nodes(schedule(), steps, order, skip_type)
@@ -268,18 +282,40 @@ def test_singlestep_nodes_are_as_many_as_asked_for(steps, order, orders, skip_ty
     assert all(a.abar_next == b.abar for a, b in zip(nodes, nodes[1:], strict=False))
 
 
+@pytest.mark.parametrize("below, falls_at", [(inf, (1, 2, 3, 14, 15)), (PUBLISHED_BELOW, (1, 2, 3, 14)), (0, ())])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("steps", [1, 2, 3, 14, 15])
-def test_lower_order_final_for_any_order_and_few_steps(order, steps):
+def test_lower_order_at_the_end_for_any_order_and_few_steps(order, steps, below, falls_at):
     """The published code stops with an error for order 3 and for fewer steps than the order."""
-    rule = DPMMultistep(nodes_between(schedule().levels(steps)), order=order)
-    orders = [rule.order_at(i) for i in range(steps)]
+    rule = DPMMultistep(nodes_between(schedule().levels(steps)), order=order, lower_order_below=below)
     ups = [min(order, i + 1) for i in range(steps)]
-    assert orders == (ups if steps >= 15 else [min(up, steps - i) for i, up in enumerate(ups)])
+    falling = [min(up, steps - i) for i, up in enumerate(ups)]
+    assert [rule.order_at(i) for i in range(steps)] == (falling if steps in falls_at else ups)
     state = State(torch.randn(1, *SHAPE))
     for i in range(steps):
         state = rule.step(state, i, torch.randn(1, *SHAPE))
     assert torch.isfinite(state.x).all()
+
+
+@pytest.mark.parametrize("name", ["dpm-solver", "dpm-solver++", "dpm-solver++3m"])
+def test_solvers_end_with_lower_order_and_the_published_rule_has_a_name(name):
+    abar = model().alphas_cumprod
+    rule, published = (solver(f"{name}{end}", abar, 20, spacing="time") for end in ("", "-published"))
+    assert rule.order_at(19) == 1 and published.order_at(19) == rule.order
+    assert replace(rule, lower_order_below=PUBLISHED_BELOW) == published
+    # With few steps, and by default, the named one is all as published.
+    nodes = nodes_between(NoiseSchedule(abar).levels(14))
+    assert solver(f"{name}-published", abar, 14).nodes == nodes
+    assert [published.order_at(i) for i in range(20)] == [min(rule.order, i + 1) for i in range(20)]
+
+
+def test_the_published_sampler_class_has_the_published_rule_at_every_number_of_steps():
+    x_T, c = (load_case("sampler_dpm_default")[1][name] for name in ("x_T", "c"))
+    given = {"batch_size": 2, "shape": SHAPE, "conditioning": c, "x_T": x_T, "verbose": False}
+    made, _ = DPMSolverSampler(model()).sample(16, **given)
+    rule = solver(DPMSolverSampler.solver, model().alphas_cumprod, 16)
+    *_, last = denoise(model().denoiser(c), rule, load_plan("off", 16), x_T)
+    assert torch.equal(made, last.x) and rule.order_at(15) == 2
 
 
 @pytest.mark.parametrize("name, order, predicts", [("dpm-solver++2s", 2, "x0"), ("dpm-solver-3s", 3, "eps")])

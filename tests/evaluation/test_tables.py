@@ -542,7 +542,7 @@ def test_rows_share_a_folder_only_if_their_images_are_the_same(emoji):
                 folders.setdefault(job.folder, set()).add(tuple(job.row.flags()))
     assert all(len(settings) == 1 for settings in folders.values()) and len(folders) > 20
     names = {folder.name[:-9] for folder in folders}
-    assert {"ddim_50_off_tome-0.5", "dpm-solver++_20_off"} <= names and {f.parent for f in folders} == {
+    assert {"ddim_50_off_tome-0.5", "dpm-solver++-published_20_off"} <= names and {f.parent for f in folders} == {
         Path("runs/emoji64-2")
     }
 

@@ -288,7 +288,7 @@ def test_every_flag_that_should_changes_the_picture(first, change):
     assert new.shape != pixels(path).shape or (new != pixels(path)).any()
 
 
-@pytest.mark.parametrize("flag, name", [("--plms", "plms"), ("--dpm", "dpm-solver++")])
+@pytest.mark.parametrize("flag, name", [("--plms", "plms"), ("--dpm", "dpm-solver++-published")])
 def test_published_flags_name_their_samplers(first, flag, name, capsys):
     folder, path, again = first
     before = pictures(folder)

@@ -107,6 +107,18 @@ def refused(files, tmp_path, capsys):
         (["--weights", "ema"], "--ckpt: .*'ema' asked for, but the file has no model_ema"),
         (["--config", "nowhere.yaml"], "--config: nowhere.yaml: no such file"),
         (["--ckpt", "nowhere.ckpt"], "--ckpt: nowhere.ckpt: no such file"),
+        (["--spacing", "cosine"], "--spacing: .*'cosine'.*time.*logsnr.*karras.*quad"),
+        (["--sampler", "dpm++2m-karras", "--spacing", "time"], "--spacing: must be karras for this solver; got 'time'"),
+        (["--timesteps-at", "981,500,500"], "--timesteps-at: timesteps must fall strictly.*; got 500 after 500"),
+        (["--timesteps-at", "1000,500"], "--timesteps-at: timesteps must be 1..999 .*; got 1000"),
+        (["--timesteps-at", "500,0"], "--timesteps-at: timesteps must be 1..999 .* lands on 0; got 0"),
+        (["--timesteps-at", "981;500"], "--timesteps-at: expected a whole number in 0..10000; got '981;500'"),
+        (["--timesteps-at", "981,500", "--steps", "2"], "--timesteps-at: not allowed with argument --steps"),
+        (
+            ["--timesteps-at", "981,500", "--spacing", "quad"],
+            "--spacing: must be left out where the timesteps are given",
+        ),
+        (["--timesteps-at", "981,500", "--plan", "0,1,2"], "--plan: key 2 is past the last node 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -115,7 +127,7 @@ def test_bad_arguments(refused, arguments, why):
 
 
 def test_eta_needs_a_sampler_that_takes_it(refused):
-    for flag, name in (("--plms", "plms"), ("--dpm", "dpm-solver++")):
+    for flag, name in (("--plms", "plms"), ("--dpm", "dpm-solver++-published")):
         line = refused(flag, "--ddim_eta", "0.5")
         assert line == f"--ddim_eta: {name} has no choice of it; expected 0, or a sampler that has: ddim; got 0.5"
 

@@ -15,7 +15,18 @@ from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.sampler import Intermediates, Sampler, mask_edits, per_image, refuse
-from ldm.models.diffusion.schedule import CLEAN, Node, ddim_nodes, ddim_sigma, ddim_timesteps, diffuse, predict_x0
+from ldm.models.diffusion.schedule import (
+    CLEAN,
+    Node,
+    ddim_levels,
+    ddim_nodes,
+    ddim_sigma,
+    ddim_timesteps,
+    diffuse,
+    nodes_between,
+    predict_x0,
+)
+from ldm.models.diffusion.spacing import OF_DDIM, Levels
 
 Noise = Callable[[int, Tensor], Tensor]
 
@@ -64,16 +75,25 @@ class DDIM:
 class DDIMSampler(Sampler):
     """DDIM sampling, image-to-image and inversion with the published signatures.
 
-    Beyond them: `plan` (encoder propagation), `parallel` (decoder steps per batch), `edits`; noise comes from
-    `seed`, see `Sampler`, where the published class uses the global generator.
+    Beyond them: `plan` (encoder propagation), `parallel` (decoder steps per batch), `edits`, `spacing` and
+    `timesteps_at` (where the steps begin); noise comes from `seed`, see `Sampler`, where the published class uses the
+    global generator.
     """
 
     solver = "ddim"
-    ddim_timesteps: tuple[int, ...] = ()
+    ddim_timesteps: tuple[float, ...] = ()
     ddim_eta: float = 0.0
+    _levels: Levels = ()
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
+        self,
+        ddim_num_steps: int,
+        ddim_discretize: str = "uniform",
+        ddim_eta: float = 0.0,
+        verbose: bool = True,
+        *,
+        spacing: str | None = None,
+        timesteps_at: Sequence[int] | None = None,
     ) -> None:
         """Fix the timestep grid and eta for `decode`, `encode`, `stochastic_encode` and `ddim_sampling`.
 
@@ -81,8 +101,16 @@ class DDIMSampler(Sampler):
             ddim_num_steps, ddim_discretize: see `ddim_timesteps`.
             ddim_eta: 0 = deterministic, 1 = ancestral.
             verbose: as published, also print the grid.
+            spacing, timesteps_at: in place of ddim_discretize, see `Spacings.levels`.
         """
-        self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, ddim_discretize)
+        if spacing is None and timesteps_at is None:
+            grid = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, ddim_discretize)
+            self._levels = ddim_levels(self.model.alphas_cumprod, grid)
+        else:
+            refuse(ddim_discretize=None if ddim_discretize == "uniform" else ddim_discretize)
+            self._levels = OF_DDIM.levels(self.model.alphas_cumprod, ddim_num_steps, spacing, timesteps_at)
+        self.solver = OF_DDIM.name_of("ddim", spacing, timesteps_at)
+        self.ddim_timesteps = tuple(level.t for level in reversed(self._levels[:-1]))
         self.ddim_eta = ddim_eta
         if verbose:
             print(f"DDIM timesteps: {self.ddim_timesteps}, eta {ddim_eta}")
@@ -91,12 +119,12 @@ class DDIMSampler(Sampler):
         """Nodes of the grid, or of every training timestep, which ends at abar = 1."""
         if use_original_steps:
             return ddim_nodes(self.model.alphas_cumprod, range(self.ddpm_num_timesteps), CLEAN)
-        return ddim_nodes(self.model.alphas_cumprod, self._grid())
+        return nodes_between(self._grid())
 
-    def _grid(self) -> tuple[int, ...]:
-        if not self.ddim_timesteps:
+    def _grid(self) -> Levels:
+        if not self._levels:
             raise ValueError("there is no timestep grid yet: call make_schedule(ddim_num_steps) first")
-        return self.ddim_timesteps
+        return self._levels
 
     def sample(
         self,
@@ -126,6 +154,8 @@ class DDIMSampler(Sampler):
         plan: Plan | str | None = None,
         parallel: int = 1,
         edits: Sequence[Edit] = (),
+        spacing: str | None = None,
+        timesteps_at: Sequence[int] | None = None,
     ) -> tuple[Tensor, Intermediates]:
         """Sample a batch of latents.
 
@@ -145,6 +175,7 @@ class DDIMSampler(Sampler):
             plan: a `Plan`, or a spec for `load_plan`; None = the encoder runs at every step.
             parallel: most decoder steps in one batch, for a plan given as a spec.
             edits: changes of the latents; inpainting comes before them.
+            spacing, timesteps_at: see `Spacings.levels`; the published grid if both are None.
 
         Returns:
             samples (B, C, H, W) and {'x_inter': [...], 'pred_x0': [...]}.
@@ -161,7 +192,7 @@ class DDIMSampler(Sampler):
             dynamic_threshold=dynamic_threshold,
             ucg_schedule=ucg_schedule,
         )
-        self.make_schedule(S, ddim_eta=eta, verbose=False)
+        self.make_schedule(S, ddim_eta=eta, verbose=False, spacing=spacing, timesteps_at=timesteps_at)
         return self.ddim_sampling(
             conditioning,
             (batch_size, *shape),
@@ -305,7 +336,7 @@ class DDIMSampler(Sampler):
         """
         abar = self.model.alphas_cumprod
         if not use_original_steps:
-            abar = abar[list(self._grid())]
+            abar = torch.tensor([level.abar for level in reversed(self._grid()[:-1])], device=abar.device)
         if noise is None:
             noise = self.start(x0.shape, None, self.draw_seeds(len(x0)))
         return diffuse(x0, noise.to(x0), per_image(abar, t, x0, "t"))

@@ -10,15 +10,8 @@ from torch import Tensor
 
 from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.sampler import DeterministicSampler
-from ldm.models.diffusion.schedule import (
-    Level,
-    Node,
-    ddim_levels,
-    ddim_timesteps,
-    eps_weight,
-    nodes_between,
-    predict_x0,
-)
+from ldm.models.diffusion.schedule import Level, Node, eps_weight, nodes_between, predict_x0
+from ldm.models.diffusion.spacing import OF_DDIM, Levels
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
@@ -74,6 +67,7 @@ class PLMSSampler(DeterministicSampler):
     """
 
     solver = "plms"
+    spacings = OF_DDIM
 
-    def rule(self, steps: int) -> PLMS:
-        return PLMS(plms_nodes(ddim_levels(self.model.alphas_cumprod, ddim_timesteps(steps, self.ddpm_num_timesteps))))
+    def rule(self, levels: Levels) -> PLMS:
+        return PLMS(plms_nodes(levels))

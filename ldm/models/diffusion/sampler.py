@@ -16,8 +16,9 @@ from ldm.models.diffusion.edits import Edit, inpainting
 from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
-from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
 from ldm.models.diffusion.schedule import Node
+from ldm.models.diffusion.spacing import Levels, Spacings
 
 MASK_STREAM = 1  # appended to an image's seed: the noise of a kept region is not the solver's noise
 
@@ -77,12 +78,16 @@ class Sampler:
         edits: Sequence[Edit] = (),
     ) -> Iterator[State]:
         """The loop's states under a plan given as a Plan, as a spec for `load_plan`, or not at all (off)."""
+        return denoise(denoiser, rule, self.loaded_plan(plan, rule, parallel, self.solver), x, edits)
+
+    def loaded_plan(self, plan: AnyPlan | str | None, rule: Rule, parallel: int, solver: str) -> AnyPlan:
+        """The plan of a run; `solver` is what a calibration for it is named by, see `Spacings.name_of`."""
         if plan is None:
-            plan = load_plan("off", len(rule.nodes), parallel)
-        elif isinstance(plan, str):
-            run = RunFacts.of(self.solver, self.model.weights_file)
-            plan = load_plan(plan, len(rule.nodes), parallel, run=run)
-        return denoise(denoiser, rule, plan, x, edits)
+            return load_plan("off", len(rule.nodes), parallel)
+        if isinstance(plan, str):
+            run = RunFacts.of(solver, self.model.weights_file)
+            return load_plan(plan, len(rule.nodes), parallel, run=run)
+        return plan
 
     def run(
         self,
@@ -132,16 +137,14 @@ class DeterministicSampler(Sampler, ABC):
     """A published sampler class that needs no more than its rule.
 
     Beyond the published arguments: `plan` (encoder propagation), `parallel` (decoder steps per batch),
-    `edits`; noise comes from `seed`, see `Sampler`.
+    `edits`, `spacing` and `timesteps_at` (where the steps begin); noise comes from `seed`, see `Sampler`.
     """
 
-    @abstractmethod
-    def rule(self, steps: int) -> Rule:
-        """The update rule of a run.
+    spacings: Spacings
 
-        Raises:
-            ValueError: the number of steps is out of range.
-        """
+    @abstractmethod
+    def rule(self, levels: Levels) -> Rule:
+        """The update rule of a run whose steps begin and end at these levels."""
 
     def sample(
         self,
@@ -170,6 +173,8 @@ class DeterministicSampler(Sampler, ABC):
         plan: Plan | str | None = None,
         parallel: int = 1,
         edits: Sequence[Edit] = (),
+        spacing: str | None = None,
+        timesteps_at: Sequence[int] | None = None,
     ) -> tuple[Tensor, Intermediates]:
         """Sample a batch of latents.
 
@@ -187,6 +192,7 @@ class DeterministicSampler(Sampler, ABC):
             plan: a `Plan`, or a spec for `load_plan`; None = the encoder runs at every node.
             parallel: most decoder steps in one batch, for a plan given as a spec.
             edits: changes of the latents; inpainting comes before them.
+            spacing, timesteps_at: see `Spacings.levels`; the published grid if both are None.
 
         Returns:
             samples (B, C, H, W) and {'x_inter': [...], 'pred_x0': [...]}.
@@ -204,13 +210,13 @@ class DeterministicSampler(Sampler, ABC):
             corrector_kwargs=corrector_kwargs,
             dynamic_threshold=dynamic_threshold,
         )
-        rule, seeds = self.rule(S), self.draw_seeds(batch_size)
+        rule = self.rule(self.spacings.levels(self.model.alphas_cumprod, S, spacing, timesteps_at))
+        seeds = self.draw_seeds(batch_size)
         return self.run(
             self.model.denoiser(conditioning, unconditional_conditioning, unconditional_guidance_scale),
             rule,
             self.start((batch_size, *shape), x_T, seeds),
-            plan=plan,
-            parallel=parallel,
+            plan=self.loaded_plan(plan, rule, parallel, self.spacings.name_of(self.solver, spacing, timesteps_at)),
             edits=(*mask_edits(mask, x0, rule.nodes, seeds), *edits),
             callback=callback,
             img_callback=img_callback,

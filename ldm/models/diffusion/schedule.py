@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-SKIP_TYPES = ("time_uniform", "logSNR", "time_quadratic")
+KARRAS_RHO = 7.0  # of Karras et al.
+SKIP_TYPES = ("time_uniform", "logSNR", "time_quadratic", "karras")
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ class NoiseSchedule:
         """steps + 1 times from begin down to end.
 
         Args:
-            skip_type: evenly spaced in time ('time_uniform'), in lambda ('logSNR') or in the square root of
-                time ('time_quadratic').
+            skip_type: evenly spaced in time ('time_uniform'), in lambda ('logSNR'), in the square root of time
+                ('time_quadratic') or in the seventh root of noise_ratio ('karras').
             end: the first training timestep, 1 / N, if None.
 
         Raises:
@@ -175,9 +176,9 @@ class NoiseSchedule:
             between = np.linspace(begin, end, steps + 1)
         elif skip_type == "time_quadratic":
             between = np.linspace(sqrt(begin), sqrt(end), steps + 1) ** 2
-        elif skip_type == "logSNR":
-            ends = (log_snr(self.level(time).abar) for time in (begin, end))
-            between = map(self.time_of, np.linspace(*ends, steps + 1))
+        elif skip_type in ("logSNR", "karras"):
+            lambdas = _lambdas_between(self.level(begin).abar, self.level(end).abar, steps, skip_type == "karras")
+            between = map(self.time_of, lambdas)
         else:
             raise ValueError(f"skip_type must be one of {', '.join(SKIP_TYPES)}; got {skip_type!r}")
         return [begin, *map(float, [*between][1:-1]), end]
@@ -189,6 +190,14 @@ class NoiseSchedule:
         final_sigmas_type 'sigma_min' the last step goes on to clean latents.
         """
         return tuple(map(self.level, self.times(steps, skip_type)))
+
+
+def _lambdas_between(abar: float, abar_next: float, steps: int, karras: bool) -> np.ndarray:
+    """steps + 1 values of lambda between two levels: evenly spaced, or evenly in noise_ratio to the power 1 / rho."""
+    if not karras:
+        return np.linspace(log_snr(abar), log_snr(abar_next), steps + 1)
+    roots = (noise_ratio(level) ** (1 / KARRAS_RHO) for level in (abar, abar_next))
+    return -KARRAS_RHO * np.log(np.linspace(*roots, steps + 1))
 
 
 def interpolate(x: float, xs: np.ndarray, ys: np.ndarray) -> float:
@@ -212,7 +221,7 @@ def sigma_levels(alphas_cumprod: Tensor, steps: int) -> tuple[Level, ...]:
     return (*map(Level, ts.tolist(), (1 / (1 + sigmas**2)).tolist()), CLEAN)
 
 
-def karras_levels(alphas_cumprod: Tensor, steps: int, rho: float = 7.0) -> tuple[Level, ...]:
+def karras_levels(alphas_cumprod: Tensor, steps: int, rho: float = KARRAS_RHO) -> tuple[Level, ...]:
     """noise_ratio to the power 1 / rho evenly spaced over the trained range, then clean.
 
     The timestep is found by interpolation of log noise_ratio; diffusers rounds it.
