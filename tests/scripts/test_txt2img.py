@@ -272,6 +272,7 @@ def first(files, tmp_path_factory):
         ["--noise-order", "update"],
         ["--noise-below", "900"],
         ["--ddim_eta", "0.7"],
+        ["--spacing", "quad"],
         ["--H", "32"],
         ["--W", "32"],
         ["--negative_prompt", "a dog face"],
@@ -286,6 +287,20 @@ def test_every_flag_that_should_changes_the_picture(first, change):
     (new,) = pictures(folder).keys() - before.keys()
     new = pixels(path.with_name(new))
     assert new.shape != pixels(path).shape or (new != pixels(path)).any()
+
+
+def test_timesteps_of_ones_own_make_the_published_picture_and_are_recorded(files, first, tmp_path):
+    _, path, _ = first
+    model = ["--config", str(files[0]), "--ckpt", str(files[1])]
+    given = ["--n_samples", "1", "--noise-weight", "0.05", "--skip_grid", "--timesteps-at", "801,601,401,201,1"]
+    assert main([*model, "--outdir", str(tmp_path / "out"), *given]) == 0
+    (own,) = pictures(tmp_path).values()
+    assert np.array_equal(pixels(own), pixels(path))
+    settings = read_png(own)[1]
+    assert settings["timesteps_at"] == [801, 601, 401, 201, 1] and settings["steps"] == 5
+    assert "timesteps_at" not in read_png(path)[1]
+    with Image.open(own) as image:
+        assert 'Timesteps: "801,601,401,201,1"' in image.text["parameters"]
 
 
 @pytest.mark.parametrize("flag, name", [("--plms", "plms"), ("--dpm", "dpm-solver++-published")])

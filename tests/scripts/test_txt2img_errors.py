@@ -29,7 +29,7 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
 def refused(files, tmp_path, capsys):
     """Run the command line; check that it refuses in one line and leaves nothing; return that line."""
 
-    def run(*arguments: str, config: Path | None = None, ckpt: Path | None = None) -> str:
+    def run(*arguments: str, config: Path | None = None, ckpt: Path | None = None, steps: str | None = "5") -> str:
         kept = sorted(tmp_path.rglob("*"))
         code = main(
             [
@@ -39,8 +39,7 @@ def refused(files, tmp_path, capsys):
                 str(ckpt or files[1]),
                 "--outdir",
                 str(tmp_path / "out"),
-                "--steps",
-                "5",
+                *(() if steps is None else ("--steps", steps)),
                 "--n_samples",
                 "1",
                 *arguments,
@@ -109,21 +108,27 @@ def refused(files, tmp_path, capsys):
         (["--ckpt", "nowhere.ckpt"], "--ckpt: nowhere.ckpt: no such file"),
         (["--spacing", "cosine"], "--spacing: .*'cosine'.*time.*logsnr.*karras.*quad"),
         (["--sampler", "dpm++2m-karras", "--spacing", "time"], "--spacing: must be karras for this solver; got 'time'"),
-        (["--timesteps-at", "981,500,500"], "--timesteps-at: timesteps must fall strictly.*; got 500 after 500"),
-        (["--timesteps-at", "1000,500"], "--timesteps-at: timesteps must be 1..999 .*; got 1000"),
-        (["--timesteps-at", "500,0"], "--timesteps-at: timesteps must be 1..999 .* lands on 0; got 0"),
-        (["--timesteps-at", "981;500"], "--timesteps-at: expected a whole number in 0..10000; got '981;500'"),
-        (["--timesteps-at", "981,500", "--steps", "2"], "--timesteps-at: not allowed with argument --steps"),
-        (
-            ["--timesteps-at", "981,500", "--spacing", "quad"],
-            "--spacing: must be left out where the timesteps are given",
-        ),
-        (["--timesteps-at", "981,500", "--plan", "0,1,2"], "--plan: key 2 is past the last node 1"),
+        (["--timesteps-at", "981,500"], "--timesteps-at: not allowed with argument --steps"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_arguments(refused, arguments, why):
     assert re.match(why, refused(*arguments))
+
+
+@pytest.mark.parametrize(
+    "timesteps, more, why",
+    [
+        ("981,500,500", (), "--timesteps-at: timesteps must fall strictly.*; got 500 after 500"),
+        ("1000,500", (), "--timesteps-at: timesteps must be 1..999 .*; got 1000"),
+        ("500,0", (), "--timesteps-at: timesteps must be 1..999 .* lands on 0; got 0"),
+        ("981;500", (), "--timesteps-at: expected a whole number in 0..10000; got '981;500'"),
+        ("981,500", ("--spacing", "quad"), "--spacing: must be left out where the timesteps are given"),
+        ("981,500", ("--plan", "0,1,2"), "--plan: key 2 is past the last node 1"),
+    ],
+)
+def test_bad_timesteps_of_ones_own(refused, timesteps, more, why):
+    assert re.match(why, refused("--timesteps-at", timesteps, *more, steps=None))
 
 
 def test_eta_needs_a_sampler_that_takes_it(refused):
