@@ -19,7 +19,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from ldm.cli.parser import Parser, run_command, torchrun_ranks, whole
@@ -110,12 +111,28 @@ def check_environment() -> None:
             raise BadInput(f"environment variable {name}: expected a whole number from 0 on; got {os.environ[name]!r}")
 
 
+@contextmanager
+def said_once() -> Iterator[None]:
+    """What the block prints is printed by the first of the processes that train together; errors by each."""
+    if all(int(os.environ.get(name, 0)) == 0 for name in RANKS):
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def run(args: argparse.Namespace) -> None:
     name, files, overrides = given_files(args)
     logdir = Path(args.resume) if args.resume else Path(args.logdir) / (args.name or files[0].stem)
     if not args.resume and (logdir / "last.ckpt").exists():
         raise BadInput(f"--name: {logdir} holds a run already; go on with --resume {logdir} or choose another name")
     check_environment()
+    with said_once():
+        train(args, name, files, overrides, logdir)
+
+
+def train(args: argparse.Namespace, name: str, files: list[Path], overrides: list[str], logdir: Path) -> None:
+    """Train or validate in the log folder; `name` is the argument that names the configuration."""
     from ldm.training.run import fit, read_configuration
 
     with fault_of(name):

@@ -17,8 +17,9 @@ from ldm.cli.arguments import (
     size_arguments,
 )
 from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
-from ldm.io.errors import BadInput, blame
+from ldm.io.errors import BadInput, SettingError, blame
 
+STEPS = 50
 WEIGHTS = ("model.safetensors", "model.ckpt")
 
 
@@ -29,9 +30,10 @@ def parser() -> Parser:
     size_arguments(what)
     solvers = sampling_arguments(
         p,
-        50,
+        None,
         eta=1.0,
         guided=False,
+        unknown=f"{STEPS}, or with -v all timesteps of the training",
         eta_flags=("-e", "--eta"),
         steps_flags=("-c", "--custom_steps", "--steps", "--num_inference_steps"),
     )
@@ -82,11 +84,14 @@ def run(args: argparse.Namespace) -> None:
         with blame("--resume", (OSError,)):  # a name that no file can have
             config, ckpt = resumed_files(Path(args.resume))
     model = setup.make_setup(settings_from(args, setup.ModelSettings, config=config, ckpt=ckpt))
-    sampling = settings_from(args, pipeline.SamplingSettings)
+    sampling = replace(settings_from(args, pipeline.SamplingSettings), steps=args.steps or STEPS)
     if args.vanilla_sample:
         if args.spacing or args.timesteps_at:
             raise BadInput("--vanilla_sample: takes all timesteps; not allowed with --spacing and --timesteps-at")
-        sampling = replace(sampling, sampler="ddpm", steps=model.config.model.params.get("timesteps", 1000))
+        timesteps = model.config.model.params.get("timesteps", 1000)
+        if args.steps not in (None, timesteps):
+            raise SettingError("steps", f"-v runs all {timesteps} timesteps of the training; got {args.steps}")
+        sampling = replace(sampling, sampler="ddpm", steps=timesteps)
     items = inputs.image_items([{}], args.n_samples, args.seed, args.seed_by_position)
     made = pipeline.make_images(
         model,

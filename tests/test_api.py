@@ -238,7 +238,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_defaults_are_those_of_the_script(kind):
-    """All but how many pictures there are, and the scale where the script sets it afterwards."""
+    """All but how many pictures there are, and what the script sets afterwards."""
     name, needed = SCRIPTS[kind]
     script = vars(load_script(name).parser().parse_args(needed))
     ours = vars(parsed(KINDS[kind], {}))
@@ -247,7 +247,7 @@ def test_defaults_are_those_of_the_script(kind):
         for argument, value in ours.items()
         if argument in script and script[argument] != value
     }
-    assert not differ.keys() - {"n_samples", "batch_size", "scale" if kind == "inpainting" else ""}
+    assert not differ.keys() - {"n_samples", "batch_size", {"inpainting": "scale", "nothing": "steps"}.get(kind)}
 
 
 def test_images_in_memory_are_read_as_files_are(models):

@@ -25,6 +25,7 @@ from ldm.cli.setup import CONSTRUCTION, fitting_configs
 from ldm.io.errors import fault_of, some
 from ldm.io.files import PROJECT_ROOT
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.profiling.cost import context_tokens
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEASURE = 32  # largest height and width of the latents for the measured prediction
@@ -156,7 +157,7 @@ def prediction(config: DictConfig, model: LatentDiffusion, ckpt: Path) -> Iterat
     says = params.get("parameterization", "eps")
     source, found = "the folder's scheduler states", stated_prediction(ckpt)
     if found is None:
-        source, found = "one prediction on pure noise looks like", measured(model)
+        source, found = "one prediction on pure noise looks like", measured(model, context_tokens(params))
     if found is None:
         yield Finding("note", f"the config says parameterization {says}; the checkpoint does not tell")
     elif found == says:
@@ -170,11 +171,11 @@ def prediction(config: DictConfig, model: LatentDiffusion, ckpt: Path) -> Iterat
         )
 
 
-def measured(model: LatentDiffusion) -> str | None:
-    """See `measured_prediction`; None for a network that needs more than latents and context."""
+def measured(model: LatentDiffusion, tokens: int | None) -> str | None:
+    """See `measured_prediction`, for a context of so many tokens; None for a network that needs more than that."""
     unet, t = model.model.diffusion_model, torch.tensor([model.num_timesteps - 1])
     if model.model.conditioning_key not in (None, "crossattn") or unet.num_classes is not None:
         return None
-    context = None if unet.context_dim is None else torch.zeros(1, 77, unet.context_dim)
+    context = None if unet.context_dim is None else torch.zeros(1, tokens, unet.context_dim)
     side = min(MEASURE, model.image_size)
     return measured_prediction(lambda x: unet(x, t, context), (1, unet.in_channels, side, side))

@@ -122,7 +122,7 @@ class SampleGrid(pl.Callback):
         self.folder, self.columns, self.rows = folder, columns, rows
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not trainer.is_global_zero:  # each process has other images
             return
         batch = next(iter(trainer.val_dataloaders))
         count = self.columns * self.rows
@@ -140,7 +140,8 @@ class StepBar(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         total = trainer.max_steps if trainer.max_steps > 0 else None
-        self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", disable=None)
+        disable = None if trainer.is_global_zero else True
+        self.bar = tqdm(total=total, initial=trainer.global_step, unit="step", disable=disable)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: object) -> None:
         self.bar.set_postfix(loss=f"{outputs['loss'].item():.4g}", refresh=False)

@@ -23,7 +23,7 @@ from ldm.checkpoint.diagnosis import (
     stated_prediction,
 )
 from ldm.checkpoint.published import load_manifest
-from ldm.cli.examine import computes, published
+from ldm.cli.examine import computes, prediction, published
 from tests.helpers.paths import GOLDENS, ROOT
 from tests.helpers.scripts import load_script
 
@@ -209,6 +209,13 @@ def test_weights_that_are_no_numbers(tmp_path, capsys, value):
     out = capsys.readouterr().out
     assert "FAULT 1 weights hold NaN or infinite numbers (model.diffusion_model.out.2.bias)" in out
     assert "looks like" not in out
+
+
+def test_the_prediction_is_measured_with_as_many_tokens_as_the_model_reads():
+    model, asked = load_model(FILES[1], FILES[3]), []
+    model.model.diffusion_model.register_forward_pre_hook(lambda module, args: asked.append(args[2].shape))
+    assert [finding.kind for finding in prediction(OmegaConf.load(FILES[1]), model, Path(FILES[3]))] == ["ok"]
+    assert {shape[1] for shape in asked} == {16}
 
 
 def test_weights_of_whole_numbers(tmp_path, capsys):

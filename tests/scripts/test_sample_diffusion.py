@@ -37,7 +37,7 @@ def test_defaults_are_the_published_ones(script):
     assert entry.items() >= {"sampler": "ddim", "steps": 5, "eta": 1.0, "scale": 1.0, "seed": [42, 0, 0]}.items()
     assert "prompt" not in entry
     args = script.main.__globals__["parser"]().parse_args([])
-    assert (args.n_samples, args.batch_size, args.steps, args.default_eta) == (50000, 10, 50, 1.0)
+    assert (args.n_samples, args.batch_size, args.default_eta) == (50000, 10, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,12 @@ def test_flags(script, flags, expected):
     (plain,), (entry,) = script("-n", "1", "--plan", "0"), script("-n", "1", *flags)
     assert entry.items() >= expected.items()
     assert (script.pixels(plain) != script.pixels(entry)).any()
+
+
+def test_without_a_number_there_are_50_steps(script):
+    script.common.remove("-c"), script.common.remove("5")
+    (entry,) = script("-n", "1", "--plan", "0")
+    assert entry["steps"] == 50
 
 
 def test_vanilla_sampling_takes_all_timesteps_of_the_training(tmp_path):
@@ -116,6 +122,7 @@ def test_resume_names_a_folder_or_the_weights_in_it(files, tmp_path, capsys):
         (["--batch_size", "0"], "--batch_size: expected"),
         (["-e", "2"], "-e/--eta: expected a number in 0..1"),
         (["-c", "1001"], "--steps: .*1..1000.*1001"),
+        (["-v", "-c", "50"], "--steps: -v runs all 1000 timesteps of the training; got 50"),
         (["-v", "--plms"], "--plms: not allowed with argument -v/--vanilla_sample"),
         (["--plms", "-e", "1"], "--eta: plms has no choice of it"),
         (["--H", "33"], "--H: must be a multiple of 32"),

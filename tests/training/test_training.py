@@ -295,6 +295,8 @@ def test_several_processes_train_together(trained, tmp_path):
         for rank, log in enumerate(logs)
     ]
     assert [child.end() for child in children] == [0, 0], "".join(log.read_text() for log in logs)
+    said = [log.read_text() for log in logs]
+    assert f"{tmp_path / 'two'}: " in said[0] and "for sampling: " in said[0] and said[1] == ""
     assert steps_of(tmp_path / "two") == steps_done(tmp_path / "two" / "previous.ckpt") + 1 == 2
     assert not list((tmp_path / "two").glob(f"{UNFINISHED}*"))
 
