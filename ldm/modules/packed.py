@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.meta import meta_unet
+from ldm.modules.diffusionmodules.meta import meta_unet, once_for_a_config
 from ldm.modules.diffusionmodules.util import PartedConvolution
 
 
@@ -83,7 +84,9 @@ class PackedParts(PartedConvolution):
         return self.last(x) if start else self.first(x)
 
 
-def pack(unet: nn.Module, size: Sequence[int], context_length: int | None = None) -> None:
+def pack(
+    unet: nn.Module, size: Sequence[int], context_length: int | None = None, config: Mapping[str, Any] | None = None
+) -> None:
     """Exchange a UNet's layers for packed ones, one after the other; each gives up its former weights.
 
     Layers that are not float32 on a CPU stay as they are, and so do all on a CPU without AVX-512, where the order of a
@@ -95,14 +98,16 @@ def pack(unet: nn.Module, size: Sequence[int], context_length: int | None = None
         unet: a `UNetModel`.
         size: height and width of the latents; at others the network computes the same, but may be much slower.
         context_length: tokens of the context, for a UNet with cross-attention.
+        config: that the UNet was built from, for which shapes are found once in a process; None = by the UNet itself.
     """
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        pack_layers(unet, convolution_shapes(unet, size, context_length), unet.shared_from())
+        pack_layers(unet, convolution_shapes(config or unet, size, context_length), unet.shared_from())
 
 
+@once_for_a_config
 def convolution_shapes(
-    unet: nn.Module, size: Sequence[int], context_length: int | None = None
-) -> dict[str, Sequence[int]]:
+    unet: nn.Module | Mapping[str, Any], size: Sequence[int], context_length: int | None = None
+) -> Mapping[str, Sequence[int]]:
     """The shapes that each two-dimensional convolution of a UNet gets, by its name; arguments as for `pack`."""
     shapes: dict[str, Sequence[int]] = {}
     with torch.device("meta"), torch.no_grad():
@@ -111,7 +116,7 @@ def convolution_shapes(
             if isinstance(layer, nn.Conv2d):
                 layer.register_forward_pre_hook(lambda _, given, name=name: shapes.update({name: given[0].shape}))
         copy.decode(copy.encode(x, **inputs), **inputs)
-    return shapes
+    return MappingProxyType(shapes)
 
 
 def pack_layers(

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
-from ldm.modules.diffusionmodules.meta import meta_unet
+from ldm.modules.diffusionmodules.meta import meta_unet, once_for_a_config
 
 TEXT_TOKENS = 77  # of CLIP, and of our text encoders unless a config says otherwise
 
@@ -167,6 +166,7 @@ def context_tokens(params: Mapping[str, Any]) -> int | None:
     return reads.get("max_length", reads.get("max_seq_len", TEXT_TOKENS))
 
 
+@once_for_a_config
 def unet_macs(
     unet: nn.Module | Mapping[str, Any],
     size: Sequence[int],
@@ -186,26 +186,6 @@ def unet_macs(
         convention: see `count_macs`. The paper's counts keys and values of the context at every step, as the networks
             do that it was measured with.
     """
-    how = (*size,), batch, context_length, tome, convention
-    if isinstance(unet, nn.Module):
-        return _unet_macs(unet, *how)
-    return _macs_of_config(OmegaConf.to_yaml(OmegaConf.create(unet), sort_keys=True), *how)
-
-
-@lru_cache
-def _macs_of_config(config: str, *how: Any) -> Macs:
-    """The same network is counted once in a process, however often it is built."""
-    return _unet_macs(OmegaConf.create(config), *how)
-
-
-def _unet_macs(
-    unet: nn.Module | Mapping[str, Any],
-    size: tuple[int, ...],
-    batch: int,
-    context_length: int | None,
-    tome: float,
-    convention: str,
-) -> Macs:
     with torch.device("meta"), torch.no_grad():
         unet, x, inputs = meta_unet(unet, size, batch, context_length, tome)
         count, once = partial(count_macs, convention=convention), 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm.modules.diffusionmodules.features import Features
-from ldm.modules.diffusionmodules.meta import meta_unet, on_meta
+from ldm.modules.diffusionmodules.meta import meta_unet, on_meta, once_for_a_config
 
 SHARE = 0.8  # of the free memory that is planned for; an estimate knows nothing of workspaces and fragments
 MEMINFO = Path("/proc/meminfo")
@@ -85,12 +85,17 @@ def sampling_bytes(
         return max(predicting, peak_bytes(lambda: first_stage.decode(latents)))
 
 
+@once_for_a_config
 def decoder_bytes(
-    unet: nn.Module, size: Sequence[int], batch: int = 1, context_length: int | None = None, tome: float = 0.0
+    unet: nn.Module | Mapping[str, Any],
+    size: Sequence[int],
+    batch: int = 1,
+    context_length: int | None = None,
+    tome: float = 0.0,
 ) -> int:
     """What one decoder node of a batch of nodes needs, in the precision of the weights: features and activations.
 
-    Args as for `unet_macs`; the network is left as it is. Autocast to half the precision needs less.
+    Args as for `unet_macs`; a network is left as it is. Autocast to half the precision needs less.
     """
     with torch.device("meta"), torch.no_grad():
         unet, x, inputs = meta_unet(unet, size, 2 * batch, context_length, tome)

@@ -229,7 +229,8 @@ class Engine:
     def pack(self) -> None:
         """Exchange the layers of the model's UNet for packed ones, for good, where they are faster; see `pack`."""
         if not self.autocast:
-            pack(self.model.model.diffusion_model, self.shape[1:], self._tokens)
+            network = self.model.model
+            pack(network.diffusion_model, self.shape[1:], self._tokens, network.config)
 
     @cached_property
     def unit(self) -> Macs:
@@ -244,8 +245,7 @@ class Engine:
 
     def decoder_bytes(self, batch: int) -> int:
         """What one decoder node of `batch` predictions needs; see `ldm.profiling.memory`."""
-        unet = self.model.model.diffusion_model
-        return decoder_bytes(unet, self.shape[1:], batch, self._tokens, self.recipe.tome)
+        return decoder_bytes(self.model.model.config, self.shape[1:], batch, self._tokens, self.recipe.tome)
 
     def shared_bytes(self) -> int:
         """What all decoder nodes need together; see `ldm.profiling.memory`."""

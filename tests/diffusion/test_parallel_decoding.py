@@ -83,6 +83,8 @@ def test_the_estimate_is_what_a_real_decoder_holds():
     one, four = (decoder_bytes(unet, (8, 8), batch, 7) for batch in (1, 4))
     assert four == pytest.approx(4 * one, rel=0.02)
     assert not unet.out[0].weight.is_meta
+    config = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNET}
+    assert decoder_bytes(config, (8, 8), batch=2, context_length=7) == real // 2
 
 
 def test_the_estimate_of_sampling_is_what_networks_really_hold():

@@ -107,6 +107,12 @@ def test_convolutions_are_packed_for_what_they_get():
             layer.register_forward_pre_hook(lambda _, given, name=name: found.update({name: given[0].shape}))
     network(torch.randn(2, 4, 16, 8), torch.zeros(2), torch.randn(2, 5, 16))
     assert convolution_shapes(network, (16, 8), 5) == found and len(found) > 10
+    config = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNET}
+    of_config = convolution_shapes(config, (16, 8), 5)
+    assert of_config == found and convolution_shapes(dict(config), [16, 8], 5) is of_config, "found once"
+    assert convolution_shapes(config, (8, 8), 5) != found
+    pack(network, (16, 8), 5, config)
+    assert not [name for name, layer in network.named_modules() if type(layer) is nn.Conv2d]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (32, 32)], ids=str)

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, wraps
 from itertools import chain
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm.util import instantiate_from_config
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+
+
+def once_for_a_config(
+    find: Callable[Concatenate[nn.Module | Mapping[str, Any], Sequence[int], Given], Found],
+) -> Callable[Concatenate[nn.Module | Mapping[str, Any], Sequence[int], Given], Found]:
+    """A function of a UNet without data, or of its config, and of the size of its latents.
+
+    For a config it is computed once in a process, however often the network is built; a network is looked at anew.
+    """
+
+    @lru_cache
+    def find_once(config: str, size: tuple[int, ...], *rest: Any, **named: Any) -> Found:
+        return find(OmegaConf.create(config), size, *rest, **named)
+
+    @wraps(find)
+    def found(
+        unet: nn.Module | Mapping[str, Any], size: Sequence[int], *rest: Given.args, **named: Given.kwargs
+    ) -> Found:
+        if isinstance(unet, nn.Module):
+            return find(unet, size, *rest, **named)
+        return find_once(OmegaConf.to_yaml(OmegaConf.create(unet), sort_keys=True), (*size,), *rest, **named)
+
+    return found
 
 
 def meta_unet(
