@@ -54,12 +54,10 @@ def run(args: argparse.Namespace) -> None:
     check_statistics(args.save_statistics, args.reference)
     protocol = protocol_name(args)
     from evaluation.metrics import adm, extractors, real_images, statistics
-    from evaluation.runs.images import open_samples
 
     with flags_named(measure_flags(args)):
         with fault_of("samples"):
-            samples = open_samples(args.samples)
-            adm.check_neighbours(len(samples.names))
+            samples = adm.suite_samples(args.samples)
         source = real_images.protocol_reference(protocol, args.data) if protocol else args.reference
         with fault_of("extractor"):
             extractor = extractors.load_extractor(args.extractor, args.weights, args.resize, args.device)

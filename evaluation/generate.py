@@ -140,20 +140,17 @@ def run(args: argparse.Namespace) -> None:
     protocol = protocol_of(args)
     method = protocol.method(**{name: getattr(args, name) for name in METHOD})
 
-    from evaluation.runs.generate import ModelFiles, chosen_prompts, make, prepare
-    from evaluation.runs.processes import join
-    from ldm.cli.setup import ALONE, ModelSettings, make_setup
+    from evaluation.runs import generate, processes
 
     # What is quick to check comes before other processes start, and before what is slow to load.
     with flags_named({"count": "--protocol"}) if args.count is None else nullcontext():
-        prompts = chosen_prompts(protocol, args.data)
+        prompts = generate.chosen_prompts(protocol, args.data)
     check_outdir(Path(args.out), "--out")
-    setup = make_setup(settings_from(args, ModelSettings), protocol.model(), ALONE)
-    files = ModelFiles(setup.config_path, setup.ckpt, args.weights, args.precision)
-    request = prepare(protocol, method, files, prompts)
-    process = join(args.device, args.devices, args.num_nodes, args.strategy, args.shard)
+    files = generate.model_files(settings_from(args, generate.ModelSettings), protocol)
+    request = generate.prepare(protocol, method, files, prompts)
+    process = processes.join(args.device, args.devices, args.num_nodes, args.strategy, args.shard)
     began = time.perf_counter()
-    done = make(request, Path(args.out), process, args.batch_size)
+    done = generate.make(request, Path(args.out), process, args.batch_size)
     report(done, str(process), process.rank == 0, args.npz, time.perf_counter() - began)
 
 

@@ -24,9 +24,7 @@ PUBLISHED = ("count_params", "default", "exists", "isimage", "ismap", "log_txt_a
 def __getattr__(name: str) -> Any:
     """The published helpers of this module. They need PyTorch, which is imported only when one of them is used."""
     if name in PUBLISHED:
-        from ldm import compatibility
-
-        return getattr(compatibility, name)
+        return getattr(import_module("ldm.compatibility"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -55,9 +55,8 @@ def compute(
         SettingError: an argument can't be used; it names the argument.
     """
     with fault_of("samples"):
-        images = open_samples(samples)
+        images = suite_samples(samples)
         made = images.provenance
-        check_neighbours(len(images.names))
     with fault_of("extractor"):
         network = load_extractor(extractor, weights, resize, device) if isinstance(extractor, str) else extractor
     with fault_of("reference"):
@@ -79,6 +78,17 @@ def compute(
     }
     settings = {"bootstrap": {"resamples": bootstrap, "seed": seed}} if bootstrap else {}
     return Result(values, protocol, made, warnings, settings)
+
+
+def suite_samples(source: str | Path | Images) -> Images:
+    """Samples that are enough for the suite; see `open_samples`.
+
+    Raises:
+        ImageError: see `open_samples`; or too few images for precision and recall.
+    """
+    images = open_samples(source)
+    check_neighbours(len(images.names))
+    return images
 
 
 def suite_reference(source: str | Path | Images, extractor: Extractor, batch_size: int = 50) -> Reference:

@@ -30,7 +30,7 @@ from ldm.checkpoint import CheckpointError, fingerprint, load_config, load_model
 from ldm.checkpoint.published import published_sha256
 from ldm.cli.devices import find_device
 from ldm.cli.settings import CPU_POSITIONS, SamplingSettings, make_recipe
-from ldm.cli.setup import CONSTRUCTION, read_setup, uses_autocast
+from ldm.cli.setup import ALONE, CONSTRUCTION, ModelSettings, make_setup, read_setup, uses_autocast
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import json_sha256
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -96,6 +96,16 @@ class ModelFiles:
             SettingError: they do not.
         """
         read_setup(self.config, self.ckpt, torch.device("cpu"))
+
+
+def model_files(settings: ModelSettings, protocol: Protocol) -> ModelFiles:
+    """The model that the settings name, or else the protocol's.
+
+    Raises:
+        SettingError, BadInput: see `make_setup`.
+    """
+    setup = make_setup(settings, protocol.model(), ALONE)
+    return ModelFiles(setup.config_path, setup.ckpt, settings.weights, settings.precision)
 
 
 @dataclass(frozen=True)

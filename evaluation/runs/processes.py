@@ -90,11 +90,10 @@ def join(
 
 def launch(accelerator: str, devices: int, num_nodes: int) -> Fabric:
     """The processes, started. Fabric is slow to import, and one process needs none."""
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy
+    import lightning_fabric
 
     # Gloo, since nothing is exchanged: NCCL would keep a GPU's memory for it.
-    strategy = DDPStrategy(process_group_backend="gloo")
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    strategy = lightning_fabric.strategies.DDPStrategy(process_group_backend="gloo")
+    fabric = lightning_fabric.Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
     fabric.launch()
     return fabric

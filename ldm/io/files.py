@@ -233,15 +233,14 @@ def read_config(path: str | Path) -> DictConfig | ListConfig:
     Raises:
         OSError, FileError: see `read_yaml`.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    import omegaconf  # slow, and most files are no configs
 
     text = read_text(path)
     with _named(path):
         parse_yaml(text)  # refuses what is nested too deeply or too large
         try:
-            return OmegaConf.load(io.StringIO(text))
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+            return omegaconf.OmegaConf.load(io.StringIO(text))
+        except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException, ValueError, OSError) as error:
             raise FileError(f"not a YAML config: {' '.join(str(error).split())}") from None
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 import zipfile
 from pathlib import Path
 
@@ -203,25 +202,26 @@ def test_a_image_without_its_line_is_made_again(whole):
 def test_two_equal_runs_at_once_end_well(tmp_path, whole):
     """One finishes while the other is about to rename its image."""
     path = tmp_path / "twice"
+    (child_waits, says_so), (other_ended, ends) = os.pipe(), os.pipe()
 
     def slow() -> int:
         replace = os.replace
+        os.close(ends)
 
         def waiting(source, target):
             if str(target).endswith("001.png"):
-                (tmp_path / "waits").touch()
-                while not (tmp_path / "finished").exists():
-                    time.sleep(0.01)
+                os.write(says_so, b".")
+                os.read(other_ended, 1)
             replace(source, target)
 
         os.replace = waiting
         return 0 if run(path) else 1
 
     child = Child(slow, tmp_path / "log")
-    while not (tmp_path / "waits").exists():
-        time.sleep(0.01)
+    os.close(says_so)
+    assert os.read(child_waits, 1) == b"."
     assert run(path)
-    (tmp_path / "finished").touch()
+    os.close(ends)
     assert child.end() == 0
     assert content(path) == content(whole) and RunFolder(path).faults() == []
 

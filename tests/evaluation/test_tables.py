@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
+import multiprocessing.context
 import re
 import shlex
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -372,17 +370,17 @@ def test_a_row_that_cant_be_run_is_named_before_any_is_made(made, tmp_path, capf
         assert refused(capfd, argv).startswith(f"TABLE: bad: {why}") and not runs.exists()
 
 
-def test_a_timing_that_is_killed_is_one_line(made, tmp_path):
-    def kill() -> None:
-        while not (children := multiprocessing.active_children()):
-            time.sleep(0.01)
-        children[0].kill()
+def test_a_timing_that_is_killed_is_one_line(made, tmp_path, monkeypatch):
+    process = multiprocessing.context.SpawnProcess
+    start = process.start
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    def start_and_kill(self) -> None:
+        start(self)
+        self.kill()
+
+    monkeypatch.setattr(process, "start", start_and_kill)
     with pytest.raises(SettingError, match=r"^timed: the process that timed images for .*cost\.json was killed, as "):
         timed(tiny_job(made, Row(label="a", steps=2)).request, "cpu", 1, tmp_path / "cost.json")
-    killer.join()
     assert not [*tmp_path.iterdir()]
 
 

@@ -52,17 +52,24 @@ def workload(steps: int = 4) -> Workload:
     return Workload.of(PARAMS, network, (16, 16), 1, 5, steps)
 
 
-def test_calls_take_turns(monkeypatch):
-    order, now = [], [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+def test_calls_take_turns():
+    """What is told of a call is at least what passed inside it, and all of them together at most what passed."""
+    inside: dict[str, list[float]] = {"long": [], "short": []}
+    order = []
 
-    def call(name: str, seconds: float) -> None:
+    def call(name: str, count: int) -> None:
+        began = time.perf_counter()
         order.append(name)
-        now[0] += seconds
+        sum(range(count))
+        inside[name].append(time.perf_counter() - began)
 
-    taken = alternate({"a": lambda: call("a", 0.5), "b": lambda: call("b", 0.25)}, 3)
-    assert order == ["a", "b"] * 3
-    assert taken == {"a": Seconds((0.5,) * 3), "b": Seconds((0.25,) * 3)}
+    began = time.perf_counter()
+    taken = alternate({"long": lambda: call("long", 100_000), "short": lambda: call("short", 0)}, 3)
+    passed = time.perf_counter() - began
+    assert order == ["long", "short"] * 3
+    for name, least in inside.items():
+        assert all(a <= b for a, b in zip(least, taken[name].values, strict=True))
+    assert sum(sum(seconds.values) for seconds in taken.values()) <= passed
     assert (Seconds((1.0, 2.0, 4.0)).median, Seconds((1.0, 2.0, 4.0)).spread) == (2.0, 0.75)
 
 

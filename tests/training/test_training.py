@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -247,29 +247,25 @@ def test_kills_change_nothing(trained, tmp_path, kind):
         assert_same(calm[part], disturbed[part], part)
 
 
-def test_a_killed_process_resumes(trained, tmp_path):
-    """The command itself, killed when its first state is written."""
-    command = [
-        sys.executable,
-        "main.py",
-        "-b",
-        str(trained / "first.yaml"),
-        "-t",
-        "-l",
-        str(tmp_path),
-        "-n",
-        "k",
-        "lightning.trainer.max_steps=100000",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_a_killed_command_resumes(trained, tmp_path):
+    """The command itself, killed when its first state has its name."""
     logdir = tmp_path / "k"
-    while not (logdir / "last.ckpt").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+    def work() -> int:
+        replace = os.replace
+
+        def replace_and_kill(source, target) -> None:
+            replace(source, target)
+            if Path(target) == logdir / "last.ckpt":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace_and_kill
+        sys.argv = ["main.py", "-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", logdir.name]
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+
+    assert Child(work, tmp_path / "log").end() == -signal.SIGKILL, (tmp_path / "log").read_text()
     reached = steps_of(logdir)
-    assert reached >= 1
+    assert reached == 1
     assert main(["-r", str(logdir), "-t", f"lightning.trainer.max_steps={reached + 2}"]) == 0
     assert steps_of(logdir) == reached + 2
 

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from ldm.io.files import find_file, read_bytes
 from ldm.modules.encoders.tokenizer import check_ids, cut
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+try:
+    import ftfy
+except ModuleNotFoundError:  # only texts need it
+    ftfy = None
 
 MERGES = 48894  # then, with 512 single bytes and 2 special tokens, the vocabulary has 49408 entries
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -98,8 +100,6 @@ class ClipTokenizer:
 
     @cached_property
     def bpe(self) -> Tokenizer:
-        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-
         merges = read_merges(self.vocabulary or find_vocabulary())
         symbols = byte_symbols()
         words = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges] + [START, END]
@@ -146,10 +146,8 @@ def clean(text: str) -> str:
     Raises:
         ValueError: the ftfy library is missing. Without it some prompts would give other images.
     """
-    try:
-        import ftfy
-    except ModuleNotFoundError as error:
-        raise ValueError("text needs the ftfy library, which is not installed: pip install -e '.[text]'") from error
+    if ftfy is None:
+        raise ValueError("text needs the ftfy library, which is not installed: pip install -e '.[text]'")
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from ldm.io.files import find_file, read_text
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # in the order of their ids: [PAD] is 0
 
@@ -30,8 +27,6 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     Raises:
         ValueError: no captions, or no room for the special tokens.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-
     captions = list(captions)
     if not captions:
         raise ValueError("captions must hold at least one caption; got none")
@@ -55,8 +50,6 @@ def load_tokenizer(tokenizer: str | Tokenizer, max_length: int) -> Tokenizer:
     Raises:
         ValueError: the file is missing or not a tokenizer.
     """
-    from tokenizers import Tokenizer
-
     if isinstance(tokenizer, Tokenizer):
         return of_length(tokenizer, max_length)
     try:
