@@ -42,7 +42,7 @@ FILES = sorted(
     for path in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))
     if path.exists() and (path.name != "__init__.py" or "__all__" in path.read_text(encoding="utf-8"))
 )
-HEAVY = ("pytorch_lightning", "lightning", "torchvision", "transformers", "open_clip", "tokenizers")
+HEAVY = ("pytorch_lightning", "lightning", "torchvision", "transformers", "open_clip")
 
 
 def place(file: str) -> int:

