@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ldm.io.images import fit, from_pil, open_image, open_labels, open_mask
 from ldm.sampling.engine import Sizes
 from ldm.sampling.generate import Item, make_items
 
+Named = tuple[str, Tensor]  # an image or a map, for messages with the name of its file
 MASK = "_mask.png"  # what a mask's name has in the place of .png
 
 
@@ -127,19 +128,19 @@ def resized_start(image: Image.Image, sizes: Sizes, height: int | None, width: i
     return from_pil(fit(image, *image_size(sizes, height, width, own)))
 
 
-def stacked(images: Mapping[str, Tensor]) -> Tensor:
-    """Images (..., H, W) by name as a batch.
+def stacked(images: Iterable[Named]) -> Tensor:
+    """Images (..., H, W) with their names, of which several may be the same, as a batch.
 
     Raises:
         ValueError: they are not of one size.
     """
-    (first, one), *others = images.items()
+    (first, one), *others = images = [*images]
     for name, other in others:
         if other.shape != one.shape:
             raise ValueError(
                 f"{name} has {pixels(other)}, {first} {pixels(one)}; expected one size, so run each size by itself"
             )
-    return torch.stack(list(images.values()))
+    return torch.stack([image for _, image in images])
 
 
 def pixels(image: Tensor) -> str:
@@ -187,7 +188,7 @@ def masked_images(folder: Path) -> MaskedImages:
     if not subjects:
         raise ValueError(f"{folder} has no masks; expected images NAME.png with masks NAME{MASK}")
     left_out = [path.name for path in folder.iterdir() if path.is_file() and path.name not in images | masks]
-    return MaskedImages(subjects, stacked(images), stacked(masks), left_out)
+    return MaskedImages(subjects, stacked(images.items()), stacked(masks.items()), left_out)
 
 
 def small_images(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], Tensor]:
@@ -197,18 +198,18 @@ def small_images(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], Ten
         SettingError: they can't be read, or are of several sizes.
     """
     with fault_of("images"):
-        images = stacked({str(path): from_pil(open_image(path)) for path in paths})
+        images = stacked((str(path), from_pil(open_image(path))) for path in paths)
         return [file_reference(path, "image") for path in paths], images
 
 
-def label_maps(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
-    """Maps of labels by name, each (H, W), and how each result refers to its own.
+def label_maps(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], list[Named]]:
+    """Maps of labels with their names, each (H, W), and how each result refers to its own.
 
     Raises:
         SettingError: they can't be read, or are of several sizes.
     """
     with fault_of("maps"):
-        maps = {str(path): open_labels(path) for path in paths}
+        maps = [(str(path), open_labels(path)) for path in paths]
         stacked(maps)  # of one size
         return [file_reference(path, "map") for path in paths], maps
 

@@ -161,14 +161,14 @@ class Given:
         """The images, (N, 3, H, W) in [-1, 1]."""
         if not self.images:
             raise ValueError("image: needed by this model")
-        return stacked({str(i): from_pil(open_image(file.path)) for i, file in enumerate(self.images)})
+        return stacked((str(i), from_pil(open_image(file.path))) for i, file in enumerate(self.images))
 
     def masked(self) -> tuple[list[dict[str, str]], torch.Tensor, torch.Tensor]:
         """How the items refer to images and masks, the images, and their masks, (N, 3, H, W) and (N, 1, H, W)."""
         images = self.stacked()
         if len(self.masks) != len(self.images):
             raise ValueError(f"mask: expected one for each image, {len(self.images)}; got {len(self.masks)}")
-        masks = stacked({str(i): open_mask(file.path) for i, file in enumerate(self.masks)})
+        masks = stacked((str(i), open_mask(file.path)) for i, file in enumerate(self.masks))
         if masks.shape[-2:] != images.shape[-2:]:
             raise ValueError(
                 f"mask must be as large as the image, {tuple(images.shape[-2:])}; got {tuple(masks.shape[-2:])}"
@@ -366,7 +366,7 @@ def labels(given: Given, setup: Setup, sampling: SamplingSettings) -> Job:
         maps = as_files(given.subjects, Path(folder))
         if not maps:
             raise ValueError("subjects must be maps of labels for this model; got none")
-        labelled = {str(i): open_labels(file.path) for i, file in enumerate(maps)}
+        labelled = [(str(i), open_labels(file.path)) for i, file in enumerate(maps)]
         stacked(labelled)  # of one size
         subjects = [file.reference("map") for file in maps]
     task, size = label_task(setup, labelled)

@@ -134,8 +134,14 @@ def without_large_grid(output: OutputSettings, count: int, size: tuple[int, int]
 
 def check_guidance(recipe: Recipe, task: Task, processes: Processes = ALONE) -> None:
     """Raise SettingError for settings of guidance without guidance, or that several processes can't follow."""
-    if recipe.scale == 1.0 and "negative_prompt" in task.condition.settings():
-        raise SettingError("negative_prompt", "needs guidance, and the scale is 1; expected another scale")
+    guiding = {
+        "negative_prompt": "negative_prompt" in task.condition.settings(),
+        "guidance_interval": recipe.guidance_interval,
+        "guidance_reuse": recipe.guidance_reuse,
+    }
+    for name, given in guiding.items():
+        if given and recipe.scale == 1.0:
+            raise SettingError(name, "needs guidance, and the scale is 1; expected another scale")
     if processes.several and recipe.guidance_reuse:
         raise SettingError(
             "guidance_reuse",

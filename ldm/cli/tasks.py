@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.cli.arguments import CLASS_NAMES, IMAGENET
 from ldm.cli.class_names import Names, find_class
-from ldm.cli.inputs import class_names
+from ldm.cli.inputs import Named, class_names
 from ldm.cli.settings import SamplingSettings
 from ldm.cli.setup import Setup, conditioner, without_weights
 from ldm.io.errors import SettingError, fault_of, shown
@@ -187,19 +187,19 @@ def upscaling_task(setup: Setup, images: Tensor, settings: UpscalingSettings) ->
 # Maps of labels
 
 
-def label_task(setup: Setup, maps: Mapping[str, Tensor]) -> tuple[Task, Size]:
-    """Maps of labels by name, each (H, W), as images of their size.
+def label_task(setup: Setup, maps: Sequence[Named]) -> tuple[Task, Size]:
+    """Maps of labels with their names, each (H, W), as images of their size.
 
     Raises:
         SettingError: the model knows no such label.
     """
     labels = label_count(setup)
-    for name, labelled in maps.items():
+    for name, labelled in maps:
         for label in (labelled.min(), labelled.max()):
             if not 0 <= label < labels:
                 raise SettingError("maps", f"{name} has a label {label}; this model's are 0..{labels - 1}")
     # What the model can't make is filled up with the edge, and cut off in the end.
-    batch = torch.stack(list(maps.values()))  # (N, H, W)
+    batch = torch.stack([labelled for _, labelled in maps])  # (N, H, W)
     height, width = batch.shape[-2:]
     whole = pad(batch[:, None].float(), *map(setup.sizes.whole, (height, width)))[:, 0].long()
     return Task(SemanticMap(whole)), (height, width)

@@ -129,6 +129,17 @@ def test_the_network_sees_one_mixed_channel_sum_per_latent(synthesis):
     torch.testing.assert_close(beside[1, :, :, 5:], weights[:, 181, None, None].expand(3, 8, 3))
 
 
+@pytest.mark.parametrize("name", ["upscale", "paint"])
+def test_a_file_that_is_given_twice_makes_two_images(request, tmp_path, name):
+    flag, path = {
+        "upscale": ("--images", small(tmp_path / "a.png")),
+        "paint": ("--maps", labelled(tmp_path / "b.png")),
+    }[name]
+    script = request.getfixturevalue(name)
+    one, two = script(flag, path, path)
+    assert one["seed"][1:3] == two["seed"][1:3] and (script.pixels(one) != script.pixels(two)).any()
+
+
 def test_maps_of_any_size_and_compare(paint, tmp_path):
     (entry,) = paint("--maps", labelled(tmp_path / "a.png", (35, 30)))
     assert paint.pixels(entry).shape == (30, 35, 3)

@@ -98,6 +98,8 @@ def refused(files, tmp_path, capsys):
         (["--sampler", "magic"], "--sampler: .*'magic'.*accepted: .*ddim"),
         (["--sampler", "uni-pc"], "--sampler: .*; did you mean unipc\\?"),
         (["--negative_prompt", "grey", "--scale", "1"], "--negative_prompt: needs guidance"),
+        (["--guidance-interval", "200,800", "--scale", "1"], "--guidance-interval: needs guidance"),
+        (["--guidance-reuse", "--scale", "1"], "--guidance-reuse: needs guidance"),
         (["--fp16", "--precision", "full"], "--precision: not allowed with argument --fp16"),
         (["--device", "cuda:99"], "--device: cuda:99 is not there; on this machine: auto, .*cpu"),
         (["--device", "toaster"], "--device: toaster is not there"),
