@@ -37,6 +37,7 @@ def parser() -> Parser:
         eta_flags=("-e", "--eta"),
         steps_flags=("-c", "--custom_steps", "--steps", "--num_inference_steps"),
     )
+    p.set_defaults(default_steps=STEPS)
     solvers.add_argument(
         "-v", "--vanilla_sample", action="store_true", help="ancestral sampling with all timesteps of the training"
     )
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         with blame("--resume", (OSError,)):  # a name that no file can have
             config, ckpt = resumed_files(Path(args.resume))
     model = setup.make_setup(settings_from(args, setup.ModelSettings, config=config, ckpt=ckpt))
-    sampling = replace(settings_from(args, pipeline.SamplingSettings), steps=args.steps or STEPS)
+    sampling = settings_from(args, pipeline.SamplingSettings, steps=args.steps or STEPS)
     if args.vanilla_sample:
         if args.spacing or args.timesteps_at:
             raise BadInput("--vanilla_sample: takes all timesteps; not allowed with --spacing and --timesteps-at")

@@ -52,6 +52,12 @@ CASES = {
         ["--prompt", HEART, "--n_samples", "2", "--plan", "auto:9", "--steps", "50"],
         {"subjects": [HEART], "samples": 2, "plan": "auto:9", "steps": 50},
     ),
+    "timesteps of one's own": (
+        "text",
+        "txt2img",
+        ["--prompt", HEART, "--n_samples", "1", "--sampler", "unipc", "--timesteps-at", "900,700,500,100"],
+        {"subjects": [HEART], "sampler": "unipc", "timesteps_at": [900, 700, 500, 100]},
+    ),
     "every flag": (
         "text",
         "txt2img",
@@ -279,6 +285,9 @@ def test_sizes_follow_each_other_and_batches_change_nothing(models):
         ({"subjects": HEART, "steps": 0}, ValueError, "^steps: expected a whole number in 1..10000; got '0'"),
         ({"subjects": HEART, "step": 9}, TypeError, "step: no argument of this kind of model; there are"),
         ({"subjects": HEART, "plms": 1}, TypeError, "plms must be True or False"),
+        ({"subjects": HEART, "spacing": "even"}, ValueError, "^spacing: invalid choice: 'even'"),
+        ({"subjects": HEART, "timesteps_at": [5, 9]}, ValueError, "^timesteps_at: timesteps must fall strictly"),
+        ({"subjects": HEART, "timesteps_at": [9, 5], "spacing": "time"}, ValueError, "^spacing: must be left out"),
         ({"subjects": HEART, "H": 33}, ValueError, "^H: must be a multiple of 32"),
         ({"subjects": HEART, "plan": "auto:9", "steps": 20}, ValueError, "^plan: auto plans need .* one for 50"),
         ({"subjects": HEART, "strength": 0.5}, ValueError, "strength needs an image"),

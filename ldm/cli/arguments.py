@@ -231,6 +231,22 @@ def sampling_arguments(
         return f"(default: {unknown if value is None else value})"
 
     how = p.add_argument_group("how to sample")
+    sampler = how.add_mutually_exclusive_group()
+    sampler.add_argument(
+        "--sampler",
+        default="ddim",
+        help=f"the solver: {SAMPLERS}. unipc and dpm-solver++ need the fewest steps; ddpm and euler-a add fresh noise "
+        "at every step; NAME-published is for published numbers, with larger errors. See docs/samplers.md (default: "
+        "%(default)s)",
+    )
+    for flag, name in (("--plms", "plms"), ("--dpm", "dpm-solver++-published")):
+        sampler.add_argument(
+            flag,
+            action="store_const",
+            const=name,
+            dest="sampler",
+            help=f"the same as --sampler {name}, as in the published script",
+        )
     node_arguments(how, steps_flags, steps, default(steps))
     how.add_argument(
         *eta_flags,
@@ -239,33 +255,26 @@ def sampling_arguments(
         metavar="ETA",
         help=f"noise of the ddim sampler: 0 = deterministic, 1 = ancestral sampling {default(eta)}",
     )
-    p.set_defaults(default_eta=eta)
+    p.set_defaults(default_eta=eta, default_steps=steps)
     if guided:
         guidance_arguments(how, scale, default(scale))
     else:
         p.set_defaults(scale=1.0, guidance_interval=None, guidance_reuse=False)
-    sampler = how.add_mutually_exclusive_group()
-    sampler.add_argument("--sampler", default="ddim", help=f"the solver: {SAMPLERS} (default: %(default)s)")
-    for flag, name in (("--plms", "plms"), ("--dpm", "dpm-solver++-published")):
-        sampler.add_argument(
-            flag, action="store_const", const=name, dest="sampler", help=f"as published: --sampler {name}"
-        )
     return sampler
 
 
 def node_arguments(group: argparse._ArgumentGroup, steps_flags: Sequence[str], steps: int | None, default: str) -> None:
     """How many steps there are, and where they begin."""
     usual = ", ".join(f"{spacing} for {', '.join(names)}" for spacing, names in USUAL_SPACINGS.items())
-    count = group.add_mutually_exclusive_group()
-    count.add_argument(
+    group.add_argument(
         *steps_flags, dest="steps", type=step_count, default=steps, metavar="N", help=f"sampling steps {default}"
     )
-    count.add_argument(
+    group.add_argument(
         "--timesteps-at",
         type=timesteps,
         metavar="T,T,...",
-        help="instead: the training timesteps where the steps begin, such as 981,961,941 (falling; of 1000 timesteps "
-        "999 is the noisiest)",
+        help="the training timesteps where the steps begin, in place of --steps and --spacing: such as 981,961,941 "
+        "(falling; of 1000 timesteps 999 is the noisiest)",
     )
     group.add_argument(
         "--spacing",

@@ -36,7 +36,7 @@ class SamplingSettings:
     parallel: most decoder steps in one batch; None = as many as are fast and fit into memory.
     noise_weight: of prior noise injection; None = usual with a plan that skips encoders.
     spacing: of the steps; None = the solver's default, or none with timesteps_at.
-    timesteps_at: where the steps begin, in place of steps and spacing.
+    timesteps_at: where the steps begin, in place of steps and spacing; other steps than the default must agree.
     """
 
     sampler: str = "ddim"
@@ -55,6 +55,7 @@ class SamplingSettings:
     noise_order: str = "before"
     spacing: str | None = None
     timesteps_at: tuple[int, ...] | None = None
+    default_steps: int | None = 50
 
 
 def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mapping[str, Any] | None = None) -> Recipe:
@@ -64,8 +65,8 @@ def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mappi
         config: of the model, which recommends a guidance scale where the settings have none.
 
     Raises:
-        SettingError: there is no such solver, it has no choice of eta, it does not take the spacing, or the guidance
-            interval is empty.
+        SettingError: there is no such solver, it has no choice of eta, it does not take the spacing, the steps are not
+            as many as the timesteps, or the guidance interval is empty.
     """
     sampler = settings.sampler
     if sampler not in SOLVERS:
@@ -81,7 +82,7 @@ def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mappi
     recipe = Recipe(
         *size,
         sampler,
-        settings.steps if settings.timesteps_at is None else len(settings.timesteps_at),
+        _steps(settings),
         _eta(settings),
         usual_scale(config or {}) if settings.scale is None else settings.scale,
         settings.guidance_interval,
@@ -96,6 +97,17 @@ def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mappi
     with fault_of("guidance_interval"):
         _ = recipe.guidance  # checks it
     return recipe
+
+
+def _steps(settings: SamplingSettings) -> int | None:
+    if settings.timesteps_at is None:
+        return settings.steps
+    count = len(settings.timesteps_at)
+    if settings.steps not in (count, settings.default_steps):
+        raise SettingError(
+            "timesteps_at", f"{count} timesteps are {count} steps; got {settings.steps} steps beside them"
+        )
+    return count
 
 
 def _eta(settings: SamplingSettings) -> float:

@@ -151,6 +151,7 @@ def upscaling_settings(
         return replace(
             sampling,
             steps=steps if sampling.steps is None else sampling.steps,
+            default_steps=steps,
             default_eta=eta if sampling.default_eta is None else sampling.default_eta,
             scale=scale if sampling.scale is None else sampling.scale,
         )

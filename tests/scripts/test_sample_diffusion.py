@@ -123,6 +123,8 @@ def test_resume_names_a_folder_or_the_weights_in_it(files, tmp_path, capsys):
         (["-e", "2"], "-e/--eta: expected a number in 0..1"),
         (["-c", "1001"], "--steps: .*1..1000.*1001"),
         (["-v", "-c", "50"], "--steps: -v runs all 1000 timesteps of the training; got 50"),
+        (["-v", "--spacing", "quad"], "--vanilla_sample: takes all timesteps; not allowed with --spacing"),
+        (["-v", "--timesteps-at", "9,5"], "--vanilla_sample: takes all timesteps; not allowed with --spacing"),
         (["-v", "--plms"], "--plms: not allowed with argument -v/--vanilla_sample"),
         (["--plms", "-e", "1"], "--eta: plms has no choice of it"),
         (["--H", "33"], "--H: must be a multiple of 32"),

@@ -110,7 +110,7 @@ def refused(files, tmp_path, capsys):
         (["--ckpt", "nowhere.ckpt"], "--ckpt: nowhere.ckpt: no such file"),
         (["--spacing", "cosine"], "--spacing: .*'cosine'.*time.*logsnr.*karras.*quad"),
         (["--sampler", "dpm++2m-karras", "--spacing", "time"], "--spacing: must be karras for this solver; got 'time'"),
-        (["--timesteps-at", "981,500"], "--timesteps-at: not allowed with argument --steps"),
+        (["--timesteps-at", "981,500"], "--timesteps-at: 2 timesteps are 2 steps; got 5 steps beside them"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
