@@ -123,6 +123,7 @@ class Model:
             check_amount(len(items), job.size, args.batch_size)
             batch = min(args.batch_size, len(items))
             engine = self._engine(job, batch)
+            batch = 1 if engine.plan.measures else batch  # an image's record says its own error
             if cut := truncated_prompts(items, job.task, self.network):
                 warnings.warn(cut, stacklevel=3)
             return Run(engine, items, batch)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from evaluation.protocols.yaml_file import reading
-from ldm.cli.arguments import MOST_STEPS, PROPAGATE
+from ldm.cli.arguments import MOST_STEPS
 from ldm.io.schema import NotNegative, Schema, Text, parse
+from ldm.models.diffusion.propagation.forecast import ForecastName
 
 LISTS = ("sampler", "steps", "plan", "propagate")  # fields that may be lists: one row for each value
 
@@ -28,7 +29,7 @@ class Row(Schema):
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
     sampler: Text = "ddim"
     plan: Text = "off"
-    propagate: Literal[tuple(PROPAGATE)] | None = None
+    propagate: ForecastName | None = None
     noise_weight: NotNegative = 0.0
     guidance_reuse: bool = False
     label: str = ""

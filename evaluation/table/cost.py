@@ -105,7 +105,7 @@ def counts(unet: Mapping[str, Any], size: Sequence[int], batch: int, tokens: int
 def published(unet: Mapping[str, Any], size: Sequence[int], batch: int, plan: Plan) -> int | None:
     """The paper's GMACs for this run, if it has such a row."""
     same = (unet, list(size), batch) == (read_unet(SD_V1)[0], PUBLISHED_SIZE, PUBLISHED_BATCH)
-    known = same and not plan.refresh and Compute.SHALLOW not in plan.computes()
+    known = same and not plan.refresh and plan.levels <= {Compute.DECODER}
     return PUBLISHED.get((plan.num_nodes, len(plan.keys))) if known else None
 
 
@@ -115,7 +115,7 @@ def node_table(units: Mapping[str, Macs], plans: Mapping[str, Plan]) -> Iterator
     lines = {}
     for plan in plans.values():
         for kind in dict.fromkeys(plan.computes()):
-            depth = plan.branch or plan.refresh if kind.value != "full" else 0
+            depth = plan.branch or plan.refresh if kind in (Compute.SHALLOW, Compute.DECODER) else 0
             label = f"{kind.value} node" + (f", {depth} outer blocks" if depth else "")
             lines.setdefault(label, [unit.node(kind, plan) for unit in units.values()])
     if any(unit.once for unit in units.values()):

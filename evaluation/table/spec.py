@@ -32,8 +32,9 @@ from pydantic import Field, model_validator
 
 from evaluation.protocols.protocol import Method, Protocol
 from evaluation.protocols.yaml_file import find_file, names_in, reading
-from ldm.cli.arguments import MOST, MOST_STEPS, NOISE_ORDERS, PROPAGATE
+from ldm.cli.arguments import MOST, MOST_STEPS, NOISE_ORDERS
 from ldm.io.schema import NotNegative, Number, Schema, Share, Text, parse
+from ldm.models.diffusion.propagation.forecast import ForecastName
 
 TABLE_DIR = Path(__file__).parent
 WORLDS = ("coco", "emoji")
@@ -85,7 +86,7 @@ class Row(Schema):
     sampler: Text | None = None
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     plan: Text = "off"
-    propagate: Literal[PROPAGATE] | None = None
+    propagate: ForecastName | None = None
     tome: Annotated[Number, Field(ge=0, le=0.75)] | None = None
     eta: Share | None = None
     noise_weight: NotNegative | None = None

@@ -18,7 +18,6 @@ PROMPT, SHOWN = "a red heart, noto style", 8
 NOISE_WEIGHT = 0.003
 IMAGENET = 1000  # classes; where a model has one more, that one is their absence
 CLASS_NAMES = ROOT / "models/ldm/cin256-v2/classes.txt"  # of ImageNet
-PROPAGATE = ("hold", "linear", "quadratic", "zeros")
 NOISE_ORDERS = ("before", "after", "update")
 # The names of ldm.models.diffusion.solvers.registry.SOLVERS, which needs PyTorch; --help must answer at once.
 SAMPLERS = (
@@ -47,6 +46,17 @@ finite = number(float, -sys.float_info.max, sys.float_info.max, "a finite number
 def parallel(text: str) -> int | None:
     """An argparse type: a whole number, or None for auto."""
     return None if text == "auto" else whole(1, MOST, "auto or a whole number")(text)
+
+
+def forecast(text: str) -> str:
+    """An argparse type: a forecaster, as `Forecast.parse` takes it."""
+    from ldm.models.diffusion.propagation.forecast import Forecast  # needs PyTorch; --help must answer at once
+
+    try:
+        Forecast.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -345,19 +355,32 @@ def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
     group.add_argument(
         "--plan",
         default=plan,
-        help="the key timesteps, at which the UNet's encoder runs: off = every step; faster-diffusion or another name "
-        "in configs/plans; uniform:N = every N-th step; pro = with gaps that grow by one; auto:K = the best K by "
-        "calibration; auto:SHARE%% = as many as this share of the MACs allows; numbers of steps such as 0,1,2,5 (0 = "
-        "the first step); FILE.yaml; deepcache:N[:BRANCH] or deepcache:NAME[:BRANCH] = DeepCache; online:[time:]X = "
-        "when the latent (with time: the timestep embedding) has changed by X. See docs/acceleration.md "
-        "(default: %(default)s)",
+        help="the key timesteps, at which the whole UNet runs, and what runs at the others. KEYS: off = every step; "
+        "faster-diffusion or another name in configs/plans; uniform:N = every N-th step; pro = with gaps that grow by "
+        "one; numbers of steps such as 0,1,2,5 (0 = the first step); FILE.yaml; auto:K = the best K by calibration; "
+        "auto:SHARE%% = as many as this share of the MACs allows. At the other steps the decoder runs; with "
+        "deepcache:KEYS[:BRANCH] the BRANCH outermost blocks (1); with skip:KEYS nothing. deepcache:N and skip:N are "
+        "every N-th step. online:[time:]X = a key timestep when the latent (with time: the timestep embedding) has "
+        "changed by X. See docs/acceleration.md (default: %(default)s)",
     )
     group.add_argument(
+        "--forecast",
         "--propagate",
-        choices=PROPAGATE,
-        help="features that the decoder gets between key timesteps: hold = those of the last key timestep, linear or "
-        "quadratic = extrapolated from the last two or three, zeros = only zeros, for comparison (default: as the "
-        "plan file says, or hold)",
+        dest="propagate",
+        type=forecast,
+        metavar="NAME[:AXIS][:QUANTITY]",
+        help="how what does not run is made of what ran before. NAME: hold = as it was at the last key timestep; "
+        "linear, quadratic, cubic = the polynomial through the last two, three, four; taylor1 to taylor3 (TaylorSeer); "
+        "ab2 to ab4 (AB-Cache); chebyshev, spectrum (Spectrum); zeros = nothing, for comparison. AXIS: timestep, "
+        "logsnr or step. QUANTITY, with skip: v, eps or x0. For example quadratic:logsnr:eps (default: as the plan "
+        "file says; quadratic:logsnr:eps with skip; otherwise hold)",
+    )
+    group.add_argument(
+        "--error-budget",
+        type=number(float, sys.float_info.min, sys.float_info.max, "a number above 0"),
+        metavar="X",
+        help="the largest relative error that a forecast may have, as it shows at the key timestep behind it: above it "
+        "the steps between are made again with more key timesteps. One image at a time (default: any error)",
     )
     group.add_argument(
         "--parallel",
@@ -374,7 +397,7 @@ def prior_noise_arguments(group: argparse._ArgumentGroup, below: float | None, o
         "--noise-weight",
         type=number(float, 0, 100, "a number in 0..100"),
         metavar="X",
-        help=f"weight of prior noise injection; 0 = off (default: {NOISE_WEIGHT}; with --plan off 0)",
+        help=f"weight of prior noise injection; 0 = off (default: {NOISE_WEIGHT}; with --plan off or skip:KEYS 0)",
     )
     group.add_argument(
         "--noise-below",

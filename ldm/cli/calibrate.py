@@ -24,11 +24,12 @@ from ldm.io.schema import parse
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.calibration import Calibration, measure
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
-from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.profiling.plan_table import spans
 from ldm.sampling.engine import Engine
 from ldm.sampling.generate import Item, prompt_items
 
+TRIED = ("hold", "linear", "quadratic")  # between the key timesteps that are found
 TRIED_TOGETHER = 8  # most decoder steps in one batch of a trial
 
 
@@ -145,7 +146,7 @@ def try_propagations(engine: Engine, plan: Plan, items: Sequence[Item]) -> dict[
     Raises:
         ValueError: latents that are not finite.
     """
-    errors = {name: 0.0 for name, degree in PROPAGATIONS.items() if degree >= 0}
+    errors = dict.fromkeys(TRIED, 0.0)
     for item in items:
         run = engine.plain_run([item])
 

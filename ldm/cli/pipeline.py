@@ -90,6 +90,8 @@ def make_images(
             with_batches, parallel=sampling.parallel, batch=batch, device=setup.device, processes=setup.processes
         )
         engines = {label: fitted(engine) for label, engine in engines.items()}
+        if any(engine.plan.measures for engine in engines.values()):
+            batch = 1  # an image's record says its own error
         run = ImageRun(setup, engines, items, output, batch, keep or output.compare or output.grid)
         with (
             fault_of("outdir", (OSError,)),

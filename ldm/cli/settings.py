@@ -14,8 +14,9 @@ from ldm.cli.arguments import NOISE_WEIGHT
 from ldm.cli.devices import ALONE, Processes
 from ldm.cli.setup import Setup
 from ldm.io.errors import SettingError, did_you_mean, fault_of
-from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, load_plan
-from ldm.models.diffusion.propagation.plan import AnyPlan, Plan, with_few_sizes
+from ldm.models.diffusion.propagation.budget import BudgetPlan
+from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, level_of, load_plan
+from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan, with_few_sizes
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.profiling.memory import decoders_that_fit, free_bytes
 from ldm.sampling.engine import Engine, Recipe, num_nodes, usual_scale
@@ -33,8 +34,9 @@ class SamplingSettings:
     eta: None = default_eta, where the solver has a choice of it.
     scale: None = what the model's config recommends.
     plan, propagate: as `load_plan` takes them.
+    error_budget: largest relative error of a forecast, see `BudgetPlan`; None = any.
     parallel: most decoder steps in one batch; None = as many as are fast and fit into memory.
-    noise_weight: of prior noise injection; None = usual with a plan that skips encoders.
+    noise_weight: of prior noise injection; None = usual with a plan that skips encoders and not whole predictions.
     spacing: of the steps; None = the solver's default, or none with timesteps_at.
     timesteps_at: where the steps begin, in place of steps and spacing; other steps than the default must agree.
     """
@@ -48,6 +50,7 @@ class SamplingSettings:
     guidance_reuse: bool = False
     plan: str = "off"
     propagate: str | None = None
+    error_budget: float | None = None
     parallel: int | None = None
     tome: float = 0.0
     noise_weight: float | None = None
@@ -78,7 +81,8 @@ def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mappi
         SOLVERS[sampler].spacings.check(settings.spacing, settings.timesteps_at)
     weight = settings.noise_weight
     if weight is None:
-        weight = 0.0 if settings.plan == "off" else NOISE_WEIGHT
+        with fault_of("plan"):  # it makes up for features that are held
+            weight = 0.0 if settings.plan == "off" or level_of(settings.plan) == "skip" else NOISE_WEIGHT
     recipe = Recipe(
         *size,
         sampler,
@@ -147,19 +151,22 @@ def make_plan(settings: SamplingSettings, nodes: int, run: RunFacts) -> AnyPlan:
     """
     with fault_of("plan"):
         plan = load_plan(settings.plan, nodes, settings.parallel or nodes, settings.propagate, run)
-    if settings.guidance_reuse and settings.scale != 1.0 and (plan.shallow or plan.refresh):
+    if settings.guidance_reuse and settings.scale != 1.0 and (Compute.SHALLOW in plan.levels or plan.refresh):
         raise SettingError(
             "guidance_reuse",
             f"between key timesteps it needs steps of the decoder alone; {settings.plan} has other steps",
         )
-    return plan
+    if settings.error_budget is None:
+        return plan
+    with fault_of("error_budget"):
+        return BudgetPlan(plan, settings.error_budget, plan.parallel)
 
 
 def best_plan(plan: AnyPlan, nodes: int, run: RunFacts) -> tuple[str, AnyPlan | None]:
     """The name of the calibrated plan at the cost of another, and the plan; or why there is none, and None."""
     if plan.plain:
         return "the plan skips no encoder", None
-    if not isinstance(plan, Plan) or plan.shallow or plan.refresh:
+    if not isinstance(plan, Plan) or plan.levels != {Compute.DECODER} or plan.refresh:
         return "calibration chooses only key timesteps, and this plan has other steps or decides during the run", None
     name = f"auto:{len(plan.keys)}"
     try:

@@ -53,8 +53,10 @@ class Macs:
 
     def node(self, compute: Compute, plan: AnyPlan) -> int:
         """One prediction at a node of a plan."""
+        if compute is Compute.SKIPPED:
+            return 0
         if compute is Compute.SHALLOW:
-            return self.outer[plan.branch] + self.last[plan.branch] if plan.branch else 0
+            return self.outer[plan.branch] + self.last[plan.branch]
         return self.whole if compute is Compute.FULL else self.decode + self.outer[plan.refresh]
 
     def run(self, plan: AnyPlan, computes: Sequence[Compute] | None = None, images: Sequence[int] | None = None) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from ldm.models.diffusion.propagation.load import load_plan, plan_names
+from ldm.models.diffusion.propagation.forecast import AXES, GRAMMAR, METHODS, QUANTITIES
+from ldm.models.diffusion.propagation.load import FORMS, load_plan, plan_names
+from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
 from ldm.profiling.cost import Macs
 
-RULES = ("off", "uniform:2", "uniform:4", "pro", "deepcache:3", "deepcache:5")
+RULES = ("off", "uniform:2", "uniform:4", "pro", "deepcache:3", "deepcache:5", "skip:2", "skip:3", "skip:6")
 
 
 def spans(nodes: Sequence[int]) -> str:
@@ -21,7 +23,7 @@ def spans(nodes: Sequence[int]) -> str:
 
 
 def plan_table(unit: Macs, nodes: int, more: Sequence[str] = (), images: int = 1) -> Iterator[str]:
-    """Lines of a table: plan, MACs and critical path as a share of the plain run's, key timesteps.
+    """Lines of a table: plan, MACs and critical path as a share of the plain run's, what is between, key timesteps.
 
     Args:
         unit: of one prediction.
@@ -30,11 +32,23 @@ def plan_table(unit: Macs, nodes: int, more: Sequence[str] = (), images: int = 1
         images: how often each node predicts for one image, 2 with guidance.
     """
     plain = unit.plain(nodes)
-    yield f"{'plan':<18}{'MACs':>7}{'critical path':>15}  key timesteps of {nodes}"
+    yield f"{'plan':<24}{'MACs':>7}{'critical path':>15}  {'between key timesteps':<32}key timesteps of {nodes}"
     for name in (*RULES, *more, *plan_names()):
         plan = load_plan(name, nodes)
-        yield (f"{name:<18}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>15.1%}  {spans(plan.keys)}")
+        yield (
+            f"{name:<24}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>15.1%}  {between(plan):<32}"
+            f"{spans(plan.keys)}"
+        )
     yield (
         f"100 % = {images * plain / 1e9:.2f} GMAC of the UNet for one image; critical path: what must be "
         f"computed one after the other when decoders that share features run at the same time"
     )
+    yield f"forms: {', '.join(FORMS)}; KEYS: a name, N for uniform:N, uniform:N, pro, numbers as 0,3,8, or a file"
+    yield f"--forecast {GRAMMAR}: {', '.join(METHODS)}; {', '.join(AXES)}; with skip {', '.join(QUANTITIES)}"
+
+
+def between(plan: AnyPlan) -> str:
+    """What runs at nodes that are no key nodes, and how the rest is forecast: `decoder, hold`."""
+    kinds = {Compute.DECODER: "decoder", Compute.SHALLOW: f"{plan.branch} outer", Compute.SKIPPED: "nothing"}
+    levels = [name for kind, name in kinds.items() if kind in plan.levels]
+    return ", ".join([*levels, plan.propagate] if levels else ["-"])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -33,7 +33,16 @@ from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import Item
 from ldm.sampling.start import Start
 
-Ran = tuple[list[Compute], list[float]]  # what ran at each node of a run, and the nodes' timesteps
+
+class Ran(NamedTuple):
+    """What of the network ran at each node of a run, and the nodes' timesteps; a node that was redone is there again.
+
+    error: the largest relative error of a forecast that was let pass, where the plan measures it.
+    """
+
+    computes: list[Compute]
+    ts: list[float]
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -276,7 +285,7 @@ class Engine:
         device = self.model.device
         (latents, runs), sampling = timed(lambda: self._sample(items, on_node), device)
         images, decoding = timed(lambda: to_pil(self.task.start.finish(self.decode(latents), items)), device)
-        cost = self._cost(runs)
+        cost, measured = self._cost(runs), [run.error for run in runs if run.error is not None]
         seconds, seconds_unet = (round(total / len(items), 4) for total in (sampling + decoding, sampling))
         return images, {
             "seconds": seconds,
@@ -285,7 +294,7 @@ class Engine:
             "batch": len(items),
             "parallel": min(self.plan.parallel, self._most or self.plan.parallel),
             "device": device.type,
-        }
+        } | ({"forecast_error": float(f"{max(measured):.4g}")} if measured else {})
 
     def warm_up(self, items: Sequence[Item], first_calls: dict[Hashable, float]) -> float:
         """Call all that makes a batch of items, once for every shape, so that what is timed later is sampling alone.
@@ -329,11 +338,11 @@ class Engine:
 
     def _cost(self, runs: Sequence[Ran]) -> Cost:
         """What one image cost, on average."""
-        images = [self.recipe.guidance.images(computes, ts) for computes, ts in runs]
+        images = [self.recipe.guidance.images(run.computes, run.ts) for run in runs]
         return Cost.mean(
             [
-                Cost(self.unit.run(self.plan, computes, n), self.unit.critical_path(self.plan, computes, n))
-                for (computes, _), n in zip(runs, images, strict=True)
+                Cost(self.unit.run(self.plan, run.computes, n), self.unit.critical_path(self.plan, run.computes, n))
+                for run, n in zip(runs, images, strict=True)
             ]
         )
 
@@ -343,20 +352,21 @@ class Engine:
         network: ConditionedNetwork | None = None,
         on_node: Callable[[], object] = lambda: None,
     ) -> tuple[Tensor, Ran]:
-        """The items' latents, by the model's network or another; what ran at each node, and its timestep."""
+        """The items' latents, by the model's network or another, and what ran."""
         with self._precision():
             start, noise = self.task.start, ImageNoise([item.seed for item in items]).node
             rule = self.recipe.rule(self.model.alphas_cumprod, noise, start.strength)
             x_T = self._noise(items)
-            x, computes = start.latents(self.model, items, x_T, rule.nodes[0]), []
+            x, ran = start.latents(self.model, items, x_T, rule.nodes[0]), Ran([], [])
             edits = (*start.edits(self.model, items, rule.nodes), *self.recipe.edits(x_T))
             backoff = BatchBackoff(self._denoiser(items, network), self._most)
             for state in denoise(DistributedDecode(backoff) if self.spread else backoff, rule, self.plan, x, edits):
                 x = state.x
-                computes.append(state.compute)
+                ran.computes.append(state.compute)
+                ran.ts.append(rule.nodes[state.node].t)
                 on_node()
             self._most = backoff.most
-        return x, (computes, [node.t for node in rule.nodes])
+        return x, ran._replace(error=state.error)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""

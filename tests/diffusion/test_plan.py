@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +10,14 @@ from hypothesis import strategies as st
 from ldm.models.diffusion.propagation.load import load_plan, plan_names
 from ldm.models.diffusion.propagation.plan import CALLS, SIZES, Compute, Plan, with_few_sizes
 from tests.helpers.toy import plans
+
+
+def quad_center(steps: int, keys: int, center: int = 15, power: float = 1.4) -> tuple[int, ...]:
+    """DeepCache's non-uniform keys: evenly spaced in a root of the distance from the center, its real part rounded."""
+    ends = (complex(-center) ** (1 / power), complex(steps - center) ** (1 / power))
+    inner = {int((z**power).real) for z in np.linspace(*ends, keys + 1)}
+    return (0, *(center + offset for offset in sorted(inner)[1:-1]))
+
 
 FASTER_50 = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 # What the sources state about each list, in their own terms.
@@ -56,6 +65,10 @@ PUBLISHED = {
     ("nonuniform-2", 50): tuple(50 - t for t in (50, 30, 25, 20, 15, 14, 5, 4, 3)),
     ("nonuniform-3", 50): tuple(50 - t for t in (50, 41, 37, 35, 22, 21, 18, 14, 5)),
     ("nonuniform-4", 50): FASTER_50,
+    ("spectrum", 50): (*range(5), 6, 8, 11, 15, 20, 25, 31, 38, 46),
+    ("deepcache-nonuniform-3", 50): quad_center(50, 17),
+    ("deepcache-nonuniform-5", 50): quad_center(50, 10),
+    ("deepcache-nonuniform-10", 50): quad_center(50, 5),
 }
 COUNTS = {"ldm250": 48, "ldm250-demo": 19, "dit250": 113, "if-stage1": 40, "if-stage3": 11, "uniform-1": 25}
 
@@ -138,6 +151,8 @@ def test_general_forms(spec, keys):
     [
         ("source: mine\nsteps: {10: [0, 3-5]}", (0, 6, 8, 10)),
         ("source: mine\nevery: 7", (0, 7, 14)),
+        ("source: mine\nwindow: {warm_up: 2, first: 3, growth: 1.5}", (0, 1, 4, 8, 14)),
+        ("source: mine\nwindow: {warm_up: 40, first: 3, growth: 0}", tuple(range(20))),
         ("source: mine\nsame_as: 'uniform:8'", (0, 8, 16)),
     ],
 )
@@ -169,6 +184,10 @@ def test_plan_files(tmp_path, text, keys):
         ("source: a\nsame_as: mine.yaml", "same_as.* should be"),
         ("source: a\nevery: 2\npropagate: [hold]", "propagate.* should be"),
         ("source: a\nevery: 2\nmade_for: [ddim]", "made_for.* should be"),
+        ("source: a\nwindow: {warm_up: 0, first: 3, growth: 1}", "window.warm_up should be"),
+        ("source: a\nwindow: {warm_up: 1, first: 0.5, growth: 1}", "window.first should be"),
+        ("source: a\nwindow: {warm_up: 1, first: 2, growth: .nan}", "window.growth should be"),
+        ("source: a\nwindow: 3", "window should be"),
     ],
 )
 def test_faulty_plan_files_say_why(tmp_path, text, why):

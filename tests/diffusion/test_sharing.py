@@ -98,7 +98,7 @@ def test_a_run_that_shares_is_edited_alike(edit):
         (Plan(10, (0, 6), propagate="zeros"), []),
         (Plan(10, (0, 6), refresh=1), []),
         (Plan(10, (0, 6), shallow=(3,), branch=1), []),
-        (Plan(10, (0, 6), shallow=(7, 8, 9)), [2]),  # their predictions are the one before
+        (Plan(10, (0, 6), skipped=(7, 8, 9)), [2]),  # nothing runs at the others
         (Plan(10, tuple(range(10))), []),
         (OnlinePlan(10, 1e9), [2]),
         (OnlinePlan(10, 1e-9), []),

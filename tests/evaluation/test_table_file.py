@@ -97,7 +97,13 @@ def test_faulty_tables_say_why(tmp_path, capfd, change, why):
         *((name, -0.1, "be greater than or equal to 0") for name in ("eta", "noise_weight")),
         ("noise_weight", math.inf, "be a finite number"),
         ("noise_below", math.nan, "be a finite number"),
-        *(("propagate", value, "be 'hold', 'linear', 'quadratic' or 'zeros'") for value in ("cubic", [])),
+        (
+            "propagate",
+            "linear:sigma",
+            "be a forecaster: a forecaster is NAME[:AXIS][:QUANTITY], with the axis one of timestep, logsnr, step and "
+            "the quantity one of v, eps, x0",
+        ),
+        ("propagate", [], "be a valid string"),
         ("noise_order", "soon", "be 'before', 'after' or 'update'"),
         *(("plain", value, "be a valid boolean") for value in ("no", 1)),
         ("plan", False, "be a text: in YAML off, on, yes and no need quotes"),

@@ -19,11 +19,15 @@ def test_spans():
 def test_costs_of_the_named_plans():
     """Encoder 30, decoder 70, outermost blocks 5 and 10."""
     lines = list(plan_table(Macs(30, 70, (0, 5), (3, 10)), 50))
-    rows = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
-    assert rows.keys() >= {"off", "uniform:2", "pro", "deepcache:3", *plan_names()}
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:-3]}
+    assert rows.keys() >= {"off", "uniform:2", "pro", "deepcache:3", "skip:3", *plan_names()}
     assert rows["off"][:2] == ["100.0%", "100.0%"]
-    assert rows["faster-diffusion"] == ["75.4%", "18.0%", "0-3,5,10,15,25,35"]  # 9 * 30 + 50 * 70; 9 rounds
-    assert rows["deepcache:3"][:2] == ["43.9%", "43.9%"]  # 17 * 100 + 33 * 15
+    # 9 * 30 + 50 * 70; 9 rounds
+    assert rows["faster-diffusion"] == ["75.4%", "18.0%", "decoder,", "hold", "0-3,5,10,15,25,35"]
+    assert rows["deepcache:3"][:5] == ["43.9%", "43.9%", "1", "outer,", "hold"]  # 17 * 100 + 33 * 15
+    assert rows["skip:3"][:4] == ["34.0%", "34.0%", "nothing,", "quadratic:logsnr:eps"]  # 17 * 100
+    assert rows["spectrum"][:4] == ["28.0%", "28.0%", "nothing,", "spectrum"]
+    assert "skip:KEYS" in lines[-2] and "taylor2" in lines[-1] and "logsnr" in lines[-1]
 
 
 @pytest.mark.parametrize("flags", [["--list-plans"], ["--list-plans", "--plan", "off"]])
@@ -41,8 +45,14 @@ def test_the_list_needs_no_weights(tmp_path, capsys, flags):
             ["--plan", "deepcache:2", "--guidance-reuse"],
             "--guidance-reuse: between key timesteps it needs steps of the decoder alone",
         ),
-        (["--plan", "deepcache:2", "--propagate", "linear"], "decodes nothing between its key timesteps"),
+        (["--plan", "deepcache:2", "--propagate", "zeros"], "--plan: zeros can stand for the encoder's features only"),
+        (["--plan", "uniform:2", "--forecast", "linear:eps"], "--plan: eps is a quantity of whole predictions"),
+        (["--plan", "skip:2", "--forecast", "quartic"], "--forecast/--propagate: a forecaster must be one of hold"),
+        (["--plan", "skip:2", "--forecast", "linear:sigma"], "--forecast/--propagate: .*the axis one of timestep"),
         (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has 6 on each side"),
+        (["--plan", "off", "--error-budget", "0.1"], "--error-budget: .* needs forecasts to compare; this plan makes"),
+        (["--plan", "online:0.1", "--error-budget", "0.1"], "--error-budget: .* an online plan has none"),
+        (["--plan", "skip:2", "--error-budget", "0"], "--error-budget: .*a number above 0"),
         (["--plan", "online:x"], "needs a threshold"),
         (["--plan", "online:-1"], "threshold must be above 0"),
         (["--plan", "online:warp:1"], "probe must be one of latent, time"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.conditioning import Conditioning
-from ldm.models.diffusion.schedule import Node
+from ldm.models.diffusion.schedule import Node, predict_x0
 from ldm.modules.diffusionmodules.features import Features, PartWeights
 
 
@@ -99,7 +99,17 @@ def eps_from_v(out: Tensor, x: Tensor, abar: float) -> Tensor:
     return sqrt(abar) * out + sqrt(1 - abar) * x
 
 
+def v_from_eps(eps: Tensor, x: Tensor, abar: float) -> Tensor:
+    return (eps - sqrt(1 - abar) * x) / sqrt(abar)
+
+
 TO_EPS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"eps": eps_from_eps, "x0": eps_from_x0, "v": eps_from_v}
+# The inverse of each: what a network of that parameterization would predict.
+FROM_EPS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "eps": eps_from_eps,
+    "x0": lambda eps, x, abar: predict_x0(x, eps, abar),
+    "v": v_from_eps,
+}
 
 
 class Conditional:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.edits import Edit, Moment
-from ldm.models.diffusion.propagation.features import Propagation
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
-from ldm.models.diffusion.propagation.predict import Cache, predict
+from ldm.models.diffusion.propagation.predict import Cache, forecast_error, predict
 from ldm.models.diffusion.schedule import Node
 
 
@@ -25,12 +24,16 @@ class State:
     memory: what a rule keeps between nodes.
     x0:     the rule's estimate of the clean latents at the node just stepped, for previews; None at first.
     compute: what of the network ran for the node just stepped; None at first.
+    node: its number; -1 at first. A run that measures its forecasts may come back to a node.
+    error: the largest relative error of a forecast that this run has let pass so far; None if it measures none.
     """
 
     x: Tensor
     memory: tuple[Tensor, ...] = ()
     x0: Tensor | None = None
     compute: Compute | None = None
+    node: int = -1
+    error: float | None = None
 
 
 class Rule(Protocol):
@@ -51,6 +54,8 @@ class NonFiniteLatents(ValueError):
 def denoise(model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequence[Edit] = ()) -> Iterator[State]:
     """Run a solver from x, yielding the state after every node; the last one holds the sample.
 
+    A plan that measures its forecasts yields the states of nodes that it redoes as well.
+
     Args:
         model: predicts at every node, with as much of the network as the plan says.
         rule: the solver.
@@ -59,34 +64,70 @@ def denoise(model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequen
         edits: changes of the latents, those of one moment in the order given.
 
     At a decoder node the prediction depends on key nodes' features and its own t, never on a later latent:
-    `plan.parallel` changes speed and memory, not the result.
+    `plan.parallel` changes speed and memory, not the result. At a skipped node it depends on predictions before.
 
     Raises:
-        ValueError: the plan is for another number of nodes, or x is not finite; or a plan that goes by the latent
-            meets several at once.
+        ValueError: the plan is for another number of nodes, or x is not finite; a plan that goes by the latent meets
+            several at once; or the plan's forecaster can't be used on these nodes.
         NonFiniteLatents: the latents are not finite after some node.
     """
-    nodes = rule.nodes
+    nodes, trail = rule.nodes, _Trail()
     _check(plan, nodes, x)
-    state, cache = _edited(State(x), nodes[0], edits, "before"), Cache(Propagation.named(plan.propagate), x)
+    state, cache = _edited(State(x), nodes[0], edits, "before"), Cache.before(plan, nodes, x)
 
     def change(probe: str, i: int, key: int) -> float:
         """How far a probe has moved between a key node and node i, for plans that decide on the way."""
+        if probe == "forecast":
+            return trail.errors[i]
         before, now = (cache.key_x, state.x) if probe == "latent" else model.embed_time([nodes[key].t, nodes[i].t])
         return float((now - before).norm() / before.norm())
 
     for batch in plan.batches(change):
-        ts = [nodes[i].t for i in batch.nodes]
-        predictions, cache = predict(model, plan, batch.compute, state.x, ts, cache)
+        if batch.nodes.start <= state.node:
+            state, cache = trail.back(batch.nodes.start)
+        ts, before = [nodes[i].t for i in batch.nodes], cache
+        predictions, cache = predict(model, plan, batch, state.x, ts, cache)
         for i, compute, prediction in zip(batch.nodes, batch.computes(), predictions, strict=True):
             state = _edited(state, nodes[i], edits, "after")
-            eps = model.to_eps(prediction, state.x, nodes[i])
-            state = _edited(replace(rule.step(state, i, eps), compute=compute), nodes[i], edits, "update")
+            eps, cache = cache.eps(model, prediction, state.x, i, nodes[i])
+            if plan.measures and compute is Compute.FULL:
+                trail.measure(plan, before, cache, i)
+            error = trail.error if plan.measures else None
+            state = replace(rule.step(state, i, eps), compute=compute, node=i, error=error)
+            state = _edited(state, nodes[i], edits, "update")
             if not torch.isfinite(state.x).all():
                 raise NonFiniteLatents(_diagnosis(model, cache.key_x, nodes, ts[0], i))
             yield state
             if i + 1 < len(nodes):
                 state = _edited(state, nodes[i + 1], edits, "before")
+        if plan.measures and batch.compute is Compute.FULL:
+            trail.marks = [*trail.marks, (state, cache)][-2:]  # it never goes back further
+
+
+class _Trail:
+    """Of a run that measures its forecasts: where it can go back to, and the errors at its key nodes.
+
+    marks:  the state after each of the last two key nodes, and what the nodes after it need.
+    errors: of the forecasts that reached a key node, by its number.
+    """
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[State, Cache]] = []
+        self.errors: dict[int, float] = {}
+
+    @property
+    def error(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+    def measure(self, plan: AnyPlan, before: Cache, after: Cache, i: int) -> None:
+        if before.features.keys and before.features.keys[-1][0] < i - 1:
+            self.errors[i] = forecast_error(plan, before, after, i)
+
+    def back(self, i: int) -> tuple[State, Cache]:
+        """Where the run stood before node i, which follows a key node; what came after it is forgotten."""
+        self.marks = [mark for mark in self.marks if mark[0].node < i]
+        self.errors = {key: error for key, error in self.errors.items() if key < i}
+        return self.marks[-1]
 
 
 def _check(plan: AnyPlan, nodes: Sequence[Node], x: Tensor) -> None:

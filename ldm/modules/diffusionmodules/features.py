@@ -105,11 +105,14 @@ class Features:
     @staticmethod
     def combine(parts: Sequence[Features], weights: Sequence[float]) -> Features:
         """The weighted sum of features of the same shapes."""
+        return Features.of(
+            [weighted_sum(same, weights) for same in zip(*(part.tensors for part in parts), strict=True)]
+        )
 
-        def total(same: Sequence[Tensor]) -> Tensor:
-            out = same[0] * weights[0]
-            for tensor, weight in zip(same[1:], weights[1:], strict=True):
-                out.add_(tensor, alpha=weight)
-            return out
 
-        return Features.of([total(same) for same in zip(*(part.tensors for part in parts), strict=True)])
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Of tensors of the same shape; none is changed."""
+    out = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        out.add_(tensor, alpha=weight)
+    return out

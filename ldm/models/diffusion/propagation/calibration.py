@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from ldm.io.files import atomic_write, read_json
 from ldm.io.schema import Number, Schema, parse
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
-from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan
+from ldm.models.diffusion.propagation.forecast import ForecastName
+from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import eps_weight
 from ldm.modules.diffusionmodules.features import Features
 
@@ -45,7 +46,7 @@ class Calibration(Schema):
     eps: Table
     features: Table
     encoder: Annotated[Number, Field(gt=0, lt=1)]
-    propagate: Literal[tuple(PROPAGATIONS)] = "hold"
+    propagate: ForecastName = "hold"
     made_for: dict[str, Any] = {}
     how: dict[str, Any] = {}
 

@@ -6,11 +6,14 @@ The published key lists are in configs/plans/NAME.yaml:
     note:   anything a user should know (optional)
     steps:  {50: [0-3, 5, 10]}   key nodes of a run of that many nodes, a-b inclusive; or
     every:  4                    every fourth node of any run; or
+    window: {warm_up: 5, first: 2, growth: 0.75}     the first nodes, then gaps that grow at each key node; or
     same_as: NAME                another plan's keys under a second published name
 
 and, optional, how a plan is to be run and for what it was made:
 
-    propagate: linear            see `Plan`
+    level:     deepcache         what runs at the other nodes, one of LEVELS; encoder if not given
+    branch:    1                 with deepcache: how many outermost blocks
+    propagate: linear            see `Plan`; if not given, what is usual for the level
     made_for: {sampler: ddim, weights: 0123456789abcdef}     other runs are refused
 """
 
@@ -24,27 +27,33 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ldm.checkpoint import fingerprint
 from ldm.io.errors import did_you_mean, shown
 from ldm.io.files import PROJECT_ROOT, read_yaml
-from ldm.io.schema import Schema, Text, parse
+from ldm.io.schema import Number, Schema, Text, parse
 from ldm.models.diffusion.propagation.calibration import Calibration, Nodes, read_calibration
+from ldm.models.diffusion.propagation.forecast import ForecastName
 from ldm.models.diffusion.propagation.online import OnlinePlan
-from ldm.models.diffusion.propagation.plan import PROPAGATIONS, Plan
+from ldm.models.diffusion.propagation.plan import Compute, Plan
 
 PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
 FORMS = (
     "off",
     "uniform:N",
     "pro",
-    "deepcache:N[:BRANCH]",
-    "deepcache:NAME[:BRANCH]",
+    "skip:KEYS",
+    "deepcache:KEYS[:BRANCH]",
+    "encoder:KEYS",
     "online:[time:]X",
     "auto:K",
     "auto:SHARE%",
 )
+# What runs at nodes that are no key nodes, and how the rest is forecast unless it is said: as published, or what did
+# best in our measurements (docs/acceleration.md).
+LEVELS = {"encoder": Compute.DECODER, "deepcache": Compute.SHALLOW, "skip": Compute.SKIPPED}
+USUAL = {"encoder": "hold", "deepcache": "hold", "skip": "quadratic:logsnr:eps"}
 SUFFIXES = (".yaml", ".yml")
 
 
@@ -95,21 +104,21 @@ def load_plan(
     """The plan that `spec` names, for a run of `num_nodes` nodes.
 
     Args:
-        spec: `off` (every node is a key node), a name of `plan_names()`, `uniform:N` (every N-th node), `pro` (gaps
-            that grow by one: 0, 2, 5, 9, ...), `deepcache:N`, `deepcache:NAME` or either with `:BRANCH` (every N-th
-            node in full, or the key nodes of another plan; at the others only the outermost BRANCH blocks, by default
-            1; with 0 none, and the prediction before is used again), `online:X` or `online:time:X` (decided on the way,
-            at a relative change of X of the latent or of the embedded timestep), `auto:K` or `auto:80%` (the best K key
-            nodes, or as many as 80 % of the plain run's MACs allow, by the model's calibration; 0.8 is the same), key
-            nodes such as `0,1,2,5` or `0-3,5`, or the path of a .yaml file in the format above.
+        spec: key nodes, at the others the decoder: `off` (every node is a key node), a name of `plan_names()`,
+            `uniform:N` (every N-th node), `pro` (gaps that grow by one: 0, 2, 5, 9, ...), `0,1,2,5` or `0-3,5`, or the
+            path of a .yaml file in the format above; the same after a level, `skip:KEYS`, `deepcache:KEYS[:BRANCH]` or
+            `encoder:KEYS`, where N stands for `uniform:N` (at the other nodes nothing; only the outermost BRANCH
+            blocks, by default 1, and with 0 nothing; the decoder); `online:X` or `online:time:X` (decided on the way,
+            at a relative change of X of the latent or of the embedded timestep); `auto:K` or `auto:80%` (the best K key
+            nodes, or as many as 80 % of the plain run's MACs allow, by the model's calibration; 0.8 is the same).
         num_nodes: network evaluations of the run; for DDIM the length of its timestep grid.
         parallel: most decoder steps in one batch.
-        propagate: see `Plan`; None = as the plan's file or calibration says, or hold.
+        propagate: see `Plan`; None = as the plan's file or calibration says, or what is usual for the level (USUAL).
         run: what is known of the run, to refuse what was made for another.
 
     Named and file plans hold exactly at the run lengths they list. At other lengths the longest list is
-    scaled: key k of n becomes floor(k * num_nodes / n), repeats dropped. Rules (`every`, `uniform:N`, `pro`) are
-    not scaled, nor is a file that says what run it was made for.
+    scaled: key k of n becomes floor(k * num_nodes / n), repeats dropped. Rules (`every`, `window`, `uniform:N`, `pro`)
+    are not scaled, nor is a file that says what run it was made for.
 
     Raises:
         ValueError: unknown name, malformed spec or file, keys that do not start at 0, do not increase or are
@@ -120,17 +129,11 @@ def load_plan(
     run = run or RunFacts()
     plan = (
         _online(spec, num_nodes)
-        or _deepcache(spec, num_nodes, run)
+        or _leveled(spec, num_nodes, run)
         or _auto(spec, num_nodes, run)
         or _keyed(spec, num_nodes, run)
     )
-    if propagate is not None:
-        if plan.shallow and propagate != "hold":
-            raise ValueError(
-                f"{spec} decodes nothing between its key timesteps that could be {propagate}; accepted: hold"
-            )
-        plan = replace(plan, propagate=propagate)
-    return replace(plan, parallel=parallel)
+    return replace(plan, parallel=parallel, propagate=plan.propagate if propagate is None else propagate)
 
 
 def _online(spec: str, num_nodes: int) -> OnlinePlan | None:
@@ -144,13 +147,26 @@ def _online(spec: str, num_nodes: int) -> OnlinePlan | None:
     return OnlinePlan(num_nodes, threshold, match[1] or "latent")
 
 
-def _deepcache(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
-    match = re.fullmatch(r"deepcache:([^:]+)(?::(\d+))?", spec)
+def _leveled(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
+    match = re.fullmatch(rf"({'|'.join(LEVELS)}):(uniform:\d+|[^:]+)(?::(\d+))?", spec)
     if match is None:
         return None
-    keys = _every(int(match[1]), num_nodes) if match[1].isdecimal() else _keyed(match[1], num_nodes, run).keys
-    shallow = tuple(sorted({*range(num_nodes)} - {*keys}))
-    return Plan(num_nodes, keys, shallow=shallow, branch=int(match[2] or 1) if shallow else 0)
+    level, of, branch = match.groups()
+    if branch and level != "deepcache":
+        raise ValueError(f"only deepcache takes a number of blocks, as in deepcache:3:1; got {spec!r}")
+    keys = _every(int(of), num_nodes) if of.isdecimal() else _keyed(of, num_nodes, run).keys
+    return _between(num_nodes, keys, level, int(branch or 1))
+
+
+def _between(num_nodes: int, keys: tuple[int, ...], level: str, branch: int = 1, propagate: str | None = None) -> Plan:
+    """The plan of these key nodes with the others at a level; propagate: None = what is usual for it."""
+    propagate = USUAL[level] if propagate is None else propagate
+    others = tuple(sorted({*range(num_nodes)} - {*keys}))
+    if not others or level == "encoder":
+        return Plan(num_nodes, keys, propagate=propagate)
+    if level == "skip" or not branch:
+        return Plan(num_nodes, keys, propagate=propagate, skipped=others)
+    return Plan(num_nodes, keys, propagate=propagate, shallow=others, branch=branch)
 
 
 def _auto(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
@@ -188,13 +204,28 @@ def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
     )
 
 
+def level_of(spec: str) -> str:
+    """One of LEVELS: what runs at the nodes of a plan that are no key nodes; encoder where `spec` does not say.
+
+    Raises:
+        ValueError: `spec` is a file that can't be read or is no plan.
+    """
+    level, path = spec.partition(":")[0], _path(spec)
+    return level if level in LEVELS else _read(path).level if path.suffix in SUFFIXES else "encoder"
+
+
+def _path(spec: str) -> Path:
+    """Of a plan file by its name, if there is one; otherwise the spec as a path."""
+    return PLAN_DIR / f"{spec}.yaml" if spec in plan_names() else Path(spec)
+
+
 def _keyed(spec: str, num_nodes: int, run: RunFacts) -> Plan:
-    path = PLAN_DIR / f"{spec}.yaml" if spec in plan_names() else Path(spec)
+    path = _path(spec)
     if path.suffix in SUFFIXES:
         file = _read(path)
         file.check(path, num_nodes, run)
         with _of_file(path):
-            return Plan(num_nodes, file.keys(num_nodes), propagate=file.propagate)
+            return _between(num_nodes, file.keys(num_nodes), file.level, file.branch, file.propagate)
     return Plan(num_nodes, _keys(spec, num_nodes))
 
 
@@ -245,21 +276,38 @@ def _no_file(spec: str) -> str:
     return spec
 
 
+class _Window(Schema):
+    """Key nodes 0..warm_up-1, then one every `first` nodes, rounded down, which grows by `growth` at each."""
+
+    warm_up: Nodes
+    first: Annotated[Number, Field(ge=1)]
+    growth: Annotated[Number, Field(ge=0)]
+
+    def keys(self, num_nodes: int) -> tuple[int, ...]:
+        keys, size = [*range(min(self.warm_up, num_nodes))], self.first
+        while (i := keys[-1] + int(size)) < num_nodes:
+            keys, size = [*keys, i], size + self.growth
+        return tuple(keys)
+
+
 class _PlanFile(Schema):
-    """The contents of one plan file; exactly one of steps, every and same_as is given."""
+    """The contents of one plan file; exactly one of steps, every, window and same_as is given."""
 
     source: Text
     note: str = ""
     steps: dict[Nodes, list[Any]] = {}
     every: Nodes | None = None
+    window: _Window | None = None
     same_as: Annotated[Text, AfterValidator(_no_file)] | None = None
-    propagate: Literal[tuple(PROPAGATIONS)] = "hold"
+    level: Literal[tuple(LEVELS)] = "encoder"
+    branch: Annotated[int, Field(ge=1)] = 1
+    propagate: ForecastName | None = None
     made_for: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _has_one_rule(self) -> _PlanFile:
-        if sum(map(bool, (self.steps, self.every, self.same_as))) != 1:
-            raise ValueError("give exactly one of steps, every, same_as")
+        if sum(map(bool, (self.steps, self.every, self.window, self.same_as))) != 1:
+            raise ValueError("give exactly one of steps, every, window, same_as")
         return self
 
     def check(self, path: Path, num_nodes: int, run: RunFacts) -> None:
@@ -275,6 +323,8 @@ class _PlanFile(Schema):
             return _keyed(self.same_as, num_nodes, RunFacts()).keys
         if self.every is not None:
             return _every(self.every, num_nodes)
+        if self.window is not None:
+            return self.window.keys(num_nodes)
         if num_nodes in self.steps:
             return _expand(self.steps[num_nodes], num_nodes)
         longest = max(self.steps)

@@ -28,10 +28,11 @@ class OnlinePlan:
     probe: str = "latent"
     parallel: int = 1
     propagate: str = "hold"
-    shallow: ClassVar[tuple[int, ...]] = ()
     branch: ClassVar[int] = 0
     refresh: ClassVar[int] = 0
     plain: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
+    levels: ClassVar[frozenset[Compute]] = frozenset({Compute.DECODER})
 
     @property
     def per_image(self) -> bool:

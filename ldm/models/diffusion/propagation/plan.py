@@ -12,16 +12,16 @@ from enum import Enum
 from itertools import combinations, pairwise
 from typing import Any, ClassVar, Protocol
 
+from ldm.models.diffusion.propagation.forecast import Forecast
+
 
 class Compute(Enum):
     """How much of the network runs at a node."""
 
     FULL = "full"  # all of it: a key node
     DECODER = "decoder"  # the decoder, on the encoder's features of earlier key nodes
-    SHALLOW = "shallow"  # the outermost blocks of both (or none), on the inner decoder's output of an earlier node
-
-
-PROPAGATIONS = {"hold": 0, "linear": 1, "quadratic": 2, "zeros": -1}  # degree in the timestep
+    SHALLOW = "shallow"  # the outermost blocks of both, on the inner decoder's output of earlier nodes
+    SKIPPED = "skipped"  # nothing; the prediction is made of those of earlier nodes
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,13 @@ class Plan:
     keys:      nodes where the encoder runs; node 0 must be one.
     parallel:  most decoder steps in one batch; 1 = same result, least memory.
     shallow:   nodes where only the outermost `branch` blocks of encoder and decoder run (DeepCache,
-        arXiv 2312.00858); at the remaining nodes the whole decoder runs (Faster Diffusion, arXiv 2312.09608).
-    branch:    input blocks that run at a shallow node, and as many output blocks; 0 = none, and the prediction before
-        is used again.
-    propagate: what the decoder gets between key nodes: 'hold' = the last one's features (the paper); 'linear',
-        'quadratic' = those of the last two or three, extrapolated in the timestep; 'zeros' = none (the paper's
-        table 14, where it is to show that features are needed).
+        arXiv 2312.00858).
+    branch:    input blocks that run at a shallow node, and as many output blocks.
+    skipped:   nodes where nothing runs. At the nodes that are neither key, shallow nor skipped the whole decoder runs
+        (Faster Diffusion, arXiv 2312.09608).
+    propagate: how what does not run is forecast from what ran before, see `Forecast`: at decoder nodes the encoder's
+        features, at shallow ones the inner decoder's, at skipped ones the prediction. 'hold' = those of the last node
+        that computed them (both papers); 'zeros' = no features (table 14 of the first, to show that they are needed).
     refresh:   input blocks that run anew at every decoder node, for the outermost skips; their decoders wait for the
         latent before them, so none share a batch. 0 = the paper.
     sizes:     how many decoder steps a batch may have beside 1, see `with_few_sizes`; () = any number up to `parallel`.
@@ -63,7 +64,9 @@ class Plan:
     propagate: str = "hold"
     refresh: int = 0
     sizes: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
     per_image: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._check_nodes()
@@ -72,24 +75,26 @@ class Plan:
     def _check_nodes(self) -> None:
         if not self.keys or self.keys[0] != 0:
             raise ValueError(f"keys must start with node 0, which has no earlier features; got {self.keys}")
-        for name, nodes in (("keys", self.keys), ("shallow", self.shallow)):
+        for name, nodes in (("keys", self.keys), ("shallow", self.shallow), ("skipped", self.skipped)):
             if any(b <= a for a, b in pairwise(nodes)):
                 raise ValueError(f"{name} must increase strictly; got {nodes}")
         if self.keys[-1] >= self.num_nodes:
             raise ValueError(
                 f"key {self.keys[-1]} is past the last node {self.num_nodes - 1}; this schedule is for a longer run"
             )
-        keys = {*self.keys}
-        if wrong := [i for i in self.shallow if i in keys or not 0 < i < self.num_nodes]:
-            raise ValueError(f"shallow nodes must be 1..{self.num_nodes - 1} and no key nodes; got {wrong}")
+        for name, nodes, kinds, others in (
+            ("shallow", self.shallow, "key", {*self.keys}),
+            ("skipped", self.skipped, "key or shallow", {*self.keys, *self.shallow}),
+        ):
+            if wrong := [i for i in nodes if i in others or not 0 < i < self.num_nodes]:
+                raise ValueError(f"{name} nodes must be 1..{self.num_nodes - 1} and no {kinds} nodes; got {wrong}")
 
     def _check_batches(self) -> None:
         if self.parallel < 1:
             raise ValueError(f"parallel must be at least 1 decoder step per batch; got {self.parallel}")
-        if self.branch < 0 or (self.branch and not self.shallow):
-            raise ValueError(f"branch must be at least 0, and 0 without shallow nodes; got {self.branch}")
-        if self.propagate not in PROPAGATIONS:
-            raise ValueError(f"propagate must be one of {', '.join(PROPAGATIONS)}; got {self.propagate!r}")
+        if bool(self.shallow) != (self.branch > 0):
+            raise ValueError(f"branch must be at least 1 with shallow nodes, and 0 without; got {self.branch}")
+        check_forecast(Forecast.parse(self.propagate), self.levels)
         if self.refresh < 0:
             raise ValueError(f"refresh must be at least 0 input blocks; got {self.refresh}")
         if any(size < 1 for size in self.sizes):
@@ -100,36 +105,66 @@ class Plan:
         """Whether every node is a key node."""
         return len(self.keys) == self.num_nodes
 
+    @property
+    def levels(self) -> frozenset[Compute]:
+        """What runs at nodes that are no key nodes."""
+        kinds = {Compute.SHALLOW: len(self.shallow), Compute.SKIPPED: len(self.skipped)}
+        kinds[Compute.DECODER] = self.num_nodes - len(self.keys) - sum(kinds.values())
+        return frozenset(kind for kind, count in kinds.items() if count)
+
     def computes(self) -> tuple[Compute, ...]:
         """Of every node."""
         return tuple(compute for batch in self.batches() for compute in batch.computes())
 
     def batches(self, change: Change | None = None) -> Iterator[Batch]:
         """The run's batches in order; together they cover every node once."""
-        keys, shallow = {*self.keys}, {*self.shallow}
+        kinds = (
+            dict.fromkeys(range(self.num_nodes), Compute.DECODER)
+            | dict.fromkeys(self.keys, Compute.FULL)
+            | dict.fromkeys(self.shallow, Compute.SHALLOW)
+            | dict.fromkeys(self.skipped, Compute.SKIPPED)
+        )
         most = 1 if self.refresh else self.parallel
         i = 0
         while i < self.num_nodes:
             stop = i + 1
-            if i not in shallow:
-                while stop < min(i + most, self.num_nodes) and stop not in keys and stop not in shallow:
+            if kinds[i] in (Compute.FULL, Compute.DECODER):
+                while stop < min(i + most, self.num_nodes) and kinds[stop] is Compute.DECODER:
                     stop += 1
             if self.sizes:
                 stop = i + max(size for size in (1, *self.sizes) if size <= stop - i)
-            yield Batch(
-                range(i, stop), Compute.FULL if i in keys else Compute.SHALLOW if i in shallow else Compute.DECODER
-            )
+            yield Batch(range(i, stop), kinds[i])
             i = stop
 
     def settings(self) -> dict[str, Any]:
         """What results depend on, as JSON values: all but `parallel` and `sizes`."""
         if self.plain:
             return {"keys": None}
+        # Runs that only hold have always named skipped nodes so; they can be resumed.
+        skipped = "shallow" if self.propagate == "hold" and not self.shallow else "skipped"
         return {"keys": [*self.keys], "propagate": self.propagate} | {
             name: value
-            for name, value in (("shallow", [*self.shallow]), ("branch", self.branch), ("refresh", self.refresh))
+            for name, value in (
+                ("shallow", [*self.shallow]),
+                ("branch", self.branch),
+                (skipped, [*self.skipped]),
+                ("refresh", self.refresh),
+            )
             if value
         }
+
+
+def check_forecast(forecast: Forecast, levels: frozenset[Compute]) -> None:
+    """Raise ValueError if there is nothing of the kind that a forecaster is for; a run of key nodes takes any."""
+    if forecast.name == "zeros" and levels - {Compute.DECODER}:
+        raise ValueError(
+            "zeros can stand for the encoder's features only; this plan forecasts inner features or predictions"
+        )
+    if forecast.quantity and levels and Compute.SKIPPED not in levels:
+        raise ValueError(
+            f"{forecast.quantity} is a quantity of whole predictions, and this plan forecasts features; a plan that "
+            f"forecasts predictions is skip:uniform:3"
+        )
 
 
 SIZES = 2  # of decoder batches beside 1 that a plan is cut into at most
@@ -173,7 +208,10 @@ class Change(Protocol):
     """How much has changed since a key node, for a plan that decides on the way."""
 
     def __call__(self, probe: str, i: int, key: int) -> float:
-        """Relative change of the probe from node `key`, the last key node, to node i, when all before i are done."""
+        """Relative change of the probe from node `key`, the last key node, to node i, when all before i are done.
+
+        The probe 'forecast' is the relative error of what was forecast at key node i, when it is done.
+        """
 
 
 class AnyPlan(Protocol):
@@ -185,7 +223,9 @@ class AnyPlan(Protocol):
     propagate: str
     refresh: int
     plain: bool  # every node is a key node
+    levels: frozenset[Compute]  # what may run at nodes that are no key nodes
     per_image: bool  # what runs when depends on the image
+    measures: bool  # forecasts at key nodes are compared with what is computed there, and batches may go back
 
     def batches(self, change: Change | None = None) -> Iterator[Batch]: ...
 

@@ -1,4 +1,4 @@
-"""Encoder propagation (Faster Diffusion, arXiv 2312.09608): what is predicted at the nodes of a batch, and how."""
+"""What is predicted at the nodes of a batch, with as much of the network as the plan says, and what that leaves."""
 
 from __future__ import annotations
 
@@ -7,53 +7,133 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ldm.models.diffusion.denoiser import Denoiser, Prediction
-from ldm.models.diffusion.propagation.features import Propagation
-from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
-from ldm.modules.diffusionmodules.features import Features
+from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Denoiser, Prediction
+from ldm.models.diffusion.propagation.forecast import Forecast, History, relative_error
+from ldm.models.diffusion.propagation.plan import AnyPlan, Batch, Compute
+from ldm.models.diffusion.schedule import Node
+from ldm.modules.diffusionmodules.features import Features, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)
 class Cache:
     """What a run keeps from the nodes before.
 
-    features: the encoder's, of the last key nodes.
+    features: the encoder's, of key nodes (encoder propagation, Faster Diffusion, arXiv 2312.09608).
+    inner:    where the decoder stood before its outermost blocks, of key and decoder nodes (DeepCache,
+        arXiv 2312.00858).
+    outputs:  predictions of all nodes where some of the network ran, in the quantity that is forecast.
+    quantity: one of TO_EPS, or '' = as the network predicts.
     key_x:    the latents of the last key node, (B, C, H, W).
-    inner:    where the decoder stood before its outermost blocks, for shallow nodes (DeepCache).
-    last:     the prediction of the node before, for nodes that compute nothing and for guidance that is used again.
+    last:     the prediction of the node before, for guidance that is used again.
     """
 
-    features: Propagation
+    features: History[Features]
+    inner: History[Features]
+    outputs: History[Tensor]
+    quantity: str
     key_x: Tensor
-    inner: Features | None = None
     last: Prediction | None = None
+
+    @staticmethod
+    def before(plan: AnyPlan, nodes: Sequence[Node], x: Tensor) -> Cache:
+        """What a run from x begins with; levels that the plan does not forecast keep no more than one value.
+
+        Raises:
+            ValueError: the forecaster's axis is not finite on these nodes.
+        """
+        forecast = Forecast.parse(plan.propagate)
+        forecaster, hold = forecast.on(nodes), Forecast().on(nodes)
+        of = {level: forecaster if level in plan.levels else hold for level in Compute}
+        return Cache(
+            History(of[Compute.DECODER], Features.combine),
+            History(of[Compute.SHALLOW], Features.combine),
+            History(of[Compute.SKIPPED], weighted_sum),
+            forecast.quantity,
+            x,
+        )
+
+    def at_key(self, i: int, features: Features, x: Tensor) -> Cache:
+        """At one more key node, with the encoder's features of the latents x."""
+        began = self.features.keys and len(features) != len(self.features.last)  # guidance has begun or ended
+        cache = replace(self, outputs=replace(self.outputs, keys=())) if began else self
+        return replace(cache, features=self.features.key(i, features), key_x=x, last=None)
+
+    def eps(
+        self, model: Denoiser, prediction: Prediction | None, x: Tensor, i: int, node: Node
+    ) -> tuple[Tensor, Cache]:
+        """The noise in x, (B, C, H, W), at node i, and what the nodes after it need.
+
+        prediction: None = nothing of the network ran; it is forecast.
+        """
+        if prediction is None:
+            value = self.outputs.at(i)
+            to_eps = TO_EPS.get(self.quantity)
+            eps = to_eps(value, x, node.abar) if to_eps else model.to_eps(Prediction(value), x, node)
+            return eps, self
+        eps = model.to_eps(prediction, x, node)
+        from_eps = FROM_EPS.get(self.quantity)
+        value = from_eps(eps, x, node.abar) if from_eps else prediction.out
+        return eps, replace(self, outputs=self.outputs.key(i, value))
+
+
+def forecast_error(plan: AnyPlan, before: Cache, after: Cache, i: int) -> float:
+    """The largest relative error, over the levels that the plan forecasts, of the forecasts at key node i.
+
+    Args:
+        before, after: what the run kept before that node, and with its values.
+
+    0 where guidance begins or ends at the node: the values before have nothing to say of those there.
+    """
+    if len(before.features.last) != len(after.features.last):
+        return 0.0
+    levels = {
+        Compute.DECODER: (before.features, after.features),
+        Compute.SHALLOW: (before.inner, after.inner),
+        Compute.SKIPPED: (before.outputs, after.outputs),
+    }
+    return max(relative_error(past.at(i), now.last) for level, (past, now) in levels.items() if level in plan.levels)
 
 
 def predict(
-    model: Denoiser, plan: AnyPlan, compute: Compute, x: Tensor, ts: Sequence[float], cache: Cache
-) -> tuple[list[Prediction], Cache]:
-    """The predictions at the nodes of one batch, and what the nodes after it need.
+    model: Denoiser, plan: AnyPlan, batch: Batch, x: Tensor, ts: Sequence[float], cache: Cache
+) -> tuple[list[Prediction | None], Cache]:
+    """The predictions at the nodes of one batch, None where they are to be forecast, and what the nodes after it need.
 
     Args:
-        compute: how much of the network runs at the first of the nodes; at the others the decoder runs.
         x: the latents at the first node, (B, C, H, W); no other node's are needed.
         ts: the nodes' timesteps, noisiest first.
     """
-    if compute is Compute.FULL:  # a key node: the encoder runs
-        cache = Cache(cache.features.key(ts[0], model.encode(x, ts[0])), x)
-    if compute is Compute.SHALLOW and not plan.branch:
-        return [cache.last], cache
-    if compute is Compute.SHALLOW:
-        features = [model.refresh(cache.inner, x, ts[0], plan.branch)]
-    else:  # the decoders take the key node's features, or what is extrapolated from several
-        held = plan.propagate == "hold" and not (plan.refresh or plan.branch)
-        if held and (compute is Compute.DECODER or len(ts) > 1):
-            cache = replace(cache, features=cache.features.shared(model.share))
-        features = [cache.features.at(t) for t in ts]
-        if plan.refresh and compute is Compute.DECODER:
-            features = [model.refresh(features[0], x, ts[0], plan.refresh)]
-        if plan.branch:
-            features = model.advance(features, ts, plan.branch)
-            cache = replace(cache, inner=features[-1].without_skips())
+    if batch.compute is Compute.SKIPPED:
+        return [None] * len(ts), cache
+    i = batch.nodes.start
+    if batch.compute is Compute.FULL:  # a key node: the encoder runs
+        cache = cache.at_key(i, model.encode(x, ts[0]), x)
+    if batch.compute is Compute.SHALLOW:
+        features = [model.refresh(cache.inner.at(i), x, ts[0], plan.branch)]
+    else:
+        features, cache = _decoder_features(model, plan, batch, x, ts, cache)
     predictions = model.decode(features, ts, cache.last)
     return predictions, replace(cache, last=predictions[-1])
+
+
+def _decoder_features(
+    model: Denoiser, plan: AnyPlan, batch: Batch, x: Tensor, ts: Sequence[float], cache: Cache
+) -> tuple[list[Features], Cache]:
+    """What the decoders of a batch take: the key node's features, or what is forecast from several."""
+    if _shares(plan, cache) and (batch.compute is Compute.DECODER or len(ts) > 1) and not cache.features.last.shared:
+        cache = replace(cache, features=cache.features.with_last(model.share(cache.features.last)))
+    features = [cache.features.at(i) for i in batch.nodes]
+    if plan.refresh and batch.compute is Compute.DECODER:
+        features = [model.refresh(features[0], x, ts[0], plan.refresh)]
+    if plan.branch:
+        features = model.advance(features, ts, plan.branch)
+        inner = cache.inner
+        for i, at in zip(batch.nodes, features, strict=True):
+            inner = inner.key(i, at.without_skips())
+        cache = replace(cache, inner=inner)
+    return features, cache
+
+
+def _shares(plan: AnyPlan, cache: Cache) -> bool:
+    """Whether the decoders of a group take the same features."""
+    return cache.features.holds and not (plan.refresh or plan.branch)
