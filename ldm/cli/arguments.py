@@ -48,17 +48,6 @@ def parallel(text: str) -> int | None:
     return None if text == "auto" else whole(1, MOST, "auto or a whole number")(text)
 
 
-def forecast(text: str) -> str:
-    """An argparse type: a forecaster, as `Forecast.parse` takes it."""
-    from ldm.models.diffusion.propagation.forecast import Forecast  # needs PyTorch; --help must answer at once
-
-    try:
-        Forecast.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
 def interval(text: str) -> tuple[float, float]:
     """An argparse type: two timesteps, LOW,HIGH."""
     low, comma, high = text.partition(",")
@@ -367,7 +356,6 @@ def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
         "--forecast",
         "--propagate",
         dest="propagate",
-        type=forecast,
         metavar="NAME[:AXIS][:QUANTITY]",
         help="how what does not run is made of what ran before. NAME: hold = as it was at the last key timestep; "
         "linear, quadratic, cubic = the polynomial through the last two, three, four; taylor1 to taylor3 (TaylorSeer); "

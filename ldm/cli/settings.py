@@ -15,6 +15,7 @@ from ldm.cli.devices import ALONE, Processes
 from ldm.cli.setup import Setup
 from ldm.io.errors import SettingError, did_you_mean, fault_of
 from ldm.models.diffusion.propagation.budget import BudgetPlan
+from ldm.models.diffusion.propagation.forecast import Forecast
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, level_of, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan, with_few_sizes
 from ldm.models.diffusion.solvers.registry import SOLVERS
@@ -149,6 +150,8 @@ def make_plan(settings: SamplingSettings, nodes: int, run: RunFacts) -> AnyPlan:
     Raises:
         SettingError: there is no such plan for so many nodes, or it does not go with the guidance.
     """
+    with fault_of("propagate"):
+        _ = settings.propagate and Forecast.parse(settings.propagate)  # checks it
     with fault_of("plan"):
         plan = load_plan(settings.plan, nodes, settings.parallel or nodes, settings.propagate, run)
     if settings.guidance_reuse and settings.scale != 1.0 and (Compute.SHALLOW in plan.levels or plan.refresh):
