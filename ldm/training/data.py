@@ -42,6 +42,7 @@ class TrainingData(pl.LightningDataModule):
 
     train: Dataset
     val: Dataset
+    workers = 0  # processes that read images
 
     def __init__(self, batch_size: Count, seed: Seed):
         super().__init__()
@@ -50,7 +51,7 @@ class TrainingData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         rank, processes = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return TrainingBatches(self.train, self.batch_size, self.seed, rank, processes)
+        return TrainingBatches(self.train, self.batch_size, self.seed, rank, processes, self.workers)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val, self.batch_size)

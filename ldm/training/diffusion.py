@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -18,7 +20,7 @@ from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.solvers.registry import solver
 from ldm.modules.ema import LitEma
-from ldm.training.optim import ClippedTraining, adamw
+from ldm.training.optim import ClippedTraining, adamw, scheduled
 
 PLAIN_ATTENTION = 32 * 32  # most latent pixels: beyond, its weights would fill the memory
 
@@ -35,14 +37,18 @@ def attention_to_train(z: Tensor) -> AbstractContextManager[None]:
 class DiffusionTraining(ClippedTraining):
     """Trains `model`, and its conditioner if it is trainable, on batches of latents or images with their conditioning.
 
-    A batch holds the raw conditioning (captions, ...) under the model's cond_stage_key, and either "latent"
-    (B, C, h, w), encoded and scaled, or images under its first_stage_key.
+    A batch holds the raw conditioning (captions, classes, images, ...) under the model's cond_stage_key, and either
+    "latent" (B, C, h, w), encoded and scaled, or images under its first_stage_key. If the model was built with
+    scale_by_std and without starting weights, the first batch sets its scale factor to 1 / std of the latents.
 
     Args:
         learning_rate, scheduler_config: see `ldm.training.optim.adamw`; the model's own scheduler_config is
             used where none is given.
+        published_optimizer: AdamW with the defaults of PyTorch and weight decay on all weights, as published.
         condition_dropout: share of the conditioning replaced by `unconditional`, for classifier-free guidance.
-        unconditional: stands for no conditioning, for example the empty prompt.
+        unconditional: stands for no conditioning: the empty prompt, or the number of a class that no image has.
+        ucg_training: {entry of a batch: {p: share, val: what it is replaced by; null = ""}}, Stability's way to say the
+            same of any entry.
         min_snr_gamma: weight timesteps by min(SNR, gamma), arXiv 2303.09556; None = the published loss.
         ema_decay: decay of the moving averages of network and conditioner.
         guidance_scale, sample_steps: for the sample grids.
@@ -53,8 +59,10 @@ class DiffusionTraining(ClippedTraining):
         model: LatentDiffusion,
         learning_rate: AboveZero,
         scheduler_config: Mapping[str, Any] | None = None,
+        published_optimizer: bool = False,
         condition_dropout: Share = 0.1,
-        unconditional: str = "",
+        unconditional: str | int = "",
+        ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
         min_snr_gamma: float | None = None,
         ema_decay: float = 0.9999,
         guidance_scale: float = 4.0,
@@ -71,7 +79,9 @@ class DiffusionTraining(ClippedTraining):
         self.conditioner_ema = LitEma(model.cond_stage_model, ema_decay) if model.cond_stage_trainable else None
         self.learning_rate = learning_rate
         self.scheduler_config = scheduler_config or model.scheduler_config
+        self.published_optimizer = published_optimizer
         self.condition_dropout, self.unconditional = condition_dropout, unconditional
+        self.ucg_training = ucg_training or {}
         self.min_snr_gamma = min_snr_gamma
         self.guidance_scale, self.sample_steps = guidance_scale, sample_steps
 
@@ -86,20 +96,48 @@ class DiffusionTraining(ClippedTraining):
         in_units_of = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1.0}[self.model.parameterization]
         return snr.clamp(max=self.min_snr_gamma) / in_units_of
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        first = self.trainer.fit_loop.epoch_loop.total_batch_idx == 0
+        if self.model.scale_by_std and first and not self.model.ckpt_path:
+            z = self.latents(batch)
+            self.model.scale_factor.copy_(self.model.scale_factor / z.std())
+            print(f"scale_by_std: the scale factor is {self.model.scale_factor.item():.5g}")
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        model, z = self.model, self.latents(batch)
-        dropped = torch.rand(len(z)) < self.condition_dropout
-        condition = [
-            self.unconditional if drop else c for drop, c in zip(dropped, batch[model.cond_stage_key], strict=True)
-        ]
-        t = torch.randint(0, model.num_timesteps, (len(z),), device=z.device)
+        z = self.latents(batch)
+        batch = self.with_some_dropped(batch)
         with attention_to_train(z):
-            losses = self.losses(z, condition, t, torch.randn_like(z))
+            losses = self.losses(z, batch, *self.timesteps_and_noise(z))
         self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=len(z))
         return losses["loss"]
 
-    def losses(self, z: Tensor, condition: list[Any], t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        cond = self.model.get_learned_conditioning(condition)
+    def timesteps_and_noise(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.randint(0, self.model.num_timesteps, (len(z),), device=z.device)
+        return t, torch.randn_like(z)
+
+    def with_some_dropped(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with some of its conditioning replaced by what stands for none."""
+        if self.model.cond_stage_model is not None:
+            raw, key = batch[next(iter(batch))], self.model.cond_stage_key
+            dropped = torch.rand(len(raw)) < self.condition_dropout
+            batch = batch | {key: replaced(batch[key], dropped, self.unconditional)}
+        if self.ucg_training:
+            batch = dropped_as_published(batch, self.ucg_training, int(torch.randint(2**31, ())))
+        return batch
+
+    def conditioning(self, batch: dict[str, Any]) -> Any:
+        """What the network is conditioned on; None for an unconditional model."""
+        model = self.model
+        if model.cond_stage_model is None:
+            return None
+        cond = model.get_learned_conditioning(batch[model.cond_stage_key])
+        if model.cond_stage_model is model.first_stage_model and "mask" in batch:  # inpainting
+            mask = F.interpolate(batch["mask"], size=cond.shape[-2:])
+            return torch.cat([cond, 2 * mask - 1], dim=1)
+        return cond
+
+    def losses(self, z: Tensor, batch: dict[str, Any], t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        cond = self.conditioning(batch)
         if self.min_snr_gamma is None:
             return self.model.p_losses(z, cond, t, noise)
         prediction = self.model.apply_model(self.model.q_sample(z, t, noise), t, cond)
@@ -120,7 +158,7 @@ class DiffusionTraining(ClippedTraining):
         t = torch.linspace(0, self.model.num_timesteps - 1, len(z)).long().to(z.device)
         noise = torch.randn(z.shape, generator=generator).to(z.device)
         with self.ema_weights():
-            losses = self.losses(z, batch[self.model.cond_stage_key], t, noise)
+            losses = self.losses(z, batch, t, noise)
         self.log_dict({f"val/{k}": v for k, v in losses.items()}, batch_size=len(z), prog_bar=True)
 
     @contextmanager
@@ -138,20 +176,58 @@ class DiffusionTraining(ClippedTraining):
             trained += list(self.model.cond_stage_model.parameters())
         if self.model.learn_logvar:
             trained.append(self.model.logvar)
+        if self.published_optimizer:
+            return scheduled(torch.optim.AdamW(trained, self.learning_rate), self.scheduler_config)
         return adamw(trained, self.learning_rate, self.scheduler_config)
 
     @torch.no_grad()
     def images(self, batch: dict[str, Any]) -> Tensor:
-        """Samples for the conditioning of the batch, always from the same noise, (B, 3, H, W) in [-1, 1]."""
-        model, condition = self.model, batch[self.model.cond_stage_key]
+        """Samples for the conditioning of the batch, always from the same noise, (B, 3, H, W) in [-1, 1].
+
+        They are guided if the training drops the conditioning.
+        """
+        model, key = self.model, self.model.cond_stage_key
+        count = len(batch[next(iter(batch))])
         rule = solver("ddim", model.alphas_cumprod, self.sample_steps)
-        noise = ImageNoise([(i,) for i in range(len(condition))])
+        noise = ImageNoise([(i,) for i in range(count)])
         start = noise.start((model.channels, model.image_size, model.image_size)).to(self.device)
+        guided = model.cond_stage_model is not None and self.condition_dropout > 0
         with self.ema_weights():
+            none = batch | {key: replaced(batch[key], torch.ones(count) > 0, self.unconditional)} if guided else None
             denoiser = model.denoiser(
-                model.get_learned_conditioning(condition),
-                model.get_learned_conditioning([self.unconditional] * len(condition)),
-                self.guidance_scale,
+                self.conditioning(batch),
+                self.conditioning(none) if guided else None,
+                self.guidance_scale if guided else 1.0,
             )
             *_, last = denoise(denoiser, rule, load_plan("off", len(rule.nodes)), start)
         return model.decode_first_stage(last.x).clamp(-1, 1)
+
+
+def replaced(raw: Any, dropped: Tensor, by: Any) -> Any:
+    """Raw conditioning, with `by` where an image's is dropped: texts, or class numbers (B,).
+
+    Raises:
+        ValueError: it is neither, and is to be dropped.
+    """
+    if isinstance(raw, Tensor) and raw.ndim == 1 and isinstance(by, int):
+        return torch.where(dropped.to(raw.device), by, raw)
+    if isinstance(raw, Sequence):
+        return [by if drop else one for drop, one in zip(dropped, raw, strict=True)]
+    if dropped.any():
+        raise ValueError(
+            f"condition_dropout: only texts and class numbers can be replaced, by an unconditional that is such a text "
+            f"or number; it is {by!r}"
+        )
+    return raw
+
+
+def dropped_as_published(
+    batch: Mapping[str, Any], ucg_training: Mapping[str, Mapping[str, Any]], seed: int
+) -> dict[str, Any]:
+    """A batch with entries replaced at random, by Stability's rule (`ucg_training`); one draw per entry and image."""
+    random, after = np.random.RandomState(seed), dict(batch)
+    for key, rule in ucg_training.items():
+        share, value = rule["p"], "" if rule["val"] is None else rule["val"]
+        hits = torch.tensor([bool(random.choice(2, p=[1 - share, share])) for _ in range(len(batch[key]))])
+        after[key] = replaced(batch[key], hits, value)
+    return after

@@ -52,12 +52,15 @@ class TrainingBatches(DataLoader):
     Args:
         dataset: its random numbers (`torch.rand`, ...) depend on the image and the epoch only.
         rank, processes: this process among those that train together; each gets other images.
+        workers: processes that read images; they change no result.
 
     Raises:
         ValueError: there is no whole batch.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
+    def __init__(
+        self, dataset: Dataset, batch_size: int, seed: int, rank: int = 0, processes: int = 1, workers: int = 0
+    ):
         order = ImageOrder(dataset, processes, rank, shuffle=True, seed=seed, drop_last=True)
         if len(order) < batch_size:
             each = f" for each of {processes} processes" if processes > 1 else ""
@@ -65,7 +68,7 @@ class TrainingBatches(DataLoader):
                 f"data.params.batch_size: {batch_size} is more than the training set has: "
                 f"{len(order)} images{each}; only whole batches are trained on"
             )
-        super().__init__(SeededImages(dataset), batch_size, sampler=order, drop_last=True)
+        super().__init__(SeededImages(dataset), batch_size, sampler=order, drop_last=True, num_workers=workers)
         self.given = 0  # batches of this epoch
         self.resumed = {"epoch": -1, "given": 0}
 

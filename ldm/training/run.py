@@ -25,7 +25,9 @@ from ldm.io.errors import fault_of, shown
 from ldm.io.files import read_config
 from ldm.io.schema import AboveZero, NotNegative, Schema, Seed, Text, check_names, parse
 from ldm.training.callbacks import KeptState, SampleGrid, StepBar
+from ldm.training.datasets import data_of
 from ldm.training.order import StepSeeds
+from ldm.training.published import completed
 from ldm.training.state import LAST, check_fits, read_state
 from ldm.util import get_obj_from_str, instantiate_from_config
 
@@ -72,10 +74,13 @@ class _Config(Schema):
     lightning: _Lightning
 
 
-def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningModule:
+def fit(config: DictConfig, logdir: Path, train: bool = True, allow: Sequence[str] = ()) -> pl.LightningModule:
     """Train (or, with train=False, validate) what `config` describes; resume if `logdir` has a last.ckpt.
 
     The weights depend on the configuration and its seed only, not on where the training was stopped and resumed.
+
+    Args:
+        allow: packages of one's own from which the section `data` may name classes.
 
     Raises:
         ValueError: a section or an argument in it is missing, unknown or wrong; last.ckpt is damaged; the loss is
@@ -93,7 +98,8 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
     module = built("training", config.training, model=model, **managed(config.training, settings))
     if state:
         check_fits(state, module, last)
-    data = built("data", config.data, seed=seed)
+    with naming("data"):
+        data = data_of(config.data, seed, allow)
     bar = [StepBar()] if settings.pop("enable_progress_bar", True) else []
     kept = KeptState(last, config.lightning.get("checkpoint_every_minutes", 3.0), config)
     trainer = trainer_of(
@@ -117,7 +123,8 @@ def fit(config: DictConfig, logdir: Path, train: bool = True) -> pl.LightningMod
         print(f"{logdir}: all {trainer.max_steps} steps are done; lightning.trainer.max_steps=N continues to step N")
     else:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        print(f"{logdir}: {trained / 1e6:.2f} M weights, from step {done} to {trainer.max_steps}")
+        end = f"to {trainer.max_steps}" if trainer.max_steps > 0 else f"to the end of epoch {trainer.max_epochs}"
+        print(f"{logdir}: {trained / 1e6:.2f} M weights, from step {done} {end}")
         with no_trace_unless_begun(logdir), kept.stopped_after_a_step():
             make_steps(trainer, module, data, resumed, done)
     return module
@@ -161,7 +168,11 @@ def no_trace_unless_begun(logdir: Path) -> Iterator[None]:
 
 
 def read_configuration(
-    files: Sequence[Path], overrides: Sequence[str], seed: int | None = None, steps: int | None = None
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    seed: int | None = None,
+    steps: int | None = None,
+    scale_lr: bool = False,
 ) -> DictConfig:
     """What configuration files and single settings say together.
 
@@ -170,6 +181,7 @@ def read_configuration(
         overrides: KEY=VALUE, in the words of OmegaConf.
         seed: of weights, data order and noise; None = the configuration's, or 23.
         steps: in all, see `with_steps`; None = the configuration's.
+        scale_lr: see `ldm.training.published.completed`.
 
     Raises:
         SettingError: a single setting can't be used.
@@ -184,6 +196,8 @@ def read_configuration(
     for text in overrides:
         with fault_of(text, (ValueError, OmegaConfBaseException, YAMLError)):
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+    config, lines = completed(config, scale_lr)
+    print(*lines, sep="\n", end="\n" if lines else "")
     try:
         check(config)
         config.lightning.seed = seed if seed is not None else config.lightning.get("seed", SEED)
@@ -208,8 +222,15 @@ def check(config: DictConfig) -> None:
 
 def built(section: str, config: Mapping[str, Any], **given: Any) -> Any:
     """The object of a section; errors of its constructor name the section."""
-    try:
+    with naming(section):
         return instantiate_from_config(config, **given)
+
+
+@contextmanager
+def naming(section: str) -> Iterator[None]:
+    """Errors in the block become ValueErrors that name the section."""
+    try:
+        yield
     except (TypeError, AttributeError, OSError, ValueError, OmegaConfBaseException) as error:
         raise ValueError(f"{section}: {error}") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,16 +45,20 @@ class ClassEmbedder(nn.Module):
         embed_dim: width of the token.
         n_classes: number of classes, any unconditional one included.
         key: entry of a batch that holds the class indices.
+        ucg_rate: share of classes that are replaced by the last one in training, for guidance. Stability's code does so
+            while sampling too.
     """
 
-    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
+    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class", ucg_rate: float = 0.0) -> None:
         super().__init__()
-        self.key = key
+        self.key, self.ucg_rate = key, ucg_rate
         self.n_classes = n_classes
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
-    def forward(self, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+    def forward(self, batch: Tensor | Mapping[str, Tensor], disable_dropout: bool = False) -> Tensor:
         """Class indices (B,), or a batch that holds them under `key`, -> (B, 1, embed_dim).
+
+        disable_dropout: no class is replaced.
 
         Raises:
             ValueError: no such entry, another shape, or an index out of range.
@@ -64,6 +69,9 @@ class ClassEmbedder(nn.Module):
         if classes.ndim != 1 or classes.is_floating_point():
             raise ValueError(f"{self.key} must be integers of shape (B,); got {classes.dtype} {tuple(classes.shape)}")
         check_ids(self.key, classes, self.n_classes)
+        if self.ucg_rate > 0.0 and self.training and not disable_dropout:
+            dropped = torch.bernoulli(torch.full((len(classes), 1), self.ucg_rate, device=classes.device))[:, 0] > 0
+            classes = torch.where(dropped, self.n_classes - 1, classes)
         return self.embedding(classes.to(self.embedding.weight.device))[:, None]
 
 

@@ -1,0 +1,69 @@
+"""Images in tar files (WebDataset), for sets that outgrow a disk's number of files, or the disk."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from ldm.data.images import SUFFIXES, ImagePaths, in_range
+from ldm.io.images import open_image
+
+
+class Shards(IterableDataset):
+    """The images of tar files, one after another, through the `webdataset` package.
+
+    Files of a tar that differ in their ending only are one example: an image, and a caption in `.txt` or a class in
+    `.cls`.
+
+    Args:
+        urls: paths or addresses, as `webdataset` reads them: data/{00000..01234}.tar.
+        size: side of the squares.
+        random_crop, flip: see `ImagePaths`.
+        shuffle: examples in memory from which the next is drawn; 0 = in their order.
+        seed: of that draw, and of the order of the files.
+
+    Raises:
+        ValueError: the package is missing; a local file is not there.
+    """
+
+    def __init__(
+        self, urls: str, size: int, random_crop: bool = False, flip: float = 0.0, shuffle: int = 1000, seed: int = 23
+    ):
+        try:
+            import webdataset
+            from webdataset.shardlists import expand_urls
+        except ModuleNotFoundError as error:
+            raise ValueError(f"the package {error.name} is missing; pip install -e '.[train]'") from error
+        files = expand_urls(urls)
+        missing = [file for file in files if ":" not in file and not Path(file).is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]}: no such file ({len(missing)} of {len(files)} are missing)")
+        self.preparation = ImagePaths([], size, None, random_crop, flip)
+        order = {"shardshuffle": len(files) if shuffle else False, "detshuffle": True, "seed": seed}
+        shards = webdataset.WebDataset(files, empty_check=False, **order)
+        self.examples = shards.shuffle(shuffle, seed=seed) if shuffle else shards
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self.example(files) for files in self.examples)
+
+    def example(self, files: Mapping[str, Any]) -> dict[str, Any]:
+        """An example, from the files of a tar by their endings.
+
+        Raises:
+            ValueError: there is no image among them, or it can't be read.
+        """
+        ending = next((name for name in files if f".{name.lower()}" in SUFFIXES), None)
+        if ending is None:
+            raise ValueError(f"{files.get('__url__')}: {files.get('__key__')} has no image; it has {', '.join(files)}")
+        pixels = np.asarray(open_image(io.BytesIO(files[ending])))
+        example: dict[str, Any] = {"image": in_range(self.preparation.prepared(pixels))}
+        if "txt" in files:
+            example["caption"] = files["txt"].decode().strip()
+        if "cls" in files:
+            example["class_label"] = int(files["cls"])
+        return example

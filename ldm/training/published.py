@@ -1,0 +1,80 @@
+"""Configurations of the published trainings: what they leave to the published code is filled in."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, OmegaConf
+
+FIRST_STAGES = ("AutoencoderKL", "VQModel")
+DIFFUSIONS = ("LatentDiffusion", "Layout2ImgDiffusion")
+HIGH_RATE = 1e-3
+NOT_SCALED = "--scale_lr: without effect; the rate is training.params.learning_rate"
+# Sections of `lightning` that have no effect here, and what is done instead.
+INSTEAD = {
+    "callbacks": "images are saved after each validation",
+    "modelcheckpoint": "the newest state is kept, every lightning.checkpoint_every_minutes",
+    "logger": "numbers go to CSV and TensorBoard",
+}
+
+
+def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, list[str]]:
+    """A configuration with the four sections of a training, from a published one, and lines that say what was done.
+
+    A configuration that has a section `training` is returned as it is.
+
+    Args:
+        scale_lr: multiply model.base_learning_rate with the images per step, as the published code does by default.
+
+    Raises:
+        ValueError: no learning rate; a model that is not trained here.
+    """
+    if "training" in config or "model" not in config:
+        return config, [NOT_SCALED] if scale_lr else []
+    config = config.copy()
+    model = config.model
+    lightning = config.setdefault("lightning", OmegaConf.create())
+    trainer = lightning.setdefault("trainer", OmegaConf.create())
+    lines = [f"lightning.{name}: without effect; {INSTEAD[name]}" for name in INSTEAD if name in lightning]
+    for name in INSTEAD:
+        lightning.pop(name, None)
+    base = model.pop("base_learning_rate", None)
+    if base is None:
+        raise ValueError("model.base_learning_rate: not given; expected a number, or a section training")
+    rate, line = learning_rate(float(base), config, trainer, scale_lr)
+    config.training = {"target": training_of(str(model.get("target"))), "params": {"learning_rate": rate}}
+    if config.training.target.endswith("DiffusionTraining"):
+        config.training.params |= {"published_optimizer": True, "condition_dropout": 0.0}
+        if "ucg_training" in model.params:
+            config.training.params.ucg_training = model.params.pop("ucg_training")
+        model.params.use_ema = False  # the training keeps the averages
+    return config, [line, *lines]
+
+
+def training_of(target: str) -> str:
+    """The class that trains a model of this target."""
+    name = target.rpartition(".")[2]
+    if name in FIRST_STAGES:
+        return "ldm.training.adversarial.AdversarialTraining"
+    if name in DIFFUSIONS:
+        return "ldm.training.diffusion.DiffusionTraining"
+    known = ", ".join((*FIRST_STAGES, *DIFFUSIONS))
+    raise ValueError(f"model.target: {target!r} is not trained here; accepted: {known}, or a section training")
+
+
+def learning_rate(base: float, config: DictConfig, trainer: DictConfig, scale_lr: bool) -> tuple[float, str]:
+    """The rate, and a line that says what it is and what it could be."""
+    devices, batch = devices_of(trainer), OmegaConf.select(config, "data.params.batch_size", default=1)
+    accumulated = trainer.get("accumulate_grad_batches") or 1
+    scaled = accumulated * devices * batch * base
+    by = f"{accumulated} accumulated x {devices} devices x batch size {batch}"
+    if not scale_lr:
+        could = f"published scaling ({by}) would make it {scaled:.3g}: --scale_lr"
+        return base, f"learning rate {base:.3g}, as given; {could}"
+    high = f"; above {HIGH_RATE:g}, trainings of published models diverged" if scaled > HIGH_RATE else ""
+    return scaled, f"learning rate {scaled:.3g} = {base:.3g} x {by} (--scale_lr){high}"
+
+
+def devices_of(trainer: DictConfig) -> int:
+    devices = trainer.get("devices")
+    if isinstance(devices, int):
+        return max(devices, 1)
+    return len(devices) if OmegaConf.is_list(devices) else 1

@@ -1,0 +1,139 @@
+"""The published command lines of main.py, and what ours does where theirs set traps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from ldm.training.published import completed
+from ldm.training.state import read_state
+from main import folder_of, main, of_gpus, parser, plain
+from tests.training.test_adversarial import tiny_config
+
+A = {
+    "model": {
+        "base_learning_rate": 2.0e-6,
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {"timesteps": 1000, "channels": 3},
+    },
+    "data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 48}},
+    "lightning": {
+        "trainer": {"accumulate_grad_batches": 2},
+        "callbacks": {"image_logger": {"target": "main.ImageLogger", "params": {"batch_frequency": 5000}}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["-b", "A.yaml", "-t", "True", "--scale_lr", "False"], {"train": True, "scale_lr": False}),
+        (["-b", "A.yaml", "-t", "no", "--no-test", "-s", "42", "-d"], {"train": False, "debug": True, "seed": 42}),
+        (["-b", "A.yaml", "-n", "faces", "-f", "_2", "-l", "runs", "-p", "x"], {"name": "faces", "postfix": "_2"}),
+        (["-b", "A.yaml", "-t", "--gpus", "0,1", "--scale_lr"], {"gpus": "0,1", "scale_lr": True, "train": True}),
+        (
+            ["-t", "data.params.batch_size=8", "-b", "A.yaml"],
+            {"overrides": ["data.params.batch_size=8"], "train": True},
+        ),
+        (["-b", "A.yaml", "-t", "--data.target=p.D"], {"overrides": ["data.target=p.D"]}),
+        (["--train", "yes", "--allow", "p", "-b", "A.yaml"], {"train": True, "allow": ["p"]}),
+    ],
+)
+def test_published_flags(argv, expected):
+    args = vars(parser().parse_args(plain(argv)))
+    assert {key: args[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("text, devices", [("0,", [0]), ("0,1", [0, 1]), ("2", 2), ("3,", [3])])
+def test_gpus_are_numbers_or_a_count(text, devices):
+    config = OmegaConf.from_dotlist(of_gpus(text))
+    assert config.lightning.trainer.devices == devices and config.lightning.trainer.accelerator == "gpu"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["-b", "A.yaml", "--gpus", "all"], "--gpus: expected numbers of GPUs such as 0,1"),
+        (["-b", "A.yaml", "--gpus", "0"], "--gpus: expected numbers"),
+        (["-r", "logs/x", "-n", "y"], "--name: a run that is resumed keeps its name"),
+        (["-b", "A.yaml", "--gpu", "0,"], "unrecognized arguments: --gpu"),
+        (["-b", "A.yaml", "-t", "model.params.channel=3"], "model"),
+    ],
+)
+def test_refused(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("A.yaml").write_text(yaml.safe_dump(A))
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_run_is_resumed_by_its_folder_or_a_checkpoint():
+    for given in ("logs/x", "logs/x/last.ckpt", "logs/x/checkpoints/last.ckpt", "logs/x/checkpoints"):
+        assert folder_of(given) == Path("logs/x")
+
+
+def test_the_learning_rate_is_the_one_given_unless_scaled():
+    config = OmegaConf.create(A)
+    plain_, (line, ignored) = completed(config)
+    assert plain_.training.params.learning_rate == 2e-6
+    assert line == (
+        "learning rate 2e-06, as given; published scaling (2 accumulated x 1 devices x batch size 48) would make it "
+        "0.000192: --scale_lr"
+    )
+    assert ignored == "lightning.callbacks: without effect; images are saved after each validation"
+    config.lightning.trainer.devices = [0, 1]
+    scaled, (line, _) = completed(config, scale_lr=True)
+    assert scaled.training.params.learning_rate == pytest.approx(2 * 2 * 48 * 2e-6)
+    assert "0.000384 = 2e-06 x 2 accumulated x 2 devices x batch size 48 (--scale_lr)" in line
+    config.model.base_learning_rate = 1e-4
+    assert "above 0.001" in completed(config, scale_lr=True)[1][0]
+
+
+def test_a_published_configuration_is_completed():
+    config = OmegaConf.create(A)
+    config.model.params.ucg_training = {"caption": {"p": 0.1, "val": None}}
+    done, _ = completed(config)
+    assert done.training.target == "ldm.training.diffusion.DiffusionTraining"
+    assert done.training.params.published_optimizer and done.training.params.condition_dropout == 0.0
+    assert done.training.params.ucg_training.caption.p == 0.1 and "ucg_training" not in done.model.params
+    assert done.model.params.use_ema is False and "base_learning_rate" not in done.model
+    assert completed(done)[0] == done and "training" not in config
+    for change, message in (
+        ({"model": {"target": "ldm.Other"}}, "'ldm.Other' is not trained here; accepted: AutoencoderKL"),
+        ({"model": {"base_learning_rate": None}}, "model.base_learning_rate: not given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            completed(OmegaConf.merge(OmegaConf.create(A), change))
+
+
+OWN = """
+import numpy as np
+from torch.utils.data import Dataset
+
+class Stripes(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return {"image": np.full((16, 16, 3), i / 2 - 1, np.float32)}
+"""
+
+
+def test_a_dataset_of_ones_own_is_named_on_the_command_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "stripes_of_mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tmp_path)
+    del config["training"]
+    config["data"] = {"target": "main.DataModuleFromConfig", "params": {"batch_size": 2, "train": {"target": "x"}}}
+    config["model"]["base_learning_rate"] = 1e-3
+    (tmp_path / "A.yaml").write_text(yaml.safe_dump(config))
+    argv = ["-b", "A.yaml", "-t", "-l", "logs", "--steps", "2", "--data.target=stripes_of_mine.Stripes"]
+    argv += ["data.params.num_workers=0"]
+    assert main(argv) == 2
+    assert "outside the allowed packages" in capsys.readouterr().err
+    assert main([*argv, "--allow", "stripes_of_mine"]) == 0
+    assert read_state(Path("logs/A/last.ckpt"))["global_step"] == 2

@@ -1,0 +1,214 @@
+"""Every published configuration builds and trains, at a reduced width, on a few images in its dataset's own layout."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ldm.modules.encoders.tokenizer import train_tokenizer
+from ldm.training.state import read_state
+from main import main
+
+CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
+COUNT = 2  # images in each set
+SIZE = 32  # of the images that are trained on
+# What the released configurations leave to the user: data of the kind that the model is trained on.
+DATA_OF = {
+    "cin256-v2": {"target": "ldm.data.folder.ClassFolders", "params": {"root": "own/classes"}},
+    "model_inpainting_big": {"target": "ldm.data.inpainting.InpaintingFolder", "params": {"root": "own/classes"}},
+    "model_semantic_synthesis256": {
+        "target": "ldm.data.segmentation.SegmentationFolder",
+        "params": {"root": "data/rfw/train", "crop_size": SIZE},
+    },
+    "txt2img-1p4B-eval": {"target": "ldm.data.folder.CaptionedFolder", "params": {"root": "data/previews/train"}},
+    "rdm_768x768": {"target": "neighbours.WithNeighbours"},
+}
+OWN_DATA = """
+import numpy as np
+from torch.utils.data import Dataset
+
+class WithNeighbours(Dataset):
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        image = np.full((self.size, self.size, 3), i / 4, np.float32)
+        return {"jpg": image, "nix": np.full((2, 768), i / 4, np.float32)}
+"""
+
+
+def picture(path: Path, seed: int, side: int = 40) -> Path:
+    """An image of a few colours, not square."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels.repeat(side // 5, 0).repeat(side // 5, 1)).save(path)
+    return path
+
+
+def write_lists(root: Path) -> None:
+    """LSUN, FFHQ and CelebA-HQ: folders, and lists of what is in them."""
+    sets = {
+        "lsun/churches": ("lsun/church_outdoor_train.txt", "lsun/church_outdoor_val.txt"),
+        "lsun/bedrooms": ("lsun/bedrooms_train.txt", "lsun/bedrooms_val.txt"),
+        "ffhq": ("ffhqtrain.txt", "ffhqvalidation.txt"),
+        "celebahq": ("celebahqtrain.txt", "celebahqvalidation.txt"),
+    }
+    for folder, lists in sets.items():
+        names = [f"{i:05d}.{'npy' if folder == 'celebahq' else 'jpg'}" for i in range(COUNT)]
+        for i, name in enumerate(names):
+            path = picture((root / folder / name).with_suffix(".jpg"), i)
+            if folder == "celebahq":
+                np.save(root / folder / name, np.asarray(Image.open(path)).transpose(2, 0, 1)[None])
+        for file in lists:
+            (root / file).write_text("\n".join(names) + "\n")
+
+
+def write_openimages(root: Path) -> None:
+    labels = ["/m/01g317", "/m/0cmf2"]
+    for part in ("train", "validation"):
+        names = [picture(root / part / f"{i:016x}.jpg", i).stem for i in range(COUNT)]
+        rows = [
+            [name, "x", labels[i % 2], "1", "0.1", "0.6", "0.2", "0.9", "0", "0", "0"] for i, name in enumerate(names)
+        ]
+        header = "ImageID Source LabelName Confidence XMin XMax YMin YMax IsOccluded IsTruncated IsGroupOf".split()
+        with (root / f"{part}-annotations-bbox.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows([header, *rows])
+    (root / "class-descriptions-boxable.csv").write_text("".join(f"{label},Thing\n" for label in labels))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A working folder with every dataset in the layout that it has on disk."""
+    root = tmp_path_factory.mktemp("home")
+    write_lists(root / "data")
+    write_openimages(root / "data" / "openimages")
+    for part in ("train", "validation"):
+        for i in range(COUNT):
+            synset = root / "cache" / "autoencoders" / "data" / f"ILSVRC2012_{part}" / "data" / f"n0000000{i}"
+            picture(synset / f"n0000000{i}_1.JPEG", i)
+            image = picture(root / "data" / "rfw" / part / "images" / f"{i}.jpg", i)
+            labels = np.random.default_rng(i).integers(0, 182, Image.open(image).size[::-1], dtype=np.uint8)
+            (root / "data" / "rfw" / part / "segmentations").mkdir(exist_ok=True)
+            Image.fromarray(labels).save(root / "data" / "rfw" / part / "segmentations" / f"{i}.png")
+            picture(root / "data" / "previews" / part / f"{i}.jpg", i).with_suffix(".txt").write_text("a red thing\n")
+            picture(root / "own" / "classes" / f"class{i}" / "a.png", i)
+    (root / "neighbours.py").write_text(OWN_DATA)
+    train_tokenizer(["a red thing"], 60, 8).save(str(root / "tokenizer.json"))
+    return root
+
+
+def at(config: dict, path: str) -> Any:
+    """A part of a configuration, {} if it is not there."""
+    for key in path.split("."):
+        config = config.get(key, {}) if isinstance(config, dict) else {}
+    return config
+
+
+def reduced_first_stage(ddconfig: dict, prefix: str) -> dict[str, Any]:
+    resolution, size = ddconfig["resolution"], max(SIZE, 2 ** len(ddconfig["ch_mult"]))
+    return {
+        f"{prefix}.ch": 32,
+        f"{prefix}.ch_mult": [1] * len(ddconfig["ch_mult"]),
+        f"{prefix}.num_res_blocks": 1,
+        f"{prefix}.resolution": size,
+        f"{prefix}.attn_resolutions": [a * size // resolution for a in ddconfig["attn_resolutions"]],
+    }
+
+
+def reduced_network(config: dict) -> dict[str, Any]:
+    """The UNet, the first stage and the conditioner of a latent diffusion model."""
+    unet, cond = "model.params.unet_config.params", "model.params.cond_stage_config.params"
+    changes = {f"{unet}.model_channels": 32, f"{unet}.num_res_blocks": 1}
+    changes[f"{unet}.channel_mult"] = [1] * len(at(config, unet)["channel_mult"])
+    if "context_dim" in at(config, unet):
+        width = 768 if at(config, cond) == {} and "nix" in str(config) else 16
+        changes |= {f"{unet}.context_dim": width, f"{unet}.transformer_depth": 1}
+    first = "model.params.first_stage_config.params"
+    changes |= reduced_first_stage(at(config, f"{first}.ddconfig"), f"{first}.ddconfig")
+    if "n_embed" in at(config, first):
+        changes[f"{first}.n_embed"] = 16
+    if "ckpt_path" in at(config, first):
+        changes[f"{first}.ckpt_path"] = None
+    if "embed_dim" in at(config, cond):
+        changes[f"{cond}.embed_dim"] = 16
+    if "n_layer" in at(config, cond):
+        changes |= {f"{cond}.n_embed": 16, f"{cond}.n_layer": 1}
+        if at(config, cond).get("use_tokenizer", True):
+            changes |= {f"{cond}.vocab_size": 60, f"{cond}.max_seq_len": 8, f"{cond}.tokenizer": "tokenizer.json"}
+    return changes
+
+
+def size_of(config: dict) -> int:
+    """Of the images: as many pixels as the network halves, or more."""
+    if "unet_config" not in config["model"]["params"]:
+        return max(SIZE, 2 ** len(at(config, "model.params.ddconfig.ch_mult")))
+    levels = at(config, "model.params.unet_config.params.channel_mult")
+    factor = 2 ** (len(at(config, "model.params.first_stage_config.params.ddconfig.ch_mult")) - 1)
+    return max(SIZE, factor * 2 ** (len(levels) - 1))
+
+
+def reduced_data(config: dict, size: int) -> dict[str, Any]:
+    changes: dict[str, Any] = {"data.params.batch_size": 2, "data.params.num_workers": 0}
+    for part in ("train", "validation"):
+        params = at(config, f"data.params.{part}.params")
+        for name in [name for name in ("size", "crop_size", "config") if name in params]:
+            value = {"size": size} if name == "config" else size
+            changes[f"data.params.{part}.params.{name}"] = value
+    return changes
+
+
+def overrides_of(config: dict) -> list[str]:
+    changes = reduced_data(config, size_of(config))
+    if "unet_config" in config["model"]["params"]:
+        changes |= reduced_network(config)
+    else:
+        loss = "model.params.lossconfig.params"
+        changes |= reduced_first_stage(config["model"]["params"]["ddconfig"], "model.params.ddconfig")
+        changes |= {f"{loss}.disc_start": 1, f"{loss}.disc_ndf": 8, f"{loss}.perceptual": "none"}
+        if "n_embed" in config["model"]["params"]:
+            changes["model.params.n_embed"] = 16
+    quiet = {"accelerator": "cpu", "enable_progress_bar": "false", "limit_val_batches": 0, "max_epochs": 9}
+    changes |= {f"lightning.trainer.{name}": value for name, value in quiet.items()}
+    return [
+        f"{key}={json.dumps(value) if value is not None else 'null'}".replace('"', "") for key, value in changes.items()
+    ]
+
+
+def data_file(name: str, config: dict, folder: Path) -> list[str]:
+    """A second file for --base, with the data that a released configuration lacks."""
+    if name not in DATA_OF:
+        return []
+    section = DATA_OF[name]
+    section = section | {"params": section.get("params", {}) | {"size": size_of(config)}}
+    (folder / "data.yaml").write_text(
+        yaml.safe_dump({"data": {"target": "main.DataModuleFromConfig", "params": {"train": section}}})
+    )
+    return [str(folder / "data.yaml")]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_steps(name, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    config = json.loads(CONFIGS[name].read_text())["config"]
+    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    files = [str(tmp_path / f"{name}.yaml"), *data_file(name, config, tmp_path)]
+    allow = ["--allow", "neighbours"] if "neighbours" in str(DATA_OF.get(name)) else []
+    code = main(["--base", *files, "-t", "--steps", "2", "-l", str(tmp_path), *allow, *overrides_of(config)])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    assert "learning rate" in out.out
+    state = read_state(tmp_path / name / "last.ckpt")
+    assert state["global_step"] == 2
+    assert all(value.isfinite().all() for value in state["state_dict"].values() if torch.is_tensor(value))
