@@ -17,6 +17,7 @@ from ldm.cli.arguments import EMOJI64, Files
 from ldm.cli.devices import ALONE, Processes, find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import PROJECT_ROOT, same_place
+from ldm.io.images import MOST_PIXELS
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.engine import Sizes
 from ldm.util import instantiate_from_config
@@ -131,13 +132,15 @@ def image_size(
     """Height and width of the images in pixels, as given or by default, which is the model's.
 
     Raises:
-        SettingError: the model can't make images of that height or width.
+        SettingError: the model can't make images of that height or width, or nothing can.
     """
     usual = default or (sizes.default, sizes.default)
     height, width = height or usual[0], width or usual[1]
     for name, value in (("H", height), ("W", width)):
         if value % sizes.multiple:
             raise SettingError(name, f"must be a multiple of {sizes.multiple} for this model; got {value}")
+    if height * width > MOST_PIXELS:  # said here, before an image is enlarged to that size
+        raise SettingError("H", f"{width} x {height} pixels are more than {MOST_PIXELS}, the most of one image")
     return height, width
 
 

@@ -8,16 +8,18 @@ import os
 import re
 
 import pytest
+from PIL import Image
 
 import ldm
 from evaluation import fid
 from evaluation.runs.processes import launched
 from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, count, parallel, side, step_count
 from ldm.cli.devices import Processes
-from ldm.cli.inputs import image_items
+from ldm.cli.inputs import image_items, resized_start
 from ldm.cli.parser import Parser, command
 from ldm.cli.pipeline import BATCH_PIXELS, SHEET_PIXELS, check_amount, sheet_fits
 from ldm.io.errors import BadInput, SettingError
+from ldm.sampling.engine import Sizes
 from tests.helpers.scripts import Script, load_script
 from tests.helpers.tiny_models import write_model
 
@@ -53,6 +55,13 @@ def test_a_batch_and_a_sheet_have_a_limit():
     with pytest.raises(SettingError, match="^compare: 1000 images of 64 x 64"):
         check_amount(1000, (64, 64), 1, compare=True)
     assert sheet_fits(SHEET_PIXELS // 4, (2, 2)) and not sheet_fits(SHEET_PIXELS // 4 + 1, (2, 2))
+
+
+def test_no_image_is_enlarged_to_a_size_that_nothing_makes():
+    sizes = Sizes(channels=4, factor=8, multiple=64, default=512)
+    assert resized_start(Image.new("RGB", (70, 70)), sizes, None, 128).shape == (3, 64, 128)
+    with pytest.raises(SettingError, match="^H: 16384 x 16384 pixels are more than 67108864, the most of one image"):
+        resized_start(Image.new("RGB", (70, 70)), sizes, 16384, 16384)
 
 
 def test_images_that_do_not_fit_into_memory_are_refused_before_the_first_step(tmp_path, capsys, monkeypatch):
