@@ -58,7 +58,7 @@ def parser() -> Parser:
     seed_argument(what)
     sampling_arguments(p)
     model_arguments(p, EMOJI64)
-    p.set_defaults(plan="off", propagate=None, parallel=None, tome=0.0)
+    p.set_defaults(plan="off", propagate=None, error_budget=None, parallel=None, tome=0.0)
     p.set_defaults(noise_weight=0.0, noise_below=500.0, noise_order="before")
     return p
 

@@ -171,6 +171,7 @@ def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -
 def depends_on(comparison: Comparison, row: Row, plan: AnyPlan) -> dict[str, Any]:
     """Everything that a row's values depend on, as JSON values."""
     method = row.model_dump(include={"sampler", "steps", "noise_weight", "guidance_reuse"})
+    method["sampler"] = comparison.experiment.solver_name(row.sampler, row.steps)
     return comparison.experiment.settings() | comparison.settings | {"row": method | {"plan": plan.settings()}}
 
 

@@ -135,6 +135,10 @@ class Experiment:
         with fault_of("config"):
             return Engine(self.model, self.setup.sizes, recipe, plan, self.task, self.setup.autocast)
 
+    def solver_name(self, sampler: str, steps: int) -> str:
+        """A sampler with the places of its steps, see `Recipe.solver_name`."""
+        return self._recipe(sampler, steps).solver_name
+
     def _recipe(self, sampler: str, steps: int, noise_weight: float = 0.0, guidance_reuse: bool = False) -> Recipe:
         side = self.setup.sizes.default
         return Recipe(
