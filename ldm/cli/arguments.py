@@ -234,7 +234,7 @@ def sampling_arguments(
     sampler.add_argument(
         "--sampler",
         default="ddim",
-        help=f"the solver: {SAMPLERS}. unipc and dpm-solver++ need the fewest steps; ddpm and euler-a add fresh noise "
+        help=f"the solver: {SAMPLERS}. dpm-solver++ needs few steps; ddpm and euler-a add fresh noise "
         "at every step; NAME-published is for published numbers, with larger errors. See docs/samplers.md (default: "
         "%(default)s)",
     )
@@ -279,7 +279,8 @@ def node_arguments(group: argparse._ArgumentGroup, steps_flags: Sequence[str], s
         "--spacing",
         choices=SPACINGS,
         help="how the steps are spread between noise and image: time = evenly over the timesteps, quad = over their "
-        "square root, logsnr = over the logarithm of the signal-to-noise ratio, karras = over sigma's seventh root "
+        "square root, logsnr = over the logarithm of the signal-to-noise ratio, karras = over sigma's seventh root. "
+        "With few steps and far more guidance than the model recommends time is best. "
         f"(default: {usual}, time for the others)",
     )
 
