@@ -9,6 +9,7 @@ from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.forecast import Forecast
+from ldm.models.diffusion.propagation.history import Forecaster
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Compute, Plan
 from tests.helpers.toy import EXACT, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
@@ -77,7 +78,7 @@ def test_the_error_is_that_of_the_forecast_at_the_key_node():
     x, cond, uncond = toy_inputs(1)
     rule, model = toy_rule(10), toy_denoiser(toy_network(), cond, uncond, 2.0)
     state, values, errors = State(x), {}, []
-    forecaster = Forecast("linear").on(rule.nodes)
+    forecaster = Forecaster.of(Forecast("linear"), rule.nodes)
     for i, node in enumerate(rule.nodes):
         known = [*values][-2:]
         guess = sum(w * values[k] for w, k in zip(forecaster.weights(known, i), known, strict=True)) if known else None

@@ -13,7 +13,8 @@ from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Prediction
 from ldm.models.diffusion.edits import prior_noise
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import State
-from ldm.models.diffusion.propagation.forecast import AXES, METHODS, QUANTITIES, Forecast, Forecaster, History
+from ldm.models.diffusion.propagation.forecast import AXES, METHODS, QUANTITIES, Forecast
+from ldm.models.diffusion.propagation.history import Forecaster, History
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, predict_x0
@@ -115,19 +116,19 @@ NODES = tuple(Node(float(t), abar, 0.0) for t, abar in ((900, 0.1), (600, 0.3), 
 
 
 def test_axes_are_timestep_log_snr_and_step():
-    on = {axis: Forecast("linear", axis).on(NODES) for axis in AXES}
+    on = {axis: Forecaster.of(Forecast("linear", axis), NODES) for axis in AXES}
     assert on["timestep"].times == (900, 600, 500, 200, 50) and on["timestep"].span == (900, 50)
     assert on["logsnr"].times == pytest.approx([0.5 * log(node.abar / (1 - node.abar)) for node in NODES])
     assert on["step"].times == (0, 1, 2, 3, 4) and on["step"].span == (0, 5)
     assert on["step"].weights([0, 1], 3) == [-2, 3] and on["timestep"].weights([1, 2], 3) == [-3, 4]
     clean = (*NODES, Node(0.0, 1.0, 1.0))
-    assert Forecast("linear", "step").on(clean)
+    assert Forecaster.of(Forecast("linear", "step"), clean)
     with pytest.raises(ValueError, match="log-SNR .* infinite; the axis must be timestep or step"):
-        Forecast("linear", "logsnr").on(clean)
+        Forecaster.of(Forecast("linear", "logsnr"), clean)
 
 
 def history(name: str, axis: str = "step", nodes: tuple[Node, ...] = NODES) -> History[torch.Tensor]:
-    return History(Forecast(name, axis).on(nodes), weighted_sum)
+    return History(Forecaster.of(Forecast(name, axis), nodes), weighted_sum)
 
 
 def test_a_history_keeps_what_its_method_takes():
@@ -151,7 +152,7 @@ def test_features_are_forecast_tensor_by_tensor():
         value = torch.arange(6, dtype=torch.float64).view(1, 6, 1, 1) * t**2 - t
         return Features(value, (2 * value, value - 1))
 
-    kept = History(Forecast("quadratic").on(NODES), Features.combine)
+    kept = History(Forecaster.of(Forecast("quadratic"), NODES), Features.combine)
     for i in range(3):
         kept = kept.key(i, features(NODES[i].t / 1000))
     for ours, true in zip(kept.at(4).tensors, features(NODES[4].t / 1000).tensors, strict=True):
@@ -177,7 +178,7 @@ def test_skipped_predictions_are_forecast_by_hand(spec, parameterization):
     model, rule = toy_denoiser(toy_network(), cond, uncond, 3.0, parameterization), toy_rule(8)
     edit = prior_noise(x, 0.05, 700)
     how, keys = Forecast.parse(spec), (0, 2, 3, 6)
-    forecaster, state, kept = how.on(rule.nodes), State(x), []
+    forecaster, state, kept = Forecaster.of(how, rule.nodes), State(x), []
     for i, node in enumerate(rule.nodes):
         state = State(edit(state.x, node))
         if i in keys:
@@ -264,7 +265,7 @@ def test_predictions_before_guidance_began_are_forgotten():
 )
 def test_forecasters_are_named(text, expected):
     assert Forecast.parse(text) == expected
-    assert isinstance(expected.on(NODES), Forecaster)
+    assert isinstance(Forecaster.of(expected, NODES), Forecaster)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Denoiser, Prediction
-from ldm.models.diffusion.propagation.forecast import Forecast, History, relative_error
+from ldm.models.diffusion.propagation.forecast import Forecast
+from ldm.models.diffusion.propagation.history import Forecaster, History, relative_error
 from ldm.models.diffusion.propagation.plan import AnyPlan, Batch, Compute
 from ldm.models.diffusion.schedule import Node
 from ldm.modules.diffusionmodules.features import Features, weighted_sum
@@ -42,7 +43,7 @@ class Cache:
             ValueError: the forecaster's axis is not finite on these nodes.
         """
         forecast = Forecast.parse(plan.propagate)
-        forecaster, hold = forecast.on(nodes), Forecast().on(nodes)
+        forecaster, hold = Forecaster.of(forecast, nodes), Forecaster.of(Forecast(), nodes)
         of = {level: forecaster if level in plan.levels else hold for level in Compute}
         return Cache(
             History(of[Compute.DECODER], Features.combine),
