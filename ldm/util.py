@@ -20,6 +20,12 @@ RENAMED = {
     "taming.modules.losses": "ldm.modules.losses",
     "taming.data": "ldm.data",
     "main.DataModuleFromConfig": "ldm.training.datasets.DataModuleFromConfig",
+    "rdm.models.diffusion.ddpm": "ldm.models.diffusion.ddpm",
+    "rdm.modules.diffusionmodules": "ldm.modules.diffusionmodules",
+    "rdm.data.imagenet": "ldm.data.imagenet",
+    "rdm.data.base.QueryDataset": "ldm.data.neighbours.QueryDataset",
+    "rdm.data.faces.FFHQTrainRDM": "ldm.data.faceshq.FFHQTrain",
+    "rdm.data.faces.FFHQValidationRDM": "ldm.data.faceshq.FFHQValidation",
 }
 
 PUBLISHED = ("count_params", "default", "exists", "isimage", "ismap", "log_txt_as_img", "mean_flat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -36,6 +37,7 @@ class KeptState(pl.Callback):
     def __init__(self, path: Path, every_minutes: float, config: DictConfig):
         self.path, self.every_seconds, self.config = path, 60.0 * every_minutes, OmegaConf.to_yaml(config)
         self.saved_at, self.saved_step = time.monotonic(), -1
+        self.counted = 0  # steps when the batch before ended
         self.stopping = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,22 +68,27 @@ class KeptState(pl.Callback):
         # Not earlier: a refused training must leave no folder.
         with atomic_write(self.path.with_name("config.yaml")) as unfinished:
             unfinished.write_text(self.config, encoding="utf-8")
+        self.counted = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: object) -> None:
         loss = outputs["loss"]
         if not loss.isfinite():
             self.fail(trainer, f"a loss of {loss.item()}")
+        # Between the batches of one step there are gradients, which a state does not hold.
+        stepped, self.counted = trainer.global_step > self.counted, trainer.global_step
         # The last step is saved here, too: afterwards Lightning counts a partial epoch as a whole one.
         last = trainer.global_step == trainer.max_steps
-        due = last or self.stopping or time.monotonic() - self.saved_at > self.every_seconds
+        due = stepped and (last or self.stopping or time.monotonic() - self.saved_at > self.every_seconds)
         if trainer.strategy.reduce_boolean_decision(due, all=False):  # all processes must save together
             self.save(trainer)
-        if self.stopping:
+        if self.stopping and stepped:
             raise Stopped
 
     @contextmanager
     def stopped_after_a_step(self) -> Iterator[None]:
         """Ctrl-C in the block stops the training after the current step is saved; a second Ctrl-C stops it at once.
+
+        SIGUSR1, which clusters send before they end a job, saves the current step when it is done.
 
         Raises:
             KeyboardInterrupt: the training was stopped.
@@ -91,16 +98,22 @@ class KeptState(pl.Callback):
             self.stopping = True
             signal.signal(signal.SIGINT, before)
 
+        def save_soon(*_: object) -> None:
+            self.saved_at = -math.inf
+
         if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
             yield
             return
         before = signal.signal(signal.SIGINT, stop)
+        usual = signal.signal(signal.SIGUSR1, save_soon) if hasattr(signal, "SIGUSR1") else None
         try:
             yield
         except Stopped:
             raise KeyboardInterrupt from None
         finally:
             signal.signal(signal.SIGINT, before)
+            if usual is not None:
+                signal.signal(signal.SIGUSR1, usual)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.saved_step != trainer.global_step:

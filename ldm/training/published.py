@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig, OmegaConf
 
 FIRST_STAGES = ("AutoencoderKL", "VQModel")
-DIFFUSIONS = ("LatentDiffusion", "Layout2ImgDiffusion")
+DIFFUSIONS = ("LatentDiffusion", "Layout2ImgDiffusion", "MinimalRETRODiffusion")
 HIGH_RATE = 1e-3
 NOT_SCALED = "--scale_lr: without effect; the rate is training.params.learning_rate"
 # Sections of `lightning` that have no effect here, and what is done instead.

@@ -19,6 +19,7 @@ from ldm.data.folder import CaptionedFolder, ClassFolders, ImageFolder
 from ldm.data.images import ImagePaths
 from ldm.data.inpainting import InpaintingFolder
 from ldm.data.lsun import LSUNBase
+from ldm.data.neighbours import QueryDataset
 from ldm.data.segmentation import SegmentationFolder
 from ldm.data.shards import Shards
 from ldm.training.datasets import DataModuleFromConfig, data_of
@@ -255,3 +256,21 @@ def test_a_data_set_is_named(tmp_path):
         DataModuleFromConfig(batch_size=1)
     with pytest.raises(ValueError, match=r"data.params.train: .*none: no such folder"):
         module(tmp_path / "none", batch_size=1)
+
+
+def test_neighbours_belong_to_the_dataset(tmp_path):
+    section = {"target": "ldm.data.folder.ImageFolder", "params": {"root": str(tmp_path), "size": 8}}
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    embeddings = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+    np.savez(tmp_path / "nns.npz", nn_embeddings=embeddings)
+    example = QueryDataset(section, str(tmp_path / "nns.npz"), k=2)[1]
+    assert example["nn_embeddings"].tolist() == embeddings[1, :2].tolist() and example["image"].shape == (8, 8, 3)
+    np.savez(tmp_path / "other.npz", nn_embeddings=embeddings[:1])
+    for file, k, message in (
+        ("nns.npz", 4, r"expected \(2 images, 4 or more, D\)"),
+        ("other.npz", 1, r"\(1, 3, 4\); expected \(2 images"),
+        ("none.npz", 1, "no file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            QueryDataset(section, str(tmp_path / file), k=k)

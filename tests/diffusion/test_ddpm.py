@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddpm import DDPM, DiffusionWrapper, LatentDiffusion
+from ldm.modules.diffusionmodules.util import make_beta_schedule, with_zero_terminal_snr
 from tests.helpers.goldens import load_case, recipe_weights
 
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
@@ -138,3 +140,26 @@ def test_the_frozen_stages_stay_frozen():
     assert model.model.training
     for stage in (model.first_stage_model, model.cond_stage_model):
         assert not stage.training and not any(p.requires_grad for p in stage.parameters())
+
+
+@pytest.mark.parametrize("schedule", ("linear", "cosine"))
+def test_zero_terminal_snr_leaves_nothing_of_the_image_at_the_end(schedule):
+    plain = np.cumprod(1 - make_beta_schedule(schedule, 1000))
+    betas = with_zero_terminal_snr(make_beta_schedule(schedule, 1000))
+    abar = np.cumprod(1 - betas)
+    assert abar[0] == pytest.approx(plain[0]) and abar[-1] == pytest.approx(2.0**-24) and (betas > 0).all()
+    # sqrt(alpha-bar) is a linear function of what it was
+    before, after = np.sqrt(plain[:-1]), np.sqrt(abar[:-1])
+    np.testing.assert_allclose(np.diff(after) / np.diff(before), np.sqrt(plain[0]) / (before[0] - np.sqrt(plain[-1])))
+
+
+def test_zero_terminal_snr_is_not_for_eps():
+    unet = {"image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1}
+    unet |= {"attention_resolutions": [], "channel_mult": [1], "num_heads": 1}
+    with pytest.raises(ValueError, match="zero_terminal_snr: not with parameterization eps"):
+        tiny(unet, zero_terminal_snr=True, conditioning_key=None)
+    model = tiny(unet, zero_terminal_snr=True, conditioning_key=None, parameterization="v")
+    x, v = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    last = torch.tensor([999])
+    start = model.predict_start_from_z_and_v(x, last, v)
+    torch.testing.assert_close(start, -v, rtol=0, atol=2e-3)  # pure noise says nothing: x_0 is what v says

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.lpips import LPIPS
 from ldm.training.adversarial import AdversarialTraining
+from ldm.training.callbacks import KeptState
 from ldm.training.run import fit
 from ldm.training.state import read_state
 from ldm.util import instantiate_from_config
@@ -206,3 +209,23 @@ def test_reuse_forward_shows_the_discriminator_the_first_reconstruction(reuse):
     assert not torch.equal(before, module.loss.discriminator.main[0].weight)
     generated, _real, shown = judged
     assert torch.equal(generated, shown) == reuse
+
+
+def test_a_state_is_saved_between_steps_only_and_when_a_signal_asks_for_it(data, tmp_path, monkeypatch):
+    saved: list[tuple[int, int]] = []
+    save = KeptState.save
+
+    def watched(self, trainer):
+        saved.append((trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.global_step))
+        save(self, trainer)
+
+    def signalled(self, trainer, module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == 2:  # the first batch of the second step
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(KeptState, "save", watched)
+    monkeypatch.setattr(KeptState, "on_train_batch_start", signalled)
+    config = tiny_config(data)
+    config["lightning"]["trainer"] |= {"accumulate_grad_batches": 2, "val_check_interval": 4}
+    fit(OmegaConf.create(config), tmp_path / "run")
+    assert saved == [(4, 2), (6, 3)]

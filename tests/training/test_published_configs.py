@@ -104,6 +104,7 @@ def home(tmp_path_factory) -> Path:
             picture(root / "data" / "previews" / part / f"{i}.jpg", i).with_suffix(".txt").write_text("a red thing\n")
             picture(root / "own" / "classes" / f"class{i}" / "a.png", i)
     (root / "neighbours.py").write_text(OWN_DATA)
+    np.savez(root / "nns.npz", nn_embeddings=np.random.default_rng(0).normal(size=(COUNT, 5, 16)).astype(np.float32))
     train_tokenizer(["a red thing"], 60, 8).save(str(root / "tokenizer.json"))
     return root
 
@@ -132,7 +133,7 @@ def reduced_network(config: dict) -> dict[str, Any]:
     changes = {f"{unet}.model_channels": 32, f"{unet}.num_res_blocks": 1}
     changes[f"{unet}.channel_mult"] = [1] * len(at(config, unet)["channel_mult"])
     if "context_dim" in at(config, unet):
-        width = 768 if at(config, cond) == {} and "nix" in str(config) else 16
+        width = 768 if at(config, cond) == {} and config["model"]["params"].get("cond_stage_key") == "nix" else 16
         changes |= {f"{unet}.context_dim": width, f"{unet}.transformer_depth": 1}
     first = "model.params.first_stage_config.params"
     changes |= reduced_first_stage(at(config, f"{first}.ddconfig"), f"{first}.ddconfig")
@@ -162,6 +163,11 @@ def reduced_data(config: dict, size: int) -> dict[str, Any]:
     changes: dict[str, Any] = {"data.params.batch_size": 2, "data.params.num_workers": 0}
     for part in ("train", "validation"):
         params = at(config, f"data.params.{part}.params")
+        if "dset_config" in params:
+            inner = params["dset_config"]["params"]
+            value = {"config": {"size": size}} if "config" in inner else {"size": size}
+            changes[f"data.params.{part}.params.dset_config.params"] = value
+            changes[f"data.params.{part}.params.nns"] = "nns.npz"
         for name in [name for name in ("size", "crop_size", "config") if name in params]:
             value = {"size": size} if name == "config" else size
             changes[f"data.params.{part}.params.{name}"] = value

@@ -70,6 +70,21 @@ def make_beta_schedule(
     raise ValueError(f"schedule must be one of linear, cosine, squaredcos_cap_v2, sqrt_linear, sqrt; got {schedule!r}")
 
 
+NO_SIGNAL = 2.0**-24  # alpha-bar of the last timestep; not 0, so that x_0 can be computed from a prediction
+
+
+def with_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Variances (T,) changed so that nothing of the image is left at the last timestep; the first one stays.
+
+    sqrt(alpha-bar) is shifted and scaled. Source: Lin et al. (arXiv 2305.08891), algorithm 1.
+    """
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    root[-1] = NO_SIGNAL**0.5
+    abar = root**2
+    return 1.0 - abar / np.append(1.0, abar[:-1])
+
+
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
     """Sinusoidal embedding [cos | sin] of timesteps.
 

@@ -4,6 +4,7 @@ from ldm.compatibility import disabled_train
 from ldm.models.diffusion.ddpm.diffusion import DDPM, ConditionLike
 from ldm.models.diffusion.ddpm.latent import LatentDiffusion, Layout2ImgDiffusion
 from ldm.models.diffusion.ddpm.network import DiffusionWrapper
+from ldm.models.diffusion.ddpm.retrieval import MinimalRETRODiffusion
 from ldm.models.diffusion.ddpm.stable_diffusion_2 import (
     ImageEmbeddingConditionedLatentDiffusion,
     LatentDepth2ImageDiffusion,
@@ -21,5 +22,6 @@ __all__ = [
     "LatentInpaintDiffusion",
     "LatentUpscaleDiffusion",
     "Layout2ImgDiffusion",
+    "MinimalRETRODiffusion",
     "disabled_train",
 ]

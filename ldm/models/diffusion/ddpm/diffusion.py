@@ -20,7 +20,7 @@ from ldm.models.diffusion.ddpm.network import DiffusionWrapper
 from ldm.models.diffusion.denoiser import Conditional, ConditionedNetwork, Denoiser
 from ldm.models.diffusion.guidance import Guidance, Guided
 from ldm.modules.diffusionmodules.process import ForwardProcess, at
-from ldm.modules.diffusionmodules.util import make_beta_schedule
+from ldm.modules.diffusionmodules.util import make_beta_schedule, with_zero_terminal_snr
 from ldm.modules.ema import LitEma
 
 PARAMETERIZATIONS = ("eps", "x0", "v")
@@ -34,6 +34,7 @@ class DDPM(ForwardProcess):
         unet_config: the network, `target` and `params`.
         timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas: the noise schedule, see
             `make_beta_schedule`; given_betas replaces the rest.
+        zero_terminal_snr: see `with_zero_terminal_snr`; not with eps, which has nothing to learn from pure noise.
         v_posterior: 0..1, weight of beta against the exact posterior variance.
         parameterization: what the network predicts: "eps", "x0" or "v".
         conditioning_key: see `DiffusionWrapper`.
@@ -74,6 +75,7 @@ class DDPM(ForwardProcess):
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
         ckpt_path: str | None = None,
+        zero_terminal_snr: bool = False,
     ):
         betas = np.asarray(
             given_betas
@@ -83,9 +85,13 @@ class DDPM(ForwardProcess):
             ),
             np.float64,
         )
-        super().__init__(betas)
         if parameterization not in PARAMETERIZATIONS:
             raise ValueError(f"parameterization {parameterization!r} is not one of {PARAMETERIZATIONS}")
+        if zero_terminal_snr:
+            if parameterization == "eps":
+                raise ValueError("zero_terminal_snr: not with parameterization eps; accepted: v, x0")
+            betas = with_zero_terminal_snr(betas)
+        super().__init__(betas)
         if loss_type not in ("l1", "l2"):
             raise ValueError(f"loss_type {loss_type!r} is not one of ('l1', 'l2')")
         self.parameterization, self.loss_type = parameterization, loss_type
