@@ -35,7 +35,7 @@ from ldm.cli.settings import (
 )
 from ldm.cli.setup import Setup, model_files, read_setup, uses_autocast
 from ldm.io.errors import BadInput
-from ldm.io.files import PROJECT_ROOT, find_file
+from ldm.io.files import INSTALLED_FILES, PROJECT_ROOT, find_file
 from ldm.io.images import to_pil
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.engine import Engine
@@ -216,9 +216,10 @@ def named_files(name: str) -> Files:
         try:
             return PROJECT_ROOT / entry.config, find_file(entry.path)
         except FileNotFoundError:
+            fetch = "" if PROJECT_ROOT == INSTALLED_FILES else f"get them by scripts/download_models.py {name}, or "
             raise FileNotFoundError(
-                f"{name}: its weights are not here, neither from {Path.cwd()} nor from {PROJECT_ROOT}; get them by "
-                f"scripts/download_models.py {name}, or put {entry.urls[0]} at {entry.path}"
+                f"{name}: its weights are not here, neither from {Path.cwd()} nor from {PROJECT_ROOT}; {fetch}"
+                f"put {entry.urls[0]} at {entry.path}"
             ) from None
     folders = [
         place for place in (PROJECT_ROOT / "models" / "ldm" / name, Path(name)) if (place / "config.yaml").is_file()

@@ -34,6 +34,10 @@ for model in load_manifest().values():
 for path in (*EMOJI64, CLASS_NAMES, evaluation.table.cost.SD_V1, EMOJI64[0].parent / "prompts.txt",
              EMOJI64[0].parent / "heldout.yaml", EMOJI64[0].parent / "tokenizer.json"):
     assert path.is_file() and str(path).startswith(installed), path
+try:
+    ldm.load("sd-v1-5")
+except FileNotFoundError as error:  # there are no scripts to get them by
+    assert "; put https://" in str(error) and "scripts" not in str(error), error
 images = ldm.load("emoji64").images(["a red heart, noto style"], plan="auto:9", steps=50)
 print(images[0].size)
 """

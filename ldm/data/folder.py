@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ldm.data.images import ImagePaths, files_below
-from ldm.io.files import FileError, parse_json_lines, read_json, read_text
+from ldm.io.files import FileError, parse_json_lines, read_json, read_lines, read_text
 from ldm.io.schema import Share
 
 SPLITS = ("all", "train", "validation")
@@ -123,7 +123,7 @@ def captions_below(root: Path, paths: Sequence[Path]) -> dict[Path, list[str]]:
         return of_mapping(root, mapping)
     texts = {path: path.with_suffix(".txt") for path in paths}
     return {
-        path: [line.strip() for line in read_text(text).splitlines() if line.strip()]
+        path: [line.strip() for line in read_lines(text) if line.strip()]
         for path, text in texts.items()
         if text.is_file()
     }

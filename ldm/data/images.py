@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.io.images import open_image
+from ldm.io.arrays import load_array
+from ldm.io.files import FileError, read_lines
+from ldm.io.images import MOST_PIXELS, open_image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 INTERPOLATIONS = {
@@ -47,8 +49,7 @@ def listed(file: Path, root: Path) -> list[Path]:
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such file; expected a list of images, one path below {root} a line")
-    names = file.read_text(encoding="utf-8").split("\n")
-    paths = [root / name.strip() for name in names if name.strip()]
+    paths = [root / name.strip() for name in read_lines(file) if name.strip()]
     if not paths:
         raise ValueError(f"{file}: lists no images")
     return paths
@@ -57,6 +58,21 @@ def listed(file: Path, root: Path) -> list[Path]:
 def read_pixels(path: Path) -> np.ndarray:
     """An image file as (H, W, 3) uint8."""
     return np.asarray(open_image(path))
+
+
+def array_pixels(path: Path) -> np.ndarray:
+    """An npy file of (1, 3, H, W) uint8 as (H, W, 3).
+
+    Raises:
+        FileError: it is not one.
+    """
+    try:
+        array = load_array(path, "", 3 * MOST_PIXELS)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from error
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[:2] != (1, 3):
+        raise FileError(f"{path}: {array.dtype} {array.shape}; expected uint8 (1, 3, H, W)")
+    return array[0].transpose(1, 2, 0)
 
 
 def in_range(pixels: np.ndarray) -> np.ndarray:
@@ -133,7 +149,7 @@ class ImagePaths(Dataset):
     def pixels(self, i: int) -> np.ndarray:
         path = self.paths[i]
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)[0].transpose(1, 2, 0)
+            return array_pixels(path)
         return read_pixels(path)
 
     def prepared(self, pixels: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ldm.io.arrays import load_array
 from ldm.util import instantiate_from_config
+
+MOST_NUMBERS = 1 << 33  # of all embeddings together, 32 GB
 
 
 class QueryDataset(Dataset):
@@ -34,10 +38,10 @@ class QueryDataset(Dataset):
         self.dataset = instantiate_from_config(dset_config)
         if not Path(nns).is_file():
             raise ValueError(f"nns: no file {nns}; expected an .npz with the array nn_embeddings, (images, k, D)")
-        with np.load(nns, allow_pickle=False) as file:
-            if "nn_embeddings" not in file:
-                raise ValueError(f"nns: {nns} has no array nn_embeddings; it has {', '.join(file)}")
-            self.neighbours = file["nn_embeddings"]
+        try:
+            self.neighbours = load_array(nns, "nn_embeddings", MOST_NUMBERS)
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"nns: {nns}: {error}") from error
         if self.neighbours.ndim != 3 or len(self.neighbours) != len(self.dataset) or self.neighbours.shape[1] < k:
             raise ValueError(
                 f"nns: {nns} is {self.neighbours.shape}; expected ({len(self.dataset)} images, {k} or more, D)"

@@ -15,13 +15,14 @@ from PIL import Image
 
 from ldm.data.boxes import KINDS
 from ldm.data.coco import CocoBoxesTrain, CocoCaptionsTrain
-from ldm.data.folder import CaptionedFolder, ClassFolders, ImageFolder
-from ldm.data.images import ImagePaths
+from ldm.data.folder import CaptionedFolder, ClassFolders, ImageFolder, captions_below
+from ldm.data.images import ImagePaths, array_pixels, listed
 from ldm.data.inpainting import InpaintingFolder
 from ldm.data.lsun import LSUNBase
 from ldm.data.neighbours import QueryDataset
 from ldm.data.segmentation import SegmentationFolder
 from ldm.data.shards import Shards
+from ldm.io.files import FileError
 from ldm.training.datasets import DataModuleFromConfig, data_of
 from ldm.util import ConfigError
 
@@ -267,10 +268,31 @@ def test_neighbours_belong_to_the_dataset(tmp_path):
     example = QueryDataset(section, str(tmp_path / "nns.npz"), k=2)[1]
     assert example["nn_embeddings"].tolist() == embeddings[1, :2].tolist() and example["image"].shape == (8, 8, 3)
     np.savez(tmp_path / "other.npz", nn_embeddings=embeddings[:1])
+    np.savez(tmp_path / "unnamed.npz", embeddings)
+    (tmp_path / "text.npz").write_text("no archive")
     for file, k, message in (
+        ("unnamed.npz", 1, "has no array nn_embeddings"),
+        ("text.npz", 1, "nns: .*text.npz: File is not a zip file"),
         ("nns.npz", 4, r"expected \(2 images, 4 or more, D\)"),
         ("other.npz", 1, r"\(1, 3, 4\); expected \(2 images"),
         ("none.npz", 1, "no file"),
     ):
         with pytest.raises(ValueError, match=message):
             QueryDataset(section, str(tmp_path / file), k=k)
+
+
+def test_lists_and_captions_are_read_as_other_systems_write_them(tmp_path):
+    (tmp_path / "list.txt").write_bytes("\ufeffa.png\r\nb.png\r\n".encode())
+    assert listed(tmp_path / "list.txt", tmp_path) == [tmp_path / "a.png", tmp_path / "b.png"]
+    (tmp_path / "a.txt").write_bytes("\ufeffan owl\u2028by night\r\n".encode())
+    assert captions_below(tmp_path, [tmp_path / "a.png"]) == {tmp_path / "a.png": ["an owl\u2028by night"]}
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", np.zeros((2, 3, 4, 4), np.uint8), np.zeros((1, 3, 4, 4))])
+def test_arrays_that_are_no_image_are_refused_by_name(tmp_path, content):
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(48, dtype=np.uint8).reshape(1, 3, 4, 4))
+    assert array_pixels(path)[1, 2].tolist() == [6, 22, 38]
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(FileError, match="a.npy: "):
+        array_pixels(path)
