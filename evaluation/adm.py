@@ -75,11 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_statistics(path: str | None, reference: str) -> None:
-    """Check, before the work, that the reference's statistics can be written there.
-
-    Raises:
-        BadInput: they can't.
-    """
+    """Check, before the work, that the reference's statistics can be written there. Raises BadInput: they can't."""
     if path is None:
         return
     check_output(path, "--save-statistics")

@@ -51,8 +51,7 @@ def compute(
         bootstrap: how often the samples are resampled for 95 % intervals; None = no intervals.
         seed: of the resampling.
 
-    Raises:
-        SettingError: an argument can't be used; it names the argument.
+    Raises SettingError: an argument can't be used; it names the argument.
     """
     with fault_of("samples"):
         images = suite_samples(samples)
@@ -92,11 +91,8 @@ def suite_samples(source: str | Path | Images) -> Images:
 
 
 def suite_reference(source: str | Path | Images, extractor: Extractor, batch_size: int = 50) -> Reference:
-    """A reference with all that the suite needs; see `load_reference`.
-
-    Raises:
-        ImageError: see `load_reference`; or too few images for precision and recall.
-    """
+    """A reference with all that the suite needs; see `load_reference`. Raises ImageError: see `load_reference`; or too
+    few images for precision and recall."""
     real = load_reference(source, extractor, batch_size=batch_size, keep=True, spatial=True)
     if real.features is not None:
         check_neighbours(len(real.features.pooled))
@@ -104,11 +100,7 @@ def suite_reference(source: str | Path | Images, extractor: Extractor, batch_siz
 
 
 def check_neighbours(n: int) -> None:
-    """Precision and recall need neighbours.
-
-    Raises:
-        ImageError: n images are too few.
-    """
+    """Precision and recall need neighbours. Raises ImageError: n images are too few."""
     if n <= NEIGHBOURS:
         raise ImageError(
             f"precision and recall, of {NEIGHBOURS} neighbours, need at least {NEIGHBOURS + 1} images; got {n}"
@@ -176,9 +168,7 @@ def precision_recall(samples: np.ndarray, real: np.ndarray, k: int = 3) -> tuple
     Args:
         samples, real: (N, D) and (M, D).
 
-    Raises:
-        ImageError: a set has no k neighbours.
-
+    Raises ImageError: a set has no k neighbours.
     Source: Improved Precision and Recall Metric (arXiv 1904.06991).
     """
     if min(len(samples), len(real)) <= k:

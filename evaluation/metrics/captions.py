@@ -23,9 +23,8 @@ def prompts_of(images: Images, prompts: str | Path | Sequence[str] | None) -> li
             names are paths in the images' folder, or names that fit one image only. None = what is stored in the
             images.
 
-    Raises:
-        ImageError: no such file, images without a prompt, a file named twice, a name that fits several images, or
-            another number of prompts than of images.
+    Raises ImageError: no such file, images without a prompt, a file named twice, a name that fits several images, or
+    another number of prompts than of images.
     """
     if prompts is None:
         return from_settings(images)

@@ -72,8 +72,7 @@ def compute(
         resize: how images are resized for the model, one of `evaluation.metrics.extractors.RECIPES`.
         batch_size: images per batch; changes speed and memory only.
 
-    Raises:
-        SettingError: an argument can't be used; it names the argument.
+    Raises SettingError: an argument can't be used; it names the argument.
     """
     with fault_of("samples"):
         images = open_samples(samples)
@@ -109,11 +108,7 @@ def compute(
 
 
 def find_variant(name: str) -> Variant:
-    """The variant of that name.
-
-    Raises:
-        SettingError: `variant`: there is none.
-    """
+    """The variant of that name. Raises SettingError: `variant`: there is none."""
     if name not in VARIANTS:
         raise SettingError("variant", f"{name!r} is not one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
@@ -122,11 +117,8 @@ def find_variant(name: str) -> Variant:
 def load_variant(
     variant: str, weights: str | Path, vocabulary: str | Path | None = None, device: str = "auto"
 ) -> ClipModel:
-    """The CLIP model of a variant, on its device; see `compute`.
-
-    Raises:
-        SettingError: `weights`: no CLIP model, or not the one that the variant is defined with; `device`: not there.
-    """
+    """The CLIP model of a variant, on its device; see `compute`. Raises SettingError: `weights`: no CLIP model, or not
+    the one that the variant is defined with; `device`: not there."""
     place, kind = find_device(device), find_variant(variant)
     with fault_of("weights"):
         model = load_clip(weights, vocabulary)
@@ -142,11 +134,7 @@ def load_variant(
 def measure(
     images: Images, texts: Sequence[str], model: ClipModel, variant: Variant, resize: str, batch_size: int
 ) -> np.ndarray:
-    """The score of every image with its text, (N,).
-
-    Raises:
-        ImageError: an image can't be read.
-    """
+    """The score of every image with its text, (N,). Raises ImageError: an image can't be read."""
     found: list[np.ndarray] = []
     waiting: list[torch.Tensor] = []
     device = next(model.parameters()).device

@@ -46,11 +46,7 @@ def add_reference(p: argparse.ArgumentParser, what: str) -> None:
 
 
 def protocol_name(args: argparse.Namespace) -> str | None:
-    """NAME, where the reference is protocol:NAME.
-
-    Raises:
-        BadInput: --data without a protocol.
-    """
+    """NAME, where the reference is protocol:NAME. Raises BadInput: --data without a protocol."""
     if args.reference.startswith(PROTOCOL):
         return args.reference.removeprefix(PROTOCOL)
     if args.data is not None:
@@ -106,11 +102,8 @@ def shown(value: Any) -> str:
 
 
 def publish(result: Result, out: str | None) -> None:
-    """Print the values and the warnings, then write the file: a full disk loses no value.
-
-    Raises:
-        BadInput: the file can't be written.
-    """
+    """Print the values and the warnings, then write the file: a full disk loses no value. Raises BadInput: the file
+    can't be written."""
     for name, value in result.values.items():
         print(f"{name:24} {shown(value)}")
     for warning in result.warnings:

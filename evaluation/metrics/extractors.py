@@ -58,8 +58,7 @@ class Extractor(nn.Module, ABC):
         weights: file or folder of the network's weights; None = those of the network's package or cache.
         resize: a name of RECIPES; None = the usual one.
 
-    Raises:
-        ModelError: the weights can't be had. SettingError: `resize`: there is no such recipe.
+    Raises ModelError: the weights can't be had. SettingError: `resize`: there is no such recipe.
     """
 
     name: str
@@ -104,9 +103,7 @@ class EfficientNetLite0(Extractor):
 
     Its weights come with a package, so nothing is downloaded. Spatial: 7 channels of the last map, 4 x 4.
 
-    Raises:
-        ModelError: a package is missing, or its weights are not those of the network.
-
+    Raises ModelError: a package is missing, or its weights are not those of the network.
     Source: EfficientNet (arXiv 1905.11946), the lite variant; weights trained on ImageNet.
     """
 
@@ -136,8 +133,7 @@ class Inception2015(Extractor):
     Its weights are torch-fidelity's conversion of the published ones: a local file, the cache of torch.hub where
     torch-fidelity puts it, or else its download.
 
-    Raises:
-        ModelError: the weights can't be had, or are not those of the network.
+    Raises ModelError: the weights can't be had, or are not those of the network.
     """
 
     name, usual_resize, size = "inception-2015", "tf1-bilinear", 299
@@ -169,13 +165,9 @@ class Inception2015(Extractor):
 
 
 class DinoV2(Extractor):
-    """The class token of DINOv2 after the final norm; 1024 features of the large model.
-
-    Raises:
-        ModelError: no folder with the model as the transformers library stores it.
-
-    Source: DINOv2 (arXiv 2304.07193); its use for Fréchet distances: arXiv 2306.04675.
-    """
+    """The class token of DINOv2 after the final norm; 1024 features of the large model. Raises ModelError: no folder
+    with the model as the transformers library stores it. Source: DINOv2 (arXiv 2304.07193); its use for Fréchet
+    distances: arXiv 2306.04675."""
 
     name, usual_resize, size = "dinov2", "clean", 224
 
@@ -198,11 +190,7 @@ class DinoV2(Extractor):
 
 
 class Clip(Extractor):
-    """CLIP's embedding of an image, made unit length.
-
-    Raises:
-        ModelError: see `evaluation.metrics.clip.load_clip`.
-    """
+    """CLIP's embedding of an image, made unit length. Raises ModelError: see `evaluation.metrics.clip.load_clip`."""
 
     name, usual_resize = "clip", "clean"
 
@@ -222,11 +210,8 @@ def spatial_features(maps: Tensor) -> Tensor:
 
 
 def fill(network: nn.Module, weights: Path, name: str) -> nn.Module:
-    """The network with the weights of a file, which can't execute code.
-
-    Raises:
-        ModelError: no such file, or not the weights of this network.
-    """
+    """The network with the weights of a file, which can't execute code. Raises ModelError: no such file, or not the
+    weights of this network."""
     if not weights.is_file():
         raise ModelError(f"{name}: {weights}: no such file; expected its weights")
     try:
@@ -329,22 +314,15 @@ RECIPES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def find_recipe(name: str) -> str:
-    """The name, which is one of RECIPES.
-
-    Raises:
-        SettingError: `resize`: it is not.
-    """
+    """The name, which is one of RECIPES. Raises SettingError: `resize`: it is not."""
     if name not in RECIPES:
         raise SettingError("resize", f"{name!r} is not one of {', '.join(RECIPES)}")
     return name
 
 
 def resized(images: Tensor, size: int, recipe: str) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size); each depends on itself alone.
-
-    Raises:
-        ValueError: the recipe is not one of RECIPES, or the images have another shape.
-    """
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size); each depends on itself alone. Raises ValueError: the recipe
+    is not one of RECIPES, or the images have another shape."""
     find_recipe(recipe)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must have the shape (B, 3, H, W); got {tuple(images.shape)}")

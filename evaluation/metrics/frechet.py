@@ -78,8 +78,7 @@ def compute(
         seed: of KID's subsets, FID-infinity's points and the resampling.
         cache: folder that keeps statistics of reference images; None = none.
 
-    Raises:
-        SettingError: an argument can't be used; it names the argument.
+    Raises SettingError: an argument can't be used; it names the argument.
     """
     options = Options(kid, cmmd, infinity, bootstrap, seed)
     with fault_of("samples"):
@@ -113,11 +112,8 @@ def compute(
 
 
 def check_options(options: Options, extractor: Extractor | str, n: int) -> None:
-    """Check, before the work, that what is asked for can be computed of n samples.
-
-    Raises:
-        SettingError: `cmmd`: another extractor than CLIP; `infinity`: too few samples.
-    """
+    """Check, before the work, that what is asked for can be computed of n samples. Raises SettingError: `cmmd`: another
+    extractor than CLIP; `infinity`: too few samples."""
     name = extractor if isinstance(extractor, str) else extractor.name
     if options.cmmd and name != "clip":
         raise SettingError("cmmd", f"is defined for CLIP's embeddings: needs the extractor clip; got {name}")
@@ -221,9 +217,7 @@ def distance(samples: Gaussian, reference: Gaussian) -> float:
     |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C2^1/2 C1 C2^1/2)^1/2, with the eigenvalues of the symmetric product: real
     and finite also where a covariance is singular, which the square root of the plain product need not be.
 
-    Raises:
-        ImageError: features of different widths.
-
+    Raises ImageError: features of different widths.
     Source: Dowson and Landau (1982); its use for images: arXiv 1706.08500.
     """
     if samples.mean.shape != reference.mean.shape:
@@ -244,9 +238,7 @@ def fid_infinity(features: np.ndarray, reference: Gaussian, points: int = 15, se
             where they are several times D.
         reference: is taken as it is.
 
-    Raises:
-        ImageError: fewer than INFINITY_LEAST samples.
-
+    Raises ImageError: fewer than INFINITY_LEAST samples.
     Source: Effectively Unbiased FID and Inception Score (arXiv 1911.07023).
     """
     n = len(features)
@@ -280,9 +272,7 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000, seed
         x, y: (N, D) and (M, D).
         size: of the subsets; not more than there are.
 
-    Raises:
-        ImageError: a subset would be of fewer than 2.
-
+    Raises ImageError: a subset would be of fewer than 2.
     Source: Demystifying MMD GANs (arXiv 1801.01401).
     """
     size = min(size, len(x), len(y))

@@ -53,10 +53,7 @@ def mean_interval(values: np.ndarray, groups: Sequence[Any] | None = None) -> li
 
 
 def share_interval(hits: int, n: int) -> list[float]:
-    """The interval of a share: `hits` of `n` independent cases.
-
-    Source: Wilson's score interval (1927).
-    """
+    """The interval of a share: `hits` of `n` independent cases. Source: Wilson's score interval (1927)."""
     z2 = NORMAL**2
     middle = (hits + z2 / 2) / (n + z2)
     half = (z2 * (hits * (n - hits) / n + z2 / 4)) ** 0.5 / (n + z2)

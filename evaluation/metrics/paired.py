@@ -57,8 +57,7 @@ def compute(
         batch_size: pairs per batch; changes speed and memory only.
         lpips: also the perceptual distance LPIPS (AlexNet).
 
-    Raises:
-        SettingError: an argument can't be used, or `packages`: torchmetrics is missing.
+    Raises SettingError: an argument can't be used, or `packages`: torchmetrics is missing.
     """
     with fault_of("plain"):
         plain = open_samples(plain)
@@ -103,8 +102,7 @@ def all_values(
         plain, accelerated: in the same order.
         measures: of pairs of images, by name.
 
-    Raises:
-        ImageError: an image can't be read, or the images of a pair differ in size.
+    Raises ImageError: an image can't be read, or the images of a pair differ in size.
     """
     each: dict[str, list[np.ndarray]] = {}
     moments: tuple[list[Moments], list[Moments]] = ([], [])
@@ -133,11 +131,8 @@ def features_of(images: Tensor, extractor: Extractor) -> Tensor:
 
 
 def pair_batches(plain: Images, accelerated: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images of the pairs, (B, 3, H, W) each, with a progress bar.
-
-    Raises:
-        ImageError: the images of a pair differ in size.
-    """
+    """The images of the pairs, (B, 3, H, W) each, with a progress bar. Raises ImageError: the images of a pair differ
+    in size."""
     waiting: list[tuple[Tensor, Tensor]] = []
     pairs = zip(plain, accelerated, strict=True)
     for i, (a, b) in enumerate(tqdm(pairs, total=len(plain.names), desc="pairs", unit="pair", disable=None)):
@@ -156,11 +151,8 @@ def pair_batches(plain: Images, accelerated: Images, batch_size: int) -> Iterato
 
 
 def check_alike(plain: Mapping[str, Any], accelerated: Mapping[str, Any]) -> None:
-    """Check that the runs differ only in what an acceleration changes, as far as their provenance is known.
-
-    Raises:
-        ImageError: they differ in more; it names the fields.
-    """
+    """Check that the runs differ only in what an acceleration changes, as far as their provenance is known. Raises
+    ImageError: they differ in more; it names the fields."""
 
     def facts(made: Mapping[str, Any]) -> dict[str, Any]:
         # A run card has the precision among the settings of its method, an image among its other settings.
@@ -181,11 +173,8 @@ def check_alike(plain: Mapping[str, Any], accelerated: Mapping[str, Any]) -> Non
 
 
 def check_size(images: Images, least: int) -> None:
-    """Check that there are two images of at least `least` pixels in each direction.
-
-    Raises:
-        ImageError: there are not.
-    """
+    """Check that there are two images of at least `least` pixels in each direction. Raises ImageError: there are
+    not."""
     side = min(next(iter(images)).shape[1:])
     if side < least or len(images.names) < 2:
         raise ImageError(
@@ -200,9 +189,8 @@ def paired(plain: Images, accelerated: Images) -> tuple[Images, Images]:
     Files are paired by the noise and the inputs that are stored in them, or by name if a side has none stored; the
     images of two arrays by position.
 
-    Raises:
-        ImageError: a folder and an array, whose orders differ; runs from different noise; images without a partner, or
-            several of the same noise and inputs.
+    Raises ImageError: a folder and an array, whose orders differ; runs from different noise; images without a partner,
+    or several of the same noise and inputs.
     """
     if isinstance(plain, ImageFolder) and isinstance(accelerated, ImageFolder):
         return paired_files(plain, accelerated)
@@ -253,11 +241,8 @@ def paired_files(plain: ImageFolder, accelerated: ImageFolder) -> tuple[ImageFol
 
 
 def load_measures(device: torch.device, lpips: bool) -> dict[str, Measure]:
-    """PSNR, SSIM and, on request, LPIPS, by name.
-
-    Raises:
-        SettingError: `packages`: torchmetrics is missing; `lpips`: its packages or weights are.
-    """
+    """PSNR, SSIM and, on request, LPIPS, by name. Raises SettingError: `packages`: torchmetrics is missing; `lpips`:
+    its packages or weights are."""
     with fault_of("packages"):
         measures = {"psnr": psnr, "ssim": load_ssim()}
     if not lpips:
@@ -267,11 +252,8 @@ def load_measures(device: torch.device, lpips: bool) -> dict[str, Measure]:
 
 
 def load_ssim() -> Measure:
-    """SSIM with the published window and constants, from torchmetrics. Source: Wang et al. (2004).
-
-    Raises:
-        ModelError: torchmetrics is missing or can't be imported.
-    """
+    """SSIM with the published window and constants, from torchmetrics. Source: Wang et al. (2004). Raises ModelError:
+    torchmetrics is missing or can't be imported."""
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
     except Exception as error:  # a missing package; or a torchvision that does not fit PyTorch, which it imports
@@ -288,11 +270,8 @@ def load_ssim() -> Measure:
 
 
 def load_lpips(device: torch.device) -> Measure:
-    """LPIPS with AlexNet, from torchmetrics. Source: arXiv 1801.03924.
-
-    Raises:
-        ModelError: torchvision or the weights are missing.
-    """
+    """LPIPS with AlexNet, from torchmetrics. Source: arXiv 1801.03924. Raises ModelError: torchvision or the weights
+    are missing."""
     try:
         from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 

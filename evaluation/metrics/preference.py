@@ -37,8 +37,7 @@ def compute(
         model: one of PACKAGES.
         prompts: a prompt per image, or a file of them, see `prompts_of`; None = those stored in the images.
 
-    Raises:
-        SettingError: an argument can't be used; it names the argument.
+    Raises SettingError: an argument can't be used; it names the argument.
     """
     with fault_of("samples"):
         images = open_samples(samples)
@@ -62,12 +61,8 @@ def compute(
 
 
 def load_scorer(name: str) -> Scorer:
-    """The model of that name: an image and its prompt -> a score.
-
-    Raises:
-        ModelError: its package is not installed or does not work here, or its weights can't be had.
-        SettingError: `model`: there is none of that name.
-    """
+    """The model of that name: an image and its prompt -> a score. Raises ModelError: its package is not installed or
+    does not work here, or its weights can't be had. SettingError: `model`: there is none of that name."""
     if name not in PACKAGES:
         raise SettingError("model", f"{name!r} is not one of {', '.join(PACKAGES)}")
     package = PACKAGES[name]

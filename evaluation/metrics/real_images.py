@@ -19,8 +19,7 @@ def protocol_reference(name: str, data: str | Path | None = None) -> Path | Imag
     Args:
         data: the folder of the protocol's data; None = the protocol's own.
 
-    Raises:
-        SettingError: `reference`: no such protocol, or its real images are not what they should be.
+    Raises SettingError: `reference`: no such protocol, or its real images are not what they should be.
     """
     with fault_of("reference"):
         protocol = load_protocol(name)
@@ -33,8 +32,7 @@ def reference_images(protocol: Protocol, data: Path) -> Path | Images:
     Args:
         data: the folder of the protocol's data.
 
-    Raises:
-        ImageError: the protocol names none, or its data are not what they should be.
+    Raises ImageError: the protocol names none, or its data are not what they should be.
     """
     if "reference" in protocol.metrics:
         return data / protocol.metrics["reference"]
@@ -59,11 +57,7 @@ def reference_images(protocol: Protocol, data: Path) -> Path | Images:
 
 
 def images_by_id(captions: Path, *fields: str) -> dict[int, Mapping[str, Any]]:
-    """The images of a captions file, which have these fields, by id.
-
-    Raises:
-        ImageError: not such a file.
-    """
+    """The images of a captions file, which have these fields, by id. Raises ImageError: not such a file."""
     with reading(captions, "not captions with images"):
         content = read_json(captions)
         return {

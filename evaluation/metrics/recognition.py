@@ -113,11 +113,8 @@ class Recognition:
 
 
 def compute(settings: Settings) -> Recognition:
-    """Sample an image for each caption, and measure which of them are recognised.
-
-    Raises:
-        SettingError: a setting can't be used; `extractor`: the feature network is not installed.
-    """
+    """Sample an image for each caption, and measure which of them are recognised. Raises SettingError: a setting can't
+    be used; `extractor`: the feature network is not installed."""
     watch = Stopwatch()
     data = load_captions(settings)
     with fault_of("extractor"):
@@ -166,11 +163,8 @@ def reconstruct(engine: Engine, images: Tensor, batch_size: int) -> list[Image.I
 
 
 def load_captions(settings: Settings) -> EmojiDataset:
-    """The captions to choose from, with their images.
-
-    Raises:
-        SettingError: `real_tier`: below max_tier; `data`: no such dataset, or too few images in it.
-    """
+    """The captions to choose from, with their images. Raises SettingError: `real_tier`: below max_tier; `data`: no such
+    dataset, or too few images in it."""
     if settings.real_tier < settings.max_tier:
         tiers = f"{settings.max_tier}, the tier of the captions, so that each concept has real images"
         raise SettingError("real_tier", f"must be at least {tiers}; got {settings.real_tier}")
@@ -186,11 +180,8 @@ def load_captions(settings: Settings) -> EmojiDataset:
 
 
 def load_engine(settings: Settings, side: int) -> Engine:
-    """The model, ready to sample images of `side` pixels in each direction.
-
-    Raises:
-        SettingError: the model's files or the sampling settings can't be used.
-    """
+    """The model, ready to sample images of `side` pixels in each direction. Raises SettingError: the model's files or
+    the sampling settings can't be used."""
     setup = make_setup(ModelSettings(settings.config, settings.ckpt, device="cpu"), processes=ALONE)
     if setup.sizes.default != side:
         raise SettingError("config", f"this model's images have {setup.sizes.default} px; the dataset's have {side}")

@@ -52,11 +52,8 @@ class Result:
 
 
 def read_result(path: str | Path) -> Result:
-    """A result that `Result.write` wrote.
-
-    Raises:
-        ResultError: not such a file, or one that was changed: its protocol no longer has the hash that it states.
-    """
+    """A result that `Result.write` wrote. Raises ResultError: not such a file, or one that was changed: its protocol no
+    longer has the hash that it states."""
     try:
         content = read_json(path)
         stated = content.pop("protocol_sha256")
@@ -82,11 +79,8 @@ def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def comparable(results: Mapping[str, Result]) -> None:
-    """Check that results, by name, may stand in one table.
-
-    Raises:
-        ResultError: their protocols differ; it names the fields, and what each result has there.
-    """
+    """Check that results, by name, may stand in one table. Raises ResultError: their protocols differ; it names the
+    fields, and what each result has there."""
     protocols = {name: flat(result.protocol) for name, result in results.items()}
     fields = dict.fromkeys(key for protocol in protocols.values() for key in protocol)
     differ = [

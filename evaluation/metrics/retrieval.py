@@ -52,8 +52,7 @@ def compute(run: str | Path, real: RealImages, *, rank: int = 5) -> Result:
         real: images of the dataset, see `load_real_images`.
         rank: one of RANKS.
 
-    Raises:
-        SettingError: `samples`: the run can't be read; `data`: the dataset can't.
+    Raises SettingError: `samples`: the run can't be read; `data`: the dataset can't.
     """
     run = Path(run)
     with fault_of("data"):
@@ -132,8 +131,7 @@ def load_real_images(
         extractor: the network or its name.
         batch_size: images per batch; changes speed and memory only.
 
-    Raises:
-        SettingError: `data`: no such dataset; `extractor`: no such network.
+    Raises SettingError: `data`: no such dataset; `extractor`: no such network.
     """
     with fault_of("data"):
         parts = [EmojiDataset(data, split, tier) for split in SPLITS]  # all splits, so that each concept has images
@@ -220,8 +218,7 @@ def nearest(features: Tensor, real: Tensor, k: int, left_out: Sequence[int] | No
         features: (N, D). real: (M, D).
         left_out: for each row of features, the index of a real image that does not count.
 
-    Raises:
-        ValueError: there are fewer than k real images to find.
+    Raises ValueError: there are fewer than k real images to find.
     """
     found = len(real) - (left_out is not None)
     if not 1 <= k <= found:

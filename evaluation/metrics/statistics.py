@@ -42,11 +42,8 @@ class Moments:
 
     @staticmethod
     def from_features(features: np.ndarray) -> Moments:
-        """The moments of features (N, D).
-
-        Raises:
-            ImageError: another shape, no features, or values that are not finite.
-        """
+        """The moments of features (N, D). Raises ImageError: another shape, no features, or values that are not
+        finite."""
         x = np.asarray(features, dtype=np.float64)
         if x.ndim != 2 or not len(x):
             raise ImageError(f"features must have the shape (N, D), N > 0; got {x.shape}")
@@ -56,10 +53,8 @@ class Moments:
         return Moments(len(x), mean, (x - mean).T @ (x - mean))
 
     def __add__(self, other: Moments) -> Moments:
-        """The moments of both sets together.
-
-        Source: Chan, Golub, LeVeque (1979), which keeps the digits that raw sums lose.
-        """
+        """The moments of both sets together. Source: Chan, Golub, LeVeque (1979), which keeps the digits that raw sums
+        lose."""
         if self.mean.shape != other.mean.shape:
             raise ImageError(f"features of width {len(self.mean)} and {len(other.mean)} can't be merged")
         n, gap = self.n + other.n, other.mean - self.mean
@@ -71,11 +66,7 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """(D, D), without bias.
-
-        Raises:
-            ImageError: of a single image.
-        """
+        """(D, D), without bias. Raises ImageError: of a single image."""
         if self.n < 2:
             raise ImageError("a covariance needs at least 2 images; got 1")
         return self.scatter / (self.n - 1)
@@ -90,8 +81,7 @@ class Gaussian:
 
     n: images that they were estimated from; None = a published file that does not say.
 
-    Raises:
-        ImageError: what is no mean and covariance.
+    Raises ImageError: what is no mean and covariance.
     """
 
     mean: np.ndarray
@@ -112,11 +102,8 @@ class Gaussian:
 
     @cached_property
     def root(self) -> np.ndarray:
-        """(D, rank), root @ root.T = covariance; what is 0 but for rounding is left out.
-
-        Raises:
-            ImageError: eigenvalues below 0, which no covariance has.
-        """
+        """(D, rank), root @ root.T = covariance; what is 0 but for rounding is left out. Raises ImageError: eigenvalues
+        below 0, which no covariance has."""
         values, vectors = eigh(self.covariance)
         if values.min() < -ROUNDING * np.abs(values).max():
             raise ImageError(
@@ -127,11 +114,7 @@ class Gaussian:
 
 
 def total(parts: Iterable[Moments]) -> Moments:
-    """The moments of all shards together.
-
-    Raises:
-        ImageError: no shards, or features of different widths.
-    """
+    """The moments of all shards together. Raises ImageError: no shards, or features of different widths."""
     merged = None
     for part in parts:
         merged = part if merged is None else merged + part
@@ -174,8 +157,7 @@ def extract(
         keep: keep features and logits of every image, for measures that need more than moments.
         spatial: compute the moments of the spatial features as well.
 
-    Raises:
-        ImageError: an image can't be read, or the network has no spatial features.
+    Raises ImageError: an image can't be read, or the network has no spatial features.
     """
     pooled, maps, kept, logits = [], [], [], []
     for prepared in batches(images, extractor, batch_size, label):
@@ -239,11 +221,8 @@ def save_statistics(
 def load_statistics(
     path: str | Path, mean: str = "mu", covariance: str = "sigma"
 ) -> tuple[Gaussian, dict[str, Any] | None]:
-    """Mean and covariance of a file, and what they are of; None where it does not say, as in published files.
-
-    Raises:
-        ImageError: no such file, or not one with these names.
-    """
+    """Mean and covariance of a file, and what they are of; None where it does not say, as in published files. Raises
+    ImageError: no such file, or not one with these names."""
     with reading(path, f"not statistics ({mean}, {covariance}) in an npz file"):
         names = array_names(path)
         n = int(load_array(path, "n", 1)) if "n" in names else None
@@ -316,8 +295,7 @@ def load_reference(
         cache: folder that keeps statistics of images; None = none.
         keep: the images' features are needed as well; spatial: see `extract`.
 
-    Raises:
-        ImageError: it can't be read, or has statistics of another network or resize and no images.
+    Raises ImageError: it can't be read, or has statistics of another network or resize and no images.
     """
     arrays = arrays_in(source) if isinstance(source, str | Path) else set()
     has_images = not arrays or ARRAY in arrays
@@ -370,8 +348,7 @@ def stored_statistics(path: str | Path, extractor: Extractor, spatial: bool, has
     Files of ours state their network. Published ones do not: they are of Inception, but those that are not of the ADM
     suite may have another resize, which the user must know.
 
-    Raises:
-        ImageError: they are of another network or resize and there are no images; or are no statistics.
+    Raises ImageError: they are of another network or resize and there are no images; or are no statistics.
     """
     gaussian, of = load_statistics(path)
     ours, stated = network_fields(extractor), of or PUBLISHED
@@ -399,11 +376,8 @@ def stored_statistics(path: str | Path, extractor: Extractor, spatial: bool, has
 
 
 def check_width(reference: Reference, images: Images, extractor: Extractor) -> None:
-    """Check on the first image that the reference's statistics are as wide as the network's features.
-
-    Raises:
-        ImageError: they are not.
-    """
+    """Check on the first image that the reference's statistics are as wide as the network's features. Raises
+    ImageError: they are not."""
     prepared = extractor.prepare(next(iter(images))[None])
     features = extractor.extract(prepared.to(extractor.device))
     for what, gaussian, found in (

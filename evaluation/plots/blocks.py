@@ -84,11 +84,8 @@ class Evolution:
 
 
 def evolution(run: Iterator[Outputs]) -> Evolution:
-    """Norms and changes of the blocks' outputs; no more than two nodes' outputs are in memory at a time.
-
-    Raises:
-        ValueError: a run of one node.
-    """
+    """Norms and changes of the blocks' outputs; no more than two nodes' outputs are in memory at a time. Raises
+    ValueError: a run of one node."""
     norm, absolute, relative = ({} for _ in range(3))
     before: Outputs = {}
     for now in run:

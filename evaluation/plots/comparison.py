@@ -146,9 +146,8 @@ def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -
         plans: of the rows.
         cache: folder of the measured rows. A file is named by the hash of everything that its values depend on.
 
-    Raises:
-        SettingError: `rows`: a row can't be sampled; `data`, `count`: see `Comparison`; `out`: the cache can't be
-            written.
+    Raises SettingError: `rows`: a row can't be sampled; `data`, `count`: see `Comparison`; `out`: the cache can't be
+    written.
     """
     with fault_of("packages"):
         load_ssim()

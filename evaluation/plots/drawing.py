@@ -68,8 +68,7 @@ class Drawing:
         Returns:
             The files' names.
 
-        Raises:
-            OSError: they can't be written.
+        Raises OSError: they can't be written.
         """
         width = int(self.figure.get_size_inches()[0] * 19)  # characters of this size in the figure's width
         caption = f"{self.caption} {caption}"

@@ -59,11 +59,7 @@ class Experiment:
 
     @cached_property
     def items(self) -> list[Item]:
-        """The images to sample.
-
-        Raises:
-            SettingError: `count`: more images than there are prompts or classes.
-        """
+        """The images to sample. Raises SettingError: `count`: more images than there are prompts or classes."""
         if self.model.model.conditioning_key is None:
             return make_items([{}], self.count, self.seed)
         if self.classes:
@@ -94,11 +90,8 @@ class Experiment:
         return float(usual_scale(self.setup.config))
 
     def plan(self, spec: str, sampler: str, steps: int, propagate: str | None = None) -> AnyPlan:
-        """The plan of that name for a run; `propagate` as for `load_plan`.
-
-        Raises:
-            ValueError: see `load_plan` and `Recipe.rule`.
-        """
+        """The plan of that name for a run; `propagate` as for `load_plan`. Raises ValueError: see `load_plan` and
+        `Recipe.rule`."""
         recipe = self._recipe(sampler, steps)
         nodes = num_nodes(recipe, self.setup.config.model.params.get("timesteps", 1000))
         positions = 2 * BATCH * self.setup.config.model.params["image_size"] ** 2
@@ -123,12 +116,8 @@ class Experiment:
         noise_weight: float = 0.0,
         guidance_reuse: bool = False,
     ) -> Engine:
-        """An engine that samples the items by this method.
-
-        Raises:
-            SettingError: `steps`: no such sampler or plan for this number of steps; `config`: the model does not take
-                the items' conditioning.
-        """
+        """An engine that samples the items by this method. Raises SettingError: `steps`: no such sampler or plan for
+        this number of steps; `config`: the model does not take the items' conditioning."""
         recipe = self._recipe(sampler, steps, noise_weight, guidance_reuse)
         with fault_of("steps"):
             plan = self.plan(plan, sampler, steps) if isinstance(plan, str) else plan

@@ -18,10 +18,7 @@ from ldm.models.diffusion.loop import NonFiniteLatents
 
 def experiment_inputs(model: ModelSettings, prompts: str) -> tuple[Setup, list[str]]:
     """What all figures have in common: the model, which is emoji64 unless another is named, and the prompts of a file.
-
-    Raises:
-        SettingError: a file can't be used.
-    """
+    Raises SettingError: a file can't be used."""
     return make_setup(model, EMOJI64), prompts_in(prompts, "prompts")
 
 
@@ -36,8 +33,7 @@ def make_figure(kind: str, experiment: Experiment, out: Path, options: Mapping[s
     Returns:
         The files' names.
 
-    Raises:
-        SettingError: an option or a setting of the experiment can't be used; or the files can't be written (`out`).
+    Raises SettingError: an option or a setting of the experiment can't be used; or the files can't be written (`out`).
     """
     module = import_module(f"evaluation.plots.{kind.replace('-', '_')}")
     with style():

@@ -68,11 +68,8 @@ def make(experiment: Experiment, *, steps: int, rows: str, data: str | None, cac
 
 
 def plans_of(experiment: Experiment, rows: Sequence[Row]) -> tuple[dict[Row, AnyPlan], str]:
-    """The plan of each row, and a sentence for the caption if some need a calibration that is not there.
-
-    Raises:
-        ValueError: see `Experiment.plan`.
-    """
+    """The plan of each row, and a sentence for the caption if some need a calibration that is not there. Raises
+    ValueError: see `Experiment.plan`."""
     plans = {row: experiment.plan_if_calibrated(row.plan, row.sampler, row.steps, row.propagate) for row in rows}
     there = {row: plan for row, plan in plans.items() if plan is not None}
     return there, uncalibrated(row.plan for row in plans if row not in there)

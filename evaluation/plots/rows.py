@@ -58,8 +58,7 @@ def read_rows(path: str, steps: int) -> list[Row]:
     Args:
         steps: of rows that do not state their number of steps.
 
-    Raises:
-        ValueError: the file can't be read, or has other content.
+    Raises ValueError: the file can't be read, or has other content.
     """
     with reading("file of rows as in evaluation/plots/pareto.yaml", Path(path)) as content:
         entries = parse(_File, content).rows

@@ -44,8 +44,7 @@ def chosen_prompts(protocol: Protocol, data: str | Path | None = None) -> list[P
     Args:
         data: the folder of its data; None = the protocol's.
 
-    Raises:
-        SettingError: `data` is not what it should be, or has fewer prompts than `count`.
+    Raises SettingError: `data` is not what it should be, or has fewer prompts than `count`.
     """
     with fault_of("data"):
         prompts = read_prompts(protocol, protocol.folder(data))
@@ -152,11 +151,8 @@ def sentence(text: Any, place: str) -> str:
 
 
 def choose(prompts: Sequence[Prompt], select: Select) -> list[Prompt]:
-    """The prompts that the rule above chooses, in its order.
-
-    Raises:
-        ValueError: there are none, or fewer than asked for.
-    """
+    """The prompts that the rule above chooses, in its order. Raises ValueError: there are none, or fewer than asked
+    for."""
     by_image: dict[int, list[Prompt]] = {}
     for prompt in prompts:
         by_image.setdefault(prompt.image, []).append(prompt)

@@ -186,11 +186,8 @@ def protocol_names() -> tuple[str, ...]:
 
 
 def load_protocol(name: str) -> Protocol:
-    """The protocol of a name in evaluation/protocols, or of a .yaml file.
-
-    Raises:
-        ValueError: there is none, or it is not a protocol.
-    """
+    """The protocol of a name in evaluation/protocols, or of a .yaml file. Raises ValueError: there is none, or it is
+    not a protocol."""
     path = find_file("protocol", name, PROTOCOL_DIR, protocol_names())
     with reading("protocol", path) as content:
         return parse(Protocol, {**content, "name": path.stem})

@@ -16,11 +16,8 @@ def names_in(folder: Path) -> list[str]:
 
 
 def find_file(kind: str, name: str, folder: Path, names: tuple[str, ...]) -> Path:
-    """The file of one of the names in the folder, or the .yaml file of that path.
-
-    Raises:
-        ValueError: neither; `kind` says of what.
-    """
+    """The file of one of the names in the folder, or the .yaml file of that path. Raises ValueError: neither; `kind`
+    says of what."""
     path = folder / f"{name}.yaml" if name in names else Path(name)
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(
@@ -31,11 +28,8 @@ def find_file(kind: str, name: str, folder: Path, names: tuple[str, ...]) -> Pat
 
 @contextmanager
 def reading(kind: str, path: Path) -> Iterator[dict[str, Any]]:
-    """The file's content; errors inside the block become a ValueError that names the file.
-
-    Raises:
-        ValueError: it can't be read, or is not of the kind.
-    """
+    """The file's content; errors inside the block become a ValueError that names the file. Raises ValueError: it can't
+    be read, or is not of the kind."""
     try:
         content = read_yaml(path)
         if not isinstance(content, dict):

@@ -120,11 +120,8 @@ def some(names: Sequence[str]) -> str:
 
 
 class RunFolder:
-    """The folder of a run, for one of its processes; a `Store` for `ldm.sampling.generate.fill`.
-
-    Raises:
-        FolderError: no run card, or not one of ours; other prompts than the card's.
-    """
+    """The folder of a run, for one of its processes; a `Store` for `ldm.sampling.generate.fill`. Raises FolderError: no
+    run card, or not one of ours; other prompts than the card's."""
 
     def __init__(self, path: Path, process: str = "0-of-1") -> None:
         self.path = path
@@ -149,11 +146,8 @@ class RunFolder:
 
     @staticmethod
     def open(path: Path, card: Card, prompts: Sequence[Prompt], process: str = "0-of-1") -> RunFolder:
-        """Begin a run, or go on with it.
-
-        Raises:
-            FolderError: another run is there; the message names the fields that differ. Or images without a run card.
-        """
+        """Begin a run, or go on with it. Raises FolderError: another run is there; the message names the fields that
+        differ. Or images without a run card."""
         if not (path / CARD).is_file():
             if (path / SAMPLES).exists():
                 raise FolderError(
@@ -317,11 +311,7 @@ def decisive(card: Card) -> dict[str, Any]:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The run card of a folder.
-
-    Raises:
-        FolderError: there is none, or it was changed.
-    """
+    """The run card of a folder. Raises FolderError: there is none, or it was changed."""
     path = folder / CARD
     try:
         card = read_json(path)

@@ -62,11 +62,7 @@ class ModelFiles:
 
     @cached_property
     def content(self) -> Any:
-        """The config.
-
-        Raises:
-            SettingError: `config`: it is not there, or not of a latent diffusion model.
-        """
+        """The config. Raises SettingError: `config`: it is not there, or not of a latent diffusion model."""
         with fault_of("config"):
             content = load_config(self.config)
             Sizes.of(content.model)
@@ -78,11 +74,8 @@ class ModelFiles:
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """The hashes of weights and config; of published weights that are not here the published hash.
-
-        Raises:
-            SettingError: a file is not there.
-        """
+        """The hashes of weights and config; of published weights that are not here the published hash. Raises
+        SettingError: a file is not there."""
         weights = fingerprint(self.ckpt) if self.ckpt.exists() else published_sha256(self.ckpt)
         if weights is None:
             raise SettingError("ckpt", f"{self.ckpt}: no such file")
@@ -90,11 +83,8 @@ class ModelFiles:
             return {"weights": weights, "config": fingerprint(self.config)}
 
     def check(self) -> None:
-        """Check that the weights are there and belong to the config, as far as their heads tell.
-
-        Raises:
-            SettingError: they do not.
-        """
+        """Check that the weights are there and belong to the config, as far as their heads tell. Raises SettingError:
+        they do not."""
         read_setup(self.config, self.ckpt, torch.device("cpu"))
 
 
@@ -175,8 +165,7 @@ def compute(
         batch_size: images at a time on a GPU; None = as the folder says, or 16. On a CPU it is fixed.
         process: which share of the run this process makes, and where; None = all of it, on the best device.
 
-    Raises:
-        SettingError: it names the argument, or the field of `method` or `model`, that can't be used.
+    Raises SettingError: it names the argument, or the field of `method` or `model`, that can't be used.
     """
     if model is None:
         files = protocol.model()
@@ -192,11 +181,7 @@ def compute(
 
 
 def prepare(protocol: Protocol, method: Method, model: ModelFiles, prompts: Sequence[Prompt]) -> Request:
-    """What is to be made; the weights need not be there.
-
-    Raises:
-        SettingError: see `compute`.
-    """
+    """What is to be made; the weights need not be there. Raises SettingError: see `compute`."""
     sizes = model.sizes
     if protocol.size % sizes.multiple:
         raise SettingError(
@@ -208,11 +193,7 @@ def prepare(protocol: Protocol, method: Method, model: ModelFiles, prompts: Sequ
 
 
 def recipe_of(protocol: Protocol, method: Method) -> Recipe:
-    """How images of the protocol are sampled.
-
-    Raises:
-        SettingError: see `make_recipe`.
-    """
+    """How images of the protocol are sampled. Raises SettingError: see `make_recipe`."""
     settings = SamplingSettings(**asdict(method), scale=protocol.guidance)
     return make_recipe(settings, (protocol.size, protocol.size))
 
@@ -224,8 +205,7 @@ def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000) -
         ckpt: the model's weights, beside which its calibrations lie; read only by a plan that names its model.
         timesteps: the model's.
 
-    Raises:
-        SettingError: a number of steps, or a plan, that can't be used.
+    Raises SettingError: a number of steps, or a plan, that can't be used.
     """
     with fault_of("steps"):
         nodes = num_nodes(recipe, timesteps)
@@ -235,11 +215,7 @@ def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000) -
 
 
 def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:
-    """What the model is conditioned on.
-
-    Raises:
-        SettingError: it has fewer classes than the protocol asks for.
-    """
+    """What the model is conditioned on. Raises SettingError: it has fewer classes than the protocol asks for."""
     if protocol.data["kind"] != "classes":
         return Task(Text())
     # Where a model has one class more than the data, that class stands for none.
@@ -253,11 +229,8 @@ def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:
 
 
 def make(request: Request, out: Path, process: Process, batch_size: int | None = None) -> Run:
-    """This process's share of the images, in the folder, which is new or is continued.
-
-    Raises:
-        SettingError: see `compute`.
-    """
+    """This process's share of the images, in the folder, which is new or is continued. Raises SettingError: see
+    `compute`."""
     with fault_of("out"):
         batch = batch_of(request, process.device, out, batch_size)
     with cpu_threads(process.device):
@@ -295,11 +268,8 @@ def cpu_threads(device: torch.device) -> Iterator[None]:
 
 
 def load_engine(request: Request, device: torch.device, batch: int) -> Engine:
-    """The model, ready to make the images, `batch` at a time.
-
-    Raises:
-        SettingError: the files do not make a model, or it can't do what is asked.
-    """
+    """The model, ready to make the images, `batch` at a time. Raises SettingError: the files do not make a model, or it
+    can't do what is asked."""
     files, recipe, plan = request.model, request.recipe, request.plan
     with fault_of("config", CONSTRUCTION), fault_of("ckpt", (CheckpointError,)):
         model = load_model(files.config, files.ckpt, device, files.weights)

@@ -57,11 +57,7 @@ class Images(Protocol):
     provenance: Mapping[str, Any]
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Each image (3, H, W) in [-1, 1].
-
-        Raises:
-            ImageError: one can't be read.
-        """
+        """Each image (3, H, W) in [-1, 1]. Raises ImageError: one can't be read."""
 
     def check(self, one_size: bool) -> None:
         """Check, without decoding all, that the images can be measured: errors come before hours of work.
@@ -69,8 +65,7 @@ class Images(Protocol):
         Args:
             one_size: images of several sizes are an error, as they are of a model's images.
 
-        Raises:
-            ImageError: damaged images, or several sizes.
+        Raises ImageError: damaged images, or several sizes.
         """
 
     def sha256(self) -> str:
@@ -82,8 +77,7 @@ class ImageFolder:
 
     left_out: other files there, which are neither images by their endings nor tell of images.
 
-    Raises:
-        ImageError: no such folder, or no images in it.
+    Raises ImageError: no such folder, or no images in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -168,11 +162,8 @@ def whole_image(file: Path) -> tuple[int, int]:
 
 
 class ImageArray:
-    """Images in an array uint8 (N, H, W, 3): `arr_0` of an npz file, read piece by piece, or an npy file.
-
-    Raises:
-        ImageError: no such file, or no such array in it.
-    """
+    """Images in an array uint8 (N, H, W, 3): `arr_0` of an npz file, read piece by piece, or an npy file. Raises
+    ImageError: no such file, or no such array in it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -185,11 +176,7 @@ class ImageArray:
         return [str(row) for row in self.rows]
 
     def subset(self, rows: Sequence[int]) -> ImageArray:
-        """Some of the images, in this order.
-
-        Raises:
-            ImageError: none.
-        """
+        """Some of the images, in this order. Raises ImageError: none."""
         if not rows:
             raise ImageError(f"{self.path}: none of its {self.shape[0]} images is asked for")
         part = copy(self)
@@ -244,11 +231,7 @@ def from_levels(levels: np.ndarray) -> Tensor:
 
 
 def open_images(path: str | Path) -> Images:
-    """A folder, or an npz or npy file.
-
-    Raises:
-        ImageError: see `ImageFolder` and `ImageArray`.
-    """
+    """A folder, or an npz or npy file. Raises ImageError: see `ImageFolder` and `ImageArray`."""
     return ImageArray(path) if Path(path).suffix in (".npz", ".npy") else ImageFolder(path)
 
 
@@ -256,8 +239,7 @@ def open_samples(samples: str | Path | Images, one_size: bool = True) -> Images:
     """Images that can be measured: a path is opened and checked, so that errors come before the work; images are
     returned as they are.
 
-    Raises:
-        ImageError: see `open_images` and `Images`.
+    Raises ImageError: see `open_images` and `Images`.
     """
     if not isinstance(samples, str | Path):
         return samples

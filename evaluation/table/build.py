@@ -58,8 +58,7 @@ def build_table(
         gflops_only: only the GFLOPs, which need no weights. show: make nothing.
         say: told of each row before it is made.
 
-    Raises:
-        SettingError: it names an argument, or a field of `sources`, that can't be used.
+    Raises SettingError: it names an argument, or a field of `sources`, that can't be used.
     """
     check_folder(Path(runs))
     columns = ["gflops"] if gflops_only else table.columns
@@ -132,11 +131,8 @@ def bench_of(
 
 
 def check_comparable(rows: Sequence[RowResult]) -> None:
-    """Rows of one protocol may stand in one table only if they were measured and timed alike.
-
-    Raises:
-        SettingError: `runs`: they were not.
-    """
+    """Rows of one protocol may stand in one table only if they were measured and timed alike. Raises SettingError:
+    `runs`: they were not."""
     for bench in {id(row.bench): row.bench for row in rows}.values():
         own = {row.row.name: row for row in rows if row.bench is bench}
         compare_timings({name: row.timing for name, row in own.items() if row.timing})

@@ -40,8 +40,7 @@ def gflops(protocol: Protocol, method: Method, config: Path, ckpt: Path) -> floa
     Args:
         ckpt: the model's weights, which need not be there, see `plan_of`.
 
-    Raises:
-        SettingError: a sampler, a number of steps, a plan or a config that can't be used.
+    Raises SettingError: a sampler, a number of steps, a plan or a config that can't be used.
     """
     plan = plan_of(recipe_of(protocol, method), method, ckpt)
     with fault_of("config", NO_CONFIG):
@@ -72,8 +71,7 @@ def report(
         batch: latents per evaluation.
         tokens: of the context; None = what the config's encoder reads.
 
-    Raises:
-        SettingError: `plan`, `config` or `size` can't be used.
+    Raises SettingError: `plan`, `config` or `size` can't be used.
     """
     with fault_of("plan"):
         runs = {f"{spec}, {number} steps": load_plan(spec, number) for number in steps for spec in plans}

@@ -73,9 +73,8 @@ def measures_of(protocol: Protocol, data: Path, columns: Sequence[str], networks
     Args:
         data: the folder of the protocol's data.
 
-    Raises:
-        SettingError: `metrics`: the protocol does not say how to measure; `data`, `inception` or `clip`: what a
-            measure needs is not there, or can't be used.
+    Raises SettingError: `metrics`: the protocol does not say how to measure; `data`, `inception` or `clip`: what a
+    measure needs is not there, or can't be used.
     """
     found = []
     if any(name in columns for name in ("fid", *ADM)):
@@ -198,11 +197,8 @@ def reference_name(protocol: Protocol) -> str | None:
 
 
 def need(protocol: Protocol, data: Path, name: str | None) -> None:
-    """Check that a file or folder of the data is there.
-
-    Raises:
-        SettingError: `data`: it is not there; the message says how to get it.
-    """
+    """Check that a file or folder of the data is there. Raises SettingError: `data`: it is not there; the message says
+    how to get it."""
     if name is not None and not (data / name).exists():
         how = HOW_TO_GET.get((data / name).name, "named by the protocol")
         raise SettingError("data", f"{data / name} is not there, which {protocol.name} needs: {how}")

@@ -105,11 +105,7 @@ class RenderedTable:
 
 
 def write(table: RenderedTable, folder: str | Path) -> list[Path]:
-    """Write the table as Markdown, CSV and LaTeX; returns the files.
-
-    Raises:
-        OSError: a file can't be written.
-    """
+    """Write the table as Markdown, CSV and LaTeX; returns the files. Raises OSError: a file can't be written."""
     files = []
     for suffix, text in ((".md", markdown(table)), (".csv", csv_text(table)), (".tex", latex(table))):
         files.append(Path(folder) / f"{table.stem}{suffix}")

@@ -106,11 +106,8 @@ class Job:
 
     @contextmanager
     def faults(self) -> Iterator[None]:
-        """Faults of the row's fields and of its protocol become faults of the table, others keep their place.
-
-        Raises:
-            SettingError: `table`, an argument of `build_table`, or a field of `Sources`.
-        """
+        """Faults of the row's fields and of its protocol become faults of the table, others keep their place. Raises
+        SettingError: `table`, an argument of `build_table`, or a field of `Sources`."""
         try:
             yield
         except SettingError as error:
@@ -125,11 +122,7 @@ class Job:
 
     @cached_property
     def request(self) -> Request:
-        """The images of the row.
-
-        Raises:
-            SettingError: the row can't be run, or a file is not there.
-        """
+        """The images of the row. Raises SettingError: the row can't be run, or a file is not there."""
         bench = self.bench
         return prepare(bench.protocol, self.row.method(bench.protocol), bench.model, bench.prompts)
 
@@ -171,11 +164,7 @@ class Job:
         return shlex.join(["python", "evaluation/generate.py", *what, *files, "--out", str(self.folder)])
 
     def check(self) -> None:
-        """All that the row needs must be there; found out before hours of work.
-
-        Raises:
-            SettingError: it is not.
-        """
+        """All that the row needs must be there; found out before hours of work. Raises SettingError: it is not."""
         ckpt = self.bench.model.ckpt
         with self.faults():
             if not ckpt.exists():
@@ -194,20 +183,13 @@ class Job:
 
 
 def count_only(job: Job, needed: bool) -> RowResult:
-    """The row with its GFLOPs alone.
-
-    Raises:
-        SettingError: they are needed, and the row can't be run.
-    """
+    """The row with its GFLOPs alone. Raises SettingError: they are needed, and the row can't be run."""
     return row_result(job, {}, None, [], needed)
 
 
 def find(job: Job) -> RowResult:
-    """The row with all that is there; if it can't be run, a remark says why.
-
-    Raises:
-        SettingError: `runs`: a file that is there is damaged.
-    """
+    """The row with all that is there; if it can't be run, a remark says why. Raises SettingError: `runs`: a file that
+    is there is damaged."""
     results: dict[str, Result] = {}
     timing, remarks = None, []
     try:
@@ -227,8 +209,7 @@ def make_row(job: Job, timed_images: int) -> RowResult:
     Args:
         timed_images: how many images are to be timed, at least.
 
-    Raises:
-        SettingError: the row can't be made.
+    Raises SettingError: the row can't be made.
     """
     results: dict[str, Result] = {}
     timing = None
@@ -249,22 +230,14 @@ def make_row(job: Job, timed_images: int) -> RowResult:
 
 
 def find_results(job: Job) -> dict[str, Result]:
-    """The results that are there, by measure; the images must be there.
-
-    Raises:
-        SettingError: `runs`: a damaged file.
-    """
+    """The results that are there, by measure; the images must be there. Raises SettingError: `runs`: a damaged file."""
     files = {measure.name: job.result_file(measure) for measure in job.bench.measures}
     with fault_of("runs", (ResultError,)):
         return {name: read_result(file) for name, file in files.items() if file.is_file()}
 
 
 def gflops_cell(job: Job, needed: bool) -> tuple[dict[str, Cell], str]:
-    """The GFLOPs, or why there are none.
-
-    Raises:
-        SettingError: they are needed, and the row can't be run.
-    """
+    """The GFLOPs, or why there are none. Raises SettingError: they are needed, and the row can't be run."""
     bench = job.bench
     try:
         with job.faults():

@@ -154,11 +154,8 @@ def table_names() -> tuple[str, ...]:
 
 
 def load_table(name: str) -> Table:
-    """The table of a name in evaluation/table, or of a .yaml file.
-
-    Raises:
-        ValueError: there is none, or it is not a table.
-    """
+    """The table of a name in evaluation/table, or of a .yaml file. Raises ValueError: there is none, or it is not a
+    table."""
     path = find_file("table", name, TABLE_DIR, table_names())
     with reading("table", path) as content:
         return parse(Table, {**content, "name": path.stem})

@@ -58,8 +58,7 @@ def timed(request: Request, device: str, count: int, out: Path) -> Timing:
         device: name of a device.
         count: how many images.
 
-    Raises:
-        SettingError: `timed`: the process was killed.
+    Raises SettingError: `timed`: the process was killed.
     """
     try:  # in a process of its own: what earlier rows left in memory must not count
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
@@ -117,11 +116,7 @@ def start_peak(device: torch.device) -> None:
 
 
 def read_timing(path: Path) -> Timing | None:
-    """What `timed` kept there; None if there is no such file.
-
-    Raises:
-        SettingError: `runs`: the file is damaged.
-    """
+    """What `timed` kept there; None if there is no such file. Raises SettingError: `runs`: the file is damaged."""
     if not path.is_file():
         return None
     try:
@@ -132,11 +127,7 @@ def read_timing(path: Path) -> Timing | None:
 
 
 def compare_timings(timings: Mapping[str, Timing]) -> None:
-    """Check that rows, by name, were timed alike.
-
-    Raises:
-        SettingError: `runs`: they were not.
-    """
+    """Check that rows, by name, were timed alike. Raises SettingError: `runs`: they were not."""
     names = list(timings)
     for name in names[1:]:
         for what in ("machine", "threads", "precision"):
