@@ -12,57 +12,35 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evaluation.metrics.command import (
-    PROMPTS,
-    RECIPES,
-    SAMPLES,
-    VARIANTS,
-    Defaults,
-    add_output,
-    add_run,
-    measure_flags,
-    publish,
-)
-from ldm.cli.parser import Parser, check_output, command
-from ldm.io.errors import flags_named
+from evaluation.metrics.command import RECIPES, VARIANTS, MeasureParser
+from evaluation.metrics.result import Result
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="clip_score.py", description=__doc__, formatter_class=Defaults)
-    p.add_argument("samples", metavar="SAMPLES", help=SAMPLES)
-    p.add_argument("--prompts", metavar="FILE", help=PROMPTS)
+def parser() -> MeasureParser:
+    p = MeasureParser("clip_score.py", __doc__)
+    p.add_samples()
+    p.add_prompts()
     p.add_argument("--variant", choices=VARIANTS, default=VARIANTS[0], help="the formula and the CLIP model, see above")
     p.add_argument(
         "--weights", metavar="DIR", required=True, help="folder of the CLIP model, of transformers or open_clip"
     )
     p.add_argument("--vocabulary", metavar="PATH", help="CLIP's vocabulary (default: in the folder, or installed)")
     p.add_argument("--resize", choices=RECIPES, default="clip-crop", help="how images are resized for the model")
-    add_run(p)
-    add_output(p)
+    p.add_run()
+    p.add_output()
     return p
 
 
-def run(args: argparse.Namespace) -> None:
-    check_output(args.out)
+def compute(args: argparse.Namespace) -> Result:
     from evaluation.metrics import clip_score
 
-    with flags_named(measure_flags(args)):
-        result = clip_score.compute(
-            args.samples,
-            variant=args.variant,
-            weights=args.weights,
-            prompts=args.prompts,
-            vocabulary=args.vocabulary,
-            resize=args.resize,
-            batch_size=args.batch_size,
-            device=args.device,
-        )
-    publish(result, args.out)
+    names = ("variant", "weights", "prompts", "vocabulary", "resize", "batch_size", "device")
+    return clip_score.compute(args.samples, **{name: getattr(args, name) for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("clip_score.py", lambda: run(parser().parse_args(argv)))
+    return parser().run(compute, argv)
 
 
 if __name__ == "__main__":

@@ -10,28 +10,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from evaluation.metrics.command import (
-    SAMPLES,
-    Defaults,
-    add_cache,
-    add_extractor,
-    add_output,
-    add_reference,
-    add_run,
-    measure_flags,
-    protocol_name,
-    publish,
-)
-from ldm.cli.arguments import MOST
-from ldm.cli.parser import Parser, check_output, command, number, whole
-from ldm.io.errors import flags_named
+from evaluation.metrics.command import MeasureParser, network_of, reference_of
+from evaluation.metrics.result import Result
+from ldm.cli.parser import number
+
+CACHE = Path.home() / ".cache" / "faster-diffusion-ldm" / "statistics"
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fid.py", description=__doc__, formatter_class=Defaults)
-    add_reference(p, "real images, or their statistics")
-    p.add_argument("samples", metavar="SAMPLES", help=SAMPLES)
+def parser() -> MeasureParser:
+    p = MeasureParser("fid.py", __doc__)
+    p.add_reference("real images, or their statistics")
+    p.add_samples()
     p.add_argument("--kid", action="store_true", help="also compute the kernel distance KID")
     p.add_argument(
         "--cmmd", action="store_true", help="also compute CMMD; needs --extractor clip with ViT-L/14 at 336 px"
@@ -39,12 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--infinity", action="store_true", help="also compute FID-infinity, extrapolated to infinitely many samples"
     )
-    p.add_argument(
-        "--bootstrap",
-        type=whole(2, MOST),
-        metavar="N",
-        help="also compute a 95 %% interval by resampling the samples N times",
-    )
+    p.add_bootstrap("a 95 %% interval by resampling the samples N times")
     p.add_argument(
         "--seed",
         type=number(int, 0, 2**32 - 1, "0..2^32-1"),
@@ -52,40 +38,30 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="seed of the random subsets (KID, FID-infinity) and of the resampling",
     )
-    add_extractor(p)
-    add_run(p)
-    add_output(p)
-    add_cache(p)
+    p.add_extractor()
+    p.add_run()
+    p.add_output()
+    p.add_argument(
+        "--cache",
+        default=str(CACHE),
+        metavar="DIR",
+        help="folder that keeps statistics of reference images; none = keep none",
+    )
     return p
 
 
-def run(args: argparse.Namespace) -> None:
-    check_output(args.out)
-    protocol = protocol_name(args)
-    from evaluation.metrics import frechet, real_images
+def compute(args: argparse.Namespace) -> Result:
+    from evaluation.metrics import frechet, statistics
 
-    with flags_named(measure_flags(args)):
-        result = frechet.compute(
-            args.samples,
-            real_images.protocol_reference(protocol, args.data) if protocol else args.reference,
-            extractor=args.extractor,
-            weights=args.weights,
-            resize=args.resize,
-            batch_size=args.batch_size,
-            device=args.device,
-            kid=args.kid,
-            cmmd=args.cmmd,
-            infinity=args.infinity,
-            bootstrap=args.bootstrap,
-            seed=args.seed,
-            cache=None if args.cache == "none" else args.cache,
-        )
-    publish(result, args.out)
+    options = {name: getattr(args, name) for name in ("kid", "cmmd", "infinity", "bootstrap", "seed")}
+    cache = None if args.cache == "none" else args.cache
+    source = reference_of(args, statistics.protocol_reference)
+    return frechet.compute(args.samples, source, **network_of(args), **options, cache=cache)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("fid.py", lambda: run(parser().parse_args(argv)))
+    return parser().run(compute, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ ROWS = Path(__file__).with_name("plots") / "pareto.yaml"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of figure: the function `make` of the module evaluation.plots.NAME.
+    """A kind of figure: the function `draw_NAME` of a module of evaluation.plots.
 
     summary: for the help.
     count:   default number of images; None = the figure has one image, or none.
-    options: the other keyword arguments of `make`, with their defaults; each has its flag in `OPTIONS`.
-    keeps:   `make` also gets `cache`, a folder beside the figure for intermediate results.
+    options: the other keyword arguments of the function, with their defaults; each has its flag in `OPTIONS`.
+    keeps:   the function also gets `cache`, a folder beside the figure for intermediate results.
     """
 
+    module: str
     summary: str
     count: int | None
     options: Mapping[str, Any] = field(default_factory=lambda: {"steps": 50})
@@ -41,34 +42,39 @@ class Kind:
 
 
 KINDS = {
-    "evolution": Kind("change of each block's features from step to step (eq. 2, figure 3a)", 8),
-    "norms": Kind("size of each block's features, and its deviation during a run (figures 3b, 3c)", 8),
-    "maps": Kind("feature maps as colours, by block and step (figures 2, 10)", None),
-    "variants": Kind("propagation of encoder, decoder, both or neither (figure 16)", 4),
+    "evolution": Kind("features", "change of each block's features from step to step (eq. 2, figure 3a)", 8),
+    "norms": Kind("features", "size of each block's features, and its deviation during a run (figures 3b, 3c)", 8),
+    "maps": Kind("features", "feature maps as colours, by block and step (figures 2, 10)", None),
+    "variants": Kind("images", "propagation of encoder, decoder, both or neither (figure 16)", 4),
     "fewer-steps": Kind(
+        "images",
         "fewer steps, with and without propagation and prior noise (figures 7, 13, 14)",
         4,
         {"steps": 50, "step_counts": (50, 25, 20, 10, 5)},
     ),
-    "placement": Kind("number and placement of the key timesteps (table 5, figure 9)", 16),
+    "placement": Kind("placement", "number and placement of the key timesteps (table 5, figure 9)", 16),
     "pareto": Kind(
+        "pareto",
         "error against both costs, for plans and for fewer steps",
         16,
         {"steps": 50, "rows": str(ROWS), "data": None},
         keeps=True,
     ),
     "samplers": Kind(
+        "images",
         "plain and accelerated images of several samplers (figures 18 to 24)",
         5,
         {"samplers": (("ddim", 50), ("plms", 50), ("dpm-solver++", 20), ("unipc", 20))},
     ),
-    "prior-noise": Kind("prior noise, and the frequencies of the images (figure 6)", 8),
+    "prior-noise": Kind("images", "prior noise, and the frequencies of the images (figure 6)", 8),
     "timeline": Kind(
+        "timeline",
         "which parts of the UNet run at which step",
         None,
         {"steps": 50, "plans": ("off", "faster-diffusion", "uniform:6", "pro", "deepcache:3")},
     ),
     "times": Kind(
+        "times",
         "seconds per image of plain, serial and parallel runs (figure 5)",
         4,
         {"samplers": (("ddim", 50), ("dpm-solver", 20), ("dpm-solver++", 20)), "repeats": 5},
@@ -84,39 +90,36 @@ def sampler_and_steps(text: str) -> tuple[str, int]:
     return name, step_count(steps)
 
 
-# The arguments of the flag of each option.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "steps": {
-        "type": step_count,
-        "metavar": "N",
-        "help": "sampling steps; for fewer-steps and pareto: of the run that the others are compared with "
+# Of the flag of each option: type of a value, metavar and help.
+OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "steps": (
+        step_count,
+        "N",
+        "sampling steps; for fewer-steps and pareto: of the run that the others are compared with "
         "(default: %(default)s)",
-    },
-    "step_counts": {"nargs": "+", "type": step_count, "metavar": "N", "help": "numbers of steps (default: {shown})"},
-    "samplers": {
-        "nargs": "+",
-        "type": sampler_and_steps,
-        "metavar": "SAMPLER:STEPS",
-        "help": "samplers and their numbers of steps (default: {shown})",
-    },
-    "repeats": {"type": count, "metavar": "N", "help": "timed runs of each method (default: %(default)s)"},
-    "plans": {"nargs": "+", "metavar": "PLAN", "help": "plans, as --plan of txt2img.py (default: {shown})"},
-    "rows": {"metavar": "YAML", "help": "the methods to compare (default: evaluation/plots/pareto.yaml)"},
-    "data": {
-        "metavar": "DIR",
-        "help": "dataset of scripts/prepare_emoji.py: its captions replace --prompts, and the sampled images are also "
+    ),
+    "step_counts": (step_count, "N", "numbers of steps (default: {shown})"),
+    "samplers": (sampler_and_steps, "SAMPLER:STEPS", "samplers and their numbers of steps (default: {shown})"),
+    "repeats": (count, "N", "timed runs of each method (default: %(default)s)"),
+    "plans": (str, "PLAN", "plans, as --plan of txt2img.py (default: {shown})"),
+    "rows": (str, "YAML", "the methods to compare (default: evaluation/plots/pareto.yaml)"),
+    "data": (
+        str,
+        "DIR",
+        "dataset of scripts/prepare_emoji.py: its captions replace --prompts, and the sampled images are also "
         "compared with its images (default: none; the images are compared with those of the plain run only)",
-    },
+    ),
 }
 
 
 def add_option(p: argparse.ArgumentParser, name: str, default: Any) -> None:
-    """The flag of one of the OPTIONS."""
-    settings = OPTIONS[name]
-    values = default if isinstance(default, tuple) else ()
-    shown = " ".join(":".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values)
-    help = settings["help"].replace("{shown}", shown)
-    p.add_argument(f"--{name.replace('_', '-')}", default=default, **{**settings, "help": help})
+    """The flag of one of the OPTIONS; it takes several values if its default is a tuple."""
+    kind, metavar, help = OPTIONS[name]
+    several = default if isinstance(default, tuple) else ()
+    shown = " ".join(":".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in several)
+    more = {"nargs": "+"} if several else {}
+    flag, help = f"--{name.replace('_', '-')}", help.replace("{shown}", shown)
+    p.add_argument(flag, type=kind, default=default, metavar=metavar, help=help, **more)
 
 
 def shared_arguments(p: argparse.ArgumentParser) -> None:
@@ -159,29 +162,23 @@ def parser() -> Parser:
     return p
 
 
-def chosen(args: argparse.Namespace) -> dict[str, Kind]:
-    """The kinds of figures to draw, by name."""
-    if args.kind != "all":
-        return {args.kind: KINDS[args.kind]}
-    return {name: kind for name, kind in KINDS.items() if name not in args.without}
-
-
 def run(args: argparse.Namespace) -> None:
     try:
-        from evaluation.plots import figure
+        from evaluation.plots.experiment import Experiment, ModelSettings, experiment_inputs, make_figure
     except ImportError as error:
         raise BadInput(f'packages: figures need {error.name}; pip install -e ".[eval]"') from error
 
     out = Path(args.out)
     check_outdir(out, "--out")
-    setup, prompts = figure.experiment_inputs(settings_from(args, figure.ModelSettings), args.prompts)
-    for name, kind in chosen(args).items():
+    setup, prompts = experiment_inputs(settings_from(args, ModelSettings), args.prompts)
+    names = [name for name in KINDS if name not in args.without] if args.kind == "all" else [args.kind]
+    for name, kind in ((name, KINDS[name]) for name in names):
         number = 1 if kind.count is None else args.count or kind.count
-        experiment = figure.Experiment(setup, prompts, number, args.seed, args.scale)
+        experiment = Experiment(setup, prompts, number, args.seed, args.scale)
         options = {option: getattr(args, option, default) for option, default in kind.options.items()}
         if kind.keeps:
             options["cache"] = out / f"{name}-rows"
-        print(", ".join(figure.make_figure(name, experiment, out, options)))
+        print(", ".join(make_figure(name, kind.module, experiment, out, options)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluation.protocols.protocol import Protocol, load_protocol, protocol_names
+from evaluation.protocols.protocol import Method, Protocol, load_protocol, protocol_names
 from ldm.cli.arguments import MOST, count, model_arguments, propagation_arguments, step_count
 from ldm.cli.parser import GO_ON, Parser, check_outdir, number, run_command, settings_from, whole
 from ldm.io.errors import BadInput, fault_of, flags_named
@@ -24,10 +25,6 @@ from ldm.io.errors import BadInput, fault_of, flags_named
 if TYPE_CHECKING:
     from evaluation.runs.generate import Run
 
-METHOD = (
-    *("sampler", "steps", "eta", "plan", "propagate", "parallel"),
-    *("tome", "noise_weight", "noise_below", "noise_order"),
-)
 MOST_DEVICES = 1024  # of a machine; as many machines
 
 
@@ -111,11 +108,13 @@ def process_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
-def protocol_of(args: argparse.Namespace) -> Protocol:
+def asked(args: argparse.Namespace) -> tuple[Protocol, Method]:
+    """What to make, and how."""
     if args.protocol is None:
         raise BadInput(f"--protocol: needed; accepted: {', '.join(protocol_names())}, or FILE.yaml")
     with fault_of("protocol"):
-        return load_protocol(args.protocol).first(args.count)
+        protocol = load_protocol(args.protocol).first(args.count)
+    return protocol, protocol.method(**{field.name: getattr(args, field.name) for field in fields(Method)})
 
 
 def verify(outdir: Path) -> None:
@@ -137,8 +136,7 @@ def run(args: argparse.Namespace) -> None:
         raise BadInput("--out: needed: the folder of the run")
     if args.verify:
         return verify(Path(args.out))
-    protocol = protocol_of(args)
-    method = protocol.method(**{name: getattr(args, name) for name in METHOD})
+    protocol, method = asked(args)
 
     from evaluation.runs import generate, processes
 

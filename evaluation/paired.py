@@ -11,15 +11,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evaluation.metrics.command import Defaults, add_extractor, add_output, add_run, measure_flags, publish
-from ldm.cli.parser import Parser, check_output, command
-from ldm.io.errors import flags_named
-
-FLAGS = {"plain": "PLAIN", "accelerated": "ACCELERATED", "packages": "packages"}
+from evaluation.metrics.command import MeasureParser, network_of
+from evaluation.metrics.result import Result
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="paired.py", description=__doc__, formatter_class=Defaults)
+def parser() -> MeasureParser:
+    p = MeasureParser("paired.py", __doc__)
     p.add_argument("plain", metavar="PLAIN", help="images of the plain run: a folder, or an npz or npy file")
     p.add_argument("accelerated", metavar="ACCELERATED", help="images of the accelerated run, in the same form")
     p.add_argument(
@@ -27,33 +24,21 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also compute the perceptual distance LPIPS (AlexNet); needs torchvision and the weights of AlexNet",
     )
-    add_extractor(p)
-    add_run(p)
-    add_output(p)
+    p.add_extractor()
+    p.add_run()
+    p.add_output()
     return p
 
 
-def run(args: argparse.Namespace) -> None:
-    check_output(args.out)
+def compute(args: argparse.Namespace) -> Result:
     from evaluation.metrics import paired
 
-    with flags_named(measure_flags(args) | FLAGS):
-        result = paired.compute(
-            args.plain,
-            args.accelerated,
-            extractor=args.extractor,
-            weights=args.weights,
-            resize=args.resize,
-            batch_size=args.batch_size,
-            device=args.device,
-            lpips=args.lpips,
-        )
-    publish(result, args.out)
+    return paired.compute(args.plain, args.accelerated, **network_of(args), lpips=args.lpips)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("paired.py", lambda: run(parser().parse_args(argv)))
+    return parser().run(compute, argv, plain="PLAIN", accelerated="ACCELERATED", packages="packages")
 
 
 if __name__ == "__main__":

@@ -9,32 +9,28 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evaluation.metrics.command import PREFERENCES, PROMPTS, SAMPLES, Defaults, add_output, measure_flags, publish
-from ldm.cli.parser import Parser, check_output, command
-from ldm.io.errors import flags_named
+from evaluation.metrics.command import PREFERENCES, MeasureParser
+from evaluation.metrics.result import Result
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="preference.py", description=__doc__, formatter_class=Defaults)
-    p.add_argument("samples", metavar="SAMPLES", help=SAMPLES)
-    p.add_argument("--prompts", metavar="FILE", help=PROMPTS)
+def parser() -> MeasureParser:
+    p = MeasureParser("preference.py", __doc__)
+    p.add_samples()
+    p.add_prompts()
     p.add_argument("--model", choices=PREFERENCES, default=PREFERENCES[0], help="the model that scores the images")
-    add_output(p)
+    p.add_output()
     return p
 
 
-def run(args: argparse.Namespace) -> None:
-    check_output(args.out)
+def compute(args: argparse.Namespace) -> Result:
     from evaluation.metrics import preference
 
-    with flags_named(measure_flags(args)):
-        result = preference.compute(args.samples, model=args.model, prompts=args.prompts)
-    publish(result, args.out)
+    return preference.compute(args.samples, model=args.model, prompts=args.prompts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return command("preference.py", lambda: run(parser().parse_args(argv)))
+    return parser().run(compute, argv)
 
 
 if __name__ == "__main__":

@@ -8,35 +8,22 @@ as well, each with itself left out, and so are the copies of real images by the 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from evaluation.metrics.command import Defaults, add_output
+from evaluation.metrics.command import MeasureParser
 from ldm.cli.arguments import EMOJI64, MOST, count, finite, step_count
-from ldm.cli.parser import Parser, check_output, number, run_command, settings_from, whole
+from ldm.cli.parser import check_output, number, run_command, settings_from, whole
 from ldm.io.errors import BadInput, blame
-from ldm.io.files import atomic_write
+from ldm.io.files import write_json
 
 # The splits of the dataset, whose module needs PyTorch.
 SPLITS = ("train", "heldout_pair", "heldout_concept")
 COLUMNS = 20  # of the grid of images
 
 
-def parser() -> Parser:
-    p = Parser(prog="recognition.py", description=__doc__, formatter_class=Defaults)
-    image_arguments(p)
-    sampling_arguments(p)
-    add_output(p)
-    p.add_argument(
-        "--images", "--pictures", metavar="PNG", help=f"file for the sampled images as a grid, {COLUMNS} in a row"
-    )
-    return p
-
-
-def image_arguments(p: Parser) -> None:
-    """The captions, and the real images that sampled images are compared with."""
+def parser() -> MeasureParser:
+    p = MeasureParser("recognition.py", __doc__)
     p.add_argument("--data", default="data/emoji64", metavar="DIR", help="dataset of scripts/prepare_emoji.py")
     p.add_argument(
         "--count",
@@ -56,10 +43,6 @@ def image_arguments(p: Parser) -> None:
         default=2,
         help="use real images of tiers 1 to this, at least --max-tier; more real images make the task harder",
     )
-
-
-def sampling_arguments(p: Parser) -> None:
-    """The model, and how it samples."""
     p.add_argument("--config", default=str(EMOJI64[0]), metavar="YAML", help="the model's config (default: emoji64's)")
     p.add_argument("--ckpt", default=str(EMOJI64[1]), metavar="FILE", help="the model's weights (default: emoji64's)")
     p.add_argument("--steps", type=step_count, default=25, metavar="N", help="sampling steps")
@@ -78,6 +61,11 @@ def sampling_arguments(p: Parser) -> None:
         metavar="N",
         help="seed of the choice of captions and of the noise of the images",
     )
+    p.add_output()
+    p.add_argument(
+        "--images", "--pictures", metavar="PNG", help=f"file for the sampled images as a grid, {COLUMNS} in a row"
+    )
+    return p
 
 
 def run(args: argparse.Namespace) -> None:
@@ -91,19 +79,15 @@ def run(args: argparse.Namespace) -> None:
     if args.images:
         with blame("--images", (OSError, ValueError)):
             found.save_images(args.images, COLUMNS)
-    publish(found.report(), args.out)
-
-
-def publish(report: Mapping[str, Any], out: str | None) -> None:
-    """Write the report, and print the shares."""
-    if out is not None:
-        with blame("--out", (OSError,)), atomic_write(out) as temporary:
-            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    report = found.report()
+    if args.out is not None:
+        with blame("--out", (OSError,)):
+            write_json(args.out, report)
     for name, result in report["results"].items():
-        shares = {key: value for key, value in result.items() if isinstance(value, dict) and "share" in value}
         shown = (
             f"{key} {value['share']:.3f} ({value['interval'][0]:.3f} to {value['interval'][1]:.3f})"
-            for key, value in shares.items()
+            for key, value in result.items()
+            if isinstance(value, dict) and "share" in value
         )
         print(f"{name:13} n {result['n']:5}  {'  '.join(shown)}")
 

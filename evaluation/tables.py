@@ -19,7 +19,7 @@ from functools import partial
 
 from evaluation.table.spec import WORLDS, load_table, table_names
 from ldm.cli.arguments import MOST, count
-from ldm.cli.parser import GO_ON, Parser, run_command, whole
+from ldm.cli.parser import GO_ON, Parser, run_command, settings_from, whole
 from ldm.io.errors import fault_of, flags_named
 
 TIMED = 5
@@ -80,12 +80,11 @@ def run(args: argparse.Namespace) -> None:
     with fault_of("TABLE"):
         spec = load_table(args.table)
     with flags_named({"table": "TABLE", "gflops_only": "--gflops-only"}):
-        sources = build.Sources(args.data, args.config, args.ckpt, args.inception, args.clip, args.device)
         table = build.build_table(
             spec,
             args.world,
             args.runs,
-            sources,
+            settings_from(args, build.Sources),
             numbers=args.rows,
             count=args.count,
             timed=args.timed,

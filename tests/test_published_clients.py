@@ -16,7 +16,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.diffusionmodules import openaimodel, util
-from ldm.modules.diffusionmodules.process import at
+from ldm.modules.diffusionmodules.util import at
 from ldm.util import mean_flat
 from tests.helpers import golden_sampler
 from tests.helpers.goldens import assert_golden, load_case

@@ -18,7 +18,7 @@ from evaluation.metrics.intervals import bootstrap as resampled
 from evaluation.metrics.intervals import normal_interval, share_interval
 from evaluation.metrics.result import Result
 from evaluation.metrics.statistics import FeatureSet, Reference, check_width, extract, load_reference
-from evaluation.runs.images import ImageError, Images, open_samples
+from evaluation.runs.images import ImageError, Images, Source, open_samples
 from ldm.io.errors import fault_of
 
 NEIGHBOURS = 3
@@ -27,8 +27,8 @@ BLOCK = 1024  # rows of a matrix of distances that are in memory at a time
 
 
 def compute(
-    samples: str | Path | Images,
-    reference: str | Path | Images | Reference,
+    samples: Source,
+    reference: Source | Reference,
     *,
     extractor: Extractor | str = "inception-2015",
     weights: str | Path | None = None,
@@ -43,7 +43,7 @@ def compute(
     There is no Inception Score without a classifier, and no precision and recall without images of the reference.
 
     Args:
-        samples: images: a folder, an npz file (arr_0) or npy file uint8 (N, H, W, 3), or opened ones.
+        samples: see `Source`.
         reference: the same, an npz file of statistics (mu, sigma, mu_s, sigma_s), or what `suite_reference` loaded.
         extractor: the feature network or its name; for a name:
         weights, resize, device: see `load_extractor`.
@@ -63,36 +63,25 @@ def compute(
         check_width(real, images, network)
     with fault_of("samples"):
         found = extract(images, network, batch_size=batch_size, label="samples", keep=True, spatial=True)
-        values = all_values(found, real)
-        if bootstrap:
-            values |= intervals(values, found, real, bootstrap, seed)
-    warnings = measure_warnings(images, made, real)
+        values = all_values(found, real, bootstrap, seed)
+    warnings = measure_warnings(images, real)
     if real.features is None:
         warnings.append("reference: has statistics but no images: no precision and recall")
-    protocol = {
-        "measure": "adm",
-        **protocol_fields(network, images, real, made),
-        "neighbours": NEIGHBOURS,
-        "split": SPLIT,
-    }
+    protocol = {"measure": "adm", **protocol_fields(network, images, real), "neighbours": NEIGHBOURS, "split": SPLIT}
     settings = {"bootstrap": {"resamples": bootstrap, "seed": seed}} if bootstrap else {}
     return Result(values, protocol, made, warnings, settings)
 
 
-def suite_samples(source: str | Path | Images) -> Images:
-    """Samples that are enough for the suite; see `open_samples`.
-
-    Raises:
-        ImageError: see `open_samples`; or too few images for precision and recall.
-    """
+def suite_samples(source: Source) -> Images:
+    """Samples that are enough for the suite. Raises ImageError: see `open_samples`; or they are too few."""
     images = open_samples(source)
     check_neighbours(len(images.names))
     return images
 
 
-def suite_reference(source: str | Path | Images, extractor: Extractor, batch_size: int = 50) -> Reference:
-    """A reference with all that the suite needs; see `load_reference`. Raises ImageError: see `load_reference`; or too
-    few images for precision and recall."""
+def suite_reference(source: Source, extractor: Extractor, batch_size: int = 50) -> Reference:
+    """A reference with all that the suite needs; see `load_reference`.
+    Raises ImageError: see `load_reference`; or too few images for precision and recall."""
     real = load_reference(source, extractor, batch_size=batch_size, keep=True, spatial=True)
     if real.features is not None:
         check_neighbours(len(real.features.pooled))
@@ -107,35 +96,27 @@ def check_neighbours(n: int) -> None:
         )
 
 
-def all_values(samples: FeatureSet, reference: Reference) -> dict[str, Any]:
-    """The suite's values, by name."""
-    values: dict[str, Any] = {
-        "fid_real": distance(samples.moments.gaussian(), reference.gaussian),
-        "sfid_real": distance(samples.spatial.gaussian(), reference.spatial),
-    }
+def all_values(samples: FeatureSet, reference: Reference, count: int | None, seed: int) -> dict[str, Any]:
+    """The suite's values, by name; and, if the samples are resampled `count` times, the 95 % intervals over the samples
+    of all but sFID, whose features are not kept.
+
+    FID and Inception Score: by resampling. Precision and recall: as shares of independent images; that the images which
+    they are compared with are a sample too is not included.
+    """
+    fid = distance(samples.moments.gaussian(), reference.gaussian)
+    values: dict[str, Any] = {"fid_real": fid, "sfid_real": distance(samples.spatial.gaussian(), reference.spatial)}
+    found = {"fid_real": distance_interval(fid, samples, reference.gaussian, count, seed)} if count else {}
     if samples.logits is not None:
         values["inception_score"], values["inception_score_std"] = inception_score(samples.logits, SPLIT)
+        if count:
+            again = resampled(samples.logits, lambda part: inception_score(part, SPLIT)[0], count, seed)
+            found["inception_score"] = normal_interval(values["inception_score"], again)
     if reference.features is not None:
-        values["precision"], values["recall"] = precision_recall(samples.pooled, reference.features.pooled, NEIGHBOURS)
-    return values
-
-
-def intervals(
-    values: dict[str, Any], samples: FeatureSet, reference: Reference, count: int, seed: int
-) -> dict[str, Any]:
-    """95 % intervals, over the samples, of all values but sFID, whose features are not kept.
-
-    FID and Inception Score: by resampling `count` times. Precision and recall: as shares of independent images; that
-    the images which they are compared with are a sample too is not included.
-    """
-    found = {"fid_real": distance_interval(values["fid_real"], samples, reference.gaussian, count, seed)}
-    if "inception_score" in values:
-        again = resampled(samples.logits, lambda part: inception_score(part, SPLIT)[0], count, seed)
-        found["inception_score"] = normal_interval(values["inception_score"], again)
-    if "precision" in values:
-        for name, n in (("precision", len(samples.pooled)), ("recall", len(reference.features.pooled))):
-            found[name] = share_interval(round(values[name] * n), n)
-    return {f"{name}_interval": interval for name, interval in found.items()}
+        sets = samples.pooled, reference.features.pooled
+        values["precision"], values["recall"] = precision_recall(*sets, NEIGHBOURS)
+        for name, of in zip(("precision", "recall"), sets, strict=True) if count else ():
+            found[name] = share_interval(round(values[name] * len(of)), len(of))
+    return values | {f"{name}_interval": interval for name, interval in found.items()}
 
 
 # Arithmetic

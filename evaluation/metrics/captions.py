@@ -27,12 +27,13 @@ def prompts_of(images: Images, prompts: str | Path | Sequence[str] | None) -> li
     another number of prompts than of images.
     """
     if prompts is None:
-        return from_settings(images)
+        files = images.files if isinstance(images, ImageFolder) else []
+        stored = [(settings_of(file) or {}).get("prompt") for file in files]
+        if not stored or None in stored:
+            raise ImageError(f"{images.path}: images that don't state their prompt; name a file with the prompts")
+        return stored
     if not isinstance(prompts, str | Path):
-        if len(prompts) != len(images.names):
-            raise ImageError(
-                f"{len(prompts)} prompts for {len(images.names)} images in {images.path}; expected as many"
-            )
+        check_number(prompts, images, f"{len(prompts)} prompts", "as many")
         return list(prompts)
     path = Path(prompts)
     try:
@@ -41,7 +42,9 @@ def prompts_of(images: Images, prompts: str | Path | Sequence[str] | None) -> li
         elif path.suffix == ".jsonl":
             named = from_json([entry for _, entry in parse_json_lines(read_text(path))])
         else:
-            return from_lines(read_lines(path), images, path)
+            lines = [line.strip() for line in read_lines(path) if line.strip()]
+            check_number(lines, images, f"{path}: has {len(lines)} prompts", "one line for each")
+            return lines
     except ImageError:
         raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -68,15 +71,10 @@ def matched(named: dict[str, str], images: Images, path: str | Path) -> list[str
     return [named[files[0]] for files in found.values()]
 
 
-def from_lines(lines: list[str], images: Images, path: Path) -> list[str]:
-    """A prompt per line; empty lines do not count."""
-    lines = [line.strip() for line in lines if line.strip()]
-    if len(lines) != len(images.names):
-        raise ImageError(
-            f"{path}: has {len(lines)} prompts for {len(images.names)} images in {images.path}; "
-            f"expected one line for each"
-        )
-    return lines
+def check_number(prompts: Sequence[str], images: Images, what: str, expected: str) -> None:
+    """Raise ImageError unless there is a prompt for each image."""
+    if len(prompts) != len(images.names):
+        raise ImageError(f"{what} for {len(images.names)} images in {images.path}; expected {expected}")
 
 
 def from_json(content: Any) -> dict[str, str]:
@@ -107,12 +105,3 @@ def first(entry: dict[str, Any], keys: tuple[str, ...]) -> Any:
     if found is None:
         raise ValueError(f"an entry without {' or '.join(keys)}: it has {', '.join(entry)}")
     return found
-
-
-def from_settings(images: Images) -> list[str]:
-    """What is stored in the images."""
-    files = images.files if isinstance(images, ImageFolder) else []
-    prompts = [(settings_of(file) or {}).get("prompt") for file in files]
-    if not prompts or None in prompts:
-        raise ImageError(f"{images.path}: images that don't state their prompt; name a file with the prompts")
-    return prompts

@@ -58,8 +58,8 @@ class ClipModel(nn.Module, ABC):
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """B texts -> (B, D), unit length; what is too long loses its end, see `ClipTokenizer.cut`. Raises ValueError:
-        the vocabulary is missing."""
+        """B texts -> (B, D), unit length; what is too long loses its end, see `ClipTokenizer.cut`.
+        Raises ValueError: the vocabulary is missing."""
         return F.normalize(self.text_features(self.tokenizer(texts).to(next(self.parameters()).device)))
 
     @abstractmethod
@@ -124,8 +124,8 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def open_clip_settings(path: Path) -> dict[str, Any]:
-    """The arguments of `OpenCLIP` that a configuration of open_clip asks for. Raises ModelError: not such a file, or a
-    model that has more than a vision transformer and CLIP's text encoder."""
+    """The arguments of `OpenCLIP` that a configuration of open_clip asks for.
+    Raises ModelError: not such a file, or a model that has more than a vision transformer and CLIP's text encoder."""
     try:
         config = read_json(path)["model_cfg"]
         text, vision = dict(config["text_cfg"]), dict(config["vision_cfg"])

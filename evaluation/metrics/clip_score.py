@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from evaluation.metrics import ModelError
 from evaluation.metrics.captions import prompts_of
@@ -16,7 +15,7 @@ from evaluation.metrics.clip import ClipModel, load_clip
 from evaluation.metrics.extractors import find_recipe, resized
 from evaluation.metrics.intervals import mean_values
 from evaluation.metrics.result import Result
-from evaluation.runs.images import Images, incomplete_warnings, left_out_warnings, open_samples
+from evaluation.runs.images import Images, Source, batched, image_warnings, open_samples
 from ldm.cli.devices import find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256, json_sha256
@@ -50,7 +49,7 @@ VARIANTS = {
 
 
 def compute(
-    samples: str | Path | Images,
+    samples: Source,
     *,
     variant: str = "hessel-b32",
     weights: str | Path | ClipModel,
@@ -63,7 +62,7 @@ def compute(
     """CLIP-score of images: `clip_score_VARIANT` with its 95 % interval, and how many prompts CLIP had to cut.
 
     Args:
-        samples: images: a folder, an npz file (arr_0) or npy file uint8 (N, H, W, 3), or opened ones.
+        samples: see `Source`.
         variant: one of VARIANTS.
         weights: folder of the CLIP model, of transformers or open_clip, or what `load_variant` loaded.
         prompts: a prompt per image, or a file of them, see `prompts_of`; None = those stored in the images.
@@ -98,7 +97,7 @@ def compute(
         "captions_sha256": json_sha256({"captions": prompts}),
         "tokens_sha256": json_sha256({"tokens": tokens}),
     }
-    warnings = [*left_out_warnings(images), *incomplete_warnings(images, made)]
+    warnings = image_warnings(images)
     if cut:
         warnings.append(
             f"{cut} of {len(prompts)} captions are longer than CLIP reads ({model.tokenizer.max_length} tokens) and "
@@ -136,26 +135,17 @@ def measure(
 ) -> np.ndarray:
     """The score of every image with its text, (N,). Raises ImageError: an image can't be read."""
     found: list[np.ndarray] = []
-    waiting: list[torch.Tensor] = []
     device = next(model.parameters()).device
-    for i, image in enumerate(tqdm(images, total=len(texts), desc="CLIP", unit="image", disable=None)):
-        waiting.append(resized(image[None], model.size, resize))
-        if len(waiting) == batch_size or i == len(texts) - 1:
-            of_images = model.embed_images(torch.cat(waiting).to(device))
-            of_texts = model.embed_texts(texts[i + 1 - len(waiting) : i + 1])
-            found.append(scores(of_images.cpu().numpy(), of_texts.cpu().numpy(), variant))
-            waiting = []
+    for pairs in batched(zip(images, texts, strict=True), len(texts), batch_size, "CLIP"):
+        prepared = torch.cat([resized(image[None], model.size, resize) for image, _ in pairs])
+        of_images, of_texts = model.embed_images(prepared.to(device)), model.embed_texts([text for _, text in pairs])
+        found.append(scores(of_images.cpu().numpy(), of_texts.cpu().numpy(), variant))
     return np.concatenate(found)
 
 
 def scores(images: np.ndarray, texts: np.ndarray, variant: Variant) -> np.ndarray:
-    """The score of each pair, (N,).
-
-    Args:
-        images, texts: embeddings (N, D), of any length.
-
-    Source: CLIPScore (arXiv 2104.08718).
-    """
+    """The score of each pair, (N,). `images`, `texts`: embeddings (N, D), of any length. Source: CLIPScore (arXiv
+    2104.08718)."""
     images, texts = np.float64(images), np.float64(texts)
     cosines = (images * texts).sum(1) / (np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1))
     return variant.scale * (cosines.clip(0) if variant.clamped else cosines)

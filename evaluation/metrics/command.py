@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from evaluation.metrics.result import Result
-from ldm.cli.arguments import count
-from ldm.io.errors import BadInput
+from ldm.cli.arguments import MOST, count
+from ldm.cli.parser import Parser, check_output, run_command, whole
+from ldm.io.errors import BadInput, flags_named
 
 # The names of registries in modules that need PyTorch; a test holds that they are the same.
 EXTRACTORS = ("inception-2015", "efficientnet-lite0", "dinov2", "clip")
 RECIPES = ("clean", "tf1-bilinear", "torch-bilinear", "torch-antialias", "clip-crop")
 VARIANTS = ("hessel-b32", "cos100-l14", "cos100-g14", "hessel", "cos100")
 PREFERENCES = ("image-reward", "hps-v2.1")
+T = TypeVar("T")
 PROTOCOL = "protocol:"  # before the name of a protocol, whose real images are the reference
-CACHE = Path.home() / ".cache" / "faster-diffusion-ldm" / "statistics"
-SAMPLES = "the images: a folder, or an npz or npy file"
-PROMPTS = (
-    "the prompts of the images: a text file with a line per image, or JSON or JSON lines with file and prompt "
-    "(default: the prompts stored in the images)"
-)
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -34,64 +30,92 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHe
         return super()._get_help_string(action)
 
 
-def add_reference(p: argparse.ArgumentParser, what: str) -> None:
-    p.add_argument(
-        "reference", metavar="REFERENCE", help=f"{what}; or {PROTOCOL}NAME for the real images of a protocol"
-    )
-    p.add_argument(
-        "--data",
-        metavar="DIR",
-        help=f"folder with the data of {PROTOCOL}NAME (default: the one that the protocol names)",
-    )
+class MeasureParser(Parser):
+    """The parser of a measure's command, with the arguments that measures share."""
 
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=Defaults)
 
-def protocol_name(args: argparse.Namespace) -> str | None:
-    """NAME, where the reference is protocol:NAME. Raises BadInput: --data without a protocol."""
-    if args.reference.startswith(PROTOCOL):
-        return args.reference.removeprefix(PROTOCOL)
-    if args.data is not None:
-        raise BadInput(f"--data: goes with REFERENCE {PROTOCOL}NAME; got {args.reference}")
-    return None
+    def add_samples(self) -> None:
+        self.add_argument("samples", metavar="SAMPLES", help="the images: a folder, or an npz or npy file")
 
+    def add_prompts(self) -> None:
+        self.add_argument(
+            "--prompts",
+            metavar="FILE",
+            help="the prompts of the images: a text file with a line per image, or JSON or JSON lines with file and "
+            "prompt (default: the prompts stored in the images)",
+        )
 
-def add_extractor(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("feature network")
-    group.add_argument(
-        "--extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="the network that computes the features"
-    )
-    group.add_argument(
-        "--weights",
-        metavar="PATH",
-        help="weights of the network: a file, or a folder for dinov2 and clip (default: those in its package, or its "
-        "download)",
-    )
-    group.add_argument("--resize", choices=RECIPES, help="how images are resized for the network (default: its own)")
+    def add_reference(self, what: str) -> None:
+        self.add_argument(
+            "reference", metavar="REFERENCE", help=f"{what}; or {PROTOCOL}NAME for the real images of a protocol"
+        )
+        self.add_argument(
+            "--data",
+            metavar="DIR",
+            help=f"folder with the data of {PROTOCOL}NAME (default: the one that the protocol names)",
+        )
 
+    def add_bootstrap(self, what: str) -> None:
+        self.add_argument("--bootstrap", type=whole(2, MOST), metavar="N", help=f"also compute {what}")
 
-def add_run(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--batch-size", type=count, default=50, metavar="N", help="images per batch; changes speed and memory only"
-    )
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    def add_extractor(self) -> None:
+        group = self.add_argument_group("feature network")
+        group.add_argument(
+            "--extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="the network that computes the features"
+        )
+        group.add_argument(
+            "--weights",
+            metavar="PATH",
+            help="weights of the network: a file, or a folder for dinov2 and clip (default: those in its package, or "
+            "its download)",
+        )
+        group.add_argument(
+            "--resize", choices=RECIPES, help="how images are resized for the network (default: its own)"
+        )
 
+    def add_run(self) -> None:
+        self.add_argument(
+            "--batch-size", type=count, default=50, metavar="N", help="images per batch; changes speed and memory only"
+        )
+        self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
-def add_output(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", metavar="JSON", help="file for the result, with everything that it depends on")
+    def add_output(self) -> None:
+        self.add_argument("--out", metavar="JSON", help="file for the result, with everything that it depends on")
 
+    def run(self, compute: Callable[[argparse.Namespace], Result], argv: Sequence[str] | None, **flags: str) -> int:
+        """Parse, compute, print and write; returns the exit code. `flags`: what the command calls the measure's
+        arguments, where it is not --THE-NAME."""
 
-def add_cache(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--cache",
-        default=str(CACHE),
-        metavar="DIR",
-        help="folder that keeps statistics of reference images; none = keep none",
-    )
+        def run(args: argparse.Namespace) -> None:
+            check_output(args.out)
+            with flags_named(measure_flags(args) | flags):
+                result = compute(args)
+            publish(result, args.out)
+
+        return run_command(self, run, argv)
 
 
 def measure_flags(args: argparse.Namespace) -> dict[str, str]:
     """What the commands call the arguments of the measures, where it is not --THE-NAME."""
-    of_weights = getattr(args, "weights", None)
-    return {"samples": "SAMPLES", "reference": "REFERENCE", "extractor": "--weights" if of_weights else "--extractor"}
+    weights = getattr(args, "weights", None)
+    return {"samples": "SAMPLES", "reference": "REFERENCE", "extractor": "--weights" if weights else "--extractor"}
+
+
+def network_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a measure that say how features are computed."""
+    return {name: getattr(args, name) for name in ("extractor", "weights", "resize", "batch_size", "device")}
+
+
+def reference_of(args: argparse.Namespace, of_protocol: Callable[[str, str | None], T]) -> T | str:
+    """The reference: a path, or what `of_protocol` says of protocol:NAME and its data.
+    Raises BadInput: --data without a protocol."""
+    if args.reference.startswith(PROTOCOL):
+        return of_protocol(args.reference.removeprefix(PROTOCOL), args.data)
+    if args.data is not None:
+        raise BadInput(f"--data: goes with REFERENCE {PROTOCOL}NAME; got {args.reference}")
+    return args.reference
 
 
 def shown(value: Any) -> str:
@@ -102,8 +126,8 @@ def shown(value: Any) -> str:
 
 
 def publish(result: Result, out: str | None) -> None:
-    """Print the values and the warnings, then write the file: a full disk loses no value. Raises BadInput: the file
-    can't be written."""
+    """Print the values and the warnings, then write the file: a full disk loses no value.
+    Raises BadInput: the file can't be written."""
     for name, value in result.values.items():
         print(f"{name:24} {shown(value)}")
     for warning in result.warnings:

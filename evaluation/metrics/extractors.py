@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,13 +47,8 @@ class Features(NamedTuple):
 
 
 class Extractor(nn.Module, ABC):
-    """Images -> features. A network has its own `load`, `extract`, and these constants.
-
-    name:         of the network.
-    usual_resize: how images are resized for it, unless another recipe is asked for.
-    size:         side of its input in pixels.
-    resize:       the recipe that is used.
-    weights:      the file of its weights; sha256: of that file.
+    """Images -> features. A network has its own `load`, `extract`, and constants: its name, how images are resized for
+    it usually, and the side of its input in pixels.
 
     Args:
         weights: file or folder of the network's weights; None = those of the network's package or cache.
@@ -102,8 +98,6 @@ class EfficientNetLite0(Extractor):
     """Features of EfficientNet-lite0 before its classifier, averaged over positions: 1280 of them, >= 0.
 
     Its weights come with a package, so nothing is downloaded. Spatial: 7 channels of the last map, 4 x 4.
-
-    Raises ModelError: a package is missing, or its weights are not those of the network.
     Source: EfficientNet (arXiv 1905.11946), the lite variant; weights trained on ImageNet.
     """
 
@@ -132,8 +126,6 @@ class Inception2015(Extractor):
 
     Its weights are torch-fidelity's conversion of the published ones: a local file, the cache of torch.hub where
     torch-fidelity puts it, or else its download.
-
-    Raises ModelError: the weights can't be had, or are not those of the network.
     """
 
     name, usual_resize, size = "inception-2015", "tf1-bilinear", 299
@@ -165,9 +157,9 @@ class Inception2015(Extractor):
 
 
 class DinoV2(Extractor):
-    """The class token of DINOv2 after the final norm; 1024 features of the large model. Raises ModelError: no folder
-    with the model as the transformers library stores it. Source: DINOv2 (arXiv 2304.07193); its use for Fréchet
-    distances: arXiv 2306.04675."""
+    """The class token of DINOv2 after the final norm; 1024 features of the large model.
+    Raises ModelError: no folder with the model as the transformers library stores it. Source: DINOv2 (arXiv
+    2304.07193); its use for Fréchet distances: arXiv 2306.04675."""
 
     name, usual_resize, size = "dinov2", "clean", 224
 
@@ -210,8 +202,8 @@ def spatial_features(maps: Tensor) -> Tensor:
 
 
 def fill(network: nn.Module, weights: Path, name: str) -> nn.Module:
-    """The network with the weights of a file, which can't execute code. Raises ModelError: no such file, or not the
-    weights of this network."""
+    """The network with the weights of a file, which can't execute code.
+    Raises ModelError: no such file, or not the weights of this network."""
     if not weights.is_file():
         raise ModelError(f"{name}: {weights}: no such file; expected its weights")
     try:
@@ -281,48 +273,41 @@ def tf1_bilinear(images: Tensor, size: int) -> Tensor:
     return between(between(images, 3), 2)
 
 
-def torch_bilinear(images: Tensor, size: int) -> Tensor:
-    """PyTorch's bilinear resize as most ports of the score use it: pixel centres, nothing smoothed."""
-    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-
-
-def torch_antialias(images: Tensor, size: int) -> Tensor:
-    """PyTorch's bilinear resize, smoothed when it shrinks."""
-    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+def torch_bilinear(images: Tensor, size: int, antialias: bool = False) -> Tensor:
+    """PyTorch's bilinear resize with pixel centres, as most ports of the score use it; or smoothed when it shrinks."""
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
 def clip_crop(images: Tensor, size: int) -> Tensor:
     """What CLIP's authors do: 8 bits, Pillow's bicubic filter for the shorter side, the middle cut out."""
-    return torch.stack([_middle(image, size) for image in to_pil(images)]).to(images)
-
-
-def _middle(image: Image.Image, size: int) -> Tensor:
-    short = min(image.size)
-    width, height = (max(size, int(size * side / short)) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1  # (3, size, size)
+    found = []
+    for image in to_pil(images):
+        width, height = (max(size, int(size * side / min(image.size))) for side in image.size)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        found.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1)  # (3, size, size)
+    return torch.stack(found).to(images)
 
 
 RECIPES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "clean": clean,
     "tf1-bilinear": tf1_bilinear,
     "torch-bilinear": torch_bilinear,
-    "torch-antialias": torch_antialias,
+    "torch-antialias": partial(torch_bilinear, antialias=True),
     "clip-crop": clip_crop,
 }
 
 
 def find_recipe(name: str) -> str:
-    """The name, which is one of RECIPES. Raises SettingError: `resize`: it is not."""
+    """The name, if it is one of RECIPES; else raises a SettingError of `resize`."""
     if name not in RECIPES:
         raise SettingError("resize", f"{name!r} is not one of {', '.join(RECIPES)}")
     return name
 
 
 def resized(images: Tensor, size: int, recipe: str) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size); each depends on itself alone. Raises ValueError: the recipe
-    is not one of RECIPES, or the images have another shape."""
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, size, size); each depends on itself alone.
+    Raises ValueError: the recipe is not one of RECIPES, or the images have another shape."""
     find_recipe(recipe)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must have the shape (B, 3, H, W); got {tuple(images.shape)}")

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from evaluation.metrics.intervals import bootstrap as resampled
 from evaluation.metrics.intervals import normal_interval
 from evaluation.metrics.result import Result
 from evaluation.metrics.statistics import FeatureSet, Gaussian, Moments, Reference, check_width, extract, load_reference
-from evaluation.runs.images import ImageError, Images, incomplete_warnings, left_out_warnings, open_samples
+from evaluation.runs.images import ImageError, Images, Source, image_warnings, open_samples
 from ldm.io.errors import SettingError, fault_of
 
 KID_SUBSETS, KID_SIZE, POINTS = 100, 1000, 15
@@ -27,30 +25,9 @@ INFINITY_LEAST = 20  # samples: the smallest point has a tenth of them, and a co
 BLOCK = 1024  # rows of a matrix of distances that are in memory at a time
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is computed beside the Fréchet distance; see `compute`."""
-
-    kid: bool = False
-    cmmd: bool = False
-    infinity: bool = False
-    bootstrap: int | None = None
-    seed: int = 0
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the features of the reference's images are needed."""
-        return self.kid or self.cmmd
-
-    @property
-    def needs_samples(self) -> bool:
-        """Whether the features of each sample are needed, not only their moments."""
-        return self.needs_reference or self.infinity or self.bootstrap is not None
-
-
 def compute(
-    samples: str | Path | Images,
-    reference: str | Path | Images | Reference,
+    samples: Source,
+    reference: Source | Reference,
     *,
     extractor: Extractor | str = "inception-2015",
     weights: str | Path | None = None,
@@ -67,7 +44,7 @@ def compute(
     """Fréchet distance of samples from a reference: `fid_real`, and what else is asked for.
 
     Args:
-        samples: images: a folder, an npz file (arr_0) or npy file uint8 (N, H, W, 3), or opened ones.
+        samples: see `Source`.
         reference: the same, an npz file of statistics (mu, sigma), or a loaded reference.
         extractor: the feature network or its name; for a name:
         weights, resize, device: see `load_extractor`.
@@ -80,64 +57,47 @@ def compute(
 
     Raises SettingError: an argument can't be used; it names the argument.
     """
-    options = Options(kid, cmmd, infinity, bootstrap, seed)
     with fault_of("samples"):
         images = open_samples(samples)
-        made = images.provenance
-    check_options(options, extractor, len(images.names))
+        made, n = images.provenance, len(images.names)
+    name = extractor if isinstance(extractor, str) else extractor.name
+    if cmmd and name != "clip":
+        raise SettingError("cmmd", f"is defined for CLIP's embeddings: needs the extractor clip; got {name}")
+    if infinity and n < INFINITY_LEAST:
+        raise SettingError("infinity", f"needs at least {INFINITY_LEAST} samples; got {n}")
     with fault_of("extractor"):
         network = load_extractor(extractor, weights, resize, device) if isinstance(extractor, str) else extractor
     with fault_of("reference"):
         real = reference
         if not isinstance(real, Reference):
-            real = load_reference(real, network, batch_size=batch_size, cache=cache, keep=options.needs_reference)
+            real = load_reference(real, network, batch_size=batch_size, cache=cache, keep=kid or cmmd)
         check_width(real, images, network)
-        if options.needs_reference and real.features is None:
+        if (kid or cmmd) and real.features is None:
             raise ImageError("has mean and covariance only; KID and CMMD need its images")
+    protocol = {"measure": "fid", **protocol_fields(network, images, real)}
+    settings = {"bootstrap": {"resamples": bootstrap, "seed": seed}} if bootstrap else {}
     with fault_of("samples"):
-        found = extract(images, network, batch_size=batch_size, label="samples", keep=options.needs_samples)
-        values = all_values(found, real, options)
-    protocol = {"measure": "fid", **protocol_fields(network, images, real, made)}
-    warnings = [*measure_warnings(images, made, real)]
-    if kid:
-        size = min(KID_SIZE, len(found.pooled), len(real.features.pooled))
-        protocol["kid"] = {"subsets": KID_SUBSETS, "size": size, "seed": seed}
-    if cmmd:
-        warnings += cmmd_warnings(network)
+        keep = kid or cmmd or infinity or bootstrap is not None
+        found = extract(images, network, batch_size=batch_size, label="samples", keep=keep)
+        values: dict[str, Any] = {"fid_real": distance(found.moments.gaussian(), real.gaussian)}
+        warnings = measure_warnings(images, real)
+        if bootstrap:
+            interval = distance_interval(values["fid_real"], found, real.gaussian, bootstrap, seed)
+            values["fid_real_interval"] = interval
+        if infinity:
+            values["fid_infinity_real"] = fid_infinity(found.pooled, real.gaussian, POINTS, seed)
+        if kid:
+            pair = found.pooled, real.features.pooled
+            values["kid_real"], values["kid_real_std"] = kernel_distance(*pair, KID_SUBSETS, KID_SIZE, seed)
+            size = min(KID_SIZE, *map(len, pair))
+            protocol["kid"] = {"subsets": KID_SUBSETS, "size": size, "seed": seed}
+        if cmmd:
+            values["cmmd_real"] = clip_distance(found.pooled, real.features.pooled)
+            warnings += cmmd_warnings(network)
     if infinity:
         protocol["infinity"] = {"points": POINTS, "seed": seed}
         warnings += infinity_warnings(found)
-    settings = {"bootstrap": {"resamples": bootstrap, "seed": seed}} if bootstrap else {}
     return Result(values, protocol, made, warnings, settings)
-
-
-def check_options(options: Options, extractor: Extractor | str, n: int) -> None:
-    """Check, before the work, that what is asked for can be computed of n samples. Raises SettingError: `cmmd`: another
-    extractor than CLIP; `infinity`: too few samples."""
-    name = extractor if isinstance(extractor, str) else extractor.name
-    if options.cmmd and name != "clip":
-        raise SettingError("cmmd", f"is defined for CLIP's embeddings: needs the extractor clip; got {name}")
-    if options.infinity and n < INFINITY_LEAST:
-        raise SettingError("infinity", f"needs at least {INFINITY_LEAST} samples; got {n}")
-
-
-def all_values(samples: FeatureSet, reference: Reference, options: Options) -> dict[str, Any]:
-    """What was asked for, by name."""
-    real = reference.gaussian
-    values: dict[str, Any] = {"fid_real": distance(samples.moments.gaussian(), real)}
-    if options.bootstrap:
-        values["fid_real_interval"] = distance_interval(
-            values["fid_real"], samples, real, options.bootstrap, options.seed
-        )
-    if options.infinity:
-        values["fid_infinity_real"] = fid_infinity(samples.pooled, real, POINTS, options.seed)
-    if options.kid:
-        values["kid_real"], values["kid_real_std"] = kid(
-            samples.pooled, reference.features.pooled, KID_SUBSETS, KID_SIZE, options.seed
-        )
-    if options.cmmd:
-        values["cmmd_real"] = cmmd(samples.pooled, reference.features.pooled)
-    return values
 
 
 def distance_interval(value: float, samples: FeatureSet, real: Gaussian, count: int, seed: int) -> list[float]:
@@ -146,27 +106,24 @@ def distance_interval(value: float, samples: FeatureSet, real: Gaussian, count: 
     return normal_interval(value, again)
 
 
-def protocol_fields(
-    extractor: Extractor, images: Images, reference: Reference, made: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The fields of a result's protocol that distances share; `made`: the images' provenance."""
+def protocol_fields(extractor: Extractor, images: Images, reference: Reference) -> dict[str, Any]:
+    """The fields of a result's protocol that distances share."""
     return {
         **network_fields(extractor),
         "n": len(images.names),
         "reference": reference.about,
-        "prompts": made.get("protocol_sha256"),
+        "prompts": images.provenance.get("protocol_sha256"),
     }
 
 
 # Warnings
 
 
-def measure_warnings(images: Images, made: Mapping[str, Any], reference: Reference) -> list[str]:
-    """What to bear in mind of the images and their distance from the reference; `made`: the images' provenance."""
+def measure_warnings(images: Images, reference: Reference) -> list[str]:
+    """What to bear in mind of the images and their distance from the reference."""
     width = len(reference.gaussian.mean)
     return [
-        *left_out_warnings(images),
-        *incomplete_warnings(images, made),
+        *image_warnings(images),
         *few_images_warnings(len(images.names), width, "samples"),
         *few_images_warnings(reference.gaussian.n, width, "reference"),
         *reference.warnings,
@@ -265,7 +222,9 @@ def gaussian_kernel(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> np.nda
     return np.exp(-squares.clip(0) / (2 * sigma**2))
 
 
-def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
+def kernel_distance(
+    x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
     """Kernel distance: mean and standard deviation over random subsets of the unbiased squared MMD.
 
     Args:
@@ -287,14 +246,9 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000, seed
     return float(np.mean(values)), float(np.std(values))
 
 
-def cmmd(x: np.ndarray, y: np.ndarray) -> float:
-    """1000 times the squared MMD of CLIP embeddings (unit length), with a Gaussian kernel of sigma 10, biased.
-
-    Args:
-        x, y: (N, D) and (M, D).
-
-    Source: Rethinking FID (arXiv 2401.09603).
-    """
+def clip_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """1000 times the squared MMD of CLIP embeddings (unit length), with a Gaussian kernel of sigma 10, biased. `x`,
+    `y`: (N, D) and (M, D). Source: Rethinking FID (arXiv 2401.09603)."""
 
     def mean(a: np.ndarray, b: np.ndarray) -> float:
         return sum(gaussian_kernel(a[i : i + BLOCK], b).sum() for i in range(0, len(a), BLOCK)) / (len(a) * len(b))

@@ -18,14 +18,8 @@ def resamples(n: int, count: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def bootstrap(features: np.ndarray, measure: Callable[[np.ndarray], float], count: int, seed: int = 0) -> np.ndarray:
-    """The measure on resampled images, (count,). Two sets of the same N are resampled alike, so that paired
-    differences may be taken.
-
-    Args:
-        features: (N, D).
-
-    Source: Efron (1979).
-    """
+    """The measure on resampled images, (count,). Two sets of the same N are resampled alike, so that paired differences
+    may be taken. `features`: (N, D). Source: Efron (1979)."""
     return np.array([measure(features[chosen]) for chosen in resamples(len(features), count, seed)])
 
 

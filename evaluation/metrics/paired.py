@@ -5,7 +5,7 @@ Every value is named ..._vs_plain: it says how much the acceleration changes the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from evaluation.metrics import ModelError
 from evaluation.metrics.extractors import Extractor, load_extractor, network_fields
 from evaluation.metrics.frechet import distance, few_images_warnings
 from evaluation.metrics.intervals import mean_values
-from evaluation.metrics.result import Result, flat
+from evaluation.metrics.result import Result
 from evaluation.metrics.statistics import Moments, to_numpy, total
-from evaluation.runs.images import ImageError, ImageFolder, Images, incomplete_warnings, left_out_warnings, open_samples
+from evaluation.runs.images import ImageError, ImageFolder, Images, Source, batched, image_warnings, open_samples
 from ldm.io.errors import fault_of, one_line
-from ldm.io.files import file_sha256
+from ldm.io.files import file_sha256, flat
 from ldm.io.images import psnr
 
 # Pairs of images, (B, 3, H, W) in [-1, 1] each, -> a value for each pair, (B,).
@@ -37,8 +36,8 @@ ALIKE = ("protocol", "weights", "config", "averaged", "seeds", "precision")  # w
 
 
 def compute(
-    plain: str | Path | Images,
-    accelerated: str | Path | Images,
+    plain: Source,
+    accelerated: Source,
     *,
     extractor: Extractor | str = "inception-2015",
     weights: str | Path | None = None,
@@ -50,8 +49,7 @@ def compute(
     """PSNR, SSIM, feature distances and the Fréchet distance of an accelerated run from the plain run.
 
     Args:
-        plain, accelerated: images: a folder, an npz file (arr_0) or npy file uint8 (N, H, W, 3), or opened ones. See
-            `paired` for what belongs together.
+        plain, accelerated: see `Source`, and `paired` for what belongs together.
         extractor: the feature network or its name; for a name:
         weights, resize, device: see `load_extractor`.
         batch_size: pairs per batch; changes speed and memory only.
@@ -65,10 +63,16 @@ def compute(
         accelerated = open_samples(accelerated)
         check_alike(plain.provenance, accelerated.provenance)
         plain, accelerated = paired(plain, accelerated)
-        check_size(plain, LPIPS_LEAST if lpips else WINDOW)
+        side, least = min(next(iter(plain)).shape[1:]), LPIPS_LEAST if lpips else WINDOW
+        if side < least or len(plain.names) < 2:
+            got = f"{len(plain.names)} with a side of {side}"
+            raise ImageError(f"expected at least 2 pairs of images of at least {least} x {least} pixels; got {got}")
     with fault_of("extractor"):
         network = load_extractor(extractor, weights, resize, device) if isinstance(extractor, str) else extractor
-    measures = load_measures(network.device, lpips)
+    with fault_of("packages"):
+        measures: dict[str, Measure] = {"psnr": psnr, "ssim": load_ssim()}
+    with fault_of("lpips"):
+        measures |= {"lpips": load_lpips(network.device)} if lpips else {}
     with fault_of("accelerated"):
         values, width = all_values(plain, accelerated, network, measures, batch_size)
     made, n = accelerated.provenance, len(plain.names)
@@ -82,14 +86,10 @@ def compute(
     if lpips:
         protocol["lpips"] = {
             "network": "alexnet",
-            "sha256": file_sha256(lpips_weights()),
+            "sha256": file_sha256(Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS),
             "torchmetrics": version("torchmetrics"),
         }
-    warnings = [
-        *(warning for images in (plain, accelerated) for warning in left_out_warnings(images)),
-        *(warning for images in (plain, accelerated) for warning in incomplete_warnings(images, images.provenance)),
-        *few_images_warnings(n, width, "fid_vs_plain"),
-    ]
+    warnings = [*image_warnings(plain), *image_warnings(accelerated), *few_images_warnings(n, width, "fid_vs_plain")]
     return Result(values, protocol, {**made, "plain": plain.provenance}, warnings)
 
 
@@ -106,7 +106,13 @@ def all_values(
     """
     each: dict[str, list[np.ndarray]] = {}
     moments: tuple[list[Moments], list[Moments]] = ([], [])
-    for a, b in pair_batches(plain, accelerated, batch_size):
+    pairs = zip(plain, accelerated, plain.names, accelerated.names, strict=True)
+    for part in batched(pairs, len(plain.names), batch_size, "pairs", "pair"):
+        for a, b, name, other in part:
+            if a.shape != b.shape:
+                (_, height, width), (_, h, w) = a.shape, b.shape
+                raise ImageError(f"{name} has {width} x {height} pixels, its partner {other} has {w} x {h}")
+        a, b = (torch.stack(images) for images in list(zip(*part, strict=True))[:2])  # (B, 3, H, W)
         found = {name: measure(a, b) for name, measure in measures.items()}
         one, other = (features_of(images, extractor) for images in (a, b))
         found |= {"feature_distance": (one - other).norm(dim=1), "feature_cosine": F.cosine_similarity(one, other)}
@@ -128,23 +134,6 @@ def features_of(images: Tensor, extractor: Extractor) -> Tensor:
     """Pooled features (B, D) float64 of images (B, 3, H, W) in [-1, 1], each resized on its own."""
     prepared = torch.cat([extractor.prepare(image[None]) for image in images])
     return extractor.extract(prepared.to(extractor.device)).pooled.double().cpu()
-
-
-def pair_batches(plain: Images, accelerated: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images of the pairs, (B, 3, H, W) each, with a progress bar. Raises ImageError: the images of a pair differ
-    in size."""
-    waiting: list[tuple[Tensor, Tensor]] = []
-    pairs = zip(plain, accelerated, strict=True)
-    for i, (a, b) in enumerate(tqdm(pairs, total=len(plain.names), desc="pairs", unit="pair", disable=None)):
-        if a.shape != b.shape:
-            raise ImageError(
-                f"{plain.names[i]} has {a.shape[2]} x {a.shape[1]} pixels, its partner "
-                f"{accelerated.names[i]} has {b.shape[2]} x {b.shape[1]}"
-            )
-        waiting.append((a, b))
-        if len(waiting) == batch_size or i == len(plain.names) - 1:
-            yield torch.stack([a for a, _ in waiting]), torch.stack([b for _, b in waiting])
-            waiting = []
 
 
 # What is compared with what
@@ -169,17 +158,6 @@ def check_alike(plain: Mapping[str, Any], accelerated: Mapping[str, Any]) -> Non
         raise ImageError(
             f"differs from the plain run in {'; '.join(differ)}; expected runs that differ in sampler, steps or plan "
             f"only"
-        )
-
-
-def check_size(images: Images, least: int) -> None:
-    """Check that there are two images of at least `least` pixels in each direction. Raises ImageError: there are
-    not."""
-    side = min(next(iter(images)).shape[1:])
-    if side < least or len(images.names) < 2:
-        raise ImageError(
-            f"expected at least 2 pairs of images of at least {least} x {least} pixels; got {len(images.names)} with "
-            f"a side of {side}"
         )
 
 
@@ -240,20 +218,9 @@ def paired_files(plain: ImageFolder, accelerated: ImageFolder) -> tuple[ImageFol
 # Measures of pairs
 
 
-def load_measures(device: torch.device, lpips: bool) -> dict[str, Measure]:
-    """PSNR, SSIM and, on request, LPIPS, by name. Raises SettingError: `packages`: torchmetrics is missing; `lpips`:
-    its packages or weights are."""
-    with fault_of("packages"):
-        measures = {"psnr": psnr, "ssim": load_ssim()}
-    if not lpips:
-        return measures
-    with fault_of("lpips"):
-        return {**measures, "lpips": load_lpips(device)}
-
-
 def load_ssim() -> Measure:
-    """SSIM with the published window and constants, from torchmetrics. Source: Wang et al. (2004). Raises ModelError:
-    torchmetrics is missing or can't be imported."""
+    """SSIM with the published window and constants, from torchmetrics. Source: Wang et al. (2004).
+    Raises ModelError: torchmetrics is missing or can't be imported."""
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
     except Exception as error:  # a missing package; or a torchvision that does not fit PyTorch, which it imports
@@ -270,8 +237,8 @@ def load_ssim() -> Measure:
 
 
 def load_lpips(device: torch.device) -> Measure:
-    """LPIPS with AlexNet, from torchmetrics. Source: arXiv 1801.03924. Raises ModelError: torchvision or the weights
-    are missing."""
+    """LPIPS with AlexNet, from torchmetrics. Source: arXiv 1801.03924.
+    Raises ModelError: torchvision or the weights are missing."""
     try:
         from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 
@@ -282,8 +249,3 @@ def load_lpips(device: torch.device) -> Measure:
             f"{LPIPS_WEIGHTS} in torch.hub's folder checkpoints: {one_line(error)[:160]}"
         ) from error
     return lambda a, b: measure.net(a.to(device), b.to(device)).reshape(-1)
-
-
-def lpips_weights() -> Path:
-    """The file of AlexNet's weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS

@@ -18,7 +18,7 @@ from evaluation.metrics import ModelError
 from evaluation.metrics.captions import prompts_of
 from evaluation.metrics.intervals import mean_values
 from evaluation.metrics.result import Result
-from evaluation.runs.images import Images, incomplete_warnings, left_out_warnings, open_samples
+from evaluation.runs.images import Source, image_warnings, open_samples
 from ldm.io.errors import SettingError, fault_of, one_line
 from ldm.io.files import json_sha256
 from ldm.io.images import to_pil
@@ -28,12 +28,12 @@ PACKAGES = {"image-reward": "ImageReward", "hps-v2.1": "hpsv2"}
 
 
 def compute(
-    samples: str | Path | Images, *, model: str = "image-reward", prompts: str | Path | Sequence[str] | None = None
+    samples: Source, *, model: str = "image-reward", prompts: str | Path | Sequence[str] | None = None
 ) -> Result:
     """The mean score of images with their prompts, under the model's name, with its 95 % interval.
 
     Args:
-        samples: images: a folder, an npz file (arr_0) or npy file uint8 (N, H, W, 3), or opened ones.
+        samples: see `Source`.
         model: one of PACKAGES.
         prompts: a prompt per image, or a file of them, see `prompts_of`; None = those stored in the images.
 
@@ -56,8 +56,7 @@ def compute(
         "prompts": made.get("protocol_sha256"),
         "captions_sha256": json_sha256({"captions": prompts}),
     }
-    warnings = [*left_out_warnings(images), *incomplete_warnings(images, made)]
-    return Result(mean_values(name, each, prompts), protocol, made, warnings)
+    return Result(mean_values(name, each, prompts), protocol, made, image_warnings(images))
 
 
 def load_scorer(name: str) -> Scorer:

@@ -38,9 +38,9 @@ from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.images import grid, save_png, to_pil
 from ldm.models.diffusion.propagation.load import load_plan
-from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Task
 from ldm.sampling.generate import generate, prompt_items
+from ldm.sampling.task import Text
 
 OF_DATA = ("data", "split", "max_tier", "real_tier", "count", "seed")  # settings that choose captions and real images
 
@@ -49,16 +49,12 @@ OF_DATA = ("data", "split", "max_tier", "real_tier", "count", "seed")  # setting
 class Settings:
     """What is sampled, and what it is compared with.
 
-    data:       folder of a dataset of scripts/prepare_emoji.py.
-    split, max_tier: the captions are those of this split, of tiers 1 to max_tier.
-    real_tier:  the real images are those of all splits, of tiers 1 to this.
-    count:      number of captions, or as many as there are; 0 = only the real images, without a model.
-    seed:       chooses the captions, and names the noise of each image.
-    config, ckpt: the model's files.
-    sampler, steps: see `ldm.models.diffusion.solvers.registry.solver`.
-    scale:      guidance scale; None = the model's.
-    plan:       encoder propagation, as `load_plan` takes it.
-    batch_size: images per batch; changes speed and memory only.
+    data:  folder of a dataset of scripts/prepare_emoji.py.
+    split, max_tier: the captions are those of this split, of tiers 1 to max_tier; the real images are those of all
+        splits, of tiers 1 to `real_tier`.
+    count: number of captions, or as many as there are; 0 = only the real images, without a model.
+    seed:  chooses the captions, and names the noise of each image.
+    The other fields: see `ldm.cli.settings.SamplingSettings` and `ModelSettings`.
     """
 
     data: str = "data/emoji64"
@@ -80,12 +76,10 @@ class Settings:
 class Recognition:
     """What was found.
 
-    settings:  everything that the results depend on, as JSON values.
-    seconds:   by what they were spent on.
+    settings:  everything that the results depend on, as JSON values; seconds: by what they were spent on.
     retrieval: of the sets of images, by name.
     real:      number of real images, and of their concepts.
-    captions:  of the sampled images.
-    images:    those.
+    images:    the sampled ones, with their captions.
     """
 
     settings: Mapping[str, Any]
@@ -113,34 +107,40 @@ class Recognition:
 
 
 def compute(settings: Settings) -> Recognition:
-    """Sample an image for each caption, and measure which of them are recognised. Raises SettingError: a setting can't
-    be used; `extractor`: the feature network is not installed."""
-    watch = Stopwatch()
+    """Sample an image for each caption, and measure which of them are recognised.
+    Raises SettingError: a setting can't be used; `extractor`: the feature network is not installed."""
+    seconds: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def spent_on(name: str) -> None:
+        nonlocal last
+        seconds[name], last = round(time.perf_counter() - last, 2), time.perf_counter()
+
     data = load_captions(settings)
     with fault_of("extractor"):
         extractor = load_extractor(FEATURES, device="cpu")
     engine = load_engine(settings, data[0].shape[-1]) if settings.count else None
     about = all_settings(settings, extractor, engine)
-    watch.lap("loading")
+    spent_on("loading")
     real = load_real_images(settings.data, tier=settings.real_tier, extractor=extractor, batch_size=settings.batch_size)
     size = len(real.entries), len({entry["concept"] for entry in real.entries})
     found = {"real": real.retrieve_each()}
-    watch.lap("real")
+    spent_on("real")
     if engine is None:
-        return Recognition(about, watch.seconds, found, size)
+        return Recognition(about, seconds, found, size)
     queries = choose_queries(data, settings.count, settings.seed)
     with fault_of("ckpt", (ValueError,)):
         images = sample(engine, queries.captions, settings.seed, settings.batch_size)
-        watch.lap("generating")
+        spent_on("generating")
         copies = reconstruct(engine, queries.images, settings.batch_size)
-        watch.lap("reconstructing")
+        spent_on("reconstructing")
     found = {
         "generated": real.retrieve(images, queries.entries, "generated"),
         "reconstructed": real.retrieve(copies, queries.entries, "reconstructed"),
         **found,
     }
-    watch.lap("judging")
-    return Recognition(about, watch.seconds, found, size, queries.captions, images)
+    spent_on("judging")
+    return Recognition(about, seconds, found, size, queries.captions, images)
 
 
 def sample(engine: Engine, captions: Sequence[str], seed: int, batch_size: int) -> list[Image.Image]:
@@ -163,8 +163,8 @@ def reconstruct(engine: Engine, images: Tensor, batch_size: int) -> list[Image.I
 
 
 def load_captions(settings: Settings) -> EmojiDataset:
-    """The captions to choose from, with their images. Raises SettingError: `real_tier`: below max_tier; `data`: no such
-    dataset, or too few images in it."""
+    """The captions to choose from, with their images.
+    Raises SettingError: `real_tier`: below max_tier; `data`: no such dataset, or too few images in it."""
     if settings.real_tier < settings.max_tier:
         tiers = f"{settings.max_tier}, the tier of the captions, so that each concept has real images"
         raise SettingError("real_tier", f"must be at least {tiers}; got {settings.real_tier}")
@@ -180,8 +180,8 @@ def load_captions(settings: Settings) -> EmojiDataset:
 
 
 def load_engine(settings: Settings, side: int) -> Engine:
-    """The model, ready to sample images of `side` pixels in each direction. Raises SettingError: the model's files or
-    the sampling settings can't be used."""
+    """The model, ready to sample images of `side` pixels in each direction.
+    Raises SettingError: the model's files or the sampling settings can't be used."""
     setup = make_setup(ModelSettings(settings.config, settings.ckpt, device="cpu"), processes=ALONE)
     if setup.sizes.default != side:
         raise SettingError("config", f"this model's images have {setup.sizes.default} px; the dataset's have {side}")
@@ -206,16 +206,3 @@ def all_settings(settings: Settings, extractor: Extractor, engine: Engine | None
         about |= {name: f"{files[name].parent.name}/{files[name].name}" for name in ("config", "ckpt")}
         about["sampling"] = engine.settings() | {"plan": settings.plan, "batch_size": settings.batch_size}
     return about | {"sha256": {name: fingerprint(path) for name, path in files.items()}}
-
-
-class Stopwatch:
-    """Seconds by what they were spent on, each lap since the one before."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """The time since the last lap was spent on this."""
-        now = time.perf_counter()
-        self.seconds[name], self._last = round(now - self._last, 2), now

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.io.errors import one_line
-from ldm.io.files import atomic_write, json_sha256, read_json
+from ldm.io.files import flat, json_sha256, read_json, write_json
 
 
 class ResultError(ValueError):
@@ -42,18 +42,14 @@ class Result:
     def protocol_sha256(self) -> str:
         return json_sha256(self.protocol)
 
-    def json(self) -> dict[str, Any]:
-        return {"protocol_sha256": self.protocol_sha256, **asdict(self)}
-
     def write(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, {"protocol_sha256": self.protocol_sha256, **asdict(self)})
 
 
 def read_result(path: str | Path) -> Result:
-    """A result that `Result.write` wrote. Raises ResultError: not such a file, or one that was changed: its protocol no
-    longer has the hash that it states."""
+    """A result that `Result.write` wrote.
+    Raises ResultError: not such a file, or one that was changed: its protocol no longer has the hash that it states."""
     try:
         content = read_json(path)
         stated = content.pop("protocol_sha256")
@@ -70,17 +66,9 @@ def read_result(path: str | Path) -> Result:
     return result
 
 
-def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields under dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
-    out: dict[str, Any] = {}
-    for key, value in fields.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return out
-
-
 def comparable(results: Mapping[str, Result]) -> None:
-    """Check that results, by name, may stand in one table. Raises ResultError: their protocols differ; it names the
-    fields, and what each result has there."""
+    """Check that results, by name, may stand in one table.
+    Raises ResultError: their protocols differ; it names the fields, and what each result has there."""
     protocols = {name: flat(result.protocol) for name, result in results.items()}
     fields = dict.fromkeys(key for protocol in protocols.values() for key in protocol)
     differ = [

@@ -17,14 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from evaluation.metrics.extractors import Extractor, load_extractor, network_fields
 from evaluation.metrics.intervals import share_interval
-from evaluation.metrics.real_images import images_by_id
 from evaluation.metrics.result import Result
 from evaluation.runs.folder import MANIFEST, SAMPLES
-from evaluation.runs.images import open_images
+from evaluation.runs.images import batched, images_by_id, open_images
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import fault_of
 from ldm.io.files import file_sha256
@@ -61,7 +59,7 @@ def compute(run: str | Path, real: RealImages, *, rank: int = 5) -> Result:
         lines = read_manifest(run / MANIFEST)
         images = [open_image(run / line["file"]) for line in lines]
         made = open_images(run / SAMPLES).provenance
-    found = real.retrieve(images, [entries[line["image_id"]] for line in lines], "samples").share(rank)
+    found = share(real.retrieve(images, [entries[line["image_id"]] for line in lines], "samples").hits[rank])
     protocol = {
         "measure": f"R@{rank}",
         "definition": DEFINITION,
@@ -96,12 +94,7 @@ class RealImages:
     batch_size: int
 
     def retrieve(self, images: Sequence[Image.Image], entries: Sequence[Mapping[str, Any]], label: str) -> Retrieval:
-        """Find the real images nearest to each of N images.
-
-        Args:
-            entries: what each image should show.
-            label: of the progress bar.
-        """
+        """Find the real images nearest to each of N images; `entries`: what each should show."""
         stacked = torch.stack([from_pil(image) for image in images])  # (N, 3, H, W)
         features = features_of(stacked, self.extractor, self.batch_size, label)
         return self._retrieve(standardise(features, self.features), entries)
@@ -114,10 +107,13 @@ class RealImages:
         self, features: Tensor, entries: Sequence[Mapping[str, Any]], left_out: Sequence[int] | None = None
     ) -> Retrieval:
         real = standardise(self.features, self.features)
-        concepts, real_concepts = ([entry["concept"] for entry in some] for some in (entries, self.entries))
-        hits = {rank: hits_at(rank, features, concepts, real, real_concepts, left_out).tolist() for rank in RANKS}
-        found = nearest(features, real, max(RANKS), left_out).tolist()
-        return Retrieval(entries, hits, [[self.entries[i]["name"] for i in row] for row in found])
+        found = nearest(features, real, max(RANKS), left_out).numpy()  # (N, max(RANKS))
+        concepts, shown = [entry["concept"] for entry in entries], self._each("concept")[found]
+        hits = {rank: hits_at(rank, shown, concepts).tolist() for rank in RANKS}
+        return Retrieval(entries, hits, self._each("name")[found].tolist())
+
+    def _each(self, field: str) -> np.ndarray:
+        return np.array([entry[field] for entry in self.entries])
 
 
 def load_real_images(
@@ -155,10 +151,6 @@ class Retrieval:
     hits: Mapping[int, Sequence[bool]]
     found: Sequence[Sequence[str]]
 
-    def share(self, rank: int) -> dict[str, Any]:
-        """The share of hits, and its 95 % interval, as JSON values."""
-        return share(self.hits[rank])
-
     def summary(self) -> dict[str, Any]:
         """The shares of hits, in all and by category, as JSON values."""
         by_category: dict[str, list[bool]] = {}
@@ -167,7 +159,7 @@ class Retrieval:
         categories = {name: {"n": len(hits)} | share(hits) for name, hits in sorted(by_category.items())}
         return {
             "n": len(self.entries),
-            **{f"R@{rank}": self.share(rank) for rank in self.hits},
+            **{f"R@{rank}": share(hits) for rank, hits in self.hits.items()},
             f"R@{max(RANKS)} by category": categories,
         }
 
@@ -187,25 +179,16 @@ class Retrieval:
 
 def features_of(images: Tensor, extractor: Extractor, batch_size: int, label: str) -> Tensor:
     """Features (N, D) of images (N, 3, H, W) in [-1, 1], with a progress bar."""
-    with tqdm(total=len(images), desc=f"features: {label}", unit="image", disable=None) as bar:
-        features = []
-        for part in images.split(batch_size):
-            features.append(extractor(part.to(extractor.device)).cpu())
-            bar.update(len(part))
-    return torch.cat(features)
+    parts = batched(images, len(images), batch_size, f"features: {label}")
+    return torch.cat([extractor(torch.stack(part).to(extractor.device)).cpu() for part in parts])
 
 
 # The arithmetic
 
 
 def standardise(features: Tensor, reference: Tensor) -> Tensor:
-    """Shift and scale every feature so that it has mean 0 and variance 1 over the reference.
-
-    A feature that is constant over the reference carries no information and becomes 0.
-
-    Args:
-        features: (N, D). reference: (M, D).
-    """
+    """Shift and scale each of the features (N, D) so that it has mean 0 and variance 1 over the reference (M, D); one
+    that is constant there carries no information and becomes 0."""
     reference = reference.double()  # in float32 a constant need not equal its mean
     mean, std = reference.mean(0), reference.std(0, correction=0)  # (D,)
     return ((features - mean) / std).where(std > 0, 0.0).float()
@@ -229,23 +212,9 @@ def nearest(features: Tensor, real: Tensor, k: int, left_out: Sequence[int] | No
     return similarity.topk(k).indices
 
 
-def hits_at(
-    rank: int,
-    features: Tensor,
-    concepts: Sequence[str],
-    real_features: Tensor,
-    real_concepts: Sequence[str],
-    left_out: Sequence[int] | None = None,
-) -> np.ndarray:
-    """For each image, whether one of its `rank` nearest real images shows the same concept, (N,) bool.
-
-    Args:
-        features, real_features: (N, D) and (M, D), see `standardise`; compared by cosine.
-        concepts, real_concepts: N and M of them.
-        left_out: see `nearest`.
-    """
-    found = np.asarray(real_concepts)[nearest(features, real_features, rank, left_out).numpy()]  # (N, rank)
-    return (found == np.asarray(concepts)[:, None]).any(1)
+def hits_at(rank: int, found: np.ndarray, concepts: Sequence[str]) -> np.ndarray:
+    """For each of N images, whether one of the first `rank` of the concepts `found`, (N, k), is its own, (N,) bool."""
+    return (found[:, :rank] == np.asarray(concepts)[:, None]).any(1)
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ They are computed in float64 while images stream by, from shards that merge, and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,22 @@ import numpy as np
 import torch
 from scipy.linalg import eigh
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluation.metrics.extractors import Extractor, network_fields
-from evaluation.runs.images import ARRAY, ImageError, Images, left_out_warnings, open_images, reading
+from evaluation.protocols.protocol import load_protocol
+from evaluation.runs.images import (
+    ARRAY,
+    ImageError,
+    Images,
+    Source,
+    batched,
+    left_out_warnings,
+    open_images,
+    reading,
+    reference_images,
+)
 from ldm.io.arrays import array_names, load_array
+from ldm.io.errors import fault_of
 from ldm.io.files import atomic_write, file_sha256, json_sha256, parse_json
 
 WIDEST = 8192  # features of a network; the covariance of these has half a gigabyte
@@ -42,8 +53,8 @@ class Moments:
 
     @staticmethod
     def from_features(features: np.ndarray) -> Moments:
-        """The moments of features (N, D). Raises ImageError: another shape, no features, or values that are not
-        finite."""
+        """The moments of features (N, D).
+        Raises ImageError: another shape, no features, or values that are not finite."""
         x = np.asarray(features, dtype=np.float64)
         if x.ndim != 2 or not len(x):
             raise ImageError(f"features must have the shape (N, D), N > 0; got {x.shape}")
@@ -102,8 +113,8 @@ class Gaussian:
 
     @cached_property
     def root(self) -> np.ndarray:
-        """(D, rank), root @ root.T = covariance; what is 0 but for rounding is left out. Raises ImageError: eigenvalues
-        below 0, which no covariance has."""
+        """(D, rank), root @ root.T = covariance; what is 0 but for rounding is left out.
+        Raises ImageError: eigenvalues below 0, which no covariance has."""
         values, vectors = eigh(self.covariance)
         if values.min() < -ROUNDING * np.abs(values).max():
             raise ImageError(
@@ -160,7 +171,8 @@ def extract(
     Raises ImageError: an image can't be read, or the network has no spatial features.
     """
     pooled, maps, kept, logits = [], [], [], []
-    for prepared in batches(images, extractor, batch_size, label):
+    for part in batched(images, len(images.names), batch_size, f"features: {label}"):
+        prepared = torch.cat([extractor.prepare(image[None]) for image in part])  # each resized on its own
         found = extractor.extract(prepared.to(extractor.device))
         pooled.append(Moments.from_features(to_numpy(found.pooled)))
         if spatial:
@@ -177,18 +189,6 @@ def extract(
         np.concatenate(kept) if kept else None,
         np.concatenate(logits) if logits else None,
     )
-
-
-def batches(images: Images, extractor: Extractor, batch_size: int, label: str) -> Iterator[Tensor]:
-    """Images at the network's size, (B, 3, size, size); each is resized on its own. With a progress bar."""
-    waiting: list[Tensor] = []
-    for image in tqdm(images, total=len(images.names), desc=f"features: {label}", unit="image", disable=None):
-        waiting.append(extractor.prepare(image[None]))
-        if len(waiting) == batch_size:
-            yield torch.cat(waiting)
-            waiting = []
-    if waiting:
-        yield torch.cat(waiting)
 
 
 def to_numpy(features: Tensor) -> np.ndarray:
@@ -280,7 +280,7 @@ class Reference:
 
 
 def load_reference(
-    source: str | Path | Images,
+    source: Source,
     extractor: Extractor,
     *,
     batch_size: int = 50,
@@ -314,8 +314,12 @@ def load_reference(
     features = extract(images, extractor, batch_size=batch_size, label="reference", keep=keep, spatial=spatial)
     if stored is not None:
         return replace(stored, features=features)
-    gaussian = features.moments.gaussian()
-    unsaved = () if cache is None else save_in_cache(cache, gaussian, wanted)
+    gaussian, unsaved = features.moments.gaussian(), ()
+    try:
+        if cache is not None:
+            save_statistics(cache_file(cache, wanted), gaussian, wanted)
+    except OSError as error:  # costs time in the next run, but must not cost what has been computed
+        unsaved = (f"cache: the reference's statistics are not kept: {error}",)
     return Reference(
         gaussian,
         about,
@@ -323,15 +327,6 @@ def load_reference(
         features if keep else None,
         (*left_out, *unsaved),
     )
-
-
-def save_in_cache(folder: str | Path, gaussian: Gaussian, about: dict[str, Any]) -> tuple[str, ...]:
-    """A warning if they can't be saved: that costs time in the next run, but must not cost what has been computed."""
-    try:
-        save_statistics(cache_file(folder, about), gaussian, about)
-    except OSError as error:
-        return (f"cache: the reference's statistics are not kept: {error}",)
-    return ()
 
 
 def arrays_in(path: str | Path) -> set[str]:
@@ -373,6 +368,19 @@ def stored_statistics(path: str | Path, extractor: Extractor, spatial: bool, has
         else (*(of or {}).get("doubts", ()),)
     )
     return Reference(gaussian, about, maps, warnings=warnings)
+
+
+def protocol_reference(name: str, data: str | Path | None = None) -> Path | Images:
+    """The reference of the protocol of that name; see `reference_images`.
+
+    Args:
+        data: the folder of the protocol's data; None = the protocol's own.
+
+    Raises SettingError: `reference`: no such protocol, or its real images are not what they should be.
+    """
+    with fault_of("reference"):
+        protocol = load_protocol(name)
+        return reference_images(protocol, protocol.folder(data))
 
 
 def check_width(reference: Reference, images: Images, extractor: Extractor) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +22,7 @@ from evaluation.plots.rows import Row
 from ldm.checkpoint import fingerprint
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of, one_line
-from ldm.io.files import atomic_write, file_sha256, json_sha256, read_json
+from ldm.io.files import file_sha256, json_sha256, read_json, write_json
 from ldm.io.images import from_pil, psnr, to_pil
 from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.sampling.engine import Cost
@@ -105,17 +103,11 @@ class Comparison:
         images = torch.stack([from_pil(image) for image in to_pil(self.experiment.decode(engine, latents))])
         return Sampled(latents, images, Cost.mean([cost for part, cost in parts for _ in part]))
 
-    def sample_plain(self, sampler: str) -> Sampled:
-        """The images of the plain run of a sampler."""
-        return self.sample(
-            Row(family="plain", steps=self.steps, sampler=sampler), self.experiment.plan("off", sampler, self.steps)
-        )
-
     def values(self, row: Row, plan: AnyPlan, plain: Sampled) -> Values:
         """All values of a row; `plain`: the plain run of its sampler."""
         found = self.sample(row, plan)
         ratio = psnr(found.images, plain.images).numpy()
-        values = {
+        values: Values = {
             "macs": found.cost.macs,
             "critical": found.cost.critical,
             "macs_share": found.cost.macs / plain.cost.macs,
@@ -124,18 +116,16 @@ class Comparison:
             "psnr": float(np.mean(ratio)) if np.isfinite(ratio).all() else None,
             "ssim": float(load_ssim()(found.images, plain.images).mean()),
         }
-        return values | (self.against_real(str(row), found.images, plain.images) if self.data else {})
-
-    def against_real(self, name: str, images: Tensor, plain: Tensor) -> Values:
-        """Feature distances and retrieval of images (N, 3, H, W) in [-1, 1]; `name`: of the row."""
+        if not self.data:
+            return values
         real = self.real
-        ours, plains = (features_of(some, real.extractor, BATCH, name) for some in (images, plain))
+        ours, plains = (features_of(some.images, real.extractor, BATCH, str(row)) for some in (found, plain))
         moments = (Moments.from_features(features.double().numpy()) for features in (ours, real.features))
-        found = real.retrieve(to_pil(images), self.queries.entries, name)
-        return {
+        retrieved = real.retrieve(to_pil(found.images), self.queries.entries, str(row))
+        return values | {
             "feature_distance": float((ours - plains).norm(dim=1).mean()),
             "fid_real": distance(*(part.gaussian() for part in moments)),
-            "R@5": float(np.mean(found.hits[5])),
+            "R@5": float(np.mean(retrieved.hits[5])),
         }
 
 
@@ -157,12 +147,19 @@ def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -
         about = depends_on(comparison, row, plan)
         path = cache / f"{json_sha256(about)[:24]}.json"
         if (values := cached(path)) is None:
-            with row_named(row):
+            try:
                 if row.sampler not in plains:
-                    plains[row.sampler] = comparison.sample_plain(row.sampler)
+                    same = Row(family="plain", steps=comparison.steps, sampler=row.sampler)
+                    plains[row.sampler] = comparison.sample(
+                        same, comparison.experiment.plan("off", row.sampler, comparison.steps)
+                    )
                 values = comparison.values(row, plan, plains[row.sampler])
-            with fault_of("out", (OSError,)), atomic_write(path) as part:
-                part.write_text(json.dumps({"of": about, "values": values}, indent=1) + "\n", encoding="utf-8")
+            except SettingError:
+                raise
+            except ValueError as error:
+                raise SettingError("rows", f"{row}: {one_line(error)}") from error
+            with fault_of("out", (OSError,)):
+                write_json(path, {"of": about, "values": values})
         rows[str(row)] = dict(row) | {"resolved": plan.settings()} | values
     return rows
 
@@ -180,14 +177,3 @@ def cached(path: Path) -> Values | None:
         return dict(read_json(path)["values"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-@contextmanager
-def row_named(row: Row) -> Iterator[None]:
-    """A ValueError inside the block becomes a SettingError of the rows that names the row."""
-    try:
-        yield
-    except SettingError:
-        raise
-    except ValueError as error:
-        raise SettingError("rows", f"{row}: {one_line(error)}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from ldm.io.files import atomic_write
+from ldm.io.files import atomic_write, write_file
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; without colour, markers and lines differ.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -58,17 +57,9 @@ class Drawing:
     table: str = ""
 
     def save(self, out: Path, caption: str, settings: Mapping[str, Any]) -> list[str]:
-        """Write out.svg, out.png, out.json and, if there is a table, out.md.
+        """Write out.svg, out.png, out.json and, if there is a table, out.md; returns the files' names.
 
-        Args:
-            out: the files' path without a suffix.
-            caption: the end of the caption.
-            settings: of the experiment, as JSON values.
-
-        Returns:
-            The files' names.
-
-        Raises OSError: they can't be written.
+        `caption`: its end; `settings`: of the experiment, as JSON values. Raises OSError: they can't be written.
         """
         width = int(self.figure.get_size_inches()[0] * 19)  # characters of this size in the figure's width
         caption = f"{self.caption} {caption}"
@@ -79,13 +70,11 @@ class Drawing:
         texts = {"json": json.dumps(record, indent=1, default=_rounded)} | (
             {"md": f"{caption}\n\n{self.table}"} if self.table else {}
         )
-        with matplotlib.rc_context(STYLE):
-            for suffix in ("svg", "png"):
-                with atomic_write(f"{out}.{suffix}") as part:
-                    self.figure.savefig(part, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None)
-            for suffix, text in texts.items():
-                with atomic_write(f"{out}.{suffix}") as part:
-                    part.write_text(text + "\n", encoding="utf-8")
+        for suffix in ("svg", "png"):
+            with matplotlib.rc_context(STYLE), atomic_write(f"{out}.{suffix}") as part:
+                self.figure.savefig(part, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None)
+        for suffix, text in texts.items():
+            write_file(f"{out}.{suffix}", text + "\n")
         return [f"{out}.{suffix}" for suffix in ("svg", "png", *texts)]
 
 
@@ -147,13 +136,8 @@ def keep_apart(notes: Sequence[Annotation]) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure; sizes in inches. Call it, and what draws on it, inside `style`."""
+    """An empty figure; sizes in inches. Call it, and what draws on it, in the context of STYLE."""
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def style() -> AbstractContextManager[None]:
-    """The context in which figures are drawn."""
-    return matplotlib.rc_context(STYLE)
 
 
 def thin_out(choices: Sequence[int], most: int) -> list[int]:

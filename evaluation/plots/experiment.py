@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from torch import Tensor
 
+from evaluation.plots.drawing import STYLE
+from ldm.cli.arguments import EMOJI64
+from ldm.cli.inputs import prompts_in
 from ldm.cli.settings import CPU_POSITIONS, run_facts
-from ldm.cli.setup import Setup
+from ldm.cli.setup import ModelSettings, Setup, make_setup
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.loop import NonFiniteLatents
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.modules.encoders.modules import ClassEmbedder
-from ldm.sampling.conditions import Classes, Condition, Text
 from ldm.sampling.engine import Engine, Recipe, Task, num_nodes, usual_scale
 from ldm.sampling.generate import Item, make_items
+from ldm.sampling.task import Classes, Condition, Text
 
 BATCH = 8  # images per batch
 
@@ -90,8 +97,8 @@ class Experiment:
         return float(usual_scale(self.setup.config))
 
     def plan(self, spec: str, sampler: str, steps: int, propagate: str | None = None) -> AnyPlan:
-        """The plan of that name for a run; `propagate` as for `load_plan`. Raises ValueError: see `load_plan` and
-        `Recipe.rule`."""
+        """The plan of that name for a run; `propagate` as for `load_plan`.
+        Raises ValueError: see `load_plan` and `Recipe.rule`."""
         recipe = self._recipe(sampler, steps)
         nodes = num_nodes(recipe, self.setup.config.model.params.get("timesteps", 1000))
         positions = 2 * BATCH * self.setup.config.model.params["image_size"] ** 2
@@ -171,3 +178,26 @@ def uncalibrated(specs: Iterable[str]) -> str:
     """A sentence for the caption about plans without a calibration, see `Experiment.plan_if_calibrated`."""
     names = ", ".join(dict.fromkeys(specs))
     return f" The model has no calibration for {names}, which are left out." if names else ""
+
+
+# One figure
+
+
+def experiment_inputs(model: ModelSettings, prompts: str) -> tuple[Setup, list[str]]:
+    """What all figures have in common: the model, which is emoji64 unless another is named, and the prompts of a file.
+    Raises SettingError: a file can't be used."""
+    return make_setup(model, EMOJI64), prompts_in(prompts, "prompts")
+
+
+def make_figure(kind: str, module: str, experiment: Experiment, out: Path, options: Mapping[str, Any]) -> list[str]:
+    """Draw a figure with `draw_KIND` of a module of evaluation.plots, which gets the options, and save it in the folder
+    as KIND.svg, KIND.png and KIND.json; returns the files' names.
+
+    Raises SettingError: an option or a setting of the experiment can't be used; or the files can't be written (`out`).
+    """
+    draw = getattr(import_module(f"evaluation.plots.{module}"), f"draw_{kind.replace('-', '_')}")
+    with matplotlib.rc_context(STYLE):
+        with fault_of("ckpt", (NonFiniteLatents,)):
+            drawing = draw(experiment, **options)
+        with fault_of("out", (OSError,)):
+            return drawing.save(out / kind, experiment.caption(drawing.sampled), experiment.settings(drawing.sampled))

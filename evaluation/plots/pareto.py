@@ -36,13 +36,9 @@ COLUMNS = {
 }
 
 
-def make(experiment: Experiment, *, steps: int, rows: str, data: str | None, cache: Path) -> Drawing:
-    """Draw the rows of a YAML file, see `read_rows`.
-
-    Args:
-        steps: of the plain runs.
-        data, cache: see `Comparison` and `compare`.
-    """
+def draw_pareto(experiment: Experiment, *, steps: int, rows: str, data: str | None, cache: Path) -> Drawing:
+    """Draw the rows of a YAML file, see `read_rows`. `steps`: of the plain runs. `data`, `cache`: see `Comparison` and
+    `compare`."""
     if data and experiment.count < 2:
         raise SettingError(
             "count", f"a Fréchet distance from a dataset needs at least 2 images; got {experiment.count}"

@@ -40,7 +40,7 @@ SERIES = {
 SHOWN = 3  # images beside the curves
 
 
-def make(experiment: Experiment, *, steps: int) -> Drawing:
+def draw_placement(experiment: Experiment, *, steps: int) -> Drawing:
     """Draw the error of each plan over `steps` DDIM steps against its number of key timesteps."""
     plans, remark = plans_of(experiment, steps)
     engine = experiment.engine("ddim", steps)
@@ -72,11 +72,7 @@ def errors(
     experiment: Experiment, engine: Engine, plans: Mapping[str, Mapping[str, AnyPlan]]
 ) -> tuple[dict[str, Points], dict[str, list[Tensor]]]:
     """The distance of each plan from the plain run, by series and plan; and rows of images for the strategies.
-
-    Args:
-        engine: of the plain run.
-        plans: by series and name.
-    """
+    `engine`: of the plain run. `plans`: by series and name."""
     plain = experiment.latents(engine)
     plain_images = experiment.decode(engine, plain)
     found: dict[str, Points] = {label: {} for label in SERIES}

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from evaluation.protocols.yaml_file import reading
+from evaluation.protocols.protocol import reading
 from ldm.cli.arguments import MOST_STEPS
 from ldm.io.schema import NotNegative, Schema, Text, parse
 from ldm.models.diffusion.propagation.forecast import ForecastName
@@ -53,13 +53,8 @@ class _File(Schema):
 
 
 def read_rows(path: str, steps: int) -> list[Row]:
-    """The rows of a file, with lists expanded.
-
-    Args:
-        steps: of rows that do not state their number of steps.
-
-    Raises ValueError: the file can't be read, or has other content.
-    """
+    """The rows of a file, with lists expanded. `steps`: of rows that do not state their number of steps. Raises
+    ValueError: the file can't be read, or has other content."""
     with reading("file of rows as in evaluation/plots/pareto.yaml", Path(path)) as content:
         entries = parse(_File, content).rows
         rows = [row for k, entry in enumerate(entries, 1) for row in expanded(f"row {k}", entry, steps)]

@@ -18,7 +18,7 @@ BLOCKS = 12  # of encoder and of decoder in Stable Diffusion; the bar of a shall
 HEIGHT = 0.4  # of a bar; the rows of plans are 1 apart
 
 
-def make(experiment: Experiment, *, steps: int, plans: Sequence[str]) -> Drawing:
+def draw_timeline(experiment: Experiment, *, steps: int, plans: Sequence[str]) -> Drawing:
     """Draw the plans, see `load_plan`, for `steps` DDIM steps."""
     with fault_of("plans"):
         loaded = {spec: experiment.plan(spec, "ddim", steps) for spec in plans}

@@ -16,7 +16,7 @@ from ldm.sampling.engine import Engine
 from ldm.sampling.generate import Item, Make
 
 
-def make(experiment: Experiment, *, samplers: Sequence[tuple[str, int]], repeats: int) -> Drawing:
+def draw_times(experiment: Experiment, *, samplers: Sequence[tuple[str, int]], repeats: int) -> Drawing:
     """Draw the seconds per image of each sampler and number of steps, median of `repeats` runs."""
     load = os.getloadavg()[0]
     found = {

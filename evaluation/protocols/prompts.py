@@ -39,13 +39,8 @@ class Prompt:
 
 
 def chosen_prompts(protocol: Protocol, data: str | Path | None = None) -> list[Prompt]:
-    """The prompts of a protocol, in its order.
-
-    Args:
-        data: the folder of its data; None = the protocol's.
-
-    Raises SettingError: `data` is not what it should be, or has fewer prompts than `count`.
-    """
+    """The prompts of a protocol, in its order. `data`: the folder of its data; None = the protocol's. Raises
+    SettingError: `data` is not what it should be, or has fewer prompts than `count`."""
     with fault_of("data"):
         prompts = read_prompts(protocol, protocol.folder(data))
     with fault_of("count"):
@@ -72,8 +67,11 @@ def read_prompts(protocol: Protocol, folder: Path) -> list[Prompt]:
     try:
         if data["kind"] == "captions":
             prompts = list(coco_prompts(parse_json(text), data.get("where", {})))
-        else:
-            prompts = list(json_prompts(text) if path.suffix == ".jsonl" else line_prompts(text))
+        elif path.suffix == ".jsonl":
+            prompts = list(json_prompts(text))
+        else:  # empty lines are skipped; the id is the line's number, from 0
+            lines = enumerate(map(str.strip, split_lines(text)))
+            prompts = [Prompt(number, number, {"prompt": line}) for number, line in lines if line]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not prompts:
@@ -105,13 +103,6 @@ def coco_prompts(content: Any, where: Mapping[str, Any]) -> Iterator[Prompt]:
 def fits(image: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
     """Whether each field that `where` names has its value, or one of the values if it is a list."""
     return all(image[name] in (value if isinstance(value, list) else [value]) for name, value in where.items())
-
-
-def line_prompts(text: str) -> Iterator[Prompt]:
-    """One prompt per line; empty lines are skipped; the id is the line's number, from 0."""
-    for number, line in enumerate(split_lines(text)):
-        if line.strip():
-            yield Prompt(number, number, {"prompt": line.strip()})
 
 
 def json_prompts(text: str) -> Iterator[Prompt]:
@@ -151,8 +142,8 @@ def sentence(text: Any, place: str) -> str:
 
 
 def choose(prompts: Sequence[Prompt], select: Select) -> list[Prompt]:
-    """The prompts that the rule above chooses, in its order. Raises ValueError: there are none, or fewer than asked
-    for."""
+    """The prompts that the rule above chooses, in its order.
+    Raises ValueError: there are none, or fewer than asked for."""
     by_image: dict[int, list[Prompt]] = {}
     for prompt in prompts:
         by_image.setdefault(prompt.image, []).append(prompt)

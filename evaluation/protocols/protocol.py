@@ -24,6 +24,8 @@ are not in it, since they are what comparisons are about; nor are metrics, since
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,8 +33,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from evaluation.protocols.yaml_file import find_file, names_in, reading
 from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, NOISE_ORDERS, ROOT
+from ldm.io.errors import did_you_mean
+from ldm.io.files import read_yaml
 from ldm.io.schema import Number, Schema, Seed, Share, Text, parse
 
 PROTOCOL_DIR = Path(__file__).parent
@@ -85,13 +88,8 @@ class Defaults(TypedDict, total=False):
 
 
 class Select(Schema):
-    """Which prompts of the data are taken.
-
-    count:     how many; None = all.
-    per_image: most captions of one image.
-    captions:  which captions of an image: `drawn` at random, or the `first` by id.
-    seed:      of the draw.
-    """
+    """Which prompts of the data are taken: how many (None = all), how many captions of one image at most, and which of
+    them (`drawn` at random by the seed, or the `first` by id)."""
 
     count: Amount | None = None
     per_image: Annotated[int, Field(ge=1, le=MOST_CAPTIONS)] = 1
@@ -109,16 +107,9 @@ class Sampling(Schema):
 
 @dataclass(frozen=True)
 class Method:
-    """How images are sampled.
+    """How images are sampled: the fields of `ldm.cli.settings.SamplingSettings` of which methods may differ.
 
-    sampler, steps: the solver and its number of steps.
-    eta:          noise of DDIM, 0..1; None = 0.
-    plan:         encoder propagation, see `load_plan`.
-    propagate:    what the decoder gets between key timesteps; None = as the plan says.
-    tome:         share of tokens merged, 0 = none.
-    noise_weight: prior noise injection, 0 = none; None = the published weight, or 0 with the plan `off`.
-    noise_below, noise_order: at which timesteps, and when in a step.
-    parallel:     most decoder steps in one batch; None = as many as are fast. Changes time and memory only.
+    `parallel` changes time and memory only.
     """
 
     sampler: str = "ddim"
@@ -186,8 +177,41 @@ def protocol_names() -> tuple[str, ...]:
 
 
 def load_protocol(name: str) -> Protocol:
-    """The protocol of a name in evaluation/protocols, or of a .yaml file. Raises ValueError: there is none, or it is
-    not a protocol."""
+    """The protocol of a name in evaluation/protocols, or of a .yaml file.
+    Raises ValueError: there is none, or it is not a protocol."""
     path = find_file("protocol", name, PROTOCOL_DIR, protocol_names())
     with reading("protocol", path) as content:
         return parse(Protocol, {**content, "name": path.stem})
+
+
+# YAML files that are named by their stem, such as protocols and tables
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.stem for path in folder.glob("*.yaml")]
+
+
+def find_file(kind: str, name: str, folder: Path, names: tuple[str, ...]) -> Path:
+    """The file of one of the names in the folder, or the .yaml file of that path.
+    Raises ValueError: neither; `kind` says of what."""
+    path = folder / f"{name}.yaml" if name in names else Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(
+            f"unknown {kind} {name!r}; accepted: {', '.join(names)}, or FILE.yaml{did_you_mean(name, names)}"
+        )
+    return path
+
+
+@contextmanager
+def reading(kind: str, path: Path) -> Iterator[dict[str, Any]]:
+    """The file's content; errors inside the block become a ValueError that names the file.
+    Raises ValueError: it can't be read, or is not of the kind."""
+    try:
+        content = read_yaml(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"the file should be a mapping; got {type(content).__name__}")
+        yield content
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a {kind}: {' '.join(str(error).split())}") from None

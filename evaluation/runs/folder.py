@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,18 @@ from pydantic import ConfigDict
 
 from evaluation.protocols.prompts import Prompt
 from evaluation.protocols.protocol import Amount, Side
-from ldm.io.files import atomic_write, clean, file_sha256, json_sha256, parse_json_lines, read_bytes, read_json
+from ldm.io.files import (
+    atomic_write,
+    clean,
+    file_sha256,
+    flat,
+    json_sha256,
+    parse_json_lines,
+    read_bytes,
+    read_json,
+    write_file,
+    write_json,
+)
 from ldm.io.images import opened, png_bytes, read_png
 from ldm.io.schema import Schema, Seed, Text, parse
 from ldm.sampling.generate import Item, Sample, append_line, read_manifest
@@ -93,26 +104,14 @@ def prompts_sha256(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(prompt_lines(prompts)).hexdigest()
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted names."""
-    out: dict[str, Any] = {}
-    for key, value in content.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return out
-
-
 def differences(there: Card, given: Card) -> list[str]:
     """The fields in which two run cards are of different runs, with both values."""
-    a, b = (flat(decisive(card)) for card in (there, given))
-    return [
-        f"{key} ({shown(a, key)} there, {shown(b, key)} given)"
-        for key in dict.fromkeys([*a, *b])
-        if shown(a, key) != shown(b, key)
-    ]
-
-
-def shown(fields: Mapping[str, Any], key: str) -> str:
-    return json.dumps(fields[key], ensure_ascii=False) if key in fields else "nothing"
+    a, b = (
+        {key: json.dumps(value, ensure_ascii=False) for key, value in flat(decisive(card)).items()}
+        for card in (there, given)
+    )
+    both = ((key, a.get(key, "nothing"), b.get(key, "nothing")) for key in dict.fromkeys([*a, *b]))
+    return [f"{key} ({one} there, {other} given)" for key, one, other in both if one != other]
 
 
 def some(names: Sequence[str]) -> str:
@@ -120,8 +119,8 @@ def some(names: Sequence[str]) -> str:
 
 
 class RunFolder:
-    """The folder of a run, for one of its processes; a `Store` for `ldm.sampling.generate.fill`. Raises FolderError: no
-    run card, or not one of ours; other prompts than the card's."""
+    """The folder of a run, for one of its processes; a `Store` for `ldm.sampling.generate.fill`.
+    Raises FolderError: no run card, or not one of ours; other prompts than the card's."""
 
     def __init__(self, path: Path, process: str = "0-of-1") -> None:
         self.path = path
@@ -136,6 +135,7 @@ class RunFolder:
         lines = [line for _, line in parse_json_lines(content.decode())]
         self._refused: set[str] = set()
         self.items = make_items(lines, self.card["protocol"]["seed"], self.card["protocol"]["repeats"])
+        self.names = [file_name(item) for item in self.items]
         self.settings = {
             "protocol": self.card["protocol_sha256"],
             "run": json_sha256(decisive(self.card)),
@@ -154,17 +154,15 @@ class RunFolder:
                     f"{path} has {SAMPLES}/ but no {CARD}: images that are not from an evaluation; "
                     f"choose another folder"
                 )
-            with atomic_write(path / PROMPTS) as temporary:
-                temporary.write_bytes(prompt_lines(prompts))
-            with atomic_write(path / CARD, keep=True) as temporary:
-                temporary.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_file(path / PROMPTS, prompt_lines(prompts))
+            write_json(path / CARD, card, keep=True)
         there = read_card(path)
         if differ := differences(there, card):
             raise FolderError(f"{path} holds another run; different: {some(differ)}; choose another folder")
         (path / JOURNAL).mkdir(exist_ok=True)
-        for folder in (path, path / SAMPLES):
-            clean(folder)
-        return RunFolder(path, process)
+        found = RunFolder(path, process)
+        found._clean()
+        return found
 
     # Store
 
@@ -182,8 +180,7 @@ class RunFolder:
         # How long it took is not in the file: the same image must be the same bytes.
         content = png_bytes(image, item.settings() | self.settings)
         self._list(name, hashlib.sha256(content).hexdigest(), run)
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(content)
+        write_file(path, content)
         return Sample(item, image, path, True, run, name in self._refused)
 
     def _proven(self, name: str) -> str | None:
@@ -211,33 +208,26 @@ class RunFolder:
     def finish(self) -> bool:
         """Write the manifest if every image is there; returns whether it is."""
         self.__dict__.pop("_listed", None)  # the other processes' lines of the meantime
-        names = [file_name(item) for item in self.items]
-        hashes = [self._proven(name) for name in names] if {*names} <= self._listed.keys() else [None]
+        hashes = [self._proven(name) for name in self.names] if {*self.names} <= self._listed.keys() else [None]
         if None in hashes:
             return False
-        content = json_lines(
-            [
-                {"file": name, "sha256": sha256, **item.settings()}
-                for name, sha256, item in zip(names, hashes, self.items, strict=True)
-            ]
-        )
+        images = zip(self.names, hashes, self.items, strict=True)
+        content = json_lines([{"file": name, "sha256": sha256, **item.settings()} for name, sha256, item in images])
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_bytes() != content:
-            with atomic_write(self.path / MANIFEST) as temporary:
-                temporary.write_bytes(content)
-        for folder in (self.path, self.path / SAMPLES):
-            clean(folder)
+            write_file(self.path / MANIFEST, content)
+        self._clean()
         return True
 
-    def there(self) -> tuple[int, list[str]]:
-        """How many images are there as they were made; the names of files that are not as they were made."""
-        names = [file_name(item) for item in self.items]
-        proven = {name for name in names if self._proven(name)}
-        return len(proven), [name for name in names if name not in proven and (self.path / name).exists()]
+    def _clean(self) -> None:
+        """Delete what killed processes left."""
+        for folder in (self.path, self.path / SAMPLES):
+            clean(folder)
 
     def unfinished(self) -> str:
         """How far a run is that is not finished, in words."""
-        there, others = self.there()
-        text = f"{there} of {len(self.items)} images there"
+        proven = {name for name in self.names if self._proven(name)}
+        others = [name for name in self.names if name not in proven and (self.path / name).exists()]
+        text = f"{len(proven)} of {len(self.items)} images there"
         if not others:
             return text
         return f"{text}; not as they were made: {some(others)}; the part that made them makes them again"
@@ -245,19 +235,19 @@ class RunFolder:
     def faults(self) -> list[str]:
         """What is wrong with the folder, everything read again: nothing if each image is there, whole and once."""
         if not (self.path / MANIFEST).is_file():
-            missing = sum(not (self.path / file_name(item)).is_file() for item in self.items)
+            missing = sum(not (self.path / name).is_file() for name in self.names)
             return [f"unfinished: no {MANIFEST}, {missing} of {len(self.items)} images missing"]
         lines = read_manifest(self.path / MANIFEST)
-        names = [file_name(item) for item in self.items]
-        faults = [] if [line.get("file") for line in lines] == names else [f"{MANIFEST}: not a line for each image"]
         listed = {line.get("file"): line.get("sha256") for line in lines}
-        for item, name in zip(self.items, names, strict=True):
+        same = [line.get("file") for line in lines] == self.names
+        faults = [] if same else [f"{MANIFEST}: not a line for each image"]
+        for item, name in zip(self.items, self.names, strict=True):
             faults += self._faults_of(item, name, listed.get(name))
         strays = {
             f"{SAMPLES}/{path.name}"
             for path in (self.path / SAMPLES).iterdir()
             if not (path.is_dir() and path.name.startswith("."))
-        } - {*names}
+        } - {*self.names}
         if (self.path / NPZ).exists() and not self._npz_is_whole():
             faults.append(f"{NPZ}: not all images of this run; delete it, --npz writes it anew")
         return faults + [f"{stray}: no image of this run" for stray in sorted(strays)]
@@ -286,8 +276,9 @@ class RunFolder:
             ):
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.items), side, side, 3)}
                 np.lib.format.write_array_header_1_0(stream, header)
-                for levels in self._levels():
-                    stream.write(levels.tobytes())
+                for name in self.names:
+                    with opened(self.path / name) as image:
+                        stream.write(np.asarray(image).tobytes())
             self._list(self._npz_of(), file_sha256(temporary), {})
         return path
 
@@ -298,11 +289,6 @@ class RunFolder:
     def _npz_is_whole(self) -> bool:
         path = self.path / NPZ
         return path.is_file() and file_sha256(path) in self._listed.get(self._npz_of(), ())
-
-    def _levels(self) -> Iterator[np.ndarray]:
-        for item in self.items:
-            with opened(self.path / file_name(item)) as image:
-                yield np.asarray(image)
 
 
 def decisive(card: Card) -> dict[str, Any]:

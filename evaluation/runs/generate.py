@@ -36,9 +36,9 @@ from ldm.io.files import json_sha256
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan, check_blocks
-from ldm.sampling.conditions import Classes, Text, prompts_cut
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import Item, fill
+from ldm.sampling.task import Classes, Text, prompts_cut
 
 BATCH = 16
 # Last digits depend on how much is computed at a time, and by how many threads: on a CPU both are fixed, so that files
@@ -49,11 +49,8 @@ PACKAGES = ("faster-diffusion-ldm", "torch", "numpy", "pillow", "tokenizers")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model. What they say is read when it is asked for, once.
-
-    weights:   auto, ema or raw, see `load_model`.
-    precision: full or autocast; None = autocast on a GPU.
-    """
+    """The files of a model, what they say being read when it is asked for, once; `weights` as for `load_model`;
+    precision: full or autocast, None = autocast on a GPU."""
 
     config: Path
     ckpt: Path
@@ -83,8 +80,8 @@ class ModelFiles:
             return {"weights": weights, "config": fingerprint(self.config)}
 
     def check(self) -> None:
-        """Check that the weights are there and belong to the config, as far as their heads tell. Raises SettingError:
-        they do not."""
+        """Check that the weights are there and belong to the config, as far as their heads tell.
+        Raises SettingError: they do not."""
         read_setup(self.config, self.ckpt, torch.device("cpu"))
 
 
@@ -126,12 +123,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Run:
-    """A run after this process has made its share.
-
-    made, found, replaced: images made now, images found; how many of those made took the place of a damaged file.
-    complete: all images of the run are there.
-    notes: what to bear in mind, in words.
-    """
+    """A run after this process has made its share: how many images were made now, found, and, of those made, took the
+    place of a damaged file; whether all images of the run are there; and what to bear in mind, in words."""
 
     folder: RunFolder
     made: int
@@ -199,14 +192,8 @@ def recipe_of(protocol: Protocol, method: Method) -> Recipe:
 
 
 def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000) -> AnyPlan:
-    """The plan of a run.
-
-    Args:
-        ckpt: the model's weights, beside which its calibrations lie; read only by a plan that names its model.
-        timesteps: the model's.
-
-    Raises SettingError: a number of steps, or a plan, that can't be used.
-    """
+    """The plan of a run. `ckpt`: the model's weights, beside which its calibrations lie; read only by a plan that names
+    its model. `timesteps`: the model's. Raises SettingError: a number of steps, or a plan, that can't be used."""
     with fault_of("steps"):
         nodes = num_nodes(recipe, timesteps)
     with fault_of("plan"):
@@ -229,10 +216,14 @@ def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:
 
 
 def make(request: Request, out: Path, process: Process, batch_size: int | None = None) -> Run:
-    """This process's share of the images, in the folder, which is new or is continued. Raises SettingError: see
-    `compute`."""
+    """This process's share of the images, in the folder, which is new or is continued.
+    Raises SettingError: see `compute`."""
     with fault_of("out"):
-        batch = batch_of(request, process.device, out, batch_size)
+        if process.device.type == "cpu":  # fixed by the size of the latents
+            side = request.protocol.size // request.model.sizes.factor
+            batch = min(CPU_BATCH, max(1, CPU_LATENTS // side**2))
+        else:
+            batch = batch_size or (read_card(out)["batch"] if (out / CARD).is_file() else BATCH)
     with cpu_threads(process.device):
         engine = load_engine(request, process.device, batch)
         card = run_card(request, engine, process.device, batch)
@@ -245,14 +236,12 @@ def make(request: Request, out: Path, process: Process, batch_size: int | None =
         except OSError as error:
             problem = f"can't write to {out}: {error.strerror or error}; what is there stays, and the same run goes on"
             raise SettingError("out", problem) from error
-    return Run(folder, made, found, replaced, complete, notes_of(request, folder, card))
-
-
-def batch_of(request: Request, device: torch.device, out: Path, given: int | None) -> int:
-    """Images at a time: on a CPU fixed by the size of the latents; else as given, as the folder says, or as usual."""
-    if device.type == "cpu":
-        return min(CPU_BATCH, max(1, CPU_LATENTS // (request.protocol.size // request.model.sizes.factor) ** 2))
-    return given or (read_card(out)["batch"] if (out / CARD).is_file() else BATCH)
+    notes = []
+    if cut := card["captions_cut"]:
+        notes.append(f"{cut} of {len(request.prompts)} captions are longer than the model reads and cut off")
+    if folder.card["versions"] != card["versions"]:
+        notes.append(f"begun with other versions, so last digits may differ: {folder.card['versions']}")
+    return Run(folder, made, found, replaced, complete, notes)
 
 
 @contextmanager
@@ -268,8 +257,8 @@ def cpu_threads(device: torch.device) -> Iterator[None]:
 
 
 def load_engine(request: Request, device: torch.device, batch: int) -> Engine:
-    """The model, ready to make the images, `batch` at a time. Raises SettingError: the files do not make a model, or it
-    can't do what is asked."""
+    """The model, ready to make the images, `batch` at a time.
+    Raises SettingError: the files do not make a model, or it can't do what is asked."""
     files, recipe, plan = request.model, request.recipe, request.plan
     with fault_of("config", CONSTRUCTION), fault_of("ckpt", (CheckpointError,)):
         model = load_model(files.config, files.ckpt, device, files.weights)
@@ -342,12 +331,3 @@ def versions(device: torch.device) -> dict[str, str]:
             found[package] = "not installed"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return found | {"machine": gpu or platform.machine()}
-
-
-def notes_of(request: Request, folder: RunFolder, card: dict[str, Any]) -> list[str]:
-    notes = []
-    if cut := card["captions_cut"]:
-        notes.append(f"{cut} of {len(request.prompts)} captions are longer than the model reads and cut off")
-    if folder.card["versions"] != card["versions"]:
-        notes.append(f"begun with other versions, so last digits may differ: {folder.card['versions']}")
-    return notes

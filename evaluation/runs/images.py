@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from evaluation.protocols.prompts import entries, fits, integer
+from evaluation.protocols.protocol import Protocol
 from ldm.io.arrays import Header, open_array
 from ldm.io.errors import one_line, some
 from ldm.io.files import FileError, file_sha256, parse_json, read_json
@@ -26,6 +31,9 @@ RUN_CARD = "run.json"
 BESIDE = (".json", ".jsonl", ".npz", ".npy")  # what may stand beside images: how they were made, or their array
 PLAN = ("keys", "noise_weight", "noise_below", "noise_order")
 SHOWN = 3  # of many bad images, how many a message names
+
+
+T = TypeVar("T")
 
 
 class ImageError(ValueError):
@@ -43,7 +51,7 @@ def reading(path: str | Path, problem: str) -> Iterator[None]:
         raise ImageError(f"{path}: {problem}: {one_line(error)}") from error
 
 
-class Images(Protocol):
+class Images(typing.Protocol):
     """N images in a fixed order.
 
     path:       where they are.
@@ -70,6 +78,10 @@ class Images(Protocol):
 
     def sha256(self) -> str:
         """SHA-256 of the content of all images, whatever they are called."""
+
+
+# A folder of images, an npz file (arr_0) or npy file of images uint8 (N, H, W, 3), or opened images.
+Source = str | Path | Images
 
 
 class ImageFolder:
@@ -194,7 +206,8 @@ class ImageArray:
             yield stream, header
 
     def __iter__(self) -> Iterator[Tensor]:
-        return map(from_levels, self._levels())
+        for levels in self._levels():
+            yield torch.from_numpy(levels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
     def _levels(self) -> Iterator[np.ndarray]:
         n, *shape = self.shape
@@ -225,17 +238,12 @@ class ImageArray:
         return read_run_card(card) if card.is_file() else common_settings([])
 
 
-def from_levels(levels: np.ndarray) -> Tensor:
-    """Levels (H, W, 3) of 0..255 -> (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(levels.copy()).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def open_images(path: str | Path) -> Images:
     """A folder, or an npz or npy file. Raises ImageError: see `ImageFolder` and `ImageArray`."""
     return ImageArray(path) if Path(path).suffix in (".npz", ".npy") else ImageFolder(path)
 
 
-def open_samples(samples: str | Path | Images, one_size: bool = True) -> Images:
+def open_samples(samples: Source, one_size: bool = True) -> Images:
     """Images that can be measured: a path is opened and checked, so that errors come before the work; images are
     returned as they are.
 
@@ -247,6 +255,13 @@ def open_samples(samples: str | Path | Images, one_size: bool = True) -> Images:
     images.check(one_size)
     _ = images.provenance  # is needed anyway, and here a damaged run card is found
     return images
+
+
+def batched(items: Iterable[T], total: int, size: int, label: str, unit: str = "image") -> Iterator[list[T]]:
+    """Lists of `size` items; the last may be shorter. With a progress bar."""
+    left = iter(tqdm(items, total=total, desc=label, unit=unit, disable=None))
+    while part := list(islice(left, size)):
+        yield part
 
 
 def left_out_warnings(images: Images) -> list[str]:
@@ -263,15 +278,13 @@ def left_out_warnings(images: Images) -> list[str]:
 # How images were made
 
 
-def incomplete_warnings(images: Images, made: Mapping[str, Any]) -> list[str]:
-    """A warning, if the run that made the images was to make more; `made`: their provenance."""
-    expected = made.get("images", made.get("pictures"))  # cards of older runs say pictures
+def image_warnings(images: Images) -> list[str]:
+    """Warnings, if there are other files beside the images, or if the run that made the images was to make more."""
+    expected = images.provenance.get("images", images.provenance.get("pictures"))  # as cards of older runs say
     if type(expected) is not int or expected == len(images.names):
-        return []
-    return [
-        f"{images.path}: {len(images.names)} images of a run of {expected}: it is not finished, or not all of it is "
-        f"here"
-    ]
+        return left_out_warnings(images)
+    what = f"{len(images.names)} images of a run of {expected}"
+    return [*left_out_warnings(images), f"{images.path}: {what}: it is not finished, or not all of it is here"]
 
 
 def read_run_card(path: Path) -> dict[str, Any]:
@@ -307,3 +320,46 @@ def common_settings(settings: Sequence[Mapping[str, Any] | None]) -> dict[str, A
         **same,
         "stated_by": "settings in the images",
     }
+
+
+# The real images of a protocol
+
+
+def reference_images(protocol: Protocol, data: Path) -> Path | Images:
+    """The file of published statistics, the folder of all images, or those images that the protocol asks for.
+
+    Args:
+        data: the folder of the protocol's data.
+
+    Raises ImageError: the protocol names none, or its data are not what they should be.
+    """
+    if "reference" in protocol.metrics:
+        return data / protocol.metrics["reference"]
+    if "pictures" not in protocol.data:
+        raise ImageError(f"protocol {protocol.name} names no real images")
+    path, where = data / protocol.data["pictures"], protocol.data.get("where", {})
+    captions = data / protocol.data["file"]
+    if path.suffix == ".npy":
+        images, entries = ImageArray(path), images_by_id(captions, *where)
+        if len(entries) != len(images.names):
+            raise ImageError(f"{path}: has {len(images.names)} images, {captions.name} has {len(entries)}")
+        return images.subset([row for row, number in enumerate(sorted(entries)) if fits(entries[number], where)])
+    if not where:
+        return path
+    images, entries = ImageFolder(path), images_by_id(captions, "file_name", *where)
+    wanted = {entry["file_name"] for entry in entries.values() if fits(entry, where)}
+    if missing := wanted - {*images.names}:
+        raise ImageError(
+            f"{path}: {len(missing)} images that {captions.name} names are not there, such as {min(missing)}"
+        )
+    return images.subset([place for place, name in enumerate(images.names) if name in wanted])
+
+
+def images_by_id(captions: Path, *fields: str) -> dict[int, Mapping[str, Any]]:
+    """The images of a captions file, which have these fields, by id. Raises ImageError: not such a file."""
+    with reading(captions, "not captions with images"):
+        content = read_json(captions)
+        return {
+            integer(image, "id", f"images[{place}]"): image
+            for place, image in enumerate(entries(content, "images", ("id", *fields)))
+        }

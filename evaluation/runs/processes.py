@@ -34,8 +34,8 @@ class Process:
 
 
 def launched(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """Processes on each machine, and machines, as torchrun or SLURM started them; None = they did not. Raises BadInput:
-    an environment variable that can't be right."""
+    """Processes on each machine, and machines, as torchrun or SLURM started them; None = they did not.
+    Raises BadInput: an environment variable that can't be right."""
     if "TORCHELASTIC_RUN_ID" in env:
         local = stated(env, "LOCAL_WORLD_SIZE", 1, 1)
         return local, stated(env, "WORLD_SIZE", local, local) // local

@@ -10,11 +10,10 @@ from typing import Any
 
 from evaluation.metrics import adm, clip_score, frechet, retrieval
 from evaluation.metrics.extractors import EXTRACTORS, RECIPES, load_extractor, network_fields
-from evaluation.metrics.real_images import reference_images
 from evaluation.metrics.result import Result
 from evaluation.metrics.statistics import load_reference
 from evaluation.protocols.protocol import Protocol
-from evaluation.runs.images import Images, open_images
+from evaluation.runs.images import open_images, reference_images
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256
 
@@ -34,19 +33,20 @@ BATCH = 50
 
 
 @dataclass(frozen=True)
-class Networks:
-    """What measures need beside images and data.
+class Sources:
+    """Where models, data and networks are; None = as the protocol says, or as is usual.
 
-    inception: weights of the network of Fréchet distances; None = where its package or download puts them.
-    clip:      folder of the CLIP model.
-    device:    name of a device.
-    cache:     folder that keeps statistics of reference images.
+    config, ckpt: the model's files. data: the folder of the protocol's data.
+    inception:    weights of the network of Fréchet distances. clip: folder of the CLIP model.
+    device:       name of a device.
     """
 
+    data: str | None = None
+    config: str | None = None
+    ckpt: str | None = None
     inception: str | None = None
     clip: str | None = None
     device: str = "auto"
-    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -67,26 +67,26 @@ class Measure:
     compute: Callable[[Path], Result]
 
 
-def measures_of(protocol: Protocol, data: Path, columns: Sequence[str], networks: Networks) -> list[Measure]:
+def measures_of(protocol: Protocol, data: Path, columns: Sequence[str], sources: Sources, cache: Path) -> list[Measure]:
     """The measures that fill these columns under a protocol.
 
     Args:
         data: the folder of the protocol's data.
+        cache: folder that keeps statistics of reference images.
 
     Raises SettingError: `metrics`: the protocol does not say how to measure; `data`, `inception` or `clip`: what a
     measure needs is not there, or can't be used.
     """
     found = []
     if any(name in columns for name in ("fid", *ADM)):
-        suite = any(name in columns for name in ADM)
-        found.append(distance_measure(protocol, data, networks, suite))
+        found.append(distance_measure(protocol, data, sources, cache, suite=any(name in columns for name in ADM)))
     if "clip_score" in columns:
-        shown_concepts = "clip_score" not in protocol.metrics
-        found.append(retrieval_measure(protocol, data) if shown_concepts else score_measure(protocol, networks))
+        scored = "clip_score" in protocol.metrics
+        found.append(score_measure(protocol, sources) if scored else retrieval_measure(protocol, data))
     return found
 
 
-def distance_measure(protocol: Protocol, data: Path, networks: Networks, suite: bool) -> Measure:
+def distance_measure(protocol: Protocol, data: Path, sources: Sources, statistics: Path, suite: bool) -> Measure:
     """The Fréchet distance from the protocol's real images, or with `suite` all of the ADM suite."""
     name, resize = network_of(protocol)
     if not name:
@@ -94,19 +94,22 @@ def distance_measure(protocol: Protocol, data: Path, networks: Networks, suite: 
     for kind, given, accepted in (("extractor", name, EXTRACTORS), ("resize", resize, RECIPES)):
         if given not in accepted:
             raise SettingError("metrics", f"there is no {kind} {given!r}; accepted: {', '.join(accepted)}")
-    need(protocol, data, reference_name(protocol))
+    need(protocol, data, protocol.metrics.get("reference", protocol.data.get("pictures")))
     with fault_of("inception"):
-        extractor = load_extractor(name, networks.inception, resize, networks.device)
+        extractor = load_extractor(name, sources.inception, resize, sources.device)
     with fault_of("data"):
         source = reference_images(protocol, data)
-        sha256 = images_sha256(source)
+        if isinstance(source, Path) and source.suffix == ".npz":
+            sha256 = file_sha256(source)
+        else:
+            sha256 = (open_images(source) if isinstance(source, Path) else source).sha256()
 
     @cache
     def reference() -> Any:
         with fault_of("data"):
             if suite:
                 return adm.suite_reference(source, extractor, BATCH)
-            return load_reference(source, extractor, batch_size=BATCH, cache=networks.cache)
+            return load_reference(source, extractor, batch_size=BATCH, cache=statistics)
 
     def compute(run: Path) -> Result:
         measure = adm.compute if suite else frechet.compute
@@ -117,15 +120,15 @@ def distance_measure(protocol: Protocol, data: Path, networks: Networks, suite: 
     return Measure("adm" if suite else "fid", columns, depends, adm.NEIGHBOURS + 1 if suite else 2, compute)
 
 
-def score_measure(protocol: Protocol, networks: Networks) -> Measure:
+def score_measure(protocol: Protocol, sources: Sources) -> Measure:
     """The CLIP-score of the protocol's first variant."""
     variant = protocol.metrics["clip_score"][0]
     published = clip_score.find_variant(variant).model
-    if networks.clip is None:
+    if sources.clip is None:
         raise SettingError(
             "clip", f"needed for CLIP-score: a folder with config.json and weights of {published}, from huggingface.co"
         )
-    model = clip_score.load_variant(variant, networks.clip, device=networks.device)
+    model = clip_score.load_variant(variant, sources.clip, device=sources.device)
     name = f"clip_score_{variant}"
     depends = {"measure": name, "features_sha256": file_sha256(model.weights)}
 
@@ -191,21 +194,9 @@ HOW_TO_GET = {
 }
 
 
-def reference_name(protocol: Protocol) -> str | None:
-    """The file or folder of the protocol's real images, in the folder of its data."""
-    return protocol.metrics.get("reference", protocol.data.get("pictures"))
-
-
 def need(protocol: Protocol, data: Path, name: str | None) -> None:
-    """Check that a file or folder of the data is there. Raises SettingError: `data`: it is not there; the message says
-    how to get it."""
+    """Check that a file or folder of the data is there.
+    Raises SettingError: `data`: it is not there; the message says how to get it."""
     if name is not None and not (data / name).exists():
         how = HOW_TO_GET.get((data / name).name, "named by the protocol")
         raise SettingError("data", f"{data / name} is not there, which {protocol.name} needs: {how}")
-
-
-def images_sha256(source: str | Path | Images) -> str:
-    """The hash of reference images, or of the file of their statistics."""
-    if not isinstance(source, str | Path):
-        return source.sha256()
-    return file_sha256(source) if Path(source).suffix == ".npz" else open_images(source).sha256()

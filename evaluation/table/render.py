@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.table.spec import COLUMNS, Cell, Column, Row, Table
-from ldm.io.files import atomic_write
+from ldm.io.files import write_file
 
 ABOUT = ("weights", "n", "protocol", "protocol_sha256")
 PARTS = ("", "_low", "_high", "_paper", "_difference")  # of a column, in the CSV
@@ -109,8 +109,7 @@ def write(table: RenderedTable, folder: str | Path) -> list[Path]:
     files = []
     for suffix, text in ((".md", markdown(table)), (".csv", csv_text(table)), (".tex", latex(table))):
         files.append(Path(folder) / f"{table.stem}{suffix}")
-        with atomic_write(files[-1]) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(files[-1], text)
     return files
 
 
@@ -185,13 +184,9 @@ def markdown(table: RenderedTable) -> str:
     parts = [f"### {table.title}"]
     for head, *body in (values(table), changes(table)):
         lines = [head, ["---"] * len(head), *body]
-        parts.append("\n".join("| " + " | ".join(map(in_markdown, line)) + " |" for line in lines))
+        cells = [[one_line(text).replace("|", r"\|") for text in line] for line in lines]  # no bar ends one
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in cells))
     return "\n\n".join([*parts, *table.all_notes()]) + "\n"
-
-
-def in_markdown(text: str) -> str:
-    """A cell: one line, without a bar that would end it."""
-    return one_line(text).replace("|", r"\|")
 
 
 def latex(table: RenderedTable) -> str:

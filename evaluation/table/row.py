@@ -20,10 +20,9 @@ from evaluation.protocols.protocol import Protocol
 from evaluation.runs.folder import CARD, MANIFEST
 from evaluation.runs.generate import ModelFiles, Request, make, prepare
 from evaluation.runs.processes import Process
-from evaluation.table.cost import gflops
-from evaluation.table.measures import Measure, Networks, measures_of, need
+from evaluation.table.cost import Timing, cost_values, gflops, read_timing, timed
+from evaluation.table.measures import Measure, Sources, measures_of, need
 from evaluation.table.spec import COLUMNS, FTC, HOW, Cell, Row
-from evaluation.table.timing import Timing, cost_values, read_timing, timed
 from ldm.cli.devices import find_device
 from ldm.cli.setup import download_hint
 from ldm.io.errors import SettingError, fault_of
@@ -39,25 +38,28 @@ DIGITS = 8  # of the hashes in names
 class Bench:
     """What the rows of one protocol share.
 
-    protocol: of the first `count` of its prompts, unless that is None; `usual` is the whole one, `named` its name or
-              file.
-    data:     the folder of its data.
-    columns:  of the table.
-    runs:     folder of the runs.
+    usual:   the protocol; `named`: its name or file; `count`: how many of its prompts are taken, None = all.
+    columns: of the table.
+    runs:    folder of the runs.
     """
 
     usual: Protocol
     named: str
     count: int | None
-    data: Path
     model: ModelFiles
     columns: Sequence[str]
-    networks: Networks
+    sources: Sources
     runs: Path
 
     @cached_property
     def protocol(self) -> Protocol:
+        """The protocol of the prompts that are taken."""
         return self.usual.first(self.count)
+
+    @property
+    def data(self) -> Path:
+        """The folder of the protocol's data."""
+        return self.usual.folder(self.sources.data)
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -66,7 +68,7 @@ class Bench:
 
     @cached_property
     def measures(self) -> list[Measure]:
-        return measures_of(self.protocol, self.data, self.columns, self.networks)
+        return measures_of(self.protocol, self.data, self.columns, self.sources, cache=self.runs)
 
     def has(self, kind: str) -> bool:
         """Whether there are columns of this kind, see `Column`."""
@@ -106,8 +108,7 @@ class Job:
 
     @contextmanager
     def faults(self) -> Iterator[None]:
-        """Faults of the row's fields and of its protocol become faults of the table, others keep their place. Raises
-        SettingError: `table`, an argument of `build_table`, or a field of `Sources`."""
+        """Faults of the row's fields and of its protocol become faults of the `table`, others keep their place."""
         try:
             yield
         except SettingError as error:
@@ -159,7 +160,7 @@ class Job:
         bench, model = self.bench, self.bench.model
         data = [] if bench.protocol.data["kind"] == "classes" else ["--data", str(bench.data)]
         first = [] if bench.count is None else ["--count", str(bench.count)]
-        files = ["--config", str(model.config), "--ckpt", str(model.ckpt), "--device", bench.networks.device]
+        files = ["--config", str(model.config), "--ckpt", str(model.ckpt), "--device", bench.sources.device]
         what = ["--protocol", bench.named, *data, *first, *self.row.flags()]
         return shlex.join(["python", "evaluation/generate.py", *what, *files, "--out", str(self.folder)])
 
@@ -182,14 +183,9 @@ class Job:
             _ = self.folder
 
 
-def count_only(job: Job, needed: bool) -> RowResult:
-    """The row with its GFLOPs alone. Raises SettingError: they are needed, and the row can't be run."""
-    return row_result(job, {}, None, [], needed)
-
-
 def find(job: Job) -> RowResult:
-    """The row with all that is there; if it can't be run, a remark says why. Raises SettingError: `runs`: a file that
-    is there is damaged."""
+    """The row with all that is there; if it can't be run, a remark says why.
+    Raises SettingError: `runs`: a file that is there is damaged."""
     results: dict[str, Result] = {}
     timing, remarks = None, []
     try:
@@ -204,19 +200,14 @@ def find(job: Job) -> RowResult:
 
 
 def make_row(job: Job, timed_images: int) -> RowResult:
-    """The row; what is missing is made.
-
-    Args:
-        timed_images: how many images are to be timed, at least.
-
-    Raises SettingError: the row can't be made.
-    """
+    """The row; what is missing is made. `timed_images`: how many images are to be timed, at least.
+    Raises SettingError: the row can't be made."""
     results: dict[str, Result] = {}
     timing = None
     with job.faults(), fault_of("runs", (OSError,)):
         if job.measured:
             if not job.finished:
-                make(job.request, job.folder, Process(0, 1, find_device(job.bench.networks.device)))
+                make(job.request, job.folder, Process(0, 1, find_device(job.bench.sources.device)))
             results = find_results(job)
             for measure in job.bench.measures:
                 if measure.name not in results:
@@ -225,7 +216,7 @@ def make_row(job: Job, timed_images: int) -> RowResult:
         if job.bench.has("cost"):
             timing = read_timing(job.timing)
             if timed_images > (len(timing.seconds) if timing else 0):
-                timing = timed(job.request, job.bench.networks.device, timed_images, job.timing)
+                timing = timed(job.request, job.bench.sources.device, timed_images, job.timing)
     return row_result(job, results, timing, [], needed=True)
 
 
@@ -258,8 +249,10 @@ def row_result(
     row, columns = job.row, job.bench.columns
     cells, why = gflops_cell(job, needed) if "gflops" in columns else ({}, "")
     for measure in job.bench.measures if results else []:
-        if measure.name in results:
-            cells |= result_cells(measure, results[measure.name], columns)
+        values = results[measure.name].values if measure.name in results else {}
+        for column, name in measure.columns.items():
+            if column in columns and values.get(name) is not None:
+                cells[column] = values[name], values.get(f"{name}_interval")
     seconds = cost_values(timing) if timing else {}
     cells |= {name: (seconds[name], None) for name in columns if name in seconds}
     if "ftc" in columns and {*FTC} <= cells.keys() and cells["clip_score"][0]:
@@ -268,13 +261,3 @@ def row_result(
     done = bool(results or timing or (cells and (row.costs_only or columns == ["gflops"])))
     found = list(dict.fromkeys(filter(None, (row.costs_only, why, *remarks))))
     return RowResult(row, job.bench, cells, results, timing, found or ([] if done else [NOT_RUN]), done)
-
-
-def result_cells(measure: Measure, result: Result, columns: Sequence[str]) -> dict[str, Cell]:
-    """The columns that a result fills."""
-    names = {column: name for column, name in measure.columns.items() if column in columns}
-    return {
-        column: (result.values[name], result.values.get(f"{name}_interval"))
-        for column, name in names.items()
-        if result.values.get(name) is not None
-    }

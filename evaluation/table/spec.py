@@ -30,8 +30,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from evaluation.protocols.protocol import Method, Protocol
-from evaluation.protocols.yaml_file import find_file, names_in, reading
+from evaluation.protocols.protocol import Method, Protocol, find_file, names_in, reading
 from ldm.cli.arguments import MOST, MOST_STEPS, NOISE_ORDERS
 from ldm.io.schema import NotNegative, Number, Schema, Share, Text, parse
 from ldm.models.diffusion.propagation.forecast import ForecastName
@@ -154,8 +153,8 @@ def table_names() -> tuple[str, ...]:
 
 
 def load_table(name: str) -> Table:
-    """The table of a name in evaluation/table, or of a .yaml file. Raises ValueError: there is none, or it is not a
-    table."""
+    """The table of a name in evaluation/table, or of a .yaml file.
+    Raises ValueError: there is none, or it is not a table."""
     path = find_file("table", name, TABLE_DIR, table_names())
     with reading("table", path) as content:
         return parse(Table, {**content, "name": path.stem})

@@ -48,8 +48,8 @@ from ldm.cli.tasks import (
 )
 from ldm.io.errors import BadInput
 from ldm.io.images import from_pil, open_image, open_labels, open_mask
-from ldm.sampling.conditions import Layout
 from ldm.sampling.engine import Task
+from ldm.sampling.task import Layout
 
 ImageLike = Image.Image | str | Path
 BATCH = 4  # images at a time

@@ -35,9 +35,9 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan, check_blocks
 from ldm.profiling.plan_table import plan_table
-from ldm.sampling.conditions import prompts_cut
 from ldm.sampling.engine import Engine, Recipe, Task
 from ldm.sampling.generate import Item, Sample, generate
+from ldm.sampling.task import prompts_cut
 
 BATCH_PIXELS = 2**26  # 256 images of 512 x 512 pixels at a time
 SHEET_PIXELS = 80_000_000  # Pillow doubts larger files

@@ -19,10 +19,21 @@ from ldm.io.errors import SettingError, fault_of, shown
 from ldm.io.images import pad
 from ldm.modules.encoders.boxes import Box, box_tokens
 from ldm.modules.encoders.modules import ClassEmbedder, SpatialRescaler
-from ldm.sampling.conditions import Classes, Condition, ImageConcat, Layout, MaskedImage, SemanticMap, Text
 from ldm.sampling.engine import Task
 from ldm.sampling.hybrid import Depth, LowResolution, TextAndMaskedImage
-from ldm.sampling.start import ImageStart, KeepOutsideMask, LatentInpaint, Start
+from ldm.sampling.task import (
+    Classes,
+    Condition,
+    ImageConcat,
+    ImageStart,
+    KeepOutsideMask,
+    LatentInpaint,
+    Layout,
+    MaskedImage,
+    SemanticMap,
+    Start,
+    Text,
+)
 
 Subjects = list[dict[str, Any]]  # what each image shows, see `ldm.sampling.generate.Item`
 Size = tuple[int, int]  # height and width of images, in pixels

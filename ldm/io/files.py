@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -285,6 +285,14 @@ def file_sha256(*paths: str | Path) -> str:
     return digest.hexdigest()
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return out
+
+
 def json_sha256(values: Any) -> str:
     """SHA-256 of JSON values, whatever the order of their keys, hexadecimal."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -338,6 +346,17 @@ def atomic_write(path: str | Path, keep: bool = False) -> Iterator[Path]:
                 os.link(temporary, path)
         else:
             os.replace(temporary, path)
+
+
+def write_file(path: str | Path, content: bytes | str, keep: bool = False) -> None:
+    """Write a file of these bytes, or of UTF-8 text, whole or not at all; see `atomic_write`."""
+    with atomic_write(path, keep) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | Path, values: Any, keep: bool = False) -> None:
+    """Write JSON values, one a line; see `write_file`."""
+    write_file(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n", keep)
 
 
 @contextmanager

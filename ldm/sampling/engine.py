@@ -29,9 +29,8 @@ from ldm.models.diffusion.solvers.registry import SOLVERS, levels_of, solver
 from ldm.modules.packed import pack
 from ldm.profiling.cost import Macs, unet_macs
 from ldm.profiling.memory import decoder_bytes, sampling_bytes, shared_bytes
-from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import Item
-from ldm.sampling.start import Start
+from ldm.sampling.task import Condition, Start
 
 
 class Ran(NamedTuple):

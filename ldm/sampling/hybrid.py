@@ -17,8 +17,8 @@ from ldm.models.diffusion.ddpm import (
     LatentUpscaleDiffusion,
 )
 from ldm.models.diffusion.noise import ImageNoise
-from ldm.sampling.conditions import Text
 from ldm.sampling.generate import Item
+from ldm.sampling.task import Text
 
 AUGMENTATION_STREAM = 2  # appended to an image's seed: the noise on its condition is not the solver's noise
 

@@ -15,7 +15,7 @@ import pytest
 
 from evaluation import adm, clip_score, fid, paired, preference
 from evaluation.metrics.preference import PACKAGES
-from evaluation.runs.images import ImageFolder, incomplete_warnings
+from evaluation.runs.images import ImageFolder, image_warnings
 from tests.helpers.measures import N, assert_one_line, draw, fid_of, load_json
 
 
@@ -32,7 +32,7 @@ def test_a_run_that_is_not_finished_is_told(call, sets, tmp_path, capsys):
     for key in ("images", "pictures"):  # cards of older runs say pictures
         (tmp_path / "run.json").write_text(json.dumps({"plan": "off", key: N + 1}))
         images = ImageFolder(tmp_path / "samples")
-        (warning,) = incomplete_warnings(images, images.provenance)
+        (warning,) = image_warnings(images)
         assert f"{N} images of a run of {N + 1}" in warning
 
 

@@ -8,8 +8,8 @@ from evaluation.cost import main
 from evaluation.table.cost import SD_V1, counts, published, read_unet
 from ldm.checkpoint import load_config, load_model
 from ldm.models.diffusion.propagation.load import load_plan
-from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task
+from ldm.sampling.task import Text
 
 EMOJI = "models/ldm/emoji64/config.yaml"
 

@@ -22,11 +22,11 @@ from evaluation.metrics.extractors import load_extractor, resized
 from evaluation.metrics.inception import Inception
 from evaluation.protocols.protocol import load_protocol
 from evaluation.table import measures
-from evaluation.table.build import Sources, jobs_of
-from evaluation.table.paper import other_world, reasons_unlike
+from evaluation.table.build import jobs_of, other_world, reasons_unlike
+from evaluation.table.cost import Timing
+from evaluation.table.measures import Sources
 from evaluation.table.row import Job
 from evaluation.table.spec import COLUMNS, load_table
-from evaluation.table.timing import Timing
 from ldm.checkpoint import fingerprint, save_weights
 from ldm.io.images import from_pil, open_image
 from tests.helpers.clip_vocabulary import lines

@@ -17,12 +17,12 @@ from evaluation import generate, tables
 from evaluation.metrics.result import read_result
 from evaluation.protocols.protocol import load_protocol
 from evaluation.table import measures
-from evaluation.table.build import Sources, jobs_of
-from evaluation.table.cost import gflops
+from evaluation.table.build import jobs_of
+from evaluation.table.cost import compare_timings, cost_values, gflops, read_timing, time_images, timed
+from evaluation.table.measures import Sources
 from evaluation.table.render import RenderedRow, RenderedTable, csv_text, latex, markdown
 from evaluation.table.row import Job
 from evaluation.table.spec import Row, Table, load_table, table_names
-from evaluation.table.timing import compare_timings, cost_values, read_timing, time_images, timed
 from ldm.io.errors import SettingError
 from tests.helpers.coco import write_coco
 from tests.helpers.paths import ROOT
@@ -556,9 +556,7 @@ def test_the_command_of_a_row_makes_its_images(emoji):
     python, script, *argv = shlex.split(job.command())
     assert (python, script) == ("python", "evaluation/generate.py")
     args = generate.parser().parse_args(argv)
-    given = {name: getattr(args, name) for name in generate.METHOD}
-    protocol = generate.protocol_of(args)
-    assert protocol == job.bench.protocol and protocol.method(**given) == method
+    assert generate.asked(args) == (job.bench.protocol, method)
     assert (args.out, args.data) == ("my runs/a", emoji.data)
 
 

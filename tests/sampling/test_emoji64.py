@@ -11,9 +11,9 @@ import torch
 from ldm.checkpoint import fingerprint, load_config, load_model, read_checkpoint
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
-from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import prompt_items
+from ldm.sampling.task import Text
 from tests.helpers.paths import ROOT
 
 MODEL = ROOT / "models" / "ldm" / "emoji64"

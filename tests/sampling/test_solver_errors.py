@@ -19,9 +19,9 @@ from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import CLEAN, Node
 from ldm.models.diffusion.solvers.registry import SOLVERS, solver
-from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task
 from ldm.sampling.generate import prompt_items
+from ldm.sampling.task import Text
 from tests.helpers.paths import ROOT
 
 MODEL = ROOT / "models" / "ldm" / "emoji64"

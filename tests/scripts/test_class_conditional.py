@@ -12,9 +12,9 @@ from ldm.cli.parser import settings_from
 from ldm.cli.settings import SamplingSettings, make_recipe
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import load_plan
-from ldm.sampling.conditions import Classes
 from ldm.sampling.engine import Engine, Sizes, Task
 from ldm.sampling.generate import make_items
+from ldm.sampling.task import Classes
 from tests.helpers.goldens import assert_golden, load_case, recipe_weights
 from tests.helpers.paths import EMOJI64, ROOT
 from tests.helpers.scripts import Script, check_resume, load_script

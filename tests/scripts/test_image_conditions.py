@@ -11,8 +11,8 @@ from PIL import Image
 
 from ldm.checkpoint import load_model
 from ldm.io.images import from_pil
-from ldm.sampling.conditions import ImageConcat, SemanticMap
 from ldm.sampling.generate import make_items
+from ldm.sampling.task import ImageConcat, SemanticMap
 from tests.helpers.images import labelled, small
 from tests.helpers.paths import EMOJI64
 from tests.helpers.scripts import Script, check_resume

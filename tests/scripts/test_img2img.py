@@ -17,7 +17,7 @@ from ldm.models.diffusion.schedule import diffuse
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.modules.diffusionmodules.features import Features
 from ldm.sampling.engine import Recipe
-from ldm.sampling.start import ImageStart, mean_latents
+from ldm.sampling.task import ImageStart, mean_latents
 from tests.helpers.scripts import Script, check_resume
 from tests.helpers.tiny_models import write_model
 

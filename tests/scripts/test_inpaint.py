@@ -14,10 +14,9 @@ from ldm.cli.inputs import masked_images
 from ldm.io.images import from_pil, open_image
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.solvers.registry import SOLVERS
-from ldm.sampling.conditions import MaskedImage, Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import make_items
-from ldm.sampling.start import KeepOutsideMask, LatentInpaint, mean_latents
+from ldm.sampling.task import KeepOutsideMask, LatentInpaint, MaskedImage, Text, mean_latents
 from tests.helpers.images import add, original, scene
 from tests.helpers.paths import EMOJI64
 from tests.helpers.scripts import Script, check_batches, check_resume, load_script

@@ -10,8 +10,8 @@ import torch
 
 from ldm.checkpoint import load_model
 from ldm.modules.encoders.boxes import Box, box_tokens
-from ldm.sampling.conditions import Layout
 from ldm.sampling.generate import make_items
+from ldm.sampling.task import Layout
 from tests.helpers.paths import EMOJI64, ROOT
 from tests.helpers.scripts import Script, check_batches, check_resume
 from tests.helpers.tiny_models import tiny_model

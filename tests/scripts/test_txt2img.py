@@ -19,9 +19,9 @@ from ldm.cli.settings import best_plan
 from ldm.io.images import from_pil, psnr, read_png
 from ldm.models.diffusion.ddpm import DiffusionWrapper
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
-from ldm.sampling.conditions import Text
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import inputs_seed, prompt_items, read_manifest
+from ldm.sampling.task import Text
 from tests.helpers.paths import ROOT, SCRIPTS
 from tests.helpers.processes import quick_help
 from tests.helpers.scripts import load_script

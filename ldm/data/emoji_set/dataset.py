@@ -15,7 +15,7 @@ from ldm.data.emoji_set.concepts import Concept, concepts_of, skin_tones
 from ldm.data.emoji_set.drawings import codes_by_name, draw, read_chars, sources
 from ldm.data.emoji_set.packages import Recipe, Style, fetch
 from ldm.data.emoji_set.phrases import full_caption
-from ldm.io.files import atomic_write, read_json, read_yaml
+from ldm.io.files import atomic_write, read_json, read_yaml, write_file
 
 
 def share(*key: str) -> float:
@@ -124,12 +124,6 @@ def captions_of(concept: Concept, varied: bool) -> list[tuple[str, str]]:
     return [("name", name), *(("keyword", k) for k in keywords), *(("group", g) for g in groups)]
 
 
-def write(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(data)
-
-
 def write_images(path: Path, images: Sequence[np.ndarray]) -> None:
     """One .npy file, written image by image: at 128 all of them in one array would be 1 GB more of memory."""
     with atomic_write(path) as temporary:
@@ -156,7 +150,7 @@ def prepare(recipe: Recipe, out: Path, cache: Path, concepts_file: Path) -> dict
     concepts = concepts_of(listed, emoji, openmoji, lib)
     if not recipe.heldout.exists():
         text = choose_heldout(concepts, listed["iconic"], recipe.heldout.parent.name, [s.name for s in recipe.styles])
-        write(recipe.heldout, text.encode())
+        write_file(recipe.heldout, text.encode())
     if recipe.varied:
         concepts += skin_tones(concepts, emoji)
     charted = [read_chars(folders[p]) for p in recipe.packages if "chars.json" in p.wanted]
@@ -164,5 +158,5 @@ def prepare(recipe: Recipe, out: Path, cache: Path, concepts_file: Path) -> dict
     found = {s: sources(s, folders[s.package], codes) for s in recipe.styles}
     images, captions = build(recipe, concepts, found, read_yaml(recipe.heldout))
     write_images(out / "pictures.npy", images)
-    write(out / "captions.json", json.dumps(captions, ensure_ascii=False).encode())
+    write_file(out / "captions.json", json.dumps(captions, ensure_ascii=False).encode())
     return captions

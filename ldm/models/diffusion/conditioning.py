@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ldm.modules.context import Context, ProjectedContext
+from ldm.modules.attention import Context, ProjectedContext
 
 
 @dataclass(frozen=True, eq=False)

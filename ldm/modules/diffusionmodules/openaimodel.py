@@ -10,8 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.context import Context, ProjectedContext
+from ldm.modules.attention import BasicTransformerBlock, Context, ProjectedContext
 from ldm.modules.diffusionmodules.classifier import EncoderUNetModel
 from ldm.modules.diffusionmodules.features import Features, PartWeights
 from ldm.modules.diffusionmodules.unet_layers import (

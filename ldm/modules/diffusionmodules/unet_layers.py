@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import SpatialTransformer
-from ldm.modules.context import Context
+from ldm.modules.attention import Context, SpatialTransformer
 from ldm.modules.diffusionmodules.features import PartWeights, SharedPart
 from ldm.modules.diffusionmodules.util import (
     checkpoint,

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.io.files import find_file
-from ldm.modules.diffusionmodules.process import ForwardProcess
-from ldm.modules.diffusionmodules.util import make_beta_schedule, timestep_embedding
+from ldm.modules.diffusionmodules.util import ForwardProcess, make_beta_schedule, timestep_embedding
 
 
 def _betas(timesteps: int = 1000, beta_schedule: str = "linear", **bounds: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evaluation.metrics.adm import inception_score, precision_recall
-from evaluation.metrics.frechet import cmmd, distance, few_images_warnings, fid_infinity, kid
+from evaluation.metrics.frechet import clip_distance, distance, few_images_warnings, fid_infinity, kernel_distance
 from evaluation.metrics.statistics import Gaussian
 from evaluation.runs.images import ImageError
 from tests.helpers.measures import gaussian, golden_features
@@ -86,7 +86,7 @@ def test_torchmetrics_agrees():
     kernel = KernelInceptionDistance(Pass(12), subsets=1, subset_size=70).set_dtype(torch.float64)
     kernel.update(torch.from_numpy(real[:70]), real=True)
     kernel.update(torch.from_numpy(fake), real=False)
-    assert kid(fake, real[:70], subsets=3)[0] == pytest.approx(kernel.compute()[0].item(), rel=1e-3)
+    assert kernel_distance(fake, real[:70], subsets=3)[0] == pytest.approx(kernel.compute()[0].item(), rel=1e-3)
 
     score = InceptionScore(Pass(9), splits=1).set_dtype(torch.float64)
     score.update(torch.from_numpy(logits))
@@ -97,7 +97,7 @@ def test_torch_fidelity_agrees():
     """Golden numbers, because the package imports torchvision."""
     real, fake, logits = golden_features()
     assert distance(gaussian(fake), gaussian(real)) == pytest.approx(GOLDEN["fid"], rel=1e-9)
-    assert kid(fake, real[:70], subsets=2)[0] == pytest.approx(GOLDEN["kid_of_70"], rel=1e-9)
+    assert kernel_distance(fake, real[:70], subsets=2)[0] == pytest.approx(GOLDEN["kid_of_70"], rel=1e-9)
     mean, std = inception_score(logits, split=10)
     assert mean == pytest.approx(GOLDEN["isc"]["inception_score_mean"], rel=1e-9)
     assert std == pytest.approx(GOLDEN["isc"]["inception_score_std"], rel=1e-9)
@@ -125,13 +125,13 @@ def test_small_n_is_warned_of():
 def test_cmmd_by_hand():
     """Unit vectors at right angles: k(x, x) = 1, k(x, y) = exp(-2 / 200)."""
     x, y = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
-    assert cmmd(x, y) == pytest.approx(1000 * (2 - 2 * np.exp(-0.01)))
-    assert cmmd(x, x) == 0
+    assert clip_distance(x, y) == pytest.approx(1000 * (2 - 2 * np.exp(-0.01)))
+    assert clip_distance(x, x) == 0
 
 
 def test_kid_is_unbiased_and_needs_two():
     random = np.random.default_rng(0)
-    values = [kid(*random.standard_normal((2, 40, 6)), subsets=1)[0] for _ in range(200)]
+    values = [kernel_distance(*random.standard_normal((2, 40, 6)), subsets=1)[0] for _ in range(200)]
     assert abs(np.mean(values)) < 3 * np.std(values) / 200**0.5
     with pytest.raises(ImageError, match="at least 2 images"):
-        kid(np.ones((1, 3)), np.ones((5, 3)))
+        kernel_distance(np.ones((1, 3)), np.ones((5, 3)))

@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from evaluation.metrics.real_images import reference_images
 from evaluation.protocols.protocol import Protocol
-from evaluation.runs.images import ImageError
+from evaluation.runs.images import ImageError, reference_images
 from ldm.io.images import save_png
 from tests.helpers.measures import draw
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.plots.blocks import (
+from evaluation.plots.features import (
     block_outputs,
     change,
     decoder_ends,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.plots import evolution as evolution_figure
-from evaluation.plots.evolution import line_styles
+from evaluation.plots.features import draw_evolution, line_styles
 
 
 def test_a_resolution_has_one_style_in_encoder_and_decoder():
@@ -17,7 +16,7 @@ def test_a_resolution_has_one_style_in_encoder_and_decoder():
 
 
 def test_evolution_draws_the_numbers_that_it_writes(experiment):
-    made = evolution_figure.make(experiment, steps=3)
+    made = draw_evolution(experiment, steps=3)
     for row, key in enumerate(("norm", "mean", "relative")):
         lines = [line for axes in made.figure.axes[2 * row : 2 * row + 2] for line in axes.lines]
         assert {line.get_label() for line in lines} == {*made.values}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluation.plots.maps import colours
+from evaluation.plots.features import colours
 
 
 def test_three_components_of_three_channels_are_all():

@@ -38,7 +38,7 @@ def test_placement_draws_each_series_at_its_numbers_and_names_table_5():
 
 
 def test_series_of_placement_differ_in_what_is_propagated(experiment):
-    made = placement.make(experiment, steps=10)
+    made = placement.draw_placement(experiment, steps=10)
     held, quadratic = (made.values[f"every n-th step, {how}"] for how in ("held", "quadratic"))
     assert held["uniform:4"]["keys"] == quadratic["uniform:4"]["keys"] == 3
     assert held["uniform:4"]["mean"] == np.mean(held["uniform:4"]["mse"]) != quadratic["uniform:4"]["mean"] > 0

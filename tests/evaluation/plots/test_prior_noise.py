@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from evaluation.plots.prior_noise import low_pass, spectrum
+from evaluation.plots.images import low_pass, spectrum
 
 
 @pytest.mark.parametrize("cycles", [1, 3, 8])

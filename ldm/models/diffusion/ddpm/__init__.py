@@ -1,9 +1,8 @@
 """Diffusion models under their published names: the network with its condition, and what surrounds it."""
 
 from ldm.compatibility import disabled_train
-from ldm.models.diffusion.ddpm.diffusion import DDPM, ConditionLike
+from ldm.models.diffusion.ddpm.diffusion import DDPM, ConditionLike, DiffusionWrapper
 from ldm.models.diffusion.ddpm.latent import LatentDiffusion, Layout2ImgDiffusion
-from ldm.models.diffusion.ddpm.network import DiffusionWrapper
 from ldm.models.diffusion.ddpm.retrieval import MinimalRETRODiffusion
 from ldm.models.diffusion.ddpm.stable_diffusion_2 import (
     ImageEmbeddingConditionedLatentDiffusion,

@@ -100,7 +100,11 @@ class LatentDiffusion(DDPM, PublishedMethods):
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, f*h, f*w), about [-1, 1], not clamped."""
-        return self.differentiable_decode_first_stage(z, force_not_quantize=force_not_quantize)
+        return self._decoded(z, force_not_quantize)
+
+    def _decoded(self, z: Tensor, force_not_quantize: bool) -> Tensor:
+        quantized = {"force_not_quantize": True} if force_not_quantize else {}  # which a KL first stage does not take
+        return self.first_stage_model.decode(z / self.scale_factor, **quantized)
 
 
 class Layout2ImgDiffusion(LatentDiffusion):

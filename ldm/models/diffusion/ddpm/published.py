@@ -22,7 +22,7 @@ from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.sampler import refuse
 from ldm.models.diffusion.schedule import Node
-from ldm.modules.diffusionmodules.process import at
+from ldm.modules.diffusionmodules.util import at
 
 Clean = Callable[[Tensor], Tensor]  # a change of the predicted clean latents, (B, C, H, W)
 
@@ -63,8 +63,7 @@ class PublishedMethods:
     ) -> Tensor:
         """`decode_first_stage` with gradients: latents (B, C, h, w) -> images (B, 3, f*h, f*w)."""
         refuse(predict_cids=predict_cids)
-        quantized = {"force_not_quantize": True} if force_not_quantize else {}  # which a KL first stage does not take
-        return self.first_stage_model.decode(z / self.scale_factor, **quantized)
+        return self._decoded(z, force_not_quantize)
 
     # One step
 
