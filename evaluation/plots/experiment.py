@@ -121,7 +121,7 @@ class Experiment:
         steps: int,
         plan: str | AnyPlan = "off",
         noise_weight: float = 0.0,
-        guidance_reuse: bool = False,
+        guidance_reuse: bool | str = False,
     ) -> Engine:
         """An engine that samples the items by this method. Raises SettingError: `steps`: no such sampler or plan for
         this number of steps; `config`: the model does not take the items' conditioning."""
@@ -135,7 +135,9 @@ class Experiment:
         """A sampler with the places of its steps, see `Recipe.solver_name`."""
         return self._recipe(sampler, steps).solver_name
 
-    def _recipe(self, sampler: str, steps: int, noise_weight: float = 0.0, guidance_reuse: bool = False) -> Recipe:
+    def _recipe(
+        self, sampler: str, steps: int, noise_weight: float = 0.0, guidance_reuse: bool | str = False
+    ) -> Recipe:
         side = self.setup.sizes.default
         return Recipe(
             side, side, sampler, steps, scale=self.guidance, guidance_reuse=guidance_reuse, noise_weight=noise_weight

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from evaluation.protocols.protocol import reading
 from ldm.cli.arguments import MOST_STEPS
 from ldm.io.schema import NotNegative, Schema, Text, parse
-from ldm.models.diffusion.propagation.forecast import ForecastName
+from ldm.models.diffusion.propagation.forecast import POLYNOMIALS, ForecastName
 
 LISTS = ("sampler", "steps", "plan", "propagate")  # fields that may be lists: one row for each value
 
@@ -31,7 +31,7 @@ class Row(Schema):
     plan: Text = "off"
     propagate: ForecastName | None = None
     noise_weight: NotNegative = 0.0
-    guidance_reuse: bool = False
+    guidance_reuse: bool | Literal[POLYNOMIALS] = False
     label: str = ""
 
     @model_validator(mode="after")
@@ -44,7 +44,8 @@ class Row(Schema):
 
     def __str__(self) -> str:
         parts = [f"{self.sampler} {self.steps}"] + [self.plan] * (self.plan != "off")
-        parts += [self.propagate] * (self.propagate is not None) + ["guidance reused"] * self.guidance_reuse
+        parts += [self.propagate] * (self.propagate is not None) + ["guidance reused"] * (self.guidance_reuse is True)
+        parts += [f"guidance {self.guidance_reuse}"] * isinstance(self.guidance_reuse, str)
         return ", ".join(parts + [f"prior noise {self.noise_weight}"] * (self.noise_weight > 0))
 
 

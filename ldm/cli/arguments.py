@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldm.cli.parser import number, whole
 from ldm.io.files import PROJECT_ROOT
+from ldm.models.diffusion.propagation.forecast import POLYNOMIALS
 
 Files = tuple[Path, Path]  # a model's config and weights
 
@@ -304,6 +305,13 @@ def guidance_arguments(group: argparse._ArgumentGroup, scale: float | None, defa
         "--guidance-reuse",
         action="store_true",
         help="compute guidance at key timesteps only; add the same difference at the timesteps that follow",
+    )
+    group.add_argument(
+        "--guidance-forecast",
+        dest="guidance_reuse",
+        default=False,
+        choices=POLYNOMIALS,
+        help="the same, with the difference extrapolated from those at the last one to four key timesteps",
     )
 
 

@@ -48,7 +48,7 @@ class SamplingSettings:
     default_eta: float | None = 0.0
     scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
-    guidance_reuse: bool = False
+    guidance_reuse: bool | str = False
     plan: str = "off"
     propagate: str | None = None
     error_budget: float | None = None

@@ -113,7 +113,7 @@ class Recipe:
     eta: float = 0.0
     scale: float = 7.5
     guidance_interval: tuple[float, float] | None = None
-    guidance_reuse: bool = False
+    guidance_reuse: bool | str = False
     tome: float = 0.0
     noise_weight: float = 0.0
     noise_below: float = 500

@@ -26,6 +26,7 @@ GUIDANCE = {
     "interval": Guidance(3.0, (100, 700)),
     "reuse": Guidance(3.0, reuse=True),
     "both": Guidance(3.0, (100, 700), reuse=True),
+    "forecast": Guidance(3.0, (100, 700), reuse="quadratic"),
 }
 
 
@@ -65,7 +66,7 @@ def family(draw, num_nodes: int, latent: bool) -> Plan:
 def test_parallel_is_serial_for_every_plan_solver_and_guidance(data, name, steps, guidance, batch):
     x, cond, uncond = toy_inputs(batch)
     network, rule = toy_network(), any_rule(name, steps)
-    plan = data.draw(family(len(rule.nodes), latent=guidance not in ("reuse", "both")))
+    plan = data.draw(family(len(rule.nodes), latent=guidance not in ("reuse", "both", "forecast")))
     model = toy_denoiser(network, cond, uncond, GUIDANCE[guidance])
     whole = final(model, rule, plan, x)
     bound = EXACT["atol"] * max(1.0, float(whole.abs().max()))  # far extrapolation grows without bound
@@ -164,6 +165,7 @@ def test_guidance_is_computed_where_it_is_asked_for():
         "interval": [1] * 3 + [2] * 3 + [2] * 2,
         "reuse": [2, 1, 1] * 2 + [2, 1],
         "both": [1] * 3 + [2, 1, 1, 2, 1],
+        "forecast": [1] * 3 + [2, 1, 1, 2, 1],
     }
     guidance = {name: g if isinstance(g, Guidance) else Guidance(g) for name, g in GUIDANCE.items()}
     assert ts[0] > 700 > ts[3] > ts[6] > 100
@@ -185,6 +187,27 @@ def test_the_offset_of_the_key_node_is_used_again():
     offset = (first.out - alone.decode([features.images(slice(2, 4))], [900])[0].out) / 2
     torch.testing.assert_close(second.out, conditional + 2 * offset, **EXACT)
     assert len(rule.nodes) == 2
+
+
+def test_the_offset_is_extrapolated_from_those_of_the_key_nodes():
+    x, cond, uncond = toy_inputs(1)
+    network, rule = toy_network(), toy_rule(8)
+    both, alone = (toy_denoiser(network, cond, uncond, scale) for scale in (3.0, 1.0))
+    state, kept = State(x), []
+    for i, node in enumerate(rule.nodes):
+        if i in (0, 2, 5):
+            features = both.encode(state.x, node.t)
+            conditional = features.images(slice(1, 2))
+            out = both.decode([features], [node.t])[0].out
+            kept = [*kept, (node.t, (out - alone.decode([conditional], [node.t])[0].out) / 2)][-2:]
+        else:
+            (t_a, a), (t_b, b) = kept if len(kept) == 2 else (kept[0], (0.0, kept[0][1]))
+            offset = b + (node.t - t_b) / (t_b - t_a) * (b - a)
+            out = alone.decode([conditional], [node.t])[0].out + 2 * offset
+        state = rule.step(state, i, out)
+    for parallel in (1, 3):
+        model = toy_denoiser(network, cond, uncond, Guidance(3.0, reuse="linear"))
+        torch.testing.assert_close(final(model, rule, Plan(8, (0, 2, 5), parallel), x), state.x, **EXACT)
 
 
 def works(model, rule, plan, x) -> list[Compute]:
@@ -244,3 +267,5 @@ def test_contradicting_options_say_why():
             final(model, toy_rule(4), plan, x)
     with pytest.raises(ValueError, match="interval must be low,high; got 5,3"):
         Guidance(3.0, (5, 3))
+    with pytest.raises(ValueError, match="used again by hold, linear, quadratic, cubic; got 'taylor2'"):
+        Guidance(3.0, reuse="taylor2")

@@ -23,12 +23,15 @@ from ldm.modules.diffusionmodules.features import Features, PartWeights
 class Prediction:
     """What a denoiser predicts at one node.
 
-    out:    raw, (B, C, H, W).
-    offset: conditional minus unconditional prediction, like out, where guidance is to use it again; else None.
+    out:     raw, (B, C, H, W).
+    offsets: where guidance is to use them again: timestep of the last key nodes, and conditional minus unconditional
+        prediction there, like out; oldest first.
+    past:    it is of an earlier key node's group, and only its offsets count.
     """
 
     out: Tensor
-    offset: Tensor | None = None
+    offsets: tuple[tuple[float, Tensor], ...] = ()
+    past: bool = False
 
 
 class Denoiser(Protocol):
@@ -61,7 +64,7 @@ class Denoiser(Protocol):
     ) -> list[Prediction]:
         """The prediction at each of n timesteps, from the features of each, computed as one batch.
 
-        last: the prediction of the node before, if it is of the same key node.
+        last: the prediction of the node before; None or `past` if the first node is a key node.
         """
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:

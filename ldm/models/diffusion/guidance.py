@@ -9,9 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.denoiser import Conditional, Prediction
+from ldm.models.diffusion.propagation.forecast import METHODS, POLYNOMIALS, lagrange
 from ldm.models.diffusion.propagation.plan import Compute
 from ldm.models.diffusion.schedule import Node
-from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.features import Features, weighted_sum
+
+Offsets = tuple[tuple[float, Tensor], ...]
+
+
+def offset_at(offsets: Offsets, t: float) -> Tensor:
+    """The polynomial through all of these, at timestep t."""
+    if len(offsets) == 1:
+        return offsets[0][1]
+    times = [key_t for key_t, _ in offsets]
+    return weighted_sum([offset for _, offset in offsets], lagrange(times, t, (times[0], t)))
 
 
 @dataclass(frozen=True)
@@ -21,17 +32,25 @@ class Guidance:
     scale:    guidance scale; 1 is the conditional prediction alone.
     interval: training timesteps (low, high) between which there is guidance, both included; a key node decides for
         the nodes that use its features (Kynkaanniemi et al., arXiv 2404.07724).
-    reuse:    compute the unconditional prediction at key nodes only; the nodes that follow add the key node's
-        (scale - 1) * (conditional - unconditional) to their conditional prediction.
+    reuse:    compute the unconditional prediction at key nodes only; the nodes that follow add (scale - 1) *
+        (conditional - unconditional) to their conditional prediction: True = the key node's, or, by one of POLYNOMIALS,
+        the polynomial in the timestep through that of the last key nodes.
     """
 
     scale: float
     interval: tuple[float, float] | None = None
-    reuse: bool = False
+    reuse: bool | str = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.reuse, bool) and self.reuse not in POLYNOMIALS:
+            raise ValueError(f"a guidance offset can be used again by {', '.join(POLYNOMIALS)}; got {self.reuse!r}")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
             raise ValueError(f"the guidance interval must be low,high; got {self.interval[0]:g},{self.interval[1]:g}")
+
+    def kept(self, offsets: Offsets, t: float, offset: Tensor) -> Offsets:
+        """The offsets that are kept after that of one more key node."""
+        count = METHODS["hold" if self.reuse is True else self.reuse].keep
+        return (*(old for old in offsets if old[0] != t), (t, offset))[-count:]
 
     def at(self, key_t: float) -> bool:
         """Whether nodes that use the features of a key node at this timestep are guided."""
@@ -96,21 +115,23 @@ class Guided:
         if self._unguided(features[0]):
             return self.conditional.decode(features, ts)
         if not self.guidance.reuse:
-            return [self._guide(*p.out.chunk(2)) for p in self.both.decode(features, ts)]
-        predictions = []
-        if last is None:
-            predictions = [self._guide(*p.out.chunk(2)) for p in self.both.decode(features[:1], ts[:1])]
-            last, features, ts = predictions[0], features[1:], ts[1:]
+            return [Prediction(self._guided(*p.out.chunk(2))) for p in self.both.decode(features, ts)]
+        predictions, offsets = [], last.offsets if last else ()
+        if last is None or last.past:
+            uncond, cond = self.both.decode(features[:1], ts[:1])[0].out.chunk(2)
+            offsets = self.guidance.kept(offsets, ts[0], cond - uncond)
+            predictions, features, ts = [Prediction(self._guided(uncond, cond), offsets)], features[1:], ts[1:]
         if ts:
-            push = (self.guidance.scale - 1) * last.offset
             halves = {f: f.images(slice(len(f) // 2, None)) for f in dict.fromkeys(features)}
-            conditional = [halves[f] for f in features]
-            predictions += [Prediction(p.out + push, last.offset) for p in self.conditional.decode(conditional, ts)]
+            alone = self.conditional.decode([halves[f] for f in features], ts)
+            predictions += [
+                Prediction(p.out + (self.guidance.scale - 1) * offset_at(offsets, t), offsets)
+                for p, t in zip(alone, ts, strict=True)
+            ]
         return predictions
 
-    def _guide(self, uncond: Tensor, cond: Tensor) -> Prediction:
-        offset = cond - uncond
-        return Prediction(uncond + self.guidance.scale * offset, offset if self.guidance.reuse else None)
+    def _guided(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        return uncond + self.guidance.scale * (cond - uncond)
 
     def _unguided(self, features: Features) -> bool:
         return self.conditional is not None and len(features) == self.conditional.batch

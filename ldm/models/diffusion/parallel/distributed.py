@@ -41,7 +41,7 @@ class DistributedDecode(Wrapper):
         # Who comes after the last node decodes that one once more: there is a part for everyone.
         part = slice(min(self.rank * share, n - 1), min((self.rank + 1) * share, n))
         predictions = self.inner.decode(features[part], ts[part])
-        if any(prediction.offset is not None for prediction in predictions):
+        if any(prediction.offsets for prediction in predictions):
             raise ValueError("reuse of the guidance offset does not go with decoders spread over processes")
         mine = torch.stack([prediction.out for prediction in predictions])  # (<= share, B, C, H, W)
         mine = torch.cat([mine, mine[-1:].expand(share - len(mine), *mine.shape[1:])])  # (share, B, C, H, W)

@@ -127,6 +127,7 @@ METHODS = {
     "spectrum": Method(spectrum, 100, "step"),
     "zeros": Method(zeros, 1),
 }
+POLYNOMIALS = ("hold", "linear", "quadratic", "cubic")  # of METHODS
 AXES = ("timestep", "logsnr", "step")
 QUANTITIES = ("v", "eps", "x0")
 GRAMMAR = "NAME[:AXIS][:QUANTITY]"

@@ -57,7 +57,8 @@ class Cache:
         """At one more key node, with the encoder's features of the latents x."""
         began = self.features.keys and len(features) != len(self.features.last)  # guidance has begun or ended
         cache = replace(self, outputs=replace(self.outputs, keys=())) if began else self
-        return replace(cache, features=self.features.key(i, features), key_x=x, last=None)
+        last = replace(self.last, past=True) if self.last and self.last.offsets else None
+        return replace(cache, features=self.features.key(i, features), key_x=x, last=last)
 
     def eps(
         self, model: Denoiser, prediction: Prediction | None, x: Tensor, i: int, node: Node
