@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldm.models.diffusion.ddim import DDIM, DDIMSampler
+from ldm.models.diffusion.denoiser import Prediction
 from ldm.models.diffusion.edits import inpainting, prior_noise
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.load import load_plan
@@ -159,10 +160,10 @@ class TimestepModel:
         return x
 
     def decode(self, features, ts, last):
-        return [torch.full_like(x, t / 1000) for x, t in zip(features, ts, strict=True)]
+        return [Prediction(torch.full_like(x, t / 1000)) for x, t in zip(features, ts, strict=True)]
 
-    def to_eps(self, out, x, node):
-        return out
+    def to_eps(self, prediction, x, node):
+        return prediction.out
 
 
 def test_published_signatures():

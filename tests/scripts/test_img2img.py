@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from ldm.checkpoint import load_model
 from ldm.io.images import from_pil, psnr, read_png
+from ldm.models.diffusion.denoiser import Prediction
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import diffuse
@@ -79,10 +80,10 @@ class Oracle:
         return Features(x, ())
 
     def decode(self, features, ts, last):
-        return [self.noise] * len(ts)
+        return [Prediction(self.noise)] * len(ts)
 
-    def to_eps(self, out, x, node):
-        return out
+    def to_eps(self, prediction, x, node):
+        return prediction.out
 
 
 @pytest.mark.parametrize("sampler", sorted(SOLVERS.keys() - {"ddpm", "euler-a"}))  # these add fresh noise
