@@ -35,6 +35,7 @@ PROJECT_FILES = (
     "models/*.yaml",
     "models/**/config.yaml",
     "models/ldm/cin256-v2/classes.txt",
+    "models/first_stage_models/emoji128-kl-f8/model.safetensors",
     *(f"models/ldm/emoji*/**/{files}" for files in ("*.json", "*.yaml", "*.txt", "model.safetensors")),
 )
 
