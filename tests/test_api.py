@@ -280,6 +280,8 @@ def test_sizes_follow_each_other_and_batches_change_nothing(models):
     "told, error, why",
     [
         ({}, ValueError, "subjects must be one or more prompts"),
+        ({"subjects": 5}, ValueError, "subjects must be one or more prompts"),
+        ({"subjects": ["a\ud800"]}, ValueError, "subjects must be one or more prompts"),
         ({"subjects": []}, ValueError, "one or more prompts"),
         ({"subjects": [3]}, ValueError, "one or more prompts"),
         ({"subjects": HEART, "steps": 0}, ValueError, "^steps: expected a whole number in 1..10000; got '0'"),

@@ -46,7 +46,7 @@ from ldm.cli.tasks import (
     upscaling_settings,
     upscaling_task,
 )
-from ldm.io.errors import BadInput
+from ldm.io.errors import BadInput, shown
 from ldm.io.images import from_pil, open_image, open_labels, open_mask
 from ldm.sampling.engine import Task
 from ldm.sampling.task import Layout
@@ -124,9 +124,10 @@ class Given:
 
     def prompts(self, count: int | None = None) -> list[str]:
         """The prompts; where a count is given, one for all or one for each."""
-        prompts = [self.subjects] if isinstance(self.subjects, str) else list(self.subjects or ())
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"subjects must be one or more prompts for this model; got {self.subjects!r}")
+        prompts = [self.subjects] if isinstance(self.subjects, str) else self.subjects
+        if not isinstance(prompts, list | tuple) or not prompts or not all(map(is_text, prompts)):
+            raise ValueError(f"subjects must be one or more prompts for this model; got {shown(self.subjects)}")
+        prompts = [*prompts]
         if count is not None and len(prompts) not in (1, count):
             raise ValueError(f"expected one prompt, or {count}, one for each image; got {len(prompts)}")
         return prompts if count in (None, len(prompts)) else prompts * count
@@ -178,6 +179,11 @@ class Given:
             for image, mask in zip(self.images, self.masks, strict=True)
         ]
         return subjects, images, masks
+
+
+def is_text(prompt: Any) -> bool:
+    """Whether it is a text that a file can hold, without half characters."""
+    return isinstance(prompt, str) and not any("\ud800" <= character <= "\udfff" for character in prompt)
 
 
 def as_files(images: ImageLike | Sequence[ImageLike] | None, folder: Path) -> list[File]:

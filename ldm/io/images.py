@@ -7,6 +7,7 @@ import io
 import json
 import math
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -284,12 +285,12 @@ def _line_height(font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
 
 def _fitted(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
     """The text, with an ellipsis if it is wider than `width` pixels."""
-    # The built-in font may know Latin letters only.
-    text = text.encode("latin-1", "replace").decode("latin-1")
-    cut = text
-    while cut and font.getlength(text if cut == text else cut + "...") > width:
-        cut = cut[:-1]
-    return text if cut == text else cut + "..."
+    # The built-in font may know Latin letters only. What follows so many letters fits into no width.
+    text = text[: 8 * width].encode("latin-1", "replace").decode("latin-1")
+    if font.getlength(text) <= width:
+        return text
+    longer = bisect_right(range(len(text)), width, key=lambda length: font.getlength(text[:length] + "..."))
+    return text[: max(0, longer - 1)] + "..."
 
 
 # Settings inside the file

@@ -79,6 +79,13 @@ def test_grid_places_images_row_by_row():
             grid(*faulty)
 
 
+@pytest.mark.parametrize("text", ["x" * 10**6, "a\nb" * 10**5, "\0" * 10**6, "猫" * 10**6], ids=lambda text: text[:2])
+def test_a_caption_of_any_length_is_cut_at_once(text):
+    """Letter by letter it would take hours."""
+    a = [Image.new("RGB", (32, 32))]
+    assert grid(a, 1, [text]).size == grid(a, 1, ["x"]).size and side_by_side({"": a}, [text]).size[1] > 32
+
+
 def test_a_grid_with_captions_has_ink_below_each_image_that_begins_one():
     images = [plain("red")] * 4  # 8 x 6, enlarged 16 times
     sheet = np.asarray(grid(images, 2, ["a heart", "a heart", "a heart", "a tree"]).convert("L"))
