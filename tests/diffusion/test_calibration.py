@@ -12,6 +12,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint import fingerprint
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -198,14 +199,19 @@ def test_values_of_another_kind_say_which(tmp_path, name, value):
 
 
 def test_predictions_that_overflow_end_in_one_line(tmp_path, capsys):
-    assert (
-        load_script("calibrate_plan").main(
-            ["--steps", "2", "--keys", "1", "--n_samples", "1", "--scale", "1e30", "--out", str(tmp_path / "plan.yaml")]
-        )
-        == 2
+    weights = load_file(ROOT / "models/ldm/emoji64/model.safetensors")
+    weights["model.diffusion_model.out.2.weight"] = torch.full_like(
+        weights["model.diffusion_model.out.2.weight"], 1e38, dtype=torch.float32
+    )
+    save_file(weights, tmp_path / "model.safetensors")
+    model = ["--config", str(ROOT / "models/ldm/emoji64/config.yaml"), "--ckpt", str(tmp_path / "model.safetensors")]
+    plan = tmp_path / "plan.yaml"
+    made = load_script("calibrate_plan").main(
+        ["--steps", "2", "--keys", "1", "--n_samples", "1", "--out", str(plan), *model]
     )
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("calibrate_plan.py: error: --ckpt: latents are not finite") and not any(tmp_path.iterdir())
+    assert made == 2 and line.startswith("calibrate_plan.py: error: --ckpt: latents are not finite")
+    assert not plan.exists()
 
 
 @pytest.mark.parametrize("out", ["n" * 5000, f"{__file__}/plan.yaml"])

@@ -69,7 +69,7 @@ def refused(files, tmp_path, capsys):
         (["--plan", "nowhere.yaml"], "--plan: .*nowhere.yaml"),
         (["--compare", "--plan", "off"], "--plan: off skips no encoder"),
         (["--parallel", "0"], "--parallel: expected auto or a whole number in 1..1000000; got '0'"),
-        (["--noise-weight", "-1"], "--noise-weight: expected a number >= 0"),
+        (["--noise-weight", "-1"], "--noise-weight: expected a number in 0..100"),
         (["--noise-weight", "nan"], "--noise-weight: expected"),
         (["--noise-order", "sideways"], "--noise-order: .*'sideways'.*before.*after"),
         (["--guidance-reuse", "--plan", "deepcache:3"], "--guidance-reuse: .*deepcache:3 has other steps"),
