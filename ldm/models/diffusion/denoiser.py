@@ -26,12 +26,17 @@ class Prediction:
     out:     raw, (B, C, H, W).
     offsets: where guidance is to use them again: timestep of the last key nodes, and conditional minus unconditional
         prediction there, like out; oldest first.
-    past:    it is of an earlier key node's group, and only its offsets count.
     """
 
     out: Tensor
     offsets: tuple[tuple[float, Tensor], ...] = ()
-    past: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """At a key node, the prediction of the node before, which is of an earlier key node's group."""
+
+    prediction: Prediction
 
 
 class Denoiser(Protocol):
@@ -60,11 +65,11 @@ class Denoiser(Protocol):
         """The features of each of n nodes, decoded at its timestep until `blocks` blocks remain."""
 
     def decode(
-        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
     ) -> list[Prediction]:
         """The prediction at each of n timesteps, from the features of each, computed as one batch.
 
-        last: the prediction of the node before; None or `past` if the first node is a key node.
+        last: the prediction of the node before; None or `Past` if the first node is a key node.
         """
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
@@ -167,7 +172,7 @@ class Conditional:
         return self.network.advance(joined, t, self.cond.tile(len(ts)), blocks, self.tome).chunk(len(ts))
 
     def decode(
-        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
     ) -> list[Prediction]:
         t = self._times(features[0].hidden, ts)
         out = self.network.decode(Features.for_nodes(features), t, self.cond.tile(len(ts)), self.tome)  # (n*B, C, H, W)
@@ -212,7 +217,7 @@ class Wrapper:
         return self.inner.advance(features, ts, blocks)
 
     def decode(
-        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
     ) -> list[Prediction]:
         return self.inner.decode(features, ts, last)
 

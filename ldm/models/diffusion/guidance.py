@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.denoiser import Conditional, Prediction
+from ldm.models.diffusion.denoiser import Conditional, Past, Prediction
 from ldm.models.diffusion.propagation.forecast import METHODS, POLYNOMIALS, lagrange
 from ldm.models.diffusion.propagation.plan import Compute
 from ldm.models.diffusion.schedule import Node
@@ -110,14 +110,15 @@ class Guided:
         return denoiser.advance(features, ts, blocks)
 
     def decode(
-        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
     ) -> list[Prediction]:
         if self._unguided(features[0]):
             return self.conditional.decode(features, ts)
         if not self.guidance.reuse:
             return [Prediction(self._guided(*p.out.chunk(2))) for p in self.both.decode(features, ts)]
-        predictions, offsets = [], last.offsets if last else ()
-        if last is None or last.past:
+        before = last.prediction if isinstance(last, Past) else last
+        predictions, offsets = [], before.offsets if before else ()
+        if last is None or isinstance(last, Past):  # the first is a key node
             uncond, cond = self.both.decode(features[:1], ts[:1])[0].out.chunk(2)
             offsets = self.guidance.kept(offsets, ts[0], cond - uncond)
             predictions, features, ts = [Prediction(self._guided(uncond, cond), offsets)], features[1:], ts[1:]

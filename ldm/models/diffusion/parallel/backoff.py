@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from ldm.models.diffusion.denoiser import Denoiser, Prediction, Wrapper
+from ldm.models.diffusion.denoiser import Denoiser, Past, Prediction, Wrapper
 from ldm.modules.diffusionmodules.features import Features
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class BatchBackoff(Wrapper):
         return self._in_parts(len(ts), lambda part, _: self.inner.advance(features[part], ts[part], blocks))
 
     def decode(
-        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
     ) -> list[Prediction]:
         return self._in_parts(
             len(ts), lambda part, done: self.inner.decode(features[part], ts[part], done[-1] if done else last)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ldm.models.diffusion.denoiser import Denoiser, Prediction, Wrapper
+from ldm.models.diffusion.denoiser import Denoiser, Past, Prediction, Wrapper
 from ldm.modules.diffusionmodules.features import Features
 
 
@@ -32,7 +32,7 @@ class DistributedDecode(Wrapper):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
     def decode(
-        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None = None
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
     ) -> list[Prediction]:
         n = len(ts)
         if n == 1:

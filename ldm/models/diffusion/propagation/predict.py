@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Denoiser, Prediction
+from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Denoiser, Past, Prediction
 from ldm.models.diffusion.propagation.forecast import Forecast
 from ldm.models.diffusion.propagation.history import Forecaster, History, relative_error
 from ldm.models.diffusion.propagation.plan import AnyPlan, Batch, Compute
@@ -23,7 +23,7 @@ class Cache:
     inner:    where the decoder stood before its outermost blocks, of key and decoder nodes (DeepCache,
         arXiv 2312.00858).
     outputs:  predictions of all nodes where some of the network ran, in the quantity that is forecast.
-    quantity: one of TO_EPS, or '' = as the network predicts.
+    quantity: one of TO_EPS, or '' = as the network predicts; None = nothing is forecast, and no prediction kept.
     key_x:    the latents of the last key node, (B, C, H, W).
     last:     the prediction of the node before, for guidance that is used again.
     """
@@ -31,9 +31,9 @@ class Cache:
     features: History[Features]
     inner: History[Features]
     outputs: History[Tensor]
-    quantity: str
+    quantity: str | None
     key_x: Tensor
-    last: Prediction | None = None
+    last: Prediction | Past | None = None
 
     @staticmethod
     def before(plan: AnyPlan, nodes: Sequence[Node], x: Tensor) -> Cache:
@@ -49,7 +49,7 @@ class Cache:
             History(of[Compute.DECODER], Features.combine),
             History(of[Compute.SHALLOW], Features.combine),
             History(of[Compute.SKIPPED], weighted_sum),
-            forecast.quantity,
+            forecast.quantity if Compute.SKIPPED in plan.levels else None,
             x,
         )
 
@@ -57,7 +57,7 @@ class Cache:
         """At one more key node, with the encoder's features of the latents x."""
         began = self.features.keys and len(features) != len(self.features.last)  # guidance has begun or ended
         cache = replace(self, outputs=replace(self.outputs, keys=())) if began else self
-        last = replace(self.last, past=True) if self.last and self.last.offsets else None
+        last = None if self.last is None else Past(self.last)
         return replace(cache, features=self.features.key(i, features), key_x=x, last=last)
 
     def eps(
@@ -73,6 +73,8 @@ class Cache:
             eps = to_eps(value, x, node.abar) if to_eps else model.to_eps(Prediction(value), x, node)
             return eps, self
         eps = model.to_eps(prediction, x, node)
+        if self.quantity is None:
+            return eps, self
         from_eps = FROM_EPS.get(self.quantity)
         value = from_eps(eps, x, node.abar) if from_eps else prediction.out
         return eps, replace(self, outputs=self.outputs.key(i, value))
