@@ -27,22 +27,12 @@ from ldm.profiling.memory import decoder_bytes, decoders_that_fit, free_bytes, p
 from ldm.sampling.generate import read_manifest
 from tests.helpers.scripts import load_script
 from tests.helpers.tiny_models import write_model
+from tests.helpers.tiny_unet import TEXT_UNET, unet_config
 from tests.helpers.toy import EXACT, ToyNetwork, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
 main = load_script("txt2img").main
 
-UNET = dict(
-    image_size=8,
-    in_channels=4,
-    out_channels=4,
-    model_channels=32,
-    num_res_blocks=1,
-    channel_mult=[1, 2],
-    attention_resolutions=[1, 2],
-    num_heads=2,
-    use_spatial_transformer=True,
-    context_dim=16,
-)
+UNET = TEXT_UNET | {"attention_resolutions": [1, 2]}
 FIRST_STAGE = dict(
     double_z=True,
     z_channels=4,
@@ -83,8 +73,7 @@ def test_the_estimate_is_what_a_real_decoder_holds():
     one, four = (decoder_bytes(unet, (8, 8), batch, 7) for batch in (1, 4))
     assert four == pytest.approx(4 * one, rel=0.02)
     assert not unet.out[0].weight.is_meta
-    config = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNET}
-    assert decoder_bytes(config, (8, 8), batch=2, context_length=7) == real // 2
+    assert decoder_bytes(unet_config(**UNET), (8, 8), batch=2, context_length=7) == real // 2
 
 
 def test_the_estimate_of_sampling_is_what_networks_really_hold():

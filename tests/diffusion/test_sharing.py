@@ -24,20 +24,9 @@ from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
 from ldm.modules.diffusionmodules.features import Features, PartWeights
 from ldm.profiling.memory import decoder_bytes, peak_bytes, shared_bytes
 from ldm.profiling.workload import random_network
+from tests.helpers.tiny_unet import unet_config
 from tests.helpers.toy import EXACT, ToyNetwork, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
-UNET = dict(
-    image_size=8,
-    in_channels=4,
-    out_channels=4,
-    model_channels=32,
-    num_res_blocks=1,
-    channel_mult=[1, 2],
-    attention_resolutions=[2],
-    num_heads=2,
-    use_spatial_transformer=True,
-    context_dim=16,
-)
 GUIDANCE = {"none": 1.0, "always": 3.0, "interval": Guidance(3.0, (100, 700)), "reuse": Guidance(3.0, reuse=True)}
 
 
@@ -50,8 +39,7 @@ class Unshared(Wrapper):
 
 @cache
 def small_network() -> DiffusionWrapper:
-    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
-    return random_network({"unet_config": {"target": target, "params": UNET}})
+    return random_network({"unet_config": unet_config()})
 
 
 def inputs(batch: int) -> tuple[Tensor, Conditioning, Conditioning]:

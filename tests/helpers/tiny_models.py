@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,31 @@ from tests.helpers.clip_vocabulary import write_vocabulary
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_clip import TINY_OPEN, TINY_TEXT
+from tests.helpers.tiny_unet import unet_config
 
 CODEBOOK = "first_stage_model.quantize.embedding.weight"
 DEPTH_BIAS = "depth_model.model.scratch.output_conv.4.bias"
 NARROW = {"unet_config__params__context_dim": 16, "cond_stage_config__params__embed_dim": 16}
 TINY_DEPTH = {"width": 64, "heads": 4, "depth": 4, "taps": (1, 3), "stages": (1, 2, 1), "grid": 4, "features": 32}
+# 16 x 16 images to 8 x 8 latents.
+FIRST_STAGE: dict[str, Any] = {
+    "target": "ldm.models.autoencoder.AutoencoderKL",
+    "params": {
+        "embed_dim": 4,
+        "ddconfig": {
+            "double_z": True,
+            "z_channels": 4,
+            "resolution": 16,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 32,
+            "ch_mult": [1, 1],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "dropout": 0.0,
+        },
+    },
+}
 WORDS = ["a red heart, noto style", "a green tree", "a dog face", "an owl"]
 
 
@@ -34,40 +55,8 @@ def tiny_params(folder: Path) -> dict:
         "conditioning_key": "crossattn",
         "cond_stage_key": "caption",
         "use_ema": False,
-        "unet_config": {
-            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-            "params": {
-                "image_size": 8,
-                "in_channels": 4,
-                "out_channels": 4,
-                "model_channels": 32,
-                "num_res_blocks": 1,
-                "channel_mult": [1, 2],
-                "attention_resolutions": [2],
-                "num_heads": 2,
-                "use_spatial_transformer": True,
-                "context_dim": 16,
-                "legacy": False,
-            },
-        },
-        "first_stage_config": {
-            "target": "ldm.models.autoencoder.AutoencoderKL",
-            "params": {
-                "embed_dim": 4,
-                "ddconfig": {
-                    "double_z": True,
-                    "z_channels": 4,
-                    "resolution": 16,
-                    "in_channels": 3,
-                    "out_ch": 3,
-                    "ch": 32,
-                    "ch_mult": [1, 1],
-                    "num_res_blocks": 1,
-                    "attn_resolutions": [],
-                    "dropout": 0.0,
-                },
-            },
-        },
+        "unet_config": unet_config(legacy=False),
+        "first_stage_config": FIRST_STAGE,
         "cond_stage_config": {
             "target": "ldm.modules.encoders.modules.BERTEmbedder",
             "params": {
@@ -104,10 +93,11 @@ def tiny_model(folder: Path, published: str, latent: int = 8, **params: Any) -> 
     config = OmegaConf.load(ROOT / published)
     model = config.model.params
     model.image_size, model.use_ema = latent, False
-    model.unet_config.params.update(image_size=latent, model_channels=32, num_res_blocks=1)
+    unet, first_stage = model.unet_config.params, model.first_stage_config.params.ddconfig
+    unet.update(image_size=latent, model_channels=32, num_res_blocks=1, channel_mult=narrow(unet.channel_mult))
+    first_stage.update(ch=32, num_res_blocks=1, ch_mult=narrow(first_stage.ch_mult))
     if "n_embed" in model.first_stage_config.params:
         model.first_stage_config.params.n_embed = 1024
-    model.first_stage_config.params.ddconfig.update(ch=32, num_res_blocks=1)
     for name, value in params.items():
         OmegaConf.update(model, name.replace("__", "."), value, force_add=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +110,11 @@ def tiny_model(folder: Path, published: str, latent: int = 8, **params: Any) -> 
         state[DEPTH_BIAS] += 1  # the depth of a random network may be nowhere above 0, and is cut off there
     save_weights(folder / "model.safetensors", state)
     return ["--config", str(folder / "config.yaml"), "--ckpt", str(folder / "model.safetensors")]
+
+
+def narrow(widths: Sequence[int]) -> list[int]:
+    """As many levels, none of them wider than twice the first."""
+    return [min(width, 2) for width in widths]
 
 
 def tiny_text_model(folder: Path, published: str, **params: Any) -> list[str]:

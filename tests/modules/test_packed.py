@@ -9,19 +9,8 @@ from torch import nn
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.packed import PackedConv2d, PackedLinear, PackedPointwise, convolution_shapes, pack, pack_layers
 from ldm.profiling.cost import unet_macs
+from tests.helpers.tiny_unet import TEXT_UNET, unet_config
 
-UNET = dict(
-    image_size=8,
-    in_channels=4,
-    out_channels=4,
-    model_channels=32,
-    num_res_blocks=1,
-    channel_mult=[1, 2],
-    attention_resolutions=[2],
-    num_heads=2,
-    use_spatial_transformer=True,
-    context_dim=16,
-)
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512",
     reason="only packed with oneDNN on a CPU with AVX-512",
@@ -30,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 def small_unet(**options) -> UNetModel:
     torch.manual_seed(0)
-    unet = UNetModel(**UNET | options).eval().requires_grad_(False)
+    unet = UNetModel(**TEXT_UNET | options).eval().requires_grad_(False)
     for parameter in unet.parameters():
         parameter.normal_(0, 0.1)
     return unet
@@ -107,7 +96,7 @@ def test_convolutions_are_packed_for_what_they_get():
             layer.register_forward_pre_hook(lambda _, given, name=name: found.update({name: given[0].shape}))
     network(torch.randn(2, 4, 16, 8), torch.zeros(2), torch.randn(2, 5, 16))
     assert convolution_shapes(network, (16, 8), 5) == found and len(found) > 10
-    config = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNET}
+    config = unet_config()
     of_config = convolution_shapes(config, (16, 8), 5)
     assert of_config == found and convolution_shapes(dict(config), [16, 8], 5) is of_config, "found once"
     assert convolution_shapes(config, (8, 8), 5) != found

@@ -13,17 +13,9 @@ from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from ldm.modules.packed import PackedParts, convolution_shapes, pack_layers
 from ldm.profiling.cost import count_macs
 from tests.helpers.goldens import recipe_weights
+from tests.helpers.tiny_unet import PLAIN_UNET
 
-SMALL = dict(
-    image_size=8,
-    in_channels=4,
-    model_channels=32,
-    out_channels=4,
-    num_res_blocks=1,
-    attention_resolutions=[1, 2],
-    channel_mult=[1, 2],
-    num_heads=4,
-)
+SMALL = PLAIN_UNET | {"attention_resolutions": [1, 2], "num_heads": 4}
 SIZES = {1: (8,), 2: (8, 16), 3: (3, 8, 8)}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 STEPS = (900.0, 612.5, 3.0)

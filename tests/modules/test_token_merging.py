@@ -17,20 +17,10 @@ from ldm.modules.token_merging import Merging
 from ldm.profiling.cost import unet_macs
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.published import SD_V1
+from tests.helpers.tiny_unet import TEXT_UNET, unet_config
 from tests.helpers.toy import ABAR, final
 
-UNET = dict(
-    image_size=8,
-    in_channels=4,
-    out_channels=4,
-    model_channels=32,
-    num_res_blocks=1,
-    channel_mult=[1, 2],
-    attention_resolutions=[1, 2],
-    num_heads=2,
-    use_spatial_transformer=True,
-    context_dim=16,
-)
+UNET = TEXT_UNET | {"attention_resolutions": [1, 2]}
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -117,9 +107,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 def test_merging_goes_with_every_kind_of_node_and_with_parallel_decoders():
-    network = DiffusionWrapper(
-        {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNET}, "crossattn"
-    )
+    network = DiffusionWrapper(unet_config(**UNET), "crossattn")
     recipe_weights(network, seed=1, gain=0.6).requires_grad_(False)
     x, _, context = inputs(1)
     rule = DDIM(ddim_nodes(ABAR, ddim_timesteps(5)))

@@ -12,21 +12,11 @@ from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from ldm.modules.diffusionmodules.util import GroupNorm32
 from tests.helpers.goldens import assert_golden, from_recipe, load_case, recipe_weights
 from tests.helpers.paths import GOLDENS
+from tests.helpers.tiny_unet import TEXT_UNET
 
 CASES = sorted(path.stem for path in GOLDENS.glob("unet_*.json"))
 TIME_CASES = [name for name in CASES if name.startswith("unet_time_")]
-SMALL = dict(
-    image_size=8,
-    in_channels=4,
-    model_channels=32,
-    out_channels=4,
-    num_res_blocks=1,
-    attention_resolutions=[1, 2],
-    channel_mult=[1, 2],
-    num_heads=4,
-    use_spatial_transformer=True,
-    context_dim=24,
-)
+SMALL = TEXT_UNET | {"attention_resolutions": [1, 2], "num_heads": 4, "context_dim": 24}
 
 
 def small_unet(**changes) -> UNetModel:

@@ -20,31 +20,10 @@ from ldm.profiling.timing import Seconds, alternate, peak_memory, shares
 from ldm.profiling.workload import Workload, random_network
 from tests.helpers.paths import EMOJI64
 from tests.helpers.scripts import load_script
+from tests.helpers.tiny_unet import network_params
 
 main = load_script("benchmark").main
-PARAMS = dict(
-    linear_start=0.00085,
-    linear_end=0.012,
-    image_size=16,
-    channels=4,
-    conditioning_key="crossattn",
-    unet_config={
-        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-        "params": dict(
-            image_size=16,
-            in_channels=4,
-            out_channels=4,
-            model_channels=32,
-            num_res_blocks=1,
-            channel_mult=[1, 2],
-            attention_resolutions=[1, 2],
-            num_heads=2,
-            use_spatial_transformer=True,
-            context_dim=16,
-            legacy=False,
-        ),
-    },
-)
+PARAMS = network_params(image_size=16, attention_resolutions=[1, 2])
 
 
 def workload(steps: int = 4) -> Workload:

@@ -9,6 +9,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.profiling.cost import Macs, count_macs, unet_macs
 from tests.helpers.paths import ROOT
 from tests.helpers.published import SD_V1
+from tests.helpers.tiny_unet import PLAIN_UNET
 
 # Counted on the published network, guidance batch of 2, 64 x 64 latents, 77 tokens.
 # Keys and values of 2 x 77 tokens of width 768, in the encoder with the middle block and in the decoder.
@@ -17,16 +18,6 @@ ENCODER_ONCE, DECODER_ONCE = (
 )
 ENCODER, MIDDLE, DECODER, OUT, TIME = 249335971840, 12099584000, 541739417600, 94371840, 4096000
 KEYS_50 = (0, 1, 2, 3, 5, 10, 15, 25, 35)
-TINY = dict(
-    image_size=8,
-    in_channels=4,
-    out_channels=4,
-    model_channels=32,
-    num_res_blocks=1,
-    channel_mult=[1, 2],
-    attention_resolutions=[2],
-    num_heads=2,
-)
 
 
 def test_stable_diffusion_v1_to_the_last_mac():
@@ -92,7 +83,7 @@ def test_both_products_of_attention_are_counted():
     ids=str,
 )
 def test_a_living_network_is_counted_as_its_config_and_left_alone(options):
-    params = TINY | options
+    params = PLAIN_UNET | options
     unet = UNetModel(**params)
     before = {key: value.clone() for key, value in unet.state_dict().items()}
     length = 5 if "context_dim" in options else None

@@ -8,32 +8,11 @@ import torch
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.profiling.diffusers_baseline import diffusers_peer, fastest
 from ldm.profiling.workload import Workload, random_network
+from tests.helpers.tiny_unet import network_params
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-PARAMS = dict(
-    linear_start=0.00085,
-    linear_end=0.012,
-    channels=4,
-    image_size=8,
-    conditioning_key="crossattn",
-    unet_config={
-        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-        "params": dict(
-            image_size=8,
-            in_channels=4,
-            out_channels=4,
-            model_channels=32,
-            num_res_blocks=2,
-            channel_mult=[1, 2],
-            attention_resolutions=[1, 2],
-            num_heads=2,
-            use_spatial_transformer=True,
-            context_dim=16,
-            legacy=False,
-        ),
-    },
-)
+PARAMS = network_params(num_res_blocks=2, attention_resolutions=[1, 2])
 
 
 def test_whole_runs_are_the_same_eager_and_compiled():

@@ -16,7 +16,8 @@ from ldm.util import ConfigError, instantiate_from_config
 from tests.helpers.clip_vocabulary import write_vocabulary
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.tiny_clip import TINY_OPEN, TINY_TEXT
-from tests.helpers.tiny_models import TINY_DEPTH
+from tests.helpers.tiny_models import FIRST_STAGE, TINY_DEPTH
+from tests.helpers.tiny_unet import unet_config
 
 MODULES = "ldm.modules.encoders.modules"
 NOISING = {"linear_start": 0.0001, "linear_end": 0.02}
@@ -87,41 +88,8 @@ def config(
             "conditioning_key": key,
             "cond_stage_key": "txt",
             "use_ema": False,
-            "unet_config": {
-                "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-                "params": {
-                    "image_size": 8,
-                    "in_channels": channels,
-                    "out_channels": 4,
-                    "model_channels": 32,
-                    "num_res_blocks": 1,
-                    "channel_mult": [1, 2],
-                    "attention_resolutions": [2],
-                    "num_heads": 2,
-                    "use_spatial_transformer": True,
-                    "context_dim": 16,
-                    "legacy": False,
-                    **(unet or {}),
-                },
-            },
-            "first_stage_config": {
-                "target": "ldm.models.autoencoder.AutoencoderKL",
-                "params": {
-                    "embed_dim": 4,
-                    "ddconfig": {
-                        "double_z": True,
-                        "z_channels": 4,
-                        "resolution": 16,
-                        "in_channels": 3,
-                        "out_ch": 3,
-                        "ch": 32,
-                        "ch_mult": [1, 1],
-                        "num_res_blocks": 1,
-                        "attn_resolutions": [],
-                        "dropout": 0.0,
-                    },
-                },
-            },
+            "unet_config": unet_config(in_channels=channels, legacy=False, **(unet or {})),
+            "first_stage_config": FIRST_STAGE,
             "cond_stage_config": conditioner,
             **(more or {}),
         },

@@ -8,14 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.unet_layers import (
-    CONVOLUTIONS,
-    AttentionPool2d,
-    Downsample,
-    ResBlock,
-    TimestepEmbedSequential,
-)
-from ldm.modules.diffusionmodules.unet_levels import Attention, input_blocks, unet_levels
+from ldm.modules.diffusionmodules.unet_layers import CONVOLUTIONS, AttentionPool2d, Downsample, TimestepEmbedSequential
+from ldm.modules.diffusionmodules.unet_levels import Attention, embedding, input_blocks, residual, unet_levels
 from ldm.modules.diffusionmodules.util import normalization, timestep_embedding, zero_module
 
 
@@ -68,19 +62,10 @@ class EncoderUNetModel(nn.Module):
             use_checkpoint,
         )
         emb_channels = 4 * model_channels
-        res = partial(
-            ResBlock,
-            emb_channels=emb_channels,
-            dropout=dropout,
-            dims=dims,
-            use_scale_shift_norm=use_scale_shift_norm,
-            use_checkpoint=use_checkpoint,
-        )
+        res = residual(emb_channels, dropout, dims, use_scale_shift_norm, use_checkpoint)
         down = partial(res, down=True) if resblock_updown else partial(Downsample, use_conv=conv_resample, dims=dims)
         self.model_channels, self.pool, self.use_fp16 = model_channels, pool, use_fp16
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-        )
+        self.time_embed = embedding(model_channels, emb_channels)
         conv_in = CONVOLUTIONS[dims](in_channels, model_channels, 3, padding=1)
         self.input_blocks, widths = input_blocks(levels, conv_in, res, attention, down)
         middle = widths[-1]

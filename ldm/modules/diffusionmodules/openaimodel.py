@@ -25,7 +25,14 @@ from ldm.modules.diffusionmodules.unet_layers import (
     TimestepEmbedSequential,
     Upsample,
 )
-from ldm.modules.diffusionmodules.unet_levels import Attention, input_blocks, output_blocks, unet_levels
+from ldm.modules.diffusionmodules.unet_levels import (
+    Attention,
+    embedding,
+    input_blocks,
+    output_blocks,
+    residual,
+    unet_levels,
+)
 from ldm.modules.diffusionmodules.util import normalization, timestep_embedding, zero_module
 from ldm.modules.token_merging import check_ratio
 
@@ -50,8 +57,7 @@ def _label_embedding(num_classes: int | str, adm_in_channels: int | None, width:
     if num_classes == "continuous":
         return nn.Linear(1, width)
     if num_classes == "sequential" and adm_in_channels is not None:
-        layers = nn.Linear(adm_in_channels, width), nn.SiLU(), nn.Linear(width, width)
-        return nn.Sequential(nn.Sequential(*layers))
+        return nn.Sequential(embedding(adm_in_channels, width))
     raise ValueError(
         f"num_classes must be a number of classes, 'continuous', 'sequential' together with "
         f"adm_in_channels, or None; got {num_classes!r} with adm_in_channels={adm_in_channels}"
@@ -158,14 +164,7 @@ class UNetModel(nn.Module):
             use_checkpoint,
         )
         emb_channels = 4 * model_channels
-        res = partial(
-            ResBlock,
-            emb_channels=emb_channels,
-            dropout=dropout,
-            dims=dims,
-            use_scale_shift_norm=use_scale_shift_norm,
-            use_checkpoint=use_checkpoint,
-        )
+        res = residual(emb_channels, dropout, dims, use_scale_shift_norm, use_checkpoint)
         if resblock_updown:
             down, up = partial(res, down=True), partial(res, up=True)
         else:
@@ -185,9 +184,7 @@ class UNetModel(nn.Module):
         self.finest = levels[0].res_blocks + 1  # blocks of the finest level, on each side
         self.merges_tokens = use_spatial_transformer and levels[0].attention_blocks > 0 and not levels[0].context_only
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-        )
+        self.time_embed = embedding(model_channels, emb_channels)
         if num_classes is not None:
             self.label_emb = _label_embedding(num_classes, adm_in_channels, emb_channels)
         self.input_blocks, widths = input_blocks(levels, conv(in_channels, model_channels), res, attention, down)

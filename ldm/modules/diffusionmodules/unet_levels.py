@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.unet_layers import AttentionBlock, TimestepEmbedSequential
+from ldm.modules.diffusionmodules.unet_layers import AttentionBlock, ResBlock, TimestepEmbedSequential
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,25 @@ def unet_levels(
     attention = [n if 2**i in attention_resolutions else 0 for i, n in enumerate(attention)]
     channels = [model_channels * mult for mult in channel_mult]
     return list(map(Level, channels, res_blocks, attention, context_only))
+
+
+def embedding(given: int, width: int) -> nn.Sequential:
+    """The two layers by which numbers (B, given), of a timestep for example, become an embedding (B, width)."""
+    return nn.Sequential(nn.Linear(given, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def residual(
+    emb_channels: int, dropout: float, dims: int, use_scale_shift_norm: bool, use_checkpoint: bool
+) -> Callable[..., ResBlock]:
+    """What makes the residual blocks of one UNet; the arguments are UNetModel's, and the width of its embedding."""
+    return partial(
+        ResBlock,
+        emb_channels=emb_channels,
+        dropout=dropout,
+        dims=dims,
+        use_scale_shift_norm=use_scale_shift_norm,
+        use_checkpoint=use_checkpoint,
+    )
 
 
 @dataclass(frozen=True)
