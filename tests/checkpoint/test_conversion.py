@@ -134,7 +134,7 @@ class Small:
             "model_channels": 32,
             "num_res_blocks": 2,
             "attention_resolutions": [4, 2, 1],
-            "channel_mult": [1, 2, 4, 4],
+            "channel_mult": [1, 2, 2, 2],
             "use_spatial_transformer": True,
             "transformer_depth": 1,
             "context_dim": 64,

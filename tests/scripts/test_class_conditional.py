@@ -46,7 +46,7 @@ class FromGiven(Engine):
 @pytest.mark.parametrize(
     "case, final, flags",
     [
-        ("fork_serial_k48_cfg6.0", "final_injected", ["--scale", "6"]),
+        ("fork_serial_k48_cfg6.0", "final_injected", ["--scale", "6", "--parallel", "50"]),
         ("fork_serial_k48_cfg6.0", "final", ["--scale", "6", "--noise-weight", "0", "--parallel", "7"]),
         (
             "fork_parallel_k19_alpha1_cfg1.5",
@@ -96,11 +96,11 @@ def test_the_defaults_give_the_trajectories_of_the_fork(case, final, flags):
 # End to end
 
 
-def test_250_steps_with_the_48_and_the_19_keys(files, tmp_path):
+def test_250_steps_with_48_keys_by_default(files, tmp_path):
     script = Script("class_conditional", tmp_path, *files, "--n_samples", "1", "--classes", "3")
-    (many,), (few,) = script(), script("--plan", "ldm250-demo")
+    (made,) = script()
     assert (
-        many.items()
+        made.items()
         >= {
             "class": 3,
             "steps": 250,
@@ -112,8 +112,8 @@ def test_250_steps_with_the_48_and_the_19_keys(files, tmp_path):
             "noise_order": "update",
         }.items()
     )
-    assert (len(many["keys"]), len(few["keys"])) == (48, 19) and many["keys"][-3:] == [247, 248, 249]
-    assert many["unet_macs"] > few["unet_macs"] and (script.pixels(many) != script.pixels(few)).any()
+    assert len(made["keys"]) == 48 and made["keys"][-3:] == [247, 248, 249]
+    assert len(load_plan("ldm250-demo", 250).keys) == 19
 
 
 def test_the_class_and_the_guidance_decide_what_is_made(script):
