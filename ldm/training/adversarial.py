@@ -33,6 +33,7 @@ class AdversarialTraining(FirstStageTraining):
     """
 
     manages = ("accumulate_grad_batches", "gradient_clip_val")
+    strategy = "ddp_find_unused_parameters_true"  # each backward pass is of one of the two networks
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class AdversarialTraining(FirstStageTraining):
     def log_terms(self, split: str, images: Tensor, reconstruction: Tensor, terms: Mapping[str, Tensor]) -> None:
         terms = {**terms, "psnr": mean_psnr(images, reconstruction)}
         logged = {f"{split}/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(logged, prog_bar=split == "val", batch_size=len(images))
+        self.log_dict(logged, prog_bar=split == "val", batch_size=len(images), sync_dist=split == "val")
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = self.images_of(batch)

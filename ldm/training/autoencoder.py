@@ -109,9 +109,8 @@ class AutoencoderTraining(FirstStageTraining):
         reconstruction, posterior = self.model(images, sample_posterior)
         losses = self.loss(images, reconstruction, posterior)
         losses["psnr"] = mean_psnr(images, reconstruction)
-        self.log_dict(
-            {f"{prefix}/{k}": v.detach() for k, v in losses.items()}, prog_bar=prefix == "val", batch_size=len(images)
-        )
+        logged = {f"{prefix}/{k}": v.detach() for k, v in losses.items()}
+        self.log_dict(logged, prog_bar=prefix == "val", batch_size=len(images), sync_dist=prefix == "val")
         return losses["loss"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

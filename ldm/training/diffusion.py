@@ -164,7 +164,8 @@ class DiffusionTraining(ClippedTraining):
         noise = torch.randn(z.shape, generator=generator).to(z.device)
         with self.ema_weights():
             losses = self.losses(z, batch, t, noise)
-        self.log_dict({f"val/{k}": v for k, v in losses.items()}, batch_size=len(z), prog_bar=True)
+        logged = {f"val/{k}": v for k, v in losses.items()}
+        self.log_dict(logged, batch_size=len(z), prog_bar=True, sync_dist=True)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:

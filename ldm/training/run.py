@@ -100,6 +100,8 @@ def fit(config: DictConfig, logdir: Path, train: bool = True, allow: Sequence[st
         check_fits(state, module, last)
     with naming("data"):
         data = data_of(config.data, seed, allow)
+    if several(settings):
+        settings.setdefault("strategy", module.strategy)
     bar = [StepBar()] if settings.pop("enable_progress_bar", True) else []
     kept = KeptState(last, config.lightning.get("checkpoint_every_minutes", 3.0), config)
     trainer = trainer_of(
@@ -134,6 +136,16 @@ def managed(training: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, 
     """Take those settings out of the trainer's that the training module manages itself."""
     kind = get_obj_from_str(training["target"])
     return {name: settings.pop(name) for name in getattr(kind, "manages", ()) if settings.get(name) is not None}
+
+
+def several(settings: Mapping[str, Any]) -> bool:
+    """Whether the trainer will be several processes."""
+    devices = settings.get("devices", "auto")
+    if settings.get("num_nodes", 1) > 1:
+        return True
+    if devices in ("auto", "-1", -1):
+        return settings.get("accelerator") != "cpu" and torch.cuda.device_count() > 1
+    return len(devices) > 1 if isinstance(devices, list) else str(devices) != "1"
 
 
 def make_steps(

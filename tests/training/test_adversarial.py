@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ldm.training.run import fit
 from ldm.training.state import read_state
 from ldm.util import instantiate_from_config
 from tests.helpers.goldens import load_case, recipe_tensor
+from tests.helpers.processes import Child
 from tests.helpers.tiny_data import SIDE, write_data
 from tests.modules.test_losses import fill_loss
 
@@ -229,3 +231,26 @@ def test_a_state_is_saved_between_steps_only_and_when_a_signal_asks_for_it(data,
     config["lightning"]["trainer"] |= {"accumulate_grad_batches": 2, "val_check_interval": 4}
     fit(OmegaConf.create(config), tmp_path / "run")
     assert saved == [(4, 2), (6, 3)]
+
+
+def test_several_processes_train_the_same_two_networks(data, tmp_path):
+    """Each has other images, so their weights are the same only if both networks' gradients are averaged."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = tiny_config(data)
+    config["lightning"]["trainer"] |= {"devices": 2, "max_steps": 2, "limit_val_batches": 0}
+    env = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def work() -> int:
+        module = fit(OmegaConf.create(config), tmp_path / "run")
+        sums = [sum(p.double().sum().item() for p in n.parameters()) for n in (module.model, module.loss.discriminator)]
+        print(f"sums: {sums}")
+        return 0
+
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    children = [Child(work, log, {**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r, log in enumerate(logs)]
+    assert [child.end() for child in children] == [0, 0], "".join(log.read_text() for log in logs)
+    first, second = (log.read_text().partition("sums: ")[2].splitlines()[0] for log in logs)
+    assert first == second != ""
