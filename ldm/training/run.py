@@ -154,16 +154,26 @@ def make_steps(
     """Train on from step `done`, whose state is in the file `resumed`.
 
     Raises:
-        ValueError: the first step fails, or none is made.
+        ValueError: the first step fails, none is made, or an image can't be read.
     """
     try:
         trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(of_worker(str(error))) from error
     except RuntimeError as error:
         if trainer.global_step > done:
             raise
         raise ValueError(f"the network fails in its first step: {error}") from error
     if trainer.global_step == done:
         raise ValueError("no step was made: lightning.trainer limits epochs, time or batches to none")
+
+
+def of_worker(message: str) -> str:
+    """The message of an error, without the trace that PyTorch puts around one of a process that reads images."""
+    if not (message.startswith("Caught ") and "DataLoader worker" in message):
+        return message
+    last = message.strip().splitlines()[-1]
+    return re.sub(r"^[\w.]+(Error|Exception): ", "", last)
 
 
 @contextmanager

@@ -218,3 +218,38 @@ def test_two_steps(name, home, tmp_path, monkeypatch, capsys):
     state = read_state(tmp_path / name / "last.ckpt")
     assert state["global_step"] == 2
     assert all(value.isfinite().all() for value in state["state_dict"].values() if torch.is_tensor(value))
+
+
+def test_a_stopped_run_ends_with_the_same_weights(home, tmp_path, monkeypatch):
+    """Of a model with random crops, whose first batch sets the scale factor."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    config = json.loads(CONFIGS["model_cin256"].read_text())["config"]
+    config["model"]["params"]["scale_by_std"] = True
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    run = ["--base", str(tmp_path / "c.yaml"), "-t", "-l", str(tmp_path), *overrides_of(config)]
+    assert main([*run, "-n", "whole", "lightning.trainer.max_steps=3"]) == 0
+    assert main([*run, "-n", "parts", "lightning.trainer.max_steps=1"]) == 0
+    assert main(["--resume", str(tmp_path / "parts"), "-t", "lightning.trainer.max_steps=3"]) == 0
+    whole, parts = (read_state(tmp_path / name / "last.ckpt")["state_dict"] for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert whole["model.scale_factor"] != 1.0
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_an_image_that_cannot_be_read_is_named(home, tmp_path, monkeypatch, capsys, workers):
+    monkeypatch.chdir(home)
+    for name in "ab":
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{name}.png").write_bytes(b"no image")
+    config = json.loads(CONFIGS["first_stage_kl-f4"].read_text())["config"]
+    config["data"]["params"]["train"] = {
+        "target": "ldm.data.folder.ImageFolder",
+        "params": {"root": str(tmp_path / "images"), "size": SIZE},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    argv = ["--base", str(tmp_path / "c.yaml"), "-t", "-l", str(tmp_path), *overrides_of(config)]
+    assert main([*argv, f"data.params.num_workers={workers}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ".png: not an image that can be read; expected PNG" in line and "Traceback" not in line
+    assert not (tmp_path / "c").exists()
