@@ -38,6 +38,7 @@ class KeptState(pl.Callback):
         self.path, self.every_seconds, self.config = path, 60.0 * every_minutes, OmegaConf.to_yaml(config)
         self.saved_at, self.saved_step = time.monotonic(), -1
         self.counted = 0  # steps when the batch before ended
+        self.begun = False
         self.stopping = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,15 +66,19 @@ class KeptState(pl.Callback):
         )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Not earlier: a refused training must leave no folder.
+        self.counted = trainer.global_step
+
+    def write_config(self) -> None:
         with atomic_write(self.path.with_name("config.yaml")) as unfinished:
             unfinished.write_text(self.config, encoding="utf-8")
-        self.counted = trainer.global_step
+        self.begun = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: object) -> None:
         loss = outputs["loss"]
         if not loss.isfinite():
             self.fail(trainer, f"a loss of {loss.item()}")
+        if not self.begun and trainer.is_global_zero:
+            self.write_config()  # not earlier: a training whose first batch fails must leave no folder
         # Between the batches of one step there are gradients, which a state does not hold.
         stepped, self.counted = trainer.global_step > self.counted, trainer.global_step
         # The last step is saved here, too: afterwards Lightning counts a partial epoch as a whole one.

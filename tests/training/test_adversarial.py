@@ -221,12 +221,12 @@ def test_a_state_is_saved_between_steps_only_and_when_a_signal_asks_for_it(data,
         saved.append((trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.global_step))
         save(self, trainer)
 
-    def signalled(self, trainer, module, batch, batch_idx):
-        if trainer.fit_loop.epoch_loop.total_batch_idx == 2:  # the first batch of the second step
+    def signalled(self, batch, batch_idx):
+        if self.trainer.fit_loop.epoch_loop.total_batch_idx == 2:  # the first batch of the second step
             os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(KeptState, "save", watched)
-    monkeypatch.setattr(KeptState, "on_train_batch_start", signalled)
+    monkeypatch.setattr(AdversarialTraining, "on_train_batch_start", signalled)
     config = tiny_config(data)
     config["lightning"]["trainer"] |= {"accumulate_grad_batches": 2, "val_check_interval": 4}
     fit(OmegaConf.create(config), tmp_path / "run")
