@@ -1,15 +1,18 @@
-"""Error and cost of methods of sampling, each against the plain run of its sampler."""
+"""Methods of sampling, from a YAML file such as evaluation/plots/pareto.yaml: the error and the cost of each."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,17 +21,82 @@ from evaluation.metrics.paired import load_ssim
 from evaluation.metrics.retrieval import Queries, RealImages, choose_queries, features_of, load_real_images
 from evaluation.metrics.statistics import Moments
 from evaluation.plots.experiment import BATCH, Experiment
-from evaluation.plots.rows import Row
+from evaluation.protocols.protocol import reading
 from ldm.checkpoint import fingerprint
+from ldm.cli.arguments import MOST_STEPS
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of, one_line
 from ldm.io.files import file_sha256, json_sha256, read_json, write_json
 from ldm.io.images import from_pil, psnr, to_pil
+from ldm.io.schema import NotNegative, Schema, Text, parse
+from ldm.models.diffusion.propagation.forecast import POLYNOMIALS, ForecastName
 from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.sampling.engine import Cost
 from ldm.sampling.generate import Item, digest, prompt_items
 
 Values = dict[str, Any]  # of a row: its costs and errors, JSON values
+LISTS = ("sampler", "steps", "plan", "propagate")  # fields that may be lists: one row for each value
+
+
+class Row(Schema):
+    """A method of sampling.
+
+    family: rows of a family are drawn alike.
+    label:  text beside the row's marker; may name fields of the row in braces.
+    The other fields: see `ldm.sampling.engine.Recipe` and `load_plan`.
+    """
+
+    family: Text
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    sampler: Text = "ddim"
+    plan: Text = "off"
+    propagate: ForecastName | None = None
+    noise_weight: NotNegative = 0.0
+    guidance_reuse: bool | Literal[POLYNOMIALS] = False
+    label: str = ""
+
+    @model_validator(mode="after")
+    def _has_a_label_of_its_fields(self) -> Row:
+        try:
+            self.label.format(**dict(self))
+        except (LookupError, AttributeError, TypeError, ValueError):
+            raise ValueError(f"label may have {', '.join(Row.model_fields)} in braces; got {self.label!r}") from None
+        return self
+
+    def __str__(self) -> str:
+        parts = [f"{self.sampler} {self.steps}"] + [self.plan] * (self.plan != "off")
+        parts += [self.propagate] * (self.propagate is not None) + ["guidance reused"] * (self.guidance_reuse is True)
+        parts += [f"guidance {self.guidance_reuse}"] * isinstance(self.guidance_reuse, str)
+        return ", ".join(parts + [f"prior noise {self.noise_weight}"] * (self.noise_weight > 0))
+
+
+class _File(Schema):
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+def read_rows(path: str, steps: int) -> list[Row]:
+    """The rows of a file, with lists expanded. `steps`: of rows that do not state their number of steps. Raises
+    ValueError: the file can't be read, or has other content."""
+    with reading("file of rows as in evaluation/plots/pareto.yaml", Path(path)) as content:
+        entries = parse(_File, content).rows
+        rows = [row for k, entry in enumerate(entries, 1) for row in expanded(f"row {k}", entry, steps)]
+        if twice := [name for name, number in Counter(map(str, rows)).items() if number > 1]:
+            raise ValueError(f"two rows are {twice[0]!r}; expected each method once")
+    return rows
+
+
+def expanded(place: str, entry: dict[str, Any], steps: int) -> list[Row]:
+    """The rows of one entry; `place` names it in messages. See `read_rows`."""
+    lists = {name: entry[name] if isinstance(entry[name], list) else [entry[name]] for name in LISTS if name in entry}
+    if empty := [name for name, values in lists.items() if not values]:
+        raise ValueError(f"{place}: {empty[0]} is an empty list; expected a value or more")
+    return [
+        parse(Row, {"steps": steps} | entry | dict(zip(lists, values, strict=True)), place)
+        for values in product(*lists.values())
+    ]
+
+
+# The comparison
 
 
 @dataclass(frozen=True)

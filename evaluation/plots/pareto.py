@@ -14,10 +14,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from evaluation.plots.comparison import Comparison, Values, compare
+from evaluation.plots.comparison import Comparison, Row, Values, compare, read_rows
 from evaluation.plots.drawing import MARKERS, Drawing, new_figure
 from evaluation.plots.experiment import Experiment, uncalibrated
-from evaluation.plots.rows import Row, read_rows
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.propagation.plan import AnyPlan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evaluation.figures import ROWS as SHIPPED
-from evaluation.plots.rows import read_rows
+from evaluation.plots.comparison import read_rows
 
 
 def test_lists_in_a_row_are_rows(tmp_path):
