@@ -68,13 +68,14 @@ class Parser(argparse.ArgumentParser):
         return [parser for parsers in below for parser in parsers]
 
     def flag(self, setting: str) -> str:
-        """The flag of a setting, or its own name where it has none."""
+        """The flag of a setting, else the flag of its name, or its own name where there is none."""
+        same = (f"--{setting}", f"--{setting.replace('_', '-')}")
+        named = next((flag for flag in same if flag in self.flags()), setting)
         for action in self._actions:
             if action.dest == setting and action.option_strings:
-                same = (f"--{setting}", f"--{setting.replace('_', '-')}")
                 long = [flag for flag in action.option_strings if flag.startswith("--")]
                 return next((flag for flag in long if flag in same), (long or action.option_strings)[0])
-        return next((flag for flag in (p.flag(setting) for p in self._subparsers_below()) if flag != setting), setting)
+        return next((flag for flag in (p.flag(setting) for p in self._subparsers_below()) if flag != setting), named)
 
 
 class Version(argparse.Action):

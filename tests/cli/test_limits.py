@@ -36,6 +36,12 @@ def test_counts_have_a_limit(kind, most):
             kind(text)
 
 
+def test_too_many_lines_are_blamed_on_a_flag(tmp_path, capsys):
+    (tmp_path / "lines.txt").write_text("x\n" * (MOST + 1))
+    line = Script("txt2img", tmp_path).refusal(capsys, "--from-file", str(tmp_path / "lines.txt"))
+    assert line.startswith(f"--n_samples: {MOST + 1} subjects x 1 images of each")
+
+
 @pytest.mark.parametrize("subjects, repeat, samples", [(1, 10**6, 10**6), (1000, 1, 1001), (1, 1, 10**6 + 1)])
 def test_no_run_makes_more_images_than_it_can_list(subjects, repeat, samples):
     total = subjects * repeat * samples
