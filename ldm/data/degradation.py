@@ -9,9 +9,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
+from scipy.linalg import orth
 
 SCALE = 4
 OPENCV = ("INTER_LINEAR", "INTER_CUBIC", "INTER_AREA")
@@ -105,8 +108,6 @@ def shifted_kernel(kernel: np.ndarray, scale: int) -> np.ndarray:
 
 def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Each channel of (H, W, 3) convolved with the kernel; the image is mirrored at its borders."""
-    from scipy import ndimage
-
     return ndimage.convolve(image, kernel[..., None], mode="mirror")
 
 
@@ -115,8 +116,6 @@ def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 def resize(image: np.ndarray, width: int, height: int, interpolation: str) -> np.ndarray:
     """By OpenCV, without antialiasing for INTER_LINEAR and INTER_CUBIC."""
-    import cv2
-
     return cv2.resize(image, (int(width), int(height)), interpolation=getattr(cv2, interpolation))
 
 
@@ -166,8 +165,6 @@ def add_blur(image: np.ndarray, scale: int, draws: Draws, strength: Strength = F
 
 def add_noise(image: np.ndarray, draws: Draws, strength: Strength = FULL) -> np.ndarray:
     """Gaussian noise: of each channel, the same in all, or correlated."""
-    from scipy.linalg import orth
-
     numpy, level = draws.numpy, draws.python.randint(*strength.noise) / 255.0
     kind = numpy.rand()
     if kind > 0.6:
@@ -184,8 +181,6 @@ def add_noise(image: np.ndarray, draws: Draws, strength: Strength = FULL) -> np.
 
 def add_jpeg(image: np.ndarray, draws: Draws, strength: Strength = FULL) -> np.ndarray:
     """Written as JPEG, and read again."""
-    import cv2
-
     quality = [cv2.IMWRITE_JPEG_QUALITY, draws.python.randint(*strength.quality)]
     _, data = cv2.imencode(".jpg", to_levels(image)[..., ::-1], quality)
     return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1].astype(np.float32) / 255.0

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -87,8 +88,6 @@ def uniform(low: float = 0.0, high: float = 1.0) -> float:
 
 def smallest_side(pixels: np.ndarray, size: int, interpolation: str = "INTER_LINEAR") -> np.ndarray:
     """Resized so that the smaller side has `size` pixels, by OpenCV without antialiasing, as published."""
-    import cv2
-
     height, width = pixels.shape[:2]
     scale = size / min(height, width)
     if scale == 1.0:

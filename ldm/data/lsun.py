@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
@@ -63,8 +64,6 @@ class Database:
             self.keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
 
     def transaction(self) -> Any:
-        import lmdb
-
         if self._opened is None:
             self._opened = lmdb.open(str(self.folder), readonly=True, lock=False, max_readers=1, readahead=False)
         return self._opened.begin()

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import webdataset
 from torch.utils.data import IterableDataset
+from webdataset.shardlists import expand_urls
 
 from ldm.data.images import SUFFIXES, ImagePaths, in_range
 from ldm.io.images import open_image
@@ -28,17 +30,12 @@ class Shards(IterableDataset):
         seed: of that draw, and of the order of the files.
 
     Raises:
-        ValueError: the package is missing; a local file is not there.
+        ValueError: a local file is not there.
     """
 
     def __init__(
         self, urls: str, size: int, random_crop: bool = False, flip: float = 0.0, shuffle: int = 1000, seed: int = 23
     ):
-        try:
-            import webdataset
-            from webdataset.shardlists import expand_urls
-        except ModuleNotFoundError as error:
-            raise ValueError(f"the package {error.name} is missing; pip install -e '.[train]'") from error
         files = expand_urls(urls)
         missing = [file for file in files if ":" not in file and not Path(file).is_file()]
         if missing:
