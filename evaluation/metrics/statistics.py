@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import eigh
+from scipy.linalg import eigh, issymmetric
 from torch import Tensor
 
 from evaluation.metrics.extractors import Extractor, network_fields
@@ -107,6 +107,8 @@ class Gaussian:
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise ImageError("mean and covariance must be finite; got NaN or infinity")
+        if issymmetric(self.covariance):  # as computed ones are: ten times as fast as how far one is from it
+            return
         skew = np.abs(self.covariance - self.covariance.T).max(initial=0)
         if skew > ROUNDING * np.abs(self.covariance).max(initial=0):
             raise ImageError(f"a covariance must be symmetric; got entries that differ by {skew:.3g} from their mirror")
