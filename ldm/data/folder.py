@@ -17,24 +17,23 @@ from ldm.io.files import FileError, parse_json_lines, read_json, read_lines, rea
 from ldm.io.schema import Share
 
 SPLITS = ("all", "train", "validation")
-PARTS = 10_000
 
 
 def split_of(paths: Sequence[Path], root: Path, split: str, held_out: float) -> list[Path]:
-    """The files of a split. Which files are held out depends on their names only.
+    """The files of a split. Held out are those whose names have the lowest checksums, one at least.
 
     Raises:
         ValueError: an unknown split, or nothing is left.
     """
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
-
-    def is_held_out(path: Path) -> bool:
-        return zlib.crc32(path.relative_to(root).as_posix().encode()) % PARTS < held_out * PARTS
-
-    chosen = [path for path in paths if split == "all" or is_held_out(path) == (split == "validation")]
+    if split == "all":
+        return list(paths)
+    by_checksum = sorted(paths, key=lambda path: zlib.crc32(path.relative_to(root).as_posix().encode()))
+    held = set(by_checksum[: max(1, round(held_out * len(paths)))])
+    chosen = [path for path in paths if (path in held) == (split == "validation")]
     if not chosen:
-        raise ValueError(f"{root}: none of the {len(paths)} images is in the split {split} (held_out is {held_out})")
+        raise ValueError(f"{root}: none of its {len(paths)} images is left for the split {split}")
     return chosen
 
 

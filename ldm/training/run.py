@@ -214,10 +214,11 @@ def read_configuration(
         part = read_config(path)
         if not OmegaConf.is_dict(part):
             raise ValueError(f"{path}: expected sections and their settings; got a list")
-        config = OmegaConf.merge(config, part)
-    for text in overrides:
+        config = merged(config, part)
+    # The targets first: with another one, params that were for the old one go.
+    for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".target")):
         with fault_of(text, (ValueError, OmegaConfBaseException, YAMLError)):
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+            config = merged(config, OmegaConf.from_dotlist([text]))
     config, lines = completed(config, scale_lr)
     print(*lines, sep="\n", end="\n" if lines else "")
     try:
@@ -226,6 +227,16 @@ def read_configuration(
         return with_steps(config, steps) if steps else config
     except OmegaConfBaseException as error:
         raise ValueError(str(error)) from error
+
+
+def merged(config: DictConfig, part: DictConfig) -> DictConfig:
+    """The configuration with what a part says; a dataset that is replaced by another leaves no params to it."""
+    for name in ("train", "validation"):
+        before, after = (OmegaConf.select(one, f"data.params.{name}.target") for one in (config, part))
+        if before and after and before != after:
+            config = config.copy()
+            config.data.params[name].params = {}
+    return OmegaConf.merge(config, part)
 
 
 def check(config: DictConfig) -> None:

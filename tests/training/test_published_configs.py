@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.modules.encoders.tokenizer import train_tokenizer
 from ldm.training.state import read_state
 from main import main
+from tests.helpers.paths import ROOT
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
+# A path that was published and where nothing is.
+ELSEWHERE = {"configs/first_stage_models/vq-f8/model.yaml": "models/first_stage_models/vq-f8/model.ckpt"}
 COUNT = 2  # images in each set
 SIZE = 32  # of the images that are trained on
 # What the released configurations leave to the user: data of the kind that the model is trained on.
@@ -107,6 +111,20 @@ def home(tmp_path_factory) -> Path:
     np.savez(root / "nns.npz", nn_embeddings=np.random.default_rng(0).normal(size=(COUNT, 5, 16)).astype(np.float32))
     train_tokenizer(["a red thing"], 60, 8).save(str(root / "tokenizer.json"))
     return root
+
+
+def shipped(name: str) -> Path:
+    """Where a published configuration is in this project."""
+    source = json.loads(CONFIGS[name].read_text())["source"].partition("/")[2]
+    return ROOT / source.replace("configs/rdm/", "configs/retrieval-augmented-diffusion/rdm-")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_shipped_configuration_is_the_published_one(name):
+    text = CONFIGS[name].read_text()
+    for before, after in ELSEWHERE.items():
+        text = text.replace(before, after)
+    assert OmegaConf.to_container(OmegaConf.load(shipped(name))) == json.loads(text)["config"]
 
 
 def at(config: dict, path: str) -> Any:
@@ -208,16 +226,42 @@ def test_two_steps(name, home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(home)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     config = json.loads(CONFIGS[name].read_text())["config"]
-    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    files = [str(tmp_path / f"{name}.yaml"), *data_file(name, config, tmp_path)]
+    files = [str(shipped(name)), *data_file(name, config, tmp_path)]
     allow = ["--allow", "neighbours"] if "neighbours" in str(DATA_OF.get(name)) else []
-    code = main(["--base", *files, "-t", "--steps", "2", "-l", str(tmp_path), *allow, *overrides_of(config)])
+    code = main(["-b", *files, "-t", "-n", "run", "--steps", "2", "-l", str(tmp_path), *allow, *overrides_of(config)])
     out = capsys.readouterr()
     assert code == 0, out.err
     assert "learning rate" in out.out
-    state = read_state(tmp_path / name / "last.ckpt")
+    state = read_state(tmp_path / "run" / "last.ckpt")
     assert state["global_step"] == 2
     assert all(value.isfinite().all() for value in state["state_dict"].values() if torch.is_tensor(value))
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("model_ffhq256", "folder"),
+        ("first_stage_kl-f8", "folder"),
+        ("cin-ldm-vq-f8", "classes"),
+        ("txt2img-1p4B-eval", "captions"),
+        ("model_bsr_sr", "superresolution"),
+        ("model_inpainting_big", "inpainting"),
+    ],
+)
+def test_data_of_ones_own(name, data, home, tmp_path, monkeypatch, capsys):
+    """The recipes of docs/training.md."""
+    monkeypatch.chdir(home)
+    config = json.loads(CONFIGS[name].read_text())["config"]
+    for i in range(30):
+        picture(tmp_path / "mine" / f"class{i % 2}" / f"{i}.jpg", i).with_suffix(".txt").write_text("a red thing")
+    files = [str(shipped(name)), str(ROOT / "configs" / "data" / f"{data}.yaml")]
+    size = f"data.params.train.params.size={size_of(config)}"
+    reduced = [text for text in overrides_of(config) if not text.startswith(("data.params.train", "data.params.val"))]
+    run = ["--base", *files, "-t", "-n", "c", "--steps", "2", "-l", str(tmp_path), *reduced, size]
+    assert main(run) == 2
+    assert "data.params.train.params.root" in capsys.readouterr().err
+    assert main([*run, f"data.params.train.params.root={tmp_path / 'mine'}"]) == 0, capsys.readouterr().err
+    assert read_state(tmp_path / "c" / "last.ckpt")["global_step"] == 2
 
 
 def test_a_stopped_run_ends_with_the_same_weights(home, tmp_path, monkeypatch):
