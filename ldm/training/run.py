@@ -172,7 +172,7 @@ def of_worker(message: str) -> str:
     """The message of an error, without the trace that PyTorch puts around one of a process that reads images."""
     if not (message.startswith("Caught ") and "DataLoader worker" in message):
         return message
-    last = message.strip().splitlines()[-1]
+    last = message.strip().rpartition("\n")[2]
     return re.sub(r"^[\w.]+(Error|Exception): ", "", last)
 
 
