@@ -29,7 +29,7 @@ from evaluation.runs.processes import Process
 from ldm.checkpoint import CheckpointError, fingerprint, load_config, load_model
 from ldm.checkpoint.published import published_sha256
 from ldm.cli.devices import find_device
-from ldm.cli.settings import CPU_POSITIONS, SamplingSettings, make_recipe
+from ldm.cli.settings import CPU_POSITIONS, SamplingSettings, check_memory, make_recipe
 from ldm.cli.setup import ALONE, CONSTRUCTION, ModelSettings, make_setup, read_setup, uses_autocast
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import json_sha256
@@ -275,6 +275,7 @@ def load_engine(request: Request, device: torch.device, batch: int) -> Engine:
         engine = Engine(
             model, files.sizes, recipe, plan, task_of(request.protocol, model), uses_autocast(files.precision, device)
         )
+    check_memory(engine, batch, device)
     engine.pack()
     return engine
 

@@ -316,3 +316,15 @@ def test_another_run_in_the_folder_is_refused_by_its_fields(runs, whole, tmp_pat
     path = write_protocol(tmp_path / "tiny.yaml", **changes)
     line = refused(capfd, runs(whole, "--protocol", str(path), *arguments))
     assert re.match(f"--out: {whole} holds another run; different: .*{fields}", line) and files(whole) == before
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(runs, tmp_path, monkeypatch, capfd):
+    text = runs.protocol.read_text()
+    large = re.sub(r"(?m)^size: .*$", "size: 1024", text)
+    assert large != text
+    (tmp_path / "large.yaml").write_text(large)
+    (tmp_path / "meminfo").write_text("MemAvailable: 100000 kB\n")
+    monkeypatch.setattr("ldm.profiling.memory.MEMINFO", tmp_path / "meminfo")
+    line = refused(capfd, runs(tmp_path / "out", "--protocol", str(tmp_path / "large.yaml")))
+    assert line.startswith("--batch_size: 1 image of 1024 x 1024 pixels at a time need at least ")
+    assert not (tmp_path / "out").exists()
