@@ -14,10 +14,12 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ldm.checkpoint import load_model
 from ldm.modules.encoders.tokenizer import train_tokenizer
 from ldm.training.state import read_state
 from main import main
 from tests.helpers.paths import ROOT
+from tests.helpers.scripts import load_script
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
 # A path that was published and where nothing is.
@@ -297,3 +299,19 @@ def test_an_image_that_cannot_be_read_is_named(home, tmp_path, monkeypatch, caps
     (line,) = capsys.readouterr().err.splitlines()
     assert ".png: not an image that can be read; expected PNG" in line and "Traceback" not in line
     assert not (tmp_path / "c").exists()
+
+
+def test_a_run_is_exported_and_loaded(home, tmp_path, monkeypatch):
+    """The averages of the network, and the scale factor of the first batch."""
+    monkeypatch.chdir(home)
+    name = "lsun_churches-ldm-kl-8"
+    config = json.loads(CONFIGS[name].read_text())["config"]
+    argv = ["-b", str(shipped(name)), "-t", "-n", "run", "--steps", "2", "-l", str(tmp_path), *overrides_of(config)]
+    assert main(argv) == 0
+    assert load_script("export_model").main([str(tmp_path / "run"), "--out", str(tmp_path / "model.safetensors")]) == 0
+    model = load_model(tmp_path / "run" / "config.yaml", tmp_path / "model.safetensors")
+    state = read_state(tmp_path / "run" / "last.ckpt")["state_dict"]
+    key = "diffusion_model.out.2.weight"
+    assert torch.equal(model.scale_factor, state["model.scale_factor"]) and model.scale_factor != 1.0
+    assert torch.equal(model.model.get_parameter(key), state[f"network_ema.{key.replace('.', '')}"])
+    assert not torch.equal(model.model.get_parameter(key), state[f"model.model.{key}"])
