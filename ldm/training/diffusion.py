@@ -196,7 +196,7 @@ class DiffusionTraining(ClippedTraining):
         count = len(batch[next(iter(batch))])
         rule = solver("ddim", model.alphas_cumprod, self.sample_steps)
         noise = ImageNoise([(i,) for i in range(count)])
-        start = noise.start((model.channels, model.image_size, model.image_size)).to(self.device)
+        start = noise.start(tuple(self.latents(batch).shape[1:])).to(self.device)
         guided = model.cond_stage_model is not None and self.condition_dropout > 0
         with self.ema_weights():
             none = batch | {key: replaced(batch[key], torch.ones(count) > 0, self.unconditional)} if guided else None

@@ -19,7 +19,7 @@ INSTEAD = {
 def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, list[str]]:
     """A configuration with the four sections of a training, from a published one, and lines that say what was done.
 
-    A configuration that has a section `training` is returned as it is.
+    A configuration whose section `training` has a target is returned as it is; params without a target are kept.
 
     Args:
         scale_lr: multiply model.base_learning_rate with the images per step, as the published code does by default.
@@ -27,7 +27,8 @@ def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, l
     Raises:
         ValueError: no learning rate; a model that is not trained here.
     """
-    if "training" in config or "model" not in config:
+    given = config.get("training") or OmegaConf.create()
+    if "target" in given or "model" not in config:
         return config, [NOT_SCALED] if scale_lr else []
     config = config.copy()
     model = config.model
@@ -46,6 +47,7 @@ def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, l
         if "ucg_training" in model.params:
             config.training.params.ucg_training = model.params.pop("ucg_training")
         model.params.use_ema = False  # the training keeps the averages
+    config.training = OmegaConf.merge(config.training, given)
     return config, [line, *lines]
 
 

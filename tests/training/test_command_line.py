@@ -102,6 +102,8 @@ def test_a_published_configuration_is_completed():
     assert done.training.params.ucg_training.caption.p == 0.1 and "ucg_training" not in done.model.params
     assert done.model.params.use_ema is False and "base_learning_rate" not in done.model
     assert completed(done)[0] == done and "training" not in config
+    config.training = {"params": {"condition_dropout": 0.2}}
+    assert completed(config)[0].training == OmegaConf.merge(done.training, config.training)
     for change, message in (
         ({"model": {"target": "ldm.Other"}}, "'ldm.Other' is not trained here; accepted: AutoencoderKL"),
         ({"model": {"base_learning_rate": None}}, "model.base_learning_rate: not given"),

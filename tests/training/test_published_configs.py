@@ -260,10 +260,13 @@ def test_data_of_ones_own(name, data, home, tmp_path, monkeypatch, capsys):
     size = f"data.params.train.params.size={size_of(config)}"
     reduced = [text for text in overrides_of(config) if not text.startswith(("data.params.train", "data.params.val"))]
     run = ["--base", *files, "-t", "-n", "c", "--steps", "2", "-l", str(tmp_path), *reduced, size]
+    run += ["lightning.trainer.limit_val_batches=1", "lightning.trainer.val_check_interval=1"]
+    run += ["training.params.sample_steps=2"] if "unet_config" in config["model"]["params"] else []
     assert main(run) == 2
     assert "data.params.train.params.root" in capsys.readouterr().err
     assert main([*run, f"data.params.train.params.root={tmp_path / 'mine'}"]) == 0, capsys.readouterr().err
     assert read_state(tmp_path / "c" / "last.ckpt")["global_step"] == 2
+    assert (tmp_path / "c" / "samples" / "00000002.png").is_file()
 
 
 def test_a_stopped_run_ends_with_the_same_weights(home, tmp_path, monkeypatch):
