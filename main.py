@@ -3,16 +3,15 @@
     python main.py --base configs/autoencoder/emoji64-kl-f8.yaml -t
     python main.py --base configs/autoencoder/emoji64-kl-f8.yaml -t --steps 100 data.params.batch_size=8
     python main.py --resume logs/emoji64-kl-f8 -t
-
     python main.py --base models/first_stage_models/kl-f8/config.yaml -t data.params.num_workers=4
     python main.py --base CONFIG.yaml -t --data.target=my_package.MyData --allow my_package
 
 A configuration has four sections: `model` (the model to train: `target`, `params`), `training` (a Lightning module of
 `ldm.training` that trains the model), `data` (a Lightning data module) and `lightning` (the trainer, the checkpoints
 and the seed). Published configurations have no `training` section and are completed: the first lines say how. The log
-folder of a run holds everything that the run writes: the configuration as used, `last.ckpt`,
-metrics as CSV and for TensorBoard, and image grids. A run that was stopped or killed and then resumed ends with the
-same weights as a run that was never stopped.
+folder of a run holds everything that the run writes: the configuration as used, `last.ckpt`, metrics as CSV and for
+TensorBoard, and image grids. A run that was stopped or killed and then resumed ends with the same weights as a run that
+was never stopped.
 """
 
 from __future__ import annotations
@@ -62,7 +61,11 @@ def parser() -> Parser:
         "-r", "--resume", metavar="LOGDIR", help="resume the run in this folder, or in that of this checkpoint"
     )
     p.add_argument("-t", "--train", action="store_true", help="train (without it: validate once)")
-    p.add_argument("-n", "--name", help="name of the run (default: that of the first configuration file)")
+    p.add_argument(
+        "-n",
+        "--name",
+        help="name of the run (default: that of the first configuration file, or of its folder if it is config.yaml)",
+    )
     p.add_argument("-f", "--postfix", default="", help="is added to the name")
     p.add_argument("-l", "--logdir", default="logs", metavar="DIR", help="folder of the runs (default: %(default)s)")
     p.add_argument(
@@ -136,6 +139,12 @@ def folder_of(resumed: str) -> Path:
     return path.parent if path.name == "checkpoints" else path
 
 
+def name_of(given: str | None, file: Path) -> str:
+    """The name of a run: the given one, or that of its configuration."""
+    own = file.resolve().parent.name if file.stem == "config" else file.stem
+    return given or own
+
+
 def given_files(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
     """The argument that names the configuration, its files, and the single settings.
 
@@ -187,8 +196,9 @@ def said_once() -> Iterator[None]:
 def run(args: argparse.Namespace) -> None:
     name, files, overrides = given_files(args)
     overrides += of_gpus(args.gpus) if args.gpus else []
-    new = Path(args.logdir) / f"{args.name or files[0].stem}{args.postfix}"
-    logdir = folder_of(args.resume) if args.resume else new
+    logdir = (
+        folder_of(args.resume) if args.resume else Path(args.logdir) / (name_of(args.name, files[0]) + args.postfix)
+    )
     if not args.resume and (logdir / "last.ckpt").exists():
         raise BadInput(f"--name: {logdir} holds a run already; go on with --resume {logdir} or choose another name")
     check_environment()

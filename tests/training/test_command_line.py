@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from ldm.training.published import completed
 from ldm.training.state import read_state
-from main import folder_of, main, of_gpus, parser, plain
+from main import folder_of, main, name_of, of_gpus, parser, plain
 from tests.training.test_adversarial import tiny_config
 
 A = {
@@ -74,6 +74,11 @@ def test_refused(argv, message, tmp_path, monkeypatch, capsys):
 def test_a_run_is_resumed_by_its_folder_or_a_checkpoint():
     for given in ("logs/x", "logs/x/last.ckpt", "logs/x/checkpoints/last.ckpt", "logs/x/checkpoints"):
         assert folder_of(given) == Path("logs/x")
+
+
+def test_a_run_has_the_name_of_its_model():
+    assert name_of(None, Path("models/ldm/ffhq256/config.yaml")) == "ffhq256"
+    assert name_of(None, Path("configs/a.yaml")) == "a" and name_of("b", Path("configs/a.yaml")) == "b"
 
 
 def test_the_learning_rate_is_the_one_given_unless_scaled():
