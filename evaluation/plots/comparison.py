@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ from evaluation.metrics.statistics import Moments
 from evaluation.plots.experiment import BATCH, Experiment
 from evaluation.protocols.protocol import reading
 from ldm.checkpoint import fingerprint
-from ldm.cli.arguments import MOST_STEPS
+from ldm.cli.arguments import MOST_STEPS, SPACINGS
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of, one_line
 from ldm.io.files import file_sha256, json_sha256, read_json, write_json
@@ -35,7 +35,7 @@ from ldm.sampling.engine import Cost
 from ldm.sampling.generate import Item, digest, prompt_items
 
 Values = dict[str, Any]  # of a row: its costs and errors, JSON values
-LISTS = ("sampler", "steps", "plan", "propagate")  # fields that may be lists: one row for each value
+LISTS = ("sampler", "steps", "plan", "propagate", "spacing")  # fields that may be lists: one row for each value
 
 
 class Row(Schema):
@@ -53,6 +53,7 @@ class Row(Schema):
     propagate: ForecastName | None = None
     noise_weight: NotNegative = 0.0
     guidance_reuse: bool | Literal[POLYNOMIALS] = False
+    spacing: Literal[SPACINGS] | None = None
     label: str = ""
 
     @model_validator(mode="after")
@@ -64,7 +65,8 @@ class Row(Schema):
         return self
 
     def __str__(self) -> str:
-        parts = [f"{self.sampler} {self.steps}"] + [self.plan] * (self.plan != "off")
+        parts = [" ".join([self.sampler, str(self.steps)] + [self.spacing] * (self.spacing is not None))]
+        parts += [self.plan] * (self.plan != "off")
         parts += [self.propagate] * (self.propagate is not None) + ["guidance reused"] * (self.guidance_reuse is True)
         parts += [f"guidance {self.guidance_reuse}"] * isinstance(self.guidance_reuse, str)
         return ", ".join(parts + [f"prior noise {self.noise_weight}"] * (self.noise_weight > 0))
@@ -72,17 +74,18 @@ class Row(Schema):
 
 class _File(Schema):
     rows: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    reference: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
 
 
-def read_rows(path: str, steps: int) -> list[Row]:
-    """The rows of a file, with lists expanded. `steps`: of rows that do not state their number of steps. Raises
-    ValueError: the file can't be read, or has other content."""
+def read_rows(path: str, steps: int) -> tuple[list[Row], int | None]:
+    """The rows of a file, with lists expanded, and the steps of the reference, see `Comparison`. `steps`: of rows that
+    do not state their number of steps. Raises ValueError: the file can't be read, or has other content."""
     with reading("file of rows as in evaluation/plots/pareto.yaml", Path(path)) as content:
-        entries = parse(_File, content).rows
-        rows = [row for k, entry in enumerate(entries, 1) for row in expanded(f"row {k}", entry, steps)]
+        file = parse(_File, content)
+        rows = [row for k, entry in enumerate(file.rows, 1) for row in expanded(f"row {k}", entry, steps)]
         if twice := [name for name, number in Counter(map(str, rows)).items() if number > 1]:
             raise ValueError(f"two rows are {twice[0]!r}; expected each method once")
-    return rows
+    return rows, file.reference
 
 
 def expanded(place: str, entry: dict[str, Any], steps: int) -> list[Row]:
@@ -119,12 +122,14 @@ class Comparison:
 
     data:  a dataset whose captions are the prompts, and whose images the samples are compared with; None = the
            experiment's items, and no comparison with real images.
-    steps: of the plain runs.
+    steps: of the plain runs, which cost 100 %.
+    reference: steps of the DDIM run whose distance is the error; None = the plain run of the row's sampler.
     """
 
     experiment: Experiment
     data: str | None
     steps: int
+    reference: int | None = None
 
     @cached_property
     def queries(self) -> Queries:
@@ -161,37 +166,42 @@ class Comparison:
             "steps": self.steps,
             "data": data and data[:16],
             "items": digest([item.settings() for item in self.items]),
-        }
+        } | ({} if self.reference is None else {"reference": self.reference})
 
     def sample(self, row: Row, plan: AnyPlan) -> Sampled:
         """The images of a row."""
-        engine = self.experiment.engine(row.sampler, row.steps, plan, row.noise_weight, row.guidance_reuse)
+        engine = self.experiment.engine(row.sampler, row.steps, plan, row.noise_weight, row.guidance_reuse, row.spacing)
         parts = [engine.sampled(self.items[k : k + BATCH]) for k in range(0, len(self.items), BATCH)]
         latents = torch.cat([part for part, _ in parts])
         images = torch.stack([from_pil(image) for image in to_pil(self.experiment.decode(engine, latents))])
         return Sampled(latents, images, Cost.mean([cost for part, cost in parts for _ in part]))
 
-    def values(self, row: Row, plan: AnyPlan, plain: Sampled) -> Values:
-        """All values of a row; `plain`: the plain run of its sampler."""
+    def plain(self, sampler: str, spacing: str | None, steps: int) -> Sampled:
+        """The images of a plain run."""
+        row = Row(family="plain", steps=steps, sampler=sampler, spacing=spacing)
+        return self.sample(row, self.experiment.plan("off", sampler, steps, spacing=spacing))
+
+    def values(self, row: Row, plan: AnyPlan, plain: Sampled, reference: Sampled) -> Values:
+        """All values of a row; `plain`: the plain run of its sampler; `reference`: what its error is measured from."""
         found = self.sample(row, plan)
-        ratio = psnr(found.images, plain.images).numpy()
+        ratio = psnr(found.images, reference.images).numpy()
         values: Values = {
             "macs": found.cost.macs,
             "critical": found.cost.critical,
             "macs_share": found.cost.macs / plain.cost.macs,
             "critical_share": found.cost.critical / plain.cost.critical,
-            "mse_latents": float((found.latents - plain.latents).square().mean()),
+            "mse_latents": float((found.latents - reference.latents).square().mean()),
             "psnr": float(np.mean(ratio)) if np.isfinite(ratio).all() else None,
-            "ssim": float(load_ssim()(found.images, plain.images).mean()),
+            "ssim": float(load_ssim()(found.images, reference.images).mean()),
         }
         if not self.data:
             return values
         real = self.real
-        ours, plains = (features_of(some.images, real.extractor, BATCH, str(row)) for some in (found, plain))
+        ours, theirs = (features_of(some.images, real.extractor, BATCH, str(row)) for some in (found, reference))
         moments = (Moments.from_features(features.double().numpy()) for features in (ours, real.features))
         retrieved = real.retrieve(to_pil(found.images), self.queries.entries, str(row))
         return values | {
-            "feature_distance": float((ours - plains).norm(dim=1).mean()),
+            "feature_distance": float((ours - theirs).norm(dim=1).mean()),
             "fid_real": distance(*(part.gaussian() for part in moments)),
             "R@5": float(np.mean(retrieved.hits[5])),
         }
@@ -209,19 +219,16 @@ def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -
     """
     with fault_of("packages"):
         load_ssim()
-    plains: dict[str, Sampled] = {}
+    plain = lru_cache(maxsize=None)(comparison.plain)
     rows = {}
     for row, plan in tqdm(plans.items(), desc="rows", unit="row", disable=None):
         about = depends_on(comparison, row, plan)
         path = cache / f"{json_sha256(about)[:24]}.json"
         if (values := cached(path)) is None:
             try:
-                if row.sampler not in plains:
-                    same = Row(family="plain", steps=comparison.steps, sampler=row.sampler)
-                    plains[row.sampler] = comparison.sample(
-                        same, comparison.experiment.plan("off", row.sampler, comparison.steps)
-                    )
-                values = comparison.values(row, plan, plains[row.sampler])
+                at_all_steps = plain(row.sampler, row.spacing, comparison.steps)
+                fine = plain("ddim", None, comparison.reference) if comparison.reference else at_all_steps
+                values = comparison.values(row, plan, at_all_steps, fine)
             except SettingError:
                 raise
             except ValueError as error:
@@ -235,7 +242,7 @@ def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -
 def depends_on(comparison: Comparison, row: Row, plan: AnyPlan) -> dict[str, Any]:
     """Everything that a row's values depend on, as JSON values."""
     method = row.model_dump(include={"sampler", "steps", "noise_weight", "guidance_reuse"})
-    method["sampler"] = comparison.experiment.solver_name(row.sampler, row.steps)
+    method["sampler"] = comparison.experiment.solver_name(row.sampler, row.steps, row.spacing)
     return comparison.experiment.settings() | comparison.settings | {"row": method | {"plan": plan.settings()}}
 
 

@@ -96,20 +96,24 @@ class Experiment:
             return 1.0
         return float(usual_scale(self.setup.config))
 
-    def plan(self, spec: str, sampler: str, steps: int, propagate: str | None = None) -> AnyPlan:
+    def plan(
+        self, spec: str, sampler: str, steps: int, propagate: str | None = None, spacing: str | None = None
+    ) -> AnyPlan:
         """The plan of that name for a run; `propagate` as for `load_plan`.
         Raises ValueError: see `load_plan` and `Recipe.rule`."""
-        recipe = self._recipe(sampler, steps)
+        recipe = self._recipe(sampler, steps, spacing)
         nodes = num_nodes(recipe, self.setup.config.model.params.get("timesteps", 1000))
         positions = 2 * BATCH * self.setup.config.model.params["image_size"] ** 2
         parallel = nodes if self.setup.device.type != "cpu" else max(1, CPU_POSITIONS // positions)
         facts = replace(self.facts, facts={**self.facts.facts, "sampler": recipe.solver_name})
         return load_plan(spec, nodes, parallel, propagate, facts)
 
-    def plan_if_calibrated(self, spec: str, sampler: str, steps: int, propagate: str | None = None) -> AnyPlan | None:
+    def plan_if_calibrated(
+        self, spec: str, sampler: str, steps: int, propagate: str | None = None, spacing: str | None = None
+    ) -> AnyPlan | None:
         """The same, or None if the plan needs a calibration that the model does not have."""
         try:
-            return self.plan(spec, sampler, steps, propagate)
+            return self.plan(spec, sampler, steps, propagate, spacing)
         except ValueError:
             if not spec.startswith("auto:"):
                 raise
@@ -122,25 +126,38 @@ class Experiment:
         plan: str | AnyPlan = "off",
         noise_weight: float = 0.0,
         guidance_reuse: bool | str = False,
+        spacing: str | None = None,
     ) -> Engine:
         """An engine that samples the items by this method. Raises SettingError: `steps`: no such sampler or plan for
         this number of steps; `config`: the model does not take the items' conditioning."""
-        recipe = self._recipe(sampler, steps, noise_weight, guidance_reuse)
+        recipe = self._recipe(sampler, steps, spacing, noise_weight, guidance_reuse)
         with fault_of("steps"):
             plan = self.plan(plan, sampler, steps) if isinstance(plan, str) else plan
         with fault_of("config"):
             return Engine(self.model, self.setup.sizes, recipe, plan, self.task, self.setup.autocast)
 
-    def solver_name(self, sampler: str, steps: int) -> str:
+    def solver_name(self, sampler: str, steps: int, spacing: str | None = None) -> str:
         """A sampler with the places of its steps, see `Recipe.solver_name`."""
-        return self._recipe(sampler, steps).solver_name
+        return self._recipe(sampler, steps, spacing).solver_name
 
     def _recipe(
-        self, sampler: str, steps: int, noise_weight: float = 0.0, guidance_reuse: bool | str = False
+        self,
+        sampler: str,
+        steps: int,
+        spacing: str | None = None,
+        noise_weight: float = 0.0,
+        guidance_reuse: bool | str = False,
     ) -> Recipe:
         side = self.setup.sizes.default
         return Recipe(
-            side, side, sampler, steps, scale=self.guidance, guidance_reuse=guidance_reuse, noise_weight=noise_weight
+            side,
+            side,
+            sampler,
+            steps,
+            scale=self.guidance,
+            guidance_reuse=guidance_reuse,
+            noise_weight=noise_weight,
+            spacing=spacing,
         )
 
     def latents(self, engine: Engine) -> Tensor:

@@ -1,9 +1,10 @@
 """Error against cost, for plans and for fewer steps.
 
 Each row of the YAML file samples all images by one method, from the same noise as the other rows. The error is the
-distance from the plain run of the row's sampler (latents, PSNR, SSIM); with a dataset, also feature distances, the
-Fréchet distance from real images, and concept retrieval. The costs are the UNet's MACs, and those on the critical path
-(what must run in sequence if decoders that share features run in parallel), relative to the plain run.
+distance from the plain run of the row's sampler, or from a finer run (latents, PSNR, SSIM); with a dataset, also
+feature distances, the Fréchet distance from real images, and concept retrieval. The costs are the UNet's MACs, and
+those on the critical path (what must run in sequence if decoders that share features run in parallel), relative to the
+plain run.
 """
 
 from __future__ import annotations
@@ -43,20 +44,22 @@ def draw_pareto(experiment: Experiment, *, steps: int, rows: str, data: str | No
             "count", f"a Fréchet distance from a dataset needs at least 2 images; got {experiment.count}"
         )
     with fault_of("rows"):
-        plans, remark = plans_of(experiment, read_rows(rows, steps))
-    comparison = Comparison(experiment, data, steps)
+        methods, reference = read_rows(rows, steps)
+        plans, remark = plans_of(experiment, methods)
+    comparison = Comparison(experiment, data, steps, reference)
+    measured_from = f"{reference} steps of DDIM" if reference else "the plain run"
     values = compare(comparison, plans, cache)
     figure = new_figure(8, 9)
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
     for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
         plot(axes, [*values.values()], cost)
         axes.set_xlabel(f"{label}, % of the plain {steps} steps")
-        axes.set_ylabel("latents' mean squared error\nto the plain run")
+        axes.set_ylabel(f"latents' mean squared error\nto {measured_from}")
     panels[0].xaxis.set_tick_params(labelbottom=True)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     caption = (
-        f"Error against the cost of a run; mean over the images. The plain run is that of the same sampler with "
-        f"{steps} steps. Lines join the rows of a family that no cheaper row of it equals."
+        f"Error, to {measured_from}, against the cost of a run; mean over the images. The plain run is that of the "
+        f"same sampler with {steps} steps. Lines join the rows of a family that no cheaper row of it equals."
         f"{' The prompts are captions of the dataset.' if data else ''}{remark}"
     )
     return Drawing(figure, caption, {"rows": values}, settings=comparison.settings, table="\n".join(table(values)))
@@ -65,7 +68,9 @@ def draw_pareto(experiment: Experiment, *, steps: int, rows: str, data: str | No
 def plans_of(experiment: Experiment, rows: Sequence[Row]) -> tuple[dict[Row, AnyPlan], str]:
     """The plan of each row, and a sentence for the caption if some need a calibration that is not there. Raises
     ValueError: see `Experiment.plan`."""
-    plans = {row: experiment.plan_if_calibrated(row.plan, row.sampler, row.steps, row.propagate) for row in rows}
+    plans = {
+        row: experiment.plan_if_calibrated(row.plan, row.sampler, row.steps, row.propagate, row.spacing) for row in rows
+    }
     there = {row: plan for row, plan in plans.items() if plan is not None}
     return there, uncalibrated(row.plan for row in plans if row not in there)
 

@@ -34,6 +34,8 @@ ROWS = (
         ("rows: [{family: a, steps: [5, few]}]", "steps should be"),
         ("rows: [{family: a, steps: true}]", "steps should be"),
         ("rows: [{family: a, steps: 0}]", "steps should be"),
+        ("rows: [{family: a, spacing: even}]", "spacing should be"),
+        ("{reference: 0, rows: [{family: a}]}", "reference should be"),
         ("rows: [{family: a, propagate: {a: 1}}]", "propagate should be"),
         ("rows: [{family: a, noise_weight: -1}]", "noise_weight should be"),
         ("rows: [{family: a, noise_weight: .nan}]", "noise_weight should be"),
@@ -62,6 +64,21 @@ def test_any_model_has_both_costs_and_the_distances_from_its_plain_run(tmp_path)
     assert [line for line in lines if line.startswith("| ddim")][-1].startswith("| ddim 50, 0,10,30, guidance reused |")
     assert "no calibration for auto:5" in lines[0]
     assert "Fréchet" not in lines[2] and "Fréchet" not in lines[0]
+
+
+def test_errors_may_be_those_to_a_finer_run(tmp_path):
+    """Each row has the distance from the reference, and its cost in plain runs of --steps."""
+    arguments = [*write_tiny(tmp_path), "--count", "2", "--steps", "10"]
+    rows = (
+        "reference: 20\nrows:\n- {family: plain, steps: [10, 20]}\n"
+        "- {family: placed, sampler: unipc, spacing: [time, quad]}\n"
+    )
+    assert draw(arguments, tmp_path, rows) == 0
+    plain, fine, *placed = read(tmp_path)
+    assert fine["mse_latents"] == 0 < plain["mse_latents"] and fine["macs_share"] == pytest.approx(2, rel=0.01)
+    assert placed[0]["mse_latents"] != placed[1]["mse_latents"]
+    text = (tmp_path / "pareto.md").read_text()
+    assert "to 20 steps of DDIM" in text and "| unipc 10 quad |" in text
 
 
 def write_tiny(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ def test_lists_in_a_row_are_rows(tmp_path):
     file.write_text(
         "rows:\n- {family: a, steps: [5, 10], plan: ['off', 'uniform:2']}\n- {family: b, noise_weight: 0.1}\n"
     )
-    rows = read_rows(str(file), 40)
+    rows, _ = read_rows(str(file), 40)
     assert [(row.family, row.steps, row.plan) for row in rows] == [
         ("a", 5, "off"),
         ("a", 5, "uniform:2"),
@@ -20,5 +20,5 @@ def test_lists_in_a_row_are_rows(tmp_path):
         ("b", 40, "off"),
     ]
     assert len(set(map(str, rows))) == 5 and "prior noise 0.1" in str(rows[-1])
-    shipped = read_rows(str(SHIPPED), 50)
+    shipped, _ = read_rows(str(SHIPPED), 50)
     assert len(shipped) == len(set(map(str, shipped))) > 25
