@@ -100,3 +100,16 @@ def test_no_library_function_takes_the_arguments_of_a_command(file):
             given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             taken = {ast.unparse(arg.annotation) for arg in given if arg.annotation is not None}
             assert not any("Namespace" in kind for kind in taken), f"{file}: {node.name}"
+
+
+def inner_imports(file: str) -> set[int]:
+    """The lines of a file at which a function imports something."""
+    functions = (node for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.FunctionDef))
+    inside = (node for function in functions for node in ast.walk(function))
+    return {node.lineno for node in inside if isinstance(node, ast.Import | ast.ImportFrom)}
+
+
+def test_functions_import_what_is_slow_or_optional_and_no_more():
+    """One for each command, so that --help answers at once, and optional packages."""
+    found = {file: sorted(lines) for file in FILES if (lines := inner_imports(file))}
+    assert sum(map(len, found.values())) <= 40, found
