@@ -373,7 +373,7 @@ class PublishedMethods:
             batch, self.first_stage_key, True, True, return_original_cond=True, bs=N
         )
         log = {"inputs": x, "reconstruction": reconstruction}
-        if (shown := conditioning_picture(raw, tuple(x.shape[2:]))) is not None:
+        if (shown := conditioning_image(raw, tuple(x.shape[2:]))) is not None:
             log["conditioning"] = shown
         if plot_diffusion_rows:
             ts = [t for t in range(self.num_timesteps) if t % self.log_every_t == 0 or t == self.num_timesteps - 1]
@@ -477,7 +477,7 @@ def sheet(rows: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(lines), dim=1)[None]
 
 
-def conditioning_picture(raw: Any, size: tuple[int, int]) -> Tensor | None:
+def conditioning_image(raw: Any, size: tuple[int, int]) -> Tensor | None:
     """A condition as images (B, 3, H, W), if it can be shown: images, texts, classes."""
     if isinstance(raw, Tensor) and isimage(raw):
         return raw
