@@ -123,7 +123,7 @@ class Model:
             check_amount(len(items), job.size, args.batch_size)
             batch = min(args.batch_size, len(items))
             engine = self._engine(job, batch)
-            batch = 1 if engine.plan.measures else batch  # an image's record says its own error
+            batch = 1 if engine.plan.measures else batch  # as in the scripts, for the same last digits
             if cut := truncated_prompts(items, job.task, self.network):
                 warnings.warn(cut, stacklevel=3)
             return Run(engine, items, batch)

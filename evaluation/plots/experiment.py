@@ -132,7 +132,7 @@ class Experiment:
         this number of steps; `config`: the model does not take the items' conditioning."""
         recipe = self._recipe(sampler, steps, spacing, noise_weight, guidance_reuse)
         with fault_of("steps"):
-            plan = self.plan(plan, sampler, steps) if isinstance(plan, str) else plan
+            plan = self.plan(plan, sampler, steps, spacing=spacing) if isinstance(plan, str) else plan
         with fault_of("config"):
             return Engine(self.model, self.setup.sizes, recipe, plan, self.task, self.setup.autocast)
 

@@ -117,6 +117,7 @@ class Method:
     eta: float | None = None
     plan: str = "off"
     propagate: str | None = None
+    error_budget: float | None = None
     tome: float = 0.0
     noise_weight: float | None = None
     noise_below: float = 500.0

@@ -29,12 +29,12 @@ from evaluation.runs.processes import Process
 from ldm.checkpoint import CheckpointError, fingerprint, load_config, load_model
 from ldm.checkpoint.published import published_sha256
 from ldm.cli.devices import find_device
-from ldm.cli.settings import CPU_POSITIONS, SamplingSettings, check_memory, make_recipe
+from ldm.cli.settings import CPU_POSITIONS, SamplingSettings, check_memory, make_plan, make_recipe
 from ldm.cli.setup import ALONE, CONSTRUCTION, ModelSettings, make_setup, read_setup, uses_autocast
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import json_sha256
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.propagation.load import RunFacts, load_plan
+from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, check_blocks
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import Item, fill
@@ -196,9 +196,7 @@ def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000) -
     its model. `timesteps`: the model's. Raises SettingError: a number of steps, or a plan, that can't be used."""
     with fault_of("steps"):
         nodes = num_nodes(recipe, timesteps)
-    with fault_of("plan"):
-        run = RunFacts.of(recipe.solver_name, ckpt)
-        return load_plan(method.plan, nodes, method.parallel or nodes, method.propagate, run)
+    return make_plan(SamplingSettings(**asdict(method)), nodes, RunFacts.of(recipe.solver_name, ckpt))
 
 
 def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:
@@ -219,7 +217,9 @@ def make(request: Request, out: Path, process: Process, batch_size: int | None =
     """This process's share of the images, in the folder, which is new or is continued.
     Raises SettingError: see `compute`."""
     with fault_of("out"):
-        if process.device.type == "cpu":  # fixed by the size of the latents
+        if request.plan.measures:
+            batch = 1  # an image's record says its own error
+        elif process.device.type == "cpu":  # fixed by the size of the latents
             side = request.protocol.size // request.model.sizes.factor
             batch = min(CPU_BATCH, max(1, CPU_LATENTS // side**2))
         else:

@@ -30,7 +30,14 @@ from ldm.io.files import file_sha256, json_sha256
 
 NOT_RUN = "not run"
 # Arguments of the generation and of the measures, and where tables have them.
-PLACES = {"out": "runs", "samples": "runs", "reference": "data", "variant": "metrics", "weights": "clip"}
+PLACES = {
+    "out": "runs",
+    "samples": "runs",
+    "reference": "data",
+    "variant": "metrics",
+    "weights": "clip",
+    "forecast": "propagate",
+}
 DIGITS = 8  # of the hashes in names
 
 

@@ -301,12 +301,13 @@ def guidance_arguments(group: argparse._ArgumentGroup, scale: float | None, defa
         metavar="LOW,HIGH",
         help="use guidance only from key timesteps between these two training timesteps (default: from all)",
     )
-    group.add_argument(
+    reuse = group.add_mutually_exclusive_group()
+    reuse.add_argument(
         "--guidance-reuse",
         action="store_true",
         help="compute guidance at key timesteps only; add the same difference at the timesteps that follow",
     )
-    group.add_argument(
+    reuse.add_argument(
         "--guidance-forecast",
         dest="guidance_reuse",
         default=False,
@@ -357,9 +358,9 @@ def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
         "faster-diffusion or another name in configs/plans; uniform:N = every N-th step; pro = with gaps that grow by "
         "one; numbers of steps such as 0,1,2,5 (0 = the first step); FILE.yaml; auto:K = the best K by calibration; "
         "auto:SHARE%% = as many as this share of the MACs allows. At the other steps the decoder runs; with "
-        "deepcache:KEYS[:BRANCH] the BRANCH outermost blocks (1); with skip:KEYS nothing. deepcache:N and skip:N are "
-        "every N-th step. online:[time:]X = a key timestep when the latent (with time: the timestep embedding) has "
-        "changed by X. See docs/acceleration.md (default: %(default)s)",
+        "deepcache:KEYS[:BRANCH] the outermost BRANCH blocks, by default 1; with skip:KEYS nothing. deepcache:N and "
+        "skip:N are every N-th step. online:[time:]X = a key timestep when the latent (with time: the timestep "
+        "embedding) has changed by X. See docs/acceleration.md (default: %(default)s)",
     )
     group.add_argument(
         "--forecast",

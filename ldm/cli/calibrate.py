@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ldm.cli.arguments import EMOJI64
 from ldm.cli.inputs import prompts_in
 from ldm.cli.parser import check_outdir
-from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe, run_facts
+from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe, reuse_setting, run_facts
 from ldm.cli.setup import ModelSettings, make_setup
 from ldm.cli.tasks import text_task
 from ldm.io.errors import SettingError, fault_of
@@ -83,6 +83,10 @@ def calibrate_model(
     """
     if sampling.eta:
         raise SettingError("eta", f"a calibration is of deterministic runs; expected 0, got {sampling.eta:g}")
+    if sampling.guidance_reuse:
+        raise SettingError(
+            reuse_setting(sampling.guidance_reuse), "a calibration is of runs with guidance at every step; leave it out"
+        )
     prompts = prompts_in(settings.from_file)[: settings.n_samples]
     items = prompt_items(prompts, 1, settings.seed, by_position=True)
     engine, facts = plain_engine(model, sampling)

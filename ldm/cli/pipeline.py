@@ -26,6 +26,7 @@ from ldm.cli.settings import (
     count_nodes,
     make_plan,
     make_recipe,
+    reuse_setting,
     run_facts,
     with_batches,
 )
@@ -136,18 +137,18 @@ def without_large_grid(output: OutputSettings, count: int, size: tuple[int, int]
 
 def check_guidance(recipe: Recipe, task: Task, processes: Processes = ALONE) -> None:
     """Raise SettingError for settings of guidance without guidance, or that several processes can't follow."""
+    reuse = reuse_setting(recipe.guidance_reuse)
     guiding = {
         "negative_prompt": "negative_prompt" in task.condition.settings(),
         "guidance_interval": recipe.guidance_interval,
-        "guidance_reuse": recipe.guidance_reuse,
+        reuse: recipe.guidance_reuse,
     }
     for name, given in guiding.items():
         if given and recipe.scale == 1.0:
             raise SettingError(name, "needs guidance, and the scale is 1; expected another scale")
     if processes.several and recipe.guidance_reuse:
         raise SettingError(
-            "guidance_reuse",
-            "every later step needs the guidance of the key timestep, so it does not go with several processes",
+            reuse, "every later step needs the guidance of the key timestep, so it does not go with several processes"
         )
 
 

@@ -15,7 +15,6 @@ from ldm.cli.devices import ALONE, Processes
 from ldm.cli.setup import Setup
 from ldm.io.errors import SettingError, did_you_mean, fault_of
 from ldm.models.diffusion.propagation.budget import BudgetPlan
-from ldm.models.diffusion.propagation.forecast import Forecast
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, level_of, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan, with_few_sizes
 from ldm.models.diffusion.solvers.registry import SOLVERS
@@ -142,6 +141,11 @@ def run_facts(setup: Setup, sampler: str) -> RunFacts:
     return RunFacts({"sampler": sampler, "weights": fingerprint(setup.ckpt)[:16]}, calibrations_of(setup.ckpt))
 
 
+def reuse_setting(reuse: bool | str) -> str:
+    """What a command line calls the guidance reuse of `Guidance`: held, or forecast."""
+    return "guidance_forecast" if isinstance(reuse, str) else "guidance_reuse"
+
+
 def make_plan(settings: SamplingSettings, nodes: int, run: RunFacts) -> AnyPlan:
     """The run's plan, with all decoders that can share a batch in one where the settings leave that open.
 
@@ -150,13 +154,14 @@ def make_plan(settings: SamplingSettings, nodes: int, run: RunFacts) -> AnyPlan:
     Raises:
         SettingError: there is no such plan for so many nodes, or it does not go with the guidance.
     """
-    with fault_of("propagate"):
-        _ = settings.propagate and Forecast.parse(settings.propagate)  # checks it
     with fault_of("plan"):
-        plan = load_plan(settings.plan, nodes, settings.parallel or nodes, settings.propagate, run)
+        plan = load_plan(settings.plan, nodes, settings.parallel or nodes, run=run)
+    if settings.propagate is not None:
+        with fault_of("forecast"):
+            plan = replace(plan, propagate=settings.propagate)
     if settings.guidance_reuse and settings.scale != 1.0 and (Compute.SHALLOW in plan.levels or plan.refresh):
         raise SettingError(
-            "guidance_reuse",
+            reuse_setting(settings.guidance_reuse),
             f"between key timesteps it needs steps of the decoder alone; {settings.plan} has other steps",
         )
     if settings.error_budget is None:

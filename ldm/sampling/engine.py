@@ -151,7 +151,12 @@ class Recipe:
         fields["spacing"] = chosen.chosen(self.spacing, self.timesteps_at)
         if chosen.spacing is None and fields["spacing"] == chosen.spacings.published:
             fields["spacing"] = None
-        return {name: value for name, value in fields.items() if value is not None or name not in NODE_FIELDS}
+        # Lists, as JSON gives them back: what is found is compared with this.
+        return {
+            name: [*value] if isinstance(value, tuple) else value
+            for name, value in fields.items()
+            if value is not None or name not in NODE_FIELDS
+        }
 
     @property
     def guidance(self) -> Guidance:

@@ -9,7 +9,7 @@ from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.forecast import Forecast
-from ldm.models.diffusion.propagation.history import Forecaster
+from ldm.models.diffusion.propagation.history import Forecaster, relative_error
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Compute, Plan
 from tests.helpers.toy import EXACT, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
@@ -101,6 +101,12 @@ def test_where_guidance_begins_nothing_is_compared():
     guidance = Guidance(3.0, (0, rule.nodes[5].t))
     run = states("skip:5", 1e-12, guidance=guidance)
     assert {*range(5, 10)} <= {*keys_of(run)} and keys_of(run)[:2] == (0, 5)
+
+
+def test_an_error_of_large_features_in_half_precision_is_a_number():
+    value = torch.full((1, 8, 100, 100), 300.0, dtype=torch.float16)
+    assert relative_error(1.5 * value, value) == pytest.approx(0.5)
+    assert relative_error(0 * value, 0 * value) == 0
 
 
 def test_a_run_that_measures_nothing_says_nothing():

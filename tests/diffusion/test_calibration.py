@@ -114,6 +114,15 @@ def test_auto_plans_come_from_the_table_beside_the_weights(tmp_path):
         load_plan("auto:5", 10)
 
 
+def test_a_sampler_whose_name_begins_another_has_its_own_calibration(tmp_path):
+    for sampler in ("dpm-solver-3s", "dpm-solver"):
+        calibration(made_for={"sampler": sampler}).save(tmp_path / f"{sampler}-10.json")
+    assert len(load_plan("auto:5", 10, run=RunFacts({"sampler": "dpm-solver"}, tmp_path)).keys) == 5
+    calibration(made_for={"sampler": "euler-a"}).save(tmp_path / "euler-a-10.json")
+    with pytest.raises(ValueError, match="for euler with 10 nodes; there is none"):
+        load_plan("auto:5", 10, run=RunFacts({"sampler": "euler"}, tmp_path))
+
+
 def test_facts_of_a_file_are_read_only_when_a_plan_needs_them(tmp_path):
     weights = tmp_path / "model.safetensors"
     run = RunFacts.of("ddim", weights)
@@ -212,6 +221,13 @@ def test_predictions_that_overflow_end_in_one_line(tmp_path, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert made == 2 and line.startswith("calibrate_plan.py: error: --ckpt: latents are not finite")
     assert not plan.exists()
+
+
+@pytest.mark.parametrize("flags", [["--guidance-reuse"], ["--guidance-forecast", "linear"]])
+def test_a_calibration_needs_guidance_at_every_step(flags, tmp_path, capsys):
+    assert load_script("calibrate_plan").main([*flags, "--out", str(tmp_path / "plan.yaml")]) == 2
+    why = "a calibration is of runs with guidance at every step"
+    assert f"error: {flags[0]}: {why}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["n" * 5000, f"{__file__}/plan.yaml"])

@@ -126,6 +126,14 @@ def test_bad_places_say_why(where, why):
         few_latents(PLMSSampler(model()), 2, **where)
 
 
+@pytest.mark.parametrize("steps", [0, 1001])
+@pytest.mark.parametrize("clean", [False, True])
+def test_no_more_steps_than_the_training_has_timesteps(steps, clean):
+    with pytest.raises(ValueError, match=f"steps must be 1..1000, .*; got {steps}"):
+        spaced_levels(ABAR, steps, "quad", clean)
+    assert len(spaced_levels(ABAR, 1000, "quad", clean)) == 1001
+
+
 def test_what_else_can_be_wrong():
     with pytest.raises(ValueError, match="at least one timestep"):
         levels_at(ABAR, ())
@@ -145,7 +153,7 @@ def test_recorded_is_what_differs_from_images_made_before_there_was_a_choice():
     assert recorded(sampler="dpm++2m-karras") == recorded(sampler="dpm-solver-3s") == {}
     assert recorded(sampler="dpm-solver++") == {"spacing": "quad"}
     assert recorded(sampler="dpm-solver++", spacing="time") == {"spacing": "time"}
-    assert recorded(sampler="unipc", steps=2, timesteps_at=(500, 1)) == {"timesteps_at": (500, 1)}
+    assert recorded(sampler="unipc", steps=2, timesteps_at=(500, 1)) == {"timesteps_at": [500, 1]}
 
 
 def test_a_calibration_is_for_one_placement_of_the_steps():

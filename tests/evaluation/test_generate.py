@@ -131,6 +131,14 @@ def test_plans_by_name(runs, tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["method"]["keys"] == [0, 1, 2]
 
 
+def test_an_error_budget_holds_for_each_image(runs, tmp_path):
+    assert runs(tmp_path / "out", "--count", "3", "--plan", "skip:0,2", "--error-budget", "9") == 0
+    card = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (card["method"]["error_budget"], card["batch"]) == (9, 1)
+    errors = [json.loads(line)["forecast_error"] for line in (tmp_path / "out/journal/0-of-1.jsonl").open()]
+    assert len(set(errors)) == 3 and 0 < min(errors) and max(errors) <= 9
+
+
 def test_a_function_makes_the_same_run(runs, whole, tmp_path):
     protocol = load_protocol(str(runs.protocol))
     model = ModelFiles(*map(Path, runs.model[1::2]))
@@ -274,6 +282,8 @@ def test_a_full_disk_leaves_what_is_there(runs, whole, tmp_path):
         (["--plan", "0,9"], "--plan: key 9 is past the last node 3"),
         (["--compare"], "unrecognized arguments: --compare"),
         (["--plan", "deepcache:2:99"], "--plan: 99 blocks are to run anew; this network has "),
+        (["--forecast", "quartic"], "--forecast: a forecaster must be one of hold, "),
+        (["--plan", "off", "--error-budget", "0.1"], "--error-budget: an error budget needs forecasts to compare"),
         (["--ckpt", "nowhere"], "--ckpt: nowhere: no such file"),
         (["--device", "cuda:99"], "--device: cuda:99"),
     ],

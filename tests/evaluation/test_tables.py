@@ -353,7 +353,7 @@ def test_images_are_timed_one_by_one(made, tmp_path):
         ({"sampler": "dpm-solver", "eta": 0.5}, "eta: dpm-solver has no choice of it; "),
         ({"plan": "auto:2"}, "plan: auto plans need a calibration of this model for ddim with 4 nodes"),
         ({"plan": "deepcache:2:9"}, "plan: 9 blocks are to run anew; this network has 6 on each side"),
-        ({"plan": "deepcache:2", "propagate": "zeros"}, "plan: zeros can stand for the encoder's features only"),
+        ({"plan": "deepcache:2", "propagate": "zeros"}, "propagate: zeros can stand for the encoder's features only"),
     ],
     ids=str,
 )

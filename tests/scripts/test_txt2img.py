@@ -127,11 +127,12 @@ def test_pictures_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
     assert re.fullmatch(r"4 images \(4 made, 0 found\) in .*out/samples; spent [\d.]+ s, [\d.]+ GMAC", last)
 
 
-def test_a_second_run_makes_nothing_and_touches_nothing(call, tmp_path, capsys):
-    call("--n_samples", "2")
+@pytest.mark.parametrize("flags", ["", "--guidance-interval 0,500", "--timesteps-at 900,700,400,100,7"])
+def test_a_second_run_makes_nothing_and_touches_nothing(call, tmp_path, capsys, flags):
+    call("--n_samples", "2", *flags.split())
     before = snapshot(tmp_path)
     capsys.readouterr()
-    assert call("--n_samples", "2") == 0
+    assert call("--n_samples", "2", *flags.split()) == 0
     assert snapshot(tmp_path) == before
     assert "(0 made, 2 found)" in capsys.readouterr().out
 

@@ -100,6 +100,7 @@ def refused(files, tmp_path, capsys):
         (["--negative_prompt", "grey", "--scale", "1"], "--negative_prompt: needs guidance"),
         (["--guidance-interval", "200,800", "--scale", "1"], "--guidance-interval: needs guidance"),
         (["--guidance-reuse", "--scale", "1"], "--guidance-reuse: needs guidance"),
+        (["--guidance-forecast", "linear", "--scale", "1"], "--guidance-forecast: needs guidance"),
         (["--fp16", "--precision", "full"], "--precision: not allowed with argument --fp16"),
         (["--device", "cuda:99"], "--device: cuda:99 is not there; on this machine: auto, .*cpu"),
         (["--device", "toaster"], "--device: toaster is not there"),

@@ -14,6 +14,7 @@ from ldm.models.diffusion.schedule import (
     CLEAN,
     Level,
     NoiseSchedule,
+    check_steps,
     ddim_levels,
     ddim_timesteps,
     karras_levels,
@@ -93,6 +94,7 @@ def spaced_levels(alphas_cumprod: Tensor, steps: int, spacing: str, clean: bool 
         ValueError: steps is not in 1..T.
     """
     schedule = NoiseSchedule(alphas_cumprod)
+    check_steps(steps, schedule.total)
     if not clean:
         return schedule.levels(steps, SKIP_TYPES[spacing])
     trained = schedule.levels(steps - 1, SKIP_TYPES[spacing]) if steps > 1 else (schedule.level(1.0),)

@@ -22,3 +22,9 @@ def test_lists_in_a_row_are_rows(tmp_path):
     assert len(set(map(str, rows))) == 5 and "prior noise 0.1" in str(rows[-1])
     shipped, _ = read_rows(str(SHIPPED), 50)
     assert len(shipped) == len(set(map(str, shipped))) > 25
+
+
+def test_a_plan_by_name_counts_the_steps_of_the_spacing(experiment):
+    """30 steps of ddim are 31 as published, and 30 where they are spread otherwise."""
+    assert experiment.engine("ddim", 30).plan.num_nodes == 31
+    assert experiment.engine("ddim", 30, spacing="quad").plan.num_nodes == 30

@@ -20,9 +20,9 @@ from ldm.io.schema import Number, Schema, parse
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.forecast import ForecastName
+from ldm.models.diffusion.propagation.history import relative_error
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import eps_weight
-from ldm.modules.diffusionmodules.features import Features
 
 DECODERS = 8  # decoder steps in one batch of the measurement
 Nodes = Annotated[int, Field(ge=1, le=10_000)]  # of a run
@@ -149,11 +149,5 @@ def measure(model: Denoiser, rule: Rule, x: Tensor) -> tuple[list[list[float]], 
                 weight = eps_weight(nodes[j].abar, nodes[j].abar_next) ** 2
                 errors.append(0.0 if i == j else weight * float((eps - right[j]).square().mean()))
         eps_table.append(errors)
-        feature_table.append([relative_difference(held[i], later) for later in held[i:]])
+        feature_table.append([relative_error(held[i], later) ** 2 for later in held[i:]])
     return eps_table, feature_table
-
-
-def relative_difference(a: Features, b: Features) -> float:
-    """Squared difference of two nodes' features over b's square, mean over the levels."""
-    parts = [(p - q).square().sum() / q.square().sum() for p, q in zip(a.tensors, b.tensors, strict=True)]
-    return float(torch.stack(parts).mean())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from ldm.models.diffusion.propagation.forecast import METHODS, Forecast, Method, Span
@@ -59,8 +60,13 @@ T = TypeVar("T", bound=Sized)
 def relative_error(guess: Features | Tensor, value: Features | Tensor) -> float:
     """|guess - value| / |value|; of features the root mean square over their tensors."""
     pairs = [(guess, value)] if isinstance(value, Tensor) else zip(guess.tensors, value.tensors, strict=True)
-    squares = [float((a - b).square().sum() / b.square().sum()) for a, b in pairs]
+    squares = [_sum_of_squares(a - b) / max(_sum_of_squares(b), 1e-30) for a, b in pairs]
     return sqrt(sum(squares) / len(squares))
+
+
+def _sum_of_squares(x: Tensor) -> float:
+    """In single precision at least: half precision ends at 65504."""
+    return float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum())
 
 
 @dataclass(frozen=True, eq=False)

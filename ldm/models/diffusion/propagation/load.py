@@ -148,6 +148,9 @@ def _online(spec: str, num_nodes: int) -> OnlinePlan | None:
 
 
 def _leveled(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
+    level, _, of = spec.partition(":")
+    if level in LEVELS and of.partition(":")[0] in ("auto", "online"):
+        raise ValueError(f"auto and online take no level before them; got {spec!r}")
     match = re.fullmatch(rf"({'|'.join(LEVELS)}):(uniform:\d+|[^:]+)(?::(\d+))?", spec)
     if match is None:
         return None
@@ -191,8 +194,9 @@ def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
             "auto plans need a calibration, which is stored beside the model's weights, and the file of these "
             "weights is not known; load the model with ldm.load or ldm.checkpoint.load_model"
         )
-    there = sorted(folder.glob(f"{sampler}-*.json")) if folder.is_dir() else []
-    found = {path: read_calibration(path) for path in there}
+    there = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    own = re.compile(rf"{re.escape(str(sampler))}-\d+")  # not euler-a-50 for euler
+    found = {path: read_calibration(path) for path in there if own.fullmatch(path.stem)}
     for path, calibration in found.items():
         if calibration.num_nodes == num_nodes:
             run.check(calibration.made_for, f"calibration {path.name}")
