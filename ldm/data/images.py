@@ -17,9 +17,8 @@ from torch.utils.data import Dataset
 
 from ldm.io.arrays import load_array
 from ldm.io.files import FileError, read_lines
-from ldm.io.images import MOST_PIXELS, open_image
+from ldm.io.images import MOST_PIXELS, SUFFIXES, open_image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 INTERPOLATIONS = {
     "linear": Image.Resampling.BILINEAR,
     "bilinear": Image.Resampling.BILINEAR,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,22 @@ class LSUNBase(Dataset):
         return {"image": in_range(pixels), "file_path_": name}
 
 
+@cache
+def environment(folder: Path) -> lmdb.Environment:
+    """An LMDB database. A process can open it only once; those that are forked from it read the same memory."""
+    return lmdb.open(str(folder), readonly=True, lock=False, max_readers=1, readahead=False)
+
+
 class Database:
-    """The images of an LMDB database; each process opens it for itself."""
+    """The images of an LMDB database."""
 
     def __init__(self, folder: Path):
-        self.folder, self._opened = folder, None
+        self.folder = folder.resolve()
         with self.transaction() as transaction:
             self.keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
 
     def transaction(self) -> Any:
-        if self._opened is None:
-            self._opened = lmdb.open(str(self.folder), readonly=True, lock=False, max_readers=1, readahead=False)
-        return self._opened.begin()
+        return environment(self.folder).begin()
 
     def image(self, i: int) -> Image.Image:
         with self.transaction() as transaction:
@@ -74,36 +79,38 @@ class Database:
         with opened(io.BytesIO(data)) as image:
             return image.convert("RGB")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
-
 
 class LSUNSplit(LSUNBase):
-    """A published part of LSUN; its list and its folder lie below data/lsun."""
+    """A published part of LSUN below data/lsun: the database that LSUN publishes, or a list and a folder."""
 
     list: str
     folder: str
+    lmdb: str | None = None
     mirrored = 0.5
 
     def __init__(self, txt_file: str | None = None, data_root: str | None = None, **rest: Any):
-        flip = {"flip_p": self.mirrored} | rest
-        super().__init__(txt_file or f"data/lsun/{self.list}", data_root or f"data/lsun/{self.folder}", **flip)
+        root = Path("data/lsun")
+        downloaded = self.lmdb is not None and (root / self.lmdb / "data.mdb").is_file()
+        folder = data_root or str(root / (self.lmdb if downloaded else self.folder))
+        super().__init__(txt_file or str(root / self.list), folder, **{"flip_p": self.mirrored} | rest)
 
 
 class LSUNChurchesTrain(LSUNSplit):
-    list, folder = "church_outdoor_train.txt", "churches"
+    list, folder, lmdb = "church_outdoor_train.txt", "churches", "church_outdoor_train_lmdb"
 
 
 class LSUNChurchesValidation(LSUNSplit):
-    list, folder, mirrored = "church_outdoor_val.txt", "churches", 0.0
+    list, folder, lmdb = "church_outdoor_val.txt", "churches", "church_outdoor_val_lmdb"
+    mirrored = 0.0
 
 
 class LSUNBedroomsTrain(LSUNSplit):
-    list, folder = "bedrooms_train.txt", "bedrooms"
+    list, folder, lmdb = "bedrooms_train.txt", "bedrooms", "bedroom_train_lmdb"
 
 
 class LSUNBedroomsValidation(LSUNSplit):
-    list, folder, mirrored = "bedrooms_val.txt", "bedrooms", 0.0
+    list, folder, lmdb = "bedrooms_val.txt", "bedrooms", "bedroom_val_lmdb"
+    mirrored = 0.0
 
 
 class LSUNCatsTrain(LSUNSplit):

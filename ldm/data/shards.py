@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import webdataset
 from torch.utils.data import IterableDataset
 from webdataset.shardlists import expand_urls
 
-from ldm.data.images import SUFFIXES, ImagePaths, in_range
-from ldm.io.images import open_image
+from ldm.data.images import ImagePaths, in_range
+from ldm.io.images import SUFFIXES, open_image
+
+SCHEMES = ("http", "https", "s3", "gs", "hf")  # of addresses; webdataset knows others, of which pipe: runs commands
 
 
 class Shards(IterableDataset):
@@ -23,23 +26,21 @@ class Shards(IterableDataset):
     `.cls`.
 
     Args:
-        urls: paths or addresses, as `webdataset` reads them: data/{00000..01234}.tar.
+        urls: paths, or addresses of one of `SCHEMES`, in the notation of `webdataset`: data/{00000..01234}.tar.
         size: side of the squares.
         random_crop, flip: see `ImagePaths`.
         shuffle: examples in memory from which the next is drawn; 0 = in their order.
         seed: of that draw, and of the order of the files.
 
     Raises:
-        ValueError: a local file is not there.
+        ValueError: an address of another scheme; a local file is not there.
     """
 
     def __init__(
         self, urls: str, size: int, random_crop: bool = False, flip: float = 0.0, shuffle: int = 1000, seed: int = 23
     ):
         files = expand_urls(urls)
-        missing = [file for file in files if ":" not in file and not Path(file).is_file()]
-        if missing:
-            raise ValueError(f"{missing[0]}: no such file ({len(missing)} of {len(files)} are missing)")
+        check_addresses(files)
         self.preparation = ImagePaths([], size, None, random_crop, flip)
         order = {"shardshuffle": len(files) if shuffle else False, "detshuffle": True, "seed": seed}
         shards = webdataset.WebDataset(files, empty_check=False, **order)
@@ -64,3 +65,19 @@ class Shards(IterableDataset):
         if "cls" in files:
             example["class_label"] = int(files["cls"])
         return example
+
+
+def check_addresses(files: Sequence[str]) -> None:
+    """Raise ValueError unless each is a file that is there, or an address of one of `SCHEMES`.
+
+    A configuration names them, so none may be a command.
+    """
+    local = []
+    for file in files:
+        scheme = urlparse(file).scheme
+        if scheme and scheme not in SCHEMES:
+            raise ValueError(f"urls: {file!r}; accepted: paths, and addresses of {', '.join(SCHEMES)}")
+        local += [] if scheme else [file]
+    missing = [file for file in local if not Path(file).is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]}: no such file ({len(missing)} of {len(files)} are missing)")

@@ -34,10 +34,12 @@ class SuperResolution(Dataset, ABC):
         size: int,
         degradation: str = "bsrgan_light",
         downscale_f: int = SCALE,
-        min_crop_f: float = 0.5,
-        max_crop_f: float = 1.0,
+        min_crop_f: Share = 0.5,
+        max_crop_f: Share = 1.0,
         random_crop: bool = True,
     ):
+        if not 0.0 < min_crop_f <= max_crop_f:
+            raise ValueError(f"min_crop_f: {min_crop_f} does not lie in (0, max_crop_f={max_crop_f}]")
         if size % downscale_f:
             raise ValueError(f"size: {size} is not a multiple of downscale_f: {downscale_f}")
         if degradation.startswith("bsrgan") and downscale_f != SCALE:
@@ -55,7 +57,7 @@ class SuperResolution(Dataset, ABC):
 
     def pair(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """An image (H, W, 3) uint8 -> the square and its low-resolution version, uint8."""
-        side = int(min(pixels.shape[:2]) * uniform(*self.shares))
+        side = max(1, int(min(pixels.shape[:2]) * uniform(*self.shares)))
         square = cut(pixels, *corner(pixels, side, self.random_crop), side)
         square = smallest_side(square, self.size, "INTER_AREA")
         return square, self.degrade(square)
