@@ -131,3 +131,13 @@ def test_identity_first_stage_gives_back_what_it_gets():
 def test_wrong_ddconfig_says_why(change, why):
     with pytest.raises(ValueError, match=why):
         tiny_kl(**change)
+
+
+def test_the_nearest_code_is_the_same_under_autocast():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(4096, 4)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    z = torch.randn(1, 4, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        indices = quantizer(z).indices
+    assert torch.equal(indices, quantizer(z).indices)

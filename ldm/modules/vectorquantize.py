@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -34,9 +35,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (B*h*w, D), in b, h, w order
-        codes = self.embedding.weight  # (n_e, D)
-        distances = codes.square().sum(1) - 2.0 * flat @ codes.t()  # up to a constant per row
-        indices = distances.argmin(dim=1)
+        indices = nearest(flat, self.embedding.weight)
         z_q = self.codes(indices, (z.shape[0], *z.shape[2:]))
         to_encoder = (z_q.detach() - z).square().mean()
         to_codes = (z_q - z.detach()).square().mean()
@@ -49,6 +48,18 @@ class VectorQuantizer(nn.Module):
     def codes(self, indices: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Codes of (B*h*w,) indices as (B, D, h, w); `shape` is (B, h, w)."""
         return self.embedding(indices).view(*shape, -1).permute(0, 3, 1, 2).contiguous()
+
+
+def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
+    """The index of the nearest of the codes (n_e, D) for each of the vectors (N, D): (N,).
+
+    In float32 also under autocast: in half precision codes that lie close together can't be told apart.
+    """
+    exact = nullcontext() if vectors.is_meta else torch.autocast(vectors.device.type, enabled=False)
+    with exact:
+        vectors, codes = vectors.float(), codes.float()
+        distances = codes.square().sum(1) - 2.0 * vectors @ codes.t()  # up to a constant per row
+        return distances.argmin(dim=1)
 
 
 def perplexity(indices: Tensor, n_e: int) -> Tensor:

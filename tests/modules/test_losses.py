@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.io.files import FileError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import LPIPSWithDiscriminator, VQLPIPSWithDiscriminator
 from ldm.modules.losses import lpips as of_lpips
 from ldm.modules.losses.discriminator import NLayerDiscriminator
-from ldm.modules.losses.lpips import LPIPS, SLICES, EfficientNetDistance, lpips, perceptual
+from ldm.modules.losses.lpips import LPIPS, SLICES, EfficientNetDistance, lpips, normalized, perceptual
+from ldm.modules.vectorquantize import Quantized
 from ldm.util import instantiate_from_config
 from tests.helpers.goldens import assert_golden, from_recipe, load_case, recipe_tensor
 
@@ -201,3 +203,24 @@ def test_efficientnet_distance_grows_with_the_difference_and_never_changes():
     assert not distance.training and not any(p.requires_grad for p in distance.parameters())
     blurred = F.avg_pool2d(x, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert (distance(x, blurred) > near).all()
+
+
+def test_lpips_needs_all_of_its_weights(tmp_path):
+    """Of VGG19, which has other layers, and of a file with the first kernels only."""
+    state = {f"features.{i}.weight": torch.ones(4, 3 if i == 0 else 4, 3, 3) for i in (0, 5, 10, 16, 17, 24)}
+    torch.save(state, tmp_path / "some.pth")
+    with pytest.raises(FileError, match=r"some.pth: not the weights .*: it has no net.slice1.0.bias"):
+        lpips(tmp_path / "some.pth")
+
+
+def test_the_perceptual_distance_is_logged_as_it_is_and_weighted_in_the_loss():
+    loss = VQLPIPSWithDiscriminator(1, perceptual=fill_lpips(LPIPS(SMALL), seed=1), perceptual_weight=0.5, disc_ndf=8)
+    x, y = images(0), images(1)
+    terms = loss.generator(x, y, Quantized(y, torch.zeros(()), None), batches=0)
+    assert terms["p_loss"].item() == pytest.approx(loss.perceptual_loss(x, y).mean().item())
+    assert terms["nll_loss"].item() == pytest.approx(((x - y).abs().mean() + 0.5 * terms["p_loss"]).item())
+
+
+def test_features_are_normalized_in_half_precision():
+    large, black = (torch.full((1, 4, 1, 1), value, dtype=torch.float16) for value in (300.0, 0.0))
+    assert normalized(large).norm().item() == pytest.approx(1.0) and normalized(black).abs().max() == 0

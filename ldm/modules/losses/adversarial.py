@@ -79,7 +79,7 @@ class AdversarialLoss(nn.Module, ABC):
 
         Args:
             error: images minus reconstructions, (B, C, H, W).
-            distance: perceptual distances times their weight, (B, 1, 1, 1).
+            distance: perceptual distances, (B, 1, 1, 1), not yet weighted.
             latent: the second thing that the first stage's `forward` returns.
             weights: of the elements of the error, broadcast to them; None = 1.
         """
@@ -117,7 +117,7 @@ class AdversarialLoss(nn.Module, ABC):
         between = images.new_zeros(len(images), 1, 1, 1)
         if self.perceptual_loss is not None:
             between = self.perceptual_loss(images, reconstruction).float()
-        without = self.reconstruction(images - reconstruction, self.perceptual_weight * between, latent, weights)
+        without = self.reconstruction(images - reconstruction, between, latent, weights)
         g_loss = -self.discriminator(self.judged(reconstruction, cond)).float().mean()
         d_weight = images.new_zeros(())
         if torch.is_grad_enabled() and last_layer is not None and (self.disc_factor > 0.0 or self.always_balanced):

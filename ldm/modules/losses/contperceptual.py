@@ -30,7 +30,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
     def reconstruction(
         self, error: Tensor, distance: Tensor, latent: DiagonalGaussianDistribution, weights: Tensor | None
     ) -> Reconstruction:
-        rec = error.abs() + distance
+        rec = error.abs() + self.perceptual_weight * distance
         nll = rec / self.logvar.exp() + self.logvar
         weighted = nll if weights is None else weights * nll
         kl = latent.kl().mean()

@@ -36,7 +36,8 @@ class Perceptual(nn.Module, ABC):
 
 
 def normalized(features: Tensor) -> Tensor:
-    """Features (B, C, H, W) divided by their norm over the channels."""
+    """Features (B, C, H, W) divided by their norm over the channels; in float32, since squares overflow fp16."""
+    features = features.float()
     return features / (features.square().sum(1, keepdim=True).sqrt() + EVERY_CHANNEL)
 
 
@@ -206,6 +207,9 @@ def lpips(weights: str | Path | None = None) -> LPIPS:
     if any(weight is None for weight in last):
         raise FileError(f"{path}: neither VGG16 nor LPIPS: it has no kernels of that network")
     network = LPIPS([len(weight) for weight in last])
+    missing = [key for key, _ in network.named_parameters() if key not in state]
+    if missing:
+        raise FileError(f"{path}: not the weights of LPIPS with VGG16: it has no {missing[0]}")
     try:
         network.load_state_dict(network.state_dict() | state)
     except RuntimeError as error:
@@ -219,7 +223,8 @@ def published_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for key, value in state.items():
         key = key.removeprefix("loss.perceptual_loss.")
-        if found := re.fullmatch(r"features\.(\d+)\.(weight|bias)", key):
+        found = re.fullmatch(r"features\.(\d+)\.(weight|bias)", key)
+        if found and int(found[1]) in slice_of:
             renamed[f"net.slice{slice_of[int(found[1])]}.{found[1]}.{found[2]}"] = value
         elif key.startswith(("net.slice", "lin", "scaling_layer.")):
             renamed[key] = value

@@ -43,7 +43,8 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
     def reconstruction(
         self, error: Tensor, distance: Tensor, latent: Quantized, weights: Tensor | None
     ) -> Reconstruction:
-        rec = (error.abs() if self.pixel_loss == "l1" else error.square()) + distance
+        pixels = error.abs() if self.pixel_loss == "l1" else error.square()
+        rec = pixels + self.perceptual_weight * distance
         nll, quant_loss = rec.mean(), latent.loss.mean()
         terms = {"quant_loss": quant_loss, "rec_loss": nll, "p_loss": distance.mean()}
         if latent.indices is not None:
