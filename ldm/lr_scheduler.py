@@ -66,6 +66,8 @@ class Cycles(ABC):
                 "warm_up_steps, f_min, f_max, f_start and cycle_lengths need one entry per cycle; "
                 f"got lengths {sorted(lengths)}"
             )
+        if wrong := [pair for pair in zip(warm_up_steps, cycle_lengths, strict=True) if not 0 <= pair[0] < pair[1]]:
+            raise ValueError(f"warm_up_steps must lie in [0, cycle_lengths={wrong[0][1]}); got {wrong[0][0]}")
         self.cycles = list(zip(warm_up_steps, f_min, f_max, f_start, cycle_lengths, strict=True))
 
     @abstractmethod

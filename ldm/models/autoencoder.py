@@ -120,6 +120,8 @@ class VQModelInterface(VQModel):
 class IdentityFirstStage(nn.Module):
     """The first stage of a diffusion model that works on pixels."""
 
+    ckpt_path: str | None = None  # it has no weights
+
     def __init__(self, vq_interface: bool = False):
         super().__init__()
         self.vq_interface = vq_interface

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint import read_checkpoint
 from ldm.io.schema import AboveZero, Count
 from ldm.models.autoencoder import AutoencoderKL, VQModel
+from ldm.modules.losses import LPIPSWithDiscriminator, VQLPIPSWithDiscriminator
 from ldm.training.autoencoder import FirstStageTraining, mean_psnr, reconstructed
 from ldm.training.optim import scheduled
 
@@ -33,7 +35,9 @@ class AdversarialTraining(FirstStageTraining):
     """
 
     manages = ("accumulate_grad_batches", "gradient_clip_val")
+    losses = {AutoencoderKL: LPIPSWithDiscriminator, VQModel: VQLPIPSWithDiscriminator}
     strategy = "ddp_find_unused_parameters_true"  # each backward pass is of one of the two networks
+    seen = 0  # batches before the state that is read; where only a validation is made, the trainer does not know them
 
     def __init__(
         self,
@@ -53,10 +57,28 @@ class AdversarialTraining(FirstStageTraining):
             for part in (model.encoder, model.quant_conv, *([model.quantize] if isinstance(model, VQModel) else [])):
                 part.requires_grad_(False)
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.model.ckpt_path and self.batches < 0:
+            self.take_discriminator(self.model.ckpt_path)
+
+    def take_discriminator(self, path: str) -> None:
+        """Go on with the discriminator of a first stage's file, as published code does; without one it begins anew."""
+        own, prefix = self.loss.discriminator.state_dict(), "loss.discriminator."
+        kept = {k.removeprefix(prefix): v for k, v in read_checkpoint(path).items() if k.startswith(prefix)}
+        if {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in own.items()}:
+            self.loss.discriminator.load_state_dict(kept)
+            print(f"the discriminator goes on from {path}")
+        else:
+            print(f"a new discriminator: {path} has " + ("one of another shape" if kept else "none"))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seen = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+
     @property
     def batches(self) -> int:
         """Batches that were trained on before this one, in all epochs."""
-        return self.trainer.fit_loop.epoch_loop.total_batch_idx
+        return max(self.trainer.fit_loop.epoch_loop.total_batch_idx, self.seen - 1)
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
         made = [
@@ -96,8 +118,9 @@ class AdversarialTraining(FirstStageTraining):
             schedule.step()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Only here gradients have their own scale if the precision is fp16. The discriminator's are not clipped.
-        self.configure_gradient_clipping(optimizer, self.clip)
+        # Only here gradients have their own scale if the precision is fp16.
+        if optimizer is self.trainer.optimizers[0]:  # not the discriminator's
+            self.configure_gradient_clipping(optimizer, self.clip, self.trainer.gradient_clip_algorithm)
 
     def step_discriminator(self, optimizer: torch.optim.Optimizer) -> None:
         # By the strategy, as Lightning's own optimizer does it, but not counted as a step of the trainer.

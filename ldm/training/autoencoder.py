@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoint import load_weights
 from ldm.io.images import psnr
 from ldm.io.schema import AboveZero
 from ldm.models.autoencoder import AutoencoderKL, VQModel
+from ldm.modules.losses.reconstruction import ReconstructionLoss
+from ldm.training.datasets import entry_of
 from ldm.training.optim import ClippedTraining, adamw
 from ldm.util import instantiate_from_config
 
@@ -57,7 +59,12 @@ class FirstStageTraining(ClippedTraining):
 
     Args:
         learning_rate, scheduler_config: see `ldm.training.optim.adamw`.
+
+    Raises:
+        ValueError: the model's lossconfig names no loss of this training.
     """
+
+    losses: Mapping[type[nn.Module], type[nn.Module]]  # of each kind of model that is trained
 
     def __init__(
         self,
@@ -66,11 +73,27 @@ class FirstStageTraining(ClippedTraining):
         scheduler_config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
+        loss = self.loss_of(model)
         if model.ckpt_path:
             load_weights(model, model.ckpt_path)
-        self.model = model.to(memory_format=torch.channels_last)
-        self.loss = instantiate_from_config(model.lossconfig)
+        self.model, self.loss = model.to(memory_format=torch.channels_last), loss
         self.learning_rate, self.scheduler_config = learning_rate, scheduler_config
+
+    def loss_of(self, model: nn.Module) -> nn.Module:
+        """The loss that the model's lossconfig names.
+
+        Raises:
+            ValueError: this training has none for such a model, or it is another one.
+        """
+        accepted = next((loss for kind, loss in self.losses.items() if isinstance(model, kind)), None)
+        if accepted is None:
+            kinds = ", ".join(kind.__name__ for kind in self.losses)
+            raise ValueError(f"model.target: {type(model).__name__} is not trained by this class; accepted: {kinds}")
+        loss = instantiate_from_config(model.lossconfig) if model.lossconfig else None
+        if not isinstance(loss, accepted):
+            given = type(loss).__name__ if loss else "none"
+            raise ValueError(f"model.params.lossconfig: {given} is not of this training; accepted: {accepted.__name__}")
+        return loss
 
     def on_train_start(self) -> None:
         # Not in on_fit_start: there, global_step of a resumed run is still 0, and its weights would be lost.
@@ -78,11 +101,11 @@ class FirstStageTraining(ClippedTraining):
         if shortcut and self.trainer.global_step == 0:
             train = self.trainer.datamodule.train
             spread = torch.linspace(0, len(train) - 1, min(len(train), SAMPLE)).long().tolist()
-            images = torch.stack([train[i][self.model.image_key] for i in spread]).to(self.device)
+            images = torch.stack([entry_of(train[i], self.model.image_key) for i in spread]).to(self.device)
             start_from_principal_components(self.model, images)
 
     def images_of(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch[self.model.image_key].contiguous(memory_format=torch.channels_last)
+        return entry_of(batch, self.model.image_key).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def images(self, batch: dict[str, Tensor]) -> Tensor:
@@ -103,6 +126,8 @@ def mean_psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 class AutoencoderTraining(FirstStageTraining):
     """Trains `model` with a loss that needs no discriminator, see `ldm.modules.losses.reconstruction`."""
+
+    losses = {AutoencoderKL: ReconstructionLoss}
 
     def step(self, batch: dict[str, Tensor], prefix: str, sample_posterior: bool) -> Tensor:
         images = self.images_of(batch)

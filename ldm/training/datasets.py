@@ -173,3 +173,16 @@ def data_of(section: Mapping[str, Any], seed: int, allow: Sequence[str] = ()) ->
 def say_unused(names: Iterable[str], target: str) -> None:
     if names := list(names):
         print(f"data.params: {', '.join(names)} of the configuration: not used, {target} does not take them")
+
+
+def entry_of(batch: Mapping[str, Any], name: str) -> Any:
+    """What a batch has under a name.
+
+    Raises:
+        ValueError: nothing: the data is for another kind of model.
+    """
+    if name not in batch:
+        raise ValueError(
+            f"data: its examples have no {name!r}, which this model is trained on; they have {', '.join(batch)}"
+        )
+    return batch[name]

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.checkpoint import load_weights
-from ldm.io.schema import AboveZero, Share
+from ldm.io.schema import AboveZero, Count, Share
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.solvers.registry import solver
 from ldm.modules.ema import LitEma
+from ldm.training.datasets import entry_of
 from ldm.training.optim import ClippedTraining, adamw, scheduled
 
 PLAIN_ATTENTION = 32 * 32  # most latent pixels: beyond, its weights would fill the memory
@@ -54,6 +55,8 @@ class DiffusionTraining(ClippedTraining):
         guidance_scale, sample_steps: for the sample grids.
     """
 
+    strategy = "ddp_find_unused_parameters_true"  # BERTEmbedder has layers that conditioning leaves out
+
     def __init__(
         self,
         model: LatentDiffusion,
@@ -63,10 +66,10 @@ class DiffusionTraining(ClippedTraining):
         condition_dropout: Share = 0.1,
         unconditional: str | int = "",
         ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
-        min_snr_gamma: float | None = None,
+        min_snr_gamma: AboveZero | None = None,
         ema_decay: float = 0.9999,
         guidance_scale: float = 4.0,
-        sample_steps: int = 25,
+        sample_steps: Count = 25,
     ):
         super().__init__()
         if path := model.first_stage_model.ckpt_path:
@@ -88,7 +91,8 @@ class DiffusionTraining(ClippedTraining):
     def latents(self, batch: dict[str, Any]) -> Tensor:
         if "latent" in batch:
             return batch["latent"]
-        return self.model.get_first_stage_encoding(self.model.encode_first_stage(batch[self.model.first_stage_key]))
+        images = entry_of(batch, self.model.first_stage_key)
+        return self.model.get_first_stage_encoding(self.model.encode_first_stage(images))
 
     def timestep_weights(self, t: Tensor) -> Tensor:
         """Weight of each image's loss, (B,): min(SNR, gamma) for the squared error of x_0."""
@@ -97,8 +101,15 @@ class DiffusionTraining(ClippedTraining):
         return snr.clamp(max=self.min_snr_gamma) / in_units_of
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        first = self.trainer.fit_loop.epoch_loop.total_batch_idx == 0
-        if self.model.scale_by_std and first and not self.model.ckpt_path:
+        if self.trainer.fit_loop.epoch_loop.total_batch_idx > 0 or self.model.ckpt_path:
+            return
+        first_stage = self.model.first_stage_model
+        if "latent" not in batch and not first_stage.ckpt_path and any(True for _ in first_stage.parameters()):
+            print(
+                "model.params.first_stage_config.params.ckpt_path and model.params.ckpt_path are not given: the "
+                "latents are those of a first stage that was never trained"
+            )
+        if self.model.scale_by_std:
             z = self.latents(batch)
             self.model.scale_factor.copy_(self.model.scale_factor / z.std())
             print(f"scale_by_std: the scale factor is {self.model.scale_factor.item():.5g}")
@@ -125,7 +136,7 @@ class DiffusionTraining(ClippedTraining):
         if self.model.cond_stage_model is not None:
             raw, key = batch[next(iter(batch))], self.model.cond_stage_key
             dropped = torch.rand(len(raw)) < self.condition_dropout
-            batch = batch | {key: replaced(batch[key], dropped, self.unconditional)}
+            batch = batch | {key: replaced(entry_of(batch, key), dropped, self.unconditional)}
         if self.ucg_training:
             batch = dropped_as_published(batch, self.ucg_training, int(torch.randint(2**31, ())))
         return batch
@@ -135,7 +146,7 @@ class DiffusionTraining(ClippedTraining):
         model = self.model
         if model.cond_stage_model is None:
             return None
-        cond = model.get_learned_conditioning(batch[model.cond_stage_key])
+        cond = model.get_learned_conditioning(entry_of(batch, model.cond_stage_key))
         if model.cond_stage_model is model.first_stage_model and "mask" in batch:  # inpainting
             mask = F.interpolate(batch["mask"], size=cond.shape[-2:])
             return torch.cat([cond, 2 * mask - 1], dim=1)
@@ -234,6 +245,6 @@ def dropped_as_published(
     random, after = np.random.RandomState(seed), dict(batch)
     for key, rule in ucg_training.items():
         share, value = rule["p"], "" if rule["val"] is None else rule["val"]
-        hits = torch.tensor([bool(random.choice(2, p=[1 - share, share])) for _ in range(len(batch[key]))])
+        hits = torch.tensor([bool(random.choice(2, p=[1 - share, share])) for _ in range(len(entry_of(batch, key)))])
         after[key] = replaced(batch[key], hits, value)
     return after

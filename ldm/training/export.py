@@ -13,9 +13,11 @@ from ldm.checkpoint import load_config, read_checkpoint, save_weights
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.ema import ema_name
+from ldm.training.datasets import data_of
 from ldm.training.state import LAST, read_state
 from ldm.util import instantiate_from_config
 
+SEED = 23  # of the order of the images over which statistics are taken
 # Averages that a training keeps, and the part of the model that each follows.
 AVERAGES = {"network_ema.": "model.", "conditioner_ema.": "cond_stage_model."}
 
@@ -80,7 +82,7 @@ def normalized_first_stage(config: DictConfig, weights: Mapping[str, Tensor]) ->
     """
     model = instantiate_from_config(config.model)
     model.load_state_dict(dict(weights))
-    data = instantiate_from_config(config.data)
+    data = data_of(config.data, SEED)
     data.setup("fit")
     means = latent_means(model.eval(), data.train_dataloader())
     std = means.std((0, 2, 3))

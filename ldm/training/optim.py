@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
@@ -45,7 +46,8 @@ def scheduled(optimizer: torch.optim.Optimizer, scheduler_config: Mapping[str, A
 class ClippedTraining(pl.LightningModule):
     """Clips the gradients of `model` as the trainer's gradient_clip_val and gradient_clip_algorithm say.
 
-    Lightning itself refuses to do so for a fused optimizer with bf16, because of loss scaling, which bf16 does not use.
+    Lightning itself refuses to do so for a fused optimizer with mixed precision, because of the scale of the loss,
+    which bf16 does not have and which is taken out here for fp16.
     """
 
     model: nn.Module
@@ -58,6 +60,10 @@ class ClippedTraining(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if gradient_clip_val is not None:
-            clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
-            clip(self.model.parameters(), gradient_clip_val)
+        if not gradient_clip_val:  # 0 is Lightning's word for none, too
+            return
+        precision = self.trainer.precision_plugin
+        if isinstance(precision, MixedPrecision) and precision.scaler and optimizer.defaults.get("fused"):
+            precision.scaler.unscale_(optimizer)  # which is left to the step of a fused optimizer otherwise
+        clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
+        clip(self.model.parameters(), gradient_clip_val)

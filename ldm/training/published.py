@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.io.errors import shown
+from ldm.io.schema import AboveZero, Count, parse
+
 FIRST_STAGES = ("AutoencoderKL", "VQModel")
 DIFFUSIONS = ("LatentDiffusion", "Layout2ImgDiffusion", "MinimalRETRODiffusion")
 HIGH_RATE = 1e-3
@@ -25,22 +28,24 @@ def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, l
         scale_lr: multiply model.base_learning_rate with the images per step, as the published code does by default.
 
     Raises:
-        ValueError: no learning rate; a model that is not trained here.
+        ValueError: a section is no mapping; no learning rate, or not a number; a model that is not trained here.
     """
-    given = config.get("training") or OmegaConf.create()
-    if "target" in given or "model" not in config:
+    given = mapping(config, "training")
+    if "target" in given or config.get("model") is None:
         return config, [NOT_SCALED] if scale_lr else []
     config = config.copy()
-    model = config.model
-    lightning = config.setdefault("lightning", OmegaConf.create())
-    trainer = lightning.setdefault("trainer", OmegaConf.create())
+    for name in ("model", "data", "data.params"):
+        mapping(config, name)
+    for name in ("model.params", "lightning", "lightning.trainer"):
+        OmegaConf.update(config, name, mapping(config, name), merge=False)
+    model, lightning = config.model, config.lightning
     lines = [f"lightning.{name}: without effect; {INSTEAD[name]}" for name in INSTEAD if name in lightning]
     for name in INSTEAD:
         lightning.pop(name, None)
-    base = model.pop("base_learning_rate", None)
-    if base is None:
+    if model.get("base_learning_rate") is None:
         raise ValueError("model.base_learning_rate: not given; expected a number, or a section training")
-    rate, line = learning_rate(float(base), config, trainer, scale_lr)
+    rate, line = learning_rate(config, scale_lr)
+    del model.base_learning_rate
     config.training = {"target": training_of(str(model.get("target"))), "params": {"learning_rate": rate}}
     if config.training.target.endswith("DiffusionTraining"):
         config.training.params |= {"published_optimizer": True, "condition_dropout": 0.0}
@@ -49,6 +54,20 @@ def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, l
         model.params.use_ema = False  # the training keeps the averages
     config.training = OmegaConf.merge(config.training, given)
     return config, [line, *lines]
+
+
+def mapping(config: DictConfig, name: str) -> DictConfig:
+    """A section of a configuration; an empty one where there is none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    section = OmegaConf.select(config, name)
+    if section is None:
+        return OmegaConf.create()
+    if not OmegaConf.is_dict(section):
+        raise ValueError(f"{name} should be a mapping; got {shown(section)}")
+    return section
 
 
 def training_of(target: str) -> str:
@@ -62,10 +81,17 @@ def training_of(target: str) -> str:
     raise ValueError(f"model.target: {target!r} is not trained here; accepted: {known}, or a section training")
 
 
-def learning_rate(base: float, config: DictConfig, trainer: DictConfig, scale_lr: bool) -> tuple[float, str]:
+def learning_rate(config: DictConfig, scale_lr: bool) -> tuple[float, str]:
     """The rate, and a line that says what it is and what it could be."""
-    devices, batch = devices_of(trainer), OmegaConf.select(config, "data.params.batch_size", default=1)
-    accumulated = trainer.get("accumulate_grad_batches") or 1
+    base, batch, accumulated = (
+        parse(kind, OmegaConf.select(config, name, default=default), name)
+        for name, kind, default in (
+            ("model.base_learning_rate", AboveZero, None),
+            ("data.params.batch_size", Count, 1),
+            ("lightning.trainer.accumulate_grad_batches", Count | None, None),
+        )
+    )
+    devices, accumulated = devices_of(config.lightning.trainer), accumulated or 1
     scaled = accumulated * devices * batch * base
     by = f"{accumulated} accumulated x {devices} devices x batch size {batch}"
     if not scale_lr:

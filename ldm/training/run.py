@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from ldm.io.errors import fault_of, shown
 from ldm.io.files import read_config
-from ldm.io.schema import AboveZero, NotNegative, Schema, Seed, Text, check_names, parse
+from ldm.io.schema import AboveZero, Count, NotNegative, Schema, Seed, Text, check_names, parse
 from ldm.training.callbacks import KeptState, SampleGrid, StepBar
 from ldm.training.datasets import data_of
 from ldm.training.order import StepSeeds
@@ -49,7 +49,8 @@ class _Trainer(Schema, extra="allow"):
     min_steps: int | None = None
     max_epochs: int | None = None
     min_epochs: int | None = None
-    accumulate_grad_batches: int | None = None
+    accumulate_grad_batches: Count | None = None
+    gradient_clip_val: NotNegative | None = None
     log_every_n_steps: int | None = None
     val_check_interval: AboveZero | None = None  # batches, or a share of an epoch
 
@@ -219,9 +220,10 @@ def read_configuration(
     for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".target")):
         with fault_of(text, (ValueError, OmegaConfBaseException, YAMLError)):
             config = merged(config, OmegaConf.from_dotlist([text]))
-    config, lines = completed(config, scale_lr)
-    print(*lines, sep="\n", end="\n" if lines else "")
     try:
+        check_references(config)
+        config, lines = completed(config, scale_lr)
+        print(*lines, sep="\n", end="\n" if lines else "")
         check(config)
         config.lightning.seed = seed if seed is not None else config.lightning.get("seed", SEED)
         return with_steps(config, steps) if steps else config
@@ -240,17 +242,19 @@ def merged(config: DictConfig, part: DictConfig) -> DictConfig:
 
 
 def check(config: DictConfig) -> None:
-    """Raise ValueError unless the sections and the names in them are those of a training.
+    """Raise ValueError unless the sections and the names in them are those of a training."""
+    check_references(config)
+    parse(_Config, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
-    A configuration may refer to its own settings (${data.params.root}), but not to the environment.
-    """
+
+def check_references(config: DictConfig) -> None:
+    """Raise ValueError if a setting refers to the environment: it may refer to others (${data.params.root}) only."""
     for key, value in flat(OmegaConf.to_container(config)).items():
         if RESOLVER.search(str(value)):
             raise ValueError(
                 f"{key}: {shown(value)} reads from outside of the configuration; accepted: a value, or a "
                 f"reference such as ${{data.params.batch_size}}"
             )
-    parse(_Config, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
 
 def built(section: str, config: Mapping[str, Any], **given: Any) -> Any:
@@ -330,16 +334,20 @@ def with_steps(config: DictConfig, steps: int) -> DictConfig:
     for key in ("val_check_interval", "log_every_n_steps"):
         if isinstance(trainer.get(key), int):
             trainer[key] = min(trainer[key], steps)
+    sections = (OmegaConf.select(s, "params.scheduler_config.params") for s in (config.model, config.training))
+    schedules = [schedule for schedule in sections if schedule is not None]
     if isinstance(before, int) and before > 0:
-        for section in (config.model, config.training):
-            scale_schedule(OmegaConf.select(section, "params.scheduler_config.params"), steps / before)
+        for schedule in schedules:
+            scale_schedule(schedule, steps / before)
+    elif schedules:
+        print("--steps: the learning-rate schedule stays as it is; no lightning.trainer.max_steps says what it was for")
     return config
 
 
-def scale_schedule(params: DictConfig | None, ratio: float) -> None:
+def scale_schedule(params: DictConfig, ratio: float) -> None:
     """Scale the numbers of steps of a schedule of `ldm.lr_scheduler`."""
     for key, rounded in (("warm_up_steps", math.floor), ("max_decay_steps", math.ceil), ("cycle_lengths", math.ceil)):
-        if params is not None and key in params:
+        if key in params:
             value = params[key]
             params[key] = (
                 rounded(value * ratio) if isinstance(value, int | float) else [rounded(v * ratio) for v in value]

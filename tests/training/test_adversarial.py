@@ -157,6 +157,8 @@ def test_a_run_counts_batches_and_measures(data, tmp_path, kind):
     assert [float(v) for v in seen["train/disc_factor"]] == [0, 1, 1]
     assert {"val/rec_loss", "val/psnr"} <= seen.keys()
     assert (tmp_path / kind / "samples" / "00000003.png").is_file()
+    alone = fit(OmegaConf.create(tiny_config(data, kind)), tmp_path / kind, train=False)
+    assert alone.trainer.callback_metrics["val/disc_factor"] == 1
 
 
 def test_decoder_only_keeps_what_makes_the_latents(data, tmp_path):
@@ -197,6 +199,65 @@ def test_the_trainers_accumulation_and_clipping_hold_for_the_first_stage(data, t
     after = weights_of(tmp_path / "run")
     for name, value in before.state_dict().items():  # a gradient of 1e-30 is below Adam's epsilon
         torch.testing.assert_close(value, after[f"model.{name}"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip, algorithm", [(1e-4, "norm"), (1e-4, "value"), (0.0, None)])
+def test_gradients_are_clipped_as_the_trainer_says(data, tmp_path, monkeypatch, clip, algorithm):
+    seen: list[list[Tensor]] = []
+    before = AdversarialTraining.on_before_optimizer_step
+
+    def watched(self, optimizer):
+        before(self, optimizer)
+        seen.append([p.grad.clone() for p in self.model.parameters() if p.grad is not None])
+
+    monkeypatch.setattr(AdversarialTraining, "on_before_optimizer_step", watched)
+    config = tiny_config(data, disc_start=100)
+    config["lightning"]["trainer"] |= {"max_steps": 1, "gradient_clip_val": clip, "gradient_clip_algorithm": algorithm}
+    fit(OmegaConf.create(config), tmp_path / "run")
+    gradients = torch.cat([g.flatten() for g in seen[0]])  # the first stage's; the second step is the discriminator's
+    if algorithm == "value":
+        assert gradients.abs().max().item() == pytest.approx(clip) and gradients.norm() > 2 * clip
+    elif algorithm == "norm":
+        assert gradients.norm().item() == pytest.approx(clip, rel=1e-2)
+    else:
+        assert gradients.norm() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "kind, training, loss, message",
+    [
+        ("kl", "adversarial.AdversarialTraining", "reconstruction.ReconstructionLoss", "ReconstructionLoss is not of"),
+        ("vq", "adversarial.AdversarialTraining", "LPIPSWithDiscriminator", "LPIPSWithDiscriminator is not of"),
+        ("kl", "adversarial.AdversarialTraining", None, "none is not of"),
+        ("kl", "autoencoder.AutoencoderTraining", "LPIPSWithDiscriminator", "accepted: ReconstructionLoss"),
+        ("vq", "autoencoder.AutoencoderTraining", None, "model.target: VQModel is not trained by this class; accepted"),
+    ],
+)
+def test_a_loss_of_another_training_is_refused(data, tmp_path, kind, training, loss, message):
+    config = tiny_config(data, kind)
+    config["training"]["target"] = f"ldm.training.{training}"
+    params = {"disc_start": 1, "perceptual": "none"} if loss == "LPIPSWithDiscriminator" else {}
+    lossconfig = {"target": f"ldm.modules.losses.{loss}", "params": params} if loss else None
+    config["model"]["params"]["lossconfig"] = lossconfig
+    with pytest.raises(ValueError, match=f"^training: .*{message}"):
+        fit(OmegaConf.create(config), tmp_path / "run")
+
+
+def test_a_discriminator_goes_on_from_the_checkpoint_of_its_first_stage(data, tmp_path, capsys):
+    config = tiny_config(data, disc_start=100)  # until then its weights stay
+    first = AdversarialTraining(instantiate_from_config(config["model"]), 1e-3)
+    state = first.model.state_dict() | {f"loss.{k}": v for k, v in first.loss.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    config["model"]["params"]["ckpt_path"] = str(tmp_path / "model.ckpt")
+    config["lightning"]["trainer"]["max_steps"] = 1
+    fit(OmegaConf.create(config), tmp_path / "run")
+    after = weights_of(tmp_path / "run")
+    for name, before in first.loss.discriminator.named_parameters():
+        assert torch.equal(before, after[f"loss.discriminator.{name}"]), name
+    assert "the discriminator goes on from" in capsys.readouterr().out
+    config["model"]["params"]["lossconfig"]["params"]["disc_num_layers"] = 2
+    fit(OmegaConf.create(config), tmp_path / "other")
+    assert "a new discriminator: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("reuse", (True, False))

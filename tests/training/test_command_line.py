@@ -9,6 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from ldm.training.published import completed
+from ldm.training.run import read_configuration
 from ldm.training.state import read_state
 from main import folder_of, main, name_of, of_gpus, parser, plain
 from tests.training.test_adversarial import tiny_config
@@ -61,6 +62,13 @@ def test_gpus_are_numbers_or_a_count(text, devices):
         (["-r", "logs/x", "-n", "y"], "--name: a run that is resumed keeps its name"),
         (["-b", "A.yaml", "--gpu", "0,"], "unrecognized arguments: --gpu"),
         (["-b", "A.yaml", "-t", "model.params.channel=3"], "model"),
+        (["-b", "A.yaml", "-t", "data.params.batch_size=few"], "data.params.batch_size should be a valid integer; got"),
+        (["-b", "A.yaml", "-t", "data.params.batch_size=${oc.env:HOME}"], "reads from outside of the configuration"),
+        (["-b", "A.yaml", "-t", "data.params=x"], "data.params should be a mapping; got 'x'"),
+        (["-b", "A.yaml", "-t", "model.base_learning_rate=fast"], "model.base_learning_rate should be a valid number"),
+        (["-b", "A.yaml", "-t", "lightning.trainer=5"], "lightning.trainer should be a mapping; got 5"),
+        (["-b", "A.yaml", "-t", "lightning.trainer.accumulate_grad_batches=0"], "greater than or equal to 1; got 0"),
+        (["-b", "A.yaml", "-t", "lightning.trainer.gradient_clip_val=-1"], "greater than or equal to 0; got -1"),
     ],
 )
 def test_refused(argv, message, tmp_path, monkeypatch, capsys):
@@ -115,6 +123,17 @@ def test_a_published_configuration_is_completed():
     ):
         with pytest.raises(ValueError, match=message):
             completed(OmegaConf.merge(OmegaConf.create(A), change))
+
+
+def test_a_schedule_without_its_number_of_steps_is_not_scaled_and_that_is_said(tmp_path, capsys):
+    config = OmegaConf.create(A)
+    config.model.params.scheduler_config = {"target": "ldm.lr_scheduler.X", "params": {"warm_up_steps": [10000]}}
+    OmegaConf.save(config, tmp_path / "A.yaml")
+    for settings, scaled in (([], [10000]), (["lightning.trainer.max_steps=100"], [500])):
+        done = read_configuration([tmp_path / "A.yaml"], settings, steps=5)
+        assert done.lightning.trainer.max_steps == 5
+        assert done.model.params.scheduler_config.params.warm_up_steps == scaled
+        assert ("--steps: the learning-rate schedule stays as it is" in capsys.readouterr().out) == (not settings)
 
 
 OWN = """

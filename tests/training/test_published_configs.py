@@ -234,6 +234,7 @@ def test_two_steps(name, home, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr()
     assert code == 0, out.err
     assert "learning rate" in out.out
+    assert ("a first stage that was never trained" in out.out) == ("unet_config" in config["model"]["params"])
     state = read_state(tmp_path / "run" / "last.ckpt")
     assert state["global_step"] == 2
     assert all(value.isfinite().all() for value in state["state_dict"].values() if torch.is_tensor(value))
@@ -267,6 +268,30 @@ def test_data_of_ones_own(name, data, home, tmp_path, monkeypatch, capsys):
     assert main([*run, f"data.params.train.params.root={tmp_path / 'mine'}"]) == 0, capsys.readouterr().err
     assert read_state(tmp_path / "c" / "last.ckpt")["global_step"] == 2
     assert (tmp_path / "c" / "samples" / "00000002.png").is_file()
+
+
+def test_single_settings_replace_the_data(tmp_path, monkeypatch, capsys):
+    """As docs/training.md prints them, where the published data is not; then data of another kind of model."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        picture(tmp_path / "mine" / f"{i}.jpg", i)
+    for name, code, message in (
+        ("model_ffhq256", 0, ""),
+        (
+            "model_cin256",
+            2,
+            "data: its examples have no 'class_label', which this model is trained on; they have image",
+        ),
+    ):
+        config = json.loads(CONFIGS[name].read_text())["config"]
+        reduced = [
+            text for text in overrides_of(config) if not text.startswith(("data.params.train", "data.params.val"))
+        ]
+        folder = {"target": "ldm.data.folder.ImageFolder", "params.root": "mine", "params.size": size_of(config)}
+        data = [f"data.params.train.{key}={value}" for key, value in folder.items()]
+        run = ["--base", str(shipped(name)), "-t", "-n", name, "--steps", "2", "-l", str(tmp_path), *reduced, *data]
+        assert main([*run, "data.params.validation=null"]) == code
+        assert message in capsys.readouterr().err
 
 
 def test_a_stopped_run_ends_with_the_same_weights(home, tmp_path, monkeypatch):

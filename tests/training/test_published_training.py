@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm.lr_scheduler import LambdaWarmUpCosineScheduler2
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.training.diffusion import DiffusionTraining, dropped_as_published
-from ldm.util import get_obj_from_str
+from ldm.util import get_obj_from_str, instantiate_from_config
 from tests.helpers.goldens import assert_golden, load_case, recipe_tensor, recipe_weights
 from tests.training.test_adversarial import train
 
@@ -126,3 +127,27 @@ def test_training_golden(monkeypatch):
     for name in (n for n in tensors if n.startswith("after.m") or n.startswith("after.c")):
         expected = tensors[name]
         torch.testing.assert_close(state[name.removeprefix("after.")], expected, rtol=0, atol=2e-4)
+
+
+def test_a_diffusion_on_pixels_is_trained():
+    case, tensors = load_case("ldm_loss_unconditional")
+    model = LatentDiffusion(
+        {"target": "ldm.models.autoencoder.IdentityFirstStage"},
+        "__is_unconditional__",
+        {"target": UNET, "params": case["unet_kwargs"]},
+        use_ema=False,
+    )
+    watch = train(DiffusionTraining(model, 1e-3), [{"image": tensors["x0"]}])
+    assert 0 < watch.terms[0]["loss"] < 10 and watch.norms[0] > 0
+
+
+@pytest.mark.parametrize("name, value", [("sample_steps", 0), ("min_snr_gamma", -1.0)])
+def test_numbers_of_a_training_are_checked_before_it(name, value):
+    section = {"target": "ldm.training.diffusion.DiffusionTraining", "params": {"learning_rate": 1e-3, name: value}}
+    with pytest.raises(ValueError, match=f"{name} should be greater than"):
+        instantiate_from_config(section, model=None)
+
+
+def test_a_warm_up_ends_within_its_cycle():
+    with pytest.raises(ValueError, match=r"warm_up_steps must lie in \[0, cycle_lengths=5\); got 5"):
+        LambdaWarmUpCosineScheduler2([2, 5], [0.1, 0.1], [1.0, 1.0], [0.0, 0.0], [4, 5])

@@ -19,6 +19,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.plugins import MixedPrecision
 
 from ldm.checkpoint import load_model, load_weights, read_checkpoint
 from ldm.data.emoji import EmojiDataset
@@ -27,7 +28,7 @@ from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.tokenizer import train_tokenizer
-from ldm.training.autoencoder import start_from_principal_components
+from ldm.training.autoencoder import AutoencoderTraining, start_from_principal_components
 from ldm.training.callbacks import KeptState
 from ldm.training.diffusion import DiffusionTraining
 from ldm.training.export import sampling_weights
@@ -153,6 +154,19 @@ def test_the_exported_first_stage_has_normalized_latents(trained):
     assert 0.7 < z.std() < 1.3
 
 
+def test_a_configuration_cannot_allow_itself_packages(trained, tmp_path, capsys):
+    """Their code would be run when the run is exported."""
+    run = shutil.copytree(trained / "first", tmp_path / "run")
+    config = OmegaConf.load(run / "config.yaml")
+    command = {"target": "subprocess.Popen", "params": {"args": ["touch", str(tmp_path / "made")]}}
+    params = {"batch_size": 1, "packages": ["subprocess"], "train": command}
+    config.data = {"target": "main.DataModuleFromConfig", "params": params}
+    OmegaConf.save(config, run / "config.yaml")
+    argv = [str(run), "--out", str(tmp_path / "m.safetensors"), "--normalize"]
+    assert load_script("export_model").main(argv) == 2
+    assert "packages can't be set here" in capsys.readouterr().err and not (tmp_path / "made").exists()
+
+
 def test_the_exported_model_samples_and_holds_the_averages(trained):
     model = load_model(trained / "second.yaml", trained / "second.safetensors")
     z = model.first_stage_model.decode(torch.zeros(1, 4, 8, 8))
@@ -272,11 +286,11 @@ def test_a_killed_command_resumes(trained, tmp_path):
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="as many processes as cores at most")
 def test_several_processes_train_together(trained, tmp_path):
-    """As torchrun starts them; the first one writes the states."""
+    """As torchrun starts them; the first one writes the states. The conditioner has weights that are never used."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    run = ["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "two", "lightning.trainer.devices=2"]
+    run = ["-b", str(trained / "second.yaml"), "-t", "-l", str(tmp_path), "-n", "two", "lightning.trainer.devices=2"]
     env = {
         "TORCHELASTIC_RUN_ID": "1",
         "WORLD_SIZE": "2",
@@ -663,6 +677,21 @@ def test_gradients_are_clipped_under_bf16(trained, tmp_path, kind, algorithm):
         assert max(grad.abs().max() for grad in gradients) == pytest.approx(1e-4)
     else:
         assert torch.stack([grad.norm() for grad in gradients]).norm() == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_gradients_are_clipped_under_fp16_without_the_scale_of_the_loss(trained):
+    config = OmegaConf.load(trained / "first.yaml")
+    config.model.params.ckpt_path = str(trained / "first.safetensors")
+    module = AutoencoderTraining(instantiate_from_config(config.model), learning_rate=1e-3)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0))
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, max_steps=1, gradient_clip_val=1e-4, plugins=[precision], **quiet
+    )
+    batch = {"image": torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1}
+    trainer.fit(module, torch.utils.data.DataLoader([batch], batch_size=None))
+    gradients = [p.grad for p in module.model.parameters() if p.grad is not None]
+    assert torch.stack([grad.norm() for grad in gradients]).norm().item() == pytest.approx(1e-4, rel=1e-2)
 
 
 def test_lightning_warns_of_nothing_that_changes_the_weights(trained, tmp_path):
