@@ -54,6 +54,7 @@ FORMS = (
 # best in our measurements (docs/acceleration.md).
 LEVELS = {"encoder": Compute.DECODER, "deepcache": Compute.SHALLOW, "skip": Compute.SKIPPED}
 USUAL = {"encoder": "hold", "deepcache": "hold", "skip": "quadratic:logsnr:eps"}
+NUMBER = r"\d{1,9}"  # of nodes; Python itself refuses to read thousands of digits, and says nothing of plans
 SUFFIXES = (".yaml", ".yml")
 
 
@@ -151,13 +152,13 @@ def _leveled(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
     level, _, of = spec.partition(":")
     if level in LEVELS and of.partition(":")[0] in ("auto", "online"):
         raise ValueError(f"auto and online take no level before them; got {spec!r}")
-    match = re.fullmatch(rf"({'|'.join(LEVELS)}):(uniform:\d+|[^:]+)(?::(\d+))?", spec)
+    match = re.fullmatch(rf"({'|'.join(LEVELS)}):(uniform:{NUMBER}|[^:]+)(?::({NUMBER}))?", spec)
     if match is None:
         return None
     level, of, branch = match.groups()
     if branch and level != "deepcache":
         raise ValueError(f"only deepcache takes a number of blocks, as in deepcache:3:1; got {spec!r}")
-    keys = _every(int(of), num_nodes) if of.isdecimal() else _keyed(of, num_nodes, run).keys
+    keys = _every(int(of), num_nodes) if re.fullmatch(NUMBER, of) else _keyed(of, num_nodes, run).keys
     return _between(num_nodes, keys, level, int(branch or 1))
 
 
@@ -175,7 +176,7 @@ def _between(num_nodes: int, keys: tuple[int, ...], level: str, branch: int = 1,
 def _auto(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
     if not spec.startswith("auto:"):
         return None
-    match = re.fullmatch(r"auto:(?:(\d+)|(0?\.\d+)|(\d+(?:\.\d+)?)%)", spec)
+    match = re.fullmatch(rf"auto:(?:({NUMBER})|(0?\.\d+)|({NUMBER}(?:\.\d+)?)%)", spec)
     if match is None:  # 1.0 among them: one key node, or all of the MACs?
         raise ValueError(
             f"auto takes a number of key timesteps, as in auto:9, or a share of the plain run's MACs, as in "
@@ -238,7 +239,7 @@ def _keys(spec: str, num_nodes: int) -> tuple[int, ...]:
         return tuple(range(num_nodes))
     if spec == "pro":
         return tuple(takewhile(lambda i: i < num_nodes, (m * (m + 3) // 2 for m in count())))
-    if uniform := re.fullmatch(r"uniform:(\d+)", spec):
+    if uniform := re.fullmatch(rf"uniform:({NUMBER})", spec):
         return _every(int(uniform[1]), num_nodes)
     if spec[:1].isdigit():
         return _expand(spec.split(","), num_nodes)
@@ -258,9 +259,11 @@ def _expand(entries: Iterable[int | str], num_nodes: int) -> tuple[int, ...]:
     """Key nodes of a run from entries such as 7 or '0-3' (inclusive)."""
     keys: list[int] = []
     for entry in entries:
-        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", str(entry))
+        span = re.fullmatch(rf"\s*({NUMBER})(?:-({NUMBER}))?\s*", str(entry))
         if span is None:
-            raise ValueError(f"key timesteps must be numbers or ranges such as 0-3; got {shown(entry)}")
+            raise ValueError(
+                f"key timesteps must be numbers of at most 9 digits, or ranges such as 0-3; got {shown(entry)}"
+            )
         nodes = range(int(span[1]), int(span[2] or span[1]) + 1)
         # Before they are counted out, which could fill the memory.
         if nodes and nodes[-1] >= num_nodes:
