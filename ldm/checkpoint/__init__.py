@@ -1,9 +1,17 @@
 """Safe loading and saving of weights."""
 
-from ldm.checkpoint.file import PART_FILES, check_weights, fingerprint, read_checkpoint, save_weights
-from ldm.checkpoint.fill import Report, average_of, load_state, load_weights
-from ldm.checkpoint.model import Bounded, diffusion_params, load_config, load_model, unmade_model
-from ldm.checkpoint.weight_file import CheckpointError
+from ldm.checkpoint.file import PART_FILES, CheckpointError, check_weights, fingerprint, read_checkpoint, save_weights
+from ldm.checkpoint.model import (
+    Bounded,
+    Report,
+    average_of,
+    diffusion_params,
+    load_config,
+    load_model,
+    load_state,
+    load_weights,
+    unmade_model,
+)
 
 __all__ = [
     "PART_FILES",

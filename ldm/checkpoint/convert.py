@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoint.conversion import diffusers_configs, is_openclip, to_diffusers
 from ldm.checkpoint.file import PART_FILES, read_checkpoint, save_weights
-from ldm.checkpoint.fill import load_state
-from ldm.checkpoint.model import diffusion_params
+from ldm.checkpoint.model import diffusion_params, load_state
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import clean, unfinished
 

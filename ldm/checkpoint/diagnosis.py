@@ -6,13 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from ldm.io.files import read_json
 
 UNET = "model.diffusion_model."
 CONDITIONERS = {  # by class: the name in a report, and a key that tells it in a checkpoint
@@ -21,7 +18,6 @@ CONDITIONERS = {  # by class: the name in a report, and a key that tells it in a
     "BERTEmbedder": ("BERT", "transformer.token_emb.weight"),
     "ClassEmbedder": ("classes", "embedding.weight"),
 }
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # as diffusers calls them
 
 
 @dataclass(frozen=True)
@@ -169,15 +165,6 @@ def differences(config: Facts, weights: Facts) -> list[Difference]:
 def fitting(weights: Facts, configs: Iterable[tuple[str, Facts]]) -> list[str]:
     """Names of the configs with the same facts."""
     return [name for name, facts in configs if facts == weights]
-
-
-def stated_prediction(ckpt: Path) -> str | None:
-    """What the network predicts ("eps", "v", "x0") by the scheduler of a diffusers folder; None = not stated."""
-    try:
-        settings = read_json(ckpt / "scheduler" / "scheduler_config.json")
-        return PREDICTIONS.get(settings.get("prediction_type", "epsilon"))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from ldm.checkpoint.weight_file import CheckpointError, weight_format
+from ldm.checkpoint.file import CheckpointError, weight_format
 from ldm.io.files import alone, atomic_write, destination, file_sha256
 
 TIMEOUT = 30  # seconds without a byte

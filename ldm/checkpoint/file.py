@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,10 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, to_ldm
-from ldm.checkpoint.pickled import read_pickle, state_dict_in
-from ldm.checkpoint.weight_file import CheckpointError, weight_format
 from ldm.io.errors import one_line, some
-from ldm.io.files import atomic_write, file_sha256, read_json
+from ldm.io.files import FileError, atomic_write, file_sha256, kind, parse_json, read_json
 
 GROUP = 2**28  # bytes of a safetensors file that are mapped, and released, together
 PART_FILES = {
@@ -24,6 +25,7 @@ PART_FILES = {
         "text_encoder": {".safetensors": "model", ".bin": "pytorch_model"},
     }.items()
 }
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # as diffusers calls them
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -127,6 +129,15 @@ def part_files(path: Path) -> dict[str, Path]:
     return files
 
 
+def stated_prediction(ckpt: Path) -> str | None:
+    """What the network predicts ("eps", "v", "x0") by the scheduler of a diffusers folder; None = not stated."""
+    try:
+        settings = read_json(ckpt / "scheduler" / "scheduler_config.json")
+        return PREDICTIONS.get(settings.get("prediction_type", "epsilon"))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+
+
 def _map_safetensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of the file, in its order; none is read before it is used.
 
@@ -172,3 +183,223 @@ def fingerprint(path: str | Path) -> str:
     """
     path = Path(path)
     return file_sha256(*(part_files(path).values() if path.is_dir() else [path]))
+
+
+# The format of a file of weights, from its first bytes and its table of contents; no tensor is read.
+
+
+HEADER_LIMIT = 10**8  # bytes of a safetensors header, the format's own limit
+FOREIGN = {  # first bytes of what servers and tools leave in the place of weights
+    b"version https://git-lfs": "a Git LFS pointer, not a checkpoint; run 'git lfs pull'",
+    b"\x1f\x8b": "compressed with gzip, not a checkpoint; unpack it, or download it again",
+    b"GGUF": "a GGUF file, which this project does not read; take the model's .safetensors file",
+    b"\x89HDF": "an HDF5 file, not a PyTorch checkpoint",
+}
+
+
+class CheckpointError(ValueError):
+    """A file that is not a checkpoint, or not the expected one."""
+
+
+def weight_format(path: str | Path) -> str:
+    """ "safetensors", "zip" (PyTorch since 1.6) or "pickle" (PyTorch before), from the content, not from the name.
+
+    Truncated files are detected by the size that a safetensors header states, and by the table of contents at the end
+    of a zip archive. An older pickle has neither.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: it is not a regular file, empty, truncated, or something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected a .safetensors or .ckpt checkpoint")
+    if found := kind(path):
+        raise CheckpointError(f"{path}: {found}; expected a .safetensors or .ckpt checkpoint")
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty; expected a checkpoint")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        raise CheckpointError(f"{path}: this is a web page, not a checkpoint; the download went wrong")
+    for magic, what in FOREIGN.items():
+        if head.startswith(magic):
+            raise CheckpointError(f"{path}: this is {what}")
+    if head[8:9] == b"{":
+        _check_safetensors(path)
+        return "safetensors"
+    if head[:2] == b"PK":
+        _check_zip(path)
+        return "zip"
+    if head[:1] == b"\x80":
+        return "pickle"
+    raise CheckpointError(f"{path}: neither a safetensors file nor a PyTorch checkpoint")
+
+
+def _check_safetensors(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size or length > HEADER_LIMIT:
+            raise CheckpointError(f"{path}: truncated safetensors file: {size} bytes, header of {8 + length}")
+        try:
+            tensors = parse_json(file.read(length).decode())
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+            end = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            why = error if isinstance(error, FileError) else type(error).__name__
+            raise CheckpointError(
+                f"{path}: damaged safetensors file: its header is not a table of tensors ({why})"
+            ) from error
+    if end != size:
+        raise CheckpointError(f"{path}: truncated or damaged safetensors file: {size} bytes, its header states {end}")
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{path}: truncated or damaged: the table of contents at its end is not readable ({type(error).__name__})"
+        ) from error
+    if "constants.pkl" in names:
+        raise CheckpointError(f"{path}: a TorchScript program, not a checkpoint of weights")
+    if "data.pkl" not in names:
+        raise CheckpointError(f"{path}: a zip archive, not a PyTorch checkpoint; if it holds one, unpack it")
+
+
+# Read PyTorch's own files without running code, and find the state dict in them.
+
+
+WRAPPERS = ("state_dict", "model", "ema", "model_ema", "ema_state_dict", "model_state_dict", "module")
+PLAIN_DTYPE = re.compile(r"[?bBhHiIlLqQefdgFDGSUmM]|[biufcSUmM]\d+")
+
+
+class _Inert:
+    """Placeholder for an object that is not read: accepts any arguments and any state, and keeps nothing."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Callback(_Inert):
+    """The training callback that published checkpoints use as a dictionary key."""
+
+
+class _NumpyScalar(_Inert):
+    pass
+
+
+class _NumpyArray(_Inert):
+    pass
+
+
+class _NumpyArrayType(_Inert):
+    pass
+
+
+class _NumpyDtype(_Inert):
+    """Refuses arrays of objects and of records; numbers, text and dates are accepted."""
+
+    def __init__(self, code: Any = None, *rest: Any):
+        if not (isinstance(code, str) and PLAIN_DTYPE.fullmatch(code)):
+            raise ValueError(f"a numpy array of dtype {code!r}")
+
+
+# Old checkpoints (Lightning 1.x) hold numpy numbers beside the weights: a best score, a learning rate. Only tensors
+# are kept, so each of these names maps to a placeholder, and numpy's own functions never get data of the file.
+INERT = [
+    (_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (_NumpyDtype, "numpy.dtype"),
+    (_NumpyArrayType, "numpy.ndarray"),
+    *(
+        (stand_in, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, stand_in in (("scalar", _NumpyScalar), ("_reconstruct", _NumpyArray))
+    ),
+]
+
+
+def read_pickle(path: Path, zipped: bool) -> Any:
+    """The content of a file of `torch.save`. No code in it is run.
+
+    Raises:
+        CheckpointError: it is truncated or damaged, or holds other objects than tensors, plain values and numpy's.
+    """
+    with torch.serialization.safe_globals(INERT):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except Exception as error:  # a hostile or cut-off pickle can make the reader fail in any way
+            wanted = _unsafe_globals(path, zipped, str(error))
+            if wanted:
+                raise CheckpointError(
+                    f"{path}: refused, because the pickle asks for code{some(wanted)}; ask its author for a "
+                    f".safetensors file, or convert it in a sandbox: torch.load(weights_only=False), then "
+                    f"ldm.checkpoint.save_weights of its state_dict"
+                ) from error
+            if found := re.search("a numpy array of dtype .*", str(error)):
+                raise CheckpointError(f"{path}: refused, because the pickle holds {found[0]}") from error
+            raise CheckpointError(
+                f"{path}: truncated, damaged or not a PyTorch checkpoint: {type(error).__name__}"
+            ) from error
+
+
+def _unsafe_globals(path: Path, zipped: bool, refusal: str) -> list[str]:
+    """The names of the code that a refused pickle asked for; for the older format only the first."""
+    named = re.findall(r"\bGLOBAL (\S+)", refusal)
+    if zipped and named:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    return named[:1]
+
+
+def state_dict_in(path: Path, content: Any) -> dict[str, Tensor]:
+    """The state dict of a checkpoint: at the top, or under a name that trainers use (WRAPPERS).
+
+    Raises:
+        CheckpointError: there is none, or more than one; the message lists what was found.
+    """
+    if _is_state(content):
+        return dict(content)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: expected {_expected()}; got {type(content).__name__}")
+    found = {name: content[name] for name in WRAPPERS if _is_state(content.get(name))}
+    if "state_dict" in found or len(found) == 1:
+        return dict(found.get("state_dict") or next(iter(found.values())))
+    if found:
+        which = ", ".join(f"{name!r} ({len(state)} tensors)" for name, state in found.items())
+        raise CheckpointError(
+            f"{path}: holds several state dicts: {which}; save the one that you want by itself, "
+            f"with ldm.checkpoint.save_weights"
+        )
+    inner = content.get("state_dict", content)
+    if isinstance(inner, Mapping) and inner:
+        strangers = [
+            f"{key}: {_kind(value)}"
+            for key, value in inner.items()
+            if not (isinstance(key, str) and isinstance(value, Tensor))
+        ]
+        raise CheckpointError(f"{path}: expected {_expected()}; not tensors:{some(strangers)}")
+    raise CheckpointError(
+        f"{path}: expected {_expected()}; got {_kind(inner)}{' without entries' if inner == {} else ''}"
+    )
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
+    )
+
+
+def _expected() -> str:
+    return f"a dictionary of tensors, or one under {', '.join(map(repr, WRAPPERS[:-1]))} or {WRAPPERS[-1]!r}"
+
+
+def _kind(value: Any) -> str:
+    names = {_NumpyScalar: "numpy number", _NumpyArray: "numpy array", _NumpyDtype: "numpy dtype"}
+    return names.get(type(value), type(value).__name__)

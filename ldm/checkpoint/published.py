@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
-from ldm.checkpoint.weight_file import CheckpointError, weight_format
+from ldm.checkpoint.file import CheckpointError, weight_format
 from ldm.io.errors import shown
 from ldm.io.files import PROJECT_ROOT, FileError, file_sha256, read_yaml
 from ldm.io.schema import AboveZero, Schema, Text, parse

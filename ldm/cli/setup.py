@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import Bounded, CheckpointError, check_weights, load_config, load_model, read_checkpoint
-from ldm.checkpoint.diagnosis import Facts, facts_of_config, facts_of_weights, fitting, stated_prediction, summary
+from ldm.checkpoint.diagnosis import Facts, facts_of_config, facts_of_weights, fitting, summary
+from ldm.checkpoint.file import stated_prediction
 from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.arguments import EMOJI64, Files
 from ldm.cli.devices import ALONE, Processes, find_device

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.checkpoint import CheckpointError, fingerprint, load_state, load_weights, read_checkpoint
-from ldm.checkpoint.weight_file import weight_format
+from ldm.checkpoint.file import weight_format
 
 STATE = {"model.a.weight": torch.arange(6.0).view(2, 3), "model.a.bias": torch.ones(2)}
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
