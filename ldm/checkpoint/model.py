@@ -174,8 +174,6 @@ def load_model(
 # Fill a module with the weights of a file, and report every key that does not match.
 
 
-log = logging.getLogger(__name__)
-
 WEIGHTS = ("auto", "ema", "raw")
 EMA_BOOKKEEPING = ("model_ema.decay", "model_ema.num_updates")
 SCHEDULE = re.compile(

@@ -25,7 +25,7 @@ SAMPLERS = (
     "ddim, plms, ddpm, dpm-solver, dpm-solver++, dpm-solver++2s, dpm-solver-3s, dpm-solver++3m, dpm-solver-published, "
     "dpm-solver++-published, dpm-solver++3m-published, euler, euler-a, heun, dpm++2m-karras, unipc"
 )
-SPACINGS = ("time", "logsnr", "karras", "quad")  # of ldm.models.diffusion.spacing
+SPACINGS = ("time", "logsnr", "karras", "quad")  # of ldm.models.diffusion.schedule
 # The solvers whose default it is; that of all others is time.
 USUAL_SPACINGS = {
     "quad": ("dpm-solver", "dpm-solver++", "dpm-solver++3m", "unipc"),

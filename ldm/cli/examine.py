@@ -10,15 +10,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkpoint
-from ldm.checkpoint.diagnosis import (
-    Facts,
-    differences,
-    facts_of_config,
-    facts_of_weights,
-    measured_prediction,
-    stated_prediction,
-    summary,
-)
+from ldm.checkpoint.diagnosis import Facts, differences, facts_of_config, facts_of_weights, measured_prediction, summary
+from ldm.checkpoint.file import stated_prediction
 from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.installation import Finding
 from ldm.cli.setup import CONSTRUCTION, fitting_configs

@@ -18,7 +18,7 @@ from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, level_of, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan, with_few_sizes
 from ldm.models.diffusion.solvers.registry import SOLVERS
-from ldm.profiling.memory import decoders_that_fit, free_bytes
+from ldm.profiling.cost import decoders_that_fit, free_bytes
 from ldm.sampling.engine import Engine, Recipe, num_nodes, usual_scale
 
 CPU_POSITIONS = 16384  # latent positions in one decoder batch of an evaluation on a CPU; last digits depend on it

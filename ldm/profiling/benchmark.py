@@ -13,7 +13,7 @@ import torch
 from ldm.checkpoint import diffusion_params
 from ldm.checkpoint.conversion import ConversionError
 from ldm.io.errors import fault_of
-from ldm.models.diffusion.parallel.compiled import Compiled, check_compiler
+from ldm.models.diffusion.parallel import Compiled, check_compiler
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack

@@ -13,7 +13,7 @@ from diffusers.models import attention_processor
 from torch import Tensor, nn
 
 from ldm.checkpoint.conversion import diffusers_unet
-from ldm.models.diffusion.parallel.compiled import Backend, compiled
+from ldm.models.diffusion.parallel import Backend, compiled
 from ldm.profiling.workload import SCALE, Workload
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddpm import DiffusionWrapper
-from ldm.models.diffusion.denoiser import Conditional, Denoiser
+from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser
 from ldm.models.diffusion.guidance import Guidance, Guided
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.plan import AnyPlan

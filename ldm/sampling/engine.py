@@ -21,14 +21,11 @@ from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.noise import ImageNoise
-from ldm.models.diffusion.parallel.backoff import BatchBackoff
-from ldm.models.diffusion.parallel.distributed import DistributedDecode
-from ldm.models.diffusion.parallel.warm_up import WarmUp, timed
+from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode, WarmUp, timed
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
 from ldm.models.diffusion.solvers.registry import SOLVERS, levels_of, solver
 from ldm.modules.packed import pack
-from ldm.profiling.cost import Macs, unet_macs
-from ldm.profiling.memory import decoder_bytes, sampling_bytes, shared_bytes
+from ldm.profiling.cost import Macs, decoder_bytes, sampling_bytes, shared_bytes, unet_macs
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Condition, Start
 
@@ -257,11 +254,11 @@ class Engine:
         return sampling_bytes(*networks, self.shape, images, predictions, self._tokens, self.recipe.tome)
 
     def decoder_bytes(self, batch: int) -> int:
-        """What one decoder node of `batch` predictions needs; see `ldm.profiling.memory`."""
+        """What one decoder node of `batch` predictions needs; see `ldm.profiling.cost`."""
         return decoder_bytes(self.model.model.config, self.shape[1:], batch, self._tokens, self.recipe.tome)
 
     def shared_bytes(self) -> int:
-        """What all decoder nodes need together; see `ldm.profiling.memory`."""
+        """What all decoder nodes need together; see `ldm.profiling.cost`."""
         return shared_bytes(self.model.model.diffusion_model)
 
     def settings(self) -> dict[str, Any]:

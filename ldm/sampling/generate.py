@@ -21,8 +21,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ldm.io.files import FileError, add_line, appending, clean, parse_json, read_bytes
-from ldm.io.images import find_png, save_png
-from ldm.io.parameters import parameters
+from ldm.io.images import find_png, parameters, save_png
 
 Settings = Mapping[str, Any]
 Make = Callable[[Sequence["Item"]], tuple[Sequence[Image.Image], Settings]]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddpm import (
     LatentDepth2ImageDiffusion,
     LatentDiffusion,
     LatentInpaintDiffusion,
     LatentUpscaleDiffusion,
 )
+from ldm.models.diffusion.denoiser import Conditioning
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Text

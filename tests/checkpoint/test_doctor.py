@@ -15,13 +15,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint import load_model
-from ldm.checkpoint.diagnosis import (
-    differences,
-    facts_of_config,
-    facts_of_weights,
-    measured_prediction,
-    stated_prediction,
-)
+from ldm.checkpoint.diagnosis import differences, facts_of_config, facts_of_weights, measured_prediction
+from ldm.checkpoint.file import stated_prediction
 from ldm.checkpoint.published import load_manifest
 from ldm.cli.examine import computes, prediction, published
 from tests.helpers.paths import GOLDENS, ROOT

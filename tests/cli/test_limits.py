@@ -73,7 +73,7 @@ def test_no_image_is_enlarged_to_a_size_that_nothing_makes():
 def test_images_that_do_not_fit_into_memory_are_refused_before_the_first_step(tmp_path, capsys, monkeypatch):
     config, ckpt = map(str, write_model(tmp_path))
     (tmp_path / "meminfo").write_text("MemTotal: 500000 kB\nMemAvailable: 100000 kB\n")
-    monkeypatch.setattr("ldm.profiling.memory.MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("ldm.profiling.cost.MEMINFO", tmp_path / "meminfo")
     script = Script("txt2img", tmp_path, "--config", config, "--ckpt", ckpt, "--steps", "1", "--n_samples", "1")
     for plan in ("off", "0"):
         line = script.refusal(capsys, "--plan", plan, "--H", "768", "--W", "1024")

@@ -8,7 +8,7 @@ import pytest
 
 from ldm.cli import arguments
 from ldm.cli.arguments import SAMPLERS
-from ldm.models.diffusion import spacing
+from ldm.models.diffusion import schedule as spacing
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from tests.helpers.paths import SCRIPTS
 from tests.helpers.processes import COMMANDS, quick_help

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ldm.models.diffusion.parallel.compiled import Compiled, check_compiler
+from ldm.models.diffusion.parallel import Compiled, check_compiler
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
 from ldm.profiling.workload import Workload, random_network

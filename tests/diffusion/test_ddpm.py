@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddpm import DDPM, DiffusionWrapper, LatentDiffusion
+from ldm.models.diffusion.denoiser import Conditioning
 from ldm.modules.diffusionmodules.util import make_beta_schedule, with_zero_terminal_snr
 from tests.helpers.goldens import load_case, recipe_weights
 

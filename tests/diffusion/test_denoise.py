@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ldm.models.diffusion.conditioning import Conditioning
-from ldm.models.diffusion.denoiser import TO_EPS, Conditional, Prediction
+from ldm.models.diffusion.denoiser import TO_EPS, Conditional, Conditioning, Prediction
 from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.guidance import Guidance, Guided
 from ldm.models.diffusion.loop import NonFiniteLatents, State, denoise, first_nonfinite_layer

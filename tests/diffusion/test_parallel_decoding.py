@@ -18,12 +18,11 @@ from ldm.cli.devices import Processes
 from ldm.io.images import from_pil, read_png
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.parallel.backoff import BatchBackoff
-from ldm.models.diffusion.parallel.distributed import DistributedDecode
+from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.profiling.memory import decoder_bytes, decoders_that_fit, free_bytes, peak_bytes, sampling_bytes
+from ldm.profiling.cost import decoder_bytes, decoders_that_fit, free_bytes, peak_bytes, sampling_bytes
 from ldm.sampling.generate import read_manifest
 from tests.helpers.scripts import load_script
 from tests.helpers.tiny_models import write_model
@@ -300,7 +299,7 @@ def test_bad_input_says_why(files, tmp_path, capsys, monkeypatch, arguments, pro
         pytest.skip("this machine has GPUs")
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  900000 kB\nMemAvailable:  3300 kB\n")
-    monkeypatch.setattr("ldm.profiling.memory.MEMINFO", meminfo)
+    monkeypatch.setattr("ldm.profiling.cost.MEMINFO", meminfo)
     if processes > 1:
         for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": processes}.items():
             monkeypatch.setenv(name, str(value))
@@ -313,7 +312,7 @@ def test_bad_input_says_why(files, tmp_path, capsys, monkeypatch, arguments, pro
 def test_auto_takes_what_memory_allows(files, tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemAvailable:  3300 kB\n")
-    monkeypatch.setattr("ldm.profiling.memory.MEMINFO", meminfo)
+    monkeypatch.setattr("ldm.profiling.cost.MEMINFO", meminfo)
     for steps in ("25", "26"):
         assert main(command(files, tmp_path / "out", "--steps", steps)) == 0
     entries = read_manifest(tmp_path / "out" / "manifest.jsonl")

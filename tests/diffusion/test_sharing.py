@@ -10,19 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddpm import DiffusionWrapper
-from ldm.models.diffusion.denoiser import Wrapper
+from ldm.models.diffusion.denoiser import Conditioning, Wrapper
 from ldm.models.diffusion.edits import Edit, inpainting, prior_noise
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import State
-from ldm.models.diffusion.parallel.backoff import BatchBackoff
-from ldm.models.diffusion.parallel.compiled import Compiled
-from ldm.models.diffusion.parallel.warm_up import WarmUp
+from ldm.models.diffusion.parallel import BatchBackoff, Compiled, WarmUp
 from ldm.models.diffusion.propagation.online import OnlinePlan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
 from ldm.modules.diffusionmodules.features import Features, PartWeights
-from ldm.profiling.memory import decoder_bytes, peak_bytes, shared_bytes
+from ldm.profiling.cost import decoder_bytes, peak_bytes, shared_bytes
 from ldm.profiling.workload import random_network
 from tests.helpers.tiny_unet import unet_config
 from tests.helpers.toy import EXACT, ToyNetwork, final, toy_denoiser, toy_inputs, toy_network, toy_rule

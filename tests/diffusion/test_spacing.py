@@ -12,9 +12,18 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.propagation.load import load_plan
-from ldm.models.diffusion.schedule import CLEAN, ddim_timesteps, karras_levels, log_snr, noise_ratio, sigma_levels
+from ldm.models.diffusion.schedule import (
+    CLEAN,
+    SPACINGS,
+    ddim_timesteps,
+    karras_levels,
+    levels_at,
+    log_snr,
+    noise_ratio,
+    sigma_levels,
+    spaced_levels,
+)
 from ldm.models.diffusion.solvers.registry import SOLVERS, levels_of, solver
-from ldm.models.diffusion.spacing import SPACINGS, levels_at, spaced_levels
 from ldm.sampling.engine import Recipe
 from tests.helpers.golden_sampler import SHAPE, model
 from tests.helpers.toy import ABAR, node_noise

@@ -334,7 +334,7 @@ def test_images_that_do_not_fit_into_memory_are_refused(runs, tmp_path, monkeypa
     assert large != text
     (tmp_path / "large.yaml").write_text(large)
     (tmp_path / "meminfo").write_text("MemAvailable: 100000 kB\n")
-    monkeypatch.setattr("ldm.profiling.memory.MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("ldm.profiling.cost.MEMINFO", tmp_path / "meminfo")
     line = refused(capfd, runs(tmp_path / "out", "--protocol", str(tmp_path / "large.yaml")))
     assert line.startswith("--batch_size: 1 image of 1024 x 1024 pixels at a time need at least ")
     assert not (tmp_path / "out").exists()

@@ -9,9 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddim import DDIM
-from ldm.models.diffusion.denoiser import Conditional, Denoiser
+from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser
 from ldm.models.diffusion.guidance import Guidance, Guided
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.plan import Plan

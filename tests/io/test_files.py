@@ -283,11 +283,11 @@ READS = {  # what reads a file or text from outside, and where alone it may stan
     ("np", "load"): {"ldm/data/emoji.py"},  # mapped into memory, after a look at what it is
     (None, "splitlines"): {
         "ldm/profiling/timing.py",
-        "ldm/profiling/memory.py",  # of /proc
+        "ldm/profiling/cost.py",  # of /proc
         "ldm/data/emoji_set/packages.py",
         "scripts/benchmark_images.py",  # of what commands printed
     },
-    (None, "read_text"): {"ldm/io/files.py", "ldm/profiling/timing.py", "ldm/profiling/memory.py"},
+    (None, "read_text"): {"ldm/io/files.py", "ldm/profiling/timing.py", "ldm/profiling/cost.py"},
 }
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.ddpm import DiffusionWrapper
-from ldm.models.diffusion.denoiser import Conditional
+from ldm.models.diffusion.denoiser import Conditional, Conditioning
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
 from ldm.modules.attention import SpatialTransformer

@@ -14,8 +14,7 @@ from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
 from ldm.profiling.benchmark import read_row
-from ldm.profiling.cost import unet_macs
-from ldm.profiling.memory import shared_bytes
+from ldm.profiling.cost import shared_bytes, unet_macs
 from ldm.profiling.timing import Seconds, alternate, peak_memory, shares
 from ldm.profiling.workload import Workload, random_network
 from tests.helpers.paths import EMOJI64

@@ -17,6 +17,8 @@ from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.sampler import Intermediates, Sampler, mask_edits, per_image, refuse
 from ldm.models.diffusion.schedule import (
     CLEAN,
+    OF_DDIM,
+    Levels,
     Node,
     ddim_levels,
     ddim_nodes,
@@ -26,7 +28,6 @@ from ldm.models.diffusion.schedule import (
     nodes_between,
     predict_x0,
 )
-from ldm.models.diffusion.spacing import OF_DDIM, Levels
 
 Noise = Callable[[int, Tensor], Tensor]
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.sampler import DeterministicSampler
-from ldm.models.diffusion.schedule import Level, Node, eps_weight, nodes_between, predict_x0
-from ldm.models.diffusion.spacing import OF_DDIM, Levels
+from ldm.models.diffusion.schedule import OF_DDIM, Level, Levels, Node, eps_weight, nodes_between, predict_x0
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 

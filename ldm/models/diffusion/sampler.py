@@ -17,8 +17,7 @@ from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
-from ldm.models.diffusion.schedule import Node
-from ldm.models.diffusion.spacing import Levels, Spacings
+from ldm.models.diffusion.schedule import Levels, Node, Spacings
 
 MASK_STREAM = 1  # appended to an image's seed: the noise of a kept region is not the solver's noise
 

@@ -8,8 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.unet_layers import CONVOLUTIONS, AttentionPool2d, Downsample, TimestepEmbedSequential
-from ldm.modules.diffusionmodules.unet_levels import Attention, embedding, input_blocks, residual, unet_levels
+from ldm.modules.diffusionmodules.unet_layers import (
+    CONVOLUTIONS,
+    Attention,
+    AttentionPool2d,
+    Downsample,
+    TimestepEmbedSequential,
+    embedding,
+    input_blocks,
+    residual,
+    unet_levels,
+)
 from ldm.modules.diffusionmodules.util import normalization, timestep_embedding, zero_module
 
 

@@ -15,6 +15,7 @@ from ldm.modules.diffusionmodules.classifier import EncoderUNetModel
 from ldm.modules.diffusionmodules.features import Features, PartWeights
 from ldm.modules.diffusionmodules.unet_layers import (
     CONVOLUTIONS,
+    Attention,
     AttentionBlock,
     AttentionPool2d,
     Downsample,
@@ -24,9 +25,6 @@ from ldm.modules.diffusionmodules.unet_layers import (
     TimestepBlock,
     TimestepEmbedSequential,
     Upsample,
-)
-from ldm.modules.diffusionmodules.unet_levels import (
-    Attention,
     embedding,
     input_blocks,
     output_blocks,

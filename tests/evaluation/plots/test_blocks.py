@@ -18,8 +18,7 @@ from evaluation.plots.features import (
     frobenius,
     plain_outputs,
 )
-from ldm.models.diffusion.conditioning import Conditioning
-from ldm.models.diffusion.denoiser import Conditional
+from ldm.models.diffusion.denoiser import Conditional, Conditioning
 from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.modules.diffusionmodules.openaimodel import UNetModel

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.conditioning import Conditioning
-from ldm.models.diffusion.denoiser import Conditional, ConditionedNetwork, Denoiser
+from ldm.models.diffusion.denoiser import Conditional, ConditionedNetwork, Conditioning, Denoiser
 from ldm.models.diffusion.guidance import Guidance, Guided
 from ldm.modules.diffusionmodules.features import Features, PartWeights
 from ldm.modules.diffusionmodules.util import ForwardProcess, at, make_beta_schedule, with_zero_terminal_snr

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddpm.latent import LatentDiffusion
+from ldm.models.diffusion.denoiser import Conditioning
 from ldm.util import instantiate_from_config
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ldm.models.diffusion.dpm_solver.rules import PUBLISHED_BELOW, DPMMultistep
 from ldm.models.diffusion.sampler import DeterministicSampler
-from ldm.models.diffusion.schedule import nodes_between
-from ldm.models.diffusion.spacing import OF_DPM_SOLVER, Levels
+from ldm.models.diffusion.schedule import OF_DPM_SOLVER, Levels, nodes_between
 
 
 class DPMSolverSampler(DeterministicSampler):

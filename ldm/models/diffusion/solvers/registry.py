@@ -20,21 +20,23 @@ from ldm.models.diffusion.dpm_solver.rules import (
 )
 from ldm.models.diffusion.loop import Rule
 from ldm.models.diffusion.plms import PLMS, plms_nodes
-from ldm.models.diffusion.schedule import Level, NoiseSchedule, nodes_between
-from ldm.models.diffusion.solvers.ancestral import Ancestral
-from ldm.models.diffusion.solvers.exponential import Predicts
-from ldm.models.diffusion.solvers.heun import Heun, heun_nodes
-from ldm.models.diffusion.solvers.unipc import UniPC
-from ldm.models.diffusion.spacing import (
+from ldm.models.diffusion.schedule import (
     OF_DDIM,
     OF_DDPM,
     OF_DPM_SOLVER,
     OF_EULER,
     ONLY_KARRAS,
-    SKIP_TYPES,
+    SKIP_TYPE_OF,
+    Level,
     Levels,
+    NoiseSchedule,
     Spacings,
+    nodes_between,
 )
+from ldm.models.diffusion.solvers.ancestral import Ancestral
+from ldm.models.diffusion.solvers.exponential import Predicts
+from ldm.models.diffusion.solvers.heun import Heun, heun_nodes
+from ldm.models.diffusion.solvers.unipc import UniPC
 
 MakeRule = Callable[[Levels, float, Noise | None], Rule]
 
@@ -77,14 +79,14 @@ def _singlestep(order: int, predicts: Predicts) -> Solver:
     """DPM-Solver with as many nodes in a step as its order; a grid of levels, one for each node."""
 
     def levels(alphas_cumprod: Tensor, steps: int, spacing: str) -> Levels:
-        nodes, _ = singlestep_nodes(NoiseSchedule(alphas_cumprod), steps, order, SKIP_TYPES[spacing])
+        nodes, _ = singlestep_nodes(NoiseSchedule(alphas_cumprod), steps, order, SKIP_TYPE_OF[spacing])
         return (*(Level(node.t, node.abar) for node in nodes), Level(0, nodes[-1].abar_next))
 
     def rule(levels: Levels, eta: float, noise: Noise | None) -> DPMSinglestep:
         spans = singlestep_spans(singlestep_orders(len(levels) - 1, order))
         return DPMSinglestep(nodes_between(levels), predicts, spans=spans)
 
-    names = sorted(SKIP_TYPES, key=lambda name: name != "logsnr")  # the published one first
+    names = sorted(SKIP_TYPE_OF, key=lambda name: name != "logsnr")  # the published one first
     return Solver(rule, Spacings({name: partial(levels, spacing=name) for name in names}))
 
 

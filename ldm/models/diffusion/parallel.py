@@ -1,0 +1,273 @@
+"""How decoders share a device or several: batches that shrink, that are spread, compiled, or warmed up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._inductor import config as inductor
+
+from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning, Denoiser, Past, Prediction, Wrapper
+from ldm.modules.diffusionmodules.features import Features, PartWeights
+
+T = TypeVar("T")
+
+
+class BatchBackoff(Wrapper):
+    """A denoiser that decodes in smaller batches when the device runs out of memory; the results stay the same.
+
+    Args:
+        denoiser: decodes.
+        most: nodes in one batch; None = as many as it is given. Halved at every failure, and kept after it.
+
+    Raises:
+        torch.OutOfMemoryError: (in decode and advance) a single node is too much; or encode or refresh fails, which
+            have no batch to halve.
+    """
+
+    def __init__(self, denoiser: Denoiser, most: int | None = None) -> None:
+        super().__init__(denoiser)
+        self.most = most
+
+    def share(self, features: Features) -> Features:
+        try:
+            return super().share(features)
+        except torch.OutOfMemoryError:
+            return features  # sharing saves time only
+
+    def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
+        return self._in_parts(len(ts), lambda part, _: self.inner.advance(features[part], ts[part], blocks))
+
+    def decode(
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
+    ) -> list[Prediction]:
+        return self._in_parts(
+            len(ts), lambda part, done: self.inner.decode(features[part], ts[part], done[-1] if done else last)
+        )
+
+    def _in_parts(self, n: int, call: Callable[[slice, list[T]], list[T]]) -> list[T]:
+        """call(part, results so far) for 0..n-1 in parts, in order."""
+        done: list[T] = []
+        while len(done) < n:
+            part = slice(len(done), min(len(done) + (self.most or n), n))
+            try:
+                done += call(part, done)
+            except torch.OutOfMemoryError:
+                if part.stop - part.start == 1:
+                    raise
+                # The next attempt comes after this block, when nothing holds the failed one's tensors any more.
+                self.most = (part.stop - part.start + 1) // 2
+        return done
+
+
+# The decoders of one image on several devices.
+
+
+class DistributedDecode(Wrapper):
+    """A denoiser that shares the nodes of each decoder batch among processes, one device each.
+
+    Every process runs the same loop from the same latents with the same plan. Each encodes for itself, so features
+    stay where they are; each decodes its part of a batch of n nodes, ceil(n / processes) at most, and all get all
+    predictions. A batch of one node, as shallow and refreshed nodes are, is computed by every process: correct, and
+    no faster.
+
+    Args:
+        denoiser: on this process's device.
+        group: of processes; None = all.
+
+    Raises:
+        ValueError: (in decode) the denoiser uses guidance offsets again: only the process with the key node has one.
+    """
+
+    def __init__(self, denoiser: Denoiser, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(denoiser)
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def decode(
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
+    ) -> list[Prediction]:
+        n = len(ts)
+        if n == 1:
+            return self.inner.decode(features, ts, last)
+        share = -(-n // self.size)
+        # Who comes after the last node decodes that one once more: there is a part for everyone.
+        part = slice(min(self.rank * share, n - 1), min((self.rank + 1) * share, n))
+        predictions = self.inner.decode(features[part], ts[part])
+        if any(prediction.offsets for prediction in predictions):
+            raise ValueError("reuse of the guidance offset does not go with decoders spread over processes")
+        mine = torch.stack([prediction.out for prediction in predictions])  # (<= share, B, C, H, W)
+        mine = torch.cat([mine, mine[-1:].expand(share - len(mine), *mine.shape[1:])])  # (share, B, C, H, W)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self.group)
+        return [Prediction(out) for part in parts for out in part][:n]
+
+
+# A network whose encoder and decoder are compiled by PyTorch.
+
+
+COMPILERS = ("g++", "clang++")
+Backend = str | Callable[..., Any]
+
+
+def compiled(function: Callable[..., Any], backend: Backend = "inductor") -> Callable[..., Any]:
+    """What `torch.compile` makes of a function or network for inference, in one graph, the weights as constants.
+
+    It is compiled at the first call, and anew for every other shape: PyTorch does so eight times and then goes on
+    without. Weights must not change afterwards. Call it without gradients.
+
+    Args:
+        function: what computes.
+        backend: of `torch.compile`; all but "inductor" are for finding faults.
+
+    Raises:
+        ValueError: there is no C++ compiler.
+    """
+    if backend == "inductor":
+        check_compiler()
+    traced = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # As an option of torch.compile freezing doesn't reach the tracing: weights would be inputs of the graph, not be
+        # laid out for the processor (twice the time), and packed ones be refused.
+        with inductor.patch(freezing=True):
+            return traced(*args, **kwargs)
+
+    return call
+
+
+class Compiled(nn.Module):
+    """A `ConditionedNetwork` that computes what another one does, with compiled `encode` and `decode`.
+
+    Decoders are best run one by one: batches of another size are compiled anew. Parts of the encoder or decoder
+    (`encode_outer`, `share`, `advance`) are not compiled.
+
+    Args:
+        network: in evaluation mode; its layers may be packed, which is faster.
+        backend: see `compiled`.
+
+    Raises:
+        ValueError: there is no C++ compiler.
+    """
+
+    def __init__(self, network: ConditionedNetwork, backend: Backend = "inductor") -> None:
+        super().__init__()
+        self.inner = network
+        self._encode = compiled(self._encode_tensors, backend)
+        self._decode = compiled(network.decode, backend)
+
+    def project(self, cond: Conditioning) -> Conditioning:
+        return self.inner.project(cond)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        return self.inner.embed_time(t)
+
+    def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Features:
+        return Features.of(self._encode(x, t, cond, tome))
+
+    def encode_outer(
+        self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
+    ) -> Sequence[Tensor]:
+        return self.inner.encode_outer(x, t, cond, blocks, tome)
+
+    def part_weights(self) -> tuple[PartWeights, ...]:
+        return ()  # slices are constants of the graph; weights that it is given would not be
+
+    def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
+        return self.inner.share(features, weights)
+
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0) -> Features:
+        return self.inner.advance(features, t, cond, blocks, tome)
+
+    def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Tensor:
+        return self._decode(features, t, cond, tome)
+
+    def _encode_tensors(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float) -> tuple[Tensor, ...]:
+        return self.inner.encode(x, t, cond, tome).tensors
+
+
+def check_compiler() -> None:
+    """Raise ValueError unless there is a C++ compiler, which PyTorch compiles with."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else [*COMPILERS]
+    if not any(map(shutil.which, names)):
+        raise ValueError(
+            f"compiling needs a C++ compiler, and there is none of {', '.join(names)}; install one, or "
+            f"name it in the environment variable CXX"
+        )
+
+
+# What the first call of a network costs for each shape, and a run that pays for it.
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What call() returns, and its seconds, with those of what it leaves running on a GPU."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    began = clock()
+    result = call()
+    return result, clock() - began
+
+
+class WarmUp:
+    """A `ConditionedNetwork` that computes each shape it meets twice, then no more; it predicts zeros.
+
+    A run of it pays for the first calls of all shapes of the run, in little more time than these take.
+
+    Args:
+        network: what computes.
+        first_calls: seconds that the first call of a shape took beyond the second, by name and shape. What is already
+            there was called before in this process, and is kept.
+        device: of the network.
+    """
+
+    def __init__(self, network: ConditionedNetwork, first_calls: dict[Hashable, float], device: torch.device) -> None:
+        self.network, self.first_calls, self.device = network, first_calls, device
+        self.seconds = 0.0  # spent in the network
+        self.results: dict[Hashable, Any] = {}  # by name and shape
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        return self.network.embed_time(t)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.network.parameters()
+
+    def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float) -> Features:
+        return self._once(("encode", len(x)), lambda: self.network.encode(x, t, cond, tome))
+
+    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Sequence[Tensor]:
+        return self._once(("encode_outer", len(x), blocks), lambda: self.network.encode_outer(x, t, cond, blocks, tome))
+
+    def part_weights(self) -> Sequence[PartWeights]:
+        return self._once(("part_weights",), self.network.part_weights)
+
+    def share(self, features: Features, weights: Sequence[PartWeights] | None) -> Features:
+        return self._once(("share", len(features)), lambda: self.network.share(features, weights))
+
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Features:
+        return self._once(
+            ("advance", len(features), blocks), lambda: self.network.advance(features, t, cond, blocks, tome)
+        )
+
+    def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float) -> Tensor:
+        # Zeros keep the latents finite, whatever the solver.
+        return self._once(
+            ("decode", len(t), len(features.skips), bool(features.shared)),
+            lambda: torch.zeros_like(self.network.decode(features, t, cond, tome)),
+        )
+
+    def _once(self, key: Hashable, call: Callable[[], T]) -> T:
+        if key not in self.results:
+            _, first = timed(call, self.device)
+            self.results[key], again = timed(call, self.device)
+            self.first_calls.setdefault(key, max(0.0, first - again))
+            self.seconds += first + again
+        return self.results[key]

@@ -1,1 +1,0 @@
-"""How decoders share a device or several."""
