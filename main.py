@@ -3,15 +3,16 @@
     python main.py --base configs/autoencoder/emoji64-kl-f8.yaml -t
     python main.py --base configs/autoencoder/emoji64-kl-f8.yaml -t --steps 100 data.params.batch_size=8
     python main.py --resume logs/emoji64-kl-f8 -t
+    python main.py --resume logs/emoji64-kl-f8/best.ckpt -t
     python main.py --base models/first_stage_models/kl-f8/config.yaml -t data.params.num_workers=4
     python main.py --base CONFIG.yaml -t --data.target=my_package.MyData --allow my_package
 
 A configuration has four sections: `model` (the model to train: `target`, `params`), `training` (a Lightning module of
 `ldm.training` that trains the model), `data` (a Lightning data module) and `lightning` (the trainer, the checkpoints
 and the seed). Published configurations have no `training` section and are completed: the first lines say how. The log
-folder of a run holds everything that the run writes: the configuration as used, `last.ckpt`, metrics as CSV and for
-TensorBoard, and image grids. A run that was stopped or killed and then resumed ends with the same weights as a run that
-was never stopped.
+folder of a run holds everything that the run writes: the configuration as used, the newest state (`last.ckpt`), the
+best one by the model's `monitor` (`best.ckpt`), metrics as CSV and for TensorBoard, and image grids. A run that was
+stopped or killed and then resumed ends with the same weights as a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ldm.util import instantiate_from_config  # noqa: F401  (published scripts i
 YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 SWITCHES = ("-t", "--train", "--no-test", "--scale_lr", "-d", "--debug")  # published commands may give them a word
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # read when Lightning is imported
+STATES = ("last.ckpt", "previous.ckpt", "best.ckpt")  # that a run keeps
 SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
 # What Lightning warns of and what is meant to be: frozen parts of a model stay in evaluation mode; the data is in
 # memory, where workers would only cost time; a small set has few batches. The rest is about PyTorch's own future.
@@ -58,7 +60,10 @@ def parser() -> Parser:
         help="configuration files of a new run; later ones override earlier ones",
     )
     p.add_argument(
-        "-r", "--resume", metavar="LOGDIR", help="resume the run in this folder, or in that of this checkpoint"
+        "-r",
+        "--resume",
+        metavar="LOGDIR",
+        help="resume the run in this folder, from its newest state or from the checkpoint that is named",
     )
     p.add_argument("-t", "--train", action="store_true", help="train (without it: validate once)")
     p.add_argument(
@@ -137,6 +142,20 @@ def folder_of(resumed: str) -> Path:
     if path.suffix == ".ckpt":
         path = path.parent
     return path.parent if path.name == "checkpoints" else path
+
+
+def state_of(resumed: str | None) -> str:
+    """The file of the state from which a run goes on, in its folder.
+
+    Raises:
+        BadInput: no such file is kept.
+    """
+    name = Path(resumed or "").name
+    if not name.endswith(".ckpt") or name == STATES[0]:
+        return STATES[0]
+    if name not in STATES or not (folder_of(resumed) / name).is_file():
+        raise BadInput(f"--resume: no file {folder_of(resumed) / name}; a run may keep {', '.join(STATES)}")
+    return name
 
 
 def name_of(given: str | None, file: Path) -> str:
@@ -218,7 +237,7 @@ def train(args: argparse.Namespace, name: str, files: list[Path], overrides: lis
     if args.allow:
         sys.path.insert(0, os.getcwd())  # where one's own package usually is
     with fault_of(name), debugged(args.debug):
-        fit(config, logdir, train=args.train, allow=args.allow)
+        fit(config, logdir, train=args.train, allow=args.allow, resumed=state_of(args.resume))
     if args.train:
         print(f"for sampling: python scripts/export_model.py {logdir} --out {logdir}/model.safetensors")
 

@@ -22,7 +22,7 @@ DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 def parser() -> Parser:
     p = Parser(prog="export_model.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", help="log folder of main.py, or with --part a model file")
+    p.add_argument("source", help="log folder of main.py, or a state in it (best.ckpt); with --part a model file")
     p.add_argument("--out", required=True, metavar="FILE", help="file to write (.safetensors)")
     p.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the weights (default: %(default)s)")
     p.add_argument("--normalize", action="store_true", help="normalize the latents of a first stage")

@@ -36,6 +36,7 @@ class AdversarialTraining(FirstStageTraining):
 
     manages = ("accumulate_grad_batches", "gradient_clip_val")
     losses = {AutoencoderKL: LPIPSWithDiscriminator, VQModel: VQLPIPSWithDiscriminator}
+    watched = "train/nll_loss"  # the adversarial term may be of any size
     strategy = "ddp_find_unused_parameters_true"  # each backward pass is of one of the two networks
     seen = 0  # batches before the state that is read; where only a validation is made, the trainer does not know them
 

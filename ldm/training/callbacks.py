@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,35 @@ from tqdm import tqdm
 
 from ldm.io.files import atomic_write
 from ldm.io.images import grid, save_png, to_pil
-from ldm.training.state import PREVIOUS, steps_done
+from ldm.training.state import BEST, PREVIOUS
+from ldm.training.watch import diverged
+
+GREATER_IS_BETTER = re.compile(r"psnr|R@\d+|cluster_usage|perplexity")  # other measures are losses and distances
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """The measure of the validation by which the best state is kept, such as val/loss_simple."""
+
+    name: str
+
+    @property
+    def greatest(self) -> bool:
+        """Whether the best value is the greatest."""
+        return GREATER_IS_BETTER.search(self.name) is not None
+
+    def value(self, measured: Mapping[str, Tensor]) -> float | None:
+        """Its value among those of a validation, which are of the averaged weights whether or not the name says so."""
+        found = measured.get(self.name, measured.get(self.name.removesuffix("_ema")))
+        if found is None:
+            names = ", ".join(sorted(name for name in measured if name.startswith("val/")))
+            print(
+                f"model.params.monitor: the validation has no {self.name!r}, so no best state is kept; it has {names}"
+            )
+        return None if found is None else found.item()
+
+    def better(self, value: float, than: float | None) -> bool:
+        return math.isfinite(value) and (than is None or (value > than if self.greatest else value < than))
 
 
 class Stopped(Exception):
@@ -30,40 +60,44 @@ class Stopped(Exception):
 class KeptState(pl.Callback):
     """Keep the newest state in `LOGDIR/last.ckpt`, the one before in `previous.ckpt`, the settings in `config.yaml`.
 
-    Files are replaced atomically, so a kill at any moment leaves complete files for `main.py --resume LOGDIR`. A state
-    that is not finite is not saved; the training ends with an error.
+    With a monitor, a measure of the validation, the state of its best value is kept in `best.ckpt`. Files are replaced
+    atomically, so a kill at any moment leaves complete files for `main.py --resume LOGDIR`. A state that is not finite
+    is not saved; the training ends with an error.
     """
 
-    def __init__(self, path: Path, every_minutes: float, config: DictConfig):
+    def __init__(self, path: Path, every_minutes: float, config: DictConfig, monitor: Monitor | None = None):
         self.path, self.every_seconds, self.config = path, 60.0 * every_minutes, OmegaConf.to_yaml(config)
+        self.monitor = monitor
+        self.best: dict[str, Any] = {}  # the monitor's name, its best value and the step
         self.saved_at, self.saved_step = time.monotonic(), -1
         self.counted = 0  # steps when the batch before ended
         self.begun = False
         self.stopping = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"config": self.config}
+        return {"config": self.config, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        best = state.get("best", {})
+        if self.monitor is not None and best.get("name") == self.monitor.name:
+            self.best = best
 
     def save(self, trainer: pl.Trainer) -> None:
         for name, parameter in trainer.lightning_module.named_parameters():
             if not parameter.isfinite().all():
-                self.fail(trainer, f"weights that are not finite ({name})")
+                raise diverged(trainer, self.path.parent, f"weights that are not finite ({name})")
         if trainer.is_global_zero:
             with atomic_write(self.path) as unfinished:
                 trainer.save_checkpoint(unfinished)
+                if self.best.get("step") == trainer.global_step:
+                    with atomic_write(self.path.with_name(BEST)) as best:
+                        copy(unfinished, best)
                 if self.path.exists():
                     with atomic_write(self.path.with_name(PREVIOUS)) as previous:
                         copy(self.path, previous)
         else:
             trainer.save_checkpoint(self.path)  # all processes take part, the first one writes the file
         self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
-
-    def fail(self, trainer: pl.Trainer, what: str) -> None:
-        kept = f"{self.path} holds step {steps_done(self.path)}" if self.path.exists() else "nothing was kept yet"
-        raise ValueError(
-            f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}); {kept}. A lower "
-            f"training.params.learning_rate or lightning.trainer.gradient_clip_val may help"
-        )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.counted = trainer.global_step
@@ -74,9 +108,6 @@ class KeptState(pl.Callback):
         self.begun = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: object) -> None:
-        loss = outputs["loss"]
-        if not loss.isfinite():
-            self.fail(trainer, f"a loss of {loss.item()}")
         if not self.begun and trainer.is_global_zero:
             self.write_config()  # not earlier: a training whose first batch fails must leave no folder
         # Between the batches of one step there are gradients, which a state does not hold.
@@ -88,6 +119,14 @@ class KeptState(pl.Callback):
             self.save(trainer)
         if self.stopping and stepped:
             raise Stopped
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        value = self.monitor.value(trainer.callback_metrics)
+        if value is not None and self.monitor.better(value, self.best.get("value")):
+            self.best = {"name": self.monitor.name, "value": value, "step": trainer.global_step}
+            self.save(trainer)
 
     @contextmanager
     def stopped_after_a_step(self) -> Iterator[None]:

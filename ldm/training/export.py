@@ -28,7 +28,7 @@ def export(
     """Write the weights of a training run, as sampling loads them, or one part of a model file; how many tensors.
 
     Args:
-        source: log folder of a training run, or with `part` a model file.
+        source: log folder of a training run (its newest state is taken), or a state in it; with `part` a model file.
         out: file to write.
         part: name of the part, such as first_stage_model.
         normalize: see `normalized_first_stage`.
@@ -56,10 +56,11 @@ def part_of(file: Path, part: str) -> dict[str, Tensor]:
     return state
 
 
-def weights_of_run(folder: Path, normalize: bool) -> dict[str, Tensor]:
-    """The weights of a training run."""
-    weights = sampling_weights(read_state(folder / LAST)["state_dict"])
-    return normalized_first_stage(load_config(folder / "config.yaml"), weights) if normalize else weights
+def weights_of_run(source: Path, normalize: bool) -> dict[str, Tensor]:
+    """The weights of a training run, from its folder or from one of its states."""
+    file = source if source.suffix == ".ckpt" else source / LAST
+    weights = sampling_weights(read_state(file)["state_dict"])
+    return normalized_first_stage(load_config(file.with_name("config.yaml")), weights) if normalize else weights
 
 
 def sampling_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

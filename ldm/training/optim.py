@@ -52,6 +52,7 @@ class ClippedTraining(pl.LightningModule):
 
     model: nn.Module
     manages: tuple[str, ...] = ()  # settings of the trainer that the module has arguments for
+    watched = "train/loss"  # the loss that ends a training when it explodes
     strategy = "auto"  # Lightning's, for several processes, unless the configuration names one
 
     def configure_gradient_clipping(

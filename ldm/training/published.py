@@ -14,7 +14,8 @@ NOT_SCALED = "--scale_lr: without effect; the rate is training.params.learning_r
 # Sections of `lightning` that have no effect here, and what is done instead.
 INSTEAD = {
     "callbacks": "images are saved after each validation",
-    "modelcheckpoint": "the newest state is kept, every lightning.checkpoint_every_minutes",
+    "modelcheckpoint": "the newest state is kept, every lightning.checkpoint_every_minutes, and the best by "
+    "model.params.monitor",
     "logger": "numbers go to CSV and TensorBoard",
 }
 

@@ -24,11 +24,12 @@ from yaml import YAMLError
 from ldm.io.errors import fault_of, shown
 from ldm.io.files import read_config
 from ldm.io.schema import AboveZero, Count, NotNegative, Schema, Seed, Text, check_names, parse
-from ldm.training.callbacks import KeptState, SampleGrid, StepBar
+from ldm.training.callbacks import KeptState, Monitor, SampleGrid, StepBar
 from ldm.training.datasets import data_of
 from ldm.training.order import StepSeeds
 from ldm.training.published import completed
-from ldm.training.state import LAST, check_fits, read_state
+from ldm.training.state import BEST, LAST, check_fits, read_state
+from ldm.training.watch import GREATEST, LossWatch
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 SEED = 23  # of weights, data order and noise, if the configuration has none
@@ -65,6 +66,7 @@ class _Trainer(Schema, extra="allow"):
 class _Lightning(Schema):
     trainer: _Trainer
     checkpoint_every_minutes: NotNegative = 3.0
+    loss_limit: AboveZero | None = GREATEST
     seed: Seed = SEED
 
 
@@ -75,21 +77,24 @@ class _Config(Schema):
     lightning: _Lightning
 
 
-def fit(config: DictConfig, logdir: Path, train: bool = True, allow: Sequence[str] = ()) -> pl.LightningModule:
-    """Train (or, with train=False, validate) what `config` describes; resume if `logdir` has a last.ckpt.
+def fit(
+    config: DictConfig, logdir: Path, train: bool = True, allow: Sequence[str] = (), resumed: str = LAST
+) -> pl.LightningModule:
+    """Train (or, with train=False, validate) what `config` describes; resume if `logdir` has the state `resumed`.
 
     The weights depend on the configuration and its seed only, not on where the training was stopped and resumed.
 
     Args:
+        resumed: the file of that state in the folder: last.ckpt, previous.ckpt or best.ckpt.
         allow: packages of one's own from which the section `data` may name classes.
 
     Raises:
-        ValueError: a section or an argument in it is missing, unknown or wrong; last.ckpt is damaged; the loss is
-            not finite.
+        ValueError: a section or an argument in it is missing, unknown or wrong; the state is damaged; the loss is
+            not finite, or explodes.
     """
     check(config)
-    seed, last = config.lightning.get("seed", SEED), logdir / LAST
-    state = read_state(last) if last.exists() else None
+    seed, file = config.lightning.get("seed", SEED), logdir / resumed
+    state = read_state(file) if file.exists() or resumed != LAST else None
     done = state["global_step"] if state else 0
     if state:
         say_what_changed(state, config, logdir)
@@ -98,13 +103,13 @@ def fit(config: DictConfig, logdir: Path, train: bool = True, allow: Sequence[st
     settings = OmegaConf.to_container(config.lightning.trainer, resolve=True)
     module = built("training", config.training, model=model, **managed(config.training, settings))
     if state:
-        check_fits(state, module, last)
+        check_fits(state, module, file)
     with naming("data"):
         data = data_of(config.data, seed, allow)
     if several(settings):
         settings.setdefault("strategy", module.strategy)
     bar = [StepBar()] if settings.pop("enable_progress_bar", True) else []
-    kept = KeptState(last, config.lightning.get("checkpoint_every_minutes", 3.0), config)
+    kept = KeptState(logdir / LAST, config.lightning.get("checkpoint_every_minutes", 3.0), config, monitor_of(config))
     trainer = trainer_of(
         settings,
         # The CSV logger empties its folder, so each start of the run has its own.
@@ -114,12 +119,18 @@ def fit(config: DictConfig, logdir: Path, train: bool = True, allow: Sequence[st
         ]
         if train
         else False,
-        callbacks=[StepSeeds(seed), kept, *([SampleGrid(logdir / "samples")] if train else []), *bar],
+        callbacks=[
+            StepSeeds(seed),
+            LossWatch(logdir, config.lightning.get("loss_limit", GREATEST)),
+            kept,
+            *([SampleGrid(logdir / "samples")] if train else []),
+            *bar,
+        ],
     )
-    resumed = last if state else None
+    begun = file if state else None
     if not train:
         print(f"{logdir}: " + (f"validating step {done}" if state else "no training yet: validating new weights"))
-        trainer.validate(module, data, ckpt_path=resumed, weights_only=True, verbose=False)
+        trainer.validate(module, data, ckpt_path=begun, weights_only=True, verbose=False)
     elif trainer.max_steps == 0:
         raise ValueError("lightning.trainer.max_steps: 0 steps train nothing")
     elif 0 < trainer.max_steps <= done:
@@ -127,10 +138,23 @@ def fit(config: DictConfig, logdir: Path, train: bool = True, allow: Sequence[st
     else:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         end = f"to {trainer.max_steps}" if trainer.max_steps > 0 else f"to the end of epoch {trainer.max_epochs}"
-        print(f"{logdir}: {trained / 1e6:.2f} M weights, from step {done} {end}")
+        print(f"{logdir}: {trained / 1e6:.2f} M weights, from step {done} {end}; {kept_states(kept.monitor)}")
         with no_trace_unless_begun(logdir), kept.stopped_after_a_step():
-            make_steps(trainer, module, data, resumed, done)
+            make_steps(trainer, module, data, begun, done)
     return module
+
+
+def monitor_of(config: DictConfig) -> Monitor | None:
+    """The measure by which the model's configuration says that states are compared."""
+    name = OmegaConf.select(config, "model.params.monitor")
+    return Monitor(parse(Text, name, "model.params.monitor")) if name is not None else None
+
+
+def kept_states(monitor: Monitor | None) -> str:
+    """What is said of the states that a training keeps."""
+    if monitor is None:
+        return f"kept: {LAST}"
+    return f"kept: {LAST}, and {BEST} by the {'greatest' if monitor.greatest else 'least'} {monitor.name}"
 
 
 def managed(training: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from ldm.io.files import check_regular
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 PARTS = {
     "global_step": int,
     "epoch": int,

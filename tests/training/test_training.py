@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import os
 import random
 import runpy
@@ -28,8 +30,9 @@ from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.tokenizer import train_tokenizer
+from ldm.training import watch
 from ldm.training.autoencoder import AutoencoderTraining, start_from_principal_components
-from ldm.training.callbacks import KeptState
+from ldm.training.callbacks import KeptState, Monitor
 from ldm.training.diffusion import DiffusionTraining
 from ldm.training.export import sampling_weights
 from ldm.training.run import fit, read_configuration, scale_schedule
@@ -497,9 +500,67 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_its_state_is_not_kept(t
     assert main(command) == 2
     err = capsys.readouterr().err
     kept = steps_of(tmp_path / "r")
-    assert f"at step {kept + 1} (epoch 0); {tmp_path}/r/last.ckpt holds step {kept}" in err
+    where = f"batch {kept + 1}, at step {kept + 1} (epoch 0)"
+    assert f"loss is nan, {where}; {tmp_path}/r/last.ckpt holds step {kept}" in err
     state = read_state(tmp_path / "r" / "last.ckpt")["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_a_loss_that_explodes_ends_the_training(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "FIRST", 2)
+    command = ["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "r", "lightning.loss_limit=1e-3"]
+    assert main([*command, "lightning.trainer.max_steps=9"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "train/loss is " in line and "more than lightning.loss_limit = 0.001 times the greatest" in line
+    assert f"batch 3, at step 3 (epoch 0); {tmp_path}/r/last.ckpt holds step 2" in line
+    # Resumed, it knows the first losses.
+    assert main(["--resume", str(tmp_path / "r"), "-t"]) == 2
+    assert "batch 3, at step 3" in capsys.readouterr().err
+    assert main(["--resume", str(tmp_path / "r"), "-t", "lightning.loss_limit=null", "--steps", "4"]) == 0
+
+
+def test_the_best_state_is_kept_and_goes_on(trained, tmp_path, capsys):
+    """Resumed from it, a run ends as one that was not stopped."""
+    run = ["-t", "-l", str(tmp_path), "lightning.trainer.val_check_interval=2", "lightning.trainer.max_steps=7"]
+    kept = ["lightning.checkpoint_every_minutes=9", "model.params.monitor=val/psnr"]
+    rate = "training.params.learning_rate=0.3"
+    assert main(["-b", str(trained / "first.yaml"), *run, *kept, "-n", "r", rate]) == 0
+    assert "kept: last.ckpt, and best.ckpt by the greatest val/psnr" in capsys.readouterr().out
+    best, whole = (read_state(tmp_path / "r" / name) for name in ("best.ckpt", "last.ckpt"))
+    with (tmp_path / "r" / "metrics" / "00000000" / "metrics.csv").open() as stream:
+        measured = [float(row["val/psnr"]) for row in csv.DictReader(stream) if row["val/psnr"]]
+    step = 2 + 2 * measured.index(max(measured))
+    assert len(measured) == 3 and step < 6
+    assert best["global_step"] == step == whole["callbacks"]["KeptState"]["best"]["step"]
+    assert best["callbacks"]["KeptState"]["best"]["value"] == pytest.approx(max(measured))
+    assert main(["--resume", str(tmp_path / "r" / "best.ckpt"), "-t"]) == 0
+    again = read_state(tmp_path / "r" / "last.ckpt")
+    for part in ("state_dict", "optimizer_states", "callbacks"):
+        assert_same(whole[part], again[part], part)
+    assert main(["--resume", str(tmp_path / "r" / "other.ckpt"), "-t"]) == 2
+    assert "r/other.ckpt; a run may keep last.ckpt, previous.ckpt, best.ckpt" in capsys.readouterr().err
+    out = tmp_path / "best.safetensors"
+    assert load_script("export_model").main([str(tmp_path / "r" / "best.ckpt"), "--out", str(out)]) == 0
+    key = "encoder.conv_in.weight"
+    assert torch.equal(read_checkpoint(out)[key], best["state_dict"][f"model.{key}"])
+
+
+def test_a_monitor_that_is_not_measured_is_said(trained, tmp_path, capsys):
+    run = ["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path), "-n", "r", "model.params.monitor=val/los"]
+    assert main(run) == 0
+    assert "model.params.monitor: the validation has no 'val/los'" in capsys.readouterr().out
+    assert not (tmp_path / "r" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    "name, best", [("val/rec_loss", 1.0), ("val/loss_simple_ema", 1.0), ("val/psnr", 3.0), ("val/R@5", 3.0)]
+)
+def test_a_monitor_knows_which_way_is_better(name, best):
+    monitor, kept = Monitor(name), None
+    for value in (2.0, 1.0, math.nan, 3.0, math.inf):
+        measured = monitor.value({name.removesuffix("_ema"): torch.tensor(value)})
+        kept = measured if monitor.better(measured, kept) else kept
+    assert kept == best
 
 
 def test_a_damaged_state_is_noticed(trained, tmp_path, capsys):
@@ -641,7 +702,7 @@ def test_the_screen_shows_what_is_trained_and_nothing_else(trained, tmp_path):
     ]
     assert Child(lambda: main(command), logs).end() == 0
     first, *rest = logs.read_text().splitlines()
-    assert first.startswith(f"{tmp_path}/r: ") and first.endswith(" M weights, from step 0 to 2")
+    assert first.startswith(f"{tmp_path}/r: ") and first.endswith(" M weights, from step 0 to 2; kept: last.ckpt")
     assert rest[0].startswith("step 2: val/loss ") and rest[1].startswith("for sampling: ") and len(rest) == 2
 
 
