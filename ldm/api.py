@@ -133,7 +133,8 @@ class Model:
         recipe = make_recipe(job.sampling, job.size, setup.config)
         check_guidance(recipe, job.task)
         nodes = count_nodes(recipe, setup, job.task.start.strength)
-        plan = make_plan(job.sampling, nodes, run_facts(setup, recipe.solver_name))
+        facts = recipe.facts(job.task.start.strength)
+        plan = make_plan(job.sampling, nodes, run_facts(setup, recipe.solver_name, facts))
         latents = tuple(self.sizes.whole(side) for side in job.size)
         if self._packed_for not in (None, latents):
             self.network, self._packed_for = setup.load(), None

@@ -7,8 +7,8 @@ Along plain runs of some prompts the script measures, at every step, the error o
 earlier step. It finds the key timesteps with the least total error (exactly, by dynamic programming). Then it tries
 what the decoder can get between them (--propagate of the sampling scripts) and keeps what comes closest to the latents
 of the plain run. With --out it writes only the plan. Without --out it writes the table of errors to the folder of the
-weights (calibration/SAMPLER-STEPS.json). --plan auto:K and auto:SHARE% of the sampling scripts use that table for any
-number of key timesteps.
+weights (calibration/SAMPLER-STEPS-scaleSCALE.json). --plan auto:K and auto:SHARE% of the sampling scripts use that
+table for any number of key timesteps.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.calibration import Calibration, measure
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.schedule import timesteps_of
 from ldm.profiling.plan_table import spans
-from ldm.sampling.engine import Engine
+from ldm.sampling.engine import Engine, Recipe
 from ldm.sampling.generate import Item, prompt_items
 
 TRIED = ("hold", "linear", "quadratic")  # between the key timesteps that are found
@@ -92,16 +93,24 @@ def calibrate_model(
     engine, facts = plain_engine(model, sampling)
     if keep:
         check_outdir(facts.calibrations, "--ckpt")
-    how = {"prompts": len(prompts), "seed": settings.seed, "scale": engine.recipe.scale, "eta": engine.recipe.eta}
+    how = {"prompts": len(prompts), "seed": settings.seed}
     with fault_of("ckpt", (ValueError,)):  # predictions that are not finite
-        calibration = calibrate(engine, items, facts.facts, how)
+        timesteps = timesteps_of(engine.plain_run(items[:1])[1].nodes)
+        calibration = calibrate(engine, items, {**facts.facts, "timesteps": timesteps}, how)
     with fault_of("macs" if settings.macs else "keys"):
         plan = calibration.plan_within(settings.macs) if settings.macs else calibration.plan(settings.keys)
     with fault_of("ckpt", (ValueError,)):
         errors = try_propagations(engine, plan, items)
     best = min(errors, key=errors.get)
-    file = facts.calibrations / f"{engine.recipe.solver_name}-{engine.recipe.steps}.json"
+    file = facts.calibrations / name_of(engine.recipe)
     return Outcome(calibration.model_copy(update={"propagate": best}), replace(plan, propagate=best), errors, file)
+
+
+def name_of(recipe: Recipe) -> str:
+    """The file of a calibration of such runs; by its content, not by this name, it is known what it is good for."""
+    interval = "" if recipe.guidance_interval is None else "-interval{:g}-{:g}".format(*recipe.guidance_interval)
+    tome = f"-tome{recipe.tome:g}" if recipe.tome else ""
+    return f"{recipe.solver_name}-{recipe.steps}-scale{recipe.scale:g}{interval}{tome}.json"
 
 
 def plain_engine(model: ModelSettings, sampling: SamplingSettings) -> tuple[Engine, RunFacts]:
@@ -112,7 +121,7 @@ def plain_engine(model: ModelSettings, sampling: SamplingSettings) -> tuple[Engi
     loaded = setup.load()
     with fault_of("config"):
         engine = Engine(loaded, setup.sizes, recipe, plan, text_task())
-    return engine, run_facts(setup, recipe.solver_name)
+    return engine, run_facts(setup, recipe.solver_name, recipe.facts())
 
 
 def calibrate(

@@ -80,7 +80,8 @@ def make_images(
         return []
     with fault_of("ckpt", (CheckpointError,)):
         settings = weights_of(setup)
-    methods = choose_methods(setup, sampling, recipe, nodes, output.compare)
+    facts = run_facts(setup, recipe.solver_name, recipe.facts(task.start.strength))
+    methods = choose_methods(setup, sampling, recipe, nodes, facts, output.compare)
     engines = load_engines(setup, methods, task)
     check_memory([*engines.values()][-1], min(batch, len(items)), setup.device)
     if setup.processes.leads and (cut := truncated_prompts(items, task, next(iter(engines.values())).model)):
@@ -185,9 +186,10 @@ def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
 # Methods
 
 
-def choose_methods(setup: Setup, sampling: SamplingSettings, recipe: Recipe, nodes: int, compare: bool) -> Methods:
+def choose_methods(
+    setup: Setup, sampling: SamplingSettings, recipe: Recipe, nodes: int, facts: RunFacts, compare: bool
+) -> Methods:
     """The methods of the run by name: the one asked for, or those of a comparison."""
-    facts = run_facts(setup, recipe.solver_name)
     plan = make_plan(sampling, nodes, facts)
     if not compare:
         return {SINGLE: (recipe, plan)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -136,9 +137,10 @@ def count_nodes(recipe: Recipe, setup: Setup, strength: float = 1.0) -> int:
         return num_nodes(recipe, timesteps, strength)
 
 
-def run_facts(setup: Setup, sampler: str) -> RunFacts:
-    """What plans and calibrations may have been made for."""
-    return RunFacts({"sampler": sampler, "weights": fingerprint(setup.ckpt)[:16]}, calibrations_of(setup.ckpt))
+def run_facts(setup: Setup, sampler: str, more: Mapping[str, Any] = MappingProxyType({})) -> RunFacts:
+    """What plans and calibrations may have been made for; more: see `Recipe.facts`."""
+    weights = fingerprint(setup.ckpt)[:16]
+    return RunFacts({"sampler": sampler, "weights": weights, **more}, calibrations_of(setup.ckpt))
 
 
 def reuse_setting(reuse: bool | str) -> str:

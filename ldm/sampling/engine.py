@@ -21,7 +21,7 @@ from ldm.models.diffusion.edits import Edit, prior_noise
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.noise import ImageNoise
-from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode, WarmUp, timed
+from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode, WarmUp, first_process, timed
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
 from ldm.models.diffusion.solvers.registry import SOLVERS, levels_of, solver
 from ldm.modules.packed import pack
@@ -136,6 +136,18 @@ class Recipe:
         """The solver with its nodes, see `Spacings.name_of`."""
         chosen = SOLVERS[self.sampler]
         return chosen.spacings.name_of(self.sampler, chosen.chosen(self.spacing, self.timesteps_at), self.timesteps_at)
+
+    def facts(self, strength: float = 1.0) -> dict[str, Any]:
+        """What a calibration of such runs is good for, beside the sampler and the weights; strength: see `rule`."""
+        interval = self.guidance_interval
+        return {
+            "steps": self.steps,
+            "strength": strength,
+            "eta": self.eta,
+            "scale": self.scale,
+            "guidance_interval": interval and [*interval],
+            "tome": self.tome,
+        }
 
     def settings(self) -> dict[str, Any]:
         """What images depend on, as JSON values.
@@ -361,7 +373,8 @@ class Engine:
             x, ran = start.latents(self.model, items, x_T, rule.nodes[0]), Ran([], [])
             edits = (*start.edits(self.model, items, rule.nodes), *self.recipe.edits(x_T))
             backoff = BatchBackoff(self._denoiser(items, network), self._most)
-            for state in denoise(DistributedDecode(backoff) if self.spread else backoff, rule, self.plan, x, edits):
+            denoiser, agreed = (DistributedDecode(backoff), first_process) if self.spread else (backoff, float)
+            for state in denoise(denoiser, rule, self.plan, x, edits, agreed):
                 x = state.x
                 ran.computes.append(state.compute)
                 ran.ts.append(rule.nodes[state.node].t)

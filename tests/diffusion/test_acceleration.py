@@ -233,6 +233,12 @@ def test_an_online_plan_encodes_when_the_latent_has_changed_enough():
         final(toy_denoiser(toy_network(), *toy_inputs(2)[1:], 2.0), rule, OnlinePlan(20, 0.2), toy_inputs(2)[0])
 
 
+def test_runs_with_different_thresholds_have_different_settings():
+    thresholds = (0.1, 0.1 + 1e-9, 1.0, 0.12345678)
+    written = [OnlinePlan(5, threshold).settings()["online"] for threshold in thresholds]
+    assert written == ["latent:0.1", "latent:0.100000001", "latent:1", "latent:0.12345678"]
+
+
 @pytest.mark.parametrize("parallel", [1, 3, 20])
 def test_an_online_plan_by_time_is_known_ahead_and_stays_parallel(parallel):
     x, cond, uncond = toy_inputs(2)

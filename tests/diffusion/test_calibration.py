@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -22,6 +23,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.propagation.calibration import Calibration, best_keys, measure, read_calibration
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, load_plan
 from ldm.models.diffusion.propagation.plan import Plan
+from ldm.sampling.engine import Recipe
 from tests.helpers import golden_sampler
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
@@ -112,6 +114,51 @@ def test_auto_plans_come_from_the_table_beside_the_weights(tmp_path):
             load_plan("auto:5", nodes, run=RunFacts(facts, tmp_path))
     with pytest.raises(ValueError, match="the file of these weights is not known"):
         load_plan("auto:5", 10)
+
+
+MADE = Recipe(64, 64, steps=10, scale=2.0, guidance_interval=(200, 800))
+
+
+@pytest.mark.parametrize(
+    "run, strength, why",
+    [
+        (replace(MADE, steps=20), 0.5, "made for steps 10; this run's is 20"),
+        (MADE, 0.5, "made for strength 1.0; this run's is 0.5"),
+        (replace(MADE, scale=7.5), 1.0, "made for scale 2.0; this run's is 7.5"),
+        (replace(MADE, guidance_interval=None), 1.0, "made for guidance_interval 200, 800; this run's is none"),
+        (replace(MADE, eta=1.0), 1.0, "made for eta 0.0; this run's is 1.0"),
+        (replace(MADE, tome=0.5), 1.0, "made for tome 0.0; this run's is 0.5"),
+    ],
+    ids=str,
+)
+def test_a_calibration_is_for_the_run_that_was_measured(tmp_path, run, strength, why):
+    for name, recipe in (("ddim-10-other", replace(MADE, scale=-1.0)), ("ddim-10", MADE)):
+        calibration(made_for=json.loads(json.dumps({"sampler": "ddim", **recipe.facts()}))).save(
+            tmp_path / f"{name}.json"
+        )
+    facts = {"sampler": "ddim"}
+    assert load_plan("auto:5", 10, run=RunFacts(facts | MADE.facts(), tmp_path)), "the one of two that fits"
+    (tmp_path / "ddim-10-other.json").unlink()
+    with pytest.raises(ValueError, match=re.escape(f"calibration ddim-10.json was {why}")):
+        load_plan("auto:5", 10, run=RunFacts(facts | run.facts(strength), tmp_path))
+
+
+def test_published_samplers_refuse_a_calibration_of_other_timesteps(tmp_path, monkeypatch):
+    model = golden_sampler.model()
+    monkeypatch.setattr(model, "weights_file", tmp_path / "model.safetensors")
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(10, "uniform", verbose=False)
+    made_for = {"timesteps": [float(t) for t in reversed(sampler.ddim_timesteps)], "eta": 0.0, "scale": 1.0}
+    calibration(made_for=made_for).save(tmp_path / "calibration/ddim-10.json")
+    given = {"cond": torch.ones(1, 5, 24), "shape": (1, *golden_sampler.SHAPE), "plan": "auto:5", "verbose": False}
+    assert len(sampler.ddim_sampling(**given)[0]) == 1
+    with pytest.raises(ValueError, match=r"made for scale 1.0; this run's is 3.0"):
+        sampler.ddim_sampling(
+            **given, unconditional_guidance_scale=3.0, unconditional_conditioning=torch.zeros(1, 5, 24)
+        )
+    sampler.make_schedule(10, "quad", verbose=False)
+    with pytest.raises(ValueError, match=r"made for timesteps 901, 801, 701, 601, \.\.\.; this run's is "):
+        sampler.ddim_sampling(**given)
 
 
 def test_a_sampler_whose_name_begins_another_has_its_own_calibration(tmp_path):
@@ -254,8 +301,9 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
     printed = capsys.readouterr().out
     written = yaml.safe_load(plan.read_text())
     assert f"key timesteps of 10: {','.join(map(str, written['steps'][10]))}" in printed
-    assert written["made_for"].keys() == {"sampler", "weights"} and written["propagate"] in printed
-    table = read_calibration(tmp_path / "calibration/ddim-10.json")
+    facts = {"sampler", "weights", "timesteps", *Recipe(64, 64).facts()}
+    assert written["made_for"].keys() == facts and written["propagate"] in printed
+    table = read_calibration(tmp_path / "calibration/ddim-10-scale2.json")
     assert table.plan(3).keys == tuple(written["steps"][10]) and table.how["prompts"] == 2
     assert np.all(np.diff([sum(table.eps[0][:n]) for n in range(1, 11)]) > 0)
 

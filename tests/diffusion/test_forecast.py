@@ -323,6 +323,8 @@ def test_plan_files_name_their_level_and_forecaster(tmp_path):
     file.write_text("source: mine\nevery: 3\nlevel: deepcache\nbranch: 2\n")
     assert load_plan(str(file), 9) == load_plan("deepcache:3:2", 9)
     assert load_plan(f"skip:{file}", 9) == load_plan("skip:3", 9), "a level before the file goes first"
+    file.write_text("source: mine\nevery: 3\nmade_for: {sampler: ddim}\n")
+    assert load_plan(str(file), 9) == load_plan("uniform:3", 9), "a rule is for any number of nodes"
     for line, why in (
         ("level: prediction", "level"),
         ("propagate: quartic", "propagate.*quartic"),

@@ -18,7 +18,9 @@ from ldm.cli.devices import Processes
 from ldm.io.images import from_pil, read_png
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode
+from ldm.models.diffusion.loop import denoise
+from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode, first_process
+from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -210,6 +212,22 @@ def test_spread_decoders_give_what_one_process_gives(size):
     # Latents of every call: 2 images, both halves of the guidance, for ceil(n / size) nodes at most.
     shares = {2: [[1, 1, 4], [1, 1, 3]], 3: [[1, 1, 3], [1, 1, 3], [1, 1, 1]]}[size]
     assert [decoded for _, decoded in answers] == [[4 * n for n in share] for share in shares]
+
+
+def test_processes_that_measure_differently_decide_alike():
+    """The second's forecasts miss by far more than the budget; it goes on with the first, whose do not."""
+    x, cond, uncond = toy_inputs(1)
+    plan = BudgetPlan(Plan(10, (0, 5), propagate="linear"), 1e6, 3)
+
+    def work(rank: int) -> list[int]:
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+        spread = DistributedDecode(toy_denoiser(toy_network(), cond, uncond, 3.0))
+        states = denoise(spread, toy_rule(10), plan, x, agreed=lambda error: first_process(error + 1e9 * rank))
+        nodes = [state.node for state in states]
+        torch.distributed.destroy_process_group()
+        return nodes
+
+    assert in_processes(2, work) == [[*range(10)]] * 2
 
 
 def test_processes_agree_on_the_batch_and_follow_the_leader():

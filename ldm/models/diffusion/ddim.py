@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.models.diffusion.edits import Edit
 from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.noise import ImageNoise
-from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
 from ldm.models.diffusion.sampler import Intermediates, Sampler, mask_edits, per_image, refuse
 from ldm.models.diffusion.schedule import (
     CLEAN,
@@ -126,6 +126,9 @@ class DDIMSampler(Sampler):
         if not self._levels:
             raise ValueError("there is no timestep grid yet: call make_schedule(ddim_num_steps) first")
         return self._levels
+
+    def _plan(self, plan: AnyPlan | str | None, rule: DDIM, parallel: int, scale: float) -> AnyPlan:
+        return self.loaded_plan(plan, rule, parallel, self.solver, eta=float(self.ddim_eta), scale=float(scale))
 
     def sample(
         self,
@@ -253,12 +256,12 @@ class DDIMSampler(Sampler):
         if normals_sequence is not None and len(normals_sequence) != len(nodes):
             raise ValueError(f"normals_sequence must hold noise for {len(nodes)} steps; got {len(normals_sequence)}")
         noise = ImageNoise(seeds).node if normals_sequence is None else lambda i, x: normals_sequence[i].to(x)
+        rule = DDIM(nodes, self.ddim_eta, noise, temperature)
         return self.run(
             self.model.denoiser(cond, unconditional_conditioning, unconditional_guidance_scale),
-            DDIM(nodes, self.ddim_eta, noise, temperature),
+            rule,
             self.start(shape, x_T, seeds),
-            plan=plan,
-            parallel=parallel,
+            plan=self._plan(plan, rule, parallel, unconditional_guidance_scale),
             edits=(*mask_edits(mask, x0, nodes, seeds), *edits),
             callback=callback,
             img_callback=img_callback,
@@ -367,12 +370,12 @@ class DDIMSampler(Sampler):
             ValueError: t_start is not between 1 and the number of steps.
         """
         nodes = last(self._nodes(use_original_steps), t_start, "t_start")
+        rule = DDIM(nodes, self.ddim_eta, ImageNoise(self.draw_seeds(len(x_latent))).node)
         return self.run(
             self.model.denoiser(cond, unconditional_conditioning, unconditional_guidance_scale),
-            DDIM(nodes, self.ddim_eta, ImageNoise(self.draw_seeds(len(x_latent))).node),
+            rule,
             x_latent,
-            plan=plan,
-            parallel=parallel,
+            plan=self._plan(plan, rule, parallel, unconditional_guidance_scale),
             edits=edits,
             callback=callback,
         )[0]

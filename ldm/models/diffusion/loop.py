@@ -51,7 +51,14 @@ class NonFiniteLatents(ValueError):
 
 
 @torch.no_grad()
-def denoise(model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequence[Edit] = ()) -> Iterator[State]:
+def denoise(
+    model: Denoiser,
+    rule: Rule,
+    plan: AnyPlan,
+    x: Tensor,
+    edits: Sequence[Edit] = (),
+    agreed: Callable[[float], float] = float,
+) -> Iterator[State]:
     """Run a solver from x, yielding the state after every node; the last one holds the sample.
 
     A plan that measures its forecasts yields the states of nodes that it redoes as well.
@@ -62,6 +69,7 @@ def denoise(model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequen
         plan: see `Plan`; every node a key node is the plain solver.
         x: starting latents, (B, C, H, W).
         edits: changes of the latents, those of one moment in the order given.
+        agreed: makes of each change that a plan decides by what it decides by, see `first_process`.
 
     At a decoder node the prediction depends on key nodes' features and its own t, never on a later latent:
     `plan.parallel` changes speed and memory, not the result. At a skipped node it depends on predictions before.
@@ -78,9 +86,9 @@ def denoise(model: Denoiser, rule: Rule, plan: AnyPlan, x: Tensor, edits: Sequen
     def change(probe: str, i: int, key: int) -> float:
         """How far a probe has moved between a key node and node i, for plans that decide on the way."""
         if probe == "forecast":
-            return trail.errors[i]
+            return agreed(trail.errors[i])
         before, now = (cache.key_x, state.x) if probe == "latent" else model.embed_time([nodes[key].t, nodes[i].t])
-        return float((now - before).norm() / before.norm())
+        return agreed(float((now - before).norm() / before.norm()))
 
     for batch in plan.batches(change):
         if batch.nodes.start <= state.node:

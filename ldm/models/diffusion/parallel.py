@@ -69,6 +69,16 @@ class BatchBackoff(Wrapper):
 # The decoders of one image on several devices.
 
 
+def first_process(value: float) -> float:
+    """The value of the first process, in all of them.
+
+    Devices round differently; processes that decided differently what runs next would wait for each other for ever.
+    """
+    shared = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
 class DistributedDecode(Wrapper):
     """A denoiser that shares the nodes of each decoder batch among processes, one device each.
 

@@ -17,7 +17,7 @@ from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
-from ldm.models.diffusion.schedule import Levels, Node, Spacings
+from ldm.models.diffusion.schedule import Levels, Node, Spacings, timesteps_of
 
 MASK_STREAM = 1  # appended to an image's seed: the noise of a kept region is not the solver's noise
 
@@ -79,12 +79,15 @@ class Sampler:
         """The loop's states under a plan given as a Plan, as a spec for `load_plan`, or not at all (off)."""
         return denoise(denoiser, rule, self.loaded_plan(plan, rule, parallel, self.solver), x, edits)
 
-    def loaded_plan(self, plan: AnyPlan | str | None, rule: Rule, parallel: int, solver: str) -> AnyPlan:
-        """The plan of a run; `solver` is what a calibration for it is named by, see `Spacings.name_of`."""
+    def loaded_plan(self, plan: AnyPlan | str | None, rule: Rule, parallel: int, solver: str, **facts: Any) -> AnyPlan:
+        """The plan of a run.
+
+        solver: what a calibration for it is named by, see `Spacings.name_of`; facts: more that one is made for.
+        """
         if plan is None:
             return load_plan("off", len(rule.nodes), parallel)
         if isinstance(plan, str):
-            run = RunFacts.of(solver, self.model.weights_file)
+            run = RunFacts.of(solver, self.model.weights_file, timesteps=timesteps_of(rule.nodes), **facts)
             return load_plan(plan, len(rule.nodes), parallel, run=run)
         return plan
 
@@ -215,7 +218,13 @@ class DeterministicSampler(Sampler, ABC):
             self.model.denoiser(conditioning, unconditional_conditioning, unconditional_guidance_scale),
             rule,
             self.start((batch_size, *shape), x_T, seeds),
-            plan=self.loaded_plan(plan, rule, parallel, self.spacings.name_of(self.solver, spacing, timesteps_at)),
+            plan=self.loaded_plan(
+                plan,
+                rule,
+                parallel,
+                self.spacings.name_of(self.solver, spacing, timesteps_at),
+                scale=float(unconditional_guidance_scale),
+            ),
             edits=(*mask_edits(mask, x0, rule.nodes, seeds), *edits),
             callback=callback,
             img_callback=img_callback,

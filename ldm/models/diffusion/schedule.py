@@ -46,6 +46,11 @@ class Level(NamedTuple):
 CLEAN = Level(0, 1.0)
 
 
+def timesteps_of(nodes: Sequence[Node]) -> list[float]:
+    """The nodes' training timesteps, to a thousandth, by which two runs are told apart."""
+    return [round(node.t, 3) for node in nodes]
+
+
 def nodes_between(levels: Sequence[Level]) -> tuple[Node, ...]:
     """One node per step of a grid of levels, noisiest first: evaluated at a level, landing on the next."""
     return tuple(Node(here.t, here.abar, there.abar) for here, there in pairwise(levels))

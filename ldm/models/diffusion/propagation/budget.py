@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ldm.models.diffusion.propagation.plan import Batch, Change, Compute, Plan
@@ -64,27 +64,17 @@ class BudgetPlan:
 
     def batches(self, change: Change) -> Iterator[Batch]:
         """The run's batches; one that begins before the last one's end goes back there."""
-        kinds = dict(enumerate(self.plan.computes()))
+        plan = replace(self.plan, parallel=self.parallel)
         here, ahead = 0, [*reversed(sorted({*self.plan.keys[1:], self.num_nodes - 1}))]
         yield Batch(range(1), Compute.FULL)
         while ahead:
             there = ahead[-1]
-            yield from self._between(here + 1, there, kinds)
+            yield from plan.batches_of(range(here + 1, there))
             yield Batch(range(there, there + 1), Compute.FULL)
             if there - here > 1 and change("forecast", there, here) > self.budget:
                 ahead.append((here + there) // 2)
             else:
                 here = ahead.pop()
-
-    def _between(self, first: int, stop: int, kinds: dict[int, Compute]) -> Iterator[Batch]:
-        """Nodes between two key nodes."""
-        most = 1 if self.refresh else self.parallel
-        while first < stop:
-            end = first + 1
-            while kinds[first] is Compute.DECODER and end < min(first + most, stop) and kinds[end] is Compute.DECODER:
-                end += 1
-            yield Batch(range(first, end), kinds[first])
-            first = end
 
     def settings(self) -> dict[str, Any]:
         """What results depend on, as JSON values."""

@@ -1,6 +1,6 @@
 """Key steps chosen by measurement: what holding a key node's features costs at each later node, and the best keys.
 
-The measured table lies beside the weights it was made for, in calibration/SAMPLER-STEPS.json.
+The measured table lies beside the weights it was made for, in calibration/SAMPLER-STEPS-scaleSCALE.json.
 """
 
 from __future__ import annotations

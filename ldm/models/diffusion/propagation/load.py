@@ -67,7 +67,8 @@ def plan_names() -> tuple[str, ...]:
 class RunFacts:
     """What is known of the run that a plan is for.
 
-    facts:        "sampler", "weights" (digest), ...; a plan that was made for others is refused.
+    facts:        "sampler", "weights" (digest), "scale", ...; a plan that was made for others is refused. What is not
+        known is not compared.
     calibrations: folder with the model's tables, for plans `auto:...`.
     weights_file: whose digest is the fact "weights", where facts have none; it is read only if a plan needs it.
     """
@@ -77,12 +78,12 @@ class RunFacts:
     weights_file: Path | None = None
 
     @staticmethod
-    def of(sampler: str, weights_file: Path | None) -> RunFacts:
-        """Of a run with this sampler and the model of this file (or diffusers folder), if it is known.
+    def of(sampler: str, weights_file: Path | None, **more: Any) -> RunFacts:
+        """Of a run with this sampler and the model of this file (or diffusers folder), if it is known, and more facts.
 
         The model's calibrations lie beside its weights.
         """
-        return RunFacts({"sampler": sampler}, weights_file and calibrations_of(weights_file), weights_file)
+        return RunFacts({"sampler": sampler, **more}, weights_file and calibrations_of(weights_file), weights_file)
 
     def check(self, made_for: Mapping[str, Any], what: str) -> None:
         """Raise ValueError if what was made for another run."""
@@ -91,7 +92,14 @@ class RunFacts:
             facts["weights"] = fingerprint(self.weights_file)[:16]
         for name, wanted in made_for.items():
             if name in facts and facts[name] != wanted:
-                raise ValueError(f"{what} was made for {name} {wanted}; this run's is {facts[name]}")
+                raise ValueError(f"{what} was made for {name} {_said(wanted)}; this run's is {_said(facts[name])}")
+
+
+def _said(fact: Any) -> str:
+    """A fact in a message, of long lists the beginning."""
+    if not isinstance(fact, list):
+        return "none" if fact is None else str(fact)
+    return f"{', '.join(f'{value:g}' for value in fact[:4])}{', ...' if len(fact) > 4 else ''}"
 
 
 def calibrations_of(weights_file: Path) -> Path:
@@ -196,12 +204,19 @@ def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
             "weights is not known; load the model with ldm.load or ldm.checkpoint.load_model"
         )
     there = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    own = re.compile(rf"{re.escape(str(sampler))}-\d+")  # not euler-a-50 for euler
+    own = re.compile(rf"{re.escape(str(sampler))}-\d+(-.+)?")  # not euler-a-50 for euler
     found = {path: read_calibration(path) for path in there if own.fullmatch(path.stem)}
+    why = None
     for path, calibration in found.items():
         if calibration.num_nodes == num_nodes:
-            run.check(calibration.made_for, f"calibration {path.name}")
-            return calibration
+            try:
+                run.check(calibration.made_for, f"calibration {path.name}")
+            except ValueError as error:
+                why = why or error
+            else:
+                return calibration
+    if why is not None:
+        raise why
     lengths = ", ".join(str(calibration.num_nodes) for calibration in found.values())
     raise ValueError(
         f"auto plans need a calibration of this model for {sampler} with {num_nodes} nodes; there is "
@@ -320,7 +335,7 @@ class _PlanFile(Schema):
     def check(self, path: Path, num_nodes: int, run: RunFacts) -> None:
         """Raise ValueError if the plan was made for another run."""
         run.check(self.made_for, f"plan file {path}")
-        if self.made_for and num_nodes not in self.steps:
+        if self.made_for and self.steps and num_nodes not in self.steps:
             raise ValueError(
                 f"plan file {path} was made for {', '.join(map(str, self.steps))} nodes; this run has {num_nodes}"
             )

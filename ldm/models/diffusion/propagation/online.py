@@ -62,4 +62,6 @@ class OnlinePlan:
 
     def settings(self) -> dict[str, Any]:
         """What results depend on, as JSON values."""
-        return {"online": f"{self.probe}:{self.threshold:g}", "propagate": self.propagate}
+        rounded = f"{self.threshold:g}"  # as it has always been written, where that says it all
+        threshold = rounded if float(rounded) == self.threshold else repr(self.threshold)
+        return {"online": f"{self.probe}:{threshold}", "propagate": self.propagate}

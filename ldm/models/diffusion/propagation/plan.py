@@ -118,6 +118,10 @@ class Plan:
 
     def batches(self, change: Change | None = None) -> Iterator[Batch]:
         """The run's batches in order; together they cover every node once."""
+        return self.batches_of(range(self.num_nodes))
+
+    def batches_of(self, nodes: range) -> Iterator[Batch]:
+        """The batches of some nodes that follow each other, in order."""
         kinds = (
             dict.fromkeys(range(self.num_nodes), Compute.DECODER)
             | dict.fromkeys(self.keys, Compute.FULL)
@@ -125,11 +129,11 @@ class Plan:
             | dict.fromkeys(self.skipped, Compute.SKIPPED)
         )
         most = 1 if self.refresh else self.parallel
-        i = 0
-        while i < self.num_nodes:
+        i = nodes.start
+        while i < nodes.stop:
             stop = i + 1
             if kinds[i] in (Compute.FULL, Compute.DECODER):
-                while stop < min(i + most, self.num_nodes) and kinds[stop] is Compute.DECODER:
+                while stop < min(i + most, nodes.stop) and kinds[stop] is Compute.DECODER:
                     stop += 1
             if self.sizes:
                 stop = i + max(size for size in (1, *self.sizes) if size <= stop - i)
