@@ -103,7 +103,8 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="a package of your own from which the section data may name classes; its code is run",
+        help="a package of your own from which the sections data and lightning.callbacks may name classes; its code is "
+        "run",
     )
     p.add_argument("-d", "--debug", action="store_true", help="open Python's debugger where the training fails")
     p.add_argument("--no-test", action="store_true", help="for published commands: no test is run at the end anyway")

@@ -22,6 +22,7 @@ EXTRAS = {
     "ldm/modules/encoders/": {"", "text"},
     "ldm/modules/efficientnet.py": {"", "train", "eval"},
     "ldm/modules/losses/": {"", "train"},
+    "evaluation/metrics/training.py": {"", "eval", "train"},
     "evaluation/": {"", "eval", "text"},
     "ldm/data/": {"", "train"},
     "scripts/benchmark.py": {"", "test"},

@@ -199,15 +199,21 @@ class DiffusionTraining(ClippedTraining):
 
     @torch.no_grad()
     def images(self, batch: dict[str, Any]) -> Tensor:
-        """Samples for the conditioning of the batch, always from the same noise, (B, 3, H, W) in [-1, 1].
+        """Samples for the conditioning of the batch, always from the same noise, (B, 3, H, W) in [-1, 1]."""
+        return self.samples(batch, start_noise(0, *self.latents(batch).shape))
+
+    @torch.no_grad()
+    def samples(self, batch: Mapping[str, Any], noise: Tensor) -> Tensor:
+        """Samples of the averaged weights for the conditioning of the batch, (B, 3, H, W) in [-1, 1].
 
         They are guided if the training drops the conditioning.
+
+        Args:
+            noise: (B, C, h, w), from which sampling starts.
         """
         model, key = self.model, self.model.cond_stage_key
-        count = len(batch[next(iter(batch))])
+        count, start = len(noise), noise.to(self.device)
         rule = solver("ddim", model.alphas_cumprod, self.sample_steps)
-        noise = ImageNoise([(i,) for i in range(count)])
-        start = noise.start(tuple(self.latents(batch).shape[1:])).to(self.device)
         guided = model.cond_stage_model is not None and self.condition_dropout > 0
         with self.ema_weights():
             none = batch | {key: replaced(batch[key], torch.ones(count) > 0, self.unconditional)} if guided else None
@@ -218,6 +224,11 @@ class DiffusionTraining(ClippedTraining):
             )
             *_, last = denoise(denoiser, rule, load_plan("off", len(rule.nodes)), start)
         return model.decode_first_stage(last.x).clamp(-1, 1)
+
+
+def start_noise(first: int, count: int, *shape: int) -> Tensor:
+    """Noise that sampling starts from, (count, *shape): of sample `first` and those after it, always the same."""
+    return ImageNoise([(i,) for i in range(first, first + count)]).start(shape)
 
 
 def replaced(raw: Any, dropped: Tensor, by: Any) -> Any:

@@ -11,6 +11,7 @@ FIRST_STAGES = ("AutoencoderKL", "VQModel")
 DIFFUSIONS = ("LatentDiffusion", "Layout2ImgDiffusion", "MinimalRETRODiffusion")
 HIGH_RATE = 1e-3
 NOT_SCALED = "--scale_lr: without effect; the rate is training.params.learning_rate"
+MEASURES = ("evaluation",)  # packages whose callbacks a configuration may name
 # Sections of `lightning` that have no effect here, and what is done instead.
 INSTEAD = {
     "callbacks": "images are saved after each validation",
@@ -40,9 +41,12 @@ def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, l
     for name in ("model.params", "lightning", "lightning.trainer"):
         OmegaConf.update(config, name, mapping(config, name), merge=False)
     model, lightning = config.model, config.lightning
+    measures = measures_in(lightning)
     lines = [f"lightning.{name}: without effect; {INSTEAD[name]}" for name in INSTEAD if name in lightning]
     for name in INSTEAD:
         lightning.pop(name, None)
+    if measures:
+        lightning.callbacks = measures
     if model.get("base_learning_rate") is None:
         raise ValueError("model.base_learning_rate: not given; expected a number, or a section training")
     rate, line = learning_rate(config, scale_lr)
@@ -55,6 +59,16 @@ def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, l
         model.params.use_ema = False  # the training keeps the averages
     config.training = OmegaConf.merge(config.training, given)
     return config, [line, *lines]
+
+
+def measures_in(lightning: DictConfig) -> DictConfig:
+    """Take those callbacks out of the section that are measures of ours; nothing is left of it if all are."""
+    callbacks = mapping(lightning, "callbacks")
+    ours = [k for k in callbacks if str(OmegaConf.select(callbacks, f"{k}.target")).partition(".")[0] in MEASURES]
+    measures = OmegaConf.masked_copy(callbacks, ours)
+    if ours and len(ours) == len(callbacks):
+        del lightning.callbacks
+    return measures
 
 
 def mapping(config: DictConfig, name: str) -> DictConfig:

@@ -27,7 +27,7 @@ from ldm.io.schema import AboveZero, Count, NotNegative, Schema, Seed, Text, che
 from ldm.training.callbacks import KeptState, Monitor, SampleGrid, StepBar
 from ldm.training.datasets import data_of
 from ldm.training.order import StepSeeds
-from ldm.training.published import completed
+from ldm.training.published import MEASURES, completed
 from ldm.training.state import BEST, LAST, check_fits, read_state
 from ldm.training.watch import GREATEST, LossWatch
 from ldm.util import get_obj_from_str, instantiate_from_config
@@ -67,6 +67,7 @@ class _Lightning(Schema):
     trainer: _Trainer
     checkpoint_every_minutes: NotNegative = 3.0
     loss_limit: AboveZero | None = GREATEST
+    callbacks: dict[str, _Section] = {}
     seed: Seed = SEED
 
 
@@ -86,7 +87,7 @@ def fit(
 
     Args:
         resumed: the file of that state in the folder: last.ckpt, previous.ckpt or best.ckpt.
-        allow: packages of one's own from which the section `data` may name classes.
+        allow: packages of one's own from which the sections `data` and `lightning.callbacks` may name classes.
 
     Raises:
         ValueError: a section or an argument in it is missing, unknown or wrong; the state is damaged; the loss is
@@ -122,6 +123,7 @@ def fit(
         callbacks=[
             StepSeeds(seed),
             LossWatch(logdir, config.lightning.get("loss_limit", GREATEST)),
+            *callbacks_of(config.lightning, allow),  # before what depends on their measures
             kept,
             *([SampleGrid(logdir / "samples")] if train else []),
             *bar,
@@ -142,6 +144,18 @@ def fit(
         with no_trace_unless_begun(logdir), kept.stopped_after_a_step():
             make_steps(trainer, module, data, begun, done)
     return module
+
+
+def callbacks_of(lightning: DictConfig, allow: Sequence[str]) -> list[pl.Callback]:
+    """What the section lightning.callbacks names: measures of `evaluation`, or callbacks of an allowed package."""
+    made = []
+    for name, section in (lightning.get("callbacks") or {}).items():
+        with naming(f"lightning.callbacks.{name}"):
+            kind = get_obj_from_str(section.target, (*MEASURES, *allow))
+            if not (inspect.isclass(kind) and issubclass(kind, pl.Callback)):
+                raise ValueError(f"target: {section.target!r} is not a callback of Lightning")
+            made.append(instantiate_from_config(section, (*MEASURES, *allow)))
+    return made
 
 
 def monitor_of(config: DictConfig) -> Monitor | None:
