@@ -26,4 +26,6 @@ def test_names_shapes_and_types(name):
         model = instantiate_from_config(config)
     ours = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in model.state_dict().items()}
     published = {k: v for k, v in MODELS[name]["keys"].items() if not NOT_OURS.fullmatch(k)}
+    if all("." in key for key in published):  # without the noise schedule: SDXL
+        ours = {k: v for k, v in ours.items() if "." in k}
     assert ours == published

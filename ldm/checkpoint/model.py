@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.file import CheckpointError, read_checkpoint
+from ldm.checkpoint.sgm import in_our_form
 from ldm.io.errors import some
 from ldm.io.files import FileError, read_config
 from ldm.io.schema import Number, Schema, parse
@@ -92,6 +93,8 @@ class _Unmade(TorchFunctionMode):
 def load_config(path: str | Path) -> Any:
     """The YAML config of a model as an OmegaConf mapping: `model` (target and params) and other sections.
 
+    The publisher's form of an SDXL config comes in ours, see `ldm.checkpoint.sgm`.
+
     Interpolations (${...}) are refused, because they could read the environment. Published configs have none.
 
     Raises:
@@ -108,10 +111,11 @@ def load_config(path: str | Path) -> Any:
     try:
         _check_values(plain)
         parse(_Config, plain)
+        plain["model"] = in_our_form(plain["model"])
         check_config(plain["model"])
     except ValueError as error:
         raise ConfigError(f"{path}: not a model's config: {error}") from error
-    return config
+    return OmegaConf.create(plain)
 
 
 def diffusion_params(path: str | Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ NOISE_ORDERS = ("before", "after", "update")
 # The names of ldm.models.diffusion.solvers.registry.SOLVERS, which needs PyTorch; --help must answer at once.
 SAMPLERS = (
     "ddim, plms, ddpm, dpm-solver, dpm-solver++, dpm-solver++2s, dpm-solver-3s, dpm-solver++3m, dpm-solver-published, "
-    "dpm-solver++-published, dpm-solver++3m-published, euler, euler-a, heun, dpm++2m-karras, unipc"
+    "dpm-solver++-published, dpm-solver++3m-published, euler, euler-trailing, euler-a, heun, dpm++2m-karras, unipc"
 )
 SPACINGS = ("time", "logsnr", "karras", "quad")  # of ldm.models.diffusion.schedule
 # The solvers whose default it is; that of all others is time.
@@ -31,6 +31,7 @@ USUAL_SPACINGS = {
     "quad": ("dpm-solver", "dpm-solver++", "dpm-solver++3m", "unipc"),
     "logsnr": ("dpm-solver++2s", "dpm-solver-3s"),
     "karras": ("dpm++2m-karras",),
+    "trailing": ("euler-trailing",),
 }
 
 MOST = 1_000_000  # images of one run, and whatever else is counted

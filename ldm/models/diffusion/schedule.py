@@ -228,6 +228,17 @@ def sigma_levels(alphas_cumprod: Tensor, steps: int) -> tuple[Level, ...]:
     return (*map(Level, ts.tolist(), (1 / (1 + sigmas**2)).tolist()), CLEAN)
 
 
+def trailing_levels(alphas_cumprod: Tensor, steps: int) -> tuple[Level, ...]:
+    """Whole timesteps evenly spaced from the last, as 999, 979, .., 19 for 50 of 1000; then clean.
+
+    Source: the sampling code of SDXL (arXiv 2307.01952), which rounds down.
+    """
+    total = len(alphas_cumprod)
+    check_steps(steps, total)
+    ts = np.linspace(total - 1, 0, steps, endpoint=False).astype(int)
+    return ddim_levels(alphas_cumprod, ts[::-1].tolist(), CLEAN)
+
+
 def karras_levels(alphas_cumprod: Tensor, steps: int, rho: float = KARRAS_RHO) -> tuple[Level, ...]:
     """noise_ratio to the power 1 / rho evenly spaced over the trained range, then clean.
 
@@ -375,3 +386,4 @@ OF_DDPM = _spacings(partial(_published_ddim, end=CLEAN), clean=True)
 OF_DPM_SOLVER = _spacings()
 OF_EULER = _spacings(sigma_levels, clean=True)
 ONLY_KARRAS = Spacings({"karras": karras_levels}, clean=True)
+ONLY_TRAILING = Spacings({"trailing": trailing_levels}, clean=True)

@@ -89,7 +89,8 @@ class UNetModel(nn.Module):
         resblock_updown: resample between levels with residual blocks.
         use_new_attention_order: see AttentionBlock.
         use_spatial_transformer: spatial transformers, which take a context, instead of plain self-attention.
-        transformer_depth: blocks in one spatial transformer.
+        transformer_depth: blocks in one spatial transformer, or in one of each level; the middle block's has as many as
+            the last level's.
         context_dim: width of the context tokens, with spatial transformers.
         n_embed: predict the logits of that many codebook entries instead of out_channels.
         legacy: whether num_heads_upsample is heeded.
@@ -128,7 +129,7 @@ class UNetModel(nn.Module):
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
         use_spatial_transformer: bool = False,
-        transformer_depth: int = 1,
+        transformer_depth: int | Sequence[int] = 1,
         context_dim: int | None = None,
         n_embed: int | None = None,
         legacy: bool = True,
@@ -148,6 +149,7 @@ class UNetModel(nn.Module):
             attention_resolutions,
             num_attention_blocks,
             disable_self_attentions,
+            transformer_depth,
         )
         attention = Attention(
             num_heads,
@@ -155,7 +157,6 @@ class UNetModel(nn.Module):
             num_heads_upsample,
             legacy,
             use_spatial_transformer,
-            transformer_depth,
             context_dim,
             use_linear_in_transformer,
             use_new_attention_order,
@@ -188,7 +189,7 @@ class UNetModel(nn.Module):
         self.input_blocks, widths = input_blocks(levels, conv(in_channels, model_channels), res, attention, down)
         middle = widths[-1]
         self.middle_block = TimestepEmbedSequential(
-            res(middle), attention(middle, disable_middle_self_attn), res(middle)
+            res(middle), attention(middle, disable_middle_self_attn, depth=levels[-1].depth), res(middle)
         )
         self.output_blocks = output_blocks(levels, widths, res, attention, up)
         last = levels[0].channels

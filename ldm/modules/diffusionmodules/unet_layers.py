@@ -319,12 +319,14 @@ class Level:
     res_blocks:       residual blocks in the encoder; the decoder has one more.
     attention_blocks: how many of them, in encoder and decoder each, are followed by attention.
     context_only:     its transformers attend to the context only.
+    depth:            blocks in each of its transformers.
     """
 
     channels: int
     res_blocks: int
     attention_blocks: int
     context_only: bool
+    depth: int = 1
 
 
 def unet_levels(
@@ -334,6 +336,7 @@ def unet_levels(
     attention_resolutions: Sequence[int],
     num_attention_blocks: Sequence[int] | None,
     disable_self_attentions: Sequence[bool] | None,
+    transformer_depth: int | Sequence[int] = 1,
 ) -> list[Level]:
     """The levels, finest first, that UNetModel's arguments describe."""
     count = len(channel_mult)
@@ -341,10 +344,12 @@ def unet_levels(
     # No limit given means every residual block, also the additional one of the decoder.
     attention = [n + 1 for n in res_blocks] if num_attention_blocks is None else list(num_attention_blocks)
     context_only = [False] * count if disable_self_attentions is None else list(disable_self_attentions)
+    depths = [transformer_depth] * count if isinstance(transformer_depth, int) else list(transformer_depth)
     for name, values in (
         ("num_res_blocks", res_blocks),
         ("num_attention_blocks", attention),
         ("disable_self_attentions", context_only),
+        ("transformer_depth", depths),
     ):
         if len(values) != count:
             raise ValueError(f"{name} must have one entry for each of the {count} levels of channel_mult; got {values}")
@@ -352,7 +357,7 @@ def unet_levels(
         raise ValueError(f"num_attention_blocks must not exceed num_res_blocks {res_blocks}; got {attention}")
     attention = [n if 2**i in attention_resolutions else 0 for i, n in enumerate(attention)]
     channels = [model_channels * mult for mult in channel_mult]
-    return list(map(Level, channels, res_blocks, attention, context_only))
+    return list(map(Level, channels, res_blocks, attention, context_only, depths))
 
 
 def embedding(given: int, width: int) -> nn.Sequential:
@@ -383,7 +388,6 @@ class Attention:
     num_heads_upsample: int
     legacy: bool
     use_spatial_transformer: bool
-    transformer_depth: int
     context_dim: int | None
     use_linear: bool
     use_new_attention_order: bool
@@ -403,14 +407,14 @@ class Attention:
                 f"takes no context; got {self.context_dim}"
             )
 
-    def __call__(self, channels: int, context_only: bool = False, decoder: bool = False) -> nn.Module:
+    def __call__(self, channels: int, context_only: bool = False, decoder: bool = False, depth: int = 1) -> nn.Module:
         heads = self._heads(channels, decoder)
         if self.use_spatial_transformer:
             return SpatialTransformer(
                 channels,
                 heads,
                 channels // heads,
-                depth=self.transformer_depth,
+                depth=depth,
                 context_dim=self.context_dim,
                 disable_self_attn=context_only,
                 use_linear=self.use_linear,
@@ -443,7 +447,7 @@ def input_blocks(
         for i in range(level.res_blocks):
             layers = [res(widths[-1], out_channels=level.channels)]
             if i < level.attention_blocks:
-                layers.append(attention(level.channels, level.context_only))
+                layers.append(attention(level.channels, level.context_only, depth=level.depth))
             blocks.append(TimestepEmbedSequential(*layers))
             widths.append(level.channels)
         if level is not levels[-1]:
@@ -466,7 +470,7 @@ def output_blocks(
             layers = [res(channels + next(skips), out_channels=level.channels)]
             channels = level.channels
             if i < level.attention_blocks:
-                layers.append(attention(channels, level.context_only, decoder=True))
+                layers.append(attention(channels, level.context_only, decoder=True, depth=level.depth))
             if i == level.res_blocks and level is not levels[0]:
                 layers.append(up(channels))
             blocks.append(TimestepEmbedSequential(*layers))

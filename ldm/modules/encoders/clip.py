@@ -51,7 +51,7 @@ def transformers() -> ModuleType:
 
 
 class FrozenCLIPEmbedder(ClipConditioner):
-    """CLIP's text encoder: a vector for every token, after the final norm (Stable Diffusion 1).
+    """CLIP's text encoder: a vector for every token (Stable Diffusion 1, and one of the two of SDXL).
 
     Args:
         version: name of the model (openai/clip-vit-large-patch14), or its hyper-parameters as transformers'
@@ -60,9 +60,11 @@ class FrozenCLIPEmbedder(ClipConditioner):
         max_length: tokens of a text, padded with the end token or cut.
         freeze: take no gradients.
         vocabulary: see `find_vocabulary`.
+        layer: "last" = after the last block and the final norm; "hidden" = what block `layer_idx` gets, without a norm.
+        layer_idx: 0 (the embedded tokens) .. number of blocks; only with layer "hidden".
 
     Raises:
-        ValueError: unknown version, transformers is missing, or a vocabulary is named that is not there.
+        ValueError: unknown version or layer, transformers is missing, or a vocabulary is named that is not there.
     """
 
     def __init__(
@@ -72,10 +74,13 @@ class FrozenCLIPEmbedder(ClipConditioner):
         max_length: int = 77,
         freeze: bool = True,
         vocabulary: str | Path | None = None,
+        layer: str = "last",
+        layer_idx: int | None = None,
     ) -> None:
         if isinstance(version, str) and version not in TEXT_MODELS:
             raise ValueError(f"version must be one of {', '.join(TEXT_MODELS)}, or hyper-parameters; got {version!r}")
         settings = dict(TEXT_MODELS[version] if isinstance(version, str) else version)
+        self._check_layer(layer, layer_idx, settings["num_hidden_layers"])
         super().__init__(
             ClipTokenizer(vocabulary, max_length), settings["vocab_size"], settings["max_position_embeddings"]
         )
@@ -83,11 +88,24 @@ class FrozenCLIPEmbedder(ClipConditioner):
         # CLIPTextModel dropped the prefix "text_model." of its keys in version 5; inside this class it never had one.
         tower = library.CLIPTextModelWithProjection(library.CLIPTextConfig(**settings)).text_model
         self.transformer = nn.ModuleDict({"text_model": tower})
+        self.layer_idx = layer_idx
         self.settle(device, freeze)
+
+    @staticmethod
+    def _check_layer(layer: str, layer_idx: int | None, blocks: int) -> None:
+        if layer not in ("last", "hidden"):
+            raise ValueError(f"layer must be last or hidden; got {layer!r}")
+        if (layer == "hidden") != (layer_idx is not None) or not 0 <= (layer_idx or 0) <= blocks:
+            raise ValueError(
+                f"layer_idx must be 0..{blocks} with layer hidden, and left out with last; got {layer_idx} with {layer}"
+            )
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """Text (B strings), or token ids (B, L), -> (B, L, hidden_size)."""
-        return self.transformer["text_model"](input_ids=self.tokens(text)).last_hidden_state
+        tower, tokens = self.transformer["text_model"], self.tokens(text)
+        if self.layer_idx is None:
+            return tower(input_ids=tokens).last_hidden_state
+        return tower(input_ids=tokens, output_hidden_states=True).hidden_states[self.layer_idx]
 
 
 def from_folder(name: str, weights: str | Path | None) -> nn.Module:

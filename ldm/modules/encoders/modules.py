@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ldm.compatibility import AbstractEncoder
 from ldm.modules.diffusionmodules.upscaling import CLIPEmbeddingNoiseAugmentation
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder, FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
-from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPImageEmbedder
+from ldm.modules.encoders.general import ConcatTimestepEmbedderND, GeneralConditioner
+from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2, FrozenOpenCLIPImageEmbedder
 from ldm.modules.encoders.tokenizer import check_ids, cut, load_tokenizer, tokenize
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
@@ -27,11 +28,14 @@ __all__ = [
     "BERTEmbedder",
     "CLIPEmbeddingNoiseAugmentation",
     "ClassEmbedder",
+    "ConcatTimestepEmbedderND",
     "FrozenCLIPEmbedder",
     "FrozenCLIPTextEmbedder",
     "FrozenClipImageEmbedder",
     "FrozenOpenCLIPEmbedder",
+    "FrozenOpenCLIPEmbedder2",
     "FrozenOpenCLIPImageEmbedder",
+    "GeneralConditioner",
     "SpatialRescaler",
     "TransformerEmbedder",
 ]

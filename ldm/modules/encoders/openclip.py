@@ -1,4 +1,4 @@
-"""The text and image encoders of OpenCLIP, as Stable Diffusion 2 uses them.
+"""The text and image encoders of OpenCLIP, as Stable Diffusion 2 and SDXL use them.
 
 The towers are here and not taken from the open_clip package, because that imports torchvision, which not every
 PyTorch has. Their state-dict keys are the published ones, and the weights come from the model's checkpoint.
@@ -23,7 +23,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "embed_dim": 1024,
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
         "vision_cfg": {"image_size": 224, "patch_size": 14, "width": 1280, "head_width": 80, "layers": 32},
-    }
+    },
+    "ViT-bigG-14": {
+        "embed_dim": 1280,
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1280, "heads": 20, "layers": 32},
+    },
 }
 TOWERS = {"text": ("text",), "vision": ("vision",), "both": ("text", "vision")}
 SKIPPED = {"last": 0, "penultimate": 1}  # blocks at the end of the text transformer that are left out
@@ -164,17 +168,28 @@ class OpenCLIP(nn.Module):
         if "vision" in TOWERS[tower]:
             self.visual = Vision(embed_dim, **vision_cfg, quick_gelu=quick_gelu)
 
+    def hidden(self, tokens: Tensor, skip_last: int) -> Tensor:
+        """Token ids (B, L) -> (B, L, width), before the final norm, from all blocks but the last `skip_last`."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        return self.transformer(x, causal_mask(tokens), skip_last)
+
     def text(self, tokens: Tensor, skip_last: int) -> Tensor:
         """Token ids (B, L) -> (B, L, width), normalised, from all blocks but the last `skip_last`."""
-        length = tokens.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]
-        return self.ln_final(self.transformer(x, causal, skip_last))
+        return self.ln_final(self.hidden(tokens, skip_last))
+
+    def pooled(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The output of the last block, (B, L, width), at the end token, of the highest id -> (B, embed_dim)."""
+        return self.ln_final(hidden)[torch.arange(len(tokens)), tokens.argmax(1)] @ self.text_projection
 
     def embed_text(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, L) -> embeddings (B, embed_dim): what the end token, of the highest id, has gathered."""
-        hidden = self.text(tokens, skip_last=0)
-        return hidden[torch.arange(len(tokens)), tokens.argmax(1)] @ self.text_projection
+        """Token ids (B, L) -> embeddings (B, embed_dim): what the end token has gathered."""
+        return self.pooled(self.hidden(tokens, skip_last=0), tokens)
+
+
+def causal_mask(tokens: Tensor) -> Tensor:
+    """For token ids (B, L): which tokens each of them does not see, (L, L), those behind it."""
+    length = tokens.shape[1]
+    return torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
 
 
 class FrozenOpenCLIPEmbedder(ClipConditioner):
@@ -213,6 +228,53 @@ class FrozenOpenCLIPEmbedder(ClipConditioner):
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """Text (B strings), or token ids (B, L), -> (B, L, width)."""
         return self.model.text(self.tokens(text), SKIPPED[self.layer])
+
+
+class FrozenOpenCLIPEmbedder2(ClipConditioner):
+    """OpenCLIP's text encoder as SDXL uses it: a vector for every token, not normalised, and one for the whole text.
+
+    Args:
+        arch: name of the architecture (ViT-bigG-14), or its hyper-parameters, see `ARCHITECTURES`.
+        version: which training the weights are of; they come from the model's checkpoint, so it is not used.
+        device, max_length, freeze, vocabulary: see `FrozenOpenCLIPEmbedder`.
+        layer: must be "penultimate": the last block is left out of the tokens' vectors.
+        always_return_pooled: must be true; legacy: must be false (true would normalise the tokens' vectors).
+
+    Raises:
+        ValueError: unknown arch, another setting than these, or a vocabulary is named that is not there.
+
+    Source: SDXL (arXiv 2307.01952), section 2.1.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "ViT-bigG-14",
+        version: str = "laion2b_s39b_b160k",
+        device: str | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "penultimate",
+        always_return_pooled: bool = True,
+        legacy: bool = False,
+        vocabulary: str | Path | None = None,
+    ) -> None:
+        if (layer, always_return_pooled, legacy) != ("penultimate", True, False):
+            raise ValueError(
+                f"layer, always_return_pooled and legacy must be penultimate, true and false, as in SDXL; "
+                f"got {layer}, {always_return_pooled} and {legacy}"
+            )
+        settings = architecture(arch)
+        text = settings["text_cfg"]
+        super().__init__(ClipTokenizer(vocabulary, max_length, padding=0), text["vocab_size"], text["context_length"])
+        self.model = OpenCLIP("text", **settings)
+        self.settle(device, freeze)
+
+    def forward(self, text: str | Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:
+        """Text (B strings), or token ids (B, L), -> tokens' vectors (B, L, width), and the text's (B, embed_dim)."""
+        tokens = self.tokens(text)
+        hidden = self.model.hidden(tokens, SKIPPED["penultimate"])  # (B, L, width)
+        last = self.model.transformer.resblocks[-1](hidden, causal_mask(tokens))
+        return hidden, self.model.pooled(last, tokens)
 
 
 class FrozenOpenCLIPImageEmbedder(nn.Module):

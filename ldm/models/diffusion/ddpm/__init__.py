@@ -10,6 +10,7 @@ from ldm.models.diffusion.ddpm.stable_diffusion_2 import (
     LatentInpaintDiffusion,
     LatentUpscaleDiffusion,
 )
+from ldm.models.diffusion.ddpm.stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLInpaint
 
 __all__ = [
     "ConditionLike",
@@ -22,5 +23,7 @@ __all__ = [
     "LatentUpscaleDiffusion",
     "Layout2ImgDiffusion",
     "MinimalRETRODiffusion",
+    "StableDiffusionXL",
+    "StableDiffusionXLInpaint",
     "disabled_train",
 ]

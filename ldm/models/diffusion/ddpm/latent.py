@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm.diffusion import DDPM
 from ldm.models.diffusion.ddpm.published import PublishedMethods
@@ -57,13 +57,18 @@ class LatentDiffusion(DDPM, PublishedMethods):
             self.scale_factor = scale_factor
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         if cond_stage_config == "__is_unconditional__":
-            self.cond_stage_model = None
+            conditioner = None
         elif cond_stage_config == "__is_first_stage__":
-            self.cond_stage_model = self.first_stage_model
+            conditioner = self.first_stage_model
         else:
-            self.cond_stage_model = instantiate_from_config(cond_stage_config)
+            conditioner = instantiate_from_config(cond_stage_config)
             if not cond_stage_trainable:
-                self.cond_stage_model.eval().requires_grad_(False)
+                conditioner.eval().requires_grad_(False)
+        self._add_conditioner(conditioner)
+
+    def _add_conditioner(self, conditioner: nn.Module | None) -> None:
+        """Under the name that it has in published files."""
+        self.cond_stage_model = conditioner
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Frozen stages stay in evaluation mode."""

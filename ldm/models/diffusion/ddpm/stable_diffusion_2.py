@@ -27,12 +27,20 @@ class LatentInpaintDiffusion(LatentDiffusion):
             raise ValueError(f"finetune_keys must be null; got {finetune_keys}")
         super().__init__(**rest)
 
-    @torch.no_grad()
     def condition(self, context: Tensor, image: Tensor, mask: Tensor, noise: Tensor | None = None) -> Conditioning:
         """The condition of B images.
 
         Args:
             context: of their text, (B, L, D).
+            image, mask, noise: see `seen`.
+        """
+        return Conditioning(context, self.seen(image, mask, noise))
+
+    @torch.no_grad()
+    def seen(self, image: Tensor, mask: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The mask and the latents of what is around it, (B, 1 + C, h, w).
+
+        Args:
             image: (B, 3, H, W) in [-1, 1].
             mask: (B, 1, H, W), above 0.5 where the image is to be painted; what is there is not seen.
             noise: unit normal like the latents, for the first stage's posterior; None = PyTorch's generator.
@@ -44,7 +52,7 @@ class LatentInpaintDiffusion(LatentDiffusion):
             raise ValueError(f"mask must have the shape {(len(image), 1, *image.shape[2:])}; got {tuple(mask.shape)}")
         painted = (mask > 0.5).to(image)
         seen = self.get_first_stage_encoding(self.encode_first_stage(image * (1 - painted)), noise)
-        return Conditioning(context, torch.cat([F.interpolate(painted, size=seen.shape[-2:]), seen], dim=1))
+        return torch.cat([F.interpolate(painted, size=seen.shape[-2:]), seen], dim=1)
 
 
 class LatentDepth2ImageDiffusion(LatentDiffusion):

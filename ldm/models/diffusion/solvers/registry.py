@@ -26,6 +26,7 @@ from ldm.models.diffusion.schedule import (
     OF_DPM_SOLVER,
     OF_EULER,
     ONLY_KARRAS,
+    ONLY_TRAILING,
     SKIP_TYPE_OF,
     Level,
     Levels,
@@ -103,6 +104,7 @@ SOLVERS: dict[str, Solver] = {
     "dpm-solver++-published": Solver(_multistep(PUBLISHED_BELOW), OF_DPM_SOLVER),  # the published sampler class
     "dpm-solver++3m-published": Solver(_multistep(PUBLISHED_BELOW, variant="taylor", order=3), OF_DPM_SOLVER),
     "euler": Solver(_ddim, OF_EULER),  # Euler's step over noise_ratio is DDIM's
+    "euler-trailing": Solver(_ddim, ONLY_TRAILING),  # as SDXL is published
     "euler-a": Solver(_ancestral, OF_EULER),
     "heun": Solver(lambda levels, eta, noise: Heun(heun_nodes(levels)), OF_EULER),
     "dpm++2m-karras": Solver(_multistep(), ONLY_KARRAS),
