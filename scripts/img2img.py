@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     pipeline.make_images(
         model,
         inputs.text_items(settings_from(args, inputs.TextSettings), shown, reference),
-        tasks.image_task(image, args.strength, args.negative_prompt),
+        tasks.image_task(model, image, args.strength, args.negative_prompt),
         tuple(image.shape[1:]),
         settings_from(args, pipeline.SamplingSettings),
         settings_from(args, pipeline.OutputSettings),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ldm.cli.arguments import (
     EMOJI64,
     ROOT,
+    framing_arguments,
     model_arguments,
     output_arguments,
     propagation_arguments,
@@ -23,7 +24,9 @@ LAION400M = (ROOT / "configs/latent-diffusion/txt2img-1p4B-eval.yaml", ROOT / "m
 
 def parser() -> Parser:
     p = Parser(prog="txt2img.py", description=__doc__)
-    size_arguments(text_arguments(p))
+    what = text_arguments(p)
+    size_arguments(what)
+    framing_arguments(what)
     sampling_arguments(p)
     propagation_arguments(p)
     model_arguments(p, EMOJI64).add_argument(
@@ -41,11 +44,12 @@ def run(args: argparse.Namespace) -> None:
     model = setup.make_setup(settings_from(args, setup.ModelSettings), LAION400M if args.laion400m else EMOJI64)
     shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
     items = inputs.text_items(settings_from(args, inputs.TextSettings), shown)
+    size = setup.image_size(model.sizes, args.H, args.W)
     pipeline.make_images(
         model,
         items,
-        tasks.text_task(args.negative_prompt),
-        setup.image_size(model.sizes, args.H, args.W),
+        tasks.text_task(model, size, args.negative_prompt, settings_from(args, tasks.FramingSettings)),
+        size,
         settings_from(args, pipeline.SamplingSettings),
         settings_from(args, pipeline.OutputSettings),
         args.batch_size,

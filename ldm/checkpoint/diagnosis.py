@@ -15,9 +15,11 @@ UNET = "model.diffusion_model."
 CONDITIONERS = {  # by class: the name in a report, and a key that tells it in a checkpoint
     "FrozenCLIPEmbedder": ("CLIP", "transformer.text_model.embeddings.token_embedding.weight"),
     "FrozenOpenCLIPEmbedder": ("OpenCLIP", "model.token_embedding.weight"),
+    "FrozenOpenCLIPEmbedder2": ("OpenCLIP", "model.token_embedding.weight"),
     "BERTEmbedder": ("BERT", "transformer.token_emb.weight"),
     "ClassEmbedder": ("classes", "embedding.weight"),
 }
+SEVERAL = "conditioner.embedders."  # text encoders side by side: SDXL
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Facts:
     linear:      its transformers begin and end with linear layers (Stable Diffusion 2), not convolutions (1).
     labels:      number of classes, or length of the vector, that the network is conditioned on beside the timestep.
     first_stage: "KL, 4 channels, factor 8" or "VQ, 8192 codes of 3 channels, factor 4".
-    conditioner: one of CONDITIONERS.
+    conditioner: one of CONDITIONERS, or several joined by " and ".
     """
 
     channels: int | None = None
@@ -97,6 +99,9 @@ def _first_stage(codes: int | None, channels: int, factor: int) -> str:
 def _conditioner_of_config(config: Any) -> str | None:
     if isinstance(config, str):  # a marker: the first stage, or none
         return None
+    if config["target"].endswith(".GeneralConditioner"):
+        parts = map(_conditioner_of_config, config["params"]["emb_models"])
+        return " and ".join(part for part in parts if part is not None)
     name, _ = CONDITIONERS.get(config["target"].rpartition(".")[2], (None, None))
     return name
 
@@ -118,7 +123,7 @@ def facts_of_weights(state: Mapping[str, Tensor]) -> Facts:
     if transformer is not None:
         context = state[f"{transformer}attn2.to_k.weight"].shape[1]
         linear = state[f"{transformer.removesuffix('transformer_blocks.0.')}proj_in.weight"].ndim == 2
-    conditioner = next((name for name, key in CONDITIONERS.values() if f"cond_stage_model.{key}" in state), None)
+    conditioner = _conditioner_of_weights(state)
     labels = next(
         (
             state[f"{UNET}label_emb.{key}"].shape[side]
@@ -129,6 +134,18 @@ def facts_of_weights(state: Mapping[str, Tensor]) -> Facts:
     )
     first_stage = _first_stage_of_weights(state, "first_stage_model.")
     return Facts(channels, width, context, linear, labels, first_stage, conditioner)
+
+
+def _conditioner_of_weights(state: Mapping[str, Tensor]) -> str | None:
+    if any(key.startswith(SEVERAL) for key in state):
+        found = [
+            name
+            for i in range(10)
+            for name, key in dict.fromkeys(CONDITIONERS.values())
+            if f"{SEVERAL}{i}.{key}" in state
+        ]
+        return " and ".join(found)
+    return next((name for name, key in CONDITIONERS.values() if f"cond_stage_model.{key}" in state), None)
 
 
 def _first_stage_of_weights(state: Mapping[str, Tensor], prefix: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldm.cli.parser import number, whole
@@ -56,6 +56,18 @@ def interval(text: str) -> tuple[float, float]:
     if not comma:
         raise argparse.ArgumentTypeError(f"must be LOW,HIGH, two timesteps such as 200,800; got {text!r}")
     return finite(low), finite(high)
+
+
+def two(kind: Callable[[str], int]) -> Callable[[str], tuple[int, int]]:
+    """An argparse type: two of a kind, A,B."""
+
+    def parse(text: str) -> tuple[int, int]:
+        first, comma, second = text.partition(",")
+        if not comma:
+            raise argparse.ArgumentTypeError(f"expected two numbers such as 1024,768; got {text!r}")
+        return kind(first), kind(second)
+
+    return parse
 
 
 def timesteps(text: str) -> tuple[int, ...]:
@@ -152,6 +164,24 @@ def uncond_class_argument(group: argparse._ActionsContainer) -> None:
 def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's") -> None:
     group.add_argument("--H", "--height", type=side, help=f"height in pixels (default: {default})")
     group.add_argument("--W", "--width", type=side, help=f"width in pixels (default: {default})")
+
+
+def framing_arguments(group: argparse._ArgumentGroup) -> None:
+    """What SDXL is told of the picture beside the text."""
+    group.add_argument(
+        "--original-size",
+        type=two(side),
+        metavar="HEIGHT,WIDTH",
+        help="for SDXL: of the picture that it is to look like, in pixels; a small one looks coarse (default: the "
+        "image's)",
+    )
+    group.add_argument(
+        "--crop",
+        type=two(whole(0, LARGEST_SIDE)),
+        metavar="TOP,LEFT",
+        help="for SDXL: where that picture would be cropped, in pixels; with 0,0 things stand in the middle (default: "
+        "0,0)",
+    )
 
 
 def class_names_argument(group: argparse._ArgumentGroup, default: str = "none") -> None:

@@ -116,11 +116,12 @@ def name_of(recipe: Recipe) -> str:
 def plain_engine(model: ModelSettings, sampling: SamplingSettings) -> tuple[Engine, RunFacts]:
     """The model ready for plain runs of its usual size, and what its runs are known by."""
     setup = make_setup(model, EMOJI64)
-    recipe = make_recipe(sampling, (setup.sizes.default,) * 2, setup.config)
+    size = (setup.sizes.default,) * 2
+    recipe = make_recipe(sampling, size, setup.config)
     plan = load_plan("off", count_nodes(recipe, setup))
     loaded = setup.load()
     with fault_of("config"):
-        engine = Engine(loaded, setup.sizes, recipe, plan, text_task())
+        engine = Engine(loaded, setup.sizes, recipe, plan, text_task(setup, size))
     return engine, run_facts(setup, recipe.solver_name, recipe.facts())
 
 

@@ -73,6 +73,8 @@ def kind_of(model: Any) -> str:
     by_class = {
         "LatentDepth2ImageDiffusion": "depth",
         "LatentInpaintDiffusion": "inpainting from text",
+        "StableDiffusionXLInpaint": "inpainting from text",
+        "StableDiffusionXL": "text",
         "LatentUpscaleDiffusion": "upscaling",
     }
     if target in by_class:
@@ -253,11 +255,12 @@ def text(given: Given, setup: Setup, sampling: SamplingSettings, negative_prompt
     subjects = [{"prompt": prompt} for prompt in given.prompts()]
     if given.images:
         image, reference = given.start(setup)
-        task = image_task(image, 0.75 if strength is None else strength, negative_prompt)
+        task = image_task(setup, image, 0.75 if strength is None else strength, negative_prompt)
         return Job([subject | reference for subject in subjects], task, tuple(image.shape[1:]), sampling)
     if strength is not None:
         raise ValueError("strength needs an image to begin with")
-    return Job(subjects, text_task(negative_prompt), given.size(setup), sampling)
+    size = given.size(setup)
+    return Job(subjects, text_task(setup, size, negative_prompt), size, sampling)
 
 
 def text_inpainting_arguments(p: Parser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from ldm.io.images import pad
 from ldm.modules.encoders.boxes import Box, box_tokens
 from ldm.modules.encoders.modules import ClassEmbedder, SpatialRescaler
 from ldm.sampling.engine import Task
+from ldm.sampling.framed import FramedText, FramedTextAndMaskedImage, Framing
 from ldm.sampling.hybrid import Depth, LowResolution, TextAndMaskedImage
 from ldm.sampling.task import (
     Classes,
@@ -43,14 +44,50 @@ PARTS = ("class", "box")
 # Text
 
 
-def text_task(negative: str = "") -> Task:
-    """Text to image; `negative` is the text that guidance leads away from."""
-    return Task(Text(negative))
+@dataclass(frozen=True)
+class FramingSettings:
+    """What a model of SDXL is told of the picture, see `Framing`; None = what is usual.
+
+    original_size, crop: height and width, top and left, in pixels.
+    """
+
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
 
 
-def image_task(image: Tensor, strength: float, negative: str = "") -> Task:
+def text_condition(setup: Setup, size: Size, negative: str = "", framing: FramingSettings = FramingSettings()) -> Text:
+    """Text for images of this size; `negative` is what guidance leads away from.
+
+    Raises:
+        SettingError: a framing for a model that is not told any.
+    """
+    if is_framed(setup):
+        return FramedText(framing_of(size, framing), negative)
+    for name, value in vars(framing).items():
+        if value is not None:
+            raise SettingError(name, "only for a model that is told how the image is framed, such as SDXL")
+    return Text(negative)
+
+
+def is_framed(setup: Setup) -> bool:
+    """Whether the model is told how an image is framed, beside the text: SDXL."""
+    conditioner = setup.config.model.params.get("cond_stage_config")
+    return isinstance(conditioner, Mapping) and conditioner["target"].endswith(".GeneralConditioner")
+
+
+def framing_of(size: Size, framing: FramingSettings = FramingSettings()) -> Framing:
+    """Of images of this size: by default not cropped."""
+    return Framing(size, framing.original_size or size, framing.crop or (0, 0))
+
+
+def text_task(setup: Setup, size: Size, negative: str = "", framing: FramingSettings = FramingSettings()) -> Task:
+    """Text to image; arguments and errors as for `text_condition`."""
+    return Task(text_condition(setup, size, negative, framing))
+
+
+def image_task(setup: Setup, image: Tensor, strength: float, negative: str = "") -> Task:
     """Text and an image to start from, (3, H, W) in [-1, 1], in the size of the results."""
-    return Task(Text(negative), ImageStart(image, strength))
+    return Task(text_condition(setup, tuple(image.shape[1:]), negative), ImageStart(image, strength))
 
 
 def depth_task(setup: Setup, image: Tensor, strength: float, negative: str = "") -> Task:
@@ -125,14 +162,20 @@ def inpainting_task(setup: Setup, images: Tensor, masks: Tensor, text: bool, neg
     Raises:
         SettingError: there are none, and the model reads text.
     """
-    sees_both = setup.config.model.params.get("conditioning_key") == "hybrid"
+    sees_both = setup.config.model.params.get("conditioning_key") in ("hybrid", "hybrid-adm")
     if sees_both and not text:
         raise SettingError("prompt", "needed, since this model reads text; '' leaves it free")
-    whole = [setup.sizes.whole(side) for side in images.shape[-2:]]
+    size = tuple(images.shape[-2:])
+    whole = [setup.sizes.whole(side) for side in size]
     images, masks = pad(images, *whole), pad(masks, *whole)
     if text and not sees_both:
-        return Task(Text(negative), LatentInpaint(images, masks))
-    condition = TextAndMaskedImage(images, masks, negative) if text else MaskedImage(images, masks)
+        return Task(text_condition(setup, size, negative), LatentInpaint(images, masks))
+    if not text:
+        condition = MaskedImage(images, masks)
+    elif is_framed(setup):
+        condition = FramedTextAndMaskedImage(images, masks, framing_of(size), negative)
+    else:
+        condition = TextAndMaskedImage(images, masks, negative)
     return Task(condition, KeepOutsideMask(images, masks))
 
 

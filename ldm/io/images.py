@@ -378,6 +378,7 @@ SAMPLERS = {
     "dpm-solver++": "DPM++ 2M",
     "dpm-solver++-published": "DPM++ 2M",
     "euler": "Euler",
+    "euler-trailing": "Euler",
     "euler-a": "Euler a",
     "heun": "Heun",
     "dpm++2m-karras": "DPM++ 2M Karras",

@@ -98,3 +98,13 @@ def test_a_living_network_is_counted_as_its_config_and_left_alone(options):
     with torch.no_grad():
         assert macs.plain(1) == count_macs(lambda: unet(x, t, context=context, y=y))
     assert unet_macs(unet, (8, 8), 3, length).run(Plan(4, (0, 2))) == macs.once + 2 * macs.encode + 4 * macs.decode
+
+
+def test_stable_diffusion_xl_as_the_paper_counts():
+    """A guidance batch of 2 at 1024 x 1024 pixels."""
+    config = diffusion_params(ROOT / "configs/stable-diffusion/sd_xl_base.yaml")["unet_config"]
+    with torch.device("meta"), torch.no_grad():
+        unet = UNetModel(**config["params"])
+        x, t, context, y = torch.zeros(2, 4, 128, 128), torch.zeros(2), torch.zeros(2, 77, 2048), torch.zeros(2, 2816)
+        macs = count_macs(lambda: unet(x, t, context, y), convention="paper")
+    assert macs / 1e9 == pytest.approx(6374.0, rel=1e-5)

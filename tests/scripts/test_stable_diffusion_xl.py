@@ -1,0 +1,180 @@
+"""The scripts on SDXL at a tiny width."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.checkpoint import load_config, load_model, save_weights
+from ldm.io.images import to_pil
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.plan import Plan
+from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
+from ldm.sampling.engine import Engine, Recipe, Sizes, Task
+from ldm.sampling.framed import FramedText, Framing
+from ldm.sampling.generate import prompt_items
+from ldm.util import _renamed
+from tests.helpers.paths import GOLDENS, ROOT
+from tests.helpers.scripts import Script
+from tests.helpers.tiny_models import write_model
+from tests.helpers.tiny_xl import OWN, tiny_xl
+
+STEPS = ["--prompt", "a cat", "--steps", "4", "--sampler", "euler-trailing", "--n_samples", "1", "--skip_grid"]
+
+
+FRAMING = Framing((64, 64), (16, 24), (9, 500))
+PROPAGATED = Plan(4, (0, 1))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> list[str]:
+    return tiny_xl(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return load_model(base[1], base[3])
+
+
+def latents(model, plan: Plan, framing: Framing = FRAMING, count: int = 1) -> torch.Tensor:
+    recipe, task = Recipe(64, 64, "euler-trailing", 4, scale=5.0), Task(FramedText(framing))
+    return Engine(model, Sizes(4, 8, 32, 64), recipe, plan, task).latents(prompt_items(["a cat"], count, 1))
+
+
+def test_the_two_laws(model):
+    """All nodes key nodes = plain; parallel = serial. The framing reaches the network, a batch changes nothing."""
+    plain, serial = latents(model, load_plan("off", 4)), latents(model, PROPAGATED)
+    same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    same(latents(model, Plan(4, (0, 1, 2, 3))), plain)
+    same(latents(model, replace(PROPAGATED, parallel=3)), serial)
+    same(latents(model, PROPAGATED, count=2)[:1], serial)
+    assert (plain - serial).abs().max() > 0.01
+    for change in ({"target": (32, 64)}, {"original": (64, 64)}, {"crop": (0, 0)}):
+        assert (latents(model, PROPAGATED, replace(FRAMING, **change)) - serial).abs().max() > 1e-3
+
+
+def test_a_script_takes_it_by_its_config(base, model, tmp_path):
+    script = Script("txt2img", tmp_path, *base, *STEPS, "--plan", "0,1", "--noise-weight", "0")
+    (entry,) = script("--original-size", "16,24", "--crop", "9,500", "--seed", "1")
+    assert (entry["original_size"], entry["crop"], entry["scale"]) == ([16, 24], [9, 500], 5.0)
+    image = model.decode_first_stage(latents(model, PROPAGATED))
+    assert np.abs(script.pixels(entry) - np.asarray(to_pil(image)[0]).astype(int)).max() <= 1
+
+
+def test_what_guidance_leads_away_from(model):
+    """Of the base zeros in the place of the empty text; a negative prompt, and the refiner's empty text, are read."""
+    items, framing = prompt_items(["a cat"], 2, 1), Framing((64, 64), (16, 24))
+    empty, away = (FramedText(framing, negative) for negative in ("", "a dog"))
+    cond = empty.encode(model, items)
+    nothing, read = empty.unconditional(model, cond), away.unconditional(model, cond)
+    assert cond.context.shape == nothing.context.shape == (2, 77, 32) and not nothing.context.any()
+    assert not nothing.y[:, :OWN].any() and torch.equal(nothing.y[:, OWN:], cond.y[:, OWN:])
+    assert read.context.any() and torch.equal(read.y[:, OWN:], cond.y[:, OWN:])
+
+
+def test_img2img_and_inpainting(base, tmp_path):
+    rng = np.random.default_rng(0)
+    indir = tmp_path / "in"
+    indir.mkdir()
+    picture = rng.integers(0, 255, (60, 64, 3), dtype=np.uint8)
+    mask = np.zeros((60, 64), np.uint8)
+    mask[10:30, 20:50] = 255
+    Image.fromarray(picture).save(indir / "a.png")
+    Image.fromarray(mask).save(indir / "a_mask.png")
+    painted = []
+    for i, files in enumerate((base, tiny_xl(tmp_path / "m", "inpainting"))):
+        script = Script("inpaint", tmp_path / str(i), *files, "--indir", str(indir), "--prompt", "a cat")
+        (entry,) = script("--steps", "2")
+        painted.append(script.pixels(entry))
+        assert (painted[-1][mask == 0] == picture[mask == 0]).all()
+        assert painted[-1][mask > 0].std() > 1
+    assert (painted[0] != painted[1]).any()
+    script = Script("img2img", tmp_path / "i", *base, "--init-img", str(indir / "a.png"), *STEPS)
+    (entry,) = script("--strength", "0.5")
+    assert script.pixels(entry).shape == (32, 64, 3)
+
+
+# The publisher's configuration
+
+
+def renamed(value):
+    """With our names of classes."""
+    if isinstance(value, dict):
+        return {k: _renamed(v) if k == "target" else renamed(v) for k, v in value.items()}
+    return [renamed(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", ["base", "refiner"])
+def test_the_published_configuration_loads_as_it_is(name):
+    ours, theirs = (
+        OmegaConf.to_container(load_config(folder / f"sd_xl_{name}.yaml").model)
+        for folder in (ROOT / "configs/stable-diffusion", GOLDENS)
+    )
+    assert renamed(theirs) == ours
+
+
+@pytest.mark.parametrize(
+    "old, new, why",
+    [
+        ("  scale_factor: 0.13025", "  scale: 1", "DiffusionEngine without scale_factor"),
+        ("scale_factor: 0.13025", "scale_factor: 0.13025\n    lora: true", "lora: unknown; accepted: network_config"),
+        ("EpsScaling", "EDMScaling", "denoiser_config: scaling must be EpsScaling or VScaling; got EDMScaling"),
+        ("LegacyDDPMDiscretization", "EDMDiscretization", "expected LegacyDDPMDiscretization.*got EDMDiscretization"),
+        ("softmax-xformers", "linear", "spatial_transformer_attn_type must be softmax or softmax-xformers"),
+        ("sgm.modules.GeneralConditioner", "sgm.modules.Other", "'sgm.modules.Other' is outside the allowed packages"),
+    ],
+)
+def test_a_published_configuration_that_asks_for_more_is_refused(old, new, why, tmp_path):
+    text = (GOLDENS / "sd_xl_base.yaml").read_text()
+    assert old in text
+    (tmp_path / "c.yaml").write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=why):
+        load_config(tmp_path / "c.yaml")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--H", "100"], "--H: must be a multiple of 32 for this model; got 100"),
+        (["--crop", "3"], "--crop: expected two numbers such as 1024,768; got '3'"),
+        (["--original-size", "0,5"], "--original-size: .*got '0'"),
+        (
+            ["--sampler", "euler-trailing", "--spacing", "time"],
+            "--spacing: must be trailing for this solver; got 'time'",
+        ),
+    ],
+)
+def test_bad_arguments(arguments, why, base, tmp_path, capsys):
+    line = Script("txt2img", tmp_path, *base, *STEPS).refusal(capsys, *arguments)
+    assert re.match(why, line), line
+
+
+def test_a_framing_is_only_for_models_that_are_told_it(tmp_path, capsys):
+    config, ckpt = map(str, write_model(tmp_path))
+    line = Script("txt2img", tmp_path, "--config", config, "--ckpt", ckpt).refusal(capsys, "--crop", "0,0")
+    assert line.startswith("--crop: only for a model that is told how the image is framed, such as SDXL")
+
+
+def test_a_checkpoint_without_a_text_encoder_is_named(base, model, tmp_path, capsys):
+    state = model.state_dict()
+    short = {key: value for key, value in state.items() if not key.startswith("conditioner.embedders.1.")}
+    save_weights(tmp_path / "short.safetensors", short)
+    script = Script("txt2img", tmp_path, base[0], base[1], "--ckpt", str(tmp_path / "short.safetensors"))
+    assert "missing (conditioner.embedders.1.model." in script.refusal(capsys, "--prompt", "a cat")
+
+
+def test_prompts_are_read_by_both_encoders_to_the_same_token(model):
+    """What the report of cut prompts relies on."""
+    lengths = {encoder.tokenizer.max_length for encoder in model.conditioner.text_encoders}
+    assert lengths == {77} and isinstance(model.conditioner.text_encoders[0].tokenizer, ClipTokenizer)
+    assert model.cond_stage_model.cut(["a cat", "cat " * 99]) == [False, True]
