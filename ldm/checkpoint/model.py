@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.file import CheckpointError, read_checkpoint
-from ldm.checkpoint.sgm import in_our_form
+from ldm.checkpoint.sgm import ENGINE, in_our_form
 from ldm.io.errors import some
 from ldm.io.files import FileError, read_config
 from ldm.io.schema import Number, Schema, parse
@@ -111,7 +111,8 @@ def load_config(path: str | Path) -> Any:
     try:
         _check_values(plain)
         parse(_Config, plain)
-        plain["model"] = in_our_form(plain["model"])
+        if plain["model"]["target"] == ENGINE:
+            plain["model"] = in_our_form(plain["model"])
         check_config(plain["model"])
     except ValueError as error:
         raise ConfigError(f"{path}: not a model's config: {error}") from error

@@ -34,13 +34,11 @@ LATENT = 128  # height and width of the latents; published images have 1024 x 10
 
 
 def in_our_form(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` part of a config; one that is not the publisher's of SDXL comes back as it is.
+    """The `model` part of the publisher's config, whose target is ENGINE.
 
     Raises:
         ConfigError: a part is missing, or asks for what is not here.
     """
-    if model.get("target") != ENGINE:
-        return dict(model)
     params = dict(model.get("params") or {})
     if missing := [name for name in NEEDED if name not in params]:
         raise ConfigError(f"{ENGINE} without {', '.join(missing)}")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddpm import StableDiffusionXL, StableDiffusionXLInpaint
+from ldm.models.diffusion.denoiser import Conditioning
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Text
 

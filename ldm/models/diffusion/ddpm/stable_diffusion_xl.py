@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.ddpm.latent import LatentDiffusion
 from ldm.models.diffusion.ddpm.stable_diffusion_2 import LatentInpaintDiffusion
+from ldm.models.diffusion.denoiser import Conditioning
 
 SCORE = "aesthetic_score"
 
