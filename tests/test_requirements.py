@@ -21,6 +21,7 @@ EXTRAS = {
     "main.py": {"", "train"},
     "ldm/modules/encoders/": {"", "text"},
     "ldm/modules/efficientnet.py": {"", "train", "eval"},
+    "ldm/retrieval/": {"", "retrieval"},
     "ldm/modules/losses/": {"", "train"},
     "evaluation/metrics/training.py": {"", "eval", "train"},
     "evaluation/": {"", "eval", "text"},

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.boxes import Boxes, BoxTokens, LabelledBox
-from ldm.data.folder import drawn, of_coco
+from ldm.data.captions import of_coco
+from ldm.data.folder import drawn
 from ldm.data.images import ImagePaths
 from ldm.io.files import FileError, read_json
 from ldm.io.schema import Share

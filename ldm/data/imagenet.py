@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.data.images import ImagePaths, files_below
+from ldm.data.images import ImagePaths
 from ldm.data.superresolution import SuperResolution
+from ldm.io.images import files_below
 
 DAMAGED = "n06596364_9591.JPEG"
 

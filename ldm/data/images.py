@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ldm.io.arrays import load_array
 from ldm.io.files import FileError, read_lines
-from ldm.io.images import MOST_PIXELS, SUFFIXES, open_image
+from ldm.io.images import MOST_PIXELS, open_image
 
 INTERPOLATIONS = {
     "linear": Image.Resampling.BILINEAR,
@@ -25,20 +25,6 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-def files_below(root: Path) -> list[Path]:
-    """The image files of a folder and its subfolders, sorted by path.
-
-    Raises:
-        ValueError: there is no such folder, or it has no images.
-    """
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; expected one with images")
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not found:
-        raise ValueError(f"{root}: no images in this folder; looked for {', '.join(sorted(SUFFIXES))}")
-    return found
 
 
 def listed(file: Path, root: Path) -> list[Path]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.boxes import Boxes, BoxTokens, LabelledBox
-from ldm.data.images import ImagePaths, files_below
+from ldm.data.images import ImagePaths
 from ldm.data.superresolution import SuperResolution
+from ldm.io.images import files_below
 
 ROOT = "data/openimages"
 

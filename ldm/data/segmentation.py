@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.images import ImagePaths, corner, cut, files_below, in_range, smallest_side
-from ldm.io.images import open_labels
+from ldm.data.images import ImagePaths, corner, cut, in_range, smallest_side
+from ldm.io.images import files_below, open_labels
 
 
 class SegmentationFolder(ImagePaths):

@@ -85,6 +85,39 @@ def array_names(path: str | Path) -> set[str]:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
+def map_array(path: str | Path, name: str) -> np.ndarray | None:
+    """An array of an npz file, or the one of an npy file, as it lies there: read page by page when it is used.
+
+    What is written to it does not reach the file.
+
+    Returns:
+        None for an array that is compressed, or in column order.
+
+    Raises:
+        OSError, ValueError: see `open_array`.
+    """
+    with open_array(path, name) as (_, header):
+        pass
+    start = header.start
+    if Path(path).suffix == ".npz":
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.getinfo(f"{name}.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return None
+        start += _start_of(path, entry)
+    if header.fortran:
+        return None
+    return np.memmap(path, header.dtype, "c", start, header.shape) if math.prod(header.shape) else None
+
+
+def _start_of(path: str | Path, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry begin in a zip file: behind its local header, which ends in a name and extras."""
+    with Path(path).open("rb") as file:
+        file.seek(entry.header_offset + 26)
+        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    return entry.header_offset + 30 + name + extra
+
+
 def load_array(path: str | Path, name: str, most: int) -> np.ndarray:
     """An array of an npz file.
 

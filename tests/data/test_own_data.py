@@ -14,8 +14,9 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ldm.data.captions import captions_below
 from ldm.data.coco import CocoBoxesTrain, CocoCaptionsTrain
-from ldm.data.folder import CaptionedFolder, ClassFolders, ImageFolder, captions_below
+from ldm.data.folder import CaptionedFolder, ClassFolders, ImageFolder
 from ldm.data.images import ImagePaths, array_pixels, listed
 from ldm.data.inpainting import InpaintingFolder
 from ldm.data.lsun import LSUNBase, LSUNChurchesTrain, LSUNChurchesValidation

@@ -1,0 +1,61 @@
+"""The captions of a folder of images: in metadata.jsonl, in captions.json, or in a text file beside each image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.io.files import FileError, parse_json_lines, read_json, read_lines, read_text
+
+
+def captions_below(root: Path, paths: Sequence[Path]) -> dict[Path, list[str]]:
+    """The captions of each image file."""
+    lines, mapping = root / "metadata.jsonl", root / "captions.json"
+    if lines.is_file():
+        return of_lines(root, lines)
+    if mapping.is_file():
+        return of_mapping(root, mapping)
+    texts = {path: path.with_suffix(".txt") for path in paths}
+    return {
+        path: [line.strip() for line in read_lines(text) if line.strip()]
+        for path, text in texts.items()
+        if text.is_file()
+    }
+
+
+def of_lines(root: Path, file: Path) -> dict[Path, list[str]]:
+    found: dict[Path, list[str]] = {}
+    for number, entry in ((at + 1, entry) for at, entry in parse_json_lines(read_text(file))):
+        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or "text" not in entry:
+            raise FileError(f'{file}: line {number}: expected {{"file_name": PATH, "text": CAPTION}}')
+        found.setdefault(root / entry["file_name"], []).extend(as_captions(entry["text"], f"{file}: line {number}"))
+    return found
+
+
+def of_mapping(root: Path, file: Path) -> dict[Path, list[str]]:
+    content = read_json(file)
+    if isinstance(content, dict) and "annotations" in content:
+        return {root / name: captions for name, captions in of_coco(content, file).items()}
+    if not isinstance(content, dict):
+        raise FileError(f"{file}: expected {{PATH: CAPTION}}, or COCO's images and annotations")
+    return {root / name: as_captions(value, f"{file}: {name}") for name, value in content.items()}
+
+
+def of_coco(content: dict[str, Any], file: Path) -> dict[str, list[str]]:
+    """File names and their captions, from the content of a COCO file."""
+    try:
+        names = {image["id"]: str(image["file_name"]) for image in content["images"]}
+        found: dict[str, list[str]] = {name: [] for name in names.values()}
+        for note in content["annotations"]:
+            found[names[note["image_id"]]].append(str(note["caption"]).strip())
+    except (KeyError, TypeError) as error:
+        raise FileError(f"{file}: not COCO's captions: {error!r}") from error
+    return found
+
+
+def as_captions(value: Any, place: str) -> list[str]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(text, str) and text.strip() for text in values):
+        raise FileError(f"{place}: expected a caption, or a list of captions")
+    return [text.strip() for text in values]

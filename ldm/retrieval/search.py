@@ -1,0 +1,80 @@
+"""The nearest neighbours of queries in a database, by the cosine of their embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ldm.io.errors import SettingError
+from ldm.retrieval.database import Database
+
+SHORTEST = 1e-12  # length of an embedding that is divided by; one of zeros is like nothing
+
+
+class Found(NamedTuple):
+    """The k rows nearest to each of Q queries, nearest first: their numbers and cosines, both (Q, k)."""
+
+    rows: Tensor
+    similarities: Tensor
+
+
+class Searcher(Protocol):
+    """Finds neighbours."""
+
+    def __call__(self, queries: Tensor, k: int) -> Found:
+        """Queries (Q, D) of any length -> their k nearest rows.
+
+        Raises:
+            SettingError: `knn`: the database has fewer rows; `database`: its embeddings have another width, or are
+                not finite.
+        """
+
+
+@dataclass(frozen=True)
+class ExactSearch:
+    """Every row is compared with every query, while the embeddings are read once."""
+
+    database: Database
+
+    @torch.no_grad()
+    def __call__(self, queries: Tensor, k: int) -> Found:
+        check_queries(self.database, queries, k)
+        directions = normalize(queries.float()).T.contiguous().numpy()  # (D, Q)
+        best = Found(torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0))
+        first = 0
+        for chunk, lengths in self.database.chunks():
+            # By NumPy: of one query its product takes half the time of PyTorch's, that of reading the chunk.
+            cosines = chunk @ directions / np.maximum(lengths, SHORTEST)[:, None]  # (n, Q)
+            best = _better(best, torch.from_numpy(cosines).T, first, k)
+            first += len(chunk)
+        if not best.similarities.isfinite().all():
+            raise SettingError("database", f"{self.database.folder}: has embeddings that are not finite")
+        return best
+
+
+def _better(best: Found, similarities: Tensor, first: int, k: int) -> Found:
+    """The best of those so far and of the next rows, which begin at `first`; similarities (Q, n)."""
+    if best.rows.shape[1] == k and (similarities <= best.similarities[:, -1:]).all():
+        return best
+    top = similarities.topk(min(k, similarities.shape[1]))
+    rows = torch.cat([best.rows, top.indices + first], 1)
+    found = torch.cat([best.similarities, top.values], 1)
+    kept = found.topk(min(k, found.shape[1]))
+    return Found(rows.gather(1, kept.indices), kept.values)
+
+
+def check_queries(database: Database, queries: Tensor, k: int) -> None:
+    """Raise SettingError for queries, or a number of neighbours, that don't fit the database."""
+    if queries.ndim != 2 or queries.shape[1] != database.width:
+        raise SettingError(
+            "database", f"{database.folder}: embeddings {database.width} wide; the queries are {queries.shape[-1]} wide"
+        )
+    if not 1 <= k <= len(database):
+        raise SettingError("knn", f"expected 1..{len(database)}, the rows of {database.folder}; got {k}")
+    if not queries.isfinite().all():
+        raise SettingError("queries", "expected finite embeddings; got NaN or infinity")

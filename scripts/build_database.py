@@ -1,0 +1,75 @@
+"""Make a database for retrieval from a folder of images, with captions or without.
+
+    python scripts/build_database.py my-pictures --out my-database
+
+Images of the folder and its subfolders are embedded; files of the same content are taken once. Captions are read from
+metadata.jsonl, captions.json, or NAME.txt beside an image. A build that was stopped goes on from its last finished
+part, and the same command adds images that are new in the folder. The layout is that of the published databases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import cli
+from ldm.cli.arguments import count
+from ldm.cli.parser import GO_ON, Parser, run_command, settings_from, whole
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="build_database.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        intermixed=True,
+    )
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="the images")
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="the database (default: data/rdm/retrieval_databases/FOLDER's name)"
+    )
+    p.add_argument(
+        "--embedder",
+        default="efficientnet-lite0",
+        metavar="NAME[:FOLDER]",
+        help="what embeds the images: efficientnet-lite0 (images only), or clip, which reads text too, with its "
+        "weights in FOLDER or in models/clip/ViT-L-14. A model needs neighbours of the embedder that it was trained "
+        "with (default: %(default)s)",
+    )
+    p.add_argument(
+        "--thumbnails",
+        type=whole(0, 1024),
+        default=0,
+        metavar="SIDE",
+        help="keep small copies of the images, of so many pixels, to show them without the folder (default: 0, none)",
+    )
+    p.add_argument(
+        "--licence",
+        metavar="TEXT",
+        help="under what terms the images may be used; it is shown with each (default: the name of the nearest file "
+        "LICENSE in an image's folder or above)",
+    )
+    p.add_argument(
+        "--processes", type=whole(1, 256), default=1, metavar="N", help="that embed side by side (default: %(default)s)"
+    )
+    p.add_argument("--rows", type=count, default=1024, metavar="N", help="images of a part (default: %(default)s)")
+    p.add_argument(
+        "--batch_size", dest="batch", type=count, default=32, metavar="N", help="images at a time (default: 32)"
+    )
+    return p
+
+
+def run(args: argparse.Namespace) -> None:
+    args.out = args.out or cli.databases.default_out(args.folder)
+    cli.databases.build_database(settings_from(args, cli.databases.BuildSettings))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(parser(), run, argv, GO_ON)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
