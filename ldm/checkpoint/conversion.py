@@ -27,6 +27,7 @@ UNET, VAE, CLIP, OPENCLIP = (
     "cond_stage_model.transformer.text_model.",
     "cond_stage_model.model.",
 )
+CONTROL = "control_model."
 PARTS = {"unet": UNET, "vae": VAE, "text_encoder": "cond_stage_model."}
 TEXT_ACTIVATIONS = {False: "quick_gelu", True: "gelu"}  # by whether it is OpenCLIP's
 HEAD_WIDTH = 64  # of every CLIP text encoder
@@ -102,6 +103,25 @@ def unet_names(levels: int, blocks: int, attention: set[int]) -> dict[str, str]:
             place = 2 if level in attention else 1
             pairs[f"output_blocks.{last - 1}.{place}.conv"] = f"{up}.upsamplers.0.conv"
     return pairs | {f"{a}.{x}": f"{b}.{y}" for a, b in residual.items() for x, y in RES_BLOCK.items()}
+
+
+def control_names(levels: int, blocks: int, hints: int) -> dict[str, str]:
+    """A control network's modules, ours -> theirs: the encoder's, and those around it.
+
+    Args:
+        levels, blocks: as in `unet_names`.
+        hints: layers that read the picture, without the first and the last.
+    """
+    read = "controlnet_cond_embedding"
+    encoder = {
+        ours: theirs
+        for ours, theirs in unet_names(levels, blocks, set()).items()
+        if not ours.startswith(("output_blocks.", "out."))
+    }
+    outputs = {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(levels * (blocks + 1))}
+    layers = {f"input_hint_block.{2 + 2 * i}": f"{read}.blocks.{i}" for i in range(hints)}
+    ends = {"input_hint_block.0": f"{read}.conv_in", f"input_hint_block.{2 + 2 * hints}": f"{read}.conv_out"}
+    return encoder | outputs | layers | ends | {"middle_block_out.0": "controlnet_mid_block"}
 
 
 def vae_names(levels: int, blocks: int) -> dict[str, str]:
@@ -197,6 +217,17 @@ def _unet_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     attention = {i for i in range(levels) if f"up_blocks.{i}.attentions.0.norm.weight" in state}
     names = unet_names(levels, _count(state, r"down_blocks\.0\.resnets\.(\d+)\."), attention)
     return _rename("unet", state, _inverse(names))
+
+
+def control_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a control network in the names of diffusers under ours, without `control_model.` before them.
+
+    Raises:
+        ConversionError: keys that a control network of Stable Diffusion 1 or 2 does not have.
+    """
+    levels, blocks = _count(state, r"down_blocks\.(\d+)\."), _count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
+    names = control_names(levels, blocks, _count(state, r"controlnet_cond_embedding\.blocks\.(\d+)\."))
+    return _rename("control network", state, _inverse(names))
 
 
 def _vae_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

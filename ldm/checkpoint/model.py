@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -24,6 +24,7 @@ from ldm.modules.ema import ema_name
 from ldm.util import ConfigError, check_config, instantiate_from_config
 
 log = logging.getLogger(__name__)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 MOST_TENSORS = 10_000  # of a model; the largest of this family has some 3,000
@@ -152,8 +153,13 @@ def unmade_model(config_path: str | Path) -> nn.Module:
     config = OmegaConf.to_container(load_config(config_path).model, resolve=True)
     if config.get("params", {}).get("unet_config") is not None:
         config["params"]["use_ema"] = False
+    return unmade(lambda: instantiate_from_config(config))
+
+
+def unmade(build: Callable[[], Module]) -> Module:
+    """What build() makes, without weights, which are on the meta device."""
     with Bounded(), _Unmade():
-        return instantiate_from_config(config)
+        return build()
 
 
 def load_model(
@@ -191,6 +197,7 @@ OPTIONAL = re.compile(
     r"|(.+\.)?(position_ids|logit_scale|text_projection)"
     r"|(first_stage_model\.)?loss\..+"
 )
+BESIDE = re.compile(r"control_model\..+")  # a control network has a loader of its own, see `ldm.checkpoint.control`
 ALIGNMENT = 64  # bytes, of the memory that PyTorch allocates
 
 
@@ -332,6 +339,7 @@ def _unmatched(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path
     unexpected = {key for key in state if key not in expected and not _copied(key, state)}
     copies = {key for key in state if key not in expected} - unexpected
     absent, ignored = ({key for key in keys if OPTIONAL.fullmatch(key)} for keys in (missing, unexpected))
+    ignored |= {key for key in unexpected if BESIDE.fullmatch(key)}
     shapes = {
         f"{key} {tuple(value.shape)}, config {tuple(expected[key].shape)}"
         for key, value in state.items()

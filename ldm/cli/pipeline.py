@@ -29,6 +29,7 @@ from ldm.cli.settings import (
     reuse_setting,
     run_facts,
     with_batches,
+    with_control,
 )
 from ldm.cli.setup import Setup, without_weights
 from ldm.io.errors import SettingError, fault_of
@@ -81,7 +82,7 @@ def make_images(
     with fault_of("ckpt", (CheckpointError,)):
         settings = weights_of(setup)
     facts = run_facts(setup, recipe.solver_name, recipe.facts(task.start.strength))
-    methods = choose_methods(setup, sampling, recipe, nodes, facts, output.compare)
+    methods = choose_methods(setup, sampling, recipe, nodes, facts, output.compare, task.network.anew)
     engines = load_engines(setup, methods, task)
     check_memory([*engines.values()][-1], min(batch, len(items)), setup.device)
     if setup.processes.leads and (cut := truncated_prompts(items, task, next(iter(engines.values())).model)):
@@ -187,10 +188,20 @@ def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
 
 
 def choose_methods(
-    setup: Setup, sampling: SamplingSettings, recipe: Recipe, nodes: int, facts: RunFacts, compare: bool
+    setup: Setup,
+    sampling: SamplingSettings,
+    recipe: Recipe,
+    nodes: int,
+    facts: RunFacts,
+    compare: bool,
+    anew: bool = False,
 ) -> Methods:
-    """The methods of the run by name: the one asked for, or those of a comparison."""
+    """The methods of the run by name: the one asked for, or those of a comparison.
+
+    anew: control networks run at every step.
+    """
     plan = make_plan(sampling, nodes, facts)
+    plan = with_control(plan, sampling) if anew else plan
     if not compare:
         return {SINGLE: (recipe, plan)}
     if plan.plain and not recipe.tome:

@@ -161,7 +161,7 @@ def make_plan(settings: SamplingSettings, nodes: int, run: RunFacts) -> AnyPlan:
     if settings.propagate is not None:
         with fault_of("forecast"):
             plan = replace(plan, propagate=settings.propagate)
-    if settings.guidance_reuse and settings.scale != 1.0 and (Compute.SHALLOW in plan.levels or plan.refresh):
+    if settings.guidance_reuse and settings.scale != 1.0 and (Compute.SHALLOW in plan.levels or plan.waits):
         raise SettingError(
             reuse_setting(settings.guidance_reuse),
             f"between key timesteps it needs steps of the decoder alone; {settings.plan} has other steps",
@@ -172,11 +172,25 @@ def make_plan(settings: SamplingSettings, nodes: int, run: RunFacts) -> AnyPlan:
         return BudgetPlan(plan, settings.error_budget, plan.parallel)
 
 
+def with_control(plan: AnyPlan, settings: SamplingSettings) -> AnyPlan:
+    """The plan with control networks at every step.
+
+    Raises:
+        SettingError: it has steps without the decoder, forecasts, or decides on the way; or the guidance is used again.
+    """
+    if settings.guidance_reuse:
+        raise SettingError("control_at", f"every does not go with {reuse_setting(settings.guidance_reuse)}")
+    if not isinstance(plan, Plan):
+        raise SettingError("control_at", "every needs key timesteps that are known before the run")
+    with fault_of("control_at"):
+        return replace(plan, control=True)
+
+
 def best_plan(plan: AnyPlan, nodes: int, run: RunFacts) -> tuple[str, AnyPlan | None]:
     """The name of the calibrated plan at the cost of another, and the plan; or why there is none, and None."""
     if plan.plain:
         return "the plan skips no encoder", None
-    if not isinstance(plan, Plan) or plan.levels != {Compute.DECODER} or plan.refresh:
+    if not isinstance(plan, Plan) or plan.levels != {Compute.DECODER} or plan.waits:
         return "calibration chooses only key timesteps, and this plan has other steps or decides during the run", None
     name = f"auto:{len(plan.keys)}"
     try:

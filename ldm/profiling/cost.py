@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
+from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.meta import meta_unet, on_meta, once_for_a_config
 
@@ -40,6 +41,7 @@ class Macs:
     last:   [n]: the last n output blocks, with the output layer and the time embedding.
     once:   what is computed once for all steps of a run: keys and values of the context.
     shared: of `decode`, what depends on the key timestep's features alone.
+    control: of `encode`, what control networks compute.
     """
 
     encode: int
@@ -48,6 +50,7 @@ class Macs:
     last: tuple[int, ...] = ()
     once: int = 0
     shared: int = 0
+    control: int = 0
 
     @property
     def whole(self) -> int:
@@ -64,7 +67,23 @@ class Macs:
             return 0
         if compute is Compute.SHALLOW:
             return self.outer[plan.branch] + self.last[plan.branch]
-        return self.whole if compute is Compute.FULL else self.decode + self.outer[plan.refresh]
+        if compute is Compute.FULL:
+            return self.whole
+        return self.decode + self.outer[plan.refresh] + (self.control if plan.control else 0)
+
+    def part(self, n: int) -> Macs:
+        """The n-th part of the encoder's, for one that runs at every n-th prediction."""
+        return replace(self, encode=self.encode // n, outer=tuple(macs // n for macs in self.outer))
+
+    def with_control(self, control: Macs) -> Macs:
+        """Of a network together with one that controls it."""
+        return replace(
+            self,
+            encode=self.encode + control.encode,
+            outer=tuple(a + b for a, b in zip(self.outer, control.outer, strict=True)),
+            once=self.once + control.once,
+            control=self.control + control.encode,
+        )
 
     def run(self, plan: AnyPlan, computes: Sequence[Compute] | None = None, images: Sequence[int] | None = None) -> int:
         """All predictions of a run.
@@ -92,7 +111,7 @@ class Macs:
         return self.once * max(images) + sum(
             self.node(compute, plan) * n
             for compute, n in zip(computes, images, strict=True)
-            if compute is not Compute.DECODER or plan.refresh
+            if compute is not Compute.DECODER or plan.waits
         )
 
 
@@ -206,6 +225,33 @@ def unet_macs(
         _, (*before, decode) = _by_block(lambda: unet.decode(features, **inputs), unet.output_blocks, convention)
         last = (time + decode - done for done in reversed([time, *before]))
         return Macs(encode, decode, (0, *outer), tuple(last), once, count(lambda: unet.share(features)))
+
+
+def control_macs(
+    control: ControlNet,
+    size: Sequence[int],
+    batch: int = 1,
+    context_length: int | None = None,
+    convention: str = "exact",
+) -> Macs:
+    """MACs of a control network, which has no decoder; arguments as for `unet_macs`.
+
+    What it makes of its picture is computed once for a run; by the paper's convention at every step, as the networks do
+    that it was measured with.
+    """
+    with torch.device("meta"), torch.no_grad():
+        control, count = on_meta(control), partial(count_macs, convention=convention)
+        hint = torch.zeros(batch, control.hint_channels, *(control.reduction * n for n in size))
+        x, t, context = torch.zeros(batch, control.in_channels, *size), torch.zeros(batch), None
+        once, read = count(lambda: control.read(hint)), control.read(hint)
+        if context_length is not None:
+            context = torch.zeros(batch, context_length, control.context_dim)
+        again = once if convention == "paper" else 0
+        if convention == "exact" and context is not None:
+            once += count(lambda: control.project(context))
+            context = control.project(context)
+        _, (*outer, whole) = _by_block(lambda: control.encode(x, read, t, context), control.zero_convs, convention)
+        return Macs(whole + again, 0, (0, *(n + again for n in outer)), once=once - again)
 
 
 def _by_block(call: Callable[[], Any], blocks: Iterable[nn.Module], convention: str) -> tuple[Any, list[int]]:

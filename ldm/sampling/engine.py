@@ -27,7 +27,7 @@ from ldm.models.diffusion.solvers.registry import SOLVERS, levels_of, solver
 from ldm.modules.packed import pack
 from ldm.profiling.cost import Macs, decoder_bytes, sampling_bytes, shared_bytes, unet_macs
 from ldm.sampling.generate import Item
-from ldm.sampling.task import Condition, Start
+from ldm.sampling.task import Condition, Network, Start
 
 
 class Ran(NamedTuple):
@@ -189,10 +189,11 @@ def num_nodes(recipe: Recipe, timesteps: int = 1000, strength: float = 1.0) -> i
 
 @dataclass(frozen=True)
 class Task:
-    """What the network is conditioned on, and where the latents begin."""
+    """What the network is conditioned on, where the latents begin, and the network that predicts."""
 
     condition: Condition
     start: Start = Start()
+    network: Network = Network()
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,8 @@ class Engine:
     @cached_property
     def unit(self) -> Macs:
         """What one prediction of one image without guidance costs."""
-        return unet_macs(self.model.model.config, self.shape[1:], 1, self._tokens, self.recipe.tome)
+        own = unet_macs(self.model.model.config, self.shape[1:], 1, self._tokens, self.recipe.tome)
+        return self.task.network.macs(own, self.shape[1:], self._tokens, self.recipe.scale != 1.0)
 
     def sampling_bytes(self, images: int) -> int:
         """What so many images at a time need at least, in the precision of the weights."""
@@ -281,6 +283,7 @@ class Engine:
             | {"precision": "autocast" if self.autocast else "full"}
             | self.task.condition.settings()
             | self.task.start.settings()
+            | self.task.network.settings()
         )
 
     def __call__(
@@ -319,7 +322,8 @@ class Engine:
             The seconds that the batch takes longer when it is the first of a process.
         """
         items = items[:1] if self.plan.per_image else items
-        network = WarmUp(self.model.model, first_calls, self.model.device)
+        with self._precision():
+            network = WarmUp(self.task.network.of(self.model, items), first_calls, self.model.device)
         _, first = timed(lambda: self.decode(self._run(items, network)[0]), self.model.device)
         _, again = timed(lambda: self.decode(self._run(items, network)[0]), self.model.device)
         rest = ("rest", len(items))  # text encoder, first stage, solver
@@ -400,4 +404,5 @@ class Engine:
         condition, guidance = self.task.condition, self.recipe.guidance
         cond = condition.encode(self.model, items)
         uncond = None if guidance.scale == 1.0 else condition.unconditional(self.model, cond)
+        network = self.task.network.of(self.model, items) if network is None else network
         return self.model.denoiser(cond, uncond, guidance, self.recipe.tome, network)

@@ -1,4 +1,4 @@
-"""A task is a condition and a start.
+"""A task is a condition, a start, and the network that predicts.
 
 The condition is what the network is conditioned on for each image: nothing, text, a class, boxes, or images joined to
 its latents. The start is where the latents begin, and what of an image is kept: noise, an image, an image with a mask.
@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.models.diffusion.ddpm import ConditionLike, LatentDiffusion
+from ldm.models.diffusion.denoiser import ConditionedNetwork
 from ldm.models.diffusion.edits import Edit
 from ldm.models.diffusion.sampler import mask_edits
 from ldm.models.diffusion.schedule import Node, diffuse
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder, SpatialRescaler
+from ldm.profiling.cost import Macs
 from ldm.sampling.generate import Item
 
 
@@ -251,6 +253,37 @@ class MaskedImage(ImageConcat):
 
     def _channels(self, model: LatentDiffusion) -> int:
         return model.channels + 1
+
+
+# Networks
+
+
+class Network:
+    """The model's own network, and what every other offers.
+
+    anew: something beside the encoder is to run at every node, see `Plan.control`.
+    """
+
+    anew: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What images depend on beside the items, as JSON values."""
+        return {}
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionedNetwork:
+        """What predicts for these items."""
+        return model.model
+
+    def macs(self, unit: Macs, size: Sequence[int], tokens: int | None, guided: bool) -> Macs:
+        """What one prediction of one image costs.
+
+        Args:
+            unit: what that of the model's own network costs.
+            size: height and width of the latents.
+            tokens: of the context.
+            guided: whether every second prediction is an unconditional one.
+        """
+        return unit
 
 
 # Starts

@@ -53,6 +53,14 @@ class ToyNetwork(nn.Module):
         self.refreshed.append(len(x))
         return self._outer(x, t, cond, blocks, tome)
 
+    def refresh(
+        self, features: Features, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
+    ) -> Features:
+        return features.with_outer(self.encode_outer(x, t, cond, blocks, tome))
+
+    def project(self, cond: Conditioning) -> Conditioning:
+        return cond
+
     def _outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> tuple[Tensor, ...]:
         skips = [x]
         for layer in self.inward[:blocks]:

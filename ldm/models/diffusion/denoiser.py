@@ -56,7 +56,8 @@ class Denoiser(Protocol):
         """Features of x, (B, C, H, W), at training timestep t."""
 
     def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
-        """Features of one node with the outermost `blocks` skips made anew, of x at timestep t."""
+        """Features of one node with the outermost `blocks` skips made anew, of x at timestep t, and what is added to
+        them at every node."""
 
     def share(self, features: Features) -> Features:
         """The features with what the decoders of several nodes have in common, computed once; they predict the same."""
@@ -79,11 +80,15 @@ class Denoiser(Protocol):
 class ConditionedNetwork(Protocol):
     """A split network with its conditioning: `DiffusionWrapper` is one. t: (B,); tome: see `UNetModel.encode`."""
 
+    def project(self, cond: Conditioning) -> Conditioning: ...
+
     def embed_time(self, t: Tensor) -> Tensor: ...
 
     def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float) -> Features: ...
 
-    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Sequence[Tensor]: ...
+    def refresh(
+        self, features: Features, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float
+    ) -> Features: ...
 
     def part_weights(self) -> Sequence[PartWeights]: ...
 
@@ -159,7 +164,7 @@ class Conditional:
 
     def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
         self._check(x)
-        return features.with_outer(self.network.encode_outer(x, self._times(x, [t]), self.cond, blocks, self.tome))
+        return self.network.refresh(features, x, self._times(x, [t]), self.cond, blocks, self.tome)
 
     def share(self, features: Features) -> Features:
         if self._part_weights is None:  # once for a run

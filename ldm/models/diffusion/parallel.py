@@ -155,7 +155,7 @@ class Compiled(nn.Module):
     """A `ConditionedNetwork` that computes what another one does, with compiled `encode` and `decode`.
 
     Decoders are best run one by one: batches of another size are compiled anew. Parts of the encoder or decoder
-    (`encode_outer`, `share`, `advance`) are not compiled.
+    (`refresh`, `share`, `advance`) are not compiled.
 
     Args:
         network: in evaluation mode; its layers may be packed, which is faster.
@@ -180,10 +180,10 @@ class Compiled(nn.Module):
     def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Features:
         return Features.of(self._encode(x, t, cond, tome))
 
-    def encode_outer(
-        self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
-    ) -> Sequence[Tensor]:
-        return self.inner.encode_outer(x, t, cond, blocks, tome)
+    def refresh(
+        self, features: Features, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
+    ) -> Features:
+        return self.inner.refresh(features, x, t, cond, blocks, tome)
 
     def part_weights(self) -> tuple[PartWeights, ...]:
         return ()  # slices are constants of the graph; weights that it is given would not be
@@ -244,6 +244,9 @@ class WarmUp:
         self.seconds = 0.0  # spent in the network
         self.results: dict[Hashable, Any] = {}  # by name and shape
 
+    def project(self, cond: Conditioning) -> Conditioning:
+        return self.network.project(cond)
+
     def embed_time(self, t: Tensor) -> Tensor:
         return self.network.embed_time(t)
 
@@ -253,8 +256,13 @@ class WarmUp:
     def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float) -> Features:
         return self._once(("encode", len(x)), lambda: self.network.encode(x, t, cond, tome))
 
-    def encode_outer(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Sequence[Tensor]:
-        return self._once(("encode_outer", len(x), blocks), lambda: self.network.encode_outer(x, t, cond, blocks, tome))
+    def refresh(
+        self, features: Features, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float
+    ) -> Features:
+        return self._once(
+            ("refresh", len(x), len(features.skips), blocks),
+            lambda: self.network.refresh(features, x, t, cond, blocks, tome),
+        )
 
     def part_weights(self) -> Sequence[PartWeights]:
         return self._once(("part_weights",), self.network.part_weights)

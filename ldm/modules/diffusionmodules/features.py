@@ -46,11 +46,13 @@ class Features:
     skips:  outputs of the outermost input blocks, first to last, each (B, C_i, H_i, W_i).
     shared: what the network has computed of them for several nodes, see `UNetModel.share`: for each skip that of the
         block that takes it. () = nothing.
+    alone:  what the encoder left before something was added to it that is computed anew at every node; None = nothing.
     """
 
     hidden: Tensor
     skips: tuple[Tensor, ...]
     shared: tuple[SharedPart, ...] = ()
+    alone: Features | None = None
 
     def __len__(self) -> int:
         """The batch size."""
@@ -101,6 +103,12 @@ class Features:
     def with_outer(self, skips: Sequence[Tensor]) -> Features:
         """With the outermost skips replaced by these."""
         return Features(self.hidden, (*skips, *self.skips[len(skips) :]))
+
+    def plus(self, residuals: Sequence[Tensor]) -> Features:
+        """With these added to the skips, first to last, and the last of them to the hidden features."""
+        *outer, inner = residuals
+        skips = tuple(skip + more for skip, more in zip(self.skips, outer, strict=True))
+        return Features(self.hidden + inner, skips)
 
     @staticmethod
     def combine(parts: Sequence[Features], weights: Sequence[float]) -> Features:

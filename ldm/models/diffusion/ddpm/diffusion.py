@@ -239,10 +239,10 @@ class DDPM(ForwardProcess):
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         cond = self.conditioning(cond)
         if guidance.scale == 1.0:
-            return Conditional(network, self.model.project(cond), self.parameterization, tome)
+            return Conditional(network, network.project(cond), self.parameterization, tome)
         if uncond is None:
             raise ValueError(f"uncond: guidance scale {guidance.scale} needs an unconditional conditioning; got None")
-        both = self.model.project(Conditioning.cat(self.conditioning(uncond), cond))
+        both = network.project(Conditioning.cat(self.conditioning(uncond), cond))
         conditional = both.images(slice(both.batch // 2, None))
         return Guided(
             Conditional(network, both, self.parameterization, tome),
@@ -328,6 +328,11 @@ class DiffusionWrapper(nn.Module):
         self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
     ) -> tuple[Tensor, ...]:
         return self.diffusion_model.encode_outer(self._input(x, cond), t, cond.context, cond.y, blocks, tome)
+
+    def refresh(
+        self, features: Features, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
+    ) -> Features:
+        return features.with_outer(self.encode_outer(x, t, cond, blocks, tome))
 
     def part_weights(self) -> tuple[PartWeights, ...]:
         return self.diffusion_model.part_weights()

@@ -59,6 +59,14 @@ class BudgetPlan:
         return self.plan.refresh
 
     @property
+    def control(self) -> bool:
+        return self.plan.control
+
+    @property
+    def waits(self) -> bool:
+        return self.plan.waits
+
+    @property
     def levels(self) -> frozenset[Compute]:
         return self.plan.levels
 

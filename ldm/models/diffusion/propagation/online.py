@@ -30,6 +30,8 @@ class OnlinePlan:
     propagate: str = "hold"
     branch: ClassVar[int] = 0
     refresh: ClassVar[int] = 0
+    control: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
     plain: ClassVar[bool] = False
     measures: ClassVar[bool] = False
     levels: ClassVar[frozenset[Compute]] = frozenset({Compute.DECODER})

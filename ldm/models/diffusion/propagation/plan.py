@@ -54,6 +54,8 @@ class Plan:
     refresh:   input blocks that run anew at every decoder node, for the outermost skips; their decoders wait for the
         latent before them, so none share a batch. 0 = the paper.
     sizes:     how many decoder steps a batch may have beside 1, see `with_few_sizes`; () = any number up to `parallel`.
+    control:   control networks run at every decoder node too, on the latent before it, so none share a batch; without
+        it what they add is held with the features, as released.
     """
 
     num_nodes: int
@@ -65,6 +67,7 @@ class Plan:
     refresh: int = 0
     sizes: tuple[int, ...] = ()
     skipped: tuple[int, ...] = ()
+    control: bool = False
     per_image: ClassVar[bool] = False
     measures: ClassVar[bool] = False
 
@@ -97,6 +100,8 @@ class Plan:
         check_forecast(Forecast.parse(self.propagate), self.levels)
         if self.refresh < 0:
             raise ValueError(f"refresh must be at least 0 input blocks; got {self.refresh}")
+        if self.control and (self.propagate != "hold" or self.levels - {Compute.DECODER}):
+            raise ValueError("control networks run at every step only with plans that hold features for the decoder")
         if any(size < 1 for size in self.sizes):
             raise ValueError(f"sizes must be at least 1 decoder step per batch; got {self.sizes}")
 
@@ -104,6 +109,11 @@ class Plan:
     def plain(self) -> bool:
         """Whether every node is a key node."""
         return len(self.keys) == self.num_nodes
+
+    @property
+    def waits(self) -> bool:
+        """Whether a decoder node waits for the latent before it."""
+        return self.refresh > 0 or self.control
 
     @property
     def levels(self) -> frozenset[Compute]:
@@ -128,7 +138,7 @@ class Plan:
             | dict.fromkeys(self.shallow, Compute.SHALLOW)
             | dict.fromkeys(self.skipped, Compute.SKIPPED)
         )
-        most = 1 if self.refresh else self.parallel
+        most = 1 if self.waits else self.parallel
         i = nodes.start
         while i < nodes.stop:
             stop = i + 1
@@ -153,6 +163,7 @@ class Plan:
                 ("branch", self.branch),
                 (skipped, [*self.skipped]),
                 ("refresh", self.refresh),
+                ("control_at_every_node", self.control),
             )
             if value
         }
@@ -226,6 +237,8 @@ class AnyPlan(Protocol):
     branch: int
     propagate: str
     refresh: int
+    control: bool
+    waits: bool  # decoder nodes, for the latent before them
     plain: bool  # every node is a key node
     levels: frozenset[Compute]  # what may run at nodes that are no key nodes
     per_image: bool  # what runs when depends on the image

@@ -127,7 +127,7 @@ def _decoder_features(
     if _shares(plan, cache) and (batch.compute is Compute.DECODER or len(ts) > 1) and not cache.features.last.shared:
         cache = replace(cache, features=cache.features.with_last(model.share(cache.features.last)))
     features = [cache.features.at(i) for i in batch.nodes]
-    if plan.refresh and batch.compute is Compute.DECODER:
+    if plan.waits and batch.compute is Compute.DECODER:
         features = [model.refresh(features[0], x, ts[0], plan.refresh)]
     if plan.branch:
         features = model.advance(features, ts, plan.branch)
@@ -140,4 +140,4 @@ def _decoder_features(
 
 def _shares(plan: AnyPlan, cache: Cache) -> bool:
     """Whether the decoders of a group take the same features."""
-    return cache.features.holds and not (plan.refresh or plan.branch)
+    return cache.features.holds and not (plan.waits or plan.branch)

@@ -1,0 +1,148 @@
+"""What a run under control is given: pictures to follow, made of an image or as files, and control networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.checkpoint import CheckpointError, fingerprint
+from ldm.checkpoint.control import control_file, load_control
+from ldm.checkpoint.detectors import load_hed, load_midas
+from ldm.cli.inputs import file_reference
+from ldm.cli.setup import CONSTRUCTION, Setup, image_size
+from ldm.data import conditions
+from ldm.io.errors import SettingError, did_you_mean, fault_of
+from ldm.io.images import fit, open_image, opened
+from ldm.modules.diffusionmodules.controlnet import ControlNet
+from ldm.sampling.control import ControlledBy, Picture
+
+KINDS = ("edges", "scribble", "depth")  # of pictures that are made of an image
+Size = tuple[int, int]  # height and width, in pixels
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """See `scripts/controlnet.py`.
+
+    control: what each control network follows: one of KINDS, or a file.
+    control_model, control_weight: files of the networks, and how much each counts; no weights = 1 each.
+    image: that the pictures are made of; None = they are all files.
+    hed, midas: weights of the networks that make scribbles and depth.
+    canny: low and high threshold of the gradient.
+    guess: see `ControlledBy`.
+    control_at: "key" = at key timesteps, "every" = at every step.
+    """
+
+    control: Sequence[str]
+    control_model: Sequence[str]
+    control_weight: Sequence[float] = ()
+    image: str | None = None
+    hed: str | None = None
+    midas: str | None = None
+    canny: tuple[float, float] = conditions.THRESHOLDS
+    guess: bool = False
+    control_at: str = "key"
+
+
+def check_control(settings: ControlSettings) -> None:
+    """Raise SettingError unless each control has its network, its weight, and what its picture is made of."""
+    count = len(settings.control)
+    for name, given in (("control_model", settings.control_model), ("control_weight", settings.control_weight)):
+        if len(given) != count and (given or name == "control_model"):
+            raise SettingError(name, f"expected one for each --control, {count}; got {len(given)}")
+    made = [kind for kind in settings.control if kind in KINDS]
+    if made and settings.image is None:
+        raise SettingError("image", f"needed for --control {made[0]}: the image that it is made of")
+    if not made and settings.image is not None:
+        raise SettingError("image", f"only for --control {', '.join(KINDS)}; the pictures given are files")
+    for kind, name, what in (("scribble", "hed", "HED"), ("depth", "midas", "MiDaS")):
+        if kind in made and getattr(settings, name) is None:
+            raise SettingError(name, f"needed for --control {kind}: the weights of {what}")
+    if settings.canny[0] > settings.canny[1]:
+        raise SettingError("canny", f"expected LOW <= HIGH; got {settings.canny[0]:g},{settings.canny[1]:g}")
+
+
+def read_image(settings: ControlSettings) -> Image.Image | None:
+    """The image that pictures are made of."""
+    with fault_of("image"):
+        return None if settings.image is None else open_image(settings.image)
+
+
+def result_size(setup: Setup, image: Image.Image | None, height: int | None, width: int | None) -> Size:
+    """Of the images to be made: as given, or the image's shape near the size of the model's training, as published."""
+    if image is None or (height and width):
+        return image_size(setup.sizes, height, width)
+    usual = conditions.resized(image, setup.sizes.default, setup.sizes.multiple)
+    return image_size(setup.sizes, height, width, (usual.height, usual.width))
+
+
+def controlled(setup: Setup, settings: ControlSettings, image: Image.Image | None, size: Size) -> ControlledBy:
+    """The model's network with its control networks, each with its picture.
+
+    Raises:
+        SettingError: a file can't be read, a picture has another size, or a network is for another model.
+    """
+    if image is not None:
+        usual = conditions.resized(image, setup.sizes.default, setup.sizes.multiple)
+        image = usual if (usual.height, usual.width) == size else fit(image, *size)
+    pictures = [picture(settings, kind, image, size) for kind in settings.control]
+    weights = settings.control_weight or [1.0] * len(pictures)
+    loaded = [network(setup, file, size) for file in settings.control_model]
+    followed = [
+        Picture(one, conditions.as_hint(drawn)[None], weight, {"control": facts} | {"control_model": name})
+        for (drawn, facts), (one, name), weight in zip(pictures, loaded, weights, strict=True)
+    ]
+    return ControlledBy(followed, settings.guess, settings.control_at == "every")
+
+
+def network(setup: Setup, file: str, size: Size) -> tuple[ControlNet, str]:
+    """A control network on the run's device, and what tells it: the hash of its file."""
+    unet = OmegaConf.to_container(setup.config.model.params.unet_config.params)
+    with fault_of("control_model", (CheckpointError, *CONSTRUCTION)):
+        loaded = load_control(file, unet, setup.device)
+        if loaded.reduction != setup.sizes.factor:
+            raise ValueError(
+                f"{file}: a control network for another base model: it reduces its picture {loaded.reduction} times, "
+                f"this model's latents are {setup.sizes.factor} times smaller than the image"
+            )
+        return loaded, fingerprint(control_file(file))[:16]
+
+
+def picture(settings: ControlSettings, kind: str, image: Image.Image | None, size: Size) -> tuple[Image.Image, Any]:
+    """What one control network follows, and what tells it, as JSON values."""
+    if kind in KINDS:
+        makers: dict[str, Callable[[], Image.Image]] = {
+            "edges": lambda: conditions.edges(image, *settings.canny),
+            "scribble": lambda: conditions.scribble(conditions.soft_edges(image, detector("hed", settings.hed))),
+            "depth": lambda: conditions.depth(image, detector("midas", settings.midas)),
+        }
+        facts = {"kind": kind} | file_reference(settings.image, "image")
+        return makers[kind](), facts | ({"canny": [*settings.canny]} if kind == "edges" else {})
+    with fault_of("control"):
+        if not Path(kind).exists():
+            raise ValueError(
+                f"expected {', '.join(KINDS)} or the file of a picture; got {kind}{did_you_mean(kind, KINDS)}"
+            )
+        with opened(kind) as file:
+            mode, clear = file.mode, file.has_transparency_data
+        if clear:
+            raise ValueError(f"{kind}: a picture of mode {mode} with transparent parts; expected RGB or grey")
+        drawn = open_image(kind)
+        if (drawn.height, drawn.width) != size:
+            raise ValueError(
+                f"{kind}: {drawn.width} x {drawn.height} pixels; expected {size[1]} x {size[0]}, the size of the "
+                f"results (see --H and --W)"
+            )
+        return drawn, file_reference(kind, "picture")
+
+
+def detector(setting: str, path: str) -> torch.nn.Module:
+    """The network that makes a picture."""
+    with fault_of(setting, (CheckpointError, *CONSTRUCTION)):
+        return (load_hed if setting == "hed" else load_midas)(path)

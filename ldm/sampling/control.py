@@ -1,0 +1,70 @@
+"""A model's network under control of pictures (ControlNet)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.control import Control, Controlled
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.denoiser import ConditionedNetwork
+from ldm.modules.diffusionmodules.controlnet import ControlNet, guess_weights
+from ldm.profiling.cost import Macs, control_macs
+from ldm.sampling.generate import Item
+from ldm.sampling.task import Network
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """What one control network is to follow.
+
+    network: on the model's device.
+    hints:   one for each prompt_index, or one for all, (N, 3, H, W), RGB in [0, 1].
+    weight:  of what it adds.
+    facts:   what tells the network and the picture, as JSON values.
+    """
+
+    network: ControlNet
+    hints: Tensor
+    weight: float
+    facts: dict[str, Any]
+
+
+class ControlledBy(Network):
+    """The model's network, and control networks that read a picture each; see `Controlled`.
+
+    Args:
+        pictures: at least one.
+        guess: the release's guess mode: what is added counts less the further out it is, and not for the unconditional
+            prediction.
+        anew: the control networks run at every node, not at key nodes alone.
+    """
+
+    def __init__(self, pictures: Sequence[Picture], guess: bool = False, anew: bool = False) -> None:
+        self.pictures, self.guess, self.anew = pictures, guess, anew
+
+    def settings(self) -> dict[str, Any]:
+        control = [picture.facts | {"weight": picture.weight} for picture in self.pictures]
+        return {"control": control} | ({"guess": True} if self.guess else {})
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionedNetwork:
+        with torch.no_grad():
+            controls = [self._control(picture, items) for picture in self.pictures]
+        return Controlled(model.model, controls, self.guess, self.anew)
+
+    def _control(self, picture: Picture, items: Sequence[Item]) -> Control:
+        network, several = picture.network, len(picture.hints) > 1
+        hints = picture.hints[[item.prompt_index if several else 0 for item in items]]  # (B, 3, H, W)
+        weights = guess_weights(picture.weight, network.residuals) if self.guess else picture.weight
+        return Control.of(network, hints.to(network.input_hint_block[0].weight.device), weights)
+
+    def macs(self, unit: Macs, size: Sequence[int], tokens: int | None, guided: bool) -> Macs:
+        for picture in self.pictures:
+            control = control_macs(picture.network, size, 1, tokens)
+            # In guess mode it runs once for the two predictions of guidance.
+            unit = unit.with_control(control.part(2) if self.guess and guided else control)
+        return unit

@@ -1,0 +1,114 @@
+"""scripts/controlnet.py on a tiny model with random weights and a control network of its own."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.checkpoint import save_weights
+from ldm.data.conditions import edges
+from ldm.modules.diffusionmodules.controlnet import ControlNet
+from tests.helpers.goldens import recipe_weights
+from tests.helpers.scripts import Script, check_resume
+from tests.helpers.tiny_models import write_model
+from tests.helpers.tiny_unet import TEXT_UNET
+
+ENCODER = {key: value for key, value in TEXT_UNET.items() if key != "out_channels"} | {"legacy": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of 16 x 16 images, control networks, an image of two sizes, and pictures to follow."""
+    folder = tmp_path_factory.mktemp("control")
+    write_model(folder)
+    for name, changes in (("control", {}), ("other", {"context_dim": 24}), ("coarse", {"hint_widths": (8, 8, 8)})):
+        network = ControlNet(**ENCODER | {"hint_channels": 3, "hint_widths": (8, 16)} | changes)
+        save_weights(folder / f"{name}.safetensors", recipe_weights(network, seed=2, gain=1.0).state_dict())
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[4:12, 5:11] = (255, 40, 0)
+    image = Image.fromarray(pixels)
+    image.save(folder / "image.png")
+    edges(image).save(folder / "edges.png")
+    edges(image).resize((32, 16)).save(folder / "wide.png")
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(folder / "clear.png")
+    return folder
+
+
+@pytest.fixture
+def script(folder, tmp_path):
+    common = [f"--config={folder}/config.yaml", f"--ckpt={folder}/model.safetensors", "--prompt", "an owl", "--steps=4"]
+    made = Script("controlnet", folder, *common, "--n_samples=1", "--skip_grid")
+    made.out = tmp_path / "out"
+    made.common[-1] = str(made.out)
+    return made
+
+
+def control(folder, kind="edges", name="control"):
+    image = [f"--image={folder}/image.png"] if kind == "edges" else []
+    return ["--control", kind, "--control-model", f"{folder}/{name}.safetensors", *image]
+
+
+def test_pictures_are_followed_plain_and_with_plans(script, folder, capsys):
+    edge = control(folder)
+    (plain,) = script(*edge, "--plan=off")
+    assert plain["control"][0].items() >= {"weight": 1.0}.items()
+    assert plain["control"][0]["control"].items() >= {"kind": "edges", "image": "image.png"}.items()
+    (same,) = script(*control(folder, f"{folder}/edges.png"), "--plan=off")
+    assert np.array_equal(script.pixels(same), script.pixels(plain))  # the file is what is made of the image
+    (held,) = script(*edge, "--plan=0,2")
+    (every,) = script(*edge, "--plan=0,2", "--control-at=every")
+    assert np.abs(script.pixels(every) - script.pixels(held)).max() > 1
+    # The same decoders, and the control network at four steps in the place of two.
+    assert plain["unet_macs"] > every["unet_macs"] > held["unet_macs"]
+
+
+def test_several_controls_add_up_and_guess_mode_costs_less(script, folder, capsys):
+    (one,) = script(*control(folder), "--plan=off")
+    (weak,) = script(*control(folder), "--plan=off", "--control-weight=0.5")
+    assert np.abs(script.pixels(one) - script.pixels(weak)).max() > 1
+    file = f"{folder}/edges.png"
+    (two,) = script(
+        *control(folder), *control(folder, file), "--control-weight=0.5", "--control-weight=0.5", "--plan=off"
+    )
+    assert np.abs(script.pixels(one) - script.pixels(two)).max() <= 1 and two["unet_macs"] > one["unet_macs"]
+    (guess,) = script(*control(folder), "--plan=off", "--guess")
+    assert guess["guess"] is True and guess["unet_macs"] < one["unet_macs"]
+    settings = json.loads(Image.open(script.out / guess["file"]).text["settings"])
+    assert settings["guess"] is True and len(settings["control"]) == 1
+
+
+def test_a_second_run_finds_all(script, folder, capsys):
+    check_resume(script, capsys, *control(folder), "--plan=0,2")
+
+
+def test_bad_input_is_refused_in_one_line(script, folder, capsys):
+    edge, file = control(folder), f"{folder}/edges.png"
+    for given, message in (
+        (["--control", "edges"], "the following arguments are required: --control-model"),
+        (edge[:4], "--image: needed for --control edges: the image that it is made of"),
+        ([*control(folder, file), f"--image={folder}/image.png"], "--image: only for --control edges, scribble, depth"),
+        ([*edge, "--control", file], "--control-model: expected one for each --control, 2; got 1"),
+        ([*edge, "--control-weight=1", "--control-weight=1"], "--control-weight: expected one for each --control, 1"),
+        (
+            control(folder, "egdes"),
+            "--control: expected edges, scribble, depth or the file of a picture; got egdes; did",
+        ),
+        (control(folder, f"{folder}/wide.png"), f"--control: {folder}/wide.png: 32 x 16 pixels; expected 16 x 16, the"),
+        (control(folder, f"{folder}/clear.png"), f"--control: {folder}/clear.png: a picture of mode RGBA with transp"),
+        (control(folder, f"{folder}/config.yaml"), f"--control: {folder}/config.yaml: not an image"),
+        (control(folder, "edges", "other"), f"--control-model: {folder}/other.safetensors: a control network for anot"),
+        (control(folder, "edges", "coarse"), f"--control-model: {folder}/coarse.safetensors: a control network for an"),
+        (control(folder, "edges", "model"), f"--control-model: {folder}/model.safetensors: no control network"),
+        (control(folder, "edges", "none"), f"--control-model: {folder}/none.safetensors: no such file"),
+        ([*control(folder), "--canny=5"], "--canny: must be LOW,HIGH, two numbers such as 100,200; got '5'"),
+        ([*control(folder), "--canny=200,100"], "--canny: expected LOW <= HIGH; got 200,100"),
+        ([*control(folder)[2:], "--control=scribble"], "--hed: needed for --control scribble: the weights of HED"),
+        ([*control(folder)[2:], "--control=depth"], "--midas: needed for --control depth: the weights of MiDaS"),
+        ([*edge, "--control-at=every", "--plan=deepcache:2"], "--control-at: control networks run at every step only"),
+        ([*edge, "--control-at=every", "--plan=online:0.1"], "--control-at: every needs key timesteps that are known"),
+        ([*edge, "--control-at=every", "--guidance-reuse"], "--control-at: every does not go with guidance_reuse"),
+    ):
+        assert script.refusal(capsys, *given).startswith(message)
