@@ -212,6 +212,33 @@ def to_ldm(parts: Mapping[str, Mapping[str, Tensor]], openclip: bool) -> dict[st
     return {prefix + key: value for prefix, state in converted.items() for key, value in state.items()}
 
 
+TRANSFORMER = "x_embedder.proj.weight"  # a key of every published DiT
+
+
+def transformer_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published DiT under the names of a model's network.
+
+    Raises:
+        ConversionError: it is something else.
+    """
+    if TRANSFORMER not in state:
+        raise ConversionError(f"not a published DiT: it has no {TRANSFORMER}")
+    return {UNET + key: value for key, value in state.items()}
+
+
+def first_stage_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A first stage of Stable Diffusion by itself, in diffusers' names or CompVis', under those of a model's.
+
+    Raises:
+        ConversionError: it is something else.
+    """
+    if any(key.startswith("encoder.down_blocks.") for key in state):
+        state = _vae_to_ldm(state)
+    if "post_quant_conv.weight" not in state:
+        raise ConversionError("not a first stage of Stable Diffusion: it has no post_quant_conv.weight")
+    return {VAE + key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))}
+
+
 def _unet_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     levels = _count(state, r"down_blocks\.(\d+)\.")
     attention = {i for i in range(levels) if f"up_blocks.{i}.attentions.0.norm.weight" in state}

@@ -9,7 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoint.conversion import diffusers_configs, is_openclip, to_diffusers
+from ldm.checkpoint.conversion import (
+    diffusers_configs,
+    first_stage_to_ldm,
+    is_openclip,
+    to_diffusers,
+    transformer_to_ldm,
+)
 from ldm.checkpoint.file import PART_FILES, read_checkpoint, save_weights
 from ldm.checkpoint.model import diffusion_params, load_state
 from ldm.io.errors import SettingError, fault_of
@@ -26,6 +32,25 @@ def folder_to_checkpoint(source: str | Path, out: str | Path) -> int:
         if not Path(source).is_dir():
             raise ValueError(f"{source}: no such folder; --to ldm converts a diffusers folder")
         state = read_checkpoint(source)
+    with fault_of("out"):
+        save_weights(out, state)
+    return len(state)
+
+
+def joined_transformer(source: str | Path, vae: str | Path, out: str | Path) -> int:
+    """Write a published DiT together with its first stage as one file; how many tensors it has.
+
+    Args:
+        source: the transformer as published.
+        vae: the first stage, a file.
+
+    Raises:
+        SettingError: one of them is something else, or `out` can't be written.
+    """
+    with fault_of("source"):
+        state = transformer_to_ldm(read_checkpoint(source))
+    with fault_of("vae"):
+        state |= first_stage_to_ldm(read_checkpoint(vae))
     with fault_of("out"):
         save_weights(out, state)
     return len(state)

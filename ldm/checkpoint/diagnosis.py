@@ -30,6 +30,7 @@ class Facts:
     width:       channels of the network's first level.
     context:     width of the context tokens.
     linear:      its transformers begin and end with linear layers (Stable Diffusion 2), not convolutions (1).
+    positions:   tokens of a transformer (DiT), which depend on the size of its images.
     labels:      number of classes, or length of the vector, that the network is conditioned on beside the timestep.
     first_stage: "KL, 4 channels, factor 8" or "VQ, 8192 codes of 3 channels, factor 4".
     conditioner: one of CONDITIONERS, or several joined by " and ".
@@ -39,6 +40,7 @@ class Facts:
     width: int | None = None
     context: int | None = None
     linear: bool | None = None
+    positions: int | None = None
     labels: int | None = None
     first_stage: str | None = None
     conditioner: str | None = None
@@ -49,6 +51,7 @@ NAMES = {
     "width": "width of the network",
     "context": "context width",
     "linear": "linear layers around the transformers",
+    "positions": "tokens of the network",
     "labels": "labels of the network",
     "first_stage": "first stage",
     "conditioner": "conditioner",
@@ -71,18 +74,30 @@ def facts_of_config(config: Mapping[str, Any]) -> Facts:
         if "unet_config" not in params:
             return Facts(first_stage=_first_stage_of_config(params))
         unet, first = params["unet_config"]["params"], params["first_stage_config"].get("params") or {}
+        first_stage = _first_stage_of_config(first) if "ddconfig" in first else None
+        if "hidden_size" in unet:
+            return Facts(**_transformer_of_config(unet), first_stage=first_stage)
         spatial = unet.get("use_spatial_transformer", False)
         return Facts(
             unet["in_channels"],
             unet["model_channels"],
             unet["context_dim"] if spatial else None,
             bool(unet.get("use_linear_in_transformer", False)) if spatial else None,
-            unet.get("adm_in_channels") or unet.get("num_classes"),
-            _first_stage_of_config(first) if "ddconfig" in first else None,
-            _conditioner_of_config(params["cond_stage_config"]),
+            labels=unet.get("adm_in_channels") or unet.get("num_classes"),
+            first_stage=first_stage,
+            conditioner=_conditioner_of_config(params["cond_stage_config"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not the config of a model of this family: {config.get('target')} lacks {error}") from error
+
+
+def _transformer_of_config(dit: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        "channels": dit["in_channels"],
+        "width": dit["hidden_size"],
+        "positions": (dit["input_size"] // dit["patch_size"]) ** 2,
+        "labels": dit["num_classes"] + (dit.get("class_dropout_prob", 0.1) > 0),
+    }
 
 
 def _first_stage_of_config(params: Mapping[str, Any]) -> str:
@@ -108,6 +123,8 @@ def _conditioner_of_config(config: Any) -> str | None:
 
 def facts_of_weights(state: Mapping[str, Tensor]) -> Facts:
     """The facts of a checkpoint of a diffusion model or of a first stage, from names and shapes."""
+    if f"{UNET}x_embedder.proj.weight" in state:
+        return _facts_of_transformer(state)
     if f"{UNET}input_blocks.0.0.weight" not in state:
         return Facts(first_stage=_first_stage_of_weights(state, ""))
     width, channels = state[f"{UNET}input_blocks.0.0.weight"].shape[:2]
@@ -133,7 +150,18 @@ def facts_of_weights(state: Mapping[str, Tensor]) -> Facts:
         None,
     )
     first_stage = _first_stage_of_weights(state, "first_stage_model.")
-    return Facts(channels, width, context, linear, labels, first_stage, conditioner)
+    return Facts(channels, width, context, linear, None, labels, first_stage, conditioner)
+
+
+def _facts_of_transformer(state: Mapping[str, Tensor]) -> Facts:
+    width, channels = state[f"{UNET}x_embedder.proj.weight"].shape[:2]
+    return Facts(
+        channels,
+        width,
+        positions=state[f"{UNET}pos_embed"].shape[1],
+        labels=len(state[f"{UNET}y_embedder.embedding_table.weight"]),
+        first_stage=_first_stage_of_weights(state, "first_stage_model."),
+    )
 
 
 def _conditioner_of_weights(state: Mapping[str, Tensor]) -> str | None:

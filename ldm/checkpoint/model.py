@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ldm.checkpoint.conversion import TRANSFORMER
 from ldm.checkpoint.file import CheckpointError, read_checkpoint
 from ldm.checkpoint.sgm import ENGINE, in_our_form
 from ldm.io.errors import some
@@ -176,6 +177,10 @@ def load_model(
     """
     load_config(config_path)  # checked before the checkpoint, which takes longer
     state, used = choose_weights(ckpt_path, read_checkpoint(ckpt_path), weights)
+    if TRANSFORMER in state:
+        raise CheckpointError(
+            f"{ckpt_path}: a DiT as published, without its first stage; scripts/convert.py --to ldm --vae FILE adds it"
+        )
     model = unmade_model(config_path)
     log.info("%s", fill(model, state, Path(ckpt_path), used, assign=True))
     model.weights_file = Path(ckpt_path)

@@ -22,8 +22,9 @@ CLASS_NAMES = ROOT / "models/ldm/cin256-v2/classes.txt"  # of ImageNet
 NOISE_ORDERS = ("before", "after", "update")
 # The names of ldm.models.diffusion.solvers.registry.SOLVERS, which needs PyTorch; --help must answer at once.
 SAMPLERS = (
-    "ddim, plms, ddpm, dpm-solver, dpm-solver++, dpm-solver++2s, dpm-solver-3s, dpm-solver++3m, dpm-solver-published, "
-    "dpm-solver++-published, dpm-solver++3m-published, euler, euler-trailing, euler-a, heun, dpm++2m-karras, unipc"
+    "ddim, plms, ddpm, ddpm-learned, dpm-solver, dpm-solver++, dpm-solver++2s, dpm-solver-3s, dpm-solver++3m, "
+    "dpm-solver-published, dpm-solver++-published, dpm-solver++3m-published, euler, euler-trailing, euler-a, heun, "
+    "dpm++2m-karras, unipc"
 )
 SPACINGS = ("time", "logsnr", "karras", "quad")  # of ldm.models.diffusion.schedule
 # The solvers whose default it is; that of all others is time.
@@ -266,9 +267,9 @@ def sampling_arguments(
     sampler.add_argument(
         "--sampler",
         default="ddim",
-        help=f"the solver: {SAMPLERS}. dpm-solver++ needs few steps; ddpm and euler-a add fresh noise "
-        "at every step; NAME-published is for published numbers, with larger errors. See docs/samplers.md (default: "
-        "%(default)s)",
+        help=f"the solver: {SAMPLERS}. dpm-solver++ needs few steps; ddpm and euler-a add fresh noise at every step, "
+        "ddpm-learned as much as the network predicts (DiT, DeepFloyd-IF); NAME-published is for published numbers, "
+        "with larger errors. See docs/samplers.md (default: %(default)s)",
     )
     for flag, name in (("--plms", "plms"), ("--dpm", "dpm-solver++-published")):
         sampler.add_argument(

@@ -84,8 +84,10 @@ def kind_of(model: Any) -> str:
     if params.get("cond_stage_key") == Layout.stage_key:
         return "boxes"
     conditioner = "" if isinstance(stage, str) else name_of(stage.target)
-    if conditioner in ("ClassEmbedder", "SpatialRescaler"):
-        return "classes" if conditioner == "ClassEmbedder" else "labels"
+    if conditioner in ("ClassEmbedder", "ClassLabels"):
+        return "classes"
+    if conditioner == "SpatialRescaler":
+        return "labels"
     if target == "LatentDiffusion" and key == "concat":
         extra = params.unet_config.params.in_channels - params.channels
         return "inpainting" if extra == params.channels + 1 else "upscaling"

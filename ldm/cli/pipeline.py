@@ -36,6 +36,7 @@ from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan, check_blocks
+from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.profiling.plan_table import plan_table
 from ldm.sampling.engine import Engine, Recipe, Task
 from ldm.sampling.generate import Item, Sample, generate
@@ -157,6 +158,10 @@ def check_guidance(recipe: Recipe, task: Task, processes: Processes = ALONE) -> 
 def check_network(model: LatentDiffusion, recipe: Recipe, plan: AnyPlan) -> None:
     """Raise SettingError if what is asked for is more than the model's network has."""
     unet = model.model.diffusion_model
+    if SOLVERS[recipe.sampler].takes_variance and not model.predicts_variance:
+        raise SettingError(
+            "sampler", f"{recipe.sampler} needs a network that predicts a variance, which this model's does not"
+        )
     with fault_of("tome"):
         unet.check_merging(recipe.tome)
     with fault_of("plan"):

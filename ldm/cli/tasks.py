@@ -18,7 +18,7 @@ from ldm.cli.setup import Setup, conditioner, without_weights
 from ldm.io.errors import SettingError, fault_of, shown
 from ldm.io.images import pad
 from ldm.modules.encoders.boxes import Box, box_tokens
-from ldm.modules.encoders.modules import ClassEmbedder, SpatialRescaler
+from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
 from ldm.sampling.engine import Task
 from ldm.sampling.framed import FramedText, FramedTextAndMaskedImage, Framing
 from ldm.sampling.hybrid import Depth, LowResolution, TextAndMaskedImage
@@ -28,6 +28,7 @@ from ldm.sampling.task import (
     ImageConcat,
     ImageStart,
     KeepOutsideMask,
+    Labels,
     LatentInpaint,
     Layout,
     MaskedImage,
@@ -117,19 +118,21 @@ def class_task(
     Raises:
         SettingError: the model knows no such class, or has none that stands for none.
     """
-    known = class_count(setup)
+    embedder = class_conditioner(setup)
+    known = embedder.n_classes
     names = class_names(names_file, CLASS_NAMES if known in (IMAGENET, IMAGENET + 1) else None)
     with fault_of("classes"):
         subjects = [{"class": find_class(text, names, known)} for text in classes]
-    return subjects, Task(Classes(unconditional_class(known, uncond) if guided else None))
+    condition = Labels if isinstance(embedder, ClassLabels) else Classes
+    return subjects, Task(condition(unconditional_class(known, uncond) if guided else None))
 
 
-def class_count(setup: Setup) -> int:
-    """How many classes the config's model knows; found out without its weights."""
+def class_conditioner(setup: Setup) -> ClassEmbedder | ClassLabels:
+    """What takes the classes in the config's model, without its weights; it tells how many there are."""
     embedder = conditioner(setup)
-    if not isinstance(embedder, ClassEmbedder):
+    if not isinstance(embedder, ClassEmbedder | ClassLabels):
         raise SettingError("config", f"not a class-conditional model: its conditioner is {type(embedder).__name__}")
-    return embedder.n_classes
+    return embedder
 
 
 def unconditional_class(classes: int, given: int | None) -> int:

@@ -352,11 +352,10 @@ def decoder_bytes(
     with torch.device("meta"), torch.no_grad():
         unet, x, inputs = meta_unet(unet, size, 2 * batch, context_length, tome)
         one, other = unet.encode(x, **inputs).chunk(2)
-        # Features in common are computed once for all nodes: of two nodes, each has half of that.
-        calls = (
-            lambda: unet.decode(Features.cat([one, other]), **inputs),
-            lambda: unet.decode(unet.share(one), **inputs),
-        )
+        calls = [lambda: unet.decode(Features.cat([one, other]), **inputs)]
+        if unet.share(one).shared:
+            # Features in common are computed once for all nodes: of two nodes, each has half of that.
+            calls.append(lambda: unet.decode(unet.share(one), **inputs))
         return max(map(peak_bytes, calls)) // 2
 
 

@@ -74,8 +74,11 @@ class Sizes:
             if dd is not None:
                 parse(list[int], [*dd["ch_mult"]], "ddconfig.ch_mult")
             factor = 1 if dd is None else dd.get("patch_size", 1) * 2 ** (len(dd["ch_mult"]) - 1)
-            multiple = factor * 2 ** (len(unet.get("channel_mult", (1, 2, 4, 8))) - 1)
-            return Sizes(params["channels"], factor, multiple, params["image_size"] * factor)
+            default = params["image_size"] * factor
+            # A transformer takes no size but its own.
+            halvings = len(unet.get("channel_mult", (1, 2, 4, 8))) - 1
+            multiple = default if "patch_size" in unet else factor * 2**halvings
+            return Sizes(params["channels"], factor, multiple, default)
         except (KeyError, TypeError, AttributeError) as error:
             why = f"without {getattr(error, 'key', error)}" if isinstance(error, KeyError) else f"in which {error}"
             raise ValueError(f"not the config of a latent diffusion model: {config.get('target')} {why}") from error
@@ -405,4 +408,5 @@ class Engine:
         cond = condition.encode(self.model, items)
         uncond = None if guidance.scale == 1.0 else condition.unconditional(self.model, cond)
         network = self.task.network.of(self.model, items) if network is None else network
-        return self.model.denoiser(cond, uncond, guidance, self.recipe.tome, network)
+        variance = SOLVERS[self.recipe.sampler].takes_variance
+        return self.model.denoiser(cond, uncond, guidance, self.recipe.tome, network, variance)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.models.diffusion.ddpm import ConditionLike, LatentDiffusion
@@ -19,7 +19,7 @@ from ldm.models.diffusion.edits import Edit
 from ldm.models.diffusion.sampler import mask_edits
 from ldm.models.diffusion.schedule import Node, diffuse
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.encoders.modules import ClassEmbedder, SpatialRescaler
+from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
 from ldm.profiling.cost import Macs
 from ldm.sampling.generate import Item
 
@@ -114,14 +114,15 @@ class Classes(Condition):
     """
 
     kind, key = "a class-conditional model", "crossattn"
+    conditioner: type[nn.Module] = ClassEmbedder
 
     def __init__(self, absent: int | None = None):
         self.absent = absent
 
-    def tokens(self, model: LatentDiffusion) -> int:
+    def tokens(self, model: LatentDiffusion) -> int | None:
         super().tokens(model)
         embedder = type(model.cond_stage_model).__name__
-        self._need(isinstance(model.cond_stage_model, ClassEmbedder), f"its conditioner {embedder} takes no class")
+        self._need(isinstance(model.cond_stage_model, self.conditioner), f"its conditioner {embedder} takes no class")
         return 1
 
     def settings(self) -> dict[str, Any]:
@@ -137,7 +138,16 @@ class Classes(Condition):
 
     @torch.no_grad()
     def _embed(self, model: LatentDiffusion, classes: list[int]) -> Tensor:
-        return model.get_learned_conditioning(torch.tensor(classes))
+        return model.get_learned_conditioning(torch.tensor(classes, device=model.device))
+
+
+class Labels(Classes):
+    """The items' class indices, for a network that takes them beside the timestep (DiT)."""
+
+    key, conditioner = "adm", ClassLabels
+
+    def tokens(self, model: LatentDiffusion) -> None:
+        super().tokens(model)
 
 
 class Layout(Condition):

@@ -144,10 +144,30 @@ class CaptionedLatents(Dataset):
         return len(self.latents)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor | str]:
-        latent = self.latents[i]
-        if latent.ndim == 4:
-            latent = latent[int(torch.randint(len(latent), ()))]
-        return {"latent": latent, "caption": self.shares.draw(self.captions[i], self.groups[i])}
+        return {"latent": drawn(self.latents[i]), "caption": self.shares.draw(self.captions[i], self.groups[i])}
+
+
+class ClassedLatents(Dataset):
+    """Latents with the number of their class.
+
+    Args:
+        latents: as of `CaptionedLatents`.
+        classes: of each, (N,) integers.
+    """
+
+    def __init__(self, latents: torch.Tensor, classes: torch.Tensor):
+        self.latents, self.classes = latents, classes
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"latent": drawn(self.latents[i]), "class": self.classes[i]}
+
+
+def drawn(latent: torch.Tensor) -> torch.Tensor:
+    """A latent (C, h, w), or one of those of an image and its mirror image, (2, C, h, w)."""
+    return latent[int(torch.randint(len(latent), ()))] if latent.ndim == 4 else latent
 
 
 class EmojiLatentsData(TrainingData):
@@ -192,21 +212,73 @@ class EmojiLatentsData(TrainingData):
         self.train = self.encoded(model.eval(), "train")
         self.val = self.encoded(model, "heldout_pair", self.max_val)
 
-    @torch.no_grad()
-    def encoded(self, first_stage: AutoencoderKL, split: str, limit: int | None = None) -> CaptionedLatents:
+    def encoded(self, first_stage: AutoencoderKL, split: str, limit: int | None = None) -> Dataset:
         dataset = EmojiDataset(self.root, split=split, max_tier=self.max_tier)
-        chosen = list(range(len(dataset)))[:limit]
+        chosen = self.chosen(dataset)[:limit]
+        return self.described(self.latents(first_stage, dataset, chosen, split), dataset, chosen, split)
+
+    def chosen(self, dataset: EmojiDataset) -> list[int]:
+        """The images that are used, by their places."""
+        return list(range(len(dataset)))
+
+    @torch.no_grad()
+    def latents(
+        self, first_stage: AutoencoderKL, dataset: EmojiDataset, chosen: Sequence[int], split: str
+    ) -> torch.Tensor:
+        """As `CaptionedLatents` takes them."""
         latents = torch.cat([first_stage.encode(images).mode() for images in _in_batches(dataset, chosen)])
         if split == "train" and self.flip:
             mirrored = [first_stage.encode(images.flip(-1)).mode() for images in _in_batches(dataset, chosen)]
             fixed = torch.tensor([bool({"left", "right"} & {*dataset.images[i]["name"].split()}) for i in chosen])
             latents = torch.stack([latents, torch.where(fixed[:, None, None, None], latents, torch.cat(mirrored))], 1)
+        return latents
+
+    def described(self, latents: torch.Tensor, dataset: EmojiDataset, chosen: Sequence[int], split: str) -> Dataset:
+        """The latents with what the model is conditioned on."""
         return CaptionedLatents(
             latents,
             [dataset.captions(i) for i in chosen],
             [dataset.groups(i) for i in chosen],
             self.shares if split == "train" else CaptionShares(),
         )
+
+
+class EmojiClassesData(EmojiLatentsData):
+    """Latents and the group of their concept as a class, for a class-conditional model.
+
+    Args:
+        classes: the groups ("category" in the dataset), in the order of their numbers; images of others are left out.
+        root, first_stage, batch_size, max_tier, flip, max_val, seed: as of `EmojiLatentsData`.
+
+    Raises:
+        ValueError: (in setup) a class without an image.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        first_stage: Mapping[str, str],
+        classes: Sequence[str],
+        batch_size: Count,
+        max_tier: int = 2,
+        flip: bool = False,
+        max_val: Count = 128,
+        seed: Seed = 23,
+    ):
+        super().__init__(root, first_stage, batch_size, max_tier, flip=flip, max_val=max_val, seed=seed)
+        self.classes = list(classes)
+
+    def chosen(self, dataset: EmojiDataset) -> list[int]:
+        return [i for i, image in enumerate(dataset.images) if image["category"] in self.classes]
+
+    def described(self, latents: torch.Tensor, dataset: EmojiDataset, chosen: Sequence[int], split: str) -> Dataset:
+        numbers = [self.classes.index(dataset.images[i]["category"]) for i in chosen]
+        if split == "train" and (empty := [self.classes[n] for n in range(len(self.classes)) if n not in numbers]):
+            raise ValueError(f"classes: {self.root} has no image of {', '.join(empty)}")
+        left_out = len(dataset) - len(chosen)
+        if split == "train" and left_out:
+            print(f"{left_out} of {len(dataset)} images are left out: they are of none of the classes")
+        return ClassedLatents(latents, torch.tensor(numbers))
 
 
 def _in_batches(dataset: EmojiDataset, indices: Sequence[int], size: int = 64) -> Iterator[torch.Tensor]:

@@ -50,7 +50,8 @@ class DiffusionTraining(ClippedTraining):
         unconditional: stands for no conditioning: the empty prompt, or the number of a class that no image has.
         ucg_training: {entry of a batch: {p: share, val: what it is replaced by; null = ""}}, Stability's way to say the
             same of any entry.
-        min_snr_gamma: weight timesteps by min(SNR, gamma), arXiv 2303.09556; None = the published loss.
+        min_snr_gamma: weight timesteps by min(SNR, gamma), arXiv 2303.09556; None = the published loss, which
+            networks that predict variances need.
         ema_decay: decay of the moving averages of network and conditioner.
         guidance_scale, sample_steps: for the sample grids.
     """
@@ -72,6 +73,8 @@ class DiffusionTraining(ClippedTraining):
         sample_steps: Count = 25,
     ):
         super().__init__()
+        if min_snr_gamma is not None and model.predicts_variance:
+            raise ValueError("min_snr_gamma: not for a network that predicts variances; leave it out")
         if path := model.first_stage_model.ckpt_path:
             load_weights(model.first_stage_model, path)
         if model.ckpt_path:

@@ -16,9 +16,8 @@ from ldm.models.diffusion.propagation.forecast import AXES, METHODS, QUANTITIES
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.online import OnlinePlan
 from ldm.models.diffusion.propagation.plan import Compute, Plan
-from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.modules.diffusionmodules.features import Features
-from tests.helpers.toy import EXACT, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
+from tests.helpers.toy import EXACT, OF_NOISE, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
 GUIDANCE = {
     "none": 1.0,
@@ -58,7 +57,7 @@ def family(draw, num_nodes: int, latent: bool) -> Plan:
 
 @given(
     data=st.data(),
-    name=st.sampled_from([*SOLVERS]),
+    name=st.sampled_from(OF_NOISE),
     steps=st.integers(1, 9),
     guidance=st.sampled_from([*GUIDANCE]),
     batch=st.integers(1, 2),

@@ -18,9 +18,8 @@ from ldm.models.diffusion.propagation.history import Forecaster, History
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, predict_x0
-from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.modules.diffusionmodules.features import Features, weighted_sum
-from tests.helpers.toy import EXACT, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
+from tests.helpers.toy import EXACT, OF_NOISE, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
 UNEVEN = [0.0, 1.0, 3.0, 4.0, 8.0, 13.0]
 EVEN = [0.0, 4.0, 8.0, 12.0, 16.0, 20.0]
@@ -196,7 +195,7 @@ def test_skipped_predictions_are_forecast_by_hand(spec, parameterization):
     torch.testing.assert_close(made, state.x, **EXACT)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", OF_NOISE)
 @pytest.mark.parametrize("level", ["encoder", "deepcache", "skip"])
 def test_every_level_serves_every_solver(name, level):
     x, cond, uncond = toy_inputs(1)

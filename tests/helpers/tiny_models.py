@@ -98,8 +98,24 @@ def tiny_model(folder: Path, published: str, latent: int = 8, **params: Any) -> 
     first_stage.update(ch=32, num_res_blocks=1, ch_mult=narrow(first_stage.ch_mult))
     if "n_embed" in model.first_stage_config.params:
         model.first_stage_config.params.n_embed = 1024
+    return written(folder, config, **params)
+
+
+def tiny_transformer(folder: Path, published: str, **params: Any) -> list[str]:
+    """The same of a config of a DiT: 4 x 4 latents of 32 x 32 images, three narrow blocks."""
+    config = OmegaConf.load(ROOT / published)
+    model = config.model.params
+    model.image_size = 4
+    model.unet_config.params.update(input_size=4, hidden_size=32, depth=3, num_heads=4, encoder_blocks=2)
+    first_stage = model.first_stage_config.params.ddconfig
+    first_stage.update(ch=32, num_res_blocks=1, ch_mult=narrow(first_stage.ch_mult))
+    return written(folder, config, **params)
+
+
+def written(folder: Path, config: Any, **params: Any) -> list[str]:
+    """A config with other values in params.PATH and random weights for it; the files as arguments."""
     for name, value in params.items():
-        OmegaConf.update(model, name.replace("__", "."), value, force_add=True)
+        OmegaConf.update(config.model.params, name.replace("__", "."), value, force_add=True)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "config.yaml")
     weights = recipe_weights(instantiate_from_config(config.model), seed=1, gain=0.6)

@@ -21,6 +21,8 @@ from ldm.modules.diffusionmodules.util import convolve_part, has_parts, make_bet
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 CHANNELS = 3
+# The solvers for networks that predict no variance, as this one.
+OF_NOISE = [name for name, chosen in SOLVERS.items() if not chosen.takes_variance]
 ABAR = torch.from_numpy(make_beta_schedule("linear", 1000, 0.00085, 0.012)).neg().add(1).cumprod(0)
 
 

@@ -74,7 +74,10 @@ class Denoiser(Protocol):
         """
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
-        """The noise in x, (B, C, H, W), that the prediction at `node` stands for."""
+        """The noise in x, (B, C, H, W), that the prediction at `node` stands for.
+
+        For a solver that takes it, with the predicted variance behind it, (B, 2 C, H, W).
+        """
 
 
 class ConditionedNetwork(Protocol):
@@ -125,6 +128,14 @@ FROM_EPS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
+def on_noise(convert: Callable[[Tensor, Tensor, float], Tensor], out: Tensor, x: Tensor, abar: float) -> Tensor:
+    """One of the above, where there may be a predicted variance in channels behind those of x: it stays as it is."""
+    channels = x.shape[1]
+    if out.shape[1] == channels:
+        return convert(out, x, abar)
+    return torch.cat([convert(out[:, :channels], x, abar), out[:, channels:]], dim=1)
+
+
 class Conditional:
     """A network with its conditioning.
 
@@ -133,19 +144,26 @@ class Conditional:
         cond: conditioning of the whole batch.
         parameterization: what the network predicts: 'eps', 'x0' or 'v'.
         tome: share of tokens that the network merges for self-attention.
+        variance: `to_eps` gives the variance that the network predicts too, in channels behind the noise.
 
     Raises:
         ValueError: unknown parameterization, or (in encode) cond is for another batch size than x.
     """
 
     def __init__(
-        self, network: ConditionedNetwork, cond: Conditioning, parameterization: str = "eps", tome: float = 0.0
+        self,
+        network: ConditionedNetwork,
+        cond: Conditioning,
+        parameterization: str = "eps",
+        tome: float = 0.0,
+        variance: bool = False,
     ) -> None:
         if parameterization not in TO_EPS:
             raise ValueError(f"parameterization must be one of {', '.join(TO_EPS)}; got {parameterization!r}")
         self.network = network
         self.cond = cond
         self.tome = tome
+        self.variance = variance
         self._to_eps = TO_EPS[parameterization]
         self._part_weights: Sequence[PartWeights] | None = None
 
@@ -184,7 +202,8 @@ class Conditional:
         return [Prediction(part) for part in out.chunk(len(ts))]
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
-        return self._to_eps(prediction.out, x, node.abar)
+        out = prediction.out if self.variance else prediction.out[:, : x.shape[1]]
+        return on_noise(self._to_eps, out, x, node.abar)
 
     def _times(self, like: Tensor, ts: Sequence[float]) -> Tensor:
         """The timesteps of n nodes, each for as many images as `like` has, (n*B,), step-major."""

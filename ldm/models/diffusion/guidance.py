@@ -35,11 +35,14 @@ class Guidance:
     reuse:    compute the unconditional prediction at key nodes only; the nodes that follow add (scale - 1) *
         (conditional - unconditional) to their conditional prediction: True = the key node's, or, by one of POLYNOMIALS,
         the polynomial in the timestep through that of the last key nodes.
+    channels: how many of the prediction's channels are guided, the first ones; the others, such as a variance, are
+        those of the conditional prediction. None = all.
     """
 
     scale: float
     interval: tuple[float, float] | None = None
     reuse: bool | str = False
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.reuse, bool) and self.reuse not in POLYNOMIALS:
@@ -51,6 +54,20 @@ class Guidance:
         """The offsets that are kept after that of one more key node."""
         count = METHODS["hold" if self.reuse is True else self.reuse].keep
         return (*(old for old in offsets if old[0] != t), (t, offset))[-count:]
+
+    def guided(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        """The prediction that guidance makes of two, each (B, C, H, W)."""
+        if self.channels is None or self.channels >= cond.shape[1]:
+            return uncond + self.scale * (cond - uncond)
+        uncond, rest = uncond[:, : self.channels], cond[:, self.channels :]
+        return torch.cat([uncond + self.scale * (cond[:, : self.channels] - uncond), rest], dim=1)
+
+    def offset(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        """What guidance adds to the conditional prediction, for each unit of scale above 1; (B, C, H, W)."""
+        offset = cond - uncond
+        if self.channels is not None:
+            offset[:, self.channels :] = 0
+        return offset
 
     def at(self, key_t: float) -> bool:
         """Whether nodes that use the features of a key node at this timestep are guided."""
@@ -115,13 +132,13 @@ class Guided:
         if self._unguided(features[0]):
             return self.conditional.decode(features, ts)
         if not self.guidance.reuse:
-            return [Prediction(self._guided(*p.out.chunk(2))) for p in self.both.decode(features, ts)]
+            return [Prediction(self.guidance.guided(*p.out.chunk(2))) for p in self.both.decode(features, ts)]
         before = last.prediction if isinstance(last, Past) else last
         predictions, offsets = [], before.offsets if before else ()
         if last is None or isinstance(last, Past):  # the first is a key node
             uncond, cond = self.both.decode(features[:1], ts[:1])[0].out.chunk(2)
-            offsets = self.guidance.kept(offsets, ts[0], cond - uncond)
-            predictions, features, ts = [Prediction(self._guided(uncond, cond), offsets)], features[1:], ts[1:]
+            offsets = self.guidance.kept(offsets, ts[0], self.guidance.offset(uncond, cond))
+            predictions, features, ts = [Prediction(self.guidance.guided(uncond, cond), offsets)], features[1:], ts[1:]
         if ts:
             halves = {f: f.images(slice(len(f) // 2, None)) for f in dict.fromkeys(features)}
             alone = self.conditional.decode([halves[f] for f in features], ts)
@@ -130,9 +147,6 @@ class Guided:
                 for p, t in zip(alone, ts, strict=True)
             ]
         return predictions
-
-    def _guided(self, uncond: Tensor, cond: Tensor) -> Tensor:
-        return uncond + self.guidance.scale * (cond - uncond)
 
     def _unguided(self, features: Features) -> bool:
         return self.conditional is not None and len(features) == self.conditional.batch

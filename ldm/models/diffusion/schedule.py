@@ -375,6 +375,17 @@ def _published_ddim(alphas_cumprod: Tensor, steps: int, end: Level | None = None
     return ddim_levels(alphas_cumprod, ddim_timesteps(steps, len(alphas_cumprod)), end)
 
 
+def _respaced(alphas_cumprod: Tensor, steps: int) -> Levels:
+    """Timesteps evenly from the last to 0, both of them among the steps, rounded to trained ones; then clean.
+
+    Source: Nichol and Dhariwal (arXiv 2102.09672), section 4.
+    """
+    total = len(alphas_cumprod)
+    check_steps(steps, total)
+    stride = (total - 1) / (steps - 1) if steps > 1 else 1
+    return ddim_levels(alphas_cumprod, [round(i * stride) for i in range(steps)], CLEAN)
+
+
 def _spacings(published: Grid | None = None, clean: bool = False) -> Spacings:
     """All spacings; `time` is the published one, with a grid of its own if one is given."""
     grids: dict[str, Grid] = {name: partial(spaced_levels, spacing=name, clean=clean) for name in SPACINGS}
@@ -383,6 +394,7 @@ def _spacings(published: Grid | None = None, clean: bool = False) -> Spacings:
 
 OF_DDIM = _spacings(_published_ddim)
 OF_DDPM = _spacings(partial(_published_ddim, end=CLEAN), clean=True)
+OF_LEARNED_VARIANCE = _spacings(_respaced, clean=True)
 OF_DPM_SOLVER = _spacings()
 OF_EULER = _spacings(sigma_levels, clean=True)
 ONLY_KARRAS = Spacings({"karras": karras_levels}, clean=True)

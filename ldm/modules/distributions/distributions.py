@@ -48,3 +48,24 @@ class DiagonalGaussianDistribution:
             return self.mean.new_zeros(len(self.mean))
         terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean).square() / self.var
         return 0.5 * terms.flatten(1).sum(1)
+
+
+def gaussian_divergence(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:
+    """KL divergence of each element of a Gaussian to another, in nats; all arguments broadcast together."""
+    difference = (mean - other_mean).square() * torch.exp(-other_logvar)
+    return 0.5 * (other_logvar - logvar - 1.0 + torch.exp(logvar - other_logvar) + difference)
+
+
+def discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-probability of each element of 8-bit images in [-1, 1] under a Gaussian that is rounded to their levels.
+
+    The normal distribution function is approximated as in the published code. Source: DDPM (arXiv 2006.11239), eq. 13.
+    """
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
+
+    inverse = torch.exp(-log_std)
+    above, below = (cdf(inverse * (x - mean + side / 255.0)) for side in (1, -1))
+    inside = torch.where(x > 0.999, 1.0 - below, torch.where(x < -0.999, above, above - below))
+    return inside.clamp(min=1e-12).log()

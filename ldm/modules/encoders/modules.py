@@ -28,6 +28,7 @@ __all__ = [
     "BERTEmbedder",
     "CLIPEmbeddingNoiseAugmentation",
     "ClassEmbedder",
+    "ClassLabels",
     "ConcatTimestepEmbedderND",
     "FrozenCLIPEmbedder",
     "FrozenCLIPTextEmbedder",
@@ -40,6 +41,38 @@ __all__ = [
     "TransformerEmbedder",
 ]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "area")
+
+
+def class_indices(batch: Tensor | Mapping[str, Tensor], key: str, n_classes: int) -> Tensor:
+    """Class indices (B,), from themselves or from the batch that holds them under `key`.
+
+    Raises:
+        ValueError: no such entry, another shape, or an index out of range.
+    """
+    if isinstance(batch, Mapping) and key not in batch:
+        raise ValueError(f"batch must have the entry {key!r}; got {sorted(map(str, batch))}")
+    classes = batch[key] if isinstance(batch, Mapping) else batch
+    if classes.ndim != 1 or classes.is_floating_point():
+        raise ValueError(f"{key} must be integers of shape (B,); got {classes.dtype} {tuple(classes.shape)}")
+    check_ids(key, classes, n_classes)
+    return classes
+
+
+class ClassLabels(nn.Module):
+    """The classes themselves, for a network that has an embedding of them.
+
+    Args:
+        n_classes: number of classes, the one that stands for none included.
+        key: entry of a batch that holds the class indices.
+    """
+
+    def __init__(self, n_classes: int, key: str = "class") -> None:
+        super().__init__()
+        self.n_classes, self.key = n_classes, key
+
+    def forward(self, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Class indices (B,), as `class_indices` takes them."""
+        return class_indices(batch, self.key, self.n_classes)
 
 
 class ClassEmbedder(nn.Module):
@@ -67,12 +100,7 @@ class ClassEmbedder(nn.Module):
         Raises:
             ValueError: no such entry, another shape, or an index out of range.
         """
-        if isinstance(batch, Mapping) and self.key not in batch:
-            raise ValueError(f"batch must have the entry {self.key!r}; got {sorted(map(str, batch))}")
-        classes = batch[self.key] if isinstance(batch, Mapping) else batch
-        if classes.ndim != 1 or classes.is_floating_point():
-            raise ValueError(f"{self.key} must be integers of shape (B,); got {classes.dtype} {tuple(classes.shape)}")
-        check_ids(self.key, classes, self.n_classes)
+        classes = class_indices(batch, self.key, self.n_classes)
         if self.ucg_rate > 0.0 and self.training and not disable_dropout:
             dropped = torch.bernoulli(torch.full((len(classes), 1), self.ucg_rate, device=classes.device))[:, 0] > 0
             classes = torch.where(dropped, self.n_classes - 1, classes)

@@ -6,6 +6,7 @@ published checkpoints. Sampling is in `ldm.models.diffusion.ddim` and its neighb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ldm.models.diffusion.denoiser import Conditional, ConditionedNetwork, Condi
 from ldm.models.diffusion.guidance import Guidance, Guided
 from ldm.modules.diffusionmodules.features import Features, PartWeights
 from ldm.modules.diffusionmodules.util import ForwardProcess, at, make_beta_schedule, with_zero_terminal_snr
+from ldm.modules.distributions.distributions import discretized_log_likelihood, gaussian_divergence
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config
 
@@ -39,6 +41,8 @@ class DDPM(ForwardProcess):
         parameterization: what the network predicts: "eps", "x0" or "v".
         conditioning_key: see `DiffusionWrapper`.
         use_ema: keep a moving average of the network's weights.
+        guided_channels: how many channels of the prediction classifier-free guidance acts on, the first ones; None =
+            those of the noise.
         first_stage_key, image_size, channels: name and size of what is diffused.
         loss_type, original_elbo_weight, l_simple_weight, learn_logvar, logvar_init: training loss, see
             `p_losses`.
@@ -76,6 +80,7 @@ class DDPM(ForwardProcess):
         logvar_init: float = 0.0,
         ckpt_path: str | None = None,
         zero_terminal_snr: bool = False,
+        guided_channels: int | None = None,
     ):
         betas = np.asarray(
             given_betas
@@ -97,6 +102,7 @@ class DDPM(ForwardProcess):
         self.parameterization, self.loss_type = parameterization, loss_type
         self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
+        self.guided_channels = guided_channels
         self.monitor, self.log_every_t = monitor, log_every_t
         self.scheduler_config, self.ckpt_path = scheduler_config, ckpt_path
         self.model = DiffusionWrapper(unet_config, conditioning_key)
@@ -180,7 +186,8 @@ class DDPM(ForwardProcess):
             scalars "loss", "loss_simple", "loss_vlb" and, where logvar is learned, "loss_gamma", "logvar".
         """
         noise = torch.randn_like(x_start) if noise is None else noise
-        prediction = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        x_t = self.q_sample(x_start, t, noise)
+        prediction, v = self.split_variance(self.apply_model(x_t, t, cond))
         simple = self.loss_per_image(prediction, self.prediction_target(x_start, noise, t))
         logvar = self.logvar[t]
         gamma = simple / logvar.exp() + logvar
@@ -192,9 +199,38 @@ class DDPM(ForwardProcess):
         }
         if self.learn_logvar:
             losses |= {"loss_gamma": gamma.mean(), "logvar": self.logvar.mean()}
+        if v is not None:
+            bound = self.variance_bound(x_start, x_t, t, prediction.detach(), v).mean()
+            losses |= {"loss": losses["loss"] + bound, "loss_variance": bound}
         return losses
 
+    def split_variance(self, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A raw prediction without what it says of the variance, and that, each (B, C, H, W); None = nothing."""
+        return prediction.chunk(2, dim=1) if self.predicts_variance else (prediction, None)
+
+    def variance_bound(self, x_start: Tensor, x_t: Tensor, t: Tensor, prediction: Tensor, v: Tensor) -> Tensor:
+        """The variational bound of each image at timesteps t in bits per dimension, (B,), by which v is trained.
+
+        Source: Nichol and Dhariwal (arXiv 2102.09672), eq. 15 and 16.
+        """
+        to_x0 = {"eps": self.predict_start_from_noise, "v": self.predict_start_from_z_and_v}.get(self.parameterization)
+        x0 = prediction if to_x0 is None else to_x0(x_t, t, prediction)
+        mean, _, log_posterior = self.q_posterior(x_start, x_t, t)
+        # The posterior of the first timestep has no variance; as published it takes that of the second there.
+        lower = at(torch.cat([self.posterior_log_variance_clipped[1:2], self.posterior_log_variance_clipped[1:]]), t, v)
+        log_var = lower + (v + 1) / 2 * (at(self.betas, t, v).log() - lower)
+        own_mean = self.q_posterior(x0, x_t, t)[0]
+        divergence = gaussian_divergence(mean, log_posterior, own_mean, log_var)
+        likelihood = discretized_log_likelihood(x_start, own_mean, log_var / 2)
+        first = (t == 0).view(-1, *[1] * (v.ndim - 1))
+        return torch.where(first, -likelihood, divergence).flatten(1).mean(1) / math.log(2)
+
     # The network
+
+    @property
+    def predicts_variance(self) -> bool:
+        """Whether the network predicts a variance for each channel, in channels behind the noise."""
+        return self.model.diffusion_model.out_channels == 2 * self.channels
 
     def conditioning(self, cond: ConditionLike) -> Conditioning:
         """A `Conditioning` from any of the published forms: tensor, list of tensors, dict of lists, None."""
@@ -223,6 +259,7 @@ class DDPM(ForwardProcess):
         guidance: Guidance | float = 1.0,
         tome: float = 0.0,
         network: ConditionedNetwork | None = None,
+        variance: bool = False,
     ) -> Denoiser:
         """The network under a condition, with classifier-free guidance (arXiv 2207.12598) unless its scale is 1.
 
@@ -231,23 +268,28 @@ class DDPM(ForwardProcess):
             guidance: eps = eps_uncond + scale * (eps_cond - eps_uncond); a `Guidance`, or its scale alone.
             tome: share of tokens that the network merges for self-attention; see `UNetModel.encode`.
             network: predicts in the place of the model's own, and may use that.
+            variance: for a solver that takes the predicted variance, see `Conditional`.
 
         Raises:
-            ValueError: guidance is asked for without uncond.
+            ValueError: guidance is asked for without uncond, or a variance of a network that predicts none.
         """
+        if variance and not self.predicts_variance:
+            raise ValueError("the network predicts no variance, which the solver needs")
         network = self.model if network is None else network
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        if guidance.channels is None and (self.guided_channels or self.predicts_variance):
+            guidance = replace(guidance, channels=self.guided_channels or self.channels)
         cond = self.conditioning(cond)
         if guidance.scale == 1.0:
-            return Conditional(network, network.project(cond), self.parameterization, tome)
+            return Conditional(network, network.project(cond), self.parameterization, tome, variance)
         if uncond is None:
             raise ValueError(f"uncond: guidance scale {guidance.scale} needs an unconditional conditioning; got None")
         both = network.project(Conditioning.cat(self.conditioning(uncond), cond))
         conditional = both.images(slice(both.batch // 2, None))
         return Guided(
-            Conditional(network, both, self.parameterization, tome),
+            Conditional(network, both, self.parameterization, tome, variance),
             guidance,
-            Conditional(network, conditional, self.parameterization, tome),
+            Conditional(network, conditional, self.parameterization, tome, variance),
         )
 
     @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Denoiser, Past, Prediction
+from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Denoiser, Past, Prediction, on_noise
 from ldm.models.diffusion.propagation.forecast import Forecast
 from ldm.models.diffusion.propagation.history import Forecaster, History, relative_error
 from ldm.models.diffusion.propagation.plan import AnyPlan, Batch, Compute
@@ -70,13 +70,13 @@ class Cache:
         if prediction is None:
             value = self.outputs.at(i)
             to_eps = TO_EPS.get(self.quantity)
-            eps = to_eps(value, x, node.abar) if to_eps else model.to_eps(Prediction(value), x, node)
+            eps = on_noise(to_eps, value, x, node.abar) if to_eps else model.to_eps(Prediction(value), x, node)
             return eps, self
         eps = model.to_eps(prediction, x, node)
         if self.quantity is None:
             return eps, self
         from_eps = FROM_EPS.get(self.quantity)
-        value = from_eps(eps, x, node.abar) if from_eps else prediction.out
+        value = on_noise(from_eps, eps, x, node.abar) if from_eps else prediction.out
         return eps, replace(self, outputs=self.outputs.key(i, value))
 
 

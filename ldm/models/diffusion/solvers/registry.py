@@ -25,6 +25,7 @@ from ldm.models.diffusion.schedule import (
     OF_DDPM,
     OF_DPM_SOLVER,
     OF_EULER,
+    OF_LEARNED_VARIANCE,
     ONLY_KARRAS,
     ONLY_TRAILING,
     SKIP_TYPE_OF,
@@ -34,7 +35,7 @@ from ldm.models.diffusion.schedule import (
     Spacings,
     nodes_between,
 )
-from ldm.models.diffusion.solvers.ancestral import Ancestral
+from ldm.models.diffusion.solvers.ancestral import Ancestral, LearnedVariance
 from ldm.models.diffusion.solvers.exponential import Predicts
 from ldm.models.diffusion.solvers.heun import Heun, heun_nodes
 from ldm.models.diffusion.solvers.unipc import UniPC
@@ -49,12 +50,14 @@ class Solver(NamedTuple):
     spacings:  where the steps can begin and end.
     spacing:   the spacing that is used unless another is asked for; None = the published one.
     takes_eta: whether the amount of fresh noise can be chosen.
+    takes_variance: whether it needs the variance that the network predicts beside the noise.
     """
 
     rule: MakeRule
     spacings: Spacings
     spacing: str | None = None
     takes_eta: bool = False
+    takes_variance: bool = False
 
     def chosen(self, spacing: str | None, timesteps_at: Sequence[int] | None) -> str | None:
         """The spacing of a run: the one asked for, else the solver's; None beside timesteps of one's own."""
@@ -67,6 +70,10 @@ def _ddim(levels: Levels, eta: float, noise: Noise | None) -> DDIM:
 
 def _ancestral(levels: Levels, eta: float, noise: Noise | None) -> Ancestral:
     return Ancestral(nodes_between(levels), noise)
+
+
+def _learned(levels: Levels, eta: float, noise: Noise | None) -> LearnedVariance:
+    return LearnedVariance(nodes_between(levels), noise)
 
 
 def _multistep(lower_order_below: float = inf, **settings: str | int) -> MakeRule:
@@ -95,6 +102,7 @@ SOLVERS: dict[str, Solver] = {
     "ddim": Solver(_ddim, OF_DDIM, takes_eta=True),
     "plms": Solver(lambda levels, eta, noise: PLMS(plms_nodes(levels)), OF_DDIM),
     "ddpm": Solver(_ancestral, OF_DDPM),
+    "ddpm-learned": Solver(_learned, OF_LEARNED_VARIANCE, takes_variance=True),
     "dpm-solver": Solver(_multistep(predicts="eps"), OF_DPM_SOLVER, "quad"),  # multistep of order 2, as dpm-solver++
     "dpm-solver++": Solver(_multistep(), OF_DPM_SOLVER, "quad"),
     "dpm-solver++2s": _singlestep(2, "x0"),
@@ -148,7 +156,7 @@ def solver(
         alphas_cumprod: alpha-bar of every training timestep, (T,).
         steps: requested steps; the rule's `nodes` are what a plan counts, and may be more.
         eta: 0 = deterministic, 1 = ancestral; only ddim has the choice.
-        noise: (i, x) -> unit normal noise of node i, for eta > 0 and for ddpm and euler-a.
+        noise: (i, x) -> unit normal noise of node i, for eta > 0 and for ddpm, ddpm-learned and euler-a.
         skip: leave out so many steps at the noisy end, for a run that begins with an image brought to the
             noise level nodes[0].abar.
         spacing, timesteps_at: where the steps begin, see `levels_of`.

@@ -1,0 +1,124 @@
+"""scripts/dit.py end to end at a tiny width, and what joins a published transformer and its first stage."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from ldm.checkpoint import read_checkpoint, save_weights
+from ldm.checkpoint.diagnosis import differences, facts_of_config, facts_of_weights
+from ldm.checkpoint.model import load_config
+from ldm.models.diffusion.propagation.load import load_plan
+from tests.helpers.paths import ROOT
+from tests.helpers.scripts import Script, check_resume, load_script
+from tests.helpers.tiny_models import tiny_transformer
+
+PUBLISHED = "configs/dit/dit-xl-2-256.yaml"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    return tiny_transformer(tmp_path_factory.mktemp("dit"), PUBLISHED)
+
+
+@pytest.fixture
+def script(files, tmp_path) -> Script:
+    return Script("dit", tmp_path, *files)
+
+
+SHORT = ["--steps", "8", "--plan", "0,3,5", "--classes", "207"]
+
+
+def test_the_defaults_are_the_authors(script):
+    args = script.main.__globals__["parser"]().parse_args([])
+    assert (args.sampler, args.steps, args.plan) == ("ddpm-learned", 250, "dit250")
+    assert (args.noise_below, args.noise_order) == (300.0, "update")
+    assert len(load_plan(args.plan, args.steps).keys) == 113
+
+
+def test_an_image_says_how_it_was_made(script):
+    (made,) = script(*SHORT)
+    expected = {"class": 207, "sampler": "ddpm-learned", "steps": 8, "scale": 4.0, "uncond_class": 1000}
+    assert made.items() >= (expected | {"keys": [0, 3, 5], "noise_weight": 0.003}).items()
+    assert script.pixels(made).shape == (32, 32, 3)
+
+
+def test_parallel_is_serial(script):
+    shown = []
+    for number in ("1", "8"):
+        script(*SHORT, "--again", "--parallel", number)
+        shown.append(script.pixels(script.entries()[0]))
+    assert np.abs(shown[0] - shown[1]).max() <= 1
+
+
+def test_other_solvers_and_forecasts_take_it_too(script):
+    shown = [
+        script.pixels(script(*SHORT, *flags)[0])
+        for flags in ([], ["--sampler", "ddim"], ["--sampler", "dpm-solver++"], ["--plan", "skip:2"])
+    ]
+    assert all((a != b).any() for k, a in enumerate(shown) for b in shown[:k])
+
+
+def test_what_is_there_is_not_made_again(script, capsys):
+    check_resume(script, capsys, *SHORT, "88", "--n_samples", "2", "--batch_size", "3")
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--classes", "1001"], "--classes: expected 0..1000, the classes of this model; got 1001"),
+        (["--plan", "deepcache:2"], "--plan: 1 blocks are to run anew; this network has 0 on each side"),
+        (["--tome", "0.5"], "--tome: a diffusion transformer merges no tokens; accepted: 0; got 0.5"),
+        (["--image-size", "128"], "--image-size: invalid choice: 128"),
+    ],
+)
+def test_bad_input(script, capsys, arguments, why):
+    assert script.refusal(capsys, *SHORT, *arguments).startswith(why)
+
+
+def test_weights_of_another_size(script, files, tmp_path, capsys):
+    other = tiny_transformer(tmp_path / "other", PUBLISHED, image_size=8, unet_config__params__input_size=8)
+    line = Script("dit", tmp_path, *other[:2], *files[2:]).refusal(capsys, *SHORT)
+    assert re.search(r"pos_embed \(1, 4, 32\), config \(1, 16, 32\)", line)
+
+
+def test_a_network_without_a_variance(tmp_path, capsys):
+    plain = tiny_transformer(tmp_path / "plain", PUBLISHED, unet_config__params__learn_sigma=False)
+    line = Script("dit", tmp_path, *plain).refusal(capsys, *SHORT)
+    assert line.startswith("--sampler: ddpm-learned needs a network that predicts a variance")
+    assert Script("dit", tmp_path, *plain)(*SHORT, "--sampler", "ddpm")
+
+
+# The published weights
+
+
+def test_a_published_transformer_is_joined_with_a_first_stage(files, tmp_path, capsys):
+    state = read_checkpoint(files[3])
+    parts = {prefix: {} for prefix in ("model.diffusion_model.", "first_stage_model.")}
+    for key, value in state.items():
+        for prefix, part in parts.items():
+            if key.startswith(prefix):
+                part[key.removeprefix(prefix)] = value
+    transformer, vae, out = (str(tmp_path / f"{name}.safetensors") for name in ("dit", "vae", "out"))
+    for path, part in zip((transformer, vae), parts.values(), strict=True):
+        save_weights(path, part)
+    main = load_script("convert").main
+    assert main([transformer, "--to", "ldm", "--vae", vae, "--out", out]) == 0
+    joined = read_checkpoint(out)
+    assert joined.keys() == {key for key in state if key.startswith((*parts,))}
+    assert all((value == state[key]).all() for key, value in joined.items())
+    line = Script("dit", tmp_path, *files[:2], "--ckpt", transformer).refusal(capsys, *SHORT)
+    assert line.endswith("without its first stage; scripts/convert.py --to ldm --vae FILE adds it")
+    for wrong, why in ((("vae", "vae"), "source: not a published DiT"), (("dit", "dit"), "--vae: not a first stage")):
+        arguments = [str(tmp_path / f"{name}.safetensors") for name in wrong]
+        assert main([arguments[0], "--to", "ldm", "--vae", arguments[1], "--out", out]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_configs_and_weights_are_told_apart(files):
+    weights = facts_of_weights(read_checkpoint(files[3]))
+    own, large = (facts_of_config(load_config(path).model) for path in (files[1], ROOT / PUBLISHED))
+    assert differences(own, weights) == []
+    assert {difference.name for difference in differences(large, weights)} == {"width", "positions"}
