@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ def read_control(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def control_params(unet: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of the `ControlNet` with these weights, for the UNet with these.
+def control_params(unet: Mapping[str, Any], hint_channels: int, hint_widths: Sequence[int]) -> dict[str, Any]:
+    """The arguments of a `ControlNet` that reads such pictures, for the UNet with these arguments.
 
     Raises:
         CheckpointError: a UNet with a label, or of no latents of two dimensions.
@@ -80,10 +80,15 @@ def control_params(unet: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict
     kept = {
         name: value for name, value in unet.items() if name not in (*OF_A_DECODER, "num_classes", "adm_in_channels")
     }
+    return kept | {"hint_channels": hint_channels, "hint_widths": hint_widths}
+
+
+def hint_params(state: Mapping[str, Tensor]) -> tuple[int, list[int]]:
+    """The hint_channels and hint_widths of the `ControlNet` with these weights."""
     layers = sorted(int(found[1]) for key in state if (found := LAYER.fullmatch(key)))
     # A layer of each width, one to each other, and the last to the latents' width.
     widths = [len(state[f"input_hint_block.{layers[i]}.weight"]) for i in range(0, len(layers) - 1, 2)]
-    return kept | {"hint_channels": state[READER].shape[1], "hint_widths": widths}
+    return state[READER].shape[1], widths
 
 
 def load_control(path: str | Path, unet: Mapping[str, Any], device: str | torch.device = "cpu") -> ControlNet:
@@ -106,7 +111,8 @@ def load_control(path: str | Path, unet: Mapping[str, Any], device: str | torch.
             raise CheckpointError(
                 f"{path}: a control network for another base model: {of_file} {name}, this model's UNet has {of_model}"
             )
-    network = unmade(lambda: ControlNet(**control_params(unet, state)))
+    params = control_params(unet, *hint_params(state))
+    network = unmade(lambda: ControlNet(**params))
     try:
         log.info("%s", fill(network, state, control_file(path), "raw", assign=True))
     except CheckpointError as error:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.checkpoint import load_weights
 from ldm.io.schema import AboveZero, Count, Share
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.denoiser import ConditionedNetwork
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.load import load_plan
@@ -91,6 +92,15 @@ class DiffusionTraining(ClippedTraining):
         self.min_snr_gamma = min_snr_gamma
         self.guidance_scale, self.sample_steps = guidance_scale, sample_steps
 
+    @property
+    def trained(self) -> nn.Module:
+        """The network whose weights are learned and averaged."""
+        return self.model.model
+
+    def predicting(self, batch: dict[str, Any]) -> ConditionedNetwork:
+        """What predicts for a batch."""
+        return self.model.model
+
     def latents(self, batch: dict[str, Any]) -> Tensor:
         if "latent" in batch:
             return batch["latent"]
@@ -158,15 +168,15 @@ class DiffusionTraining(ClippedTraining):
     def losses(self, z: Tensor, batch: dict[str, Any], t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         cond = self.conditioning(batch)
         if self.min_snr_gamma is None:
-            return self.model.p_losses(z, cond, t, noise)
-        prediction = self.model.apply_model(self.model.q_sample(z, t, noise), t, cond)
+            return self.model.p_losses(z, cond, t, noise, self.predicting(batch))
+        prediction = self.model.apply_model(self.model.q_sample(z, t, noise), t, cond, self.predicting(batch))
         simple = self.model.loss_per_image(prediction, self.model.prediction_target(z, noise, t))
         return {"loss": (self.timestep_weights(t) * simple).mean(), "loss_simple": simple.mean()}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Here, so that no state is saved between the step and its averages, as could happen in on_train_batch_end.
         super().optimizer_step(*args, **kwargs)
-        self.network_ema(self.model.model)
+        self.network_ema(self.trained)
         if self.conditioner_ema is not None:
             self.conditioner_ema(self.model.cond_stage_model)
 
@@ -185,13 +195,13 @@ class DiffusionTraining(ClippedTraining):
     def ema_weights(self) -> Iterator[None]:
         """The model has its EMA weights inside the block."""
         with ExitStack() as stack:
-            stack.enter_context(self.network_ema.applied_to(self.model.model))
+            stack.enter_context(self.network_ema.applied_to(self.trained))
             if self.conditioner_ema is not None:
                 stack.enter_context(self.conditioner_ema.applied_to(self.model.cond_stage_model))
             yield
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trained = list(self.model.model.parameters())
+        trained = list(self.trained.parameters())
         if self.model.cond_stage_trainable:
             trained += list(self.model.cond_stage_model.parameters())
         if self.model.learn_logvar:
@@ -224,6 +234,7 @@ class DiffusionTraining(ClippedTraining):
                 self.conditioning(batch),
                 self.conditioning(none) if guided else None,
                 self.guidance_scale if guided else 1.0,
+                network=self.predicting(batch),
             )
             *_, last = denoise(denoiser, rule, load_plan("off", len(rule.nodes)), start)
         return model.decode_first_stage(last.x).clamp(-1, 1)

@@ -19,6 +19,7 @@ from ldm.util import instantiate_from_config
 
 SEED = 23  # of the order of the images over which statistics are taken
 # Averages that a training keeps, and the part of the model that each follows.
+CONTROL = "control."  # what a control network's weights are named in a training's state
 AVERAGES = {"network_ema.": "model.", "conditioner_ema.": "cond_stage_model."}
 
 
@@ -64,7 +65,12 @@ def weights_of_run(source: Path, normalize: bool) -> dict[str, Tensor]:
 
 
 def sampling_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the model in a Lightning module's state, replaced by their moving averages."""
+    """The weights of the model in a Lightning module's state, replaced by their moving averages.
+
+    Of a `ControlTraining` those of the control network alone, under the published names.
+    """
+    if control := {k.removeprefix(CONTROL): v for k, v in state.items() if k.startswith(CONTROL)}:
+        return {f"control_model.{k}": state.get(f"network_ema.{ema_name(k)}", v) for k, v in control.items()}
     weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     for ema_prefix, part in AVERAGES.items():
         for key in [k for k in weights if k.startswith(part)]:

@@ -174,7 +174,12 @@ class DDPM(ForwardProcess):
         return (error.abs() if self.loss_type == "l1" else error.square()).flatten(1).mean(1)
 
     def p_losses(
-        self, x_start: Tensor, cond: ConditionLike, t: Tensor, noise: Tensor | None = None
+        self,
+        x_start: Tensor,
+        cond: ConditionLike,
+        t: Tensor,
+        noise: Tensor | None = None,
+        network: ConditionedNetwork | None = None,
     ) -> dict[str, Tensor]:
         """The published training loss at timesteps t.
 
@@ -187,7 +192,7 @@ class DDPM(ForwardProcess):
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
-        prediction, v = self.split_variance(self.apply_model(x_t, t, cond))
+        prediction, v = self.split_variance(self.apply_model(x_t, t, cond, network))
         simple = self.loss_per_image(prediction, self.prediction_target(x_start, noise, t))
         logvar = self.logvar[t]
         gamma = simple / logvar.exp() + logvar
@@ -247,10 +252,12 @@ class DDPM(ForwardProcess):
         name = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
         return self.model.conditioning(**{name: parts})
 
-    def apply_model(self, x: Tensor, t: Tensor, cond: ConditionLike = None) -> Tensor:
-        """Raw prediction for x, (B, C, H, W), at timesteps t, (B,)."""
-        cond = self.conditioning(cond)
-        return self.model.decode(self.model.encode(x, t, cond), t, cond)
+    def apply_model(
+        self, x: Tensor, t: Tensor, cond: ConditionLike = None, network: ConditionedNetwork | None = None
+    ) -> Tensor:
+        """Raw prediction for x, (B, C, H, W), at timesteps t, (B,); by the model's network or another."""
+        cond, network = self.conditioning(cond), self.model if network is None else network
+        return network.decode(network.encode(x, t, cond), t, cond)
 
     def denoiser(
         self,
