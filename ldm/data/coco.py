@@ -36,8 +36,8 @@ class CocoCaptions(ImagePaths):
         anywhere = self.anywhere if random_crop is None else random_crop
         super().__init__([root / f"{self.part}2017" / name for name in found], size, None, anywhere, flip)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return super().__getitem__(i) | {"caption": drawn(self.captions[i])}
+    def described(self, i: int) -> dict[str, Any]:
+        return super().described(i) | {"caption": drawn(self.captions[i])}
 
 
 class CocoCaptionsTrain(CocoCaptions):

@@ -27,7 +27,7 @@ class EmojiDataset(Dataset):
             concept, 4 = skin tones too.
 
     Attributes:
-        images: the COCO entry of each image (concept, name, style, category, tier, ...).
+        images: the COCO entry of each image (concept, name, style, category, subgroup, tier, ...).
 
     Raises:
         ValueError: unknown split or tier; the dataset is missing or broken.
@@ -38,8 +38,10 @@ class EmojiDataset(Dataset):
             raise ValueError(f"split is {split!r}; accepted: {', '.join(SPLITS)}")
         if max_tier not in TIERS:
             raise ValueError(f"max_tier is {max_tier!r}; accepted: {', '.join(map(str, TIERS))}")
-        self._pixels, coco = _read(Path(root))
+        self._root = Path(root)
+        self._pixels, coco = _read(self._root)
         self.images = [i for i in coco["images"] if i["split"] == split and i["tier"] <= max_tier]
+        self._every = coco["images"]
         self._rows = np.array([i["id"] for i in self.images], dtype=np.int64)
         self._captions: dict[int, list[str]] = {i["id"]: [] for i in self.images}
         self._groups: dict[int, list[str]] = {i["id"]: [] for i in self.images}
@@ -58,6 +60,16 @@ class EmojiDataset(Dataset):
     def batch(self, indices: np.ndarray) -> Tensor:
         """Several images at once, (B, 3, H, W) float32 in [-1, 1]."""
         return as_float(self._pixels[self._rows[indices]])
+
+    def groups_by(self, field: str) -> list[str]:
+        """The sorted values of a field of the images' entries, of all splits and tiers.
+
+        Raises:
+            ValueError: the dataset is of an older version, which does not state it.
+        """
+        if any(field not in image for image in self._every):
+            raise ValueError(f"the dataset in {self._root} states no {field}; {MAKE.format(self._root)}")
+        return sorted({image[field] for image in self._every})
 
     def captions(self, index: int) -> list[str]:
         """What the image may be called: its name first, then keywords, each with the style."""

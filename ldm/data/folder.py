@@ -106,8 +106,8 @@ class CaptionedFolder(ImageFolder):
             )
         self.captions = [found[path] for path in self.paths]
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return super().__getitem__(i) | {"caption": drawn(self.captions[i])}
+    def described(self, i: int) -> dict[str, Any]:
+        return super().described(i) | {"caption": drawn(self.captions[i])}
 
 
 def drawn(captions: Sequence[str]) -> str:

@@ -145,6 +145,9 @@ class ImagePaths(Dataset):
             pixels = cut(pixels, *corner(pixels, self.crop_size, self.random_crop), self.crop_size)
         return pixels[:, ::-1] if self.flip and uniform() < self.flip else pixels
 
+    def described(self, i: int) -> dict[str, Any]:
+        """What an example has besides its image."""
+        return {"file_path_": str(self.paths[i]), **{name: values[i] for name, values in self.labels.items()}}
+
     def __getitem__(self, i: int) -> dict[str, Any]:
-        example = {"image": in_range(self.prepared(self.pixels(i))), "file_path_": str(self.paths[i])}
-        return example | {name: values[i] for name, values in self.labels.items()}
+        return {"image": in_range(self.prepared(self.pixels(i)))} | self.described(i)

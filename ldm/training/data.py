@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +15,7 @@ from ldm.checkpoint import load_config, load_weights
 from ldm.data.emoji import EmojiDataset, without_style
 from ldm.io.schema import Count, Seed, Share
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.training.latents import files_sha256, kept
 from ldm.training.order import TrainingBatches
 from ldm.util import instantiate_from_config
 
@@ -183,6 +186,7 @@ class EmojiLatentsData(TrainingData):
         flip: mirror half of the training images, but none whose name says left or right.
         max_val: greatest number of latents for validation.
         seed: of the order and the captions.
+        latents: folder where the latents are kept, see `ldm.training.latents.kept`; None = encoded at every start.
 
     Raises:
         ValueError: a share is not in [0, 1].
@@ -200,9 +204,11 @@ class EmojiLatentsData(TrainingData):
         flip: bool = False,
         max_val: Count = 128,
         seed: Seed = 23,
+        latents: str | None = None,
     ):
         super().__init__(batch_size, seed)
         self.root, self.first_stage, self.flip = root, first_stage, flip
+        self.folder = Path(latents) if latents else None
         self.max_tier, self.max_val = max_tier, max_val
         self.shares = CaptionShares(name_share, group_share, style_share)
 
@@ -226,12 +232,24 @@ class EmojiLatentsData(TrainingData):
         self, first_stage: AutoencoderKL, dataset: EmojiDataset, chosen: Sequence[int], split: str
     ) -> torch.Tensor:
         """As `CaptionedLatents` takes them."""
-        latents = torch.cat([first_stage.encode(images).mode() for images in _in_batches(dataset, chosen)])
+        latents = self.means(first_stage, dataset, chosen)
         if split == "train" and self.flip:
-            mirrored = [first_stage.encode(images.flip(-1)).mode() for images in _in_batches(dataset, chosen)]
+            mirrored = self.means(first_stage, dataset, chosen, mirrored=True)
             fixed = torch.tensor([bool({"left", "right"} & {*dataset.images[i]["name"].split()}) for i in chosen])
-            latents = torch.stack([latents, torch.where(fixed[:, None, None, None], latents, torch.cat(mirrored))], 1)
+            latents = torch.stack([latents, torch.where(fixed[:, None, None, None], latents, mirrored)], 1)
         return latents
+
+    def means(
+        self, first_stage: AutoencoderKL, dataset: EmojiDataset, chosen: Sequence[int], mirrored: bool = False
+    ) -> torch.Tensor:
+        """The means (N, C, h, w) of what images, or their mirror images, are encoded to."""
+        images = (x.flip(-1) if mirrored else x for x in _in_batches(dataset, chosen))
+        if self.folder is None:
+            return torch.cat([first_stage.encode(x).mode() for x in images])
+        rows = [dataset.images[i]["id"] for i in chosen]
+        of = {"pictures": files_sha256([Path(self.root) / "pictures.npy"]), "rows": rows, "mirrored": mirrored}
+        array = kept(self.folder, of, first_stage, images, len(chosen))
+        return torch.from_numpy(array[:, : array.shape[1] // 2].copy())
 
     def described(self, latents: torch.Tensor, dataset: EmojiDataset, chosen: Sequence[int], split: str) -> Dataset:
         """The latents with what the model is conditioned on."""
@@ -247,32 +265,39 @@ class EmojiClassesData(EmojiLatentsData):
     """Latents and the group of their concept as a class, for a class-conditional model.
 
     Args:
-        classes: the groups ("category" in the dataset), in the order of their numbers; images of others are left out.
-        root, first_stage, batch_size, max_tier, flip, max_val, seed: as of `EmojiLatentsData`.
+        classes: the groups, in the order of their numbers; images of others are left out. None = all of the dataset, in
+            the order of their names.
+        by: what a group is: a "category" of the dataset (Food & Drink), or a "subgroup" (food-fruit).
+        root, first_stage, batch_size, max_tier, flip, max_val, seed, latents: as of `EmojiLatentsData`.
 
     Raises:
-        ValueError: (in setup) a class without an image.
+        ValueError: (in setup) a class without an image; a dataset that does not state subgroups.
     """
 
     def __init__(
         self,
         root: str,
         first_stage: Mapping[str, str],
-        classes: Sequence[str],
         batch_size: Count,
+        classes: Sequence[str] | None = None,
+        by: Literal["category", "subgroup"] = "category",
         max_tier: int = 2,
         flip: bool = False,
         max_val: Count = 128,
         seed: Seed = 23,
+        latents: str | None = None,
     ):
-        super().__init__(root, first_stage, batch_size, max_tier, flip=flip, max_val=max_val, seed=seed)
-        self.classes = list(classes)
+        super().__init__(
+            root, first_stage, batch_size, max_tier, flip=flip, max_val=max_val, seed=seed, latents=latents
+        )
+        self.classes, self.by = list(classes or []), by
 
     def chosen(self, dataset: EmojiDataset) -> list[int]:
-        return [i for i, image in enumerate(dataset.images) if image["category"] in self.classes]
+        self.classes = self.classes or dataset.groups_by(self.by)
+        return [i for i, image in enumerate(dataset.images) if image[self.by] in self.classes]
 
     def described(self, latents: torch.Tensor, dataset: EmojiDataset, chosen: Sequence[int], split: str) -> Dataset:
-        numbers = [self.classes.index(dataset.images[i]["category"]) for i in chosen]
+        numbers = [self.classes.index(dataset.images[i][self.by]) for i in chosen]
         if split == "train" and (empty := [self.classes[n] for n in range(len(self.classes)) if n not in numbers]):
             raise ValueError(f"classes: {self.root} has no image of {', '.join(empty)}")
         left_out = len(dataset) - len(chosen)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ldm.io.schema import Count, Seed
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training.data import TrainingData
+from ldm.training.latents import EncodedImages
 from ldm.training.order import IMAGE, SeededImages, seed_of
 from ldm.util import ConfigError, get_obj_from_str, instantiate_from_config
 
@@ -69,6 +73,15 @@ class InOrder(Sampler):
         return ((i, seed_of(IMAGE, self.seed, i)) for i in range(self.count))
 
 
+@contextmanager
+def naming_of(section: str) -> Iterator[None]:
+    """Errors in the block name the section of the configuration."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{section}: {error}") from error
+
+
 class DataModuleFromConfig(TrainingData):
     """Datasets by their `target:` and `params:`, under the published name (`main.DataModuleFromConfig`).
 
@@ -76,6 +89,8 @@ class DataModuleFromConfig(TrainingData):
         batch_size: images per step and process.
         train, validation: `target` and `params` of a dataset. An example is a dict; its images are (H, W, C) float32
             in [-1, 1].
+        latents: folder where latents are kept, which the model's first stage encodes once; None = it encodes at every
+            step. See `ldm.training.latents.EncodedImages`.
         num_workers: processes that read images; None = one for each core, at most 8. They change no result.
         test, predict, wrap, shuffle_test_loader, shuffle_val_dataloader, use_worker_init_fn: accepted for published
             configs; without effect here.
@@ -100,6 +115,7 @@ class DataModuleFromConfig(TrainingData):
         shuffle_val_dataloader: bool = False,
         seed: Seed = 23,
         packages: Sequence[str] = (),
+        latents: str | None = None,
     ):
         super().__init__(batch_size, seed)
         if train is None:
@@ -107,16 +123,31 @@ class DataModuleFromConfig(TrainingData):
         self.sections = {"train": train, "validation": validation}
         self.workers = min(os.cpu_count() or 1, MOST_WORKERS) if num_workers is None else num_workers
         self.packages = tuple(packages)
+        self.latents = Path(latents) if latents else None
 
     def made(self, name: str) -> Dataset | None:
         section = self.sections[name]
         if section is None:
             return None
-        try:
+        with naming_of(f"data.params.{name}"):
             dataset = instantiate_from_config(section, self.packages)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"data.params.{name}: {error}") from error
+        if self.latents is not None:
+            return self.encoded(dataset, name)
         return Stream(dataset) if isinstance(dataset, IterableDataset) else Examples(dataset)
+
+    def encoded(self, dataset: Dataset, name: str) -> EncodedImages:
+        """The dataset with its latents; the first process encodes them."""
+        strategy, model = self.trainer.strategy, self.trainer.lightning_module.model
+        if not isinstance(model, LatentDiffusion):
+            raise ValueError("data.params.latents: only latent diffusion is trained on latents")
+        first_stage = model.first_stage_model.to(strategy.root_device)
+        with naming_of(f"data.params.{name}"):
+            if not self.trainer.is_global_zero:
+                strategy.barrier("latents")
+            found = EncodedImages(dataset, first_stage, self.latents)
+            if self.trainer.is_global_zero:
+                strategy.barrier("latents")
+        return found
 
     def setup(self, stage: str) -> None:
         self.train, self.val = self.made("train"), self.made("validation")

@@ -11,19 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import IterableDataset, default_collate
 
 from ldm.checkpoint import load_weights
 from ldm.io.schema import AboveZero, Count, Share
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import ConditionedNetwork
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.solvers.registry import solver
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.training.datasets import entry_of
+from ldm.training.latents import ENCODED
 from ldm.training.optim import ClippedTraining, adamw, scheduled
 
+SAMPLE, PART = 1024, 16  # images for the normalization, and how many are encoded at a time
 PLAIN_ATTENTION = 32 * 32  # most latent pixels: beyond, its weights would fill the memory
 
 
@@ -39,9 +44,10 @@ def attention_to_train(device: torch.device, side: int) -> AbstractContextManage
 class DiffusionTraining(ClippedTraining):
     """Trains `model`, and its conditioner if it is trainable, on batches of latents or images with their conditioning.
 
-    A batch holds the raw conditioning (captions, classes, images, ...) under the model's cond_stage_key, and either
-    "latent" (B, C, h, w), encoded and scaled, or images under its first_stage_key. If the model was built with
-    scale_by_std and without starting weights, the first batch sets its scale factor to 1 / std of the latents.
+    A batch holds the raw conditioning (captions, classes, images, ...) under the model's cond_stage_key, and images
+    under its first_stage_key, or what they were encoded to, or "latent" (B, C, h, w), encoded and scaled. If the model
+    was built with scale_by_std and without starting weights, the first batch sets its scale factor to 1 / std of the
+    latents; with normalize_latents, at most SAMPLE images of the training set give mean and std of each channel.
 
     Args:
         learning_rate, scheduler_config: see `ldm.training.optim.adamw`; the model's own scheduler_config is
@@ -104,8 +110,14 @@ class DiffusionTraining(ClippedTraining):
     def latents(self, batch: dict[str, Any]) -> Tensor:
         if "latent" in batch:
             return batch["latent"]
-        images = entry_of(batch, self.model.first_stage_key)
-        return self.model.get_first_stage_encoding(self.model.encode_first_stage(images))
+        return self.model.get_first_stage_encoding(self.encoded(batch))
+
+    def encoded(self, batch: Mapping[str, Any]) -> DiagonalGaussianDistribution | Tensor:
+        """What the first stage encodes the batch's images to; it may have done so before."""
+        if ENCODED not in batch:
+            return self.model.encode_first_stage(entry_of(batch, self.model.first_stage_key))
+        gaussian = isinstance(self.model.first_stage_model, AutoencoderKL)
+        return DiagonalGaussianDistribution(batch[ENCODED]) if gaussian else batch[ENCODED]
 
     def timestep_weights(self, t: Tensor) -> Tensor:
         """Weight of each image's loss, (B,): min(SNR, gamma) for the squared error of x_0."""
@@ -122,10 +134,36 @@ class DiffusionTraining(ClippedTraining):
                 "model.params.first_stage_config.params.ckpt_path and model.params.ckpt_path are not given: the "
                 "latents are those of a first stage that was never trained"
             )
+        if self.model.normalize_latents:
+            self.normalize()
         if self.model.scale_by_std:
             z = self.latents(batch)
             self.model.scale_factor.copy_(self.model.scale_factor / z.std())
             print(f"scale_by_std: the scale factor is {self.model.scale_factor.item():.5g}")
+
+    @torch.no_grad()
+    def normalize(self) -> None:
+        """Set mean and standard deviation of each channel of the latents, by images from all over the training set.
+
+        Raises:
+            ValueError: the data gives latents that are scaled already, or no dataset with a length.
+        """
+        train = self.trainer.datamodule.train
+        if isinstance(train, IterableDataset):
+            raise ValueError("model.params.normalize_latents: needs a training set with a length, not a stream")
+        spread = torch.linspace(0, len(train) - 1, min(len(train), SAMPLE)).long().tolist()
+        found = []
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            for i in range(0, len(spread), PART):
+                batch = default_collate([train[place] for place in spread[i : i + PART]])
+                if "latent" in batch:
+                    raise ValueError("model.params.normalize_latents: the data gives latents that are scaled already")
+                found.append(self.latents(self.transfer_batch_to_device(batch, self.device, 0)))
+        z = torch.cat(found)  # of mean 0 and deviation 1 as yet, that is: not changed
+        self.model.latent_mean.copy_(z.mean((0, 2, 3))[:, None, None])
+        self.model.latent_std.copy_(z.std((0, 2, 3))[:, None, None])
+        print(f"normalize_latents: mean and deviation of each channel, of {len(spread)} training images")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         z = self.latents(batch)

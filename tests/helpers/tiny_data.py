@@ -26,6 +26,7 @@ def write_data(folder: Path, side: int = SIDE) -> Path:
             "style": style,
             "tier": 1,
             "category": "even" if c % 2 == 0 else "odd",
+            "subgroup": f"group-{c % 2}",
             "split": "heldout_pair" if (c, s) == (3, 4) else "train",
         }
         for c in range(4)

@@ -229,7 +229,16 @@ def test_the_first_source_that_knows_a_name_counts():
 
 
 def test_a_skin_tone_is_held_out_with_its_concept():
-    hand = Concept("1F44B", "waving hand", "People & Body", 2, ("a waving hand", "a hello"), "1F44B", ("a hand",))
+    hand = Concept(
+        "1F44B",
+        "waving hand",
+        "People & Body",
+        2,
+        ("a waving hand", "a hello"),
+        "1F44B",
+        ("a hand",),
+        "hand-fingers-open",
+    )
     emoji = [
         {
             "unified": "1F44B",
@@ -272,7 +281,7 @@ def test_held_out_never_trains(recipe, heldout):
 
 
 def test_choice_is_by_hash_and_spares_the_iconic():
-    concepts = [Concept(f"{i:X}", f"c{i}", "Objects", 1 + i % 3, ("x",), f"{i:X}", ()) for i in range(3000)]
+    concepts = [Concept(f"{i:X}", f"c{i}", "Objects", 1 + i % 3, ("x",), f"{i:X}", (), "tool") for i in range(3000)]
     iconic = {c.name for c in concepts[:1500]}
     text = choose_heldout(concepts, iconic, "emoji0", ["noto", "openmoji"])
     chosen = yaml.safe_load(text)

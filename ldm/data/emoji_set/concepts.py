@@ -27,6 +27,7 @@ class Concept:
     phrases: tuple[str, ...]  # what captions say: the name, then keywords
     base: str  # the concept without skin tone, with which it is held out
     groups: tuple[str, ...]  # what captions say that leave the concept open: 'a heart', 'an animal'
+    subgroup: str  # of the category, as in the emoji charts: face-smiling, food-fruit, ...
 
 
 def concepts_of(listed: Listed, emoji: Entries, openmoji: Entries, lib: dict[str, list[str]]) -> list[Concept]:
@@ -68,6 +69,7 @@ def concepts_of(listed: Listed, emoji: Entries, openmoji: Entries, lib: dict[str
             phrases(id),
             id,
             colourless(names[id], tiers[id]) + tuple(listed["groups"].get(e["subcategory"], ())),
+            e["subcategory"],
         )
         for id, e in entries.items()
         if e["category"] != "Symbols" or tiers[id] < 3
@@ -86,6 +88,7 @@ def skin_tones(concepts: Iterable[Concept], emoji: Entries) -> list[Concept]:
             (f"{c.phrases[0]} with {tone} skin tone",),
             c.id,
             (c.phrases[0], *c.groups),
+            c.subgroup,
         )
         for c in concepts
         for code, tone in SKIN_TONES.items()

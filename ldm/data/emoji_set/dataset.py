@@ -101,6 +101,7 @@ def image_entry(
         "name": concept.name,
         "style": style.name,
         "category": concept.category,
+        "subgroup": concept.subgroup,
         "tier": concept.tier,
         "split": split_of(concept.base, style.name, heldout),
     }

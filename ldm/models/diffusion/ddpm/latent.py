@@ -26,6 +26,8 @@ class LatentDiffusion(DDPM, PublishedMethods):
         concat_mode: meaning of conditioning_key None with a conditioner: "concat", else "crossattn".
         scale_factor: latents are the first stage's times this.
         scale_by_std: the scale factor is a buffer, measured by the training on its first batch.
+        normalize_latents: latents have mean 0 and standard deviation 1 in every channel, by the buffers latent_mean and
+            latent_std, which the training measures; instead of a scale factor.
         num_timesteps_cond: 1; shortened conditioning schedules are not supported.
         rest: see `DDPM`.
     """
@@ -42,6 +44,7 @@ class LatentDiffusion(DDPM, PublishedMethods):
         conditioning_key: str | None = None,
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
+        normalize_latents: bool = False,
         **rest: Any,
     ) -> None:
         if num_timesteps_cond != 1:
@@ -50,11 +53,17 @@ class LatentDiffusion(DDPM, PublishedMethods):
             conditioning_key = "concat" if concat_mode else "crossattn"
         super().__init__(unet_config, conditioning_key=conditioning_key, **rest)
         self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
-        self.scale_by_std = scale_by_std
+        if normalize_latents and (scale_by_std or scale_factor != 1.0):
+            raise ValueError("normalize_latents: takes the place of scale_by_std and scale_factor; give one of them")
+        self.scale_by_std, self.normalize_latents = scale_by_std, normalize_latents
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(scale_factor))
         else:
             self.scale_factor = scale_factor
+        if normalize_latents:
+            channels = self.channels  # (C, 1, 1) each
+            self.register_buffer("latent_mean", torch.zeros(channels, 1, 1))
+            self.register_buffer("latent_std", torch.ones(channels, 1, 1))
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         if cond_stage_config == "__is_unconditional__":
             conditioner = None
@@ -98,8 +107,10 @@ class LatentDiffusion(DDPM, PublishedMethods):
     def get_first_stage_encoding(
         self, encoded: DiagonalGaussianDistribution | Tensor, noise: Tensor | None = None
     ) -> Tensor:
-        """Latents (B, C, h, w): a sample of the posterior (with `noise` if given), or the code, scaled."""
+        """Latents (B, C, h, w): a sample of the posterior (with `noise` if given) or the code, scaled or normalized."""
         z = encoded.sample(noise) if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        if self.normalize_latents:
+            return (z - self.latent_mean) / self.latent_std
         return self.scale_factor * z
 
     @torch.no_grad()
@@ -109,7 +120,8 @@ class LatentDiffusion(DDPM, PublishedMethods):
 
     def _decoded(self, z: Tensor, force_not_quantize: bool) -> Tensor:
         quantized = {"force_not_quantize": True} if force_not_quantize else {}  # which a KL first stage does not take
-        return self.first_stage_model.decode(z / self.scale_factor, **quantized)
+        z = z * self.latent_std + self.latent_mean if self.normalize_latents else z / self.scale_factor
+        return self.first_stage_model.decode(z, **quantized)
 
 
 class Layout2ImgDiffusion(LatentDiffusion):
