@@ -1,12 +1,13 @@
-"""Convert the weights of Stable Diffusion 1 or 2 between a CompVis checkpoint and a folder of the diffusers library.
+"""Convert the weights of Stable Diffusion 1, 2 or XL between one file and a folder of the diffusers library.
 
     python scripts/convert.py FOLDER --to ldm --out model.safetensors
     python scripts/convert.py DiT-XL-2-256x256.pt --to ldm --vae VAE.safetensors --out model.safetensors
     python scripts/convert.py model.ckpt --config configs/CONFIG.yaml --to diffusers --out FOLDER
 
-The folder contains unet/, vae/ and text_encoder/, each with its config.json. With --to diffusers it also gets
-scheduler/, which states the noise schedule and what the network predicts. It gets no tokenizer, because a checkpoint
-has none. A published diffusion transformer (DiT) has no first stage; --vae names the file of the one that is added.
+The folder contains unet/, vae/ and text_encoder/, of SDXL also text_encoder_2/ (of its refiner only that one), each
+with its config.json. With --to diffusers it also gets scheduler/, which states the noise schedule and what the network
+predicts. It gets no tokenizer, because a checkpoint has none. A published diffusion transformer (DiT) has no first
+stage; --vae names the file of the one that is added.
 """
 
 from __future__ import annotations

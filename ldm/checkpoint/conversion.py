@@ -165,7 +165,7 @@ def _rename(part: str, state: Mapping[str, Tensor], names: Mapping[str, str]) ->
         else:
             renamed[names[known] + key.removeprefix(known)] = value
     if unknown:
-        raise ConversionError(f"{part}: keys that Stable Diffusion 1 and 2 do not have{some(unknown, 4)}")
+        raise ConversionError(f"{part}: keys that this model does not have{some(unknown, 4)}")
     if others := [f"{key} {value.dtype}" for key, value in renamed.items() if not value.is_floating_point()]:
         raise ConversionError(f"{part}: weights that are not floating-point numbers{some(others, 4)}")
     return renamed
@@ -203,12 +203,8 @@ def to_ldm(parts: Mapping[str, Mapping[str, Tensor]], openclip: bool) -> dict[st
     Raises:
         ConversionError: a part has keys that these models do not have, or lacks keys.
     """
-    text = (_openclip_to_ldm if openclip else _clip_to_ldm)(parts["text_encoder"])
-    converted = {
-        UNET: _unet_to_ldm(parts["unet"]),
-        VAE: _vae_to_ldm(parts["vae"]),
-        OPENCLIP if openclip else CLIP: text,
-    }
+    text = (openclip_to_ldm if openclip else clip_to_ldm)(parts["text_encoder"])
+    converted = {UNET: unet_to_ldm(parts["unet"]), VAE: vae_to_ldm(parts["vae"]), OPENCLIP if openclip else CLIP: text}
     return {prefix + key: value for prefix, state in converted.items() for key, value in state.items()}
 
 
@@ -233,17 +229,18 @@ def first_stage_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ConversionError: it is something else.
     """
     if any(key.startswith("encoder.down_blocks.") for key in state):
-        state = _vae_to_ldm(state)
+        state = vae_to_ldm(state)
     if "post_quant_conv.weight" not in state:
         raise ConversionError("not a first stage of Stable Diffusion: it has no post_quant_conv.weight")
     return {VAE + key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))}
 
 
-def _unet_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unet_to_ldm(state: Mapping[str, Tensor], more: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """Our names of a UNet's weights; `more`: modules beside those of Stable Diffusion 1 and 2, ours -> theirs."""
     levels = _count(state, r"down_blocks\.(\d+)\.")
     attention = {i for i in range(levels) if f"up_blocks.{i}.attentions.0.norm.weight" in state}
     names = unet_names(levels, _count(state, r"down_blocks\.0\.resnets\.(\d+)\."), attention)
-    return _rename("unet", state, _inverse(names))
+    return _rename("unet", state, _inverse(names | dict(more or {})))
 
 
 def control_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -257,7 +254,8 @@ def control_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _rename("control network", state, _inverse(names))
 
 
-def _vae_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def vae_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names of a first stage's weights."""
     blocks = _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
     names = _inverse(vae_names(_count(state, r"encoder\.down_blocks\.(\d+)\."), blocks))
     for half in ("encoder", "decoder"):
@@ -281,12 +279,14 @@ def _text_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in bare.items() if key != "embeddings.position_ids"}
 
 
-def _clip_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def clip_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names of CLIP's weights below their prefix, which are the same in both."""
     state = _text_model(state)
     return _rename("text_encoder", state, {name: name for name in CLIP_MODULES})
 
 
-def _openclip_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def openclip_to_ldm(state: Mapping[str, Tensor], unused: int = 1) -> dict[str, Tensor]:
+    """Our names of OpenCLIP's weights, and as many layers of zeros behind its own as the model has but does not run."""
     state = _text_model(state)
     layers = _count(state, r"encoder\.layers\.(\d+)\.")
     ours, theirs = POSITIONS
@@ -300,12 +300,13 @@ def _openclip_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = _inverse(openclip_names(layers)) | {theirs: ours}
     result = _rename("text_encoder", state, names) | packed
     last = f"transformer.resblocks.{layers - 1}."
-    unused = {
-        key.replace(last, f"transformer.resblocks.{layers}."): torch.zeros_like(value)
+    zeros = {
+        key.replace(last, f"transformer.resblocks.{layers + more}."): torch.zeros_like(value)
+        for more in range(unused)
         for key, value in result.items()
         if key.startswith(last)
     }
-    return result | unused
+    return result | zeros
 
 
 # To a folder's parts
@@ -325,47 +326,60 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         ConversionError: a part is not there, or is not that of Stable Diffusion 1 or 2.
     """
     state = {key: value for key, value in state.items() if not NOT_IN_FOLDERS.fullmatch(key)}
-    ours = {
-        part: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        for part, prefix in PARTS.items()
-    }
-    for part, weights in ours.items():
-        if not weights:
-            raise ConversionError(f"{part}: the checkpoint has no weights named {PARTS[part]}*")
-    if strangers := [key for key in state if not key.startswith(tuple(PARTS.values()))]:
-        raise ConversionError(f"keys that Stable Diffusion 1 and 2 do not have: {', '.join(sorted(strangers)[:4])}")
+    ours = parts_of(state, PARTS)
     openclip = is_openclip(state)
     text = {
         key.removeprefix(OPENCLIP if openclip else CLIP): value
         for key, value in state.items()
         if key.startswith(PARTS["text_encoder"])
     }
-    text = _openclip_to_diffusers(text) if openclip else _clip_to_ldm(text)
+    text = openclip_to_diffusers(text) if openclip else clip_to_ldm(text)
     return {
-        "unet": _unet_to_diffusers(ours["unet"]),
-        "vae": _vae_to_diffusers(ours["vae"]),
+        "unet": unet_to_diffusers(ours["unet"]),
+        "vae": vae_to_diffusers(ours["vae"]),
         "text_encoder": {f"text_model.{key}": value for key, value in text.items()},
     }
 
 
-def _unet_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def parts_of(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """The weights of each part without its prefix.
+
+    Raises:
+        ConversionError: a part has none, or a weight belongs to no part.
+    """
+    parts = {
+        part: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for part, prefix in prefixes.items()
+    }
+    for part, weights in parts.items():
+        if not weights:
+            raise ConversionError(f"{part}: the checkpoint has no weights named {prefixes[part]}*")
+    if strangers := [key for key in state if not key.startswith(tuple(prefixes.values()))]:
+        raise ConversionError(f"keys that Stable Diffusion does not have: {', '.join(sorted(strangers)[:4])}")
+    return parts
+
+
+def unet_to_diffusers(state: Mapping[str, Tensor], more: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """The inverse of `unet_to_ldm`."""
     first = min(
         (int(found[1]) for key in state if (found := re.match(r"input_blocks\.(\d+)\.0\.op\.", key))),
         default=_count(state, r"input_blocks\.(\d+)\."),
     )
     levels = _count(state, r"input_blocks\.(\d+)\.") // first
     attention = {i for i in range(levels) if f"output_blocks.{i * first}.1.norm.weight" in state}
-    return _rename("unet", state, unet_names(levels, first - 1, attention))
+    return _rename("unet", state, unet_names(levels, first - 1, attention) | dict(more or {}))
 
 
-def _vae_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def vae_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `vae_to_ldm`, in diffusers' present names."""
     names = vae_names(_count(state, r"encoder\.down\.(\d+)\."), _count(state, r"encoder\.down\.0\.block\.(\d+)\."))
     flat = {key: value.flatten(1) if _vae_projection(key) else value for key, value in state.items()}
     return _rename("vae", flat, names)
 
 
-def _openclip_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    layers = _count(state, r"transformer\.resblocks\.(\d+)\.") - 1
+def openclip_to_diffusers(state: Mapping[str, Tensor], unused: int = 1) -> dict[str, Tensor]:
+    """The inverse of `openclip_to_ldm`."""
+    layers = _count(state, r"transformer\.resblocks\.(\d+)\.") - unused
     ours, theirs = POSITIONS
     kept, unpacked = {}, {}
     for key, value in state.items():
@@ -402,9 +416,9 @@ def diffusers_configs(
     if params.get("beta_schedule", "linear") != "linear" or params.get("parameterization", "eps") == "x0":
         raise ConversionError("scheduler: only the linear noise schedule and eps- or v-prediction have a place there")
     return {
-        "unet": _unet_config(params, unet, parts["unet"]),
-        "vae": _vae_config(params, dd),
-        "text_encoder": _text_config(parts["text_encoder"], openclip),
+        "unet": unet_config(params, unet, parts["unet"]),
+        "vae": vae_config(params, dd),
+        "text_encoder": text_config(parts["text_encoder"], openclip),
         "scheduler": {
             "_class_name": "DDIMScheduler",
             "beta_schedule": "scaled_linear",
@@ -429,11 +443,11 @@ def diffusers_unet(params: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
     Raises:
         ConversionError, KeyError: not a UNet of Stable Diffusion 1 or 2.
     """
-    weights = _unet_to_diffusers(state)
-    return _unet_config(params, params["unet_config"]["params"], weights), weights
+    weights = unet_to_diffusers(state)
+    return unet_config(params, params["unet_config"]["params"], weights), weights
 
 
-def _unet_config(params: Mapping[str, Any], unet: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def unet_config(params: Mapping[str, Any], unet: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
     channels = [unet["model_channels"] * m for m in unet["channel_mult"]]
     levels = len(channels)
     attention = [f"down_blocks.{i}.attentions.0.norm.weight" in weights for i in range(levels)]
@@ -455,7 +469,7 @@ def _unet_config(params: Mapping[str, Any], unet: Mapping[str, Any], weights: Ma
     }
 
 
-def _vae_config(params: Mapping[str, Any], dd: Mapping[str, Any]) -> dict[str, Any]:
+def vae_config(params: Mapping[str, Any], dd: Mapping[str, Any]) -> dict[str, Any]:
     levels = len(dd["ch_mult"])
     return {
         "_class_name": "AutoencoderKL",
@@ -471,7 +485,10 @@ def _vae_config(params: Mapping[str, Any], dd: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _text_config(weights: Mapping[str, Tensor], openclip: bool) -> dict[str, Any]:
+def text_config(weights: Mapping[str, Tensor], openclip: bool) -> dict[str, Any]:
+    """Of a text encoder; `openclip`: OpenCLIP's."""
+    """Of a first stage."""
+    """Of a UNet."""
     vocabulary, width = weights["text_model.embeddings.token_embedding.weight"].shape
     layers = _count(weights, r"text_model\.encoder\.layers\.(\d+)\.")
     return {

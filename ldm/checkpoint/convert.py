@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.checkpoint import conversion_xl
 from ldm.checkpoint.conversion import (
     diffusers_configs,
     first_stage_to_ldm,
@@ -77,9 +78,12 @@ def checkpoint_to_folder(
         params = diffusion_params(config)
     with fault_of("source"):
         state = load_state(source, weights)
-        parts = to_diffusers(state)
+        parts = conversion_xl.to_diffusers(state) if conversion_xl.is_xl(state) else to_diffusers(state)
     with fault_of("config", (ValueError, KeyError, TypeError)):
-        configs = diffusers_configs(params, parts, is_openclip(state))
+        if conversion_xl.is_xl(state):
+            configs = conversion_xl.configs(params, parts)
+        else:
+            configs = diffusers_configs(params, parts, is_openclip(state))
     with fault_of("out"):
         write_folder(Path(out), parts, configs)
     return {part: len(tensors) for part, tensors in parts.items()}

@@ -13,16 +13,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.checkpoint import conversion_xl
 from ldm.checkpoint.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, to_ldm
 from ldm.io.errors import one_line, some
 from ldm.io.files import FileError, atomic_write, file_sha256, kind, parse_json, read_json
 
 GROUP = 2**28  # bytes of a safetensors file that are mapped, and released, together
+SECOND = "text_encoder_2"
 PART_FILES = {
     part: [f"{stem}{variant}{suffix}" for suffix, stem in stems.items() for variant in ("", ".fp16")]
     for part, stems in {
         **dict.fromkeys(("unet", "vae"), dict.fromkeys((".safetensors", ".bin"), "diffusion_pytorch_model")),
-        "text_encoder": {".safetensors": "model", ".bin": "pytorch_model"},
+        **dict.fromkeys(("text_encoder", "text_encoder_2"), {".safetensors": "model", ".bin": "pytorch_model"}),
     }.items()
 }
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # as diffusers calls them
@@ -31,8 +33,8 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # as diff
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a .safetensors file, or of a .ckpt / .pt / .pth one, see `state_dict_in`.
 
-    A folder of the diffusers library (Stable Diffusion 1 or 2) is converted to the names of a CompVis checkpoint, see
-    `ldm.checkpoint.conversion`.
+    A folder of the diffusers library (Stable Diffusion 1, 2 or XL) is converted to the names of the published file, see
+    `ldm.checkpoint.conversion` and `conversion_xl`.
 
     The format is detected from the content, not from the name. Tensors are memory-mapped where the format allows it.
     No code in the file is run.
@@ -95,6 +97,11 @@ def _strange_kind(value: Tensor) -> str | None:
 
 def _read_folder(path: Path) -> dict[str, Tensor]:
     files = part_files(path)
+    if SECOND in files:
+        try:
+            return conversion_xl.to_ldm({part: read_checkpoint(file) for part, file in files.items()})
+        except ConversionError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     settings = path / "text_encoder" / "config.json"
     try:
         activation = read_json(settings)["hidden_act"]
@@ -112,18 +119,22 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
 
 
 def part_files(path: Path) -> dict[str, Path]:
-    """The weights of each part of a diffusers folder.
+    """The weights of each part of a diffusers folder; one with a second text encoder is of SDXL.
 
     Raises:
         CheckpointError: a part is not there.
     """
     files = {}
-    for part, names in PART_FILES.items():
+    parts = [*PARTS, SECOND] if (path / SECOND).is_dir() else [*PARTS]
+    if SECOND in parts and not (path / "text_encoder").exists():
+        parts.remove("text_encoder")  # SDXL's refiner
+    for part in parts:
+        names = PART_FILES[part]
         found = [file for file in (path / part / name for name in names) if file.is_file()]
         if not found:
             raise CheckpointError(
                 f"{path}: a folder without {part}/{names[0]} (or {', '.join(names[1:])}); a "
-                f"diffusers folder needs {'/, '.join(PARTS)}/, anything else is a file"
+                f"diffusers folder needs {'/, '.join(parts)}/, anything else is a file"
             )
         files[part] = found[0]
     return files

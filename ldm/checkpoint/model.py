@@ -199,7 +199,8 @@ SCHEDULE = re.compile(
 OPTIONAL = re.compile(
     SCHEDULE.pattern + r"|logvar"
     r"|model_ema\..+"
-    r"|(.+\.)?(position_ids|logit_scale|text_projection)"
+    r"|(.+\.)?(position_ids|logit_scale)|(?!conditioner\.)(.+\.)?text_projection"  # SDXL uses the projection
+    r"|denoiser\.sigmas"
     r"|(first_stage_model\.)?loss\..+"
 )
 BESIDE = re.compile(r"control_model\..+")  # a control network has a loader of its own, see `ldm.checkpoint.control`
