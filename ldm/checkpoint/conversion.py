@@ -165,7 +165,7 @@ def _rename(part: str, state: Mapping[str, Tensor], names: Mapping[str, str]) ->
         else:
             renamed[names[known] + key.removeprefix(known)] = value
     if unknown:
-        raise ConversionError(f"{part}: keys that this model does not have{some(unknown, 4)}")
+        raise ConversionError(f"{part}: keys that these models do not have{some(unknown, 4)}")
     if others := [f"{key} {value.dtype}" for key, value in renamed.items() if not value.is_floating_point()]:
         raise ConversionError(f"{part}: weights that are not floating-point numbers{some(others, 4)}")
     return renamed
@@ -355,7 +355,7 @@ def parts_of(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[s
         if not weights:
             raise ConversionError(f"{part}: the checkpoint has no weights named {prefixes[part]}*")
     if strangers := [key for key in state if not key.startswith(tuple(prefixes.values()))]:
-        raise ConversionError(f"keys that Stable Diffusion does not have: {', '.join(sorted(strangers)[:4])}")
+        raise ConversionError(f"keys that Stable Diffusion models do not have: {', '.join(sorted(strangers)[:4])}")
     return parts
 
 

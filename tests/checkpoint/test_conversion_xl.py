@@ -129,8 +129,8 @@ def test_a_missing_part_is_named(folder, files, tmp_path, capsys):
         ({"conditioner.embedders.1.model.text_projection": None}, "text_encoder_2: without text_projection"),
         ({"conditioner.embedders.0": None}, r"text_encoder: .*no weights named conditioner.embedders.0.transformer"),
         ({VAE: None}, r"vae: the checkpoint has no weights named first_stage_model\.\*"),
-        ({UNET + "label_emb.weight": torch.zeros(2)}, "unet: keys that this model does not have .*label_emb.weight"),
-        ({"depth_model.a": torch.zeros(2)}, "keys that Stable Diffusion does not have: depth_model.a"),
+        ({UNET + "label_emb.weight": torch.zeros(2)}, "unet: keys that these models do not have .*label_emb.weight"),
+        ({"depth_model.a": torch.zeros(2)}, "keys that Stable Diffusion models do not have: depth_model.a"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(change, why, files):
