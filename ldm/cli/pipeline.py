@@ -155,6 +155,18 @@ def check_guidance(recipe: Recipe, task: Task, processes: Processes = ALONE) -> 
         )
 
 
+def check_together(recipe: Recipe, plan: AnyPlan, task: Task, processes: Processes) -> None:
+    """Raise SettingError for what does not go with images that take attention from each other."""
+    if task.condition.together == 1:
+        return
+    if plan.per_image:
+        raise SettingError("plan", "what runs must not depend on the image, since the edits are made with their source")
+    if recipe.tome:
+        raise SettingError("tome", "merged tokens can't take attention from another image; expected 0")
+    if processes.several:
+        raise SettingError("device", "edits and their source are made by one process; run it without torchrun")
+
+
 def check_network(model: LatentDiffusion, recipe: Recipe, plan: AnyPlan) -> None:
     """Raise SettingError if what is asked for is more than the model's network has."""
     unet = model.model.diffusion_model
@@ -236,6 +248,7 @@ def load_engines(setup: Setup, methods: Methods, task: Task) -> dict[str, Engine
     model = setup.load()
     for recipe, plan in methods.values():
         check_network(model, recipe, plan)
+        check_together(recipe, plan, task, setup.processes)
     build = partial(Engine, model, setup.sizes, task=task, autocast=setup.autocast, spread=setup.processes.several)
     with fault_of("config"):
         engines = {label: build(*method) for label, method in methods.items()}

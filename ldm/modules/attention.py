@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.compatibility import Normalize  # noqa: F401  (published name of this module)
+from ldm.modules.attention_control import AttentionControl
 from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
 from ldm.modules.token_merging import Merging
 
@@ -70,14 +71,19 @@ class CrossAttention(nn.Module):
             k, v = k.contiguous(), v.contiguous()
         return k, v
 
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """(B, N, query_dim), (B, L, context_dim) -> (B, N, query_dim)."""
+    def forward(self, x: Tensor, context: Context | None = None, control: AttentionControl | None = None) -> Tensor:
+        """(B, N, query_dim), (B, L, context_dim) -> (B, N, query_dim); control: changes the maps of attention."""
         q = self._split(self.to_q(x))  # (B, heads, N, dim_head)
         if isinstance(context, ProjectedContext):
             k, v = context.of(self)  # (B, heads, L, dim_head)
         else:
             k, v = self.keys_values(x if context is None else context)
-        attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, dim_head)
+        cross = context is not None
+        if control is None or not control.changes(x.shape[1], cross):
+            attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, dim_head)
+        else:
+            maps = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, N, L)
+            attended = control.edited(self, maps, cross) @ v
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
@@ -127,11 +133,12 @@ class BasicTransformerBlock(nn.Module):
         return {layer: layer.keys_values(context) for layer in layers}
 
     def _forward(self, x: Tensor, context: Context | None, merging: Merging | None) -> Tensor:
+        control = context.control if isinstance(context, ProjectedContext) else None
         if merging is None or self.disable_self_attn:
-            x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
+            x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None, control)
         else:
             x = x + merging.unmerge(self.attn1(merging.merge(self.norm1(x))))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), context, control)
         return x + self.ff(self.norm3(x))
 
 
@@ -209,11 +216,13 @@ class ProjectedContext:
     keys_values: by layer, both (B, heads, L, dim_head).
     batch:       B.
     copies:      how often the batch is repeated; each layer repeats its own where it uses them, to save memory.
+    control:     what images take of each other's attention; None = nothing.
     """
 
     keys_values: Mapping[nn.Module, tuple[Tensor, Tensor]]
     batch: int
     copies: int = 1
+    control: AttentionControl | None = None
 
     def __len__(self) -> int:
         return self.batch * self.copies
@@ -222,10 +231,14 @@ class ProjectedContext:
         """Repeat for n decoder steps, step-major: B -> n*B."""
         return replace(self, copies=n * self.copies)
 
+    def at(self, ts: Sequence[float]) -> ProjectedContext:
+        """Repeat for one step at each of these timesteps, of which the control is told."""
+        return replace(self.tile(len(ts)), control=None if self.control is None else self.control.at(ts))
+
     def images(self, which: slice) -> ProjectedContext:
         """Of some images of a batch that is not repeated."""
         chosen = {layer: (k[which], v[which]) for layer, (k, v) in self.keys_values.items()}
-        return ProjectedContext(chosen, len(range(self.batch)[which]))
+        return ProjectedContext(chosen, len(range(self.batch)[which]), control=self.control)
 
     def of(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, (copies*B, heads, L, dim_head).

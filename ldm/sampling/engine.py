@@ -27,7 +27,7 @@ from ldm.models.diffusion.solvers.registry import SOLVERS, levels_of, solver
 from ldm.modules.packed import pack
 from ldm.profiling.cost import Macs, decoder_bytes, sampling_bytes, shared_bytes, unet_macs
 from ldm.sampling.generate import Item
-from ldm.sampling.task import Condition, Network, Start
+from ldm.sampling.task import Attention, Condition, Network, Start
 
 
 class Ran(NamedTuple):
@@ -343,7 +343,7 @@ class Engine:
         with self._precision():
             rule = self.recipe.rule(self.model.alphas_cumprod, noise, self.task.start.strength)
             x = self.task.start.latents(self.model, items, self._noise(items), rule.nodes[0])
-            return self._denoiser(items), rule, x
+            return self._denoiser(items, self._attention(items, rule)), rule, x
 
     def sampled(self, items: Sequence[Item]) -> tuple[Tensor, Cost]:
         """The items' latents, (B, C, h, w), and what one of them cost."""
@@ -378,8 +378,9 @@ class Engine:
             rule = self.recipe.rule(self.model.alphas_cumprod, noise, start.strength)
             x_T = self._noise(items)
             x, ran = start.latents(self.model, items, x_T, rule.nodes[0]), Ran([], [])
-            edits = (*start.edits(self.model, items, rule.nodes), *self.recipe.edits(x_T))
-            backoff = BatchBackoff(self._denoiser(items, network), self._most)
+            attention = self._attention(items, rule)
+            edits = (*start.edits(self.model, items, rule.nodes), *attention.edits, *self.recipe.edits(x_T))
+            backoff = BatchBackoff(self._denoiser(items, attention, network), self._most)
             denoiser, agreed = (DistributedDecode(backoff), first_process) if self.spread else (backoff, float)
             for state in denoise(denoiser, rule, self.plan, x, edits, agreed):
                 x = state.x
@@ -403,10 +404,15 @@ class Engine:
     def _noise(self, items: Sequence[Item]) -> Tensor:
         return ImageNoise([item.start for item in items]).start(self.shape).to(self.model.device)
 
-    def _denoiser(self, items: Sequence[Item], network: ConditionedNetwork | None = None) -> Denoiser:
+    def _attention(self, items: Sequence[Item], rule: Rule) -> Attention:
+        return self.task.condition.attention(self.model, items, rule.nodes)
+
+    def _denoiser(
+        self, items: Sequence[Item], attention: Attention, network: ConditionedNetwork | None = None
+    ) -> Denoiser:
         condition, guidance = self.task.condition, self.recipe.guidance
         cond = condition.encode(self.model, items)
         uncond = None if guidance.scale == 1.0 else condition.unconditional(self.model, cond)
         network = self.task.network.of(self.model, items) if network is None else network
         variance = SOLVERS[self.recipe.sampler].takes_variance
-        return self.model.denoiser(cond, uncond, guidance, self.recipe.tome, network, variance)
+        return self.model.denoiser(cond, uncond, guidance, self.recipe.tome, network, variance, attention.control)

@@ -7,7 +7,7 @@ its latents. The start is where the latents begin, and what of an image is kept:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,29 @@ from ldm.models.diffusion.denoiser import ConditionedNetwork
 from ldm.models.diffusion.edits import Edit
 from ldm.models.diffusion.sampler import mask_edits
 from ldm.models.diffusion.schedule import Node, diffuse
+from ldm.modules.attention_control import AttentionControl
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
 from ldm.profiling.cost import Macs
 from ldm.sampling.generate import Item
 
 
+class Attention(NamedTuple):
+    """What items take of each other's attention, None = nothing; and what is changed in the latents by it."""
+
+    control: AttentionControl | None = None
+    edits: tuple[Edit, ...] = ()
+
+
 class Condition:
-    """No condition; and what every condition offers."""
+    """No condition; and what every condition offers.
+
+    together: items that belong together, and must be in one batch.
+    """
 
     kind = "an unconditional model"
     key: str | None = None  # the model's conditioning_key
+    together = 1
 
     def tokens(self, model: LatentDiffusion) -> int | None:
         """Context tokens of one image, None for a network without cross-attention.
@@ -60,6 +72,10 @@ class Condition:
             ValueError: the model has no such thing.
         """
         raise ValueError(f"guidance scale must be 1 for {self.kind}: it knows no absence of its condition")
+
+    def attention(self, model: LatentDiffusion, items: Sequence[Item], nodes: Sequence[Node]) -> Attention:
+        """What these items take of each other's attention in a run of these nodes."""
+        return Attention()
 
     def _need(self, fits: bool, otherwise: str) -> None:
         if not fits:

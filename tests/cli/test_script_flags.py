@@ -24,6 +24,7 @@ FLAGS = {
     "n_samples n_rows scale from-file",
     "depth2img": "prompt init-img strength outdir skip_grid skip_save ddim_steps fixed_code ddim_eta n_iter C f "
     "n_samples n_rows scale from-file",
+    "prompt2prompt": "prompt edit init-img cross-steps self-steps reweight blend n_samples ddim_steps scale H W",
     "inpaint": "indir outdir steps prompt scale",
     "sample_diffusion": "resume n_samples eta vanilla_sample logdir custom_steps batch_size npz",
     "class_conditional": "classes class-names uncond_class n_samples scale ddim_steps ddim_eta",

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from ldm.checkpoint import fingerprint, load_config, load_model, read_checkpoint
+from ldm.io.images import from_pil, open_image
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import prompt_items
-from ldm.sampling.task import Text
+from ldm.sampling.prompt_to_prompt import Inverted
+from ldm.sampling.task import Start, Text, mean_latents
 from tests.helpers.paths import ROOT
 
 MODEL = ROOT / "models" / "ldm" / "emoji64"
@@ -53,6 +55,18 @@ def test_propagation_changes_a_picture_and_every_node_a_key_does_not(model):
     plain = pictures(model, spec="off")
     torch.testing.assert_close(pictures(model, spec="uniform:1"), plain, rtol=0, atol=0)
     assert (pictures(model) - plain).abs().max() > 1e-3
+
+
+def test_an_image_is_found_again_from_its_noise(model):
+    """By the noise that DDIM climbs to, and not by other noise."""
+    image, prompt = from_pil(open_image(ROOT / "docs/examples/inpaint/face.png")), "a face, noto style"
+    item = prompt_items([prompt], 1, seed=0)
+    wanted = model.decode_first_stage(mean_latents(model, image[None]))
+    for start, expected in ((Inverted(image, prompt, 10), True), (Start(), False)):
+        maker = engine(model, Recipe(64, 64, steps=10, scale=1.0), load_plan("off", 10))
+        maker.task = Task(Text(), start)
+        found = maker.decode(maker.latents(item))
+        assert ((found - wanted).square().mean().sqrt() < 0.1) == expected
 
 
 def engine(model, recipe: Recipe, plan) -> Engine:

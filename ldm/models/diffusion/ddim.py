@@ -411,22 +411,26 @@ class DDIMSampler(Sampler):
         Raises:
             ValueError: t_enc or return_intermediates is out of range.
         """
-        descent = last(self._nodes(use_original_steps), t_enc, "t_enc")
-        below = (0, *(node.t for node in reversed(descent[1:])))  # where each step of the climb begins
-        climb = tuple(
-            Node(t if true_timesteps else i, node.abar_next, node.abar)
-            for i, (t, node) in enumerate(zip(below, reversed(descent), strict=True))
-        )
+        nodes = climb(last(self._nodes(use_original_steps), t_enc, "t_enc"), true_timesteps)
         keep = kept_steps(t_enc, return_intermediates)
         denoiser = self.model.denoiser(c, unconditional_conditioning, unconditional_guidance_scale)
         state, kept = State(x0), []
-        for i, state in enumerate(self.states(denoiser, DDIM(climb), x0, plan, parallel)):
+        for i, state in enumerate(self.states(denoiser, DDIM(nodes), x0, plan, parallel)):
             if i in keep:
                 kept.append(state.x)
             if callback is not None:
                 callback(i)
         out: dict[str, Any] = {"x_encoded": state.x, "intermediate_steps": keep}
         return state.x, out if return_intermediates is None else {**out, "intermediates": kept}
+
+
+def climb(descent: Sequence[Node], true_timesteps: bool) -> tuple[Node, ...]:
+    """The nodes that lead back up a descent, to its first level; see `DDIMSampler.encode`."""
+    below = (0, *(node.t for node in reversed(descent[1:])))  # where each step of the climb begins
+    return tuple(
+        Node(t if true_timesteps else i, node.abar_next, node.abar)
+        for i, (t, node) in enumerate(zip(below, reversed(descent), strict=True))
+    )
 
 
 def kept_steps(total: int, wanted: int | None) -> list[int]:

@@ -7,7 +7,7 @@ plans, solvers or edits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import sqrt
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.schedule import Node, predict_x0
 from ldm.modules.attention import Context, ProjectedContext
+from ldm.modules.attention_control import AttentionControl
 from ldm.modules.diffusionmodules.features import Features, PartWeights
 
 
@@ -178,11 +179,11 @@ class Conditional:
 
     def encode(self, x: Tensor, t: float) -> Features:
         self._check(x)
-        return self.network.encode(x, self._times(x, [t]), self.cond, self.tome)
+        return self.network.encode(x, self._times(x, [t]), self.cond.at([t]), self.tome)
 
     def refresh(self, features: Features, x: Tensor, t: float, blocks: int) -> Features:
         self._check(x)
-        return self.network.refresh(features, x, self._times(x, [t]), self.cond, blocks, self.tome)
+        return self.network.refresh(features, x, self._times(x, [t]), self.cond.at([t]), blocks, self.tome)
 
     def share(self, features: Features) -> Features:
         if self._part_weights is None:  # once for a run
@@ -192,13 +193,13 @@ class Conditional:
     def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
         joined = Features.cat(features)  # n*B
         t = self._times(features[0].hidden, ts)
-        return self.network.advance(joined, t, self.cond.tile(len(ts)), blocks, self.tome).chunk(len(ts))
+        return self.network.advance(joined, t, self.cond.at(ts), blocks, self.tome).chunk(len(ts))
 
     def decode(
         self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
     ) -> list[Prediction]:
         t = self._times(features[0].hidden, ts)
-        out = self.network.decode(Features.for_nodes(features), t, self.cond.tile(len(ts)), self.tome)  # (n*B, C, H, W)
+        out = self.network.decode(Features.for_nodes(features), t, self.cond.at(ts), self.tome)  # (n*B, C, H, W)
         return [Prediction(part) for part in out.chunk(len(ts))]
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
@@ -274,6 +275,15 @@ class Conditioning:
     def batch(self) -> int | None:
         """How many images it is for; None = any number."""
         return next((len(part) for part in self.parts().values()), None)
+
+    def controlled(self, control: AttentionControl | None) -> Conditioning:
+        """With a control of the attention to its context, which is projected; None = as it is."""
+        return self if control is None else replace(self, context=replace(self.context, control=control))
+
+    def at(self, ts: Sequence[float]) -> Conditioning:
+        """For one step at each of these timesteps, step-major: (B, ...) -> (n*B, ...); see `ProjectedContext.at`."""
+        tiled = self.tile(len(ts))
+        return replace(tiled, context=self.context.at(ts)) if isinstance(self.context, ProjectedContext) else tiled
 
     def tile(self, n: int) -> Conditioning:
         """Repeat for n decoder steps, step-major: (B, ...) -> (n*B, ...)."""

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from ldm.io.files import find_file, read_bytes
-from ldm.modules.encoders.tokenizer import check_ids, cut
+from ldm.modules.encoders.tokenizer import Words, check_ids, cut, words_of
 
 try:
     import ftfy
@@ -139,6 +139,14 @@ class ClipTokenizer:
         """
         return cut(self.bpe, [clean(text) for text in texts])
 
+    def words(self, text: str) -> Words:
+        """The words of a text, mended and in lower case, with their tokens.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        return words_of(self.bpe, clean(text))
+
 
 def clean(text: str) -> str:
     """Broken encodings and HTML entities mended, white space collapsed, lower case; as CLIP was trained.
@@ -190,6 +198,10 @@ class ClipConditioner(nn.Module):
     def cut(self, texts: Sequence[str]) -> list[bool]:
         """See `ClipTokenizer.cut`."""
         return self.tokenizer.cut(texts)
+
+    def words(self, text: str) -> Words:
+        """See `ClipTokenizer.words`."""
+        return self.tokenizer.words(text)
 
     def encode(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """The same as calling it."""

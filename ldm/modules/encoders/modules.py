@@ -17,7 +17,7 @@ from ldm.modules.diffusionmodules.upscaling import CLIPEmbeddingNoiseAugmentatio
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder, FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.general import ConcatTimestepEmbedderND, GeneralConditioner
 from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2, FrozenOpenCLIPImageEmbedder
-from ldm.modules.encoders.tokenizer import check_ids, cut, load_tokenizer, tokenize
+from ldm.modules.encoders.tokenizer import Words, check_ids, cut, load_tokenizer, tokenize, words_of
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 if TYPE_CHECKING:
@@ -203,6 +203,14 @@ class BERTEmbedder(TransformerEmbedder):
             ValueError: there is no tokenizer.
         """
         return cut(self._tokenizer(), texts)
+
+    def words(self, text: str) -> Words:
+        """The words of a text, in lower case, with their tokens.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        return words_of(self._tokenizer(), " ".join(text.lower().split()))
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from string import punctuation
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -89,6 +91,45 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
 def cut(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bool]:
     """Of each text whether its end is cut off, because it is longer than what is encoded."""
     return [bool(encoding.overflowing) for encoding in tokenizer.encode_batch(list(texts))]
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text as a text encoder reads it.
+
+    ids:       of its tokens, those that frame it among them, without padding.
+    length:    L, of the encoded text with its padding.
+    words:     of the text, split at spaces.
+    positions: of each word's tokens among the L; none for what is cut off.
+    """
+
+    ids: tuple[int, ...]
+    length: int
+    words: tuple[str, ...]
+    positions: tuple[tuple[int, ...], ...]
+
+    def of(self, word: str) -> tuple[int, ...]:
+        """The positions of a word, in any case, wherever it stands in the text; none if it is not there.
+
+        Punctuation around it belongs to it.
+        """
+        pairs = zip(self.words, self.positions, strict=True)
+        return tuple(i for own, places in pairs if word.lower() in (own, own.strip(punctuation)) for i in places)
+
+
+def words_of(tokenizer: Tokenizer, text: str) -> Words:
+    """The words of a text with their tokens; what stands between two spaces is a word."""
+    encoding = tokenizer.encode(text)
+    words, places = tuple(text.split(" ")), [[] for _ in range(text.count(" ") + 1)]
+    for i, (special, (start, end)) in enumerate(zip(encoding.special_tokens_mask, encoding.offsets, strict=True)):
+        if not special and end > start:
+            places[text.count(" ", 0, start)].append(i)
+    return Words(
+        tuple(one for one, real in zip(encoding.ids, encoding.attention_mask, strict=True) if real),
+        len(encoding.ids),
+        words,
+        tuple(map(tuple, places)),
+    )
 
 
 def check_ids(name: str, ids: Tensor, count: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.denoiser import Conditional, ConditionedNetwork, Conditioning, Denoiser
 from ldm.models.diffusion.guidance import Guidance, Guided
+from ldm.modules.attention_control import AttentionControl
 from ldm.modules.diffusionmodules.features import Features, PartWeights
 from ldm.modules.diffusionmodules.util import ForwardProcess, at, make_beta_schedule, with_zero_terminal_snr
 from ldm.modules.distributions.distributions import discretized_log_likelihood, gaussian_divergence
@@ -267,6 +268,7 @@ class DDPM(ForwardProcess):
         tome: float = 0.0,
         network: ConditionedNetwork | None = None,
         variance: bool = False,
+        control: AttentionControl | None = None,
     ) -> Denoiser:
         """The network under a condition, with classifier-free guidance (arXiv 2207.12598) unless its scale is 1.
 
@@ -276,6 +278,7 @@ class DDPM(ForwardProcess):
             tome: share of tokens that the network merges for self-attention; see `UNetModel.encode`.
             network: predicts in the place of the model's own, and may use that.
             variance: for a solver that takes the predicted variance, see `Conditional`.
+            control: what some of the images take of another's attention.
 
         Raises:
             ValueError: guidance is asked for without uncond, or a variance of a network that predicts none.
@@ -288,10 +291,11 @@ class DDPM(ForwardProcess):
             guidance = replace(guidance, channels=self.guided_channels or self.channels)
         cond = self.conditioning(cond)
         if guidance.scale == 1.0:
-            return Conditional(network, network.project(cond), self.parameterization, tome, variance)
+            projected = network.project(cond).controlled(control)
+            return Conditional(network, projected, self.parameterization, tome, variance)
         if uncond is None:
             raise ValueError(f"uncond: guidance scale {guidance.scale} needs an unconditional conditioning; got None")
-        both = network.project(Conditioning.cat(self.conditioning(uncond), cond))
+        both = network.project(Conditioning.cat(self.conditioning(uncond), cond)).controlled(control)
         conditional = both.images(slice(both.batch // 2, None))
         return Guided(
             Conditional(network, both, self.parameterization, tome, variance),
