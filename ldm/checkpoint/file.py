@@ -17,6 +17,7 @@ from ldm.checkpoint import conversion_xl
 from ldm.checkpoint.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, to_ldm
 from ldm.io.errors import one_line, some
 from ldm.io.files import FileError, atomic_write, file_sha256, kind, parse_json, read_json
+from ldm.modules.ema import ema_name
 
 GROUP = 2**28  # bytes of a safetensors file that are mapped, and released, together
 SECOND = "text_encoder_2"
@@ -27,6 +28,9 @@ PART_FILES = {
         **dict.fromkeys(("text_encoder", "text_encoder_2"), {".safetensors": "model", ".bin": "pytorch_model"}),
     }.items()
 }
+# How the weights of a run of main.py begin, of a diffusion model or a first stage; published ones never do.
+TRAINED = ("model.model.", "model.encoder.")
+CONDITIONER = "cond_stage_model."
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # as diffusers calls them
 
 
@@ -79,6 +83,20 @@ def plain_names(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
         named = {key.removeprefix("module."): value for key, value in named.items()}
     if len(named) < len(state):
         raise CheckpointError(f"{path}: the same weights twice, with and without '_orig_mod.' in their names; save one")
+    return of_training(named) if any(key.startswith(TRAINED) for key in named) else named
+
+
+def of_training(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a run of main.py under the published names; the conditioner's weights are their averages."""
+    averages = {k.removeprefix("conditioner_ema."): v for k, v in state.items() if k.startswith("conditioner_ema.")}
+    named = {}
+    for key, value in state.items():
+        if key.startswith("network_ema."):
+            named[key.replace("network_ema.", "model_ema.", 1)] = value
+        elif not key.startswith("conditioner_ema."):
+            named[key.removeprefix("model.")] = value
+    for key in [key for key in named if key.startswith(CONDITIONER)]:
+        named[key] = averages.get(ema_name(key.removeprefix(CONDITIONER)), named[key])
     return named
 
 

@@ -163,7 +163,7 @@ def without_weights(config: Any) -> nn.Module:
 
 
 def model_files(config: str | Path | None, ckpt: str | Path | None, default: Files | None = None) -> Files:
-    """Config and weights; where neither is given the default.
+    """Config and weights; where neither is given the default. Both may be the folder of a run of main.py.
 
     Raises:
         SettingError: a file is not there, or there is not exactly one that belongs to the one given.
@@ -172,6 +172,7 @@ def model_files(config: str | Path | None, ckpt: str | Path | None, default: Fil
         if default is None:
             raise SettingError("config", "needed, together with ckpt: the files of the model")
         config, ckpt = default
+    config, ckpt = in_run(config, "config.yaml"), in_run(ckpt, "last.ckpt")
     with fault_of("config", (OSError,)):  # a name that no file can have
         if config is not None and not Path(config).is_file():
             raise SettingError("config", f"{config}: no such file")
@@ -181,6 +182,13 @@ def model_files(config: str | Path | None, ckpt: str | Path | None, default: Fil
     if not found:
         raise SettingError("ckpt", f"{ckpt}: no such file, nor a diffusers folder{download_hint(ckpt)}")
     return config_for(ckpt) if config is None else Path(config), ckpt
+
+
+def in_run(path: str | Path | None, file: str) -> str | Path | None:
+    """The file in the folder of a run of main.py, or the path as it is if it is none."""
+    with fault_of("config" if file.endswith(".yaml") else "ckpt", (OSError,)):
+        found = path is not None and (Path(path) / "last.ckpt").is_file()
+    return Path(path) / file if found else path
 
 
 def download_hint(ckpt: Path) -> str:

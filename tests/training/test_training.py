@@ -23,7 +23,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins import MixedPrecision
 
-from ldm.checkpoint import load_model, load_weights, read_checkpoint
+from ldm.checkpoint import load_model, load_state, load_weights, read_checkpoint
+from ldm.cli.setup import model_files
 from ldm.data.emoji import EmojiDataset
 from ldm.io.files import UNFINISHED
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
@@ -174,12 +175,29 @@ def test_the_exported_model_samples_and_holds_the_averages(trained):
     model = load_model(trained / "second.yaml", trained / "second.safetensors")
     z = model.first_stage_model.decode(torch.zeros(1, 4, 8, 8))
     assert z.shape == (1, 3, SIDE, SIDE)
-    state = read_checkpoint(trained / "second" / "last.ckpt")
+    state = read_state(trained / "second" / "last.ckpt")["state_dict"]
     weights = sampling_weights(state)
     key = "model.diffusion_model.out.2.weight"
     average = state["network_ema.diffusion_modelout2weight"]
     assert torch.equal(weights[key], average) and not torch.equal(state[f"model.{key}"], average)
     torch.testing.assert_close(model.state_dict()[key], average)
+
+
+def test_the_folder_of_a_run_is_enough_to_sample_from(trained):
+    """Its averages are those that are exported; the weights as trained are there, too."""
+    config, ckpt = model_files(trained / "second", trained / "second")
+    assert (config, ckpt) == (trained / "second" / "config.yaml", trained / "second" / "last.ckpt")
+    assert model_files(None, trained / "second") == (config, ckpt)
+    exported = read_checkpoint(trained / "second.safetensors")
+    for name, value in load_model(config, ckpt).state_dict().items():
+        assert torch.equal(value, exported[name]), name
+    raw, state = load_state(ckpt, "raw"), read_state(ckpt)["state_dict"]
+    key = "model.diffusion_model.out.2.weight"
+    assert torch.equal(raw[key], state[f"model.{key}"]) and not torch.equal(raw[key], exported[key])
+    encoder = read_checkpoint(trained / "first" / "last.ckpt")["encoder.conv_in.weight"]
+    assert torch.equal(
+        encoder, read_state(trained / "first" / "last.ckpt")["state_dict"]["model.encoder.conv_in.weight"]
+    )
 
 
 def test_half_precision_is_for_weights_only(trained):
