@@ -77,8 +77,8 @@ def timesteps(text: str) -> tuple[int, ...]:
     return tuple(map(one, text.split(",")))
 
 
-def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Prompts, and how many images of each."""
+def text_arguments(p: argparse.ArgumentParser, negative: bool = True, batch: int = 4) -> argparse._ArgumentGroup:
+    """Prompts, and how many images of each; `negative`: whether guidance can lead away from a text."""
     what = p.add_argument_group("what to make")
     text = what.add_mutually_exclusive_group()
     text.add_argument(
@@ -87,13 +87,14 @@ def text_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         f"prompts.txt in the folder of the model's weights, if that file exists)",
     )
     text.add_argument("--from-file", metavar="FILE", help="text file with one prompt per line")
-    negative_argument(what)
+    if negative:
+        negative_argument(what)
     what.add_argument("--repeat", type=count, default=1, metavar="N", help="use each prompt N times")
     what.add_argument(
         "--n_samples",
         dest="batch_size",
         type=count,
-        default=4,
+        default=batch,
         metavar="N",
         help="batch size: images of --prompt, or lines of --from-file, at a time (default: %(default)s)",
     )

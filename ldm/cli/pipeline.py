@@ -40,7 +40,6 @@ from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.profiling.plan_table import plan_table
 from ldm.sampling.engine import Engine, Recipe, Task
 from ldm.sampling.generate import Item, Sample, generate
-from ldm.sampling.task import prompts_cut
 
 BATCH_PIXELS = 2**26  # 256 images of 512 x 512 pixels at a time
 SHEET_PIXELS = 80_000_000  # Pillow doubts larger files
@@ -184,7 +183,7 @@ def truncated_prompts(items: Sequence[Item], task: Task, model: LatentDiffusion)
     """How many texts, the negative prompt among them, the model does not read to their end; None if it reads all."""
     texts = [*(item.inputs for item in items), task.condition.settings()]
     prompts = {text[name] for text in texts for name in ("prompt", "negative_prompt") if name in text}
-    if not (cut := prompts_cut(model, [*prompts])):
+    if not (cut := task.condition.cut(model, [*prompts])):
         return None
     return (
         f"{cut} of {len(prompts)} prompts longer than the text encoder reads: what is past its last token is left out"

@@ -46,6 +46,7 @@ class MethodRun:
     count, macs: of all.
     replaced: images made in the place of files that were damaged or changed.
     fresh, spent_macs, seconds, seconds_unet: of what this run made.
+    files: of the images that are saved.
     """
 
     label: str
@@ -58,6 +59,7 @@ class MethodRun:
     spent_macs: int = 0
     seconds: float = 0.0
     seconds_unet: float = 0.0
+    files: list[Path] = field(default_factory=list)
     _kept: dict[tuple[int, int], Image.Image] = field(default_factory=dict)
 
     def add(self, made: Sample, keep: bool) -> None:
@@ -65,6 +67,7 @@ class MethodRun:
         if keep:
             self._kept[made.item.prompt_index, made.item.sample] = made.image
         self.count, self.macs = self.count + 1, self.macs + made.run["unet_macs"]
+        self.files += [] if made.path is None else [made.path]
         if made.fresh:
             self.replaced += made.replaced
             self.fresh, self.spent_macs = self.fresh + 1, self.spent_macs + made.run["unet_macs"]

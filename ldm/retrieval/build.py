@@ -28,8 +28,6 @@ from ldm.retrieval.part import EMBEDDING, LENGTH, Part, number_of
 
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*")  # names of files that say under what terms images may be used
 
-embedder_of = cache(load_embedder)  # one for a process, however many parts it makes
-
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -92,7 +90,7 @@ def build(settings: BuildSettings) -> Built:
         paths = files_below(settings.folder)
         captions = captions_below(settings.folder, paths)
     with fault_of("embedder"):
-        embedder = embedder_of(settings.embedder)
+        embedder = load_embedder(settings.embedder)
         card = Card(embedder=embedder.name, weights=embedder.identity, folder=str(settings.folder.resolve()))
     with fault_of("out"):
         before = parts_of(settings.out, card)
@@ -172,7 +170,7 @@ def one_thread() -> None:
 def make_part(settings: BuildSettings, job: tuple[int, Sequence[Entry]]) -> tuple[int, list[str]]:
     """Embed the images of one part and write it; how many rows it has, and what is left out."""
     number, entries = job
-    embedder, small = embedder_of(settings.embedder), settings.thumbnails
+    embedder, small = load_embedder(settings.embedder), settings.thumbnails
     kept: list[Entry] = []
     left_out: list[str] = []
     arrays: dict[str, list[np.ndarray]] = {EMBEDDING: [], "patch_coords": [], THUMBNAIL: []}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -62,6 +62,10 @@ class Embedder(ABC):
             ValueError: the network reads no text.
         """
         raise ValueError(f"{self.name} embeds images only, so a text finds nothing; expected an image as the query")
+
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than the network reads."""
+        return 0
 
 
 class EfficientNetLite0(Embedder):
@@ -121,12 +125,16 @@ class Clip(Embedder):
     def texts(self, texts: Sequence[str]) -> Tensor:
         return self.text(list(texts))[:, 0]
 
+    def cut(self, texts: Sequence[str]) -> int:
+        return sum(self.text.cut(texts))
+
 
 EMBEDDERS: dict[str, Callable[[Path | None], Embedder]] = {kind.name: kind for kind in (EfficientNetLite0, Clip)}
 
 
+@cache
 def load_embedder(spec: str) -> Embedder:
-    """An embedder by name, or NAME:FOLDER with its weights; ViT-L/14 is CLIP.
+    """An embedder by name, or NAME:FOLDER with its weights; ViT-L/14 is CLIP. Each is loaded once for a process.
 
     Raises:
         ValueError: no such embedder, or its weights are not there.

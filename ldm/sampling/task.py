@@ -77,6 +77,10 @@ class Condition:
         """What these items take of each other's attention in a run of these nodes."""
         return Attention()
 
+    def cut(self, model: LatentDiffusion, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than what reads them takes."""
+        return prompts_cut(model, texts)
+
     def _need(self, fits: bool, otherwise: str) -> None:
         if not fits:
             raise ValueError(f"not {self.kind}: {otherwise}")

@@ -122,6 +122,7 @@ def from_folder(name: str, weights: str | Path | None) -> nn.Module:
         )
     library = transformers()
     library.utils.logging.disable_progress_bar()  # it is quick, and the bar would go into files too
+    library.utils.logging.set_verbosity_error()  # a folder of both encoders has more than one of them; see below
     try:
         model, info = getattr(library, name).from_pretrained(
             weights, local_files_only=True, use_safetensors=True, output_loading_info=True
