@@ -30,6 +30,8 @@ FLAGS = {
     "class_conditional": "classes class-names uncond_class n_samples scale ddim_steps ddim_eta",
     "superresolution": "images prompt noise_level n_samples ddim_steps ddim_eta scale",
     "layout2img": "boxes class-names n_samples H W ddim_steps ddim_eta",
+    "knn2img": "prompt outdir skip_grid ddim_steps n_repeat plms ddim_eta n_iter H W n_samples n_rows scale from-file "
+    "clip_type database use_neighbors knn query-image omit_query show-neighbors searcher",
     "semantic2img": "maps n_samples ddim_steps ddim_eta",
 }
 
