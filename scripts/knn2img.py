@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         found.items,
         found.task,
         cli.setup.image_size(setup.sizes, args.H, args.W),
-        settings_from(args, cli.pipeline.SamplingSettings),
+        cli.neighbours.with_scale(settings_from(args, cli.pipeline.SamplingSettings), setup),
         settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
     )

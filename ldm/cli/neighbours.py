@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.cli.databases import find_database
 from ldm.cli.inputs import file_reference
 from ldm.cli.report import MethodRun
+from ldm.cli.settings import SamplingSettings
 from ldm.cli.setup import Setup
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.images import BACKGROUND, find_png, grid, open_image, read_png, save_png
@@ -25,7 +26,7 @@ from ldm.sampling.engine import Task
 from ldm.sampling.generate import Item
 from ldm.sampling.neighbours import Neighbours, context_of
 
-KNN = 10  # neighbours, as published
+KNN, SCALE = 10, 5.0  # neighbours and guidance scale, as published
 CELL = 256  # pixels of an image on a sheet
 MISSING = (224, 224, 224)  # where a neighbour's image is not here
 
@@ -56,6 +57,11 @@ class Retrieved:
     items: list[Item]
     task: Task
     database: Database | None
+
+
+def with_scale(sampling: SamplingSettings, setup: Setup) -> SamplingSettings:
+    """The settings with a guidance scale: the given one, the model config's, or the published one."""
+    return replace(sampling, scale=SCALE) if sampling.scale is None and "sampling" not in setup.config else sampling
 
 
 def query_images(paths: Sequence[str]) -> list[dict[str, str]]:
