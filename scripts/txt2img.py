@@ -13,6 +13,7 @@ from ldm.cli.arguments import (
     model_arguments,
     output_arguments,
     propagation_arguments,
+    refiner_arguments,
     sampling_arguments,
     size_arguments,
     text_arguments,
@@ -29,17 +30,19 @@ def parser() -> Parser:
     framing_arguments(what)
     sampling_arguments(p)
     propagation_arguments(p)
-    model_arguments(p, EMOJI64).add_argument(
+    of_model = model_arguments(p, EMOJI64)
+    of_model.add_argument(
         "--laion400m",
         action="store_true",
         help="without --config and --ckpt: latent diffusion trained on LAION-400M, in models/ldm/text2img-large",
     )
+    refiner_arguments(of_model)
     output_arguments(p, "outputs/txt2img-samples")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, setup, tasks
+    from ldm.cli import inputs, pipeline, refine, setup, tasks
 
     model = setup.make_setup(settings_from(args, setup.ModelSettings), LAION400M if args.laion400m else EMOJI64)
     shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
@@ -53,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
         settings_from(args, pipeline.SamplingSettings),
         settings_from(args, pipeline.OutputSettings),
         args.batch_size,
+        refiner=refine.make_refiner(settings_from(args, refine.RefinerSettings), model),
     )
 
 

@@ -186,6 +186,22 @@ def framing_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def refiner_arguments(group: argparse._ArgumentGroup) -> None:
+    """The model that runs the last steps."""
+    group.add_argument(
+        "--refiner",
+        metavar="FILE",
+        help="for SDXL: the weights of its refiner, which runs the last steps (default: none)",
+    )
+    group.add_argument("--refiner-config", metavar="YAML", help="its config (default: as for --ckpt)")
+    group.add_argument(
+        "--refiner-share",
+        type=number(float, 0.001, 0.999, "a number in 0.001..0.999"),
+        metavar="X",
+        help="the share of the steps that it runs, the last ones (default: 0.2)",
+    )
+
+
 def class_names_argument(group: argparse._ArgumentGroup, default: str = "none") -> None:
     group.add_argument(
         "--class-names",

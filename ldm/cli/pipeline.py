@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ldm.checkpoint import CheckpointError, fingerprint
 from ldm.cli.devices import ALONE, Processes
 from ldm.cli.parser import check_outdir
+from ldm.cli.refine import Refiner
 from ldm.cli.report import MethodRun, OutputSettings, opening, report
 from ldm.cli.settings import (
     SamplingSettings,
@@ -58,6 +59,7 @@ def make_images(
     output: OutputSettings,
     batch: int,
     keep: bool = False,
+    refiner: Refiner | None = None,
 ) -> list[MethodRun]:
     """Load the model, make the images of one method or, to compare, of several; report.
 
@@ -65,6 +67,7 @@ def make_images(
         size: height and width of the images.
         batch: most images at a time.
         keep: the caller needs the images of the results.
+        refiner: runs the last steps.
 
     Raises:
         SettingError: a setting can't be used.
@@ -80,10 +83,12 @@ def make_images(
             list_plans(setup, recipe, task, nodes)
         return []
     with fault_of("ckpt", (CheckpointError,)):
-        settings = weights_of(setup)
+        settings = weights_of(setup) | ({} if refiner is None else {"refiner": weights_of(refiner.setup)})
     facts = run_facts(setup, recipe.solver_name, recipe.facts(task.start.strength))
     methods = choose_methods(setup, sampling, recipe, nodes, facts, output.compare, task.network.anew)
     engines = load_engines(setup, methods, task)
+    if refiner is not None:
+        engines = refiner.finishing(engines)
     check_memory([*engines.values()][-1], min(batch, len(items)), setup.device)
     if setup.processes.leads and (cut := truncated_prompts(items, task, next(iter(engines.values())).model)):
         print(cut)

@@ -76,13 +76,23 @@ def is_framed(setup: Setup) -> bool:
     return isinstance(conditioner, Mapping) and conditioner["target"].endswith(".GeneralConditioner")
 
 
+def is_refiner(setup: Setup) -> bool:
+    """Whether the model finishes images of another: it is told how much people like an image."""
+    embedders = setup.config.model.params.cond_stage_config.params.emb_models if is_framed(setup) else []
+    return any(entry["input_key"] == "aesthetic_score" for entry in embedders)
+
+
 def framing_of(size: Size, framing: FramingSettings = FramingSettings()) -> Framing:
     """Of images of this size: by default not cropped."""
     return Framing(size, framing.original_size or size, framing.crop or (0, 0))
 
 
 def text_task(setup: Setup, size: Size, negative: str = "", framing: FramingSettings = FramingSettings()) -> Task:
-    """Text to image; arguments and errors as for `text_condition`."""
+    """Text to image; arguments and errors as for `text_condition`; a refiner is refused, too."""
+    if is_refiner(setup):
+        raise SettingError(
+            "config", "a refiner finishes images of a base model; expected the base model, and this one as its refiner"
+        )
     return Task(text_condition(setup, size, negative, framing))
 
 

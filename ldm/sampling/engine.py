@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +35,13 @@ class Ran(NamedTuple):
     """What of the network ran at each node of a run, and the nodes' timesteps; a node that was redone is there again.
 
     error: the largest relative error of a forecast that was let pass, where the plan measures it.
+    after: the same of another model that ran the last nodes, see `ldm.sampling.refined`.
     """
 
     computes: list[Compute]
     ts: list[float]
     error: float | None = None
+    after: Ran | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,10 @@ class Engine:
         ValueError: the model does not take the task's condition.
     """
 
+    # Of the run's nodes, those of another engine before this one's, and how many this one computes; None = the rest.
+    first: int = 0
+    stop: int | None = None
+
     def __init__(
         self,
         model: LatentDiffusion,
@@ -375,14 +382,14 @@ class Engine:
         """The items' latents, by the model's network or another, and what ran."""
         with self._precision():
             start, noise = self.task.start, ImageNoise([item.seed for item in items]).node
-            rule = self.recipe.rule(self.model.alphas_cumprod, noise, start.strength)
+            rule = self.recipe.rule(self.model.alphas_cumprod, lambda i, x: noise(self.first + i, x), start.strength)
             x_T = self._noise(items)
             x, ran = start.latents(self.model, items, x_T, rule.nodes[0]), Ran([], [])
             attention = self._attention(items, rule)
             edits = (*start.edits(self.model, items, rule.nodes), *attention.edits, *self.recipe.edits(x_T))
             backoff = BatchBackoff(self._denoiser(items, attention, network), self._most)
             denoiser, agreed = (DistributedDecode(backoff), first_process) if self.spread else (backoff, float)
-            for state in denoise(denoiser, rule, self.plan, x, edits, agreed):
+            for state in islice(denoise(denoiser, rule, self.plan, x, edits, agreed), self.stop):
                 x = state.x
                 ran.computes.append(state.compute)
                 ran.ts.append(rule.nodes[state.node].t)

@@ -20,6 +20,7 @@ from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task
 from ldm.sampling.framed import FramedText, Framing
 from ldm.sampling.generate import prompt_items
+from ldm.sampling.refined import Refined, plan_after
 from ldm.util import _renamed
 from tests.helpers.paths import GOLDENS, ROOT
 from tests.helpers.scripts import Script
@@ -178,3 +179,88 @@ def test_prompts_are_read_by_both_encoders_to_the_same_token(model):
     lengths = {encoder.tokenizer.max_length for encoder in model.conditioner.text_encoders}
     assert lengths == {77} and isinstance(model.conditioner.text_encoders[0].tokenizer, ClipTokenizer)
     assert model.cond_stage_model.cut(["a cat", "cat " * 99]) == [False, True]
+
+
+# The refiner
+
+
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory) -> list[str]:
+    return tiny_xl(tmp_path_factory.mktemp("refiner"), "refiner")
+
+
+def engine(model, plan: Plan, sampler: str = "euler-trailing", **changes) -> Engine:
+    recipe = Recipe(64, 64, sampler, 8, scale=5.0, **changes)
+    return Engine(model, Sizes(4, 8, 64, 64), recipe, plan, Task(FramedText(FRAMING)))
+
+
+@pytest.mark.parametrize("sampler, nodes", [("euler-trailing", 8), ("euler-a", 8), ("heun", 15)])
+def test_a_refiner_that_is_the_base_changes_nothing(model, sampler, nodes):
+    """Latents and noise are handed over as they are; a plan counts the steps of both."""
+    keys = Plan(nodes, tuple(range(nodes)))
+    whole = engine(model, keys, sampler)
+    refined, items = Refined(whole, model, 0.5), prompt_items(["a cat"], 1, 1)
+    torch.testing.assert_close(refined.latents(items), whole.latents(items), rtol=1e-4, atol=1e-4)
+
+
+def test_a_solver_that_needs_its_past_is_refused(model):
+    with pytest.raises(ValueError, match="a run of plms can't go on there with another model"):
+        Refined(engine(model, Plan(9, (0,)), "plms"), model, 0.5)
+
+
+def test_the_laws_hold_with_a_refiner(model, refiner):
+    last = load_model(refiner[1], refiner[3])
+    items, same = prompt_items(["a cat"], 1, 1), partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    plain, serial, parallel = (
+        Refined(engine(model, plan), last, 0.4)
+        for plan in (load_plan("off", 8), Plan(8, (0, 2, 6)), Plan(8, (0, 2, 6), parallel=8))
+    )
+    assert serial.stop == 5 and serial.refiner.plan.keys == (0, 1)
+    same(parallel.latents(items), serial.latents(items))
+    same(serial.with_plan(plain.plan).latents(items), plain.latents(items))
+    base = engine(model, load_plan("off", 8))
+    assert (plain.latents(items) - base.latents(items)).abs().max() > 1e-2
+    assert (plain.latents(items) - serial.latents(items)).abs().max() > 1e-3
+    (_, cost), whole = plain.sampled(items), plain.unit.whole * 5 + plain.refiner.unit.whole * 3
+    assert cost.macs == 2 * (whole + plain.unit.once + plain.refiner.unit.once)
+
+
+def test_plan_after_a_node():
+    plan = Plan(10, (0, 4, 8), shallow=(1, 9), branch=2, skipped=(5, 6))
+    after = plan_after(plan, 5)
+    assert (after.num_nodes, after.keys, after.shallow, after.skipped) == (5, (0, 3), (4,), (1,))
+    assert plan_after(replace(plan, shallow=(1,)), 5).branch == 0
+
+
+def test_a_script_with_a_refiner(base, refiner, tmp_path):
+    script = Script("txt2img", tmp_path, *base, *STEPS, "--refiner", refiner[3], "--refiner-config", refiner[1])
+    (entry,) = script("--plan", "0,1", "--refiner-share", "0.5")
+    assert entry["refiner_share"] == 0.5 and entry["refiner"]["ckpt"].endswith("model.safetensors")
+    assert entry["refiner"]["weights"] != entry["weights"] and entry["keys"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--refiner-share", "0.5"], "--refiner-share: only with a refiner"),
+        (["--refiner", "none.safetensors"], "--refiner: none.safetensors: no such file"),
+        (["--refiner", "BASE"], "--refiner: .*config.yaml is not the config of a refiner"),
+        (["--refiner", "REFINER", "--refiner-share", "0.01"], "--refiner-share: strength 0.01 of 4 steps leaves none"),
+        (["--refiner", "REFINER", "--refiner-share", "1"], "--refiner-share: expected a number in 0.001..0.999"),
+        (["--refiner", "REFINER", "--plan", "online:0.1"], "--plan: a plan that decides during a run"),
+        (["REFINER"], "--config: a refiner finishes images of a base model; expected the base model"),
+    ],
+)
+def test_bad_refiners(arguments, why, base, refiner, tmp_path, capsys):
+    if arguments == ["REFINER"]:
+        line = Script("txt2img", tmp_path, *refiner, *STEPS).refusal(capsys)
+    else:
+        files = {"REFINER": refiner[3], "BASE": base[3]}
+        line = Script("txt2img", tmp_path, *base, *STEPS).refusal(capsys, *(files.get(a, a) for a in arguments))
+    assert re.match(why, line), line
+
+
+def test_a_refiner_without_a_base_of_its_kind(refiner, tmp_path, capsys):
+    config, ckpt = map(str, write_model(tmp_path))
+    script = Script("txt2img", tmp_path, "--config", config, "--ckpt", ckpt, "--refiner", refiner[3])
+    assert "--refiner: finishes images of a base model of SDXL" in script.refusal(capsys)
