@@ -53,6 +53,11 @@ class Experiment:
         """The model; it is loaded when it is first needed."""
         return self.setup.load()
 
+    @property
+    def timesteps(self) -> int:
+        """Of the model's training."""
+        return self.setup.config.model.params.get("timesteps", 1000)
+
     @cached_property
     def facts(self) -> RunFacts:
         """What plans may have been calibrated for; cached, because hashing large weights takes a while."""
@@ -96,13 +101,18 @@ class Experiment:
             return 1.0
         return float(usual_scale(self.setup.config))
 
+    def recipe(self, sampler: str, steps: int, **fields: Any) -> Recipe:
+        """How the items are sampled; `fields`: others of `Recipe`."""
+        side = self.setup.sizes.default
+        return Recipe(side, side, sampler, steps, scale=self.guidance, **fields)
+
     def plan(
         self, spec: str, sampler: str, steps: int, propagate: str | None = None, spacing: str | None = None
     ) -> AnyPlan:
         """The plan of that name for a run; `propagate` as for `load_plan`.
         Raises ValueError: see `load_plan` and `Recipe.rule`."""
-        recipe = self._recipe(sampler, steps, spacing)
-        nodes = num_nodes(recipe, self.setup.config.model.params.get("timesteps", 1000))
+        recipe = self.recipe(sampler, steps, spacing=spacing)
+        nodes = num_nodes(recipe, self.timesteps)
         positions = 2 * BATCH * self.setup.config.model.params["image_size"] ** 2
         parallel = nodes if self.setup.device.type != "cpu" else max(1, CPU_POSITIONS // positions)
         facts = replace(self.facts, facts={**self.facts.facts, "sampler": recipe.solver_name})
@@ -120,45 +130,15 @@ class Experiment:
             return None
 
     def engine(
-        self,
-        sampler: str,
-        steps: int,
-        plan: str | AnyPlan = "off",
-        noise_weight: float = 0.0,
-        guidance_reuse: bool | str = False,
-        spacing: str | None = None,
+        self, sampler: str, steps: int, plan: str | AnyPlan = "off", noise_weight: float = 0.0, **fields: Any
     ) -> Engine:
-        """An engine that samples the items by this method. Raises SettingError: `steps`: no such sampler or plan for
-        this number of steps; `config`: the model does not take the items' conditioning."""
-        recipe = self._recipe(sampler, steps, spacing, noise_weight, guidance_reuse)
+        """An engine that samples the items by this method; `fields`: others of `Recipe`. Raises SettingError: `steps`:
+        no such sampler or plan for this number of steps; `config`: the model does not take the items' conditioning."""
+        recipe = self.recipe(sampler, steps, noise_weight=noise_weight, **fields)
         with fault_of("steps"):
-            plan = self.plan(plan, sampler, steps, spacing=spacing) if isinstance(plan, str) else plan
+            plan = self.plan(plan, sampler, steps, spacing=recipe.spacing) if isinstance(plan, str) else plan
         with fault_of("config"):
             return Engine(self.model, self.setup.sizes, recipe, plan, self.task, self.setup.autocast)
-
-    def solver_name(self, sampler: str, steps: int, spacing: str | None = None) -> str:
-        """A sampler with the places of its steps, see `Recipe.solver_name`."""
-        return self._recipe(sampler, steps, spacing).solver_name
-
-    def _recipe(
-        self,
-        sampler: str,
-        steps: int,
-        spacing: str | None = None,
-        noise_weight: float = 0.0,
-        guidance_reuse: bool | str = False,
-    ) -> Recipe:
-        side = self.setup.sizes.default
-        return Recipe(
-            side,
-            side,
-            sampler,
-            steps,
-            scale=self.guidance,
-            guidance_reuse=guidance_reuse,
-            noise_weight=noise_weight,
-            spacing=spacing,
-        )
 
     def latents(self, engine: Engine) -> Tensor:
         """The sampled latents of all items, (N, C, h, w)."""
