@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluation.protocols.protocol import Method, Protocol, load_protocol, protocol_names
-from ldm.cli.arguments import MOST, count, model_arguments, propagation_arguments, step_count
+from ldm.cli.arguments import MOST, count, model_arguments, node_arguments, propagation_arguments
 from ldm.cli.parser import GO_ON, Parser, check_outdir, number, run_command, settings_from, whole
 from ldm.io.errors import BadInput, fault_of, flags_named
 
@@ -43,7 +43,7 @@ def parser() -> Parser:
     )
     how = p.add_argument_group("how to sample (default: as the protocol says)")
     how.add_argument("--sampler", help="name of the solver")
-    how.add_argument("--steps", type=step_count, metavar="N", help="sampling steps")
+    node_arguments(how, ("--steps",), None, "(default: the protocol's)")
     how.add_argument(
         "--eta",
         type=number(float, 0, 1, "a number in 0..1"),

@@ -122,6 +122,8 @@ class Method:
     noise_weight: float | None = None
     noise_below: float = 500.0
     noise_order: str = "before"
+    spacing: str | None = None
+    timesteps_at: tuple[int, ...] | None = None
     parallel: int | None = None
 
 
@@ -141,8 +143,11 @@ class Protocol(Schema):
     name: str = ""
 
     def method(self, **given: Any) -> Method:
-        """A method with these fields of `Method`; those that are None or missing are as the protocol says."""
+        """A method with these fields of `Method`; those that are None or missing are as the protocol says, but for the
+        steps beside timesteps_at, which are as many."""
         usual = dict(self.sampling) | {name: value for name, value in self.defaults.items() if name in NOISE}
+        if at := given.get("timesteps_at"):
+            usual["steps"] = len(at)
         return Method(**usual | {name: value for name, value in given.items() if value is not None})
 
     def first(self, count: int | None) -> Protocol:

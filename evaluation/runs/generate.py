@@ -194,7 +194,7 @@ def recipe_of(protocol: Protocol, method: Method) -> Recipe:
 def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000) -> AnyPlan:
     """The plan of a run. `ckpt`: the model's weights, beside which its calibrations lie; read only by a plan that names
     its model. `timesteps`: the model's. Raises SettingError: a number of steps, or a plan, that can't be used."""
-    with fault_of("steps"):
+    with fault_of("steps" if recipe.timesteps_at is None else "timesteps_at"):
         nodes = num_nodes(recipe, timesteps)
     return make_plan(SamplingSettings(**asdict(method)), nodes, RunFacts.of(recipe.solver_name, ckpt))
 

@@ -137,9 +137,12 @@ class Job:
     @cached_property
     def folder(self) -> Path:
         """The folder of the run, which rows that make the same images share."""
+        how = self.row.how()
+        if self.row.timesteps_at:  # more than a name holds
+            how["timesteps_at"] = len(self.row.timesteps_at)
         words = "_".join(
             quote(str(value) if name in ("sampler", "steps", "plan") else f"{name}-{value}", safe=",+")
-            for name, value in self.row.how().items()
+            for name, value in how.items()
         )
         return self.bench.runs / f"{words}-{self.request.sha256[:DIGITS]}"
 

@@ -11,8 +11,8 @@ evaluation/table/NAME.yaml:
     rows:     a list, in order:
         label:      name of the row; with `group`, what several rows have in common (optional)
         plain:      true: the rows below, up to the next such row, are compared with this one
-        sampler, steps, plan, propagate, tome, eta, noise_weight, noise_below, noise_order: see `Method`; default: the
-                    protocol's
+        sampler, steps, plan, propagate, tome, eta, noise_weight, noise_below, noise_order, spacing, timesteps_at (a
+                    list): see `Method`; default: the protocol's
         parallel:   decoder steps in one batch; changes time and memory only (default: auto)
         protocol:   other protocols than the table's, by world; null = the row is not in that world
         paper:      {column: number}, the paper's numbers
@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from evaluation.protocols.protocol import Method, Protocol, find_file, names_in, reading
-from ldm.cli.arguments import MOST, MOST_STEPS, NOISE_ORDERS
+from ldm.cli.arguments import MOST, MOST_STEPS, NOISE_ORDERS, SPACINGS
 from ldm.io.schema import NotNegative, Number, Schema, Share, Text, parse
 from ldm.models.diffusion.propagation.forecast import ForecastName
 
@@ -39,7 +39,7 @@ TABLE_DIR = Path(__file__).parent
 WORLDS = ("coco", "emoji")
 SHORT = 8  # digits of a hash that are shown
 Cell = tuple[float, list[float] | None]  # a value, and its 95 % interval or None
-HOW = ("sampler", "steps", "plan", "propagate", "tome", "eta", "noise_weight", "noise_below", "noise_order")
+HOW = tuple("sampler steps plan propagate tome eta noise_weight noise_below noise_order spacing timesteps_at".split())
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class Row(Schema):
     noise_weight: NotNegative | None = None
     noise_below: Number | None = None
     noise_order: Literal[NOISE_ORDERS] | None = None
+    spacing: Literal[SPACINGS] | None = None
+    timesteps_at: Annotated[list[Annotated[int, Field(ge=0, le=MOST_STEPS)]], Field(min_length=1)] | None = None
     parallel: Annotated[int, Field(ge=1, le=MOST)] | None = None
     protocol: dict[World, Text | None] = {}
     paper: dict[ColumnName, Number | int] = {}
@@ -103,7 +105,8 @@ class Row(Schema):
 
     def how(self) -> dict[str, Any]:
         """How it is run: the fields of `HOW` that are given."""
-        return {name: value for name in HOW if (value := getattr(self, name)) is not None}
+        given = {name: value for name in HOW if (value := getattr(self, name)) is not None}
+        return given | ({"timesteps_at": tuple(self.timesteps_at)} if self.timesteps_at else {})
 
     def method(self, protocol: Protocol) -> Method:
         """The method under a protocol, which says what the row leaves open."""
@@ -111,7 +114,10 @@ class Row(Schema):
 
     def flags(self) -> list[str]:
         """The same as flags of evaluation/generate.py, without the protocol."""
-        return [f"--{name.replace('_', '-')}={value}" for name, value in self.how().items()]  # a value may be -1e-07
+        texts = {
+            name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in self.how().items()
+        }
+        return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]  # a value may be -1e-07
 
 
 class Table(Schema):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import yaml
 
-from evaluation import tables
+from evaluation import generate, tables
+from evaluation.protocols.protocol import load_protocol
+from evaluation.runs.generate import plan_of, recipe_of
 from evaluation.table.spec import Row, load_table
 
 GOOD = {
@@ -50,6 +53,18 @@ def test_a_good_table(tmp_path):
     }
     file.write_text(yaml.safe_dump(GOOD | {"rows": [row], "note": ""}))
     assert load_table(str(file)).rows == [Row(**row)]
+
+
+def test_a_rows_steps_may_begin_where_it_says():
+    """Its command makes the same method; there are as many steps as timesteps, unless it says otherwise."""
+    protocol = load_protocol("emoji64")
+    for given, steps in (({"timesteps_at": [900, 500, 100]}, 3), ({"spacing": "karras", "steps": 7}, 7)):
+        row = Row(label="a", sampler="unipc", plan="uniform:2", **given)
+        _, method = generate.asked(generate.parser().parse_args(["--protocol=emoji64", *row.flags()]))
+        assert method == row.method(protocol) and method.steps == steps
+        recipe = recipe_of(protocol, method)
+        assert recipe.settings().items() >= given.items()
+        assert plan_of(recipe, method, Path("model.ckpt")).num_nodes == steps
 
 
 @pytest.mark.parametrize(
@@ -105,6 +120,8 @@ def test_faulty_tables_say_why(tmp_path, capfd, change, why):
         ),
         ("propagate", [], "be a valid string"),
         ("noise_order", "soon", "be 'before', 'after' or 'update'"),
+        ("spacing", "even", "be 'time', 'logsnr', 'karras' or 'quad'"),
+        ("timesteps_at", [], "have at least 1 item after validation, not 0"),
         *(("plain", value, "be a valid boolean") for value in ("no", 1)),
         ("plan", False, "be a text: in YAML off, on, yes and no need quotes"),
         *((name, 4, "be a valid string") for name in ("plan", "missing", "costs_only", "sampler")),
