@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
         return verify(Path(args.out))
     protocol, method = asked(args)
 
-    from evaluation.runs import generate, processes
+    from evaluation.runs import generate
 
     # What is quick to check comes before other processes start, and before what is slow to load.
     with flags_named({"count": "--protocol"}) if args.count is None else nullcontext():
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
     check_outdir(Path(args.out), "--out")
     files = generate.model_files(settings_from(args, generate.ModelSettings), protocol)
     request = generate.prepare(protocol, method, files, prompts)
-    process = processes.join(args.device, args.devices, args.num_nodes, args.strategy, args.shard)
+    process = generate.join(args.device, args.devices, args.num_nodes, args.strategy, args.shard)
     began = time.perf_counter()
     done = generate.make(request, Path(args.out), process, args.batch_size)
     report(done, str(process), process.rank == 0, args.npz, time.perf_counter() - began)

@@ -14,9 +14,8 @@ from scipy.special import log_softmax
 
 from evaluation.metrics.extractors import Extractor, load_extractor
 from evaluation.metrics.frechet import distance, distance_interval, measure_warnings, protocol_fields
-from evaluation.metrics.intervals import bootstrap as resampled
-from evaluation.metrics.intervals import normal_interval, share_interval
-from evaluation.metrics.result import Result
+from evaluation.metrics.result import Result, normal_interval, share_interval
+from evaluation.metrics.result import bootstrap as resampled
 from evaluation.metrics.statistics import FeatureSet, Reference, check_width, extract, load_reference
 from evaluation.runs.images import ImageError, Images, Source, open_samples
 from ldm.io.errors import fault_of

@@ -13,10 +13,9 @@ from evaluation.metrics import ModelError
 from evaluation.metrics.captions import prompts_of
 from evaluation.metrics.clip import ClipModel, load_clip
 from evaluation.metrics.extractors import find_recipe, resized
-from evaluation.metrics.intervals import mean_values
-from evaluation.metrics.result import Result
+from evaluation.metrics.result import Result, mean_values
 from evaluation.runs.images import Images, Source, batched, image_warnings, open_samples
-from ldm.cli.devices import find_device
+from ldm.cli.setup import find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256, json_sha256
 

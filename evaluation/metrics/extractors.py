@@ -18,7 +18,7 @@ from evaluation.metrics import ModelError
 from evaluation.metrics.clip import load_clip
 from evaluation.metrics.inception import Inception
 from ldm.checkpoint.download import DownloadError, fetch
-from ldm.cli.devices import find_device
+from ldm.cli.setup import find_device
 from ldm.io.errors import SettingError, one_line
 from ldm.io.files import file_sha256
 from ldm.io.images import to_pil

@@ -12,9 +12,8 @@ import numpy as np
 from scipy.linalg import eigvalsh
 
 from evaluation.metrics.extractors import Extractor, load_extractor, network_fields
-from evaluation.metrics.intervals import bootstrap as resampled
-from evaluation.metrics.intervals import normal_interval
-from evaluation.metrics.result import Result
+from evaluation.metrics.result import Result, normal_interval
+from evaluation.metrics.result import bootstrap as resampled
 from evaluation.metrics.statistics import FeatureSet, Gaussian, Moments, Reference, check_width, extract, load_reference
 from evaluation.runs.images import ImageError, Images, Source, image_warnings, open_samples
 from ldm.io.errors import SettingError, fault_of

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from evaluation.metrics import ModelError
 from evaluation.metrics.extractors import Extractor, load_extractor, network_fields
 from evaluation.metrics.frechet import distance, few_images_warnings
-from evaluation.metrics.intervals import mean_values
-from evaluation.metrics.result import Result
+from evaluation.metrics.result import Result, mean_values
 from evaluation.metrics.statistics import Moments, to_numpy, total
 from evaluation.runs.images import ImageError, ImageFolder, Images, Source, batched, image_warnings, open_samples
 from ldm.io.errors import fault_of, one_line

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from evaluation.metrics import ModelError
 from evaluation.metrics.captions import prompts_of
-from evaluation.metrics.intervals import mean_values
-from evaluation.metrics.result import Result
+from evaluation.metrics.result import Result, mean_values
 from evaluation.runs.images import Source, image_warnings, open_samples
 from ldm.io.errors import SettingError, fault_of, one_line
 from ldm.io.files import json_sha256

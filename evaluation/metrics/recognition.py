@@ -31,9 +31,8 @@ from evaluation.metrics.retrieval import (
 )
 from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import EMOJI64
-from ldm.cli.devices import ALONE
 from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe
-from ldm.cli.setup import ModelSettings, make_setup
+from ldm.cli.setup import ALONE, ModelSettings, make_setup
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.images import grid, save_png, to_pil

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from evaluation.metrics.extractors import Extractor, load_extractor, network_fields
-from evaluation.metrics.intervals import share_interval
-from evaluation.metrics.result import Result
+from evaluation.metrics.result import Result, share_interval
 from evaluation.runs.folder import MANIFEST, SAMPLES
 from evaluation.runs.images import batched, images_by_id, open_images
 from ldm.data.emoji import EmojiDataset

@@ -7,8 +7,7 @@ evaluation/protocols/NAME.yaml:
                 captions (COCO's annotations): file; optional: pictures (the real images), where: {field: value or list}
                 prompts (a prompt per line, or JSON lines): file
                 classes: classes, how many there are
-    select:     count (default: all), per_image (default: 1), captions: drawn or first, seed; see
-                `evaluation.protocols.prompts`
+    select:     count (default: all), per_image (default: 1), captions: drawn or first, seed; see `choose`
     repeats:    images of each prompt (default: 1)
     seed:       of the images' noise (default: 0)
     size:       height and width in pixels
@@ -24,7 +23,8 @@ are not in it, since they are what comparisons are about; nor are metrics, since
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,8 @@ from pydantic import ConfigDict, Field, StringConstraints, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, NOISE_ORDERS, ROOT
-from ldm.io.errors import did_you_mean
-from ldm.io.files import read_yaml
+from ldm.io.errors import did_you_mean, fault_of, one_line, shown
+from ldm.io.files import parse_json, parse_json_lines, read_text, read_yaml, split_lines
 from ldm.io.schema import Number, Schema, Seed, Share, Text, parse
 
 PROTOCOL_DIR = Path(__file__).parent
@@ -220,4 +220,172 @@ def reading(kind: str, path: Path) -> Iterator[dict[str, Any]]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a {kind}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: not a {kind}: {one_line(error)}") from None
+
+
+# The prompts of a protocol: read from its data, chosen by a seeded rule
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    id:     tells it from all others of its data; with the protocol's seed it names the noise.
+    image:  the image that it is a caption of: prompts of one image share this number.
+    inputs: what the model is conditioned on, see `ldm.sampling.generate.Item`.
+    """
+
+    id: int
+    image: int
+    inputs: Mapping[str, Any]
+
+    def line(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**self.inputs, "id": self.id}
+
+
+def chosen_prompts(protocol: Protocol, data: str | Path | None = None) -> list[Prompt]:
+    """The prompts of a protocol, in its order. `data`: the folder of its data; None = the protocol's. Raises
+    SettingError: `data` is not what it should be, or has fewer prompts than `count`."""
+    with fault_of("data"):
+        prompts = read_prompts(protocol, protocol.folder(data))
+    with fault_of("count"):
+        return choose(prompts, protocol.select)
+
+
+def read_prompts(protocol: Protocol, folder: Path) -> list[Prompt]:
+    """All prompts of the protocol's data.
+
+    Args:
+        folder: the folder of its data.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not what it should be.
+    """
+    data = protocol.data
+    if data["kind"] == "classes":
+        return [Prompt(number, number, {"class": number}) for number in range(data["classes"])]
+    path = folder / data["file"]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {protocol.name} reads {data['file']} in the folder of its data")
+    text = read_text(path)
+    try:
+        if data["kind"] == "captions":
+            prompts = list(coco_prompts(parse_json(text), data.get("where", {})))
+        elif path.suffix == ".jsonl":
+            prompts = list(json_prompts(text))
+        else:  # empty lines are skipped; the id is the line's number, from 0
+            lines = enumerate(map(str.strip, split_lines(text)))
+            prompts = [Prompt(number, number, {"prompt": line}) for number, line in lines if line]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not prompts:
+        raise ValueError(f"{path}: has no prompts that {protocol.name} could take")
+    if len({prompt.id for prompt in prompts}) < len(prompts):
+        raise ValueError(f"{path}: has two prompts of one id")
+    return prompts
+
+
+described = with_config(ConfigDict(strict=True, extra="allow"))
+
+
+@described
+class CocoImage(TypedDict):
+    id: Seed
+
+
+@described
+class CocoNote(TypedDict):
+    id: Seed
+    image_id: Seed
+    caption: Text
+
+
+@described
+class CocoImages(TypedDict):
+    images: list[CocoImage]
+
+
+@described
+class CocoNotes(TypedDict):
+    annotations: list[CocoNote]
+
+
+@described
+class Line(TypedDict):
+    id: NotRequired[Seed]
+    prompt: NotRequired[Text]
+    caption: NotRequired[Text]
+
+
+def coco_images(content: Any, *fields: str) -> dict[int, Mapping[str, Any]]:
+    """The images in COCO's annotations, by id. Raises ValueError: there are none, or one lacks some of the fields."""
+    images = parse(CocoImages, content)["images"]
+    for number, image in enumerate(images):
+        if missing := [name for name in fields if name not in image]:
+            raise ValueError(f"images.{number}.{missing[0]} is missing")
+    return {image["id"]: image for image in images}
+
+
+def coco_prompts(content: Any, where: Mapping[str, Any]) -> Iterator[Prompt]:
+    """The captions in COCO's annotations of images that fit `where`."""
+    images = coco_images(content, *where)
+    for number, note in enumerate(parse(CocoNotes, content)["annotations"]):
+        image = note["image_id"]
+        if image not in images:
+            raise ValueError(f"annotations.{number} is of image {image}, which is not among the images")
+        if fits(images[image], where):
+            yield Prompt(note["id"], image, {"prompt": " ".join(note["caption"].split()), "image_id": image})
+
+
+def fits(image: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
+    """Whether each field that `where` names has its value, or one of the values if it is a list."""
+    return all(image[name] in (value if isinstance(value, list) else [value]) for name, value in where.items())
+
+
+def json_prompts(text: str) -> Iterator[Prompt]:
+    """JSON lines with `prompt` or `caption`, and an `id` (default: the line's number, from 0)."""
+    for number, entry in parse_json_lines(text):
+        line = parse(Line, entry, f"line {number + 1}")
+        if (caption := line.get("prompt", line.get("caption"))) is None:
+            raise ValueError(f"line {number + 1} has no prompt or caption; got {shown(entry)}")
+        own = line.get("id", number)
+        yield Prompt(own, own, {"prompt": " ".join(caption.split())})
+
+
+def choose(prompts: Sequence[Prompt], select: Select) -> list[Prompt]:
+    """The prompts that a protocol takes, in its order. Raises ValueError: there are none, or fewer than asked for.
+
+    The rule needs no random generator, so it can be repeated in any language. Images are ordered by
+    SHA-256("SEED/IMAGE"), the captions of an image by SHA-256("SEED/IMAGE/CAPTION") or, for `first`, by id. Each image
+    in turn gives one caption, then each a second, until there are enough. So the order of the file does not matter, and
+    the first N of a selection are the selection of N.
+    """
+    by_image: dict[int, list[Prompt]] = {}
+    for prompt in prompts:
+        by_image.setdefault(prompt.image, []).append(prompt)
+
+    def turn(prompt: Prompt) -> tuple[str, int]:
+        drawn = select.captions == "drawn"
+        return place_of(select.seed, prompt.image, prompt.id) if drawn else "", prompt.id
+
+    for captions in by_image.values():
+        captions.sort(key=turn)
+    order = sorted(by_image, key=lambda image: (place_of(select.seed, image), image))
+    rounds = [
+        by_image[image][turn] for turn in range(select.per_image) for image in order if turn < len(by_image[image])
+    ]
+    count = len(rounds) if select.count is None else select.count
+    if not rounds:
+        raise ValueError("there are no prompts to choose from")
+    if count > len(rounds):
+        raise ValueError(
+            f"{count} prompts are asked for, at most {select.per_image} of an image; there are "
+            f"{len(rounds)} such (of {len(prompts)} prompts of {len(by_image)} images)"
+        )
+    return rounds[:count]
+
+
+def place_of(*numbers: int) -> str:
+    return hashlib.sha256("/".join(map(str, numbers)).encode()).hexdigest()

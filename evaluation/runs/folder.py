@@ -24,8 +24,7 @@ import numpy as np
 from PIL import Image
 from pydantic import ConfigDict
 
-from evaluation.protocols.prompts import Prompt
-from evaluation.protocols.protocol import Amount, Side
+from evaluation.protocols.protocol import Amount, Prompt, Side
 from ldm.io.files import (
     atomic_write,
     clean,

@@ -9,28 +9,27 @@ processes, nor on where a run was stopped.
 from __future__ import annotations
 
 import math
+import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from evaluation.protocols.prompts import Prompt, chosen_prompts
-from evaluation.protocols.protocol import Method, Protocol
+from evaluation.protocols.protocol import Method, Prompt, Protocol, chosen_prompts
 from evaluation.runs.folder import CARD, SAMPLES, RunFolder, prompts_sha256, read_card
-from evaluation.runs.processes import Process
 from ldm.checkpoint import CheckpointError, fingerprint, load_config, load_model
 from ldm.checkpoint.published import published_sha256
-from ldm.cli.devices import find_device
+from ldm.cli.parser import stated
 from ldm.cli.settings import CPU_POSITIONS, SamplingSettings, check_memory, make_plan, make_recipe
-from ldm.cli.setup import ALONE, CONSTRUCTION, ModelSettings, make_setup, read_setup, uses_autocast
+from ldm.cli.setup import ALONE, CONSTRUCTION, ModelSettings, find_device, make_setup, read_setup, uses_autocast
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import json_sha256
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -332,3 +331,86 @@ def versions(device: torch.device) -> dict[str, str]:
             found[package] = "not installed"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return found | {"machine": gpu or platform.machine()}
+
+
+# The processes of a run, on one machine or many. Lightning Fabric starts them, or takes those that torchrun or SLURM
+# started. They meet once, at the beginning, and exchange nothing.
+
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class Process:
+    """Process `rank` of 0..world_size-1."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.rank}-of-{self.world_size}"
+
+
+def launched(env: Mapping[str, str]) -> tuple[int, int] | None:
+    """Processes on each machine, and machines, as torchrun or SLURM started them; None = they did not.
+    Raises BadInput: an environment variable that can't be right."""
+    if "TORCHELASTIC_RUN_ID" in env:
+        local = stated(env, "LOCAL_WORLD_SIZE", 1, 1)
+        return local, stated(env, "WORLD_SIZE", local, local) // local
+    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = stated(env, "SLURM_NNODES", 1, 1)
+        tasks = stated(env, "SLURM_NTASKS", nodes, nodes)
+        return stated(env, "SLURM_NTASKS_PER_NODE", tasks // nodes, 1), nodes
+    return None
+
+
+def join(
+    device: str = "auto",
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    strategy: str = "auto",
+    part: tuple[int, int] = (0, 1),
+) -> Process:
+    """Take this process's place among those of the run.
+
+    May start the other processes of this machine, which run the same command line.
+
+    Args:
+        device: name of a device.
+        devices, num_nodes: processes on each machine, and machines; None = as torchrun or SLURM says, or 1.
+        strategy: auto (Fabric only for several processes) or ddp.
+        part: which part of how many of the run these processes make, (0..parts-1, parts).
+
+    Raises:
+        SettingError: no such device, more processes than cores, or one device for several processes.
+        BadInput: environment variables of torchrun or SLURM that can't be right.
+    """
+    found = find_device(device)
+    cores = os.cpu_count() or 1
+    if found.type == "cpu" and (devices or 1) > cores:
+        raise SettingError("devices", f"this machine has {cores} cores; got {devices}")
+    stated_devices, stated_nodes = launched(os.environ) or (1, 1)
+    each, nodes = devices or stated_devices, num_nodes or stated_nodes
+    if each * nodes == 1 and strategy == "auto":
+        return Process(*part, found)
+    if found.index is not None and device not in ("auto", "cuda"):
+        raise SettingError("device", f"{device} is one device; with --devices {each} expected auto, cpu or cuda")
+    # Ranks and addresses in the environment are read by Fabric, and checked by nobody.
+    suspect = "devices" if devices else "environment variables of torchrun or SLURM"
+    with fault_of(suspect, (ValueError, RuntimeError, TypeError, LookupError)):
+        fabric = launch(found.type, each, nodes)
+    rank, world_size = part[0] * fabric.world_size + fabric.global_rank, part[1] * fabric.world_size
+    return Process(rank, world_size, fabric.device)
+
+
+def launch(accelerator: str, devices: int, num_nodes: int) -> Fabric:
+    """The processes, started. Fabric is slow to import, and one process needs none."""
+    import lightning_fabric
+
+    # Gloo, since nothing is exchanged: NCCL would keep a GPU's memory for it.
+    strategy = lightning_fabric.strategies.DDPStrategy(process_group_backend="gloo")
+    fabric = lightning_fabric.Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    fabric.launch()
+    return fabric

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.protocols.prompts import entries, fits, integer
-from evaluation.protocols.protocol import Protocol
+from evaluation.protocols.protocol import Protocol, coco_images, fits
 from ldm.io.arrays import Header, open_array
 from ldm.io.errors import one_line, some
 from ldm.io.files import FileError, file_sha256, parse_json, read_json
@@ -358,8 +357,4 @@ def reference_images(protocol: Protocol, data: Path) -> Path | Images:
 def images_by_id(captions: Path, *fields: str) -> dict[int, Mapping[str, Any]]:
     """The images of a captions file, which have these fields, by id. Raises ImageError: not such a file."""
     with reading(captions, "not captions with images"):
-        content = read_json(captions)
-        return {
-            integer(image, "id", f"images[{place}]"): image
-            for place, image in enumerate(entries(content, "images", ("id", *fields)))
-        }
+        return coco_images(read_json(captions), *fields)

@@ -19,7 +19,7 @@ from evaluation.protocols.protocol import Amount, Method, Protocol
 from evaluation.runs.folder import make_items
 from evaluation.runs.generate import Request, load_engine, plan_of, recipe_of
 from ldm.checkpoint import diffusion_params, load_config
-from ldm.cli.devices import find_device
+from ldm.cli.setup import find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import PROJECT_ROOT, parse_json, read_text, write_file
 from ldm.io.schema import NotNegative, Schema, Text, parse

@@ -15,16 +15,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from evaluation.metrics.result import Result, ResultError, read_result
-from evaluation.protocols.prompts import Prompt, chosen_prompts
-from evaluation.protocols.protocol import Protocol
+from evaluation.protocols.protocol import Prompt, Protocol, chosen_prompts
 from evaluation.runs.folder import CARD, MANIFEST
-from evaluation.runs.generate import ModelFiles, Request, make, prepare
-from evaluation.runs.processes import Process
+from evaluation.runs.generate import ModelFiles, Process, Request, make, prepare
 from evaluation.table.cost import Timing, cost_values, gflops, read_timing, timed
 from evaluation.table.measures import Measure, Sources, measures_of, need
 from evaluation.table.spec import COLUMNS, FTC, HOW, Cell, Row
-from ldm.cli.devices import find_device
-from ldm.cli.setup import download_hint
+from ldm.cli.setup import download_hint, find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256, json_sha256
 

@@ -16,7 +16,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.checkpoint import CheckpointError, fingerprint
-from ldm.cli.devices import ALONE, Processes
 from ldm.cli.parser import check_outdir
 from ldm.cli.refine import Refiner
 from ldm.cli.report import MethodRun, OutputSettings, opening, report
@@ -32,7 +31,7 @@ from ldm.cli.settings import (
     with_batches,
     with_control,
 )
-from ldm.cli.setup import Setup, without_weights
+from ldm.cli.setup import ALONE, Processes, Setup, without_weights
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts

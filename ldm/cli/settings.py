@@ -12,8 +12,7 @@ import torch
 
 from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import NOISE_WEIGHT
-from ldm.cli.devices import ALONE, Processes
-from ldm.cli.setup import Setup
+from ldm.cli.setup import ALONE, Processes, Setup
 from ldm.io.errors import SettingError, did_you_mean, fault_of
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, level_of, load_plan

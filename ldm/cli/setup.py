@@ -1,13 +1,15 @@
-"""The model of a run, from its files' names and its config: all that can be known before a slow load."""
+"""Where a run computes and with which model: all that can be known of both before a slow load."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ldm.checkpoint import Bounded, CheckpointError, check_weights, load_config, load_model, read_checkpoint
@@ -15,8 +17,8 @@ from ldm.checkpoint.diagnosis import Facts, facts_of_config, facts_of_weights, f
 from ldm.checkpoint.file import stated_prediction
 from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.arguments import EMOJI64, Files
-from ldm.cli.devices import ALONE, Processes, find_device
-from ldm.io.errors import SettingError, fault_of
+from ldm.cli.parser import torchrun_ranks
+from ldm.io.errors import BadInput, SettingError, fault_of
 from ldm.io.files import PROJECT_ROOT, same_place
 from ldm.io.images import MOST_PIXELS
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -25,6 +27,117 @@ from ldm.util import instantiate_from_config
 
 # A config that does not build a model may fail in any way that a constructor can.
 CONSTRUCTION = (ValueError, OSError, TypeError, KeyError)
+
+
+# Where: the device, and the processes that share the work, as torchrun starts them. The first process leads: it alone
+# looks for images, prints and writes, and tells the others what to compute with it.
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    rank:  0..size-1; 0 leads.
+    local: rank among those of this machine, which names its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @staticmethod
+    def from_environment() -> Processes:
+        """As torchrun says in the environment; without it, one alone.
+
+        Raises:
+            BadInput: there it says what can't be.
+        """
+        return Processes(*torchrun_ranks())
+
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    @contextmanager
+    def joined(self, device: torch.device) -> Iterator[None]:
+        """They can talk to each other inside the block; over NCCL between GPUs, else over gloo."""
+        if not self.several:
+            yield
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with fault_of(f"environment variable WORLD_SIZE: {self.size} processes can't meet", (ValueError, RuntimeError)):
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=self.rank, world_size=self.size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values."""
+        if not self.several:
+            return value
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return min(values)
+
+    def tell(self, order: Any) -> None:
+        """The leader's order to all others; None = there is nothing more to do."""
+        if self.several:
+            dist.broadcast_object_list([order])
+
+    def orders(self) -> Iterator[Any]:
+        """What the leader tells, until there is nothing more to do."""
+        while True:
+            order = [None]
+            try:
+                dist.broadcast_object_list(order)
+            except RuntimeError as error:
+                raise BadInput(f"process {self.rank}: the leading process has ended ({error})") from error
+            if order[0] is None:
+                return
+            yield order[0]
+
+
+ALONE = Processes()
+
+
+def find_device(name: str, processes: Processes = ALONE) -> torch.device:
+    """The device of that name, or the best one for auto.
+
+    Raises:
+        SettingError: it is not on this machine.
+    """
+    if processes.several:
+        return _own_device(name, processes)
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    present = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if name == "auto":
+        return torch.device(present[0])
+    if name not in (*present, *(["cuda"] if gpus else [])):
+        raise SettingError("device", f"{name} is not there; on this machine: auto, {', '.join(present)}")
+    return torch.device(name)
+
+
+def _own_device(name: str, processes: Processes) -> torch.device:
+    """This process's, where there are several: the CPU for all, or a GPU for each."""
+    if name not in ("auto", "cuda", "cpu"):
+        raise SettingError(
+            "device", f"{name} is one device, and there are {processes.size} processes; accepted: auto, cuda, cpu"
+        )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if processes.local >= gpus:
+        raise SettingError("device", f"process {processes.rank} has no GPU of its own; this machine has {gpus}")
+    return torch.device("cuda", processes.local)
+
+
+# With which model
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from PIL import Image
 
 import ldm
 from evaluation import fid
-from evaluation.runs.processes import launched
+from evaluation.runs.generate import launched
 from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, count, parallel, side, step_count
-from ldm.cli.devices import Processes
 from ldm.cli.inputs import image_items, resized_start
 from ldm.cli.parser import Parser, command
 from ldm.cli.pipeline import BATCH_PIXELS, SHEET_PIXELS, check_amount, sheet_fits
+from ldm.cli.setup import Processes
 from ldm.io.errors import BadInput, SettingError
 from ldm.sampling.engine import Sizes
 from tests.helpers.scripts import Script, load_script

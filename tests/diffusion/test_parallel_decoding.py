@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.cli.devices import Processes
+from ldm.cli.setup import Processes
 from ldm.io.images import from_pil, read_png
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.guidance import Guidance

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from evaluation.metrics.captions import prompts_of
-from evaluation.protocols.prompts import Prompt, choose, coco_prompts, read_prompts
-from evaluation.protocols.protocol import Select, load_protocol, protocol_names
+from evaluation.protocols.protocol import (
+    Prompt,
+    Select,
+    choose,
+    coco_prompts,
+    load_protocol,
+    protocol_names,
+    read_prompts,
+)
 from evaluation.runs.images import ImageError, ImageFolder
 from ldm.io.files import json_sha256
 from tests.helpers.coco import captions, write_coco, write_protocol
@@ -256,25 +263,25 @@ def broken(change):
     "text, why",
     [
         ("{", "not JSON"),
-        ("[]", "expected COCO's captions, an object.*got list"),
-        ("{}", "it has no list of images, only nothing"),
-        (broken(lambda c: c.pop("annotations")), "it has no list of annotations, only info, images"),
-        (broken(lambda c: c["annotations"][4].pop("caption")), r"annotations\[4\] has no caption; it has id, image_id"),
-        (broken(lambda c: c["annotations"][2].pop("id")), r"annotations\[2\] has no id"),
-        (broken(lambda c: c["images"][1].pop("id")), r"images\[1\] has no id; it has file_name"),
-        (
-            broken(lambda c: c["annotations"][0].update(image_id=5)),
-            r"annotations\[0\] is of image 5, which is not among",
-        ),
+        ("[]", "it should be a mapping; got"),
+        ("{}", "images is missing"),
+        (broken(lambda c: c.pop("annotations")), "annotations is missing"),
+        (broken(lambda c: c["annotations"][4].pop("caption")), r"annotations\.4\.caption is missing"),
+        (broken(lambda c: c["annotations"][2].pop("id")), r"annotations\.2\.id is missing"),
+        (broken(lambda c: c["images"][1].pop("id")), r"images\.1\.id is missing"),
+        (broken(lambda c: c["annotations"][0].update(image_id=5)), r"annotations\.0 is of image 5, which is not among"),
         (
             broken(lambda c: c["annotations"][0].update(caption=" \n")),
-            r"annotations\[0\]: expected a caption with words",
+            r"annotations\.0\.caption should have at least 1 character",
         ),
         (
             broken(lambda c: c["annotations"][0].update(caption=7)),
-            r"annotations\[0\]: expected a caption with words; got",
+            r"annotations\.0\.caption should be a valid string; got 7",
         ),
-        (broken(lambda c: c["annotations"][0].update(id="x")), r"annotations\[0\]: id must be a whole number.*'x'"),
+        (
+            broken(lambda c: c["annotations"][0].update(id="x")),
+            r"annotations\.0\.id should be a valid integer; got 'x'",
+        ),
         (broken(lambda c: c["annotations"][0].update(id=c["annotations"][1]["id"])), "has two prompts of one id"),
     ],
     ids=lambda value: value[:30] if "[" in value else value,
@@ -289,7 +296,7 @@ def test_annotations_that_are_broken_say_where(tmp_path, text, why):
 
 def test_a_field_to_choose_by_that_is_not_there(tmp_path):
     protocol = load_protocol(str(write_protocol(tmp_path / "p.yaml", data__where={"split": "val"})))
-    with pytest.raises(ValueError, match=r"images\[0\] has no split"):
+    with pytest.raises(ValueError, match=r"images\.0\.split is missing"):
         read_prompts(protocol, write_coco(tmp_path / "coco", 2))
     with pytest.raises(FileNotFoundError, match="no such file; p reads annotations/captions_val2017.json"):
         read_prompts(protocol, tmp_path)

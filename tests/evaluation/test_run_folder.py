@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import evaluation.runs.folder
-from evaluation.protocols.prompts import Prompt
+from evaluation.protocols.protocol import Prompt
 from evaluation.runs.folder import FolderError, RunFolder, prompts_sha256
 from evaluation.runs.images import ImageFolder
 from ldm.io.files import UNFINISHED, json_sha256

@@ -404,8 +404,10 @@ class UNetModel(nn.Module):
 
     def check_merging(self, tome: float) -> None:
         """Raise ValueError unless that share of tokens can be merged in this network."""
+        if not tome:
+            return
         check_ratio(tome)
-        if tome and not self.merges_tokens:
+        if not self.merges_tokens:
             raise ValueError(
                 "this network has no self-attention in spatial transformers at its finest level, so there "
                 f"are no tokens to merge; accepted: 0; got {tome:g}"

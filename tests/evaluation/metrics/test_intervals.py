@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.metrics.intervals import bootstrap, mean_interval, mean_values, normal_interval, share_interval
+from evaluation.metrics.result import bootstrap, mean_interval, mean_values, normal_interval, share_interval
 
 
 def test_bootstrap_covers_the_truth_and_pairs_sets():
