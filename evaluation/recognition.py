@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.images, "--images")
     if args.images and not args.count:
         raise BadInput("--images: with --count 0 no images are sampled")
-    from evaluation.metrics.recognition import Settings, compute
+    from evaluation.metrics.retrieval import Settings, recognise
 
-    found = compute(settings_from(args, Settings))
+    found = recognise(settings_from(args, Settings))
     if args.images:
         with blame("--images", (OSError, ValueError)):
             found.save_images(args.images, COLUMNS)

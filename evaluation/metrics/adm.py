@@ -44,8 +44,7 @@ def compute(
     Args:
         samples: see `Source`.
         reference: the same, an npz file of statistics (mu, sigma, mu_s, sigma_s), or what `suite_reference` loaded.
-        extractor: the feature network or its name; for a name:
-        weights, resize, device: see `load_extractor`.
+        extractor, weights, resize, device: of the feature network, see `load_extractor`.
         batch_size: images per batch; changes speed and memory only.
         bootstrap: how often the samples are resampled for 95 % intervals; None = no intervals.
         seed: of the resampling.
@@ -56,7 +55,7 @@ def compute(
         images = suite_samples(samples)
         made = images.provenance
     with fault_of("extractor"):
-        network = load_extractor(extractor, weights, resize, device) if isinstance(extractor, str) else extractor
+        network = load_extractor(extractor, weights, resize, device)
     with fault_of("reference"):
         real = reference if isinstance(reference, Reference) else suite_reference(reference, network, batch_size)
         check_width(real, images, network)
@@ -87,12 +86,10 @@ def suite_reference(source: Source, extractor: Extractor, batch_size: int = 50) 
     return real
 
 
-def check_neighbours(n: int) -> None:
-    """Precision and recall need neighbours. Raises ImageError: n images are too few."""
-    if n <= NEIGHBOURS:
-        raise ImageError(
-            f"precision and recall, of {NEIGHBOURS} neighbours, need at least {NEIGHBOURS + 1} images; got {n}"
-        )
+def check_neighbours(n: int, k: int = NEIGHBOURS) -> None:
+    """Precision and recall need k neighbours. Raises ImageError: n images are too few."""
+    if n <= k:
+        raise ImageError(f"precision and recall, of {k} neighbours, need at least {k + 1} images; got {n}")
 
 
 def all_values(samples: FeatureSet, reference: Reference, count: int | None, seed: int) -> dict[str, Any]:
@@ -148,14 +145,9 @@ def precision_recall(samples: np.ndarray, real: np.ndarray, k: int = 3) -> tuple
     Args:
         samples, real: (N, D) and (M, D).
 
-    Raises ImageError: a set has no k neighbours.
-    Source: Improved Precision and Recall Metric (arXiv 1904.06991).
+    Raises ImageError: see `check_neighbours`. Source: Improved Precision and Recall Metric (arXiv 1904.06991).
     """
-    if min(len(samples), len(real)) <= k:
-        raise ImageError(
-            f"precision and recall with k = {k} need at least {k + 1} images in both sets; got "
-            f"{len(samples)} and {len(real)}"
-        )
+    check_neighbours(min(len(samples), len(real)), k)
     samples, real = np.float64(samples), np.float64(real)
     return inside(samples, real, k), inside(real, samples, k)
 

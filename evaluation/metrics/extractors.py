@@ -219,12 +219,12 @@ EXTRACTORS: dict[str, Callable[..., Extractor]] = {
 
 
 def load_extractor(
-    name: str, weights: str | Path | None = None, resize: str | None = None, device: str = "auto"
+    extractor: Extractor | str, weights: str | Path | None = None, resize: str | None = None, device: str = "auto"
 ) -> Extractor:
-    """The feature network of that name. Only the weights of inception-2015 may be downloaded.
+    """A feature network. Only the weights of inception-2015 may be downloaded.
 
     Args:
-        name: one of EXTRACTORS.
+        extractor: one that is loaded, which is returned; or one of EXTRACTORS.
         weights, resize: see `Extractor`.
         device: auto, cpu, cuda, cuda:N or mps.
 
@@ -232,10 +232,12 @@ def load_extractor(
         ModelError: see the networks; or the name is not one of EXTRACTORS.
         SettingError: `device` or `resize`: there is none of that name.
     """
-    if name not in EXTRACTORS:
-        raise ModelError(f"{name!r} is not one of {', '.join(EXTRACTORS)}")
+    if isinstance(extractor, Extractor):
+        return extractor
+    if extractor not in EXTRACTORS:
+        raise ModelError(f"{extractor!r} is not one of {', '.join(EXTRACTORS)}")
     place = find_device(device)
-    return EXTRACTORS[name](weights, resize).to(place)
+    return EXTRACTORS[extractor](weights, resize).to(place)
 
 
 def network_fields(extractor: Extractor) -> dict[str, Any]:

@@ -45,8 +45,7 @@ def compute(
     Args:
         samples: see `Source`.
         reference: the same, an npz file of statistics (mu, sigma), or a loaded reference.
-        extractor: the feature network or its name; for a name:
-        weights, resize, device: see `load_extractor`.
+        extractor, weights, resize, device: of the feature network, see `load_extractor`.
         batch_size: images per batch; changes speed and memory only.
         kid: also KID (kid_real, kid_real_std). cmmd: also CMMD (cmmd_real). infinity: also FID-infinity
             (fid_infinity_real).
@@ -65,7 +64,7 @@ def compute(
     if infinity and n < INFINITY_LEAST:
         raise SettingError("infinity", f"needs at least {INFINITY_LEAST} samples; got {n}")
     with fault_of("extractor"):
-        network = load_extractor(extractor, weights, resize, device) if isinstance(extractor, str) else extractor
+        network = load_extractor(extractor, weights, resize, device)
     with fault_of("reference"):
         real = reference
         if not isinstance(real, Reference):
@@ -191,15 +190,12 @@ def fid_infinity(features: np.ndarray, reference: Gaussian, points: int = 15, se
 
     Args:
         features: (N, D) of the samples. The N of the points are spread evenly over N/10 .. N. The line holds only
-            where they are several times D.
+            where they are several times D, and at least INFINITY_LEAST.
         reference: is taken as it is.
 
-    Raises ImageError: fewer than INFINITY_LEAST samples.
     Source: Effectively Unbiased FID and Inception Score (arXiv 1911.07023).
     """
     n = len(features)
-    if n < INFINITY_LEAST:
-        raise ImageError(f"FID-infinity needs at least {INFINITY_LEAST} samples; got {n}")
     random = np.random.default_rng(seed)
     sizes = np.linspace(n / 10, n, points).astype(int).clip(2)
     values = [

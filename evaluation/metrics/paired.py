@@ -49,8 +49,7 @@ def compute(
 
     Args:
         plain, accelerated: see `Source`, and `paired` for what belongs together.
-        extractor: the feature network or its name; for a name:
-        weights, resize, device: see `load_extractor`.
+        extractor, weights, resize, device: of the feature network, see `load_extractor`.
         batch_size: pairs per batch; changes speed and memory only.
         lpips: also the perceptual distance LPIPS (AlexNet).
 
@@ -67,7 +66,7 @@ def compute(
             got = f"{len(plain.names)} with a side of {side}"
             raise ImageError(f"expected at least 2 pairs of images of at least {least} x {least} pixels; got {got}")
     with fault_of("extractor"):
-        network = load_extractor(extractor, weights, resize, device) if isinstance(extractor, str) else extractor
+        network = load_extractor(extractor, weights, resize, device)
     with fault_of("packages"):
         measures: dict[str, Measure] = {"psnr": psnr, "ssim": load_ssim()}
     with fault_of("lpips"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -118,16 +118,19 @@ class Experiment:
         facts = replace(self.facts, facts={**self.facts.facts, "sampler": recipe.solver_name})
         return load_plan(spec, nodes, parallel, propagate, facts)
 
-    def plan_if_calibrated(
-        self, spec: str, sampler: str, steps: int, propagate: str | None = None, spacing: str | None = None
-    ) -> AnyPlan | None:
-        """The same, or None if the plan needs a calibration that the model does not have."""
-        try:
-            return self.plan(spec, sampler, steps, propagate, spacing)
-        except ValueError:
-            if not spec.startswith("auto:"):
-                raise
-            return None
+    def plans(self, wanted: Mapping[Any, tuple[Any, ...]]) -> tuple[dict[Any, AnyPlan], str]:
+        """The plans that some things want, by arguments of `plan`; and a sentence for the caption about those that need
+        a calibration which the model does not have, and are left out."""
+        found, missing = {}, {}
+        for key, (spec, *how) in wanted.items():
+            try:
+                found[key] = self.plan(spec, *how)
+            except ValueError:
+                if not spec.startswith("auto:"):
+                    raise
+                missing[spec] = None
+        remark = f" The model has no calibration for {', '.join(missing)}, which are left out." if missing else ""
+        return found, remark
 
     def engine(
         self, sampler: str, steps: int, plan: str | AnyPlan = "off", noise_weight: float = 0.0, **fields: Any
@@ -171,12 +174,6 @@ class Experiment:
         return (
             f"{text}; {self.count} image{'s' * (self.count != 1)}, seed {self.seed}, guidance scale {self.guidance:g}."
         )
-
-
-def uncalibrated(specs: Iterable[str]) -> str:
-    """A sentence for the caption about plans without a calibration, see `Experiment.plan_if_calibrated`."""
-    names = ", ".join(dict.fromkeys(specs))
-    return f" The model has no calibration for {names}, which are left out." if names else ""
 
 
 # One figure

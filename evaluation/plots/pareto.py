@@ -9,17 +9,40 @@ plain run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import cycle, product
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import torch
 from matplotlib.axes import Axes
+from pydantic import Field, model_validator
+from torch import Tensor
+from tqdm import tqdm
 
-from evaluation.plots.comparison import Comparison, Row, Values, compare, read_rows
+from evaluation.metrics.frechet import distance
+from evaluation.metrics.paired import load_ssim
+from evaluation.metrics.retrieval import Queries, RealImages, choose_queries, features_of, load_real_images
+from evaluation.metrics.statistics import Moments
 from evaluation.plots.drawing import MARKERS, Drawing, new_figure
-from evaluation.plots.experiment import Experiment, uncalibrated
-from ldm.io.errors import SettingError, fault_of
+from evaluation.plots.experiment import BATCH, Experiment
+from evaluation.protocols.protocol import reading
+from ldm.checkpoint import fingerprint
+from ldm.cli.arguments import MOST_STEPS, SPACINGS
+from ldm.data.emoji import EmojiDataset
+from ldm.io.errors import SettingError, fault_of, one_line
+from ldm.io.files import file_sha256, json_sha256, read_json, write_json
+from ldm.io.images import from_pil, psnr, to_pil
+from ldm.io.schema import NotNegative, Schema, Text, parse
+from ldm.models.diffusion.loop import State
+from ldm.models.diffusion.propagation.forecast import POLYNOMIALS, ForecastName
 from ldm.models.diffusion.propagation.plan import AnyPlan
+from ldm.sampling.engine import Cost, Recipe
+from ldm.sampling.generate import Item, digest, prompt_items
 
 # Okabe and Ito's colours without the yellow, which is faint on paper.
 COLOURS = ("#000000", "#7F7F7F", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")
@@ -45,7 +68,8 @@ def draw_pareto(experiment: Experiment, *, steps: int, rows: str, data: str | No
         )
     with fault_of("rows"):
         methods, reference = read_rows(rows, steps)
-        plans, remark = plans_of(experiment, methods)
+        how = {row: (row.plan, row.sampler, row.steps, row.propagate, row.spacing) for row in methods}
+        plans, remark = experiment.plans(how)
     comparison = Comparison(experiment, data, steps, reference)
     measured_from = f"{reference} steps of DDIM" if reference else "the plain run"
     values = compare(comparison, plans, cache)
@@ -63,16 +87,6 @@ def draw_pareto(experiment: Experiment, *, steps: int, rows: str, data: str | No
         f"{' The prompts are captions of the dataset.' if data else ''}{remark}"
     )
     return Drawing(figure, caption, {"rows": values}, settings=comparison.settings, table="\n".join(table(values)))
-
-
-def plans_of(experiment: Experiment, rows: Sequence[Row]) -> tuple[dict[Row, AnyPlan], str]:
-    """The plan of each row, and a sentence for the caption if some need a calibration that is not there. Raises
-    ValueError: see `Experiment.plan`."""
-    plans = {
-        row: experiment.plan_if_calibrated(row.plan, row.sampler, row.steps, row.propagate, row.spacing) for row in rows
-    }
-    there = {row: plan for row, plan in plans.items() if plan is not None}
-    return there, uncalibrated(row.plan for row in plans if row not in there)
 
 
 def table(rows: Mapping[str, Values]) -> Iterator[str]:
@@ -126,3 +140,239 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not best or error < best[-1][1]:
             best.append((cost, error))
     return best
+
+
+# Methods of sampling, from a YAML file such as evaluation/plots/pareto.yaml: the error and the cost of each.
+
+
+Values = dict[str, Any]  # of a row: its costs and errors, JSON values
+LISTS = ("sampler", "steps", "plan", "propagate", "spacing")  # fields that may be lists: one row for each value
+
+
+class Row(Schema):
+    """A method of sampling.
+
+    family: rows of a family are drawn alike.
+    label:  text beside the row's marker; may name fields of the row in braces.
+    The other fields: see `ldm.sampling.engine.Recipe` and `load_plan`.
+    """
+
+    family: Text
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    sampler: Text = "ddim"
+    plan: Text = "off"
+    propagate: ForecastName | None = None
+    noise_weight: NotNegative = 0.0
+    guidance_reuse: bool | Literal[POLYNOMIALS] = False
+    spacing: Literal[SPACINGS] | None = None
+    label: str = ""
+
+    @model_validator(mode="after")
+    def _has_a_label_of_its_fields(self) -> Row:
+        try:
+            self.label.format(**dict(self))
+        except (LookupError, AttributeError, TypeError, ValueError):
+            raise ValueError(f"label may have {', '.join(Row.model_fields)} in braces; got {self.label!r}") from None
+        return self
+
+    def __str__(self) -> str:
+        parts = [" ".join([self.sampler, str(self.steps)] + [self.spacing] * (self.spacing is not None))]
+        parts += [self.plan] * (self.plan != "off")
+        parts += [self.propagate] * (self.propagate is not None) + ["guidance reused"] * (self.guidance_reuse is True)
+        parts += [f"guidance {self.guidance_reuse}"] * isinstance(self.guidance_reuse, str)
+        return ", ".join(parts + [f"prior noise {self.noise_weight}"] * (self.noise_weight > 0))
+
+
+class _File(Schema):
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    reference: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
+
+
+def read_rows(path: str, steps: int) -> tuple[list[Row], int | None]:
+    """The rows of a file, with lists expanded, and the steps of the reference, see `Comparison`. `steps`: of rows that
+    do not state their number of steps. Raises ValueError: the file can't be read, or has other content."""
+    with reading("file of rows as in evaluation/plots/pareto.yaml", Path(path)) as content:
+        file = parse(_File, content)
+        rows = [row for k, entry in enumerate(file.rows, 1) for row in expanded(f"row {k}", entry, steps)]
+        if twice := [name for name, number in Counter(map(str, rows)).items() if number > 1]:
+            raise ValueError(f"two rows are {twice[0]!r}; expected each method once")
+    return rows, file.reference
+
+
+def expanded(place: str, entry: dict[str, Any], steps: int) -> list[Row]:
+    """The rows of one entry; `place` names it in messages. See `read_rows`."""
+    lists = {name: entry[name] if isinstance(entry[name], list) else [entry[name]] for name in LISTS if name in entry}
+    if empty := [name for name, values in lists.items() if not values]:
+        raise ValueError(f"{place}: {empty[0]} is an empty list; expected a value or more")
+    return [
+        parse(Row, {"steps": steps} | entry | dict(zip(lists, values, strict=True)), place)
+        for values in product(*lists.values())
+    ]
+
+
+# The comparison
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The images of one method.
+
+    latents: (N, C, h, w).
+    images:  (N, 3, H, W) in [-1, 1], with the 256 levels that files have.
+    cost:    of one image.
+    """
+
+    latents: Tensor
+    images: Tensor
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all rows have in common.
+
+    data:  a dataset whose captions are the prompts, and whose images the samples are compared with; None = the
+           experiment's items, and no comparison with real images.
+    steps: of the plain runs, which cost 100 %.
+    reference: steps of the DDIM run whose distance is the error; None = the plain run of the row's sampler.
+    """
+
+    experiment: Experiment
+    data: str | None
+    steps: int
+    reference: int | None = None
+
+    @cached_property
+    def queries(self) -> Queries:
+        """The dataset's captions that are the prompts."""
+        count = self.experiment.count
+        with fault_of("data"):
+            found = choose_queries(EmojiDataset(self.data, split="train", max_tier=1), count, self.experiment.seed)
+        if len(found.captions) < count:
+            raise SettingError("count", f"{self.data} has {len(found.captions)} captions; got {count}")
+        return found
+
+    @cached_property
+    def real(self) -> RealImages:
+        """The dataset's images, with their features."""
+        return load_real_images(self.data, batch_size=BATCH)
+
+    @cached_property
+    def items(self) -> list[Item]:
+        """The images to sample."""
+        if not self.data:
+            return self.experiment.items
+        return prompt_items(self.queries.captions, 1, self.experiment.seed, by_position=True)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the values depend on, beside the experiment's own settings and the row, as JSON values."""
+        experiment = self.experiment
+        with fault_of("data"):
+            data = self.data and file_sha256(*(Path(self.data) / name for name in ("pictures.npy", "captions.json")))
+        return {
+            "config": fingerprint(experiment.setup.config_path)[:16],
+            "averaged": experiment.setup.weights,
+            "precision": "autocast" if experiment.setup.autocast else "full",
+            "steps": self.steps,
+            "data": data and data[:16],
+            "items": digest([item.settings() for item in self.items]),
+        } | ({} if self.reference is None else {"reference": self.reference})
+
+    def sample(self, row: Row, plan: AnyPlan) -> Sampled:
+        """The images of a row."""
+        fields = {"guidance_reuse": row.guidance_reuse, "spacing": row.spacing}
+        engine = self.experiment.engine(row.sampler, row.steps, plan, row.noise_weight, **fields)
+        parts = [engine.sampled(self.items[k : k + BATCH]) for k in range(0, len(self.items), BATCH)]
+        latents = torch.cat([part for part, _ in parts])
+        images = torch.stack([from_pil(image) for image in to_pil(self.experiment.decode(engine, latents))])
+        return Sampled(latents, images, Cost.mean([cost for part, cost in parts for _ in part]))
+
+    def plain(self, sampler: str, spacing: str | None, steps: int) -> Sampled:
+        """The images of a plain run."""
+        row = Row(family="plain", steps=steps, sampler=sampler, spacing=spacing)
+        return self.sample(row, self.experiment.plan("off", sampler, steps, spacing=spacing))
+
+    def values(self, row: Row, plan: AnyPlan, plain: Sampled, reference: Sampled) -> Values:
+        """All values of a row; `plain`: the plain run of its sampler; `reference`: what its error is measured from."""
+        found = self.sample(row, plan)
+        ratio = psnr(found.images, reference.images).numpy()
+        values: Values = {
+            "macs": found.cost.macs,
+            "critical": found.cost.critical,
+            "macs_share": found.cost.macs / plain.cost.macs,
+            "critical_share": found.cost.critical / plain.cost.critical,
+            "mse_latents": float((found.latents - reference.latents).square().mean()),
+            "psnr": float(np.mean(ratio)) if np.isfinite(ratio).all() else None,
+            "ssim": float(load_ssim()(found.images, reference.images).mean()),
+        }
+        if not self.data:
+            return values
+        real = self.real
+        ours, theirs = (features_of(some.images, real.extractor, BATCH, str(row)) for some in (found, reference))
+        moments = (Moments.from_features(features.double().numpy()) for features in (ours, real.features))
+        retrieved = real.retrieve(to_pil(found.images), self.queries.entries, str(row))
+        return values | {
+            "feature_distance": float((ours - theirs).norm(dim=1).mean()),
+            "fid_real": distance(*(part.gaussian() for part in moments)),
+            "R@5": float(np.mean(retrieved.hits[5])),
+        }
+
+
+def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -> dict[str, Values]:
+    """The values of all rows, by their names.
+
+    Args:
+        plans: of the rows.
+        cache: folder of the measured rows. A file is named by the hash of everything that its values depend on.
+
+    Raises SettingError: `rows`: a row can't be sampled; `data`, `count`: see `Comparison`; `out`: the cache can't be
+    written.
+    """
+    with fault_of("packages"):
+        load_ssim()
+    plain = lru_cache(maxsize=None)(comparison.plain)
+    rows = {}
+    for row, plan in tqdm(plans.items(), desc="rows", unit="row", disable=None):
+        try:
+            about = depends_on(comparison, row, plan)
+            path = cache / f"{json_sha256(about)[:24]}.json"
+            if (values := cached(path)) is None:
+                at_all_steps = plain(row.sampler, row.spacing, comparison.steps)
+                fine = plain("ddim", None, comparison.reference) if comparison.reference else at_all_steps
+                values = comparison.values(row, plan, at_all_steps, fine)
+                with fault_of("out", (OSError,)):
+                    write_json(path, {"of": about, "values": values})
+        except SettingError:
+            raise
+        except ValueError as error:
+            raise SettingError("rows", f"{row}: {one_line(error)}") from error
+        rows[str(row)] = dict(row) | {"resolved": plan.settings()} | values
+    return rows
+
+
+def depends_on(comparison: Comparison, row: Row, plan: AnyPlan) -> dict[str, Any]:
+    """Everything that a row's values depend on, as JSON values."""
+    experiment = comparison.experiment
+    method = row.model_dump(include={"sampler", "steps", "spacing", "noise_weight", "guidance_reuse"})
+    recipes = [experiment.recipe(row.sampler, steps, spacing=row.spacing) for steps in (row.steps, comparison.steps)]
+    method["rules"] = [rule_digest(recipe, experiment.timesteps) for recipe in recipes]
+    return experiment.settings() | comparison.settings | {"row": method | {"plan": plan.settings()}}
+
+
+def rule_digest(recipe: Recipe, timesteps: int) -> str:
+    """What the solver does now: where it takes a number in a run on a known problem, in eight digits."""
+    alphas_cumprod = torch.linspace(0.999, 0.001, timesteps, dtype=torch.float64)
+    rule = recipe.rule(alphas_cumprod, lambda i, x: torch.ones_like(x))
+    state = State(torch.ones(1, 1, 1, 1, dtype=torch.float64))
+    for i in range(len(rule.nodes)):
+        state = rule.step(state, i, state.x.sin())
+    return f"{state.x.item():.8e}"
+
+
+def cached(path: Path) -> Values | None:
+    """The values in a file; None if there is none, or a damaged one."""
+    try:
+        return dict(read_json(path)["values"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -11,22 +11,16 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from evaluation.plots.drawing import CELL, COLOURS, Drawing, image_grid, new_figure
-from evaluation.plots.experiment import Experiment, uncalibrated
+from evaluation.plots.experiment import Experiment
 from ldm.io.images import psnr
 from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.sampling.engine import Engine
 
 Points = dict[str, dict[str, Any]]  # plan -> the values of its point, see `errors`
 
-STRATEGIES = {
-    "uniform-1": "uniform I",
-    "uniform-2": "uniform II",
-    "uniform-3": "uniform III",
-    "nonuniform-1": "non-uniform I",
-    "nonuniform-2": "non-uniform II",
-    "nonuniform-3": "non-uniform III",
-    "nonuniform-4": "non-uniform IV",
-}  # by plan, as table 5 calls them
+# By plan, as table 5 calls them.
+STRATEGIES = {f"uniform-{k}": f"uniform {numeral}" for k, numeral in enumerate(("I", "II", "III"), 1)}
+STRATEGIES |= {f"nonuniform-{k}": f"non-uniform {numeral}" for k, numeral in enumerate(("I", "II", "III", "IV"), 1)}
 UNIFORM = ("uniform:2", "uniform:3", "uniform:4", "uniform:6", "uniform:8", "uniform:12")
 CALIBRATED = ("auto:5", "auto:7", "auto:9", "auto:13", "auto:18", "auto:25")
 # Label of each series -> plans, propagation, colour and marker.
@@ -42,7 +36,9 @@ SHOWN = 3  # images beside the curves
 
 def draw_placement(experiment: Experiment, *, steps: int) -> Drawing:
     """Draw the error of each plan over `steps` DDIM steps against its number of key timesteps."""
-    plans, remark = plans_of(experiment, steps)
+    plans, remark = experiment.plans(
+        {(label, spec): (spec, "ddim", steps, how) for label, (specs, how, *_) in SERIES.items() for spec in specs}
+    )
     engine = experiment.engine("ddim", steps)
     found, rows = errors(experiment, engine, plans)
     columns = min(SHOWN, experiment.count)
@@ -69,7 +65,7 @@ def draw_placement(experiment: Experiment, *, steps: int) -> Drawing:
 
 
 def errors(
-    experiment: Experiment, engine: Engine, plans: Mapping[str, Mapping[str, AnyPlan]]
+    experiment: Experiment, engine: Engine, plans: Mapping[tuple[str, str], AnyPlan]
 ) -> tuple[dict[str, Points], dict[str, list[Tensor]]]:
     """The distance of each plan from the plain run, by series and plan; and rows of images for the strategies.
     `engine`: of the plain run. `plans`: by series and name."""
@@ -77,31 +73,20 @@ def errors(
     plain_images = experiment.decode(engine, plain)
     found: dict[str, Points] = {label: {} for label in SERIES}
     rows = {"plain": list(plain_images[:SHOWN])}
-    for label, some in plans.items():
-        for spec, plan in some.items():
-            engine = experiment.engine("ddim", engine.recipe.steps, plan)
-            images = experiment.decode(engine, latents := experiment.latents(engine))
-            error = (latents - plain).square().flatten(1).mean(1).cpu().numpy()
-            found[label][spec] = {
-                "keys": len(plan.keys),
-                "mean": error.mean(),
-                "standard_error": standard_error(error),
-                "mse": error,
-                "psnr": psnr(images, plain_images).mean(),
-            }
-            if spec in STRATEGIES:
-                rows[f"{STRATEGIES[spec]}\n{found[label][spec]['psnr']:.1f} dB"] = list(images[:SHOWN])
+    for (label, spec), plan in plans.items():
+        engine = experiment.engine("ddim", engine.recipe.steps, plan)
+        images = experiment.decode(engine, latents := experiment.latents(engine))
+        error = (latents - plain).square().flatten(1).mean(1).cpu().numpy()
+        found[label][spec] = {
+            "keys": len(plan.keys),
+            "mean": error.mean(),
+            "standard_error": standard_error(error),
+            "mse": error,
+            "psnr": psnr(images, plain_images).mean(),
+        }
+        if spec in STRATEGIES:
+            rows[f"{STRATEGIES[spec]}\n{found[label][spec]['psnr']:.1f} dB"] = list(images[:SHOWN])
     return found, rows
-
-
-def plans_of(experiment: Experiment, steps: int) -> tuple[dict[str, dict[str, AnyPlan]], str]:
-    """The plans of each series by name, and a sentence for the caption if some need a calibration that is not there."""
-    plans = {
-        label: {spec: experiment.plan_if_calibrated(spec, "ddim", steps, propagate) for spec in specs}
-        for label, (specs, propagate, *_) in SERIES.items()
-    }
-    there = {label: {spec: plan for spec, plan in some.items() if plan is not None} for label, some in plans.items()}
-    return there, uncalibrated(spec for label, some in plans.items() for spec in some if spec not in there[label])
 
 
 def standard_error(values: np.ndarray) -> np.floating:

@@ -9,9 +9,8 @@ from evaluation.metrics.result import Result, ResultError, comparable
 from evaluation.protocols.protocol import Protocol, load_protocol
 from evaluation.runs.generate import ModelFiles
 from evaluation.table.cost import Timing, compare_timings
-from evaluation.table.measures import Sources, heads
 from evaluation.table.render import RenderedRow, RenderedTable
-from evaluation.table.row import Bench, Job, RowResult, find, make_row, row_result
+from evaluation.table.row import Bench, Job, RowResult, Sources, find, heads, make_row, row_result
 from evaluation.table.spec import COLUMNS, FTC, SHORT, Table
 from ldm.checkpoint import fingerprint
 from ldm.checkpoint.published import published_sha256

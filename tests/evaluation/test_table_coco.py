@@ -21,11 +21,10 @@ from evaluation.metrics.clip import load_clip
 from evaluation.metrics.extractors import load_extractor, resized
 from evaluation.metrics.inception import Inception
 from evaluation.protocols.protocol import load_protocol
-from evaluation.table import measures
+from evaluation.table import row as rows
 from evaluation.table.build import jobs_of, other_world, reasons_unlike
 from evaluation.table.cost import Timing
-from evaluation.table.measures import Sources
-from evaluation.table.row import Job
+from evaluation.table.row import Job, Sources
 from evaluation.table.spec import COLUMNS, load_table
 from ldm.checkpoint import fingerprint, save_weights
 from ldm.io.images import from_pil, open_image
@@ -126,7 +125,7 @@ def world(tmp_path_factory) -> World:
     write_networks(folder)
     write_table(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measures, "RESAMPLES", 2)
+        patch.setattr(rows, "RESAMPLES", 2)
         assert tables.main(World(folder).argv("--rows", "1", "--timed", "1")) == 0
         assert tables.main(World(folder).argv("--timed", "0")) == 0
     return World(folder, (folder / "runs" / "two-coco.md").read_text(encoding="utf-8"))
@@ -593,5 +592,5 @@ def test_nothing_of_the_emoji_world_is_like_the_papers():
     ids=str,
 )
 def test_heads_say_what_is_measured(metrics, heads):
-    found = measures.heads(load_protocol("coco2017-10k").model_copy(update={"metrics": metrics}))
+    found = rows.heads(load_protocol("coco2017-10k").model_copy(update={"metrics": metrics}))
     assert bool(found) == bool(heads) and heads.items() <= found.items() and "gflops" not in found

@@ -57,5 +57,5 @@ def test_equal_images_lie_on_each_other_in_many_dimensions():
 
 
 def test_neighbours_are_needed():
-    with pytest.raises(ImageError, match="at least 4 images in both sets; got 3 and 9"):
+    with pytest.raises(ImageError, match="of 3 neighbours, need at least 4 images; got 3"):
         precision_recall(np.eye(3), np.ones((9, 3)))

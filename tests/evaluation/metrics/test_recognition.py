@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.metrics.recognition import Settings, load_engine, reconstruct
+from evaluation.metrics.retrieval import Settings, load_engine, reconstruct
 from ldm.data.emoji import EmojiDataset
 from ldm.io.images import from_pil
 from tests.helpers.tiny_data import SIDE, write_data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evaluation.figures import ROWS as SHIPPED
-from evaluation.plots.comparison import read_rows, rule_digest
+from evaluation.plots.pareto import read_rows, rule_digest
 from ldm.sampling.engine import Recipe
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from evaluation.plots.comparison import Row
-from evaluation.plots.pareto import front, plot, table
+from evaluation.plots.pareto import Row, front, plot, table
 
 
 def test_a_front_is_what_no_cheaper_point_equals():
