@@ -21,7 +21,7 @@ from evaluation.metrics.clip import load_clip
 from evaluation.metrics.extractors import load_extractor, resized
 from evaluation.metrics.inception import Inception
 from evaluation.protocols.protocol import load_protocol
-from evaluation.table import row as rows
+from evaluation.table import row as table_row
 from evaluation.table.build import jobs_of, other_world, reasons_unlike
 from evaluation.table.cost import Timing
 from evaluation.table.row import Job, Sources
@@ -125,7 +125,7 @@ def world(tmp_path_factory) -> World:
     write_networks(folder)
     write_table(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "RESAMPLES", 2)
+        patch.setattr(table_row, "RESAMPLES", 2)
         assert tables.main(World(folder).argv("--rows", "1", "--timed", "1")) == 0
         assert tables.main(World(folder).argv("--timed", "0")) == 0
     return World(folder, (folder / "runs" / "two-coco.md").read_text(encoding="utf-8"))
@@ -592,5 +592,5 @@ def test_nothing_of_the_emoji_world_is_like_the_papers():
     ids=str,
 )
 def test_heads_say_what_is_measured(metrics, heads):
-    found = rows.heads(load_protocol("coco2017-10k").model_copy(update={"metrics": metrics}))
+    found = table_row.heads(load_protocol("coco2017-10k").model_copy(update={"metrics": metrics}))
     assert bool(found) == bool(heads) and heads.items() <= found.items() and "gflops" not in found

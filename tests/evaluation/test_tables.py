@@ -16,7 +16,7 @@ import yaml
 from evaluation import generate, tables
 from evaluation.metrics.result import read_result
 from evaluation.protocols.protocol import load_protocol
-from evaluation.table import row as rows
+from evaluation.table import row as table_row
 from evaluation.table.build import jobs_of
 from evaluation.table.cost import compare_timings, cost_values, gflops, read_timing, time_images, timed
 from evaluation.table.render import RenderedRow, RenderedTable, csv_text, latex, markdown
@@ -158,7 +158,7 @@ def sheet(world: str) -> RenderedTable:
         RenderedRow(without, {"fid": (21.5, None)}),
         RenderedRow(injected, remark="not supported: 100 % & more"),
     ]
-    heads = rows.heads(load_protocol(table.protocol[world]))
+    heads = table_row.heads(load_protocol(table.protocol[world]))
     return RenderedTable(table, world, table.columns, rows, ["A note."], heads)
 
 
@@ -273,7 +273,7 @@ def made(tmp_path_factory) -> tuple[list[str], str]:
         "cpu",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "RESAMPLES", 3)
+        patch.setattr(table_row, "RESAMPLES", 3)
         assert tables.main([*argv, "--timed", "0"]) == 0
     return argv, (folder / "runs" / "two-emoji-2.md").read_text()
 
