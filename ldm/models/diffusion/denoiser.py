@@ -253,6 +253,37 @@ class Wrapper:
 # What a network is conditioned on.
 
 
+def thresholded(x0: Tensor, most: float, share: float = 0.95) -> Tensor:
+    """Clean images (B, ...) with their largest values scaled down, each by its own measure.
+
+    s, the quantile of |x0| at `share`, is clamped to 1..most; x0 <- clamp(x0, -s, s) / s.
+
+    Source: dynamic thresholding, Imagen (arXiv 2205.11487), section 2.3, with the upper limit of DeepFloyd-IF.
+    """
+    s = x0.flatten(1).abs().float().quantile(share, dim=1).clamp(1.0, most).to(x0.dtype)
+    s = s.view(-1, *[1] * (x0.ndim - 1))
+    return x0.clamp(-s, s) / s
+
+
+class Thresholded(Wrapper):
+    """The noise that is left when the clean image of every prediction is thresholded.
+
+    Args:
+        denoiser: the prediction.
+        most: see `thresholded`.
+    """
+
+    def __init__(self, denoiser: Denoiser, most: float) -> None:
+        super().__init__(denoiser)
+        self.most = most
+
+    def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
+        def limited(eps: Tensor, x: Tensor, abar: float) -> Tensor:
+            return eps_from_x0(thresholded(predict_x0(x, eps, abar), self.most), x, abar)
+
+        return on_noise(limited, self.inner.to_eps(prediction, x, node), x, node.abar)
+
+
 @dataclass(frozen=True, eq=False)
 class Conditioning:
     """What a network is conditioned on; a part that the model does not use is None.

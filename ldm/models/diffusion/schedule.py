@@ -84,6 +84,16 @@ def ddim_timesteps(steps: int, total: int = 1000, method: str = "uniform") -> tu
     return tuple(int(t) + shift for t in grid)
 
 
+def leading(steps: int, offset: int = 0, total: int = 1000) -> tuple[int, ...]:
+    """Every (total // steps)-th timestep from `offset` up, `steps` of them, noisiest first: diffusers' "leading".
+
+    Raises:
+        ValueError: `steps` is not in 1..total.
+    """
+    check_steps(steps, total)
+    return tuple(i * (total // steps) + offset for i in reversed(range(steps)))
+
+
 def ddim_levels(alphas_cumprod: Tensor, timesteps: Sequence[int], end: Level | None = None) -> tuple[Level, ...]:
     """The levels of ascending timesteps, noisiest first, and the level where the last step lands.
 

@@ -18,6 +18,7 @@ from ldm.modules.diffusionmodules.unet_layers import (
     Attention,
     AttentionBlock,
     AttentionPool2d,
+    ContextLayer,
     Downsample,
     QKVAttention,
     QKVAttentionLegacy,
@@ -212,7 +213,7 @@ class UNetModel(nn.Module):
         context = self._checked_context(context, len(context))
         projections = {}
         for block in self.modules():
-            if isinstance(block, BasicTransformerBlock):
+            if isinstance(block, BasicTransformerBlock | ContextLayer):
                 projections |= block.projections(context)
         return ProjectedContext(projections, len(context))
 

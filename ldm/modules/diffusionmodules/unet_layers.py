@@ -62,6 +62,18 @@ class TimestepBlock(nn.Module, ABC):
         """(B, C, ...), (B, D) -> (B, C', ...)."""
 
 
+class ContextLayer(nn.Module, ABC):
+    """A layer that takes a context: forward(x, context, tome)."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: Context, tome: float = 0.0) -> Tensor:
+        """(B, C, H, W), the context, the share of tokens to merge -> (B, C, H, W)."""
+
+    @abstractmethod
+    def projections(self, context: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """Keys and values of a context (B, L, D), see `ProjectedContext`."""
+
+
 class ResBlock(TimestepBlock):
     """Residual block of two convolutions; the timestep embedding enters between them.
 
@@ -301,7 +313,7 @@ class TimestepEmbedSequential(nn.Sequential):
                 x, shared = layer(x, emb, shared), None
             elif isinstance(layer, TimestepBlock):
                 x = layer(x, emb)
-            elif isinstance(layer, SpatialTransformer):
+            elif isinstance(layer, SpatialTransformer | ContextLayer):
                 x = layer(x, context, tome)
             else:
                 x = layer(x)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.denoiser import Conditional, ConditionedNetwork, Conditioning, Denoiser
+from ldm.models.diffusion.denoiser import Conditional, ConditionedNetwork, Conditioning, Denoiser, Thresholded
 from ldm.models.diffusion.guidance import Guidance, Guided
 from ldm.modules.attention_control import AttentionControl
 from ldm.modules.diffusionmodules.features import Features, PartWeights
@@ -44,6 +44,8 @@ class DDPM(ForwardProcess):
         use_ema: keep a moving average of the network's weights.
         guided_channels: how many channels of the prediction classifier-free guidance acts on, the first ones; None =
             those of the noise.
+        dynamic_threshold: the largest value that dynamic thresholding scales down, see `thresholded`; None = no
+            thresholding.
         first_stage_key, image_size, channels: name and size of what is diffused.
         loss_type, original_elbo_weight, l_simple_weight, learn_logvar, logvar_init: training loss, see
             `p_losses`.
@@ -82,6 +84,7 @@ class DDPM(ForwardProcess):
         ckpt_path: str | None = None,
         zero_terminal_snr: bool = False,
         guided_channels: int | None = None,
+        dynamic_threshold: float | None = None,
     ):
         betas = np.asarray(
             given_betas
@@ -103,7 +106,7 @@ class DDPM(ForwardProcess):
         self.parameterization, self.loss_type = parameterization, loss_type
         self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
-        self.guided_channels = guided_channels
+        self.guided_channels, self.dynamic_threshold = guided_channels, dynamic_threshold
         self.monitor, self.log_every_t = monitor, log_every_t
         self.scheduler_config, self.ckpt_path = scheduler_config, ckpt_path
         self.model = DiffusionWrapper(unet_config, conditioning_key)
@@ -292,16 +295,21 @@ class DDPM(ForwardProcess):
         cond = self.conditioning(cond)
         if guidance.scale == 1.0:
             projected = network.project(cond).controlled(control)
-            return Conditional(network, projected, self.parameterization, tome, variance)
+            return self._limited(Conditional(network, projected, self.parameterization, tome, variance))
         if uncond is None:
             raise ValueError(f"uncond: guidance scale {guidance.scale} needs an unconditional conditioning; got None")
         both = network.project(Conditioning.cat(self.conditioning(uncond), cond)).controlled(control)
         conditional = both.images(slice(both.batch // 2, None))
-        return Guided(
+        guided = Guided(
             Conditional(network, both, self.parameterization, tome, variance),
             guidance,
             Conditional(network, conditional, self.parameterization, tome, variance),
         )
+        return self._limited(guided)
+
+    def _limited(self, denoiser: Denoiser) -> Denoiser:
+        """With the model's thresholding of clean images."""
+        return denoiser if self.dynamic_threshold is None else Thresholded(denoiser, self.dynamic_threshold)
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
