@@ -43,7 +43,7 @@ def parser() -> Parser:
     control_arguments(p)
     sampling_arguments(p)
     propagation_arguments(p, order="after")
-    model_arguments(p, EMOJI64)
+    model_arguments(p, EMOJI64, adapters=True)
     output_arguments(p, "outputs/controlnet-samples")
     return p
 

@@ -31,7 +31,7 @@ def parser() -> Parser:
     start_image_arguments(p, strength=0.9)
     sampling_arguments(p, scale=9.0)
     propagation_arguments(p)
-    model_arguments(p, DEPTH)
+    model_arguments(p, DEPTH, adapters=True)
     output_arguments(p, "outputs/depth2img-samples")
     return p
 

@@ -22,7 +22,7 @@ def parser() -> Parser:
     start_image_arguments(p, strength=0.75)
     sampling_arguments(p)
     propagation_arguments(p)
-    model_arguments(p, EMOJI64)
+    model_arguments(p, EMOJI64, adapters=True)
     output_arguments(p, "outputs/img2img-samples")
     return p
 

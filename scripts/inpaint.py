@@ -45,7 +45,7 @@ def parser() -> Parser:
     count_arguments(what, 1, 4, "results for each image")
     sampling_arguments(p)
     propagation_arguments(p)
-    model_arguments(p)
+    model_arguments(p, adapters=True)
     p.epilog = (
         f"Without --config and --ckpt the model is {EMOJI64[1].parent.relative_to(ROOT)} with --prompt, and "
         f"{INPAINTING_BIG[1].parent.relative_to(ROOT)} without."

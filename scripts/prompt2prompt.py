@@ -117,7 +117,7 @@ def parser() -> Parser:
     edit_arguments(p)
     sampling_arguments(p)
     propagation_arguments(p)
-    model_arguments(p, EMOJI64)
+    model_arguments(p, EMOJI64, adapters=True)
     output_arguments(p, "outputs/prompt2prompt")
     return p
 

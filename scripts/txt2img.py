@@ -30,7 +30,7 @@ def parser() -> Parser:
     framing_arguments(what)
     sampling_arguments(p)
     propagation_arguments(p)
-    of_model = model_arguments(p, EMOJI64)
+    of_model = model_arguments(p, EMOJI64, adapters=True)
     of_model.add_argument(
         "--laion400m",
         action="store_true",

@@ -461,12 +461,52 @@ def prior_noise_arguments(group: argparse._ArgumentGroup, below: float | None, o
     )
 
 
+def weighted_file(text: str) -> tuple[str, float]:
+    """An argparse type: FILE or FILE:WEIGHT."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        float(weight)
+    except ValueError:
+        path = ""
+    return (path, scale_value(weight)) if path else (text, 1.0)
+
+
+def adapter_arguments(group: argparse._ArgumentGroup) -> None:
+    """Files that change a model that reads text."""
+    group.add_argument(
+        "--lora",
+        type=weighted_file,
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="add the changes of a LoRA file to the weights, WEIGHT times (default: 1); of kohya's scripts, peft or "
+        "diffusers; may be given several times",
+    )
+    group.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="new words for prompts (textual inversion): the name in a diffusers file, else the name of the file; may "
+        "be given several times",
+    )
+
+
 def model_arguments(
-    p: argparse.ArgumentParser, default: Files | None = None, note: str = "no default"
+    p: argparse.ArgumentParser, default: Files | None = None, note: str = "no default", adapters: bool = False
 ) -> argparse._ArgumentGroup:
-    """The model's files and where it runs; `default` is the model that needs no flag, `note` says if another is."""
+    """The model's files and where it runs.
+
+    Args:
+        default: the model that needs no flag; `note` says if another is.
+        adapters: whether files are taken that change the model.
+    """
     note = f"default: {default[1].parent.relative_to(ROOT)}" if default else note
     model = p.add_argument_group(f"the model ({note})")
+    if adapters:
+        adapter_arguments(model)
+    else:
+        p.set_defaults(lora=(), embedding=())
     model.add_argument(
         "--config",
         metavar="YAML",

@@ -259,14 +259,14 @@ def load_engines(setup: Setup, methods: Methods, task: Task) -> dict[str, Engine
     return engines
 
 
-def weights_of(setup: Setup) -> dict[str, str]:
+def weights_of(setup: Setup) -> dict[str, Any]:
     """What is recorded with an image of its model's files."""
     return {
         "ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}",
         "weights": fingerprint(setup.ckpt)[:16],
         "config": fingerprint(setup.config_path)[:16],
         "averaged": setup.weights,
-    }
+    } | setup.adapters()
 
 
 @dataclass(frozen=True)

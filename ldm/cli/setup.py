@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ldm.checkpoint import Bounded, CheckpointError, check_weights, load_config, load_model, read_checkpoint
+from ldm.checkpoint import (
+    Bounded,
+    CheckpointError,
+    check_weights,
+    fingerprint,
+    load_config,
+    load_model,
+    read_checkpoint,
+)
 from ldm.checkpoint.diagnosis import Facts, facts_of_config, facts_of_weights, fitting, summary
+from ldm.checkpoint.embeddings import add_embeddings
 from ldm.checkpoint.file import stated_prediction
+from ldm.checkpoint.lora import merge_lora
 from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.arguments import EMOJI64, Files
 from ldm.cli.parser import torchrun_ranks
@@ -151,6 +162,8 @@ class ModelSettings:
     factor: int | None = None
     device: str = "auto"
     precision: str | None = None
+    lora: Sequence[tuple[str, float]] = ()
+    embedding: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,8 @@ class Setup:
 
     weights:  averaged or last, as `load_model` takes them.
     autocast: run the networks in the device's lower precision.
+    lora: files that change the weights, and how strongly.
+    embedding: files of new tokens.
     """
 
     config_path: Path
@@ -169,6 +184,8 @@ class Setup:
     processes: Processes = ALONE
     weights: str = "auto"
     autocast: bool = False
+    lora: Sequence[tuple[str, float]] = ()
+    embedding: Sequence[str] = ()
 
     def load(self) -> LatentDiffusion:
         """The model on the run's device.
@@ -177,7 +194,29 @@ class Setup:
             SettingError: the files do not make a model.
         """
         with fault_of("config", CONSTRUCTION), fault_of("ckpt", (CheckpointError,)):
-            return load_model(self.config_path, self.ckpt, self.device, self.weights)
+            model = load_model(self.config_path, self.ckpt, self.device, self.weights)
+        with fault_of("lora", (CheckpointError, OSError)):
+            for path, weight in self.lora:
+                if unmatched := merge_lora(model, path, weight):
+                    print(f"warning: --lora: {path}: not in this model: {', '.join(unmatched)}", file=sys.stderr)
+        self.read_embeddings(model.cond_stage_model)
+        return model
+
+    def read_embeddings(self, encoder: nn.Module | None) -> None:
+        """Give the model's text encoder the new tokens."""
+        with fault_of("embedding", (CheckpointError, OSError)):
+            for path in self.embedding:
+                add_embeddings(encoder, path)
+
+    def adapters(self) -> dict[str, list[Any]]:
+        """What is recorded with an image of the files beside the model's own; nothing where there are none."""
+        for name, paths in (("lora", [path for path, _ in self.lora]), ("embedding", self.embedding)):
+            with fault_of(name, (OSError,)):  # a name that no file can have
+                if missing := [path for path in paths if not Path(path).is_file()]:
+                    raise SettingError(name, f"{missing[0]}: no such file")
+        lora = [[Path(path).name, fingerprint(path)[:16], weight] for path, weight in self.lora]
+        embedding = [[Path(path).name, fingerprint(path)[:16]] for path in self.embedding]
+        return {name: files for name, files in (("lora", lora), ("embedding", embedding)) if files}
 
     @property
     def suspect(self) -> str:
@@ -200,6 +239,8 @@ def make_setup(settings: ModelSettings, default: Files | None = None, processes:
     device = find_device(settings.device, processes)
     autocast = uses_autocast(settings.precision, device)
     setup = read_setup(config_path, ckpt, device, processes, settings.weights, autocast)
+    setup = replace(setup, lora=tuple(settings.lora), embedding=tuple(settings.embedding))
+    setup.adapters()  # reads the files
     for name, given, real in (
         ("channels", settings.channels, setup.sizes.channels),
         ("factor", settings.factor, setup.sizes.factor),

@@ -91,6 +91,10 @@ class FrozenCLIPEmbedder(ClipConditioner):
         self.layer_idx = layer_idx
         self.settle(device, freeze)
 
+    @property
+    def token_table(self) -> nn.Embedding:
+        return self.transformer["text_model"].embeddings.token_embedding
+
     @staticmethod
     def _check_layer(layer: str, layer_idx: int | None, blocks: int) -> None:
         if layer not in ("last", "hidden"):

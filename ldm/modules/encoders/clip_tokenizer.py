@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from ldm.io.files import find_file, read_bytes
-from ldm.modules.encoders.tokenizer import Words, check_ids, cut, words_of
+from ldm.modules.encoders.tokenizer import Words, add_token, check_ids, cut, with_all_vectors, words_of
 
 try:
     import ftfy
@@ -97,6 +97,7 @@ class ClipTokenizer:
     def __init__(self, vocabulary: str | Path | None = None, max_length: int = 77, padding: int | None = None):
         self.vocabulary = None if vocabulary is None else find_vocabulary(vocabulary)
         self.max_length, self.padding = max_length, padding
+        self.added: dict[str, int] = {}  # new tokens, and of how many each is made
 
     @cached_property
     def bpe(self) -> Tokenizer:
@@ -129,7 +130,7 @@ class ClipTokenizer:
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(t, str) for t in texts):
             raise ValueError(f"text must be a string or a list of strings; got {text!r}")
-        return torch.tensor([encoding.ids for encoding in self.bpe.encode_batch([clean(t) for t in texts])])
+        return torch.tensor([encoding.ids for encoding in self.bpe.encode_batch([self._read(t) for t in texts])])
 
     def cut(self, texts: Sequence[str]) -> list[bool]:
         """Of each text whether its end is cut off, because it has more than max_length tokens.
@@ -137,7 +138,7 @@ class ClipTokenizer:
         Raises:
             ValueError: see `__call__`.
         """
-        return cut(self.bpe, [clean(text) for text in texts])
+        return cut(self.bpe, [self._read(text) for text in texts])
 
     def words(self, text: str) -> Words:
         """The words of a text, mended and in lower case, with their tokens.
@@ -145,7 +146,10 @@ class ClipTokenizer:
         Raises:
             ValueError: see `__call__`.
         """
-        return words_of(self.bpe, clean(text))
+        return words_of(self.bpe, self._read(text))
+
+    def _read(self, text: str) -> str:
+        return with_all_vectors(clean(text), self.added)
 
 
 def clean(text: str) -> str:
@@ -173,6 +177,25 @@ class ClipConditioner(nn.Module):
         if not 2 < tokenizer.max_length <= context_length:
             raise ValueError(f"max_length must be in 3..{context_length}; got {tokenizer.max_length}")
         self.tokenizer, self.vocab_size, self.context_length = tokenizer, vocab_size, context_length
+
+    @property
+    def token_table(self) -> nn.Embedding:
+        """The vectors of the tokens; of an encoder that takes new ones.
+
+        Raises:
+            ValueError: it does not.
+        """
+        raise ValueError(f"{type(self).__name__} takes no new tokens")
+
+    def add_token(self, name: str, vectors: Tensor) -> None:
+        """Give the encoder a new token of one vector or several, (k, D); see `ldm.modules.encoders.tokenizer`.
+
+        Raises:
+            ValueError: the name is taken, or is not one word.
+        """
+        add_token(self.tokenizer.bpe, self.token_table, name.lower(), vectors)
+        self.tokenizer.added[name.lower()] = len(vectors)
+        self.vocab_size = self.token_table.num_embeddings
 
     def settle(self, device: str | None, freeze: bool) -> None:
         """Move the weights to a device, if one is named, and freeze them if asked to."""

@@ -17,7 +17,16 @@ from ldm.modules.diffusionmodules.upscaling import CLIPEmbeddingNoiseAugmentatio
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder, FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.general import ConcatTimestepEmbedderND, GeneralConditioner
 from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2, FrozenOpenCLIPImageEmbedder
-from ldm.modules.encoders.tokenizer import Words, check_ids, cut, load_tokenizer, tokenize, words_of
+from ldm.modules.encoders.tokenizer import (
+    Words,
+    add_token,
+    check_ids,
+    cut,
+    load_tokenizer,
+    tokenize,
+    with_all_vectors,
+    words_of,
+)
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 if TYPE_CHECKING:
@@ -176,6 +185,7 @@ class BERTEmbedder(TransformerEmbedder):
     ) -> None:
         super().__init__(n_embed, n_layer, vocab_size, max_seq_len, device, embedding_dropout)
         self.tokenizer = None
+        self.added: dict[str, int] = {}  # new tokens, and of how many each is made
         if tokenizer is None:
             return
         if not use_tokenizer:
@@ -194,7 +204,7 @@ class BERTEmbedder(TransformerEmbedder):
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(t, str) for t in texts):
             raise ValueError(f"text must be a string or a list of strings; got {text!r}")
-        return tokenize(self._tokenizer(), texts)
+        return tokenize(self._tokenizer(), [with_all_vectors(text, self.added) for text in texts])
 
     def cut(self, texts: Sequence[str]) -> list[bool]:
         """Of each text whether its end is cut off, because it has more than max_seq_len tokens.
@@ -202,7 +212,7 @@ class BERTEmbedder(TransformerEmbedder):
         Raises:
             ValueError: there is no tokenizer.
         """
-        return cut(self._tokenizer(), texts)
+        return cut(self._tokenizer(), [with_all_vectors(text, self.added) for text in texts])
 
     def words(self, text: str) -> Words:
         """The words of a text, in lower case, with their tokens.
@@ -210,7 +220,22 @@ class BERTEmbedder(TransformerEmbedder):
         Raises:
             ValueError: there is no tokenizer.
         """
-        return words_of(self._tokenizer(), " ".join(text.lower().split()))
+        return words_of(self._tokenizer(), with_all_vectors(" ".join(text.lower().split()), self.added))
+
+    @property
+    def token_table(self) -> nn.Embedding:
+        """The vectors of the tokens."""
+        return self.transformer.token_emb
+
+    def add_token(self, name: str, vectors: Tensor) -> None:
+        """Give the encoder a new token of one vector or several, (k, D); see `ldm.modules.encoders.tokenizer`.
+
+        Raises:
+            ValueError: there is no tokenizer, the name is taken, or is not one word.
+        """
+        add_token(self._tokenizer(), self.token_table, name.lower(), vectors)
+        self.added[name.lower()] = len(vectors)
+        self.transformer.num_tokens = self.token_table.num_embeddings
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

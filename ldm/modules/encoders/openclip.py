@@ -225,6 +225,10 @@ class FrozenOpenCLIPEmbedder(ClipConditioner):
         self.layer = layer
         self.settle(device, freeze)
 
+    @property
+    def token_table(self) -> nn.Embedding:
+        return self.model.token_embedding
+
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """Text (B strings), or token ids (B, L), -> (B, L, width)."""
         return self.model.text(self.tokens(text), SKIPPED[self.layer])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import punctuation
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from torch import Tensor
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
 
 from ldm.io.files import find_file, read_text
 
@@ -130,6 +131,48 @@ def words_of(tokenizer: Tokenizer, text: str) -> Words:
         words,
         tuple(map(tuple, places)),
     )
+
+
+# New tokens
+
+
+def add_token(tokenizer: Tokenizer, table: nn.Embedding, name: str, vectors: Tensor) -> None:
+    """Give a tokenizer a new token, which may stand for several, and the table their vectors.
+
+    Args:
+        table: of the encoder; it gets as many rows more as there are vectors.
+        name: as it stands in prompts, lower case; of several vectors the others are NAME_1, NAME_2, ...
+        vectors: (k, D).
+
+    Raises:
+        ValueError: the name is empty, has spaces, or is a token already.
+    """
+    names = token_names(name, len(vectors))
+    if not name or " " in name:
+        raise ValueError(f"a new token must be one word; got {name!r}")
+    if known := [one for one in names if tokenizer.token_to_id(one) is not None]:
+        raise ValueError(f"{known[0]!r} is a token of this model already; give the new one another name")
+    whole = name.replace("_", "").replace("-", "").isalnum()  # not a part of a longer word
+    tokenizer.add_tokens([AddedToken(one, single_word=whole, normalized=False) for one in names])
+    ids = [tokenizer.token_to_id(one) for one in names]
+    grown = torch.zeros(max(table.num_embeddings, ids[-1] + 1), table.embedding_dim).to(table.weight)
+    grown[: table.num_embeddings] = table.weight.detach()
+    grown[ids] = vectors.to(grown)
+    trained = table.weight.requires_grad
+    table.weight, table.num_embeddings = nn.Parameter(grown, requires_grad=trained), len(grown)
+
+
+def token_names(name: str, count: int) -> list[str]:
+    return [name, *(f"{name}_{i}" for i in range(1, count))]
+
+
+def with_all_vectors(text: str, added: Mapping[str, int]) -> str:
+    """A text in which each new token stands there with all the tokens that it stands for."""
+    for name, count in added.items():
+        if count > 1:
+            pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
+            text = re.sub(pattern, lambda _, n=name, k=count: " ".join(token_names(n, k)), text, flags=re.IGNORECASE)
+    return text
 
 
 def check_ids(name: str, ids: Tensor, count: int) -> None:

@@ -1,0 +1,208 @@
+"""LoRA files and embeddings, in every layout that is read, on models of Stable Diffusion's kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.checkpoint import CheckpointError, load_model, save_weights
+from ldm.checkpoint.embeddings import add_embeddings, read_embeddings, save_embeddings
+from ldm.checkpoint.lora import merge_lora
+from tests.helpers.scripts import Script
+from tests.helpers.tiny_models import tiny_text_model, write_model
+
+CONFIGS = {"v1": "configs/stable-diffusion/v1-inference.yaml", "v2": "configs/stable-diffusion/v2-inference.yaml"}
+TEXT = {
+    "v1": "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight",
+    "v2": "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight",
+}
+U = "model.diffusion_model."
+# The same layers as files name them: the weight, and its name in each layout.
+ATTENTION = U + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+LAYERS = {
+    ATTENTION: {
+        "kohya": "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k",
+        "ours": "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k",
+        "peft": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
+        "older": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k",
+    },
+    U + "middle_block.1.proj_in.weight": {
+        "kohya": "lora_unet_mid_block_attentions_0_proj_in",
+        "ours": "lora_unet_middle_block_1_proj_in",
+        "peft": "unet.mid_block.attentions.0.proj_in",
+    },
+    U + "input_blocks.1.0.in_layers.2.weight": {
+        "kohya": "lora_unet_down_blocks_0_resnets_0_conv1",
+        "ours": "lora_unet_input_blocks_1_0_in_layers_2",
+        "peft": "base_model.model.down_blocks.0.resnets.0.conv1",
+    },
+    "text": {
+        "kohya": "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+        "ours": "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+        "peft": "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+        "older": "text_encoder.text_model.encoder.layers.0.self_attn.to_q",
+    },
+}
+ENDS = {
+    "kohya": (".lora_down.weight", ".lora_up.weight"),
+    "ours": (".lora_down.weight", ".lora_up.weight"),
+    "peft": (".lora_A.weight", ".lora_B.weight"),
+    "older": ("_lora.down.weight", "_lora.up.weight"),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request, tmp_path_factory):
+    files = tiny_text_model(tmp_path_factory.mktemp(request.param), CONFIGS[request.param])
+    loaded = load_model(files[1], files[3])
+    return loaded, {**loaded.state_dict()}, request.param
+
+
+def restored(model):
+    loaded, before, kind = model
+    for name, parameter in loaded.named_parameters():
+        parameter.data = before[name]
+    return loaded, before, kind
+
+
+def write_lora(path: Path, layout: str, before: dict, kind: str, alpha: float | None = None) -> dict:
+    """A file of that layout; the change of each weight that it stands for."""
+    torch.manual_seed(3)
+    state, changes = {}, {}
+    for weight, names in LAYERS.items():
+        key = TEXT[kind] if weight == "text" else weight
+        outs, ins, *kernel = before[key].shape
+        outs = outs // 3 if key == TEXT["v2"] else outs
+        down, up = torch.randn(2, ins, *kernel), torch.randn(outs, 2, *[1] * len(kernel))
+        change = (up.flatten(1) @ down.flatten(1)).view(outs, ins, *kernel)
+        if layout in names:
+            state |= dict(zip((names[layout] + end for end in ENDS[layout]), (down, up), strict=True))
+            scale = 1.0 if alpha is None else alpha / 2
+            if alpha is not None:
+                state[names[layout] + ".alpha"] = torch.tensor(alpha)
+            changes[key] = scale * change
+    save_weights(path, state)
+    return changes
+
+
+@pytest.mark.parametrize("layout, alpha", [("kohya", 1.0), ("ours", None), ("peft", None), ("older", None)])
+def test_a_lora_is_merged_in_every_layout_and_several_add_up(model, tmp_path, layout, alpha):
+    loaded, before, kind = restored(model)
+    changes = write_lora(tmp_path / "a.safetensors", layout, before, kind, alpha)
+    assert merge_lora(loaded, tmp_path / "a.safetensors", 0.5) == []
+    assert merge_lora(loaded, tmp_path / "a.safetensors", 0.25) == []
+    for key, after in loaded.state_dict().items():
+        expected = before[key].clone()
+        if key in changes:
+            expected[: len(changes[key])] += 0.75 * changes[key]  # of the packed weight only the query's rows
+        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+    assert len(changes) == (2 if layout == "older" else 4)
+
+
+def test_what_does_not_match_is_said_and_what_is_for_another_model_refused(model, tmp_path):
+    loaded, before, kind = restored(model)
+    down, up = torch.randn(2, before[ATTENTION].shape[1]), torch.randn(before[ATTENTION].shape[0], 2)
+    name = LAYERS[ATTENTION]["kohya"]
+    good = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    strange = {"lora_unet_up_blocks_9_x.lora_down.weight": down, "lora_unet_up_blocks_9_x.lora_up.weight": up}
+    more = {f"{name}.lora_mid.weight": up, "lora_unet_x.alpha": torch.tensor(1.0)}
+    save_weights(tmp_path / "some.safetensors", good | strange | more)
+    assert merge_lora(loaded, tmp_path / "some.safetensors") == sorted(strange | more)
+    for state, why in (
+        (strange, "made for another model: none of its 1 layers is in this one"),
+        ({f"{name}.lora_down.weight": down[:, 1:].contiguous(), f"{name}.lora_up.weight": up}, "changes a weight of"),
+        ({"model.weight": up}, "not a LoRA of kohya's scripts, peft or diffusers"),
+    ):
+        save_weights(tmp_path / "bad.safetensors", state)
+        with pytest.raises(CheckpointError, match=why):
+            merge_lora(loaded, tmp_path / "bad.safetensors")
+
+
+def test_embeddings_in_every_layout(model, tmp_path):
+    """A token of two vectors is read as two tokens that have them."""
+    loaded, _, _ = restored(model)
+    encoder = loaded.cond_stage_model
+    width, rows = encoder.token_table.embedding_dim, encoder.token_table.num_embeddings
+    vectors = torch.randn(2, width)
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "x"}, tmp_path / "mycat.pt")
+    save_weights(tmp_path / "mydog.safetensors", {"emb_params": vectors[:1]})
+    torch.save({"<Cat-Toy>": vectors[1]}, tmp_path / "learned_embeds.bin")
+    save_embeddings(tmp_path / "two.safetensors", {"<r>": vectors})
+    for file, name, count in (
+        ("mycat.pt", "mycat", 2),
+        ("mydog.safetensors", "mydog", 1),
+        ("learned_embeds.bin", "<Cat-Toy>", 1),
+        ("two.safetensors", "<r>", 2),
+    ):
+        assert add_embeddings(encoder, tmp_path / file) == [name]
+        ids = encoder.tokens(f"a {name}, in mycatalogue")[0].tolist()
+        assert [one for one in ids if one >= rows] == [*range(rows, rows + count)]
+        assert torch.equal(encoder.token_table.weight[rows : rows + count], read_embeddings(tmp_path / file)[name])
+        assert encoder.words(f"a {name}").ids[2:-1] == tuple(range(rows, rows + count))
+        rows += count
+    with torch.no_grad():
+        assert encoder(["a mycat in mydog"]).isfinite().all()
+    with pytest.raises(CheckpointError, match="'mycat' is a token of this model already"):
+        add_embeddings(encoder, tmp_path / "mycat.pt")
+    save_embeddings(tmp_path / "wide.safetensors", {"<w>": torch.randn(1, width + 1)})
+    with pytest.raises(CheckpointError, match=f"made for another model: '<w>' has vectors of {width + 1} numbers"):
+        add_embeddings(encoder, tmp_path / "wide.safetensors")
+
+
+# In the scripts
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    config, weights = write_model(tmp_path_factory.mktemp("model"))
+    return ["--config", str(config), "--ckpt", str(weights), "--steps", "2"]
+
+
+@pytest.fixture
+def script(files, tmp_path) -> Script:
+    return Script("txt2img", tmp_path, *files, "--n_samples", "1", "--plan", "off")
+
+
+def test_files_are_used_and_recorded(script, files, tmp_path, capsys):
+    model = load_model(files[1], files[3])
+    key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v"
+    outs, ins = model.get_parameter(f"{key}.weight").shape
+    name = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_v"
+    lora = {f"{name}.lora_down.weight": torch.randn(1, ins), f"{name}.lora_up.weight": torch.randn(outs, 1)}
+    save_weights(tmp_path / "l.safetensors", lora | {"strange": torch.zeros(1)})
+    save_embeddings(tmp_path / "e.safetensors", {"<thing>": 3 * torch.randn(1, 16)})
+    prompt, use = ["--prompt", "a <thing>"], ["--embedding", str(tmp_path / "e.safetensors")]
+    (plain,), (word,) = script(*prompt), script(*prompt, *use)
+    (both,) = script(*prompt, *use, "--lora", f"{tmp_path / 'l.safetensors'}:3")
+    assert "--lora" in capsys.readouterr().err
+    shown = [script.pixels(one) for one in (plain, word, both)]
+    assert (shown[0] != shown[1]).any() and (shown[1] != shown[2]).any()
+    assert "lora" not in plain and [one[0] for one in both["embedding"]] == ["e.safetensors"]
+    (used,) = both["lora"]
+    assert used[0] == "l.safetensors" and used[2] == 3.0 and len(used[1]) == 16
+
+
+def test_bad_files(script, tmp_path, capsys):
+    save_embeddings(tmp_path / "e.safetensors", {"<thing>": torch.randn(1, 768)})
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    for arguments, why in (
+        (["--lora", "nowhere.safetensors"], "--lora: nowhere.safetensors: no such file"),
+        (["--lora", f"{tmp_path / 'e.safetensors'}:2000"], "--lora: expected a number in -1000..1000; got '2000'"),
+        (["--lora", str(tmp_path / "e.safetensors")], f"--lora: {tmp_path / 'e.safetensors'}: not a LoRA"),
+        (["--lora", str(tmp_path / "empty.safetensors")], "--lora: "),
+        (["--embedding", str(tmp_path / "e.safetensors")], "--embedding: "),
+    ):
+        assert script.refusal(capsys, *arguments).startswith(why)
+
+
+def test_the_tokenizer_of_bert_too(files, tmp_path):
+    encoder = load_model(files[1], files[3]).cond_stage_model
+    vectors = torch.randn(3, 16)
+    save_embeddings(tmp_path / "e.safetensors", {"<Thing>": vectors})
+    add_embeddings(encoder, tmp_path / "e.safetensors")
+    before, ids = encoder.tokenize("a")[0].tolist(), encoder.tokenize("a <thing>")[0].tolist()
+    assert ids[:2] == before[:2] and torch.equal(encoder.token_table.weight[ids[2:5]], vectors)
+    assert ids[5] == before[2]  # the token that ends a text
+    assert encoder.cut(["a a a a a a", "a <thing> a a a"]) == [False, True]
