@@ -71,13 +71,26 @@ class CrossAttention(nn.Module):
             k, v = k.contiguous(), v.contiguous()
         return k, v
 
-    def forward(self, x: Tensor, context: Context | None = None, control: AttentionControl | None = None) -> Tensor:
-        """(B, N, query_dim), (B, L, context_dim) -> (B, N, query_dim); control: changes the maps of attention."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Context | None = None,
+        control: AttentionControl | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, query_dim), (B, L, context_dim) -> (B, N, query_dim).
+
+        control: changes the maps of attention.
+        seen:    without a context, the tokens that are attended to in the place of x, (B / n, N', query_dim): each row
+            by n rows of x.
+        """
         q = self._split(self.to_q(x))  # (B, heads, N, dim_head)
         if isinstance(context, ProjectedContext):
             k, v = context.of(self)  # (B, heads, L, dim_head)
         else:
-            k, v = self.keys_values(x if context is None else context)
+            k, v = self.keys_values(next(tokens for tokens in (context, seen, x) if tokens is not None))
+        if seen is not None:
+            k, v = (part.repeat_interleave(len(x) // len(seen), dim=0) for part in (k, v))
         cross = context is not None
         if control is None or not control.changes(x.shape[1], cross):
             attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, dim_head)
@@ -134,10 +147,14 @@ class BasicTransformerBlock(nn.Module):
 
     def _forward(self, x: Tensor, context: Context | None, merging: Merging | None) -> Tensor:
         control = context.control if isinstance(context, ProjectedContext) else None
-        if merging is None or self.disable_self_attn:
-            x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None, control)
+        tokens = self.norm1(x)
+        if self.disable_self_attn:
+            x = x + self.attn1(tokens, context, control)
+        elif merging is None:
+            x = x + self.attn1(tokens, None, control, first_frames(tokens, context))
         else:
-            x = x + merging.unmerge(self.attn1(merging.merge(self.norm1(x))))
+            tokens = merging.merge(tokens)
+            x = x + merging.unmerge(self.attn1(tokens, seen=first_frames(tokens, context)))
         x = x + self.attn2(self.norm2(x), context, control)
         return x + self.ff(self.norm3(x))
 
@@ -217,12 +234,15 @@ class ProjectedContext:
     batch:       B.
     copies:      how often the batch is repeated; each layer repeats its own where it uses them, to save memory.
     control:     what images take of each other's attention; None = nothing.
+    frames:      how many images in a row are one video: in self-attention they all attend to the first of them
+        (cross-frame attention of Text2Video-Zero, arXiv 2303.13439).
     """
 
     keys_values: Mapping[nn.Module, tuple[Tensor, Tensor]]
     batch: int
     copies: int = 1
     control: AttentionControl | None = None
+    frames: int = 1
 
     def __len__(self) -> int:
         return self.batch * self.copies
@@ -238,7 +258,7 @@ class ProjectedContext:
     def images(self, which: slice) -> ProjectedContext:
         """Of some images of a batch that is not repeated."""
         chosen = {layer: (k[which], v[which]) for layer, (k, v) in self.keys_values.items()}
-        return ProjectedContext(chosen, len(range(self.batch)[which]), control=self.control)
+        return replace(self, keys_values=chosen, batch=len(range(self.batch)[which]))
 
     def of(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, (copies*B, heads, L, dim_head).
@@ -250,6 +270,12 @@ class ProjectedContext:
             raise ValueError("context was projected by another network than the one that it is given to")
         k, v = self.keys_values[layer]
         return (k, v) if self.copies == 1 else (k.repeat(self.copies, 1, 1, 1), v.repeat(self.copies, 1, 1, 1))
+
+
+def first_frames(tokens: Tensor, context: Context | None) -> Tensor | None:
+    """Of the tokens of a batch of videos, (videos * frames, N, D), those of each first frame; None = no videos."""
+    frames = context.frames if isinstance(context, ProjectedContext) else 1
+    return tokens[::frames] if frames > 1 else None
 
 
 Context = Tensor | ProjectedContext  # (B, L, context_dim), or made into keys and values

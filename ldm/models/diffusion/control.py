@@ -1,4 +1,4 @@
-"""A network whose encoder is helped by others, which read a picture (ControlNet)."""
+"""What stands between a run and a model's network: control networks that read a picture, attention between frames."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
-from ldm.modules.attention import ProjectedContext
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.features import Features, PartWeights
 
@@ -39,7 +38,59 @@ class Control:
         return Control(network, network.read(hint), weights)
 
 
-class Controlled(nn.Module):
+class WrappedNetwork(nn.Module):
+    """A `ConditionedNetwork` that is another one in all that a subclass does not change."""
+
+    def __init__(self, network: ConditionedNetwork) -> None:
+        super().__init__()
+        self.inner = network
+
+    def project(self, cond: Conditioning) -> Conditioning:
+        return self.inner.project(cond)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        return self.inner.embed_time(t)
+
+    def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Features:
+        return self.inner.encode(x, t, cond, tome)
+
+    def refresh(
+        self, features: Features, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
+    ) -> Features:
+        return self.inner.refresh(features, x, t, cond, blocks, tome)
+
+    def part_weights(self) -> Sequence[PartWeights]:
+        return self.inner.part_weights()
+
+    def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
+        return self.inner.share(features, weights)
+
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0) -> Features:
+        return self.inner.advance(features, t, cond, blocks, tome)
+
+    def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Tensor:
+        return self.inner.decode(features, t, cond, tome)
+
+
+class CrossFrame(WrappedNetwork):
+    """A network for videos: all frames attend to the first one in self-attention.
+
+    Args:
+        frames: of each video; a batch is whole videos, one after the other.
+
+    Source: Text2Video-Zero (arXiv 2303.13439).
+    """
+
+    def __init__(self, network: ConditionedNetwork, frames: int) -> None:
+        super().__init__(network)
+        self.frames = frames
+
+    def project(self, cond: Conditioning) -> Conditioning:
+        projected = super().project(cond)
+        return replace(projected, context=replace(projected.context, frames=self.frames))
+
+
+class Controlled(WrappedNetwork):
     """A `ConditionedNetwork` to whose encoder control networks add what they make of their pictures.
 
     They are a part of the encoder: they run where it runs, as far as it runs, and what they add is held with its
@@ -60,21 +111,18 @@ class Controlled(nn.Module):
     def __init__(
         self, network: ConditionedNetwork, controls: Sequence[Control], guess: bool = False, anew: bool = False
     ) -> None:
-        super().__init__()
-        self.inner, self.networks = network, nn.ModuleList(control.network for control in controls)
+        super().__init__(network)
+        self.networks = nn.ModuleList(control.network for control in controls)
         self.controls, self.guess, self.anew = tuple(controls), guess, anew
 
     def project(self, cond: Conditioning) -> Conditioning:
-        projected = self.inner.project(cond)
+        projected = super().project(cond)
         if cond.context is None:
             return projected
         keys_values = dict(projected.context.keys_values)
         for network in self.networks:
             keys_values |= network.project(cond.context).keys_values
-        return replace(projected, context=ProjectedContext(keys_values, projected.context.batch))
-
-    def embed_time(self, t: Tensor) -> Tensor:
-        return self.inner.embed_time(t)
+        return replace(projected, context=replace(projected.context, keys_values=keys_values))
 
     def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Features:
         alone = self.inner.encode(x, t, cond, tome)
@@ -91,18 +139,6 @@ class Controlled(nn.Module):
         outer = self.inner.refresh(features, x, t, cond, blocks, tome)
         added = zip(outer.skips, self._residuals(x, t, cond, blocks), strict=False)
         return outer.with_outer([skip + more for skip, more in added])
-
-    def part_weights(self) -> Sequence[PartWeights]:
-        return self.inner.part_weights()
-
-    def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
-        return self.inner.share(features, weights)
-
-    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0) -> Features:
-        return self.inner.advance(features, t, cond, blocks, tome)
-
-    def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Tensor:
-        return self.inner.decode(features, t, cond, tome)
 
     def _residuals(self, x: Tensor, t: Tensor, cond: Conditioning, blocks: int | None = None) -> list[Tensor]:
         """What is added to the outputs of the first `blocks` input blocks; None = of all, and of the middle."""

@@ -1,0 +1,138 @@
+"""The frames of a short video by a model of images (Text2Video-Zero, arXiv 2303.13439)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.control import CrossFrame
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.denoiser import ConditionedNetwork, Denoiser
+from ldm.models.diffusion.loop import Rule, denoise
+from ldm.models.diffusion.motion import moved, noised_again
+from ldm.models.diffusion.noise import ImageNoise
+from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.schedule import Node
+from ldm.profiling.cost import Macs
+from ldm.sampling.engine import Recipe
+from ldm.sampling.generate import Item
+from ldm.sampling.task import Condition, Network, Start
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How the frames move.
+
+    strength: to the right and down, see `moved`.
+    t1, t0:   steps before the end of the run: all frames are sampled from t1 on; the first one alone is sampled on to
+        t0, where it is moved for the others. 0 <= t0 < t1 < steps.
+    """
+
+    strength: tuple[float, float] = (12.0, 12.0)
+    t1: int = 47
+    t0: int = 44
+
+    def first_node(self, nodes: int) -> int:
+        """Where all frames begin, of a run of so many nodes.
+
+        Raises:
+            ValueError: t0 and t1 are not in it.
+        """
+        if not 0 <= self.t0 < self.t1 < nodes:
+            raise ValueError(f"expected 0 <= t0 < t1 < {nodes}, the steps; got t0 {self.t0}, t1 {self.t1}")
+        return nodes - 1 - self.t1
+
+
+def first_frame(denoiser: Denoiser, rule: Rule, x_T: Tensor, motion: Motion) -> tuple[Tensor, Tensor]:
+    """The first frame alone, in full: its latents where all frames begin, and where it is moved; (1, C, h, w) each."""
+    nodes = len(rule.nodes)
+    begin, there = motion.first_node(nodes), nodes - 1 - motion.t0
+    at = {-1: x_T}
+    for state in denoise(denoiser, rule, Plan(nodes, tuple(range(nodes))), x_T):
+        at[state.node] = state.x
+        if state.node == there - 1:
+            break
+    return at[begin - 1], at[there - 1]
+
+
+def frames_of(
+    first: tuple[Tensor, Tensor],
+    noise: Tensor,
+    numbers: Sequence[int],
+    nodes: Sequence[Node],
+    abar: Tensor,
+    motion: Motion,
+) -> Tensor:
+    """The latents of frames where all of them begin, (F, C, h, w).
+
+    Args:
+        first: what `first_frame` returned.
+        noise: unit normal, one for each frame, (F, C, h, w); that of frame 0 is not used.
+        numbers: of the frames; 0 is the first.
+        nodes: of the whole run.
+        abar: the model's alphas_cumprod.
+    """
+    begin, there = nodes[motion.first_node(len(nodes))].t, nodes[len(nodes) - 1 - motion.t0].t
+    warped = noised_again(moved(first[1], numbers, motion.strength), noise, abar, int(there), int(begin))
+    return torch.stack([first[0][0] if number == 0 else one for number, one in zip(numbers, warped, strict=True)])
+
+
+class Frames(Network):
+    """The model's network with all images of a batch as frames of one video, or another network so.
+
+    Args:
+        network: the other network of the frames.
+    """
+
+    def __init__(self, network: Network = Network()) -> None:
+        self.network, self.anew = network, network.anew
+
+    def settings(self) -> dict[str, Any]:
+        return self.network.settings()
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionedNetwork:
+        return CrossFrame(self.network.of(model, items), len(items))
+
+    def macs(self, unit: Macs, size: Sequence[int], tokens: int | None, guided: bool) -> Macs:
+        return self.network.macs(unit, size, tokens, guided)
+
+
+class MovedFrames(Start):
+    """The first frame's latents, moved for each of the others; an item's inputs say which "frame" it is.
+
+    Batches are of one video; the first frame is computed with each, for the others to attend to.
+
+    Args:
+        motion: see there.
+        first: the item of the first frame.
+        recipe: how all is sampled.
+        condition: of the frames.
+        network: of a single frame.
+    """
+
+    def __init__(
+        self, motion: Motion, first: Item, recipe: Recipe, condition: Condition, network: Network = Network()
+    ) -> None:
+        self.motion, self.first, self.recipe = motion, first, recipe
+        self.condition, self.network = condition, network
+        self.strength = 1.0
+
+    def settings(self) -> dict[str, Any]:
+        motion = self.motion
+        return {"motion": [*motion.strength], "t1": motion.t1, "t0": motion.t0}
+
+    def along(self, items: Sequence[Item]) -> Sequence[Item]:
+        return items if items[0].inputs["frame"] == 0 else [self.first, *items]
+
+    def latents(self, model: LatentDiffusion, items: Sequence[Item], x_T: Tensor, node: Node) -> Tensor:
+        rule = self.recipe.rule(model.alphas_cumprod, ImageNoise([self.first.seed]).node)
+        cond, guidance = self.condition.encode(model, [self.first]), self.recipe.guidance
+        uncond = None if guidance.scale == 1.0 else self.condition.unconditional(model, cond)
+        denoiser = model.denoiser(cond, uncond, guidance, network=self.network.of(model, [self.first]))
+        first = first_frame(denoiser, rule, x_T[:1], self.motion)
+        numbers = [item.inputs["frame"] for item in items]
+        return frames_of(first, x_T, numbers, rule.nodes, model.alphas_cumprod, self.motion)

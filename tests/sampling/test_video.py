@@ -1,0 +1,109 @@
+"""Text2Video-Zero against the published pipeline: motion, attention between frames, whole runs."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.control import CrossFrame
+from ldm.models.diffusion.ddim import DDIM
+from ldm.models.diffusion.ddpm import DDPM
+from ldm.models.diffusion.denoiser import Conditioning
+from ldm.models.diffusion.loop import denoise
+from ldm.models.diffusion.motion import moved
+from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
+from ldm.sampling.video import Motion, first_frame, frames_of
+from tests.helpers.goldens import assert_golden, from_recipe, load_case
+from tests.helpers.tiny_unet import TARGET
+
+
+@cache
+def model() -> DDPM:
+    case, tensors = load_case("t2v_unet")
+    ddpm = DDPM(
+        {"target": TARGET, "params": case["kwargs"]},
+        linear_start=0.00085,
+        linear_end=0.012,
+        use_ema=False,
+        conditioning_key="crossattn",
+    )
+    from_recipe(ddpm.model.diffusion_model, case, tensors)
+    return ddpm
+
+
+def test_motion_is_exactly_the_published_one():
+    case, tensors = load_case("t2v_motion")
+    for one in case["cases"]:
+        strength = one["motion_field_strength_x"], one["motion_field_strength_y"]
+        key = one["key"]
+        assert torch.equal(moved(tensors[f"{key}.latents"], one["frame_ids"], strength), tensors[f"{key}.warped"])
+
+
+def test_frames_attend_to_the_first():
+    case, tensors = load_case("t2v_unet")
+    x, t, cond = tensors["x"], tensors["timesteps"], Conditioning(tensors["context"])
+    network = CrossFrame(model().model, case["frames"])
+    with torch.no_grad():
+        projected = network.project(cond)
+        features = network.encode(x, t, projected)
+        for i, skip in enumerate(features.skips):
+            assert_golden(skip, tensors[f"skip.{i}"], case)
+        assert_golden(features.hidden, tensors["mid"], case)
+        assert_golden(network.decode(features, t, projected), tensors["out"], case)
+        # Decoders of two steps in one batch, and one half of the batch alone.
+        half = projected.images(slice(4, None))
+        alone = network.decode(network.encode(x[4:], t[4:], half), t[4:], half)
+        assert_golden(alone, tensors["out"][4:], case)
+        twice = network.decode(features.cat([features] * 2), t.repeat(2), projected.tile(2))
+        assert_golden(twice[8:], tensors["out"], case)
+        plain = model().model
+        assert_golden(plain.decode(plain.encode(x, t, cond), t, cond), tensors["out_ordinary_attention"], case)
+
+
+def run(plan: Plan, case, tensors, frames: slice = slice(None)) -> list[Tensor]:
+    """The latents of the frames that enter each step in which all of them are sampled, and those at the end."""
+    ddpm, embeds = model(), tensors["prompt_embeds"]
+    motion = Motion((case["motion_field_strength_x"], case["motion_field_strength_y"]), case["t1"], case["t0"])
+    nodes, scale = ddim_nodes(ddpm.alphas_cumprod, ddim_timesteps(50)), case["guidance_scale"]
+
+    def denoiser(count: int):
+        uncond, cond = (part[None].expand(count, -1, -1) for part in embeds)
+        return ddpm.denoiser(cond, uncond, scale, network=CrossFrame(ddpm.model, count))
+
+    numbers = [*range(case["frames"])][frames]
+    with torch.no_grad():
+        first = first_frame(denoiser(1), DDIM(nodes), tensors["x_T"], motion)
+        noise = torch.cat([tensors["x_T"], tensors["forward_noise"]])[frames]
+        x = frames_of(first, noise, numbers, nodes, ddpm.alphas_cumprod, motion)
+    rule = DDIM(nodes[motion.first_node(50) :])
+    return [x, *(state.x for state in denoise(denoiser(len(numbers)), rule, plan, x))]
+
+
+@pytest.mark.parametrize("name, parallel", [("t2v_plain", 1), ("t2v_propagated_9", 1), ("t2v_propagated_10", 48)])
+def test_runs_are_the_published_ones(name, parallel):
+    """Plain, one decoder at a time, and in batches: the two laws, with recorded numbers."""
+    case, tensors = load_case(name)
+    keys = case.get("key_steps_of_third_loop", range(48))
+    latents = run(Plan(48, tuple(keys), parallel), case, tensors)
+    for j, i in enumerate(tensors["step_idx"].tolist()):
+        assert_golden(latents[i], tensors["into_step"][j], case)
+    assert_golden(latents[-1], tensors["final"], case)
+
+
+def test_a_frame_does_not_depend_on_the_others():
+    """So a chunk of frames, with the first one, makes the same frames."""
+    case, tensors = load_case("t2v_plain")
+    plan = Plan(48, (0, 20), 48)
+    whole, part = (run(plan, case, tensors, frames) for frames in (slice(None), slice(0, 4, 3)))
+    torch.testing.assert_close(part[-1], whole[-1][::3], rtol=0, atol=case["tolerance"]["atol"])
+
+
+def test_motion_says_where_it_begins():
+    assert Motion().first_node(50) == 2
+    for t0, t1 in ((44, 44), (-1, 3), (3, 50)):
+        with pytest.raises(ValueError, match="expected 0 <= t0 < t1 < 50"):
+            Motion(t0=t0, t1=t1).first_node(50)
