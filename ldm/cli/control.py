@@ -93,7 +93,7 @@ def controlled(setup: Setup, settings: ControlSettings, image: Image.Image | Non
         image = usual if (usual.height, usual.width) == size else fit(image, *size)
     pictures = [picture(settings, kind, image, size) for kind in settings.control]
     weights = settings.control_weight or [1.0] * len(pictures)
-    loaded = [network(setup, file, size) for file in settings.control_model]
+    loaded = [network(setup, file) for file in settings.control_model]
     followed = [
         Picture(one, conditions.as_hint(drawn)[None], weight, {"control": facts} | {"control_model": name})
         for (drawn, facts), (one, name), weight in zip(pictures, loaded, weights, strict=True)
@@ -101,7 +101,20 @@ def controlled(setup: Setup, settings: ControlSettings, image: Image.Image | Non
     return ControlledBy(followed, settings.guess, settings.control_at == "every")
 
 
-def network(setup: Setup, file: str, size: Size) -> tuple[ControlNet, str]:
+def controlled_frames(setup: Setup, files: Sequence[str], model: str, size: Size) -> ControlledBy:
+    """The model's network with a control network that follows a picture of its own for each frame.
+
+    Raises:
+        SettingError: see `controlled`.
+    """
+    pictures = [given_picture(file, size) for file in files]
+    loaded, name = network(setup, model)
+    hints = torch.stack([conditions.as_hint(drawn) for drawn, _ in pictures])  # (F, 3, H, W)
+    facts = {"control": [reference for _, reference in pictures], "control_model": name}
+    return ControlledBy([Picture(loaded, hints, 1.0, facts)])
+
+
+def network(setup: Setup, file: str) -> tuple[ControlNet, str]:
     """A control network on the run's device, and what tells it: the hash of its file."""
     unet = OmegaConf.to_container(setup.config.model.params.unet_config.params)
     with fault_of("control_model", (CheckpointError, *CONSTRUCTION)):
@@ -124,22 +137,27 @@ def picture(settings: ControlSettings, kind: str, image: Image.Image | None, siz
         }
         facts = {"kind": kind} | file_reference(settings.image, "image")
         return makers[kind](), facts | ({"canny": [*settings.canny]} if kind == "edges" else {})
+    return given_picture(kind, size)
+
+
+def given_picture(file: str, size: Size) -> tuple[Image.Image, dict[str, str]]:
+    """A picture as it is, and what tells it, as JSON values."""
     with fault_of("control"):
-        if not Path(kind).exists():
+        if not Path(file).exists():
             raise ValueError(
-                f"expected {', '.join(KINDS)} or the file of a picture; got {kind}{did_you_mean(kind, KINDS)}"
+                f"expected {', '.join(KINDS)} or the file of a picture; got {file}{did_you_mean(file, KINDS)}"
             )
-        with opened(kind) as file:
-            mode, clear = file.mode, file.has_transparency_data
+        with opened(file) as header:
+            mode, clear = header.mode, header.has_transparency_data
         if clear:
-            raise ValueError(f"{kind}: a picture of mode {mode} with transparent parts; expected RGB or grey")
-        drawn = open_image(kind)
+            raise ValueError(f"{file}: a picture of mode {mode} with transparent parts; expected RGB or grey")
+        drawn = open_image(file)
         if (drawn.height, drawn.width) != size:
             raise ValueError(
-                f"{kind}: {drawn.width} x {drawn.height} pixels; expected {size[1]} x {size[0]}, the size of the "
+                f"{file}: {drawn.width} x {drawn.height} pixels; expected {size[1]} x {size[0]}, the size of the "
                 f"results (see --H and --W)"
             )
-        return drawn, file_reference(kind, "picture")
+        return drawn, file_reference(file, "picture")
 
 
 def detector(setting: str, path: str) -> torch.nn.Module:

@@ -130,12 +130,19 @@ class Recipe:
         Raises:
             ValueError: see `solver`; or no step is left.
         """
-        where = {"spacing": self.spacing, "timesteps_at": self.timesteps_at}
-        total = len(levels_of(self.sampler, alphas_cumprod, self.steps, **where)) - 1
+        total = self.total(alphas_cumprod)
         kept = int(strength * total + 1e-9)  # 0.29 of 100 steps is 29
         if kept < 1:
             raise ValueError(f"strength {strength:g} of {total} steps leaves none")
-        return solver(self.sampler, alphas_cumprod, self.steps, self.eta, noise, total - kept, **where)
+        return solver(self.sampler, alphas_cumprod, self.steps, self.eta, noise, total - kept, **self._where)
+
+    def total(self, alphas_cumprod: Tensor) -> int:
+        """The number of steps; DDIM's may be one more than those asked for."""
+        return len(levels_of(self.sampler, alphas_cumprod, self.steps, **self._where)) - 1
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"spacing": self.spacing, "timesteps_at": self.timesteps_at}
 
     @property
     def solver_name(self) -> str:
@@ -189,8 +196,17 @@ def num_nodes(recipe: Recipe, timesteps: int = 1000, strength: float = 1.0) -> i
     Raises:
         ValueError: see `Recipe.rule`.
     """
-    alphas_cumprod = torch.linspace(0.999, 0.001, timesteps)  # any schedule has as many nodes
-    return len(recipe.rule(alphas_cumprod, lambda i, x: x, strength).nodes)
+    return len(recipe.rule(_any_schedule(timesteps), lambda i, x: x, strength).nodes)
+
+
+def predicts_once(recipe: Recipe, timesteps: int = 1000) -> bool:
+    """Whether a recipe makes one prediction in each step."""
+    return recipe.total(_any_schedule(timesteps)) == num_nodes(recipe, timesteps)
+
+
+def _any_schedule(timesteps: int) -> Tensor:
+    """Every schedule of so many timesteps has as many steps and nodes."""
+    return torch.linspace(0.999, 0.001, timesteps)
 
 
 @dataclass(frozen=True)
@@ -381,7 +397,9 @@ class Engine:
     ) -> tuple[Tensor, Ran]:
         """The items' latents, by the model's network or another, and what ran."""
         with self._precision():
-            start, noise = self.task.start, ImageNoise([item.seed for item in items]).node
+            start, asked = self.task.start, len(items)
+            items = start.along(items)
+            noise = ImageNoise([item.seed for item in items]).node
             rule = self.recipe.rule(self.model.alphas_cumprod, lambda i, x: noise(self.first + i, x), start.strength)
             x_T = self._noise(items)
             x, ran = start.latents(self.model, items, x_T, rule.nodes[0]), Ran([], [])
@@ -395,7 +413,7 @@ class Engine:
                 ran.ts.append(rule.nodes[state.node].t)
                 on_node()
             self._most = backoff.most
-        return x, ran._replace(error=state.error)
+        return x[-asked:], ran._replace(error=state.error)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""

@@ -331,6 +331,10 @@ class Start:
         """What images depend on beside the items, as JSON values."""
         return {}
 
+    def along(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The items with those before them that are to be sampled in the same batch, and are not kept."""
+        return items
+
     def latents(self, model: LatentDiffusion, items: Sequence[Item], x_T: Tensor, node: Node) -> Tensor:
         """The latents at the first node, from the items' noise x_T; both (B, C, h, w)."""
         return x_T

@@ -22,12 +22,14 @@ from ldm.sampling.engine import Recipe
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Condition, Network, Start
 
+OWN = Network()  # of a single frame: the model's
+
 
 @dataclass(frozen=True)
 class Motion:
     """How the frames move.
 
-    strength: to the right and down, see `moved`.
+    strength: see `moved`.
     t1, t0:   steps before the end of the run: all frames are sampled from t1 on; the first one alone is sampled on to
         t0, where it is moved for the others. 0 <= t0 < t1 < steps.
     """
@@ -88,7 +90,7 @@ class Frames(Network):
         network: the other network of the frames.
     """
 
-    def __init__(self, network: Network = Network()) -> None:
+    def __init__(self, network: Network = OWN) -> None:
         self.network, self.anew = network, network.anew
 
     def settings(self) -> dict[str, Any]:
@@ -108,6 +110,7 @@ class MovedFrames(Start):
 
     Args:
         motion: see there.
+        strength: share of the steps in which all frames are sampled.
         first: the item of the first frame.
         recipe: how all is sampled.
         condition: of the frames.
@@ -115,11 +118,10 @@ class MovedFrames(Start):
     """
 
     def __init__(
-        self, motion: Motion, first: Item, recipe: Recipe, condition: Condition, network: Network = Network()
+        self, motion: Motion, strength: float, first: Item, recipe: Recipe, condition: Condition, network: Network = OWN
     ) -> None:
-        self.motion, self.first, self.recipe = motion, first, recipe
+        self.motion, self.strength, self.first, self.recipe = motion, strength, first, recipe
         self.condition, self.network = condition, network
-        self.strength = 1.0
 
     def settings(self) -> dict[str, Any]:
         motion = self.motion

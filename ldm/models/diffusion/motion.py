@@ -17,7 +17,8 @@ def moved(latents: Tensor, frames: Sequence[int], strength: tuple[float, float])
     Args:
         latents: (1, C, h, w), or one for each frame.
         frames: numbers of the frames; the motion is so many times the strength.
-        strength: of the motion to the right and down, in 512ths of the image per frame.
+        strength: how far the camera moves to the right and down with each frame, in 512ths of the image; what is
+            seen moves to the left and up.
 
     Returns:
         (len(frames), C, h, w); values are copied, none is computed.

@@ -1,0 +1,122 @@
+"""What a run of a short video is given: its frames, how they move, and the file that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ldm.cli.control import controlled_frames
+from ldm.cli.inputs import image_items
+from ldm.cli.pipeline import make_images
+from ldm.cli.report import MethodRun, OutputSettings
+from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe
+from ldm.cli.setup import Setup
+from ldm.cli.tasks import text_task
+from ldm.io.errors import SettingError, fault_of
+from ldm.io.video import check_format, save_video
+from ldm.sampling.engine import Task, predicts_once
+from ldm.sampling.generate import Item, digest
+from ldm.sampling.task import Network
+from ldm.sampling.video import Frames, Motion, MovedFrames
+
+Size = tuple[int, int]  # height and width, in pixels
+T1, T0 = 0.96, 0.9  # of the steps, before the end: 48 and 45 of 50, as published
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """See `scripts/text2video.py`.
+
+    motion: its strength, see `ldm.sampling.video.Motion`.
+    t1, t0: see there; None = 47 and 44 of 50 steps, in proportion.
+    chunk: most frames at a time; None = all.
+    format: "frames", or of the file that shows them, see `ldm.io.video.FORMATS`.
+    control, control_model: a picture for each frame, and the control network that reads them; none = no control.
+    """
+
+    prompt: str
+    frames: int = 8
+    motion: tuple[float, float] = (12.0, 12.0)
+    t1: int | None = None
+    t0: int | None = None
+    chunk: int | None = None
+    fps: float = 4.0
+    format: str = "gif"
+    seed: int = 42
+    seed_by_position: bool = False
+    negative_prompt: str = ""
+    control: Sequence[str] = ()
+    control_model: str | None = None
+
+
+def check_video(settings: VideoSettings, sampling: SamplingSettings) -> None:
+    """Raise SettingError for what no video can be made with."""
+    with fault_of("format"):
+        check_format(settings.format)
+    if sampling.error_budget is not None:
+        raise SettingError("error_budget", "decides for each image; the frames of a video are sampled together")
+    if sampling.plan.startswith("online:") and not sampling.plan.startswith("online:time:"):
+        raise SettingError("plan", f"{sampling.plan} decides for each image; expected online:time:X or another plan")
+    if len(settings.control) not in (0, settings.frames):
+        raise SettingError(
+            "control", f"expected {settings.frames} pictures, one for each frame; got {len(settings.control)}"
+        )
+    if bool(settings.control) != (settings.control_model is not None):
+        raise SettingError("control_model", "goes together with --control, the pictures that it reads")
+
+
+def make_video(
+    setup: Setup, settings: VideoSettings, size: Size, sampling: SamplingSettings, output: OutputSettings
+) -> Path | None:
+    """Make the frames and, if asked for, the file that shows them; returns that file.
+
+    Raises:
+        SettingError: a setting can't be used.
+    """
+    items = frame_items(settings)
+    task = video_task(setup, settings, size, sampling, items[0])
+    runs = make_images(
+        setup, items, task, size, sampling, output, min(settings.chunk or settings.frames, settings.frames), keep=True
+    )
+    if settings.format == "frames" or not runs:
+        return None
+    (run,) = runs
+    return save_clip(run, settings, items, Path(output.outdir))
+
+
+def frame_items(settings: VideoSettings) -> list[Item]:
+    """The frames of the video."""
+    subjects = [{"prompt": settings.prompt, "frame": k} for k in range(settings.frames)]
+    return image_items(subjects, 1, settings.seed, settings.seed_by_position)
+
+
+def video_task(setup: Setup, settings: VideoSettings, size: Size, sampling: SamplingSettings, first: Item) -> Task:
+    """Text to the frames of a video."""
+    task, network = text_task(setup, size, settings.negative_prompt), Network()
+    if settings.control:
+        network = controlled_frames(setup, settings.control, settings.control_model, size)
+    recipe = make_recipe(sampling, size, setup.config)
+    motion = motion_of(settings, nodes := count_nodes(recipe, setup))
+    with fault_of("t1" if settings.t0 is None else "t0"):
+        kept = nodes - motion.first_node(nodes)
+    if not predicts_once(recipe, setup.config.model.params.get("timesteps", 1000)):
+        raise SettingError("sampler", f"{sampling.sampler} predicts more than once a step; expected one such as ddim")
+    start = MovedFrames(motion, kept / nodes, first, recipe, task.condition, network)
+    return replace(task, start=start, network=Frames(network))
+
+
+def motion_of(settings: VideoSettings, steps: int) -> Motion:
+    """How the frames move in a run of so many steps."""
+    t1 = round(T1 * steps) - 1 if settings.t1 is None else settings.t1
+    t0 = min(t1, round(T0 * steps)) - 1 if settings.t0 is None else settings.t0
+    return Motion(settings.motion, t1, t0)
+
+
+def save_clip(run: MethodRun, settings: VideoSettings, items: Sequence[Item], outdir: Path) -> Path:
+    """Save the frames as one file, under a name from all that it depends on."""
+    facts = {**run.settings, "fps": settings.fps, "items": [item.settings() for item in items]}
+    path = outdir / f"video-{settings.seed}-{digest(facts)}.{settings.format}"
+    with fault_of("outdir", (OSError,)):
+        save_video(path, run.images, settings.fps, facts)
+    return path
