@@ -42,3 +42,7 @@ class EfficientNetFeatures(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] -> (B, 1280), >= 0."""
         x = ((images + 1) * 127.5 - 127) / 128
         return self.network.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The same as calling it."""
+        return self(images)

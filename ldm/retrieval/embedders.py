@@ -11,12 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.checkpoint import load_config, load_weights
 from ldm.io.errors import did_you_mean
 from ldm.io.files import PROJECT_ROOT, file_sha256
 from ldm.io.images import fit, from_pil
 from ldm.modules.efficientnet import EfficientNetFeatures
 from ldm.modules.encoders.clip import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
+from ldm.modules.encoders.dual import DualEncoder
+from ldm.util import instantiate_from_config
 
+EMOJI_FOLDER = PROJECT_ROOT / "models/rdm/emoji-encoder"
 CLIP_FOLDER = PROJECT_ROOT / "models/clip/ViT-L-14"
 VIT_L_14 = "ViT-L/14"  # what published commands call it
 
@@ -129,7 +133,48 @@ class Clip(Embedder):
         return sum(self.text.cut(texts))
 
 
-EMBEDDERS: dict[str, Callable[[Path | None], Embedder]] = {kind.name: kind for kind in (EfficientNetLite0, Clip)}
+class Emoji(Embedder):
+    """A `DualEncoder` on the features of EfficientNet-lite0, in a folder with config.yaml and model.safetensors."""
+
+    name, side = "emoji", EfficientNetLite0.side
+
+    def __init__(self, weights: Path | None = None):
+        super().__init__(weights or EMOJI_FOLDER)
+        self.features = EfficientNetLite0()
+        if not self.weights_file.is_file():
+            raise ValueError(f"{self.name}: {self.weights_file}: no such file; expected the weights of a dual encoder")
+        self.encoder = load_dual_encoder(self.weights / "config.yaml", self.weights_file)
+
+    @property
+    def weights_file(self) -> Path:
+        return self.weights / "model.safetensors"
+
+    @torch.no_grad()
+    def images(self, images: Tensor) -> Tensor:
+        return self.encoder.images(self.features.images(images))
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        return self.encoder.texts(texts)
+
+    def cut(self, texts: Sequence[str]) -> int:
+        return sum(self.encoder.cut(texts))
+
+
+def load_dual_encoder(config: Path, weights: Path) -> DualEncoder:
+    """A trained encoder, in evaluation mode.
+
+    Raises:
+        ValueError: the files do not make one.
+    """
+    encoder = instantiate_from_config(load_config(config).model)
+    if not isinstance(encoder, DualEncoder):
+        raise ValueError(f"{config}: its model is a {type(encoder).__name__}; expected a DualEncoder")
+    load_weights(encoder, weights)
+    return encoder.eval().requires_grad_(False)
+
+
+EMBEDDERS: dict[str, Callable[[Path | None], Embedder]] = {kind.name: kind for kind in (EfficientNetLite0, Clip, Emoji)}
 
 
 @cache

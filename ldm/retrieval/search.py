@@ -78,3 +78,25 @@ def check_queries(database: Database, queries: Tensor, k: int) -> None:
         raise SettingError("knn", f"expected 1..{len(database)}, the rows of {database.folder}; got {k}")
     if not queries.isfinite().all():
         raise SettingError("queries", "expected finite embeddings; got NaN or infinity")
+
+
+def nearest_others(queries: Tensor, rows: Tensor, k: int, own: Tensor | None = None, batch: int = 1024) -> Tensor:
+    """The k rows nearest to each query, by cosine and nearest first, (Q, k).
+
+    Args:
+        queries, rows: embeddings (Q, D) and (N, D), of any length.
+        own: for each query the row that is the same image, which is never found, (Q,); -1 = none.
+
+    Raises:
+        ValueError: there are too few rows.
+    """
+    if not 1 <= k < len(rows):
+        raise ValueError(f"k: expected 1..{len(rows) - 1}, fewer than there are images; got {k}")
+    queries, rows, found = normalize(queries), normalize(rows), []
+    for first in range(0, len(queries), batch):
+        cosines = queries[first : first + batch] @ rows.T  # (b, N)
+        if own is not None:
+            mine = own[first : first + batch]
+            cosines[torch.arange(len(mine))[mine >= 0], mine[mine >= 0]] = -torch.inf
+        found.append(cosines.topk(k).indices)
+    return torch.cat(found)

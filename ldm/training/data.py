@@ -243,7 +243,7 @@ class EmojiLatentsData(TrainingData):
         self, first_stage: AutoencoderKL, dataset: EmojiDataset, chosen: Sequence[int], mirrored: bool = False
     ) -> torch.Tensor:
         """The means (N, C, h, w) of what images, or their mirror images, are encoded to."""
-        images = (x.flip(-1) if mirrored else x for x in _in_batches(dataset, chosen))
+        images = (x.flip(-1) if mirrored else x for x in in_batches(dataset, chosen))
         if self.folder is None:
             return torch.cat([first_stage.encode(x).mode() for x in images])
         rows = [dataset.images[i]["id"] for i in chosen]
@@ -306,7 +306,7 @@ class EmojiClassesData(EmojiLatentsData):
         return ClassedLatents(latents, torch.tensor(numbers))
 
 
-def _in_batches(dataset: EmojiDataset, indices: Sequence[int], size: int = 64) -> Iterator[torch.Tensor]:
+def in_batches(dataset: EmojiDataset, indices: Sequence[int], size: int = 64) -> Iterator[torch.Tensor]:
     """The images at these indices, (at most `size`, 3, H, W) at a time."""
     for i in range(0, len(indices), size):
         yield torch.stack([dataset[j] for j in indices[i : i + size]])

@@ -54,7 +54,8 @@ class DiffusionTraining(ClippedTraining):
             used where none is given.
         published_optimizer: AdamW with the defaults of PyTorch and weight decay on all weights, as published.
         condition_dropout: share of the conditioning replaced by `unconditional`, for classifier-free guidance.
-        unconditional: stands for no conditioning: the empty prompt, or the number of a class that no image has.
+        unconditional: stands for no conditioning: the empty prompt, the number of a class that no image has, or 0 for
+            embeddings of zeros.
         ucg_training: {entry of a batch: {p: share, val: what it is replaced by; null = ""}}, Stability's way to say the
             same of any entry.
         min_snr_gamma: weight timesteps by min(SNR, gamma), arXiv 2303.09556; None = the published loss, which
@@ -284,19 +285,19 @@ def start_noise(first: int, count: int, *shape: int) -> Tensor:
 
 
 def replaced(raw: Any, dropped: Tensor, by: Any) -> Any:
-    """Raw conditioning, with `by` where an image's is dropped: texts, or class numbers (B,).
+    """Raw conditioning, with `by` where an image's is dropped: texts, class numbers (B,), or embeddings (B, L, D).
 
     Raises:
         ValueError: it is neither, and is to be dropped.
     """
-    if isinstance(raw, Tensor) and raw.ndim == 1 and isinstance(by, int):
-        return torch.where(dropped.to(raw.device), by, raw)
+    if isinstance(raw, Tensor) and raw.ndim in (1, 3) and isinstance(by, int):
+        return torch.where(dropped.to(raw.device).view(-1, *[1] * (raw.ndim - 1)), by, raw)
     if isinstance(raw, Sequence):
         return [by if drop else one for drop, one in zip(dropped, raw, strict=True)]
     if dropped.any():
         raise ValueError(
-            f"condition_dropout: only texts and class numbers can be replaced, by an unconditional that is such a text "
-            f"or number; it is {by!r}"
+            f"condition_dropout: only texts, class numbers and embeddings can be replaced, by an unconditional that is "
+            f"such a text or number, or 0 for embeddings of zeros; it is {by!r}"
         )
     return raw
 
