@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evaluation.metrics.command import RECIPES, VARIANTS, MeasureParser
+from evaluation.metrics.command import RECIPES, VARIANTS, MeasureParser, arguments
 from evaluation.metrics.result import Result
 
 
@@ -34,8 +34,7 @@ def parser() -> MeasureParser:
 def compute(args: argparse.Namespace) -> Result:
     from evaluation.metrics import clip_score
 
-    names = ("variant", "weights", "prompts", "vocabulary", "resize", "batch_size", "device")
-    return clip_score.compute(args.samples, **{name: getattr(args, name) for name in names})
+    return clip_score.compute(**arguments(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.metrics.command import MeasureParser, network_of, reference_of
+from evaluation.metrics.command import MeasureParser, arguments, reference_of
 from evaluation.metrics.result import Result
 from ldm.cli.parser import number
 
@@ -53,10 +53,9 @@ def parser() -> MeasureParser:
 def compute(args: argparse.Namespace) -> Result:
     from evaluation.metrics import frechet, statistics
 
-    options = {name: getattr(args, name) for name in ("kid", "cmmd", "infinity", "bootstrap", "seed")}
+    options = arguments(args, "reference", "data", "cache")
     cache = None if args.cache == "none" else args.cache
-    source = reference_of(args, statistics.protocol_reference)
-    return frechet.compute(args.samples, source, **network_of(args), **options, cache=cache)
+    return frechet.compute(reference=reference_of(args, statistics.protocol_reference), cache=cache, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evaluation.metrics.command import MeasureParser, network_of
+from evaluation.metrics.command import MeasureParser, arguments
 from evaluation.metrics.result import Result
 
 
@@ -33,7 +33,7 @@ def parser() -> MeasureParser:
 def compute(args: argparse.Namespace) -> Result:
     from evaluation.metrics import paired
 
-    return paired.compute(args.plain, args.accelerated, **network_of(args), lpips=args.lpips)
+    return paired.compute(**arguments(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

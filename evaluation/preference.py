@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evaluation.metrics.command import PREFERENCES, MeasureParser
+from evaluation.metrics.command import PREFERENCES, MeasureParser, arguments
 from evaluation.metrics.result import Result
 
 
@@ -25,7 +25,7 @@ def parser() -> MeasureParser:
 def compute(args: argparse.Namespace) -> Result:
     from evaluation.metrics import preference
 
-    return preference.compute(args.samples, model=args.model, prompts=args.prompts)
+    return preference.compute(**arguments(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -103,9 +103,9 @@ def measure_flags(args: argparse.Namespace) -> dict[str, str]:
     return {"samples": "SAMPLES", "reference": "REFERENCE", "extractor": "--weights" if weights else "--extractor"}
 
 
-def network_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a measure that say how features are computed."""
-    return {name: getattr(args, name) for name in ("extractor", "weights", "resize", "batch_size", "device")}
+def arguments(args: argparse.Namespace, *others: str) -> dict[str, Any]:
+    """The arguments of a measure, which are called as those of its command; without the others' and the output's."""
+    return {name: value for name, value in vars(args).items() if name not in ("out", "version", *others)}
 
 
 def reference_of(args: argparse.Namespace, of_protocol: Callable[[str, str | None], T]) -> T | str:

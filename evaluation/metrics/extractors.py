@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +88,10 @@ class Extractor(nn.Module, ABC):
     @abstractmethod
     def extract(self, prepared: Tensor) -> Features:
         """Images as `prepare` returns them -> all features that measures need."""
+
+    def features(self, images: Iterable[Tensor]) -> Features:
+        """All features of B images (3, H, W) in [-1, 1], each of any size and resized on its own."""
+        return self.extract(torch.cat([self.prepare(image[None]) for image in images]).to(self.device))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], of any size -> features (B, D)."""

@@ -112,7 +112,7 @@ def all_values(
                 raise ImageError(f"{name} has {width} x {height} pixels, its partner {other} has {w} x {h}")
         a, b = (torch.stack(images) for images in list(zip(*part, strict=True))[:2])  # (B, 3, H, W)
         found = {name: measure(a, b) for name, measure in measures.items()}
-        one, other = (features_of(images, extractor) for images in (a, b))
+        one, other = (extractor.features(images).pooled.double().cpu() for images in (a, b))  # (B, D)
         found |= {"feature_distance": (one - other).norm(dim=1), "feature_cosine": F.cosine_similarity(one, other)}
         for name, values in found.items():
             each.setdefault(name, []).append(to_numpy(values))
@@ -126,12 +126,6 @@ def all_values(
         result |= mean_values(f"{name}_vs_plain", values[np.isfinite(values)].astype(np.float64))
     result["identical_pictures"] = int(np.isinf(np.concatenate(each["psnr"])).sum())
     return result, len(of_plain.mean)
-
-
-def features_of(images: Tensor, extractor: Extractor) -> Tensor:
-    """Pooled features (B, D) float64 of images (B, 3, H, W) in [-1, 1], each resized on its own."""
-    prepared = torch.cat([extractor.prepare(image[None]) for image in images])
-    return extractor.extract(prepared.to(extractor.device)).pooled.double().cpu()
 
 
 # What is compared with what

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.linalg import eigh, issymmetric
 from torch import Tensor
 
@@ -174,8 +173,7 @@ def extract(
     """
     pooled, maps, kept, logits = [], [], [], []
     for part in batched(images, len(images.names), batch_size, f"features: {label}"):
-        prepared = torch.cat([extractor.prepare(image[None]) for image in part])  # each resized on its own
-        found = extractor.extract(prepared.to(extractor.device))
+        found = extractor.features(part)
         pooled.append(Moments.from_features(to_numpy(found.pooled)))
         if spatial:
             if found.spatial is None:
@@ -388,8 +386,7 @@ def protocol_reference(name: str, data: str | Path | None = None) -> Path | Imag
 def check_width(reference: Reference, images: Images, extractor: Extractor) -> None:
     """Check on the first image that the reference's statistics are as wide as the network's features. Raises
     ImageError: they are not."""
-    prepared = extractor.prepare(next(iter(images))[None])
-    features = extractor.extract(prepared.to(extractor.device))
+    features = extractor.features([next(iter(images))])
     for what, gaussian, found in (
         ("", reference.gaussian, features.pooled),
         ("spatial ", reference.spatial, features.spatial),
