@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     model_arguments,
@@ -105,24 +106,25 @@ def control_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import control, inputs, pipeline, setup, tasks
-
-    settings = settings_from(args, control.ControlSettings)
-    control.check_control(settings)
-    image = control.read_image(settings)
-    model = setup.make_setup(settings_from(args, setup.ModelSettings), EMOJI64)
-    size = control.result_size(model, image, args.H, args.W)
-    shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
-    network = control.controlled(model, settings, image, size)
-    pipeline.make_images(
+    settings = settings_from(args, cli.control.ControlSettings)
+    cli.control.check_control(settings)
+    image = cli.control.read_image(settings)
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64)
+    size = cli.control.result_size(model, image, args.H, args.W)
+    shown = cli.inputs.shipped_prompts(model.ckpt) if args.compare else []
+    network = cli.control.controlled(model, settings, image, size)
+    made = cli.pipeline.make_images(
         model,
-        inputs.text_items(settings_from(args, inputs.TextSettings), shown),
-        replace(tasks.text_task(model, size, args.negative_prompt), network=network),
+        cli.inputs.text_items(settings_from(args, cli.inputs.TextSettings), shown),
+        replace(cli.tasks.text_task(model, size, args.negative_prompt), network=network),
         size,
-        settings_from(args, pipeline.SamplingSettings),
-        settings_from(args, pipeline.OutputSettings),
+        settings_from(args, cli.pipeline.SamplingSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
+        keep="edges" in args.control,
     )
+    for line in cli.control.edges_followed(network, made):
+        print(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

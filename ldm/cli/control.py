@@ -15,6 +15,7 @@ from ldm.checkpoint import CheckpointError, fingerprint
 from ldm.checkpoint.control import control_file, load_control
 from ldm.checkpoint.detectors import load_hed, load_midas
 from ldm.cli.inputs import file_reference
+from ldm.cli.report import MethodRun
 from ldm.cli.setup import CONSTRUCTION, Setup, image_size
 from ldm.data import conditions
 from ldm.io.errors import SettingError, did_you_mean, fault_of
@@ -99,6 +100,23 @@ def controlled(setup: Setup, settings: ControlSettings, image: Image.Image | Non
         for (drawn, facts), (one, name), weight in zip(pictures, loaded, weights, strict=True)
     ]
     return ControlledBy(followed, settings.guess, settings.control_at == "every")
+
+
+def edges_followed(network: ControlledBy, runs: Sequence[MethodRun]) -> list[str]:
+    """For each method, how well its images follow the edges that they were given; nothing if they were given none."""
+    lines = []
+    for followed in network.pictures:
+        if followed.facts["control"].get("kind") == "edges":
+            low, high = followed.facts["control"]["canny"]
+            given = followed.hints[0, 0].numpy()
+            for run in runs:
+                scores = [conditions.edge_scores(given, conditions.edges(image, low, high)) for image in run.images]
+                precision, recall, both = (sum(part) / len(scores) for part in zip(*scores, strict=True))
+                lines.append(
+                    f"{run.label}: edges followed, within a pixel: F-score {both:.2f}, precision {precision:.2f}, "
+                    f"recall {recall:.2f}"
+                )
+    return lines
 
 
 def controlled_frames(setup: Setup, files: Sequence[str], model: str, size: Size) -> ControlledBy:
