@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -11,10 +12,12 @@ from urllib.parse import urlparse
 import numpy as np
 import webdataset
 from torch.utils.data import IterableDataset
-from webdataset.shardlists import expand_urls
+from webdataset.shardlists import expand_urls, split_by_node
+from webdataset.utils import pytorch_worker_info
 
 from ldm.data.images import ImagePaths, in_range
 from ldm.io.images import SUFFIXES, open_image
+from ldm.io.schema import Count
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")  # of addresses; webdataset knows others, of which pipe: runs commands
 
@@ -31,23 +34,47 @@ class Shards(IterableDataset):
         random_crop, flip: see `ImagePaths`.
         shuffle: examples in memory from which the next is drawn; 0 = in their order.
         seed: of that draw, and of the order of the files.
+        epoch: examples of an epoch, of all processes that train together; where there are several it must be given, so
+            that all make as many steps. Each process, and each of its workers, then reads files of its own again and
+            again. None = an epoch is all that the files have.
 
     Raises:
-        ValueError: an address of another scheme; a local file is not there.
+        ValueError: an address of another scheme; a local file is not there; (when read) fewer files than processes
+            with their workers, or no epoch where it must be given.
     """
 
     def __init__(
-        self, urls: str, size: int, random_crop: bool = False, flip: float = 0.0, shuffle: int = 1000, seed: int = 23
+        self,
+        urls: str,
+        size: int,
+        random_crop: bool = False,
+        flip: float = 0.0,
+        shuffle: int = 1000,
+        seed: int = 23,
+        epoch: Count | None = None,
     ):
         files = expand_urls(urls)
         check_addresses(files)
+        self.files, self.epoch = len(files), epoch
         self.preparation = ImagePaths([], size, None, random_crop, flip)
         order = {"shardshuffle": len(files) if shuffle else False, "detshuffle": True, "seed": seed}
-        shards = webdataset.WebDataset(files, empty_check=False, **order)
-        self.examples = shards.shuffle(shuffle, seed=seed) if shuffle else shards
+        shards = webdataset.WebDataset(files, empty_check=False, nodesplitter=split_by_node, **order)
+        shards = shards.shuffle(shuffle, seed=seed) if shuffle else shards
+        self.examples = shards.repeat() if epoch else shards
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self.example(files) for files in self.examples)
+        _, processes, _, workers = pytorch_worker_info()
+        if self.epoch is None:
+            if processes > 1:
+                raise ValueError(
+                    f"epoch: {processes} processes train together, so the images of an epoch must be given"
+                )
+            return map(self.example, self.examples)
+        if self.files < processes * workers:
+            raise ValueError(
+                f"urls: {self.files} files are fewer than the {processes} processes x {workers} workers that read them"
+            )
+        return map(self.example, islice(self.examples, self.epoch // (processes * workers)))
 
     def example(self, files: Mapping[str, Any]) -> dict[str, Any]:
         """An example, from the files of a tar by their endings.

@@ -26,6 +26,7 @@ class AdversarialTraining(FirstStageTraining):
 
     Args:
         learning_rate, scheduler_config: of both, see `ldm.training.optim.adamw`.
+        compile: see `FirstStageTraining`.
         decoder_only: what makes the latents (encoder, quant_conv, codebook) keeps its weights, so latents that were
             encoded before stay valid.
         reuse_forward: the discriminator sees the reconstruction that the first stage's step began with, instead of
@@ -49,8 +50,9 @@ class AdversarialTraining(FirstStageTraining):
         reuse_forward: bool = False,
         accumulate_grad_batches: Count = 1,
         gradient_clip_val: AboveZero | None = None,
+        compile: bool = False,
     ):
-        super().__init__(model, learning_rate, scheduler_config)
+        super().__init__(model, learning_rate, scheduler_config, compile)
         self.automatic_optimization = False
         self.reuse_forward = reuse_forward
         self.accumulate, self.clip = accumulate_grad_batches, gradient_clip_val

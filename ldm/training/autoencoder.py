@@ -59,6 +59,7 @@ class FirstStageTraining(ClippedTraining):
 
     Args:
         learning_rate, scheduler_config: see `ldm.training.optim.adamw`.
+        compile: encoder and decoder are compiled by torch.compile, which takes minutes at the first step.
 
     Raises:
         ValueError: the model's lossconfig names no loss of this training.
@@ -71,6 +72,7 @@ class FirstStageTraining(ClippedTraining):
         model: AutoencoderKL | VQModel,
         learning_rate: AboveZero,
         scheduler_config: Mapping[str, Any] | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         loss = self.loss_of(model)
@@ -78,6 +80,9 @@ class FirstStageTraining(ClippedTraining):
             load_weights(model, model.ckpt_path)
         self.model, self.loss = model.to(memory_format=torch.channels_last), loss
         self.learning_rate, self.scheduler_config = learning_rate, scheduler_config
+        if compile:
+            model.encoder.compile()
+            model.decoder.compile()
 
     def loss_of(self, model: nn.Module) -> nn.Module:
         """The loss that the model's lossconfig names.

@@ -20,10 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.io.errors import one_line
 from ldm.io.files import atomic_write
 from ldm.io.images import grid, save_png, to_pil
 from ldm.training.state import BEST, PREVIOUS
-from ldm.training.watch import diverged
+from ldm.training.watch import diverged, kept_in
 
 GREATER_IS_BETTER = re.compile(r"psnr|R@\d+|cluster_usage|perplexity")  # other measures are losses and distances
 
@@ -71,6 +72,7 @@ class KeptState(pl.Callback):
         self.best: dict[str, Any] = {}  # the monitor's name, its best value and the step
         self.saved_at, self.saved_step = time.monotonic(), -1
         self.counted = 0  # steps when the batch before ended
+        self.within = False  # a step of several batches
         self.begun = False
         self.stopping = False
 
@@ -86,18 +88,27 @@ class KeptState(pl.Callback):
         for name, parameter in trainer.lightning_module.named_parameters():
             if not parameter.isfinite().all():
                 raise diverged(trainer, self.path.parent, f"weights that are not finite ({name})")
-        if trainer.is_global_zero:
-            with atomic_write(self.path) as unfinished:
-                trainer.save_checkpoint(unfinished)
-                if self.best.get("step") == trainer.global_step:
-                    with atomic_write(self.path.with_name(BEST)) as best:
-                        copy(unfinished, best)
-                if self.path.exists():
-                    with atomic_write(self.path.with_name(PREVIOUS)) as previous:
-                        copy(self.path, previous)
-        else:
-            trainer.save_checkpoint(self.path)  # all processes take part, the first one writes the file
+        try:
+            self.write(trainer)
+        except (OSError, RuntimeError) as error:  # PyTorch's word on a full disk
+            raise ValueError(
+                f"{self.path}: the state of step {trainer.global_step} can't be written: {one_line(error)}; "
+                f"{kept_in(self.path.parent)}"
+            ) from error
         self.saved_at, self.saved_step = time.monotonic(), trainer.global_step
+
+    def write(self, trainer: pl.Trainer) -> None:
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(self.path)  # all processes take part, the first one writes the file
+            return
+        with atomic_write(self.path) as unfinished:
+            trainer.save_checkpoint(unfinished)
+            if self.best.get("step") == trainer.global_step:
+                with atomic_write(self.path.with_name(BEST)) as best:
+                    copy(unfinished, best)
+            if self.path.exists():
+                with atomic_write(self.path.with_name(PREVIOUS)) as previous:
+                    copy(self.path, previous)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.counted = trainer.global_step
@@ -112,9 +123,11 @@ class KeptState(pl.Callback):
             self.write_config()  # not earlier: a training whose first batch fails must leave no folder
         # Between the batches of one step there are gradients, which a state does not hold.
         stepped, self.counted = trainer.global_step > self.counted, trainer.global_step
+        self.within = not stepped
         # The last step is saved here, too: afterwards Lightning counts a partial epoch as a whole one.
         last = trainer.global_step == trainer.max_steps
-        due = stepped and (last or self.stopping or time.monotonic() - self.saved_at > self.every_seconds)
+        best = self.best.get("step") == trainer.global_step != self.saved_step
+        due = stepped and (last or best or self.stopping or time.monotonic() - self.saved_at > self.every_seconds)
         if trainer.strategy.reduce_boolean_decision(due, all=False):  # all processes must save together
             self.save(trainer)
         if self.stopping and stepped:
@@ -125,8 +138,10 @@ class KeptState(pl.Callback):
             return
         value = self.monitor.value(trainer.callback_metrics)
         if value is not None and self.monitor.better(value, self.best.get("value")):
-            self.best = {"name": self.monitor.name, "value": value, "step": trainer.global_step}
-            self.save(trainer)
+            # Between the batches of a step the state is that at the end of it.
+            self.best = {"name": self.monitor.name, "value": value, "step": trainer.global_step + self.within}
+            if not self.within:
+                self.save(trainer)
 
     @contextmanager
     def stopped_after_a_step(self) -> Iterator[None]:

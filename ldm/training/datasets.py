@@ -156,7 +156,9 @@ class DataModuleFromConfig(TrainingData):
         if not isinstance(self.train, IterableDataset):
             return super().train_dataloader()
         print("data.params.train gives its images in an order of its own: a resumed run begins with its first ones")
-        return DataLoader(self.train, self.batch_size, num_workers=self.workers, drop_last=True)
+        # New workers would begin each epoch with the order of the first one.
+        kept = {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+        return DataLoader(self.train, self.batch_size, drop_last=True, **kept)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val is None:

@@ -62,6 +62,7 @@ class DiffusionTraining(ClippedTraining):
             networks that predict variances need.
         ema_decay: decay of the moving averages of network and conditioner.
         guidance_scale, sample_steps: for the sample grids.
+        compile: the losses, network included, are compiled by torch.compile, which takes minutes at the first step.
     """
 
     strategy = "ddp_find_unused_parameters_true"  # BERTEmbedder has layers that conditioning leaves out
@@ -79,6 +80,7 @@ class DiffusionTraining(ClippedTraining):
         ema_decay: float = 0.9999,
         guidance_scale: float = 4.0,
         sample_steps: Count = 25,
+        compile: bool = False,
     ):
         super().__init__()
         if min_snr_gamma is not None and model.predicts_variance:
@@ -98,6 +100,7 @@ class DiffusionTraining(ClippedTraining):
         self.ucg_training = ucg_training or {}
         self.min_snr_gamma = min_snr_gamma
         self.guidance_scale, self.sample_steps = guidance_scale, sample_steps
+        self.terms = torch.compile(self.loss_terms) if compile else self.loss_terms
 
     @property
     def trained(self) -> nn.Module:
@@ -205,10 +208,15 @@ class DiffusionTraining(ClippedTraining):
         return cond
 
     def losses(self, z: Tensor, batch: dict[str, Any], t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        cond = self.conditioning(batch)
+        return self.terms(z, self.conditioning(batch), t, noise, self.predicting(batch))
+
+    def loss_terms(
+        self, z: Tensor, cond: Any, t: Tensor, noise: Tensor, network: ConditionedNetwork
+    ) -> dict[str, Tensor]:
+        """The losses of latents z (B, C, h, w) under the output of the conditioner, by name."""
         if self.min_snr_gamma is None:
-            return self.model.p_losses(z, cond, t, noise, self.predicting(batch))
-        prediction = self.model.apply_model(self.model.q_sample(z, t, noise), t, cond, self.predicting(batch))
+            return self.model.p_losses(z, cond, t, noise, network)
+        prediction = self.model.apply_model(self.model.q_sample(z, t, noise), t, cond, network)
         simple = self.model.loss_per_image(prediction, self.model.prediction_target(z, noise, t))
         return {"loss": (self.timestep_weights(t) * simple).mean(), "loss_simple": simple.mean()}
 

@@ -35,6 +35,8 @@ from ldm.util import get_obj_from_str, instantiate_from_config
 SEED = 23  # of weights, data order and noise, if the configuration has none
 OURS = {"logger", "callbacks", "enable_checkpointing", "use_distributed_sampler"}  # that a config can't set
 TRAINER = set(inspect.signature(pl.Trainer.__init__).parameters) - OURS - {"self"}
+WHOLE = ("auto", "ddp", "single_device")  # strategies whose processes each have all weights
+DIED = re.compile(r"DataLoader worker .*(exited|killed)")  # how PyTorch says so
 RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
 
 
@@ -193,13 +195,18 @@ def make_steps(
     """Train on from step `done`, whose state is in the file `resumed`.
 
     Raises:
-        ValueError: the first step fails, none is made, or an image can't be read.
+        ValueError: the first step fails, none is made, an image can't be read, or a process that reads images dies.
     """
     try:
         trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
     except (ValueError, OSError) as error:
         raise ValueError(of_worker(str(error))) from error
     except RuntimeError as error:
+        if DIED.search(str(error)):
+            raise ValueError(
+                f"a process that reads images died at step {trainer.global_step}, maybe for want of memory (with "
+                f"data.params.num_workers=0 there is none); the last state that was saved is kept"
+            ) from error
         if trainer.global_step > done:
             raise
         raise ValueError(f"the network fails in its first step: {error}") from error
@@ -321,6 +328,13 @@ def trainer_of(settings: Mapping[str, Any], **ours: Any) -> pl.Trainer:
         raise ValueError(
             f"lightning.trainer.accelerator: {accelerator!r}, but there is no GPU that PyTorch can use; "
             f"accepted here: 'cpu', 'auto'"
+        )
+    strategy = str(settings.get("strategy", "auto"))
+    if not strategy.startswith(WHOLE):
+        raise ValueError(
+            f"lightning.trainer.strategy: {strategy!r} may give each process a part of the weights only; averages and "
+            f"states need all of them; accepted: {', '.join(WHOLE)} and their kinds. Memory is saved by precision: "
+            f"bf16-mixed, use_checkpoint: true of the network, and accumulate_grad_batches"
         )
     devices, cores = settings.get("devices"), os.cpu_count()
     if accelerator == "cpu" and isinstance(devices, int) and devices > cores:

@@ -69,11 +69,15 @@ def losses_of(trainer: pl.Trainer) -> dict[str, Tensor]:
     return {name: v for name, v in trainer.callback_metrics.items() if name.startswith("train/") and "loss" in name}
 
 
+def kept_in(folder: Path) -> str:
+    """What is said of the states in the folder of a run."""
+    states = [path for path in (folder / LAST, folder / BEST) if path.exists()]
+    return ", ".join(f"{path} holds step {steps_done(path)}" for path in states) or "nothing was kept yet"
+
+
 def diverged(trainer: pl.Trainer, folder: Path, what: str) -> ValueError:
     """The error of a training that can't go on: what is wrong, where, and what is kept."""
-    states = [path for path in (folder / LAST, folder / BEST) if path.exists()]
-    kept = ", ".join(f"{path} holds step {steps_done(path)}" for path in states) or "nothing was kept yet"
     return ValueError(
-        f"{what}, at step {trainer.global_step} (epoch {trainer.current_epoch}); {kept}. A lower "
+        f"{what}, at step {trainer.global_step} (epoch {trainer.current_epoch}); {kept_in(folder)}. A lower "
         f"training.params.learning_rate or lightning.trainer.gradient_clip_val may help"
     )

@@ -202,6 +202,47 @@ def test_shards(tmp_path):
         Shards(str(tmp_path / "none.tar"), 8)
 
 
+def shards(folder: Path, **params: Any) -> Shards:
+    """Three files of four examples each, whose captions are file and place."""
+    pixels = picture(folder / "a.png").read_bytes()
+    for n in range(3):
+        with webdataset.TarWriter(str(folder / f"{n}.tar")) as file:
+            for i in range(4):
+                file.write({"__key__": f"{i}", "png": pixels, "txt": f"{n}.{i}"})
+    return Shards(str(folder / "{0..2}.tar"), 8, **params)
+
+
+def test_processes_read_files_of_their_own_and_as_many_examples(tmp_path, monkeypatch):
+    data = shards(tmp_path, epoch=12)
+    found = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        found.append([example["caption"] for example in data])
+    assert [len(captions) for captions in found] == [6, 6]
+    assert not {*found[0]} & {*found[1]} and len({*found[0]} | {*found[1]}) > 8
+    monkeypatch.setenv("NUM_WORKERS", "2")
+    monkeypatch.setenv("WORKER", "0")
+    with pytest.raises(ValueError, match="urls: 3 files are fewer than the 2 processes x 2 workers"):
+        iter(data)
+    data.epoch = None
+    with pytest.raises(ValueError, match="epoch: 2 processes train together"):
+        iter(data)
+
+
+def test_each_epoch_of_shards_has_another_order_also_with_workers(tmp_path):
+    shards(tmp_path)
+    section = {"target": "ldm.data.shards.Shards", "params": {"urls": str(tmp_path / "{0..2}.tar"), "size": 8}}
+    orders = []
+    for workers in (0, 1):
+        params = {"batch_size": 4, "num_workers": workers, "train": section}
+        made = data_of({"target": "main.DataModuleFromConfig", "params": params}, seed=3)
+        made.setup("fit")
+        loader = made.train_dataloader()
+        orders += [[batch["caption"] for batch in loader] for _ in range(2)]
+    assert orders[0] != orders[1] and orders[:2] == orders[2:]
+
+
 def test_addresses_of_shards_run_no_command(tmp_path):
     for address in (f"pipe:touch {tmp_path}/made", f"{tmp_path}/a.tar::PIPE:touch {tmp_path}/made", "scp://a/b.tar"):
         with pytest.raises(ValueError, match="accepted: paths, and addresses of http, https"):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from ldm.io.files import FileError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import LPIPSWithDiscriminator, VQLPIPSWithDiscriminator
 from ldm.modules.losses import lpips as of_lpips
-from ldm.modules.losses.discriminator import NLayerDiscriminator
+from ldm.modules.losses.discriminator import ActNorm, NLayerDiscriminator
 from ldm.modules.losses.lpips import LPIPS, SLICES, EfficientNetDistance, lpips, normalized, perceptual
 from ldm.modules.vectorquantize import Quantized
 from ldm.util import instantiate_from_config
 from tests.helpers.goldens import assert_golden, from_recipe, load_case, recipe_tensor
+from tests.helpers.processes import Child
 
 KL = ("after_disc", "before_disc", "actnorm_cond", "clamped_d_weight", "no_gan_no_lpips", "vanilla_logvar_weights")
 VQ = ("hinge_l1", "vanilla_l2", "before_disc_no_codebook")
@@ -224,3 +225,23 @@ def test_the_perceptual_distance_is_logged_as_it_is_and_weighted_in_the_loss():
 def test_features_are_normalized_in_half_precision():
     large, black = (torch.full((1, 4, 1, 1), value, dtype=torch.float16) for value in (300.0, 0.0))
     assert normalized(large).norm().item() == pytest.approx(1.0) and normalized(black).abs().max() == 0
+
+
+def test_actnorm_is_set_by_the_batches_of_all_processes(tmp_path):
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+    def work(rank: int) -> int:
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=rank, world_size=2)
+        layer = ActNorm(3)
+        layer(x[2 * rank : 2 * rank + 2])
+        torch.save(layer.state_dict(), tmp_path / f"{rank}.pt")
+        return 0
+
+    children = [Child(lambda rank=rank: work(rank), tmp_path / f"log{rank}") for rank in range(2)]
+    assert [child.end() for child in children] == [0, 0], (tmp_path / "log0").read_text()
+    whole = ActNorm(3)
+    whole(x)
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(state[name], value)

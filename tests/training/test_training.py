@@ -220,33 +220,6 @@ def test_resume_goes_on_where_the_run_stood(trained):
     assert (trained / "second" / "metrics" / "00000002" / "metrics.csv").is_file()
 
 
-def killed(main_arguments: list[str], step: int, moment: str, log: Path) -> None:
-    """A training that is killed at a step: before its state is written, in the middle of it, or after."""
-
-    def work() -> int:
-        save_checkpoint, batch_end = pl.Trainer.save_checkpoint, KeptState.on_train_batch_end
-
-        def kill_at(trainer: pl.Trainer, here: str) -> None:
-            if trainer.global_step == step and moment == here:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def on_train_batch_end(self, trainer, *rest):
-            kill_at(trainer, "before")
-            batch_end(self, trainer, *rest)
-            kill_at(trainer, "after")
-
-        def half(trainer, path, *rest):
-            save_checkpoint(trainer, path, *rest)
-            if trainer.global_step == step and moment == "while":
-                os.truncate(path, path.stat().st_size // 2)
-                kill_at(trainer, "while")
-
-        pl.Trainer.save_checkpoint, KeptState.on_train_batch_end = half, on_train_batch_end
-        return main(main_arguments)
-
-    assert Child(work, log).end() == -signal.SIGKILL, log.read_text()
-
-
 def assert_same(a: Any, b: Any, place: str = "") -> None:
     """Nested values are equal; tensors bit for bit."""
     if isinstance(a, torch.Tensor):
@@ -261,25 +234,6 @@ def assert_same(a: Any, b: Any, place: str = "") -> None:
             assert_same(x, y, f"{place}.{i}")
     else:
         assert a == b, place
-
-
-@pytest.mark.parametrize("kind", ["first", "second"])
-def test_kills_change_nothing(trained, tmp_path, kind):
-    """An epoch has four batches. The runs also differ in how often they validate, and one ended at first."""
-    steps = ["-t", "-l", str(tmp_path), "lightning.trainer.max_steps=11"]
-    base = ["-b", str(trained / f"{kind}.yaml"), *steps]
-    assert main([*base, "-n", "calm", "lightning.trainer.val_check_interval=5"]) == 0
-    moments = random.Random(kind)
-    kills = [4, *sorted(moments.sample(range(5, 11), 2))]  # one at the end of an epoch
-    assert main([*base, "-n", "killed", "lightning.trainer.max_steps=2", "lightning.checkpoint_every_minutes=9"]) == 0
-    again = ["-r", str(tmp_path / "killed"), *steps, "lightning.checkpoint_every_minutes=0"]
-    for step in kills:
-        killed(again, step, moments.choice(["before", "while", "after"]), tmp_path / "log")
-    assert main(again) == 0
-    calm, disturbed = (read_state(tmp_path / name / "last.ckpt") for name in ("calm", "killed"))
-    assert calm["global_step"] == disturbed["global_step"] == 11
-    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        assert_same(calm[part], disturbed[part], part)
 
 
 def test_a_killed_command_resumes(trained, tmp_path):
@@ -494,6 +448,7 @@ def test_settings_may_stand_anywhere(trained):
         ("lightning.trainer.val_check_interval=0", "trainer.val_check_interval should be greater than 0; got 0"),
         ("lightning.trainer.devices=9999", "lightning.trainer.devices: 9999 processes on a CPU"),
         ("lightning.trainer.max_steps=0", "0 steps train nothing"),
+        ("lightning.trainer.strategy=fsdp", "'fsdp' may give each process a part of the weights only"),
     ],
 )
 def test_a_refused_training_leaves_nothing(trained, tmp_path, refused, why, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 class ActNorm(nn.Module):
@@ -21,6 +21,7 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
+        x = of_all_processes(x)  # else each would have a scale of its own from then on
         self.loc.copy_(-x.mean((0, 2, 3), keepdim=True))
         self.scale.copy_(1.0 / (x.std((0, 2, 3), keepdim=True) + 1e-6))
         self.initialized.fill_(1)
@@ -30,6 +31,15 @@ class ActNorm(nn.Module):
         if self.training and not self.initialized:
             self.initialize(x.float())
         return self.scale * (x + self.loc)
+
+
+def of_all_processes(x: Tensor) -> Tensor:
+    """The batches (B, ...) of all processes that train together as one."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 class NLayerDiscriminator(nn.Module):
