@@ -577,5 +577,12 @@ def output_arguments(
     else:
         p.set_defaults(grid=False, columns=0)
     out.add_argument("--skip_save", dest="save", action="store_false", help="save no single images")
+    out.add_argument(
+        "--tile",
+        type=whole(1, LARGEST_SIDE),
+        metavar="PIXELS",
+        help="decode the latents in tiles of so many pixels a side: less memory for large images, more time; changes "
+        "rounding errors only (default: whole images)",
+    )
     out.add_argument("--again", action="store_true", help="make images again that already exist, to measure their time")
     return out

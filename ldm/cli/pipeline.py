@@ -85,7 +85,7 @@ def make_images(
         settings = weights_of(setup) | ({} if refiner is None else {"refiner": weights_of(refiner.setup)})
     facts = run_facts(setup, recipe.solver_name, recipe.facts(task.start.strength))
     methods = choose_methods(setup, sampling, recipe, nodes, facts, output.compare, task.network.anew)
-    engines = load_engines(setup, methods, task)
+    engines = load_engines(setup, methods, task, output.tile)
     if refiner is not None:
         engines = refiner.finishing(engines)
     check_memory([*engines.values()][-1], min(batch, len(items)), setup.device)
@@ -246,13 +246,15 @@ def compared(name: str, recipe: Recipe, plan: AnyPlan, facts: RunFacts) -> tuple
     return {**methods, best_name: (replace(recipe, noise_weight=0.0), best)}, ""
 
 
-def load_engines(setup: Setup, methods: Methods, task: Task) -> dict[str, Engine]:
+def load_engines(setup: Setup, methods: Methods, task: Task, tile: int | None = None) -> dict[str, Engine]:
     """The methods of the run by name, on one model."""
     model = setup.load()
     for recipe, plan in methods.values():
         check_network(model, recipe, plan)
         check_together(recipe, plan, task, setup.processes)
-    build = partial(Engine, model, setup.sizes, task=task, autocast=setup.autocast, spread=setup.processes.several)
+    build = partial(
+        Engine, model, setup.sizes, task=task, autocast=setup.autocast, spread=setup.processes.several, tile=tile
+    )
     with fault_of("config"):
         engines = {label: build(*method) for label, method in methods.items()}
     engines[next(iter(engines))].pack()  # they share the model

@@ -26,6 +26,7 @@ class OutputSettings:
     """What becomes of the images; see `ldm.cli.arguments.output_arguments` and `propagation_arguments`.
 
     columns: of the grid; 0 = the batch size.
+    tile: decode images in tiles of so many pixels a side, see `decode_tiled`; None = whole.
     """
 
     outdir: str | Path
@@ -35,6 +36,7 @@ class OutputSettings:
     again: bool = False
     compare: bool = False
     list_plans: bool = False
+    tile: int | None = None
 
 
 @dataclass

@@ -13,8 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.diffusionmodules.tiled import decode_tiled
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.vectorquantize import Quantized, VectorQuantizer
+
+
+def decoded(decoder: Decoder, z: Tensor, tile: int | None) -> Tensor:
+    """The image of z, whole or in tiles, see `decode_tiled`."""
+    return decoder(z) if tile is None else decode_tiled(decoder, z, tile)
 
 
 class AutoencoderKL(nn.Module):
@@ -50,9 +56,12 @@ class AutoencoderKL(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] -> posterior over latents (B, embed_dim, H/f, W/f)."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, embed_dim, h, w) -> images (B, 3, f*h, f*w), about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(z))
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
+        """Latents (B, embed_dim, h, w) -> images (B, 3, f*h, f*w), about [-1, 1], not clamped.
+
+        tile: see `decode_tiled`; None = the whole image at once.
+        """
+        return decoded(self.decoder, self.post_quant_conv(z), tile)
 
     def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         posterior = self.encode(x)
@@ -95,8 +104,8 @@ class VQModel(nn.Module):
     def encode(self, x: Tensor) -> Quantized:
         return self.quantize(self.encode_to_prequant(x))
 
-    def decode(self, quant: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(quant))
+    def decode(self, quant: Tensor, tile: int | None = None) -> Tensor:
+        return decoded(self.decoder, self.post_quant_conv(quant), tile)
 
     def decode_code(self, indices: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Images from (B*h*w,) code indices; `shape` is (B, h, w)."""
@@ -113,8 +122,8 @@ class VQModelInterface(VQModel):
     def encode(self, x: Tensor) -> Tensor:
         return self.encode_to_prequant(x)
 
-    def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
-        return super().decode(h if force_not_quantize else self.quantize(h).z)
+    def decode(self, h: Tensor, force_not_quantize: bool = False, tile: int | None = None) -> Tensor:
+        return super().decode(h if force_not_quantize else self.quantize(h).z, tile)
 
 
 class IdentityFirstStage(nn.Module):
@@ -129,8 +138,8 @@ class IdentityFirstStage(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         return x
 
-    def decode(self, x: Tensor) -> Tensor:
-        return x
+    def decode(self, x: Tensor, tile: int | None = None) -> Tensor:
+        return x  # in no time and memory, so it needs no tiles
 
     def quantize(self, x: Tensor) -> Quantized | Tensor:
         return Quantized(x, x.new_zeros(()), x.new_zeros(0).long()) if self.vq_interface else x

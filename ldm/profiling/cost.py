@@ -320,6 +320,7 @@ def sampling_bytes(
     predictions: int,
     context_length: int | None = None,
     tome: float = 0.0,
+    tile: int | None = None,
 ) -> int:
     """What sampling some images needs at least: for one prediction, or for decoding the latents, whichever is more.
 
@@ -329,12 +330,13 @@ def sampling_bytes(
         images: at a time.
         predictions: of one node, twice as many as images with guidance.
         context_length, tome: as for `unet_macs`.
+        tile: see `decode_tiled`; None = images are decoded whole.
     """
     with torch.device("meta"), torch.no_grad():
         unet, x, inputs = meta_unet(unet, size[1:], predictions, context_length, tome)
         latents, first_stage = torch.zeros(images, *size), on_meta(first_stage)
         predicting = peak_bytes(lambda: unet.decode(unet.encode(x, **inputs), **inputs))
-        return max(predicting, peak_bytes(lambda: first_stage.decode(latents)))
+        return max(predicting, peak_bytes(lambda: first_stage.decode(latents, tile=tile)))
 
 
 @once_for_a_config

@@ -244,6 +244,7 @@ class Engine:
         autocast: run the networks in the device's lower precision.
         spread: share decoders with the other processes of the run, see `DistributedDecode`; each must make the same
             images.
+        tile: decode images in tiles of so many pixels a side, see `decode_tiled`; None = whole.
 
     Raises:
         ValueError: the model does not take the task's condition.
@@ -262,9 +263,10 @@ class Engine:
         task: Task,
         autocast: bool = False,
         spread: bool = False,
+        tile: int | None = None,
     ):
         self.model, self.recipe, self.plan, self.task = model, recipe, plan, task
-        self.autocast, self.spread = autocast, spread
+        self.autocast, self.spread, self.tile = autocast, spread, tile
         self._most: int | None = None  # decoders in a batch, if memory has run out
         self.shape = (sizes.channels, *(sizes.whole(side) // sizes.factor for side in (recipe.height, recipe.width)))
         self._tokens = task.condition.tokens(model)
@@ -291,7 +293,7 @@ class Engine:
         """What so many images at a time need at least, in the precision of the weights."""
         predictions = images * (1 if self.recipe.scale == 1.0 else 2)
         networks = self.model.model.diffusion_model, self.model.first_stage_model
-        return sampling_bytes(*networks, self.shape, images, predictions, self._tokens, self.recipe.tome)
+        return sampling_bytes(*networks, self.shape, images, predictions, self._tokens, self.recipe.tome, self.tile)
 
     def decoder_bytes(self, batch: int) -> int:
         """What one decoder node of `batch` predictions needs; see `ldm.profiling.cost`."""
@@ -336,6 +338,7 @@ class Engine:
             "batch": len(items),
             "parallel": min(self.plan.parallel, self._most or self.plan.parallel),
             "device": device.type,
+            **({} if self.tile is None else {"tile": self.tile}),
         } | ({"forecast_error": float(f"{max(measured):.4g}")} if measured else {})
 
     def warm_up(self, items: Sequence[Item], first_calls: dict[Hashable, float]) -> float:
@@ -418,7 +421,7 @@ class Engine:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""
         with self._precision():
-            images = self.model.decode_first_stage(latents)
+            images = self.model.decode_first_stage(latents, tile=self.tile)
         return images[..., : self.recipe.height, : self.recipe.width]
 
     @contextmanager

@@ -63,7 +63,8 @@ def test_the_two_laws(model):
 
 def test_a_script_takes_it_by_its_config(base, model, tmp_path):
     script = Script("txt2img", tmp_path, *base, *STEPS, "--plan", "0,1", "--noise-weight", "0")
-    (entry,) = script("--original-size", "16,24", "--crop", "9,500", "--seed", "1")
+    (entry,) = script("--original-size", "16,24", "--crop", "9,500", "--seed", "1", "--tile", "24")
+    assert entry["tile"] == 24
     assert (entry["original_size"], entry["crop"], entry["scale"]) == ([16, 24], [9, 500], 5.0)
     image = model.decode_first_stage(latents(model, PROPAGATED))
     assert np.abs(script.pixels(entry) - np.asarray(to_pil(image)[0]).astype(int)).max() <= 1

@@ -114,14 +114,17 @@ class LatentDiffusion(DDPM, PublishedMethods):
         return self.scale_factor * z
 
     @torch.no_grad()
-    def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, f*h, f*w), about [-1, 1], not clamped."""
-        return self._decoded(z, force_not_quantize)
+    def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False, tile: int | None = None) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, f*h, f*w), about [-1, 1], not clamped.
 
-    def _decoded(self, z: Tensor, force_not_quantize: bool) -> Tensor:
+        tile: height and width of tiles in pixels, see `decode_tiled`; None = the whole image at once.
+        """
+        return self._decoded(z, force_not_quantize, tile)
+
+    def _decoded(self, z: Tensor, force_not_quantize: bool, tile: int | None = None) -> Tensor:
         quantized = {"force_not_quantize": True} if force_not_quantize else {}  # which a KL first stage does not take
         z = z * self.latent_std + self.latent_mean if self.normalize_latents else z / self.scale_factor
-        return self.first_stage_model.decode(z, **quantized)
+        return self.first_stage_model.decode(z, tile=tile, **quantized)
 
 
 class Layout2ImgDiffusion(LatentDiffusion):

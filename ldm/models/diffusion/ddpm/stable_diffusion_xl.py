@@ -53,9 +53,9 @@ class StableDiffusionXL(LatentDiffusion):
         with self._first_stage_precision(x):
             return super().encode_first_stage(x)
 
-    def _decoded(self, z: Tensor, force_not_quantize: bool) -> Tensor:
+    def _decoded(self, z: Tensor, force_not_quantize: bool, tile: int | None = None) -> Tensor:
         with self._first_stage_precision(z):
-            return super()._decoded(z.float() if self.disable_first_stage_autocast else z, force_not_quantize)
+            return super()._decoded(z.float() if self.disable_first_stage_autocast else z, force_not_quantize, tile)
 
     def _first_stage_precision(self, like: Tensor) -> torch.autocast:
         kept = torch.is_autocast_enabled(like.device.type) and not self.disable_first_stage_autocast
