@@ -8,13 +8,19 @@ tensor, whose rows go head by head: the query's, the key's, the value's of the f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoint.conversion import RES_BLOCK, UNET, UNET_ENDS, ConversionError
+from ldm.checkpoint.file import PART_FILES, read_checkpoint
+from ldm.checkpoint.model import fill, unmade
 from ldm.io.errors import some
+from ldm.io.files import read_json, read_yaml
+from ldm.util import instantiate_from_config
 
 NETWORK = "ldm.modules.diffusionmodules.deepfloyd.DeepFloydUNet"
 ENDS = UNET_ENDS | {
@@ -192,6 +198,70 @@ def joined_heads(parts: Sequence[Tensor], head_channels: int) -> Tensor:
     return torch.stack([part.unflatten(0, (-1, head_channels)) for part in parts], dim=1).flatten(0, 2)
 
 
-def as_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A network's weights under the names that a model gives them."""
-    return {UNET + key: value for key, value in state.items()}
+# A stage's folder
+
+MOST = {True: 1.0, False: 1.5}  # of dynamic thresholding as published, by whether there is a low-resolution image
+ORIGINAL = ("config.yml", "pytorch_model.bin")
+DIFFUSERS = ("unet", "config.json", "diffusion_pytorch_model")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a stage's files are, and what they say.
+
+    described: the file that describes the network.
+    weights: its weights.
+    model: the `model` part of our config.
+    """
+
+    described: Path
+    weights: Path
+    model: dict[str, Any]
+
+
+def find_stage(folder: Path) -> Stage:
+    """The stage in a folder of either layout.
+
+    Raises:
+        ValueError: it is not there, or its files are not those of a stage of DeepFloyd-IF.
+    """
+    part, config, stem = DIFFUSERS
+    unet = folder / part if (folder / part).is_dir() else folder
+    if (unet / config).is_file():
+        described, network = unet / config, network_params(read_json(unet / config))
+        found = [path for path in (unet / name for name in PART_FILES["unet"]) if path.is_file()]
+    elif (folder / ORIGINAL[0]).is_file():
+        described = folder / ORIGINAL[0]
+        content = read_yaml(described)
+        network = original_params(content.get("params", {}) if isinstance(content, dict) else {})
+        found = [path for path in [folder / ORIGINAL[1]] if path.is_file()]
+    else:
+        raise ValueError(f"{folder}: no {part}/{config} and no {ORIGINAL[0]}; expected a stage of DeepFloyd-IF")
+    if not found:
+        raise ValueError(f"{folder}: no weights; expected {part}/{stem}.safetensors, or {ORIGINAL[1]}")
+    most = _threshold(folder / "scheduler" / "scheduler_config.json", MOST[network["noise_level"]])
+    return Stage(described, found[0], stage_config(network, most))
+
+
+def _threshold(path: Path, usual: float) -> float:
+    """What a folder's scheduler says of dynamic thresholding."""
+    if not path.is_file():
+        return usual
+    most = read_json(path).get("sample_max_value", usual)
+    if not isinstance(most, int | float) or not 1 <= most < float("inf"):
+        raise ValueError(f"{path}: sample_max_value must be a number of at least 1; got {most!r}")
+    return float(most)
+
+
+def load_stage(stage: Stage, device: torch.device) -> nn.Module:
+    """The model of a stage, ready to sample from.
+
+    Raises:
+        CheckpointError, ConversionError: the weights are not those that its files describe.
+    """
+    network = stage.model["params"]["unet_config"]["params"]
+    state = {UNET + key: value for key, value in to_original(read_checkpoint(stage.weights), network).items()}
+    model = unmade(lambda: instantiate_from_config(stage.model))
+    fill(model, state, stage.weights, "raw", assign=True)
+    model.weights_file = stage.weights
+    return model.eval().requires_grad_(False).to(device)

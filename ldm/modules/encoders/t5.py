@@ -53,6 +53,7 @@ class T5States:
         encoder, tokenizer = find_parts(folder)
         library, self.length = transformers(), length
         local = {"local_files_only": True, "trust_remote_code": False}
+        library.utils.logging.disable_progress_bar()
         try:
             self.tokenizer = library.AutoTokenizer.from_pretrained(tokenizer, **local)
             self.encoder = library.T5EncoderModel.from_pretrained(encoder, dtype="auto", use_safetensors=True, **local)

@@ -1,0 +1,329 @@
+"""DeepFloyd-IF: its three stages one after the other, each with its pictures in a folder of their own."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ldm.checkpoint import CheckpointError, read_checkpoint, save_weights
+from ldm.checkpoint.conversion import ConversionError
+from ldm.checkpoint.deepfloyd import Stage, find_stage, load_stage
+from ldm.cli import inputs, pipeline, tasks
+from ldm.cli.arguments import ROOT
+from ldm.cli.parser import check_outdir
+from ldm.cli.report import OutputSettings
+from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe
+from ldm.cli.setup import ModelSettings, Setup, find_device, image_size, make_setup, uses_autocast
+from ldm.io.errors import SettingError, fault_of
+from ldm.io.images import from_pil, open_image
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.schedule import leading
+from ldm.modules.encoders.t5 import T5States, find_parts
+from ldm.sampling.deepfloyd import TextStates, TextStatesAndImage
+from ldm.sampling.engine import Sizes, Task
+from ldm.sampling.generate import read_manifest
+
+UPSCALER = (
+    ROOT / "configs/stable-diffusion/x4-upscaling.yaml",
+    ROOT / "models/ldm/stable-diffusion-v2/x4-upscaler-ema.safetensors",
+)
+LEADING = ("ddpm-learned", "ddpm")  # solvers whose published timesteps here are every (1000 // steps)-th one
+LINSPACE = "dpm-solver++-published"  # and from the last one on
+PER_STAGE = {"plan": "plans", "steps": "steps", "timesteps_at": "steps", "scale": "scales"}
+OF_FILES = ("config", "ckpt")
+
+
+@dataclass(frozen=True)
+class CascadeSettings:
+    """What to make, and by which stages; see scripts/if2img.py.
+
+    stages: which are run, in order.
+    stage1, stage2: folders; stage3: weights of the x4 upscaler; None = the published place of the last.
+    t5: folder of the text encoder; None = that of stage 1.
+    steps, scales, plans, noise_levels: of the three stages; the first has no noise level.
+    """
+
+    prompt: str
+    from_file: str | None
+    negative_prompt: str
+    n_samples: int
+    batch_size: int
+    seed: int
+    stages: tuple[int, ...]
+    stage1: str | None
+    stage2: str | None
+    stage3: str | None
+    t5: str | None
+    steps: Sequence[int]
+    scales: Sequence[float]
+    plans: Sequence[str]
+    noise_levels: Sequence[int]
+    sampler: str
+    device: str
+    precision: str | None
+    outdir: str
+    again: bool
+
+    def folder(self, number: int) -> Path:
+        """Of a stage's pictures."""
+        return Path(self.outdir) / f"stage{number}"
+
+    def output(self, number: int) -> OutputSettings:
+        return OutputSettings(self.folder(number), again=self.again)
+
+    def sampling(self, number: int) -> SamplingSettings:
+        """Of a stage, with its published timesteps."""
+        steps, sampler = self.steps[number - 1], "ddim" if number == 3 else self.sampler
+        with fault_of("steps"):
+            at = published_timesteps(sampler, steps, number)
+        return SamplingSettings(
+            sampler,
+            steps,
+            scale=self.scales[number - 1],
+            plan=self.plans[number - 1],
+            noise_weight=0.0,
+            timesteps_at=at,
+            default_steps=steps,
+        )
+
+
+def published_timesteps(sampler: str, steps: int, number: int) -> tuple[int, ...] | None:
+    """Where the steps of a stage begin with the solvers of the release; None = where the solver has them.
+
+    Raises:
+        ValueError: `steps` is not in 1..1000.
+    """
+    if number == 3 or sampler in LEADING:
+        return leading(steps, 1 if number == 3 else 0)
+    if sampler != LINSPACE:
+        return None
+    return tuple(int(t) for t in np.linspace(0, 999, steps + 1).round()[:0:-1])
+
+
+@dataclass(frozen=True)
+class StageSetup(Setup):
+    """A stage, whose config is made of its folder's files."""
+
+    stage: Stage | None = None
+
+    def load(self) -> LatentDiffusion:
+        with fault_of("ckpt", (CheckpointError, ConversionError, ValueError, OSError)):
+            return load_stage(self.stage, self.device)
+
+
+# The stages
+
+
+def make_cascade(settings: CascadeSettings) -> None:
+    """Run the stages, each on the pictures of the one before; between them nothing of a network is kept.
+
+    Raises:
+        SettingError: a setting can't be used; it is named as scripts/if2img.py names it.
+    """
+    check_outdir(Path(settings.outdir))
+    prompts = [settings.prompt] if settings.from_file is None else inputs.prompts_in(settings.from_file)
+    device = find_device(settings.device)
+    setups = {number: stage_setup(settings, number, device) for number in settings.stages}
+    for number, setup in setups.items():
+        with of_stage(number):
+            check_sampling(settings.sampling(number), setup)
+    if 1 not in setups:
+        pictures_of(settings, min(setups) - 1, prompts)  # found out before anything is loaded
+    texts = Texts(settings, prompts, device) if {1, 2} & setups.keys() else None
+    made: dict[str, Any] = {}
+    for number, setup in setups.items():
+        print(f"stage {number}", flush=True)
+        with of_stage(number):
+            make = {1: first_stage, 2: second_stage, 3: third_stage}[number]
+            made = make(settings, setup, prompts, texts, made)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def check_sampling(sampling: SamplingSettings, setup: Setup) -> None:
+    """Raise SettingError for a plan or a solver that can't be used, before any stage is run."""
+    nodes = count_nodes(make_recipe(sampling, (1, 1)), setup)
+    if not sampling.plan.startswith("auto:"):  # which needs the weights' calibration
+        with fault_of("plan"):
+            load_plan(sampling.plan, nodes)
+
+
+@contextmanager
+def of_stage(number: int) -> Iterator[None]:
+    """Errors inside are of a stage, and name its argument."""
+    try:
+        yield
+    except SettingError as error:
+        name = f"stage{number}" if error.setting in OF_FILES else PER_STAGE.get(error.setting, error.setting)
+        raise SettingError(name, f"stage {number}: {error.problem}") from error
+
+
+def stage_setup(settings: CascadeSettings, number: int, device: torch.device) -> Setup:
+    """What a stage's files say."""
+    autocast = uses_autocast(settings.precision, device)
+    if number == 3:
+        precision = "autocast" if autocast else "full"
+        model = ModelSettings(ckpt=settings.stage3, device=settings.device, precision=precision)
+        with of_stage(3):
+            return make_setup(model, UPSCALER)
+    name = f"stage{number}"
+    folder = getattr(settings, name)
+    if folder is None:
+        raise SettingError(name, f"needed for stage {number}: its folder; or leave it out of --stages")
+    with fault_of(name):
+        stage = find_stage(Path(folder))
+        wanted, has = number == 2, stage.model["params"]["unet_config"]["params"]["noise_level"]
+        if wanted != has:
+            raise ValueError(f"{folder}: that is a stage {2 if has else 1} of DeepFloyd-IF; expected a stage {number}")
+        config = OmegaConf.create({"model": stage.model})
+        sizes = Sizes.of(config.model)
+    return StageSetup(stage.described, stage.weights, config, sizes, device, autocast=autocast, stage=stage)
+
+
+def first_stage(
+    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Small pictures of the prompts; what all of them depend on."""
+    items = inputs.image_items([{"prompt": prompt} for prompt in prompts], settings.n_samples, settings.seed)
+    states, negative = texts.states()
+    task = Task(TextStates(states, negative, texts.settings))
+    return run(settings, 1, setup, items, task, image_size(setup.sizes, None, None))
+
+
+def second_stage(
+    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The pictures of the first stage made larger."""
+    subjects, images = pictures_of(settings, 1, prompts, before)
+    states, negative = texts.states()
+    chosen = states[[prompts.index(subject["prompt"]) for subject in subjects]]
+    level = settings.noise_levels[0]
+    if level >= (total := setup.config.model.params.timesteps):
+        raise SettingError("noise_levels", f"expected 0..{total - 1}; got {level}")
+    task = Task(TextStatesAndImage(images, level, chosen, negative, texts.settings))
+    items = inputs.image_items(subjects, 1, settings.seed)
+    return run(settings, 2, setup, items, task, image_size(setup.sizes, None, None))
+
+
+def third_stage(
+    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts | None, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The pictures of the second stage made larger still, by the x4 upscaler of Stable Diffusion."""
+    subjects, images = pictures_of(settings, 2, prompts, before)
+    given = tasks.upscaling_settings(
+        setup, settings.sampling(3), "", settings.negative_prompt, settings.noise_levels[1]
+    )
+    task, size = tasks.upscaling_task(setup, images, given)
+    return run(settings, 3, setup, inputs.image_items(subjects, 1, settings.seed), task, size)
+
+
+def run(
+    settings: CascadeSettings, number: int, setup: Setup, items: Sequence[Any], task: Task, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Make a stage's pictures; what all of them depend on."""
+    (made,) = pipeline.make_images(
+        setup, items, task, size, settings.sampling(number), settings.output(number), settings.batch_size
+    )
+    return made.settings
+
+
+def pictures_of(
+    settings: CascadeSettings, number: int, prompts: Sequence[str], made: Mapping[str, Any] | None = None
+) -> tuple[list[dict[str, str]], Tensor]:
+    """The pictures of a stage: how the next refers to them, and they, (N, 3, H, W) in [-1, 1].
+
+    made: what they depend on, if the stage was run now; else the last ones of each prompt are taken.
+
+    Raises:
+        SettingError: there are none for some prompt.
+    """
+    folder, found = settings.folder(number), {}
+    for entry in read_manifest(folder / "manifest.jsonl"):
+        wanted = all(entry.get(name) == value for name, value in (made or {}).items())
+        if wanted and entry.get("prompt") in prompts and (folder / entry["file"]).is_file():
+            found[entry["prompt"], entry["sample"], tuple(entry["seed"])] = entry
+    missing = [prompt for prompt in prompts if not any(key[0] == prompt for key in found)]
+    if missing:
+        raise SettingError(
+            "stages",
+            f"{folder} has no picture of {missing[0]!r}, with which stage {number + 1} begins; run stage {number}",
+        )
+    with fault_of("outdir"):
+        paths = [(entry["prompt"], folder / entry["file"]) for entry in found.values()]
+        opened = [(prompt, path, open_image(path)) for prompt, path in paths]
+        images = inputs.stacked((str(path), from_pil(image)) for _, path, image in opened)
+    # By the pixels: the file says how long it took, too.
+    digests = [hashlib.sha256(image.tobytes()).hexdigest()[:16] for _, _, image in opened]
+    subjects = [
+        {"prompt": prompt, "image": path.name, "image_sha256": digest}
+        for (prompt, path, _), digest in zip(opened, digests, strict=True)
+    ]
+    return subjects, images
+
+
+# The texts
+
+
+class Texts:
+    """The states of the prompts and of the negative prompt, which T5 makes once; they are kept beside the pictures.
+
+    Args:
+        settings, prompts: of the run.
+        device: where T5 computes.
+
+    Raises:
+        SettingError: the folder of T5 is not given, or is not T5's.
+    """
+
+    def __init__(self, settings: CascadeSettings, prompts: Sequence[str], device: torch.device) -> None:
+        given = settings.t5 or settings.stage1
+        if given is None:
+            raise SettingError("t5", "needed without --stage1: the folder of the text encoder T5")
+        with fault_of("t5"):
+            self._folder = Path(given)
+            encoder, tokenizer = find_parts(self._folder)
+            which = digest_of_files([*encoder.iterdir(), *tokenizer.iterdir()])
+        self._texts, self._device = [*prompts, settings.negative_prompt], device
+        self.settings = {"text_encoder": which}
+        if settings.negative_prompt:
+            self.settings["negative_prompt"] = settings.negative_prompt
+        name = hashlib.sha256(json.dumps([which, self._texts]).encode()).hexdigest()[:16]
+        self._file = Path(settings.outdir) / "texts" / f"{name}.safetensors"
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Of the prompts, (N, L, D), and of the negative prompt, (L, D)."""
+        if not self._file.is_file():
+            self._encode()
+        with fault_of("outdir", (CheckpointError, OSError)):
+            states = read_checkpoint(self._file)["states"].float()
+        return states[:-1], states[-1]
+
+    @torch.inference_mode()
+    def _encode(self) -> None:
+        with fault_of("t5"):
+            encoder = T5States(self._folder, device=self._device)
+        if cut := encoder.cut(self._texts):
+            print(f"{cut} of {len(self._texts)} texts are longer than {encoder.length} tokens; the rest is left out")
+        states = torch.cat([encoder([text]).cpu() for text in self._texts])
+        with fault_of("outdir", (OSError,)):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            save_weights(self._file, {"states": states})
+
+
+def digest_of_files(paths: Sequence[Path]) -> str:
+    """Names and sizes of files; weights of 19 GB are not read to be told apart."""
+    listed = sorted((path.name, path.stat().st_size) for path in paths if path.is_file())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]

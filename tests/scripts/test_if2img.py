@@ -1,0 +1,163 @@
+"""scripts/if2img.py: three tiny stages end to end, one at a time, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ldm.checkpoint import save_weights
+from ldm.checkpoint.deepfloyd import network_params, to_original
+from ldm.cli.deepfloyd import published_timesteps
+from ldm.sampling.generate import read_manifest
+from tests.helpers.deepfloyd import FIRST, SECOND, recipe_state
+from tests.helpers.goldens import load_case
+from tests.helpers.scripts import load_script
+from tests.helpers.tiny_models import tiny_text_model
+from tests.helpers.tiny_t5 import write_t5
+
+FAST = ["--steps", "3", "3", "2", "--plans", "0,2", "0,2", "0"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    """Stage 1 with T5 as a diffusers folder, stage 2 in the original layout, stage 3 as a checkpoint."""
+    folder = tmp_path_factory.mktemp("if")
+    first, second = folder / "first", folder / "second"
+    write_t5(first)
+    (first / "unet").mkdir()
+    (first / "unet" / "config.json").write_text(json.dumps(FIRST))
+    state = recipe_state(network_params(FIRST), seed=1, gain=0.6)
+    save_weights(first / "unet" / "diffusion_pytorch_model.safetensors", state)
+    second.mkdir()
+    params = network_params(SECOND)
+    original = {name: params[name] for name in params if name not in ("noise_level", "channel_mult")}
+    (second / "config.yml").write_text(yaml.safe_dump({"params": original | {"channel_mult": "1,2"}}))
+    torch.save(to_original(recipe_state(params, seed=2, gain=0.6), params), second / "pytorch_model.bin")
+    x4 = tiny_text_model(folder / "x4", "configs/stable-diffusion/x4-upscaling.yaml")
+    return {"stage1": str(first), "stage2": str(second), "stage3": x4[3]}
+
+
+class Cascade:
+    def __init__(self, files: dict[str, str], out: Path) -> None:
+        self.main, self.files, self.out = load_script("if2img").main, files, out
+
+    def __call__(self, *arguments: str) -> int:
+        given = [word for name, path in self.files.items() for word in (f"--{name}", path)]
+        return self.main([*given, "--outdir", str(self.out), "--prompt", "a red heart", *FAST, *arguments])
+
+    def entries(self, stage: int) -> list[dict]:
+        return read_manifest(self.out / f"stage{stage}" / "manifest.jsonl")
+
+    def pixels(self, stage: int, place: int = -1) -> np.ndarray:
+        file = self.entries(stage)[place]["file"]
+        return np.asarray(Image.open(self.out / f"stage{stage}" / file)).astype(int)
+
+
+@pytest.fixture
+def cascade(files, tmp_path) -> Cascade:
+    return Cascade(files, tmp_path / "out")
+
+
+def test_three_stages_end_to_end(cascade, capsys):
+    assert cascade("--n_samples", "2") == 0
+    assert [cascade.pixels(stage).shape for stage in (1, 2, 3)] == [(8, 8, 3), (16, 16, 3), (64, 64, 3)]
+    small, large, largest = (cascade.entries(stage) for stage in (1, 2, 3))
+    assert len(small) == len(large) == len(largest) == 2
+    expected = {"prompt": "a red heart", "sampler": "ddpm-learned", "timesteps_at": [666, 333, 0], "keys": [0, 2]}
+    assert small[0].items() >= (expected | {"scale": 7.0, "noise_weight": 0.0}).items()
+    assert large[0].items() >= (expected | {"scale": 4.0, "noise_level": 250}).items()
+    assert large[0]["image"] == Path(small[0]["file"]).name and largest[0]["image"] == Path(large[0]["file"]).name
+    assert largest[0].items() >= {"sampler": "ddim", "timesteps_at": [501, 1], "scale": 9.0, "noise_level": 20}.items()
+
+    # The same call finds everything; a picture that is lost in between is made again, the same.
+    before = cascade.pixels(2)
+    capsys.readouterr()
+    (cascade.out / "stage2" / large[-1]["file"]).unlink()
+    assert cascade("--n_samples", "2") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("(0 made, 2 found)") == 2 and printed.count("(1 made, 1 found)") == 1
+    assert np.abs(cascade.pixels(2) - before).max() <= 1
+
+
+def test_one_stage_at_a_time(cascade, tmp_path, capsys):
+    """Stage 1 alone, then stage 2 of its pictures, make what both make together; T5 is asked once."""
+    assert cascade("--stages", "1") == 0
+    texts = list((cascade.out / "texts").iterdir())
+    assert len(texts) == 1
+    assert cascade("--stages", "2") == 0
+    assert list((cascade.out / "texts").iterdir()) == texts
+    together = Cascade(cascade.files, tmp_path / "together")
+    assert together("--stages", "1,2") == 0
+    assert np.abs(together.pixels(2) - cascade.pixels(2)).max() <= 1
+    assert not (together.out / "stage3").exists()
+
+
+def test_text_plan_noise_and_guidance_decide_what_is_made(cascade):
+    shown = []
+    for more in ([], ["--prompt", "a green tree"], ["--plans", "off", "off", "off"], ["--negative_prompt", "a tree"]):
+        assert cascade("--stages", "1", *more) == 0
+        shown.append(cascade.pixels(1))
+    assert all((a != b).any() for k, a in enumerate(shown) for b in shown[:k])
+    assert cascade("--stages", "2") == 0 and cascade("--stages", "2", "--noise_levels", "900", "20") == 0
+    assert (cascade.pixels(2, 0) != cascade.pixels(2, 1)).any()
+
+
+def test_published_timesteps_of_the_faster_rows():
+    case, _ = load_case("if_stage1_dpmpp25_plain")
+    assert list(published_timesteps("dpm-solver++-published", 25, 1)) == case["timesteps"]
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (
+            ["--stages", "2"],
+            "--stages: {out}/stage1 has no picture of 'a red heart', with which stage 2 begins; run stage 1",
+        ),
+        (["--stages", "1,3"], "--stages: expected one of 1 2 3 1,2 2,3 1,2,3; got '1,3'"),
+        (
+            ["--stage1", "{out}"],
+            "--stage1: {out}: no unet/config.json and no config.yml; expected a stage of DeepFloyd-IF",
+        ),
+        (["--stage1", "{stage2}"], "--stage1: {stage2}: that is a stage 2 of DeepFloyd-IF; expected a stage 1"),
+        (
+            ["--t5", "{stage2}"],
+            "--t5: {stage2}: no text_encoder/config.json of T5; expected a folder with text_encoder/",
+        ),
+        (["--steps", "3", "2000", "2"], "--steps: stage 2: steps must be 1..1000"),
+        (["--plans", "0,9", "off", "off"], "--plans: stage 1: "),
+        (["--stage3", "{out}/none.ckpt"], "--stage3: stage 3: {out}/none.ckpt: no such file"),
+    ],
+)
+def test_bad_input(cascade, files, capsys, arguments, why):
+    places = files | {"out": str(cascade.out)}
+    assert cascade(*(word.format(**places) for word in arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("if2img.py: error: " + why.format(**places)), line
+
+
+def test_a_stage_that_is_not_given(files, tmp_path, capsys):
+    without = Cascade({name: path for name, path in files.items() if name != "stage2"}, tmp_path / "out")
+    assert without() == 2
+    assert "--stage2: needed for stage 2: its folder; or leave it out of --stages" in capsys.readouterr().err
+
+
+def test_t5_of_another_width_and_weights_of_another_network(files, tmp_path, capsys):
+    wide = tmp_path / "wide"
+    shutil.copytree(files["stage1"], wide)
+    config = FIRST | {"encoder_hid_dim": 64}
+    (wide / "unet" / "config.json").write_text(json.dumps(config))
+    cascade = Cascade(files | {"stage1": str(wide)}, tmp_path / "out")
+    assert cascade("--stages", "1") == 2
+    assert "--stage1: stage 1: " in (line := capsys.readouterr().err) and "v_proj.bias (32,), config (64,)" in line
+    state = recipe_state(network_params(config), seed=1, gain=0.6)
+    save_weights(wide / "unet" / "diffusion_pytorch_model.safetensors", state)
+    assert cascade("--stages", "1") == 2
+    assert "it reads states of width 64, T5's have 32" in capsys.readouterr().err
