@@ -27,7 +27,7 @@ from ldm.sampling.generate import Item
 from ldm.sampling.neighbours import Neighbours, context_of
 
 KNN, SCALE = 10, 5.0  # neighbours and guidance scale, as published
-CELL = 256  # pixels of an image on a sheet
+CELL = 192  # pixels of an image on a sheet
 MISSING = (224, 224, 224)  # where a neighbour's image is not here
 
 
@@ -163,10 +163,9 @@ def save_sheet(file: Path, database: Database, path: Path) -> bool:
     if find_png(path, about) is not None:
         return False
     neighbours = [Neighbour(**known) for known in settings["neighbors"]]
-    side = min(CELL, max(image.size))
-    cells = [database.picture(neighbour, side) or Image.new("RGB", (side, side), MISSING) for neighbour in neighbours]
+    cells = [database.picture(neighbour, CELL) or Image.new("RGB", (CELL, CELL), MISSING) for neighbour in neighbours]
     captions = [str(settings.get("prompt", settings.get("query_image", ""))), *map(words, neighbours)]
-    shown = ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, BACKGROUND)
+    shown = ImageOps.pad(image, (CELL, CELL), Image.Resampling.LANCZOS, BACKGROUND)
     save_png(path, grid([shown, *cells], 1 + len(cells), captions), about)
     return True
 

@@ -14,19 +14,9 @@ import torch
 from ldm.retrieval import build, embedders
 from ldm.retrieval.database import open_database
 from ldm.retrieval.search import ExactSearch
+from tests.helpers.embedder import Means
 from tests.helpers.images import scene
 from tests.helpers.scripts import load_script
-
-
-class Means(embedders.Embedder):
-    """The mean levels of the quarters of a picture: quick, and other pictures are elsewhere."""
-
-    name, side = "means", 8
-    identity = "of-no-weights"
-    weights_file = None
-
-    def images(self, images):
-        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
 
 @pytest.fixture
