@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import NoReturn
 
 from ldm.cli.parser import Parser, run_command, torchrun_ranks, whole
 from ldm.io.errors import BadInput, fault_of
@@ -36,6 +37,13 @@ YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 SWITCHES = ("-t", "--train", "--no-test", "--scale_lr", "-d", "--debug")  # published commands may give them a word
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # read when Lightning is imported
 STATES = ("last.ckpt", "previous.ckpt", "best.ckpt")  # that a run keeps
+# Flags of the published program that Lightning's trainer still has as arguments.
+TRAINER_FLAGS = frozenset(
+    """accelerator accumulate_grad_batches benchmark check_val_every_n_epoch detect_anomaly deterministic devices
+    fast_dev_run gradient_clip_algorithm gradient_clip_val limit_train_batches limit_val_batches log_every_n_steps
+    max_epochs max_steps max_time min_epochs min_steps num_nodes num_sanity_val_steps overfit_batches precision
+    profiler strategy sync_batchnorm val_check_interval""".split()
+)
 SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+)+=")
 # What Lightning warns of and what is meant to be: frozen parts of a model stay in evaluation mode; the data is in
 # memory, where workers would only cost time; a small set has few batches. The rest is about PyTorch's own future.
@@ -47,8 +55,19 @@ AS_MEANT = (
 )
 
 
+class TrainingParser(Parser):
+    """Says where settings of the trainer go, which were flags of the published program."""
+
+    def error(self, message: str) -> NoReturn:
+        flag = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
+        if flag.removeprefix("--") in TRAINER_FLAGS:
+            setting = f"lightning.trainer.{flag.removeprefix('--')}=VALUE"
+            raise BadInput(f"{flag}: what the trainer does is a setting of the configuration here: {setting}")
+        super().error(message)
+
+
 def parser() -> Parser:
-    p = Parser(
+    p = TrainingParser(
         prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, intermixed=True
     )
     p.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.io.errors import shown
@@ -11,6 +12,7 @@ FIRST_STAGES = ("AutoencoderKL", "VQModel")
 DIFFUSIONS = ("LatentDiffusion", "Layout2ImgDiffusion", "MinimalRETRODiffusion")
 HIGH_RATE = 1e-3
 NOT_SCALED = "--scale_lr: without effect; the rate is training.params.learning_rate"
+EVERY = ("auto", "-1", "None")  # words for all devices
 MEASURES = ("evaluation",)  # packages whose callbacks a configuration may name
 # Sections of `lightning` that have no effect here, and what is done instead.
 INSTEAD = {
@@ -117,7 +119,10 @@ def learning_rate(config: DictConfig, scale_lr: bool) -> tuple[float, str]:
 
 
 def devices_of(trainer: DictConfig) -> int:
-    devices = trainer.get("devices")
-    if isinstance(devices, int):
-        return max(devices, 1)
-    return len(devices) if OmegaConf.is_list(devices) else 1
+    """How many devices a step is shared by; all that there are, if the configuration does not say."""
+    devices = trainer.get("devices", "auto")
+    if OmegaConf.is_list(devices):
+        return len(devices)
+    if str(devices) in EVERY:
+        return 1 if trainer.get("accelerator") == "cpu" else max(torch.cuda.device_count(), 1)
+    return int(devices) if str(devices).isdecimal() else 1

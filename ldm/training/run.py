@@ -27,7 +27,7 @@ from ldm.io.schema import AboveZero, Count, NotNegative, Schema, Seed, Text, che
 from ldm.training.callbacks import KeptState, Monitor, SampleGrid, StepBar
 from ldm.training.datasets import data_of
 from ldm.training.order import StepSeeds
-from ldm.training.published import MEASURES, completed
+from ldm.training.published import MEASURES, completed, devices_of
 from ldm.training.state import BEST, LAST, check_fits, read_state
 from ldm.training.watch import GREATEST, LossWatch
 from ldm.util import get_obj_from_str, instantiate_from_config
@@ -181,12 +181,7 @@ def managed(training: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, 
 
 def several(settings: Mapping[str, Any]) -> bool:
     """Whether the trainer will be several processes."""
-    devices = settings.get("devices", "auto")
-    if settings.get("num_nodes", 1) > 1:
-        return True
-    if devices in ("auto", "-1", -1):
-        return settings.get("accelerator") != "cpu" and torch.cuda.device_count() > 1
-    return len(devices) > 1 if isinstance(devices, list) else str(devices) != "1"
+    return settings.get("num_nodes", 1) > 1 or devices_of(OmegaConf.create(dict(settings))) > 1
 
 
 def make_steps(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from ldm.data import degradation, superresolution
 from ldm.data import images as of_images
 from ldm.data.boxes import WHOLE, LabelledBox, Tokens
 from ldm.data.degradation import FULL, LIGHT, Draws, bsrgan
+from ldm.data.imagenet import ImageNetSRTrain, ImageNetTrain
 from ldm.data.images import ImagePaths
 from ldm.data.lsun import LSUNBase
 from ldm.data.superresolution import SuperResolution
@@ -153,3 +156,45 @@ def test_bsrgan_golden(name, strength, monkeypatch):
                 np.testing.assert_allclose(np.clip(result, 0, 1), np.clip(expected, 0, 1), 0, 2e-5, err_msg=kind)
         difference = np.abs(out.astype(float) - tensors[f"{number}.out"].numpy())
         assert difference.mean() < case["tolerance"]["out_mean_abs_uint8"]
+
+
+# ImageNet
+
+
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch) -> Path:
+    """Four classes of two images each; the working folder."""
+    for n in range(4):
+        for i in range(2):
+            path = tmp_path / "set" / "ILSVRC2012_train" / "data" / f"n0000000{n}" / f"n0000000{n}_{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (12, 12)).save(path)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "original, used, labels",
+    [(False, None, [0, 0, 1, 1, 2, 2, 3, 3]), (False, "1-2, 3", [0, 0, 1, 1]), (True, "1-2, 3", [1, 1, 3, 3])],
+)
+def test_some_classes_of_imagenet(imagenet, original, used, labels):
+    config = {"size": 8, "sub_indices": used, "keep_orig_class_label": original}
+    data = ImageNetTrain(config, data_root="set")
+    assert [data[i]["class_label"] for i in range(len(data))] == labels
+    for wrong in ("1-x", "4", "2-1"):
+        with pytest.raises(ValueError, match="config: sub_indices: "):
+            ImageNetTrain({"sub_indices": wrong}, data_root="set")
+
+
+def test_large_images_of_imagenet_are_listed(imagenet, capsys):
+    listed = imagenet / "data" / "imagenet_train_hr_indices.p"
+    assert len(ImageNetSRTrain(8, "pil_nearest", "set")) == 8
+    listed.write_bytes(pickle.dumps([1, 6]))
+    data = ImageNetSRTrain(8, "pil_nearest", "set")
+    assert [path.name for path in data.paths] == ["n00000000_1.JPEG", "n00000003_0.JPEG"]
+    assert "2 of 8 images are used" in capsys.readouterr().out
+    for content, why in ((pickle.dumps([8]), "of 0 to 7"), (b"", ""), (pickle.dumps(Path("x")), "asks for pathlib")):
+        listed.write_bytes(content)
+        with pytest.raises(ValueError, match=f"hr_indices.p: not a list of indices: .*{why}"):
+            ImageNetSRTrain(8, "pil_nearest", "set")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
-from ldm.training.published import completed
-from ldm.training.run import read_configuration
+from ldm.training.published import completed, devices_of
+from ldm.training.run import TRAINER, read_configuration, several
 from ldm.training.state import read_state
-from main import folder_of, main, name_of, of_gpus, parser, plain
+from main import TRAINER_FLAGS, folder_of, main, name_of, of_gpus, parser, plain
 from tests.training.test_adversarial import tiny_config
 
 A = {
@@ -61,6 +62,8 @@ def test_gpus_are_numbers_or_a_count(text, devices):
         (["-b", "A.yaml", "--gpus", "0"], "--gpus: expected numbers"),
         (["-r", "logs/x", "-n", "y"], "--name: a run that is resumed keeps its name"),
         (["-b", "A.yaml", "--gpu", "0,"], "unrecognized arguments: --gpu"),
+        (["-b", "A.yaml", "-t", "--max_epochs", "10"], "--max_epochs: what the trainer does is a setting of the conf"),
+        (["-b", "A.yaml", "--accelerator=ddp", "-t"], "here: lightning.trainer.accelerator=VALUE"),
         (["-b", "A.yaml", "-t", "model.params.channel=3"], "model"),
         (["-b", "A.yaml", "-t", "data.params.batch_size=few"], "data.params.batch_size should be a valid integer; got"),
         (["-b", "A.yaml", "-t", "data.params.batch_size=${oc.env:HOME}"], "reads from outside of the configuration"),
@@ -104,6 +107,27 @@ def test_the_learning_rate_is_the_one_given_unless_scaled():
     assert "0.000384 = 2e-06 x 2 accumulated x 2 devices x batch size 48 (--scale_lr)" in line
     config.model.base_learning_rate = 1e-4
     assert "above 0.001" in completed(config, scale_lr=True)[1][0]
+
+
+@pytest.mark.parametrize(
+    "trainer, count",
+    [
+        ({}, 4),
+        ({"devices": "auto"}, 4),
+        ({"devices": -1}, 4),
+        ({"devices": "3"}, 3),
+        ({"devices": [1]}, 1),
+        ({"accelerator": "cpu"}, 1),
+    ],
+)
+def test_devices_that_are_not_named_are_all(trainer, count, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert devices_of(OmegaConf.create(trainer)) == count
+    assert several(trainer) is (count > 1)
+
+
+def test_what_lightning_has_is_hinted_at():
+    assert TRAINER_FLAGS <= TRAINER
 
 
 def test_a_published_configuration_is_completed():
