@@ -1,14 +1,15 @@
 """Choose the key timesteps of one model and sampler by measurement.
 
-    python scripts/calibrate_plan.py --keys 9 --out my-plan.yaml
+    python scripts/calibrate_plan.py --level skip --keys 10 --out my-plan.yaml
     python scripts/txt2img.py --plan my-plan.yaml --compare
 
-Along plain runs of some prompts the script measures, at every step, the error of decoding the skip features of each
-earlier step. It finds the key timesteps with the least total error (exactly, by dynamic programming). Then it tries
-what the decoder can get between them (--propagate of the sampling scripts) and keeps what comes closest to the latents
-of the plain run. With --out it writes only the plan. Without --out it writes the table of errors to the folder of the
-weights (calibration/SAMPLER-STEPS-scaleSCALE.json). --plan auto:K and auto:SHARE% of the sampling scripts use that
-table for any number of key timesteps.
+Along plain runs of some prompts the script measures, at every step, what the values of every earlier step would do to
+the latents in place of its own. From that it finds the key timesteps with the least total error, for every level
+(encoder, deepcache, skip), some forecasters and every number of them, by dynamic programming. Then it makes whole
+runs: for each --level and each number of --keys it compares the forecasters, and moves single key timesteps as long
+as the final latents come closer to those of the plain run. With --out it writes only that plan. Without --out it
+writes all key timesteps to the folder of the weights (calibration/SAMPLER-STEPS-scaleSCALE.json), where --plan auto:K,
+skip:auto:K, deepcache:auto:K and auto:SHARE% of the sampling scripts find them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from collections.abc import Sequence
 
 from ldm.cli.arguments import EMOJI64, count, model_arguments, sampling_arguments, seed_argument
 from ldm.cli.parser import Parser, check_output, number, run_command, settings_from
-from ldm.io.errors import fault_of
+from ldm.io.errors import SettingError, fault_of
+from ldm.models.diffusion.propagation.plan import LEVELS
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
 
@@ -29,7 +31,12 @@ def parser() -> Parser:
     what = p.add_argument_group("what to find")
     size = what.add_mutually_exclusive_group()
     size.add_argument(
-        "--keys", type=count, default=9, metavar="K", help="number of key timesteps (default: %(default)s)"
+        "--keys",
+        type=count,
+        nargs="+",
+        default=[9],
+        metavar="K",
+        help="number of key timesteps, or several (default: 9)",
     )
     size.add_argument(
         "--macs",
@@ -38,9 +45,24 @@ def parser() -> Parser:
         help="instead of --keys: as many key timesteps as this share of the plain run's MACs allows",
     )
     what.add_argument(
+        "--level",
+        nargs="+",
+        choices=tuple(LEVELS),
+        default=["encoder"],
+        help="what runs at the other steps, one or more: encoder = the decoder, deepcache = the outermost blocks, "
+        "skip = nothing; for each of them whole runs are made (default: encoder)",
+    )
+    what.add_argument(
+        "--forecast",
+        nargs="+",
+        metavar="NAME",
+        help="the forecasters to try at each --level, NAME[:AXIS], with skip NAME[:AXIS]:eps; see txt2img.py --help "
+        "(default: hold and quadratic, with skip quadratic in eps along log-SNR and along the timestep)",
+    )
+    what.add_argument(
         "--out",
         metavar="FILE.yaml",
-        help="write only the plan, to this file (default: write the table, to the folder of the weights)",
+        help="write only the plan, to this file (default: write all key timesteps, to the folder of the weights)",
     )
     what.add_argument(
         "--from-file",
@@ -65,6 +87,8 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     check_output(args.out)
+    if args.out and len(args.level) * (1 if args.macs else len(args.keys)) > 1:
+        raise SettingError("out", "a plan file is of one --level and one number of --keys; got several")
     from ldm.cli import calibrate
 
     found = calibrate.calibrate_model(
@@ -73,15 +97,15 @@ def run(args: argparse.Namespace) -> None:
         settings_from(args, calibrate.CalibrationSettings),
         keep=args.out is None,
     )
-    print(found.lines)
+    print("\n".join(map(str, found.found)))
     if args.out:
         with fault_of("out"):
-            calibrate.write_plan(args.out, found.plan, found.calibration)
+            calibrate.write_plan(args.out, found.found[0], found.calibration)
         print(f"plan: {args.out}")
         return
     with fault_of("ckpt", (OSError,)):
         found.calibration.save(found.file)
-    print(f"table: {found.file}")
+    print(f"calibration: {found.file}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

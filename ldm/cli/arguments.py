@@ -408,8 +408,9 @@ def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
         "one; numbers of steps such as 0,1,2,5 (0 = the first step); FILE.yaml; auto:K = the best K by calibration; "
         "auto:SHARE%% = as many as this share of the MACs allows. At the other steps the decoder runs; with "
         "deepcache:KEYS[:BRANCH] the outermost BRANCH blocks, by default 1; with skip:KEYS nothing. deepcache:N and "
-        "skip:N are every N-th step. online:[time:]X = a key timestep when the latent (with time: the timestep "
-        "embedding) has changed by X. See docs/acceleration.md (default: %(default)s)",
+        "skip:N are every N-th step. Behind all that, +LEVEL:STEPS sets steps apart, LEVEL = full, encoder (the "
+        "decoder runs), deepcache or skip: skip:6+encoder:1-5. online:[time:]X = a key timestep when the latent (with "
+        "time: the timestep embedding) has changed by X. See docs/acceleration.md (default: %(default)s)",
     )
     group.add_argument(
         "--forecast",

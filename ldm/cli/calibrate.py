@@ -1,13 +1,15 @@
-"""Calibration of one model and sampler: which key timesteps, and which skip features between them, cost least."""
+"""Calibration of one model and sampler: which key timesteps cost least, by level and forecaster."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 import yaml
 from torch import Tensor
 from tqdm import tqdm
@@ -23,14 +25,24 @@ from ldm.io.files import atomic_write
 from ldm.io.schema import parse
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.calibration import Calibration, measure
+from ldm.models.diffusion.propagation.forecast import Forecast
+from ldm.models.diffusion.propagation.history import Forecaster
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
-from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.propagation.plan import Plan, plan_of_level
+from ldm.models.diffusion.propagation.search import Keys, NodeErrors, best_keys, exchange
 from ldm.models.diffusion.schedule import timesteps_of
 from ldm.profiling.plan_table import spans
 from ldm.sampling.engine import Engine, Recipe
 from ldm.sampling.generate import Item, prompt_items
 
-TRIED = ("hold", "linear", "quadratic")  # between the key timesteps that are found
+# Forecasters that are tried, by level, unless others are asked for.
+TRIED: Mapping[str, Sequence[str]] = {
+    "encoder": ("quadratic", "linear", "hold"),
+    "deepcache": ("quadratic", "linear", "hold"),
+    "skip": ("quadratic:logsnr:eps", "quadratic:timestep:eps"),
+}
+UNMEASURED = ("zeros", "chebyshev", "spectrum")
+BATCH = 4  # images of a trial at a time
 TRIED_TOGETHER = 8  # most decoder steps in one batch of a trial
 
 
@@ -39,41 +51,71 @@ class CalibrationSettings:
     """What is measured, and what is looked for.
 
     from_file: text file with prompts; n_samples: how many of them, from the first; seed: of the noise.
-    keys: number of key timesteps; macs: in its place, the share of the plain run's MACs that they may cost.
+    level: those whose key timesteps are searched on with whole runs; keys: how many; macs: in their place, the share of
+        the plain run's MACs that they may cost.
+    forecast: the forecasters to try there; None = TRIED.
     """
 
     from_file: str | Path
     n_samples: int = 8
     seed: int = 42
-    keys: int = 9
+    level: Sequence[str] = ("encoder",)
+    keys: Sequence[int] = (9,)
     macs: float | None = None
+    forecast: Sequence[str] | None = None
+
+    def tried(self) -> Mapping[str, Sequence[str]]:
+        """The forecasters to try, by level.
+
+        Raises:
+            ValueError: a forecaster whose errors are not measured.
+        """
+        if self.forecast is None:
+            return TRIED
+        for level, name in product(self.level, self.forecast):
+            forecast = Forecast.parse(name)
+            if forecast.name in UNMEASURED or forecast.quantity != ("eps" if level == "skip" else ""):
+                form = "NAME[:AXIS]:eps" if level == "skip" else "NAME[:AXIS]"
+                raise ValueError(
+                    f"key timesteps of {level} can be found for forecasters {form} but {', '.join(UNMEASURED)}, whose "
+                    f"weights do not sum to 1; got {name}"
+                )
+        return {**TRIED, **dict.fromkeys(self.level, self.forecast)}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search came to for one level and one number of key timesteps.
+
+    error: of the latents of whole runs, as in `Choice`; began: that of each plan that it could begin from.
+    """
+
+    plan: Plan
+    level: str
+    error: float
+    began: Mapping[str, float]
+
+    def __str__(self) -> str:
+        began = ", ".join(f"{how} {error:.3g}" for how, error in self.began.items())
+        return (
+            f"{self.level}, {self.plan.propagate}: key timesteps {spans(self.plan.keys)} of {self.plan.num_nodes}\n"
+            f"mean squared error of the latents: {self.error:.3g}; before the exchange: {began}"
+        )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The calibration of a sampler, the plan that was looked for, and what else was tried.
-
-    errors: mean squared error of the latents, by what the decoder gets between key timesteps.
-    file: where the calibration belongs.
-    """
+    """The calibration of a sampler, the plans that were looked for, and where the calibration belongs."""
 
     calibration: Calibration
-    plan: Plan
-    errors: Mapping[str, float]
+    found: Sequence[Found]
     file: Path
-
-    @property
-    def lines(self) -> str:
-        """What was found, for the screen."""
-        errors = ", ".join(f"{how} {error:.3g}" for how, error in self.errors.items())
-        keys = f"key timesteps of {self.plan.num_nodes}: {spans(self.plan.keys)}"
-        return f"{keys}\nmean squared error of the latents: {errors}"
 
 
 def calibrate_model(
     model: ModelSettings, sampling: SamplingSettings, settings: CalibrationSettings, keep: bool
 ) -> Outcome:
-    """Measure plain runs of a text-to-image model, and find the best plan.
+    """Measure plain runs of a text-to-image model, and find the best plans.
 
     Args:
         keep: whether the calibration is to be kept, which is checked before the work.
@@ -93,17 +135,29 @@ def calibrate_model(
     engine, facts = plain_engine(model, sampling)
     if keep:
         check_outdir(facts.calibrations, "--ckpt")
+    with fault_of("forecast"):
+        tried = settings.tried()
+    with fault_of("keys"):
+        check_counts(settings.keys, engine.plan.num_nodes)
     how = {"prompts": len(prompts), "seed": settings.seed}
     with fault_of("ckpt", (ValueError,)):  # predictions that are not finite
-        timesteps = timesteps_of(engine.plain_run(items[:1])[1].nodes)
-        calibration = calibrate(engine, items, {**facts.facts, "timesteps": timesteps}, how)
-    with fault_of("macs" if settings.macs else "keys"):
-        plan = calibration.plan_within(settings.macs) if settings.macs else calibration.plan(settings.keys)
-    with fault_of("ckpt", (ValueError,)):
-        errors = try_propagations(engine, plan, items)
-    best = min(errors, key=errors.get)
-    file = facts.calibrations / name_of(engine.recipe)
-    return Outcome(calibration.model_copy(update={"propagate": best}), replace(plan, propagate=best), errors, file)
+        calibration = calibrate(engine, items, tried, facts.facts, how)
+        trial = Trial(engine, items)
+        found = []
+        for level in settings.level:
+            with fault_of("macs"):
+                counts = [len(calibration.plan_within(settings.macs, level).keys)] if settings.macs else settings.keys
+            for count in counts:
+                found.append(search(trial, calibration, level, count, tried[level]))
+                calibration = with_found(calibration, found[-1])
+    return Outcome(calibration, found, facts.calibrations / name_of(engine.recipe))
+
+
+def check_counts(counts: Sequence[int], nodes: int) -> None:
+    """Raise ValueError for a number of key timesteps that a run of so many nodes can't have."""
+    for count in counts:
+        if count > nodes:
+            raise ValueError(f"keys must be 1..{nodes}, the nodes of this run; got {count}")
 
 
 def name_of(recipe: Recipe) -> str:
@@ -122,68 +176,125 @@ def plain_engine(model: ModelSettings, sampling: SamplingSettings) -> tuple[Engi
     loaded = setup.load()
     with fault_of("config"):
         engine = Engine(loaded, setup.sizes, recipe, plan, text_task(setup, size))
+    engine.pack()
     return engine, run_facts(setup, recipe.solver_name, recipe.facts())
 
 
 def calibrate(
-    engine: Engine, items: Sequence[Item], made_for: Mapping[str, Any], how: Mapping[str, Any]
+    engine: Engine,
+    items: Sequence[Item],
+    tried: Mapping[str, Sequence[str]],
+    made_for: Mapping[str, Any],
+    how: Mapping[str, Any],
 ) -> Calibration:
-    """Measure image by image along plain runs; the tables are the means.
+    """Measure image by image along plain runs, and find the key timesteps for every level and number of them.
 
     Args:
         engine: with a plain plan.
         items: the images.
-        made_for, how: see `Calibration`.
+        tried: forecasters by level.
+        made_for, how: see `Calibration`; the timesteps are added.
 
     Raises:
         ValueError: predictions that are not finite.
     """
-    tables = [measure(*engine.plain_run([item])) for item in tqdm(items, desc="measuring", unit="image", disable=None)]
-    eps, features = (
-        [[float(f"{v:.4g}") for v in np.mean(rows, axis=0)] for rows in zip(*table, strict=True)]
-        for table in zip(*tables, strict=True)
-    )
+    images = [measure(*engine.plain_run([item])) for item in tqdm(items, desc="measuring", unit="image", disable=None)]
+    nodes = engine.plain_run(items[:1])[1].nodes
+    choices = []
+    for level, names in tried.items():
+        products = [sum(same) / len(items) for same in zip(*(image[level] for image in images), strict=True)]
+        for name in names:
+            errors = NodeErrors(products, Forecaster.of(Forecast.parse(name), nodes))
+            keys = [[*found] for found in best_keys(errors, len(nodes), errors.keep)]
+            choices.append({"level": level, "propagate": name, "keys": keys})
     unit = engine.unit
-    measured = {"num_nodes": engine.plan.num_nodes, "eps": eps, "features": features}
+    rest = {"encoder": unit.decode, "deepcache": unit.outer[1] + unit.last[1], "skip": 0}
     return parse(
-        Calibration, measured | {"encoder": unit.encode / unit.whole, "made_for": dict(made_for), "how": dict(how)}
+        Calibration,
+        {
+            "num_nodes": len(nodes),
+            "rest": {level: macs / unit.whole for level, macs in rest.items()},
+            "choices": choices,
+            "made_for": {**made_for, "timesteps": timesteps_of(nodes)},
+            "how": dict(how),
+        },
     )
 
 
-def try_propagations(engine: Engine, plan: Plan, items: Sequence[Item]) -> dict[str, float]:
-    """Mean squared error of the final latents to the plain run's, for each kind of skip features between key timesteps.
+class Trial:
+    """Whole runs of some images: how far a plan's latents are from those of plain runs.
 
     Args:
         engine: with a plain plan.
-        plan: to be tried.
-
-    Raises:
-        ValueError: latents that are not finite.
     """
-    errors = dict.fromkeys(TRIED, 0.0)
-    for item in items:
-        run = engine.plain_run([item])
 
-        def final(candidate: Plan, run: tuple[Any, ...] = run) -> Tensor:
-            model, rule, x = run
-            *_, state = denoise(model, rule, replace(candidate, parallel=TRIED_TOGETHER), x)
-            return state.x
+    def __init__(self, engine: Engine, items: Sequence[Item]) -> None:
+        self.runs = [engine.plain_run(items[k : k + BATCH]) for k in range(0, len(items), BATCH)]
+        self.plain = [self._final(run, engine.plan) for run in self.runs]
 
-        plain = final(engine.plan)
-        for name in errors:
-            errors[name] += float((final(replace(plan, propagate=name)) - plain).square().mean()) / len(items)
-    return errors
+    def error(self, plan: Plan) -> float:
+        """Mean squared error of the final latents. Raises ValueError: they are not finite."""
+        errors = [
+            (self._final(run, plan) - plain).square().flatten(1).mean(1)
+            for run, plain in zip(self.runs, self.plain, strict=True)
+        ]
+        return float(torch.cat(errors).mean())
+
+    @staticmethod
+    def _final(run: tuple[Any, ...], plan: Plan) -> Tensor:
+        model, rule, x = run
+        *_, state = denoise(model, rule, replace(plan, parallel=TRIED_TOGETHER), x)
+        return state.x
 
 
-def write_plan(path: str | Path, plan: Plan, calibration: Calibration) -> None:
+def search(trial: Trial, calibration: Calibration, level: str, count: int, tried: Sequence[str]) -> Found:
+    """From what does best in whole runs, the calibration's key timesteps for some forecaster or even ones, by exchange.
+
+    The dynamic program adds up errors of single steps; whole runs can disagree, most where there are few key timesteps.
+    """
+    nodes = calibration.num_nodes
+    plans = {name: calibration.plan(count, level, name) for name in tried}
+    plans |= {f"{name}, even": plan_of_level(nodes, even(nodes, count), level, propagate=name) for name in tried}
+    began = {name: trial.error(plan) for name, plan in plans.items()}
+    best = plans[min(began, key=began.get)]
+    at = partial(plan_of_level, nodes, level=level, propagate=best.propagate)
+    with tqdm(desc=f"{level}, {count} key timesteps", unit="trial", disable=None) as progress:
+
+        def error_of(keys: Keys) -> float:
+            progress.update()
+            return trial.error(at(keys))
+
+        keys, error = exchange(best.keys, nodes, error_of)
+    return Found(at(keys), level, error, began)
+
+
+def even(nodes: int, count: int) -> Keys:
+    """So many key nodes: every n-th, with n as small as they reach, and what is left over at the end of the run."""
+    every = range(0, nodes, -(-nodes // count))
+    others = [i for i in reversed(range(nodes)) if i not in every]
+    return tuple(sorted((*every, *others[: count - len(every)])))
+
+
+def with_found(calibration: Calibration, found: Found) -> Calibration:
+    """The calibration with what a search came to, first of its level."""
+    old = calibration.choice(found.level, found.plan.propagate)
+    keys = [*old.keys]
+    keys[len(found.plan.keys) - 1] = [*found.plan.keys]
+    errors = {**old.errors, str(len(found.plan.keys)): float(f"{found.error:.4g}")}
+    new = old.model_copy(update={"keys": keys, "errors": errors})
+    return calibration.model_copy(update={"choices": [new, *(c for c in calibration.choices if c is not old)]})
+
+
+def write_plan(path: str | Path, found: Found, calibration: Calibration) -> None:
     """Write a plan file of `ldm.models.diffusion.propagation.load`, with how it was made."""
     how = ", ".join(f"{name} {value}" for name, value in calibration.how.items())
     text = yaml.safe_dump(
         {
             "source": "scripts/calibrate_plan.py",
-            "note": f"least total error for its number of key timesteps ({how})",
-            "steps": {plan.num_nodes: [*plan.keys]},
-            "propagate": plan.propagate,
+            "note": f"mean squared error of the latents {found.error:.3g} ({how})",
+            "steps": {found.plan.num_nodes: [*found.plan.keys]},
+            "level": found.level,
+            "propagate": found.plan.propagate,
             "made_for": calibration.made_for,
         },
         sort_keys=False,

@@ -200,8 +200,8 @@ def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
     with fault_of("config"):
         engine = Engine(model, setup.sizes, recipe, Plan(nodes, (0,)), task)
     with fault_of("tome"):
-        unit = engine.unit
-    print("\n".join(plan_table(unit, nodes, images=1 if recipe.scale == 1.0 else 2)))
+        unit, kept = engine.unit, engine.kept
+    print("\n".join(plan_table(unit, kept, nodes, images=1 if recipe.scale == 1.0 else 2)))
 
 
 # Methods

@@ -16,7 +16,7 @@ from ldm.cli.setup import ALONE, Processes, Setup
 from ldm.io.errors import SettingError, did_you_mean, fault_of
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, level_of, load_plan
-from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan, with_few_sizes
+from ldm.models.diffusion.propagation.plan import LEVELS, AnyPlan, Compute, Plan, with_few_sizes
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.profiling.cost import decoders_that_fit, free_bytes
 from ldm.sampling.engine import Engine, Recipe, num_nodes, usual_scale
@@ -159,7 +159,7 @@ def make_plan(settings: SamplingSettings, nodes: int, run: RunFacts) -> AnyPlan:
         plan = load_plan(settings.plan, nodes, settings.parallel or nodes, run=run)
     if settings.propagate is not None:
         with fault_of("forecast"):
-            plan = replace(plan, propagate=settings.propagate)
+            plan = load_plan(settings.plan, nodes, settings.parallel or nodes, settings.propagate, run)
     if settings.guidance_reuse and settings.scale != 1.0 and (Compute.SHALLOW in plan.levels or plan.waits):
         raise SettingError(
             reuse_setting(settings.guidance_reuse),
@@ -189,9 +189,10 @@ def best_plan(plan: AnyPlan, nodes: int, run: RunFacts) -> tuple[str, AnyPlan | 
     """The name of the calibrated plan at the cost of another, and the plan; or why there is none, and None."""
     if plan.plain:
         return "the plan skips no encoder", None
-    if not isinstance(plan, Plan) or plan.levels != {Compute.DECODER} or plan.waits:
-        return "calibration chooses only key timesteps, and this plan has other steps or decides during the run", None
-    name = f"auto:{len(plan.keys)}"
+    if not isinstance(plan, Plan) or len(plan.levels) > 1 or plan.waits or plan.branch > 1:
+        return "calibration is for plans of one level, and this plan has several or decides during the run", None
+    (level,) = (name for name, compute in LEVELS.items() if compute in plan.levels)
+    name = f"{'' if level == 'encoder' else f'{level}:'}auto:{len(plan.keys)}"
     try:
         best = load_plan(name, nodes, nodes, run=run)
     except ValueError as error:

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
+from ldm.models.diffusion.propagation.forecast import METHODS, Forecast
+from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.meta import meta_unet, on_meta, once_for_a_config
@@ -359,6 +360,61 @@ def decoder_bytes(
             # Features in common are computed once for all nodes: of two nodes, each has half of that.
             calls.append(lambda: unet.decode(unet.share(one), **inputs))
         return max(map(peak_bytes, calls)) // 2
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of what a run keeps from step to step, of one prediction and in the precision of the weights.
+
+    features: the encoder's.
+    inner:    [b]: where the decoder stands before its last b blocks.
+    output:   of the prediction itself.
+    shared:   what decoders that take the same features have in common.
+    """
+
+    features: int
+    inner: tuple[int, ...]
+    output: int
+    shared: int
+
+    def added(self, plan: Plan, images: int = 1) -> int:
+        """What a plan keeps for one image beyond what a plain run keeps.
+
+        images: predictions of a key node for one image, 2 with guidance; of predictions only their sum is kept.
+        """
+        forecast = Forecast.parse(plan.propagate)
+        values, more = min(METHODS[forecast.name].keep, len(plan.keys)), 0
+        if Compute.DECODER in plan.levels:
+            more += images * (values - 1) * self.features
+            more += images * self.shared if forecast.name == "hold" and not (plan.waits or plan.branch) else 0
+        if Compute.SHALLOW in plan.levels:
+            more += images * values * self.inner[plan.branch]
+        return more + (values * self.output if Compute.SKIPPED in plan.levels else 0)
+
+
+@once_for_a_config
+def kept_bytes(
+    unet: nn.Module | Mapping[str, Any], size: Sequence[int], context_length: int | None = None, tome: float = 0.0
+) -> Kept:
+    """What runs of a network can keep. Args as for `unet_macs`; a network is left as it is."""
+    with torch.device("meta"), torch.no_grad():
+        unet, x, inputs = meta_unet(unet, size, 1, context_length, tome)
+        features = unet.encode(x, **inputs)
+        inner = [features]
+        for blocks in reversed(range(len(features.skips))):
+            inner.append(unet.advance(inner[-1], **inputs, blocks=blocks))
+        shared = [(part.rest, part.conv, part.residual) for part in unet.share(features).shared]
+        own = {id(tensor.untyped_storage()) for tensor in features.tensors}  # `rest` is a view
+        return Kept(
+            _bytes(features.tensors),
+            tuple(_bytes([at.hidden]) for at in reversed(inner)),
+            _bytes([unet.decode(features, **inputs)]),
+            _bytes([t for part in shared for t in part if id(t.untyped_storage()) not in own]),
+        )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def shared_bytes(unet: nn.Module) -> int:

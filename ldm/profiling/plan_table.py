@@ -8,7 +8,7 @@ from itertools import groupby
 from ldm.models.diffusion.propagation.forecast import AXES, GRAMMAR, METHODS, QUANTITIES
 from ldm.models.diffusion.propagation.load import FORMS, load_plan, plan_names
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
-from ldm.profiling.cost import Macs
+from ldm.profiling.cost import Kept, Macs
 
 RULES = ("off", "uniform:2", "uniform:4", "pro", "deepcache:3", "deepcache:5", "skip:2", "skip:3", "skip:6")
 
@@ -22,26 +22,30 @@ def spans(nodes: Sequence[int]) -> str:
     return ",".join(parts)
 
 
-def plan_table(unit: Macs, nodes: int, more: Sequence[str] = (), images: int = 1) -> Iterator[str]:
-    """Lines of a table: plan, MACs and critical path as a share of the plain run's, what is between, key timesteps.
+def plan_table(unit: Macs, kept: Kept, nodes: int, more: Sequence[str] = (), images: int = 1) -> Iterator[str]:
+    """Lines of a table: plan, MACs and critical path as a share of the plain run's, what is kept beyond it, what is
+    between, key timesteps.
 
     Args:
-        unit: of one prediction.
+        unit, kept: of one prediction.
         nodes: of the run.
         more: specs to list beside the named ones.
         images: how often each node predicts for one image, 2 with guidance.
     """
     plain = unit.plain(nodes)
-    yield f"{'plan':<24}{'MACs':>7}{'critical path':>15}  {'between key timesteps':<32}key timesteps of {nodes}"
+    costs = f"{'MACs':>7}{'critical path':>15}{'MB more':>9}"
+    yield f"{'plan':<24}{costs}  {'between key timesteps':<32}key timesteps of {nodes}"
     for name in (*RULES, *more, *plan_names()):
         plan = load_plan(name, nodes)
         yield (
-            f"{name:<24}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>15.1%}  {between(plan):<32}"
+            f"{name:<24}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>15.1%}"
+            f"{kept.added(plan, images) / 1e6:>9.2f}  {between(plan):<32}"
             f"{spans(plan.keys)}"
         )
     yield (
         f"100 % = {images * plain / 1e9:.2f} GMAC of the UNet for one image; critical path: what must be "
-        f"computed one after the other when decoders that share features run at the same time"
+        f"computed one after the other when decoders that share features run at the same time; MB more: what is kept "
+        f"from step to step beyond the plain run, for one image, without batches of decoders"
     )
     yield f"forms: {', '.join(FORMS)}; KEYS: a name, N for uniform:N, uniform:N, pro, numbers as 0,3,8, or a file"
     yield f"--forecast {GRAMMAR}: {', '.join(METHODS)}; {', '.join(AXES)}; with skip {', '.join(QUANTITIES)}"

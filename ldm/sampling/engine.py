@@ -26,7 +26,7 @@ from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode, WarmU
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
 from ldm.models.diffusion.solvers.registry import SOLVERS, levels_of, solver
 from ldm.modules.packed import pack
-from ldm.profiling.cost import Macs, decoder_bytes, sampling_bytes, shared_bytes, unet_macs
+from ldm.profiling.cost import Kept, Macs, decoder_bytes, kept_bytes, sampling_bytes, shared_bytes, unet_macs
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Attention, Condition, Network, Start
 
@@ -288,6 +288,11 @@ class Engine:
         """What one prediction of one image without guidance costs."""
         own = unet_macs(self.model.model.config, self.shape[1:], 1, self._tokens, self.recipe.tome)
         return self.task.network.macs(own, self.shape[1:], self._tokens, self.recipe.scale != 1.0)
+
+    @property
+    def kept(self) -> Kept:
+        """What one prediction of one image leaves for later steps."""
+        return kept_bytes(self.model.model.config, self.shape[1:], self._tokens, self.recipe.tome)
 
     def sampling_bytes(self, images: int) -> int:
         """What so many images at a time need at least, in the precision of the weights."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -16,13 +16,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint import fingerprint
+from ldm.cli.calibrate import even
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.loop import denoise
+from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.propagation.calibration import Calibration, best_keys, measure, read_calibration
+from ldm.models.diffusion.propagation.calibration import Calibration, measure, read_calibration
+from ldm.models.diffusion.propagation.forecast import Forecast
+from ldm.models.diffusion.propagation.history import Forecaster
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, load_plan
 from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.propagation.search import NodeErrors, best_keys, exchange
 from ldm.sampling.engine import Recipe
 from tests.helpers import golden_sampler
 from tests.helpers.paths import ROOT
@@ -30,57 +34,99 @@ from tests.helpers.scripts import load_script
 from tests.helpers.toy import toy_denoiser, toy_inputs, toy_network, toy_rule
 
 
-def total_error(errors, keys):
-    return sum(sum(errors[key][: stop - key]) for key, stop in zip(keys, (*keys[1:], len(errors)), strict=True))
+def total_error(errors, keys, keep=1):
+    groups = pairwise((*keys, N_OF[errors]))
+    return sum(float(errors(keys[: k + 1][-keep:], range(a + 1, b)).sum()) for k, (a, b) in enumerate(groups))
 
 
-@settings(max_examples=60)
-@given(n=st.integers(1, 8), data=st.data())
-def test_the_best_keys_are_the_best_of_all(n, data):
-    errors = [[0.0, *data.draw(st.lists(st.floats(0, 10), min_size=n - 1 - i, max_size=n - 1 - i))] for i in range(n)]
-    keys = data.draw(st.integers(1, n))
-    found = best_keys(errors, keys)
-    assert len(found) == keys and found[0] == 0
-    everything = [(0, *rest) for rest in combinations(range(1, n), keys - 1)]
-    assert total_error(errors, found) == pytest.approx(min(total_error(errors, each) for each in everything))
+N_OF = {}  # nodes of a function made by `random_errors`
+
+
+def random_errors(n, keep, seed):
+    """Errors that depend on the last `keep` key nodes in no orderly way."""
+
+    def errors(keys, nodes):
+        return np.array([np.random.default_rng([seed, *keys[-keep:], j]).uniform() for j in nodes])
+
+    N_OF[errors] = n
+    return errors
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 7), keep=st.integers(1, 2), seed=st.integers(0, 2**20))
+def test_the_best_keys_are_the_best_of_all(n, keep, seed):
+    errors = random_errors(n, keep, seed)
+    best = best_keys(errors, n, keep)
+    for count, found in enumerate(best, start=1):
+        assert len(found) == count and found[0] == 0
+        everything = [(0, *rest) for rest in combinations(range(1, n), count - 1)]
+        least = min(total_error(errors, each, keep) for each in everything)
+        assert total_error(errors, found, keep) == pytest.approx(least)
+    assert len(best) == n
+
+
+def since_the_key(keys, nodes):
+    return np.array([float(j - keys[-1]) for j in nodes])
 
 
 def test_an_error_that_grows_evenly_gives_even_keys():
-    errors = [[float(j) for j in range(12 - i)] for i in range(12)]
-    assert best_keys(errors, 4) == (0, 3, 6, 9)
-    with pytest.raises(ValueError, match=r"keys must be 1\.\.12, the nodes of this run; got 13"):
-        best_keys(errors, 13)
+    assert best_keys(since_the_key, 12, 1)[3] == (0, 3, 6, 9)
 
 
-def test_the_measured_error_is_that_of_one_wrong_node():
-    """Holding features at one node alone moves its latent by what the table says."""
+def test_even_keys_are_those_of_uniform_plans():
+    assert even(50, 9) == load_plan("uniform:6", 50).keys and even(50, 50) == tuple(range(50)) and even(50, 1) == (0,)
+    assert even(50, 18) == (*load_plan("uniform:3", 50).keys, 49)
+
+
+def test_exchange_ends_where_no_neighbour_is_better():
+    target = (0, 4, 7, 11)
+
+    def error_of(keys):
+        assert len(keys) == 4 and all(a < b for a, b in pairwise((*keys, 12)))
+        return sum((a - b) ** 2 for a, b in zip(keys, target, strict=True))
+
+    assert exchange((0, 1, 2, 3), 12, error_of, sweeps=99) == (target, 0)
+    assert exchange((0, 2, 5, 9), 12, error_of, sweeps=1)[1] < error_of((0, 2, 5, 9))
+    assert exchange(target, 12, error_of) == (target, 0)
+
+
+@pytest.mark.parametrize("level", ["encoder", "deepcache", "skip"])
+def test_the_measured_error_is_that_of_one_wrong_node(level):
+    """The value of an earlier node in place of one's own moves the latent by what was measured; of predictions, which
+    enter linearly, any weighted sum does."""
     x, cond, uncond = toy_inputs(2)
     model, rule = toy_denoiser(toy_network(), cond, uncond, 2.0), toy_rule(10)
-    eps, features = measure(model, rule, x)
+    products = measure(model, rule, x)[level]
     xs = [x, *(state.x for state in denoise(model, rule, load_plan("off", 10), x))]
+
+    def moved(j, wrong):
+        return float((xs[j + 1] - rule.step(State(xs[j]), j, wrong).x).square().mean())
+
+    def decoded(features, j):
+        return model.to_eps(model.decode([features], [rule.nodes[j].t])[0], xs[j], rule.nodes[j])
+
+    features = [model.encode(xs[i], node.t) for i, node in enumerate(rule.nodes)]
     for i, j in ((0, 1), (3, 7), (2, 9)):
-        held = model.encode(xs[i], rule.nodes[i].t)
-        wrong = model.to_eps(model.decode([held], [rule.nodes[j].t])[0], xs[j], rule.nodes[j])
-        right = model.to_eps(
-            model.decode([model.encode(xs[j], rule.nodes[j].t)], [rule.nodes[j].t])[0], xs[j], rule.nodes[j]
-        )
-        with torch.no_grad():
-            moved = rule.eta == 0 and (xs[j + 1] - stepped(rule, xs[j], j, wrong)).square().mean()
-            assert torch.allclose(stepped(rule, xs[j], j, right), xs[j + 1])
-        assert eps[i][j - i] == pytest.approx(float(moved), rel=1e-6)
-        assert features[i][j - i] > 0
-    assert all(row[0] == 0 for row in (*eps, *features))
+        if level == "skip":
+            wrong = decoded(features[i], i)
+        elif level == "encoder":
+            wrong = decoded(features[i], j)
+        else:
+            inner = model.advance([features[i]], [rule.nodes[i].t], 1)[0].without_skips()
+            wrong = decoded(model.refresh(inner, xs[j], rule.nodes[j].t, 1), j)
+        errors = NodeErrors(products, Forecaster.of(Forecast(), rule.nodes))
+        assert errors((0, i) if i else (0,), range(j, j + 1))[0] == pytest.approx(moved(j, wrong))
+    if level == "skip":
+        forecaster = Forecaster.of(Forecast.parse("quadratic:logsnr"), rule.nodes)
+        weights = forecaster.weights([1, 2, 4], 6)
+        wrong = sum(w * decoded(features[i], i) for w, i in zip(weights, (1, 2, 4), strict=True))
+        assert NodeErrors(products, forecaster)((0, 1, 2, 4), range(6, 7))[0] == pytest.approx(moved(6, wrong))
 
 
-def stepped(rule, x, i, eps):
-    from ldm.models.diffusion.loop import State
-
-    return rule.step(State(x), i, eps).x
-
-
-def calibration(n=10, **changes):
-    errors = [[float(j) for j in range(n - i)] for i in range(n)]
-    return Calibration(**{"num_nodes": n, "eps": errors, "features": errors, "encoder": 0.3} | changes)
+def calibration(n=10, level="encoder", propagate="quadratic", rest=0.7, **changes):
+    keys = [[*found] for found in best_keys(since_the_key, n, 1)]
+    choice = {"level": level, "propagate": propagate, "keys": keys}
+    return Calibration(**{"num_nodes": n, "rest": {level: rest}, "choices": [choice]} | changes)
 
 
 def test_a_budget_buys_key_nodes():
@@ -96,11 +142,20 @@ def test_a_budget_buys_key_nodes():
 
 def test_auto_plans_come_from_the_table_beside_the_weights(tmp_path):
     made = calibration(propagate="linear", made_for={"sampler": "ddim", "weights": "abc"})
+    held = made.choices[0].model_copy(update={"propagate": "hold", "keys": [[*range(n)] for n in range(1, 11)]})
+    made.choices.append(held)
     made.save(tmp_path / "ddim-10.json")
     assert read_calibration(tmp_path / "ddim-10.json") == made
     run = RunFacts({"sampler": "ddim", "weights": "abc"}, tmp_path)
     assert load_plan("auto:5", 10, 3, run=run) == Plan(10, (0, 2, 4, 6, 8), 3, propagate="linear")
-    assert load_plan("auto:5", 10, run=run, propagate="hold").propagate == "hold"
+    assert load_plan("auto:5", 10, run=run, propagate="hold") == Plan(10, (0, 1, 2, 3, 4)), "found for that forecaster"
+    for spec, how, why in (
+        ("auto:5", "cubic", "key timesteps of encoder for the forecasters linear, hold; got cubic"),
+        ("skip:auto:5", None, "key timesteps of skip for none; got skip"),
+        ("auto:11", None, r"keys must be 1\.\.10, the nodes of this run; got 11"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            load_plan(spec, 10, run=run, propagate=how)
     for share in ("auto:.8", "auto:0.8", "auto:80%", "auto:80.0%"):
         assert len(load_plan(share, 10, run=run).keys) == 3
     assert len(load_plan("auto:1", 10, run=run).keys) == 1
@@ -161,6 +216,16 @@ def test_published_samplers_refuse_a_calibration_of_other_timesteps(tmp_path, mo
         sampler.ddim_sampling(**given)
 
 
+@pytest.mark.parametrize(
+    "level, rest, share, count, nodes",
+    [("deepcache", 0.1, "46%", 4, "shallow"), ("skip", 0.0, "40%", 4, "skipped"), ("skip", 0.0, "4", 4, "skipped")],
+)
+def test_auto_goes_after_any_level(tmp_path, level, rest, share, count, nodes):
+    calibration(level=level, rest=rest, propagate="linear").save(tmp_path / "ddim-10.json")
+    plan = load_plan(f"{level}:auto:{share}", 10, run=RunFacts({"sampler": "ddim"}, tmp_path))
+    assert len(plan.keys) == count and len(getattr(plan, nodes)) == 10 - count and plan.propagate == "linear"
+
+
 def test_a_sampler_whose_name_begins_another_has_its_own_calibration(tmp_path):
     for sampler in ("dpm-solver-3s", "dpm-solver"):
         calibration(made_for={"sampler": sampler}).save(tmp_path / f"{sampler}-10.json")
@@ -205,7 +270,8 @@ def test_published_samplers_take_auto_plans(sampler, nodes, tmp_path, monkeypatc
     assert not torch.equal(samples, sampler(model).sample(**given)[0])
 
 
-TABLE = '{"num_nodes": %d, "eps": [[0]], "features": [[0]], "encoder": %g}'
+KEYS = [[0], [0, 1]]
+GOOD = {"num_nodes": 2, "rest": {"encoder": 0.7}, "choices": [{"level": "encoder", "propagate": "hold", "keys": KEYS}]}
 
 
 @pytest.mark.parametrize(
@@ -213,8 +279,15 @@ TABLE = '{"num_nodes": %d, "eps": [[0]], "features": [[0]], "encoder": %g}'
     [
         ("{", "is no calibration"),
         ("[1]", "is no calibration"),
-        (TABLE % (2, 0.3), "rows of 2"),
-        (TABLE % (1, 3), "encoder should be less than 1; got 3"),
+        (json.dumps(GOOD | {"num_nodes": 3}), "keys of encoder must be lists of 1, 2, ... 3"),
+        (json.dumps(GOOD | {"rest": {}}), "rest must have the cost of encoder"),
+        (json.dumps(GOOD | {"rest": {"encoder": 3}}), "rest.encoder should be less than 1; got 3"),
+        (json.dumps(GOOD | {"choices": [GOOD["choices"][0] | {"propagate": "hald"}]}), "should be a forecaster"),
+        (json.dumps(GOOD | {"choices": [GOOD["choices"][0] | {"level": "middle"}]}), "level should be"),
+        (
+            '{"num_nodes": 1, "eps": [[0]], "features": [[0]], "encoder": 0.3}',
+            "has 'encoder', 'eps', 'features'; accepted: .*; scripts/calibrate_plan.py makes a new one",
+        ),
     ],
 )
 def test_faulty_tables_say_why(tmp_path, text, why):
@@ -232,12 +305,11 @@ def test_faulty_tables_say_why(tmp_path, text, why):
         ("num_nodes", 2**40),
         ("num_nodes", True),
         ("num_nodes", 2.0),
-        ("eps", [[None, 1], [0]]),
-        ("eps", {"0": 1}),
-        ("features", [["a", "b"], "c"]),
-        ("features", [[0, float("nan")], [0]]),
-        ("encoder", "0.3"),
-        ("propagate", ["hold"]),
+        ("rest", 0.3),
+        ("rest", {"encoder": float("nan")}),
+        ("choices", {"0": 1}),
+        ("choices", [{"level": "encoder", "propagate": "hold", "keys": [[0], [0, "b"]]}]),
+        ("choices", [{"level": "encoder", "propagate": ["hold"], "keys": KEYS}]),
         ("made_for", None),
         ("made_for", ["ddim"]),
         ("how", 3),
@@ -245,12 +317,11 @@ def test_faulty_tables_say_why(tmp_path, text, why):
     ids=str,
 )
 def test_values_of_another_kind_say_which(tmp_path, name, value):
-    good = {"num_nodes": 2, "eps": [[0, 1], [0]], "features": [[0, 1], [0]], "encoder": 0.3}
     file = tmp_path / "ddim-2.json"
-    file.write_text(json.dumps(good))
+    file.write_text(json.dumps(GOOD))
     assert read_calibration(file).plan(1).keys == (0,)
-    file.write_text(json.dumps(good | {name: value}))
-    with pytest.raises(ValueError, match=rf"ddim-2.json is no calibration: {name}(\.\d\.\d)? should be "):
+    file.write_text(json.dumps(GOOD | {name: value}))
+    with pytest.raises(ValueError, match=rf"ddim-2.json is no calibration: {name}(\.\w+)* should be "):
         read_calibration(file)
 
 
@@ -277,6 +348,31 @@ def test_a_calibration_needs_guidance_at_every_step(flags, tmp_path, capsys):
     assert f"error: {flags[0]}: {why}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--keys", "3", "11", "--steps", "10"], "--keys: keys must be 1..10, the nodes of this run; got 11"),
+        (["--keys", "3", "4", "--out", "plan.yaml"], "--out: a plan file is of one --level and one number of --keys"),
+        (["--level", "encoder", "skip", "--out", "plan.yaml"], "--out: a plan file is of one --level"),
+        (
+            ["--forecast", "spectrum"],
+            "--forecast: key timesteps of encoder can be found for forecasters NAME[:AXIS] but",
+        ),
+        (
+            ["--level", "skip", "--forecast", "linear:v"],
+            "--forecast: key timesteps of skip can be found for forecasters",
+        ),
+        (["--forecast", "quartic"], "--forecast: a forecaster must be one of hold"),
+        (["--level", "decoder"], "--level: invalid choice: 'decoder'"),
+        (["--level", "skip", "--macs", "0.05", "--steps", "10"], "--macs: the share of MACs must lie in 0.100..1"),
+    ],
+)
+def test_what_can_not_be_searched_says_why(flags, why, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_script("calibrate_plan").main(["--n_samples", "1", *flags]) == 2
+    assert why in capsys.readouterr().err.splitlines()[-1] and not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("out", ["n" * 5000, f"{__file__}/plan.yaml"])
 def test_a_place_where_nothing_can_be_written_is_known_before_the_work(out, capsys):
     assert load_script("calibrate_plan").main(["--out", out]) == 2
@@ -300,12 +396,13 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
     assert load_script("calibrate_plan").main(command) == 0
     printed = capsys.readouterr().out
     written = yaml.safe_load(plan.read_text())
-    assert f"key timesteps of 10: {','.join(map(str, written['steps'][10]))}" in printed
+    assert f"key timesteps {','.join(map(str, written['steps'][10]))} of 10" in printed
     facts = {"sampler", "weights", "timesteps", *Recipe(64, 64).facts()}
     assert written["made_for"].keys() == facts and written["propagate"] in printed
     table = read_calibration(tmp_path / "calibration/ddim-10-scale2.json")
     assert table.plan(3).keys == tuple(written["steps"][10]) and table.how["prompts"] == 2
-    assert np.all(np.diff([sum(table.eps[0][:n]) for n in range(1, 11)]) > 0)
+    assert {choice.level for choice in table.choices} == {"encoder", "deepcache", "skip"}
+    assert 0 < table.choice().errors["3"] and written["level"] == "encoder"
 
     def psnr(spec: str) -> float:
         assert (

@@ -12,12 +12,12 @@ import torch
 from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Prediction
 from ldm.models.diffusion.edits import prior_noise
 from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.loop import State
+from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.propagation.forecast import AXES, METHODS, QUANTITIES, Forecast
 from ldm.models.diffusion.propagation.history import Forecaster, History
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
-from ldm.models.diffusion.schedule import Node, predict_x0
+from ldm.models.diffusion.schedule import Node, eps_weight, predict_x0
 from ldm.modules.diffusionmodules.features import Features, weighted_sum
 from tests.helpers.toy import EXACT, OF_NOISE, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
@@ -332,6 +332,80 @@ def test_plan_files_name_their_level_and_forecaster(tmp_path):
         file.write_text(f"source: mine\nevery: 3\n{line}\n")
         with pytest.raises(ValueError, match=why):
             load_plan(str(file), 9)
+
+
+MIXED = "skip:3+encoder:1,2,7+deepcache:4+full:8"
+
+
+def test_steps_can_be_set_apart_at_levels_of_their_own(tmp_path):
+    mixed = load_plan(MIXED, 9)
+    expected = Plan(9, (0, 3, 6, 8), shallow=(4,), branch=1, skipped=(5,), propagate="quadratic:logsnr:eps")
+    assert mixed == expected and len(mixed.levels) == 3
+    assert load_plan("skip:3+encoder:3", 9).keys == (0, 6), "a key timestep, too"
+    assert load_plan("deepcache:3:2+full:1+skip:2", 9).branch == 2
+    assert load_plan("deepcache:2+encoder:1,3", 4) == load_plan("encoder:2", 4), "no step is left at the plan's level"
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "source: mine\nsteps: {9: [0, 3, 6, 8]}\nlevel: skip\napart: {encoder: ['1-2', 7], deepcache: [4]}\n"
+    )
+    assert load_plan(str(file), 9) == mixed
+    assert load_plan(f"{file}+deepcache:2", 9) == load_plan(f"{MIXED}+deepcache:2", 9)
+    with pytest.raises(ValueError, match="steps set apart are not scaled: it is for 9 steps, not 18"):
+        load_plan(str(file), 18)
+
+
+@pytest.mark.parametrize(
+    "spec, why",
+    [
+        ("skip:3+encoder:0", "steps at the level encoder must be 1..8; got 0"),
+        ("skip:3+encoder:9", "key 9 is past the last node 8"),
+        (
+            "skip:3+encoder:x",
+            r"steps are set apart as \+LEVEL:STEPS, with full, encoder, deepcache, skip .*; got \+enc",
+        ),
+        ("skip:3+encoder:1:2", r"or as \+deepcache:STEPS:BRANCH; got \+encoder:1:2"),
+        ("skip:0,3+middle:1", "only deepcache takes a number of blocks"),
+        ("deepcache:3:2+deepcache:3", "all deepcache steps run the same number of blocks; got 2 and 1"),
+        ("online:0.1+full:3", "an online plan decides during the run, so no steps can be set apart"),
+        ("skip:3+encoder:5,2", "keys must increase strictly; got 2 after 5"),
+    ],
+)
+def test_steps_that_can_not_be_set_apart_say_why(spec, why):
+    with pytest.raises(ValueError, match=why):
+        load_plan(spec, 9)
+
+
+@pytest.mark.parametrize("propagate", [None, "linear", "hold"])
+def test_the_laws_hold_of_mixed_plans(propagate):
+    """Decoders that run together give what they give one by one; with every step in full it is the plain run."""
+    x, cond, uncond = toy_inputs(2)
+    model, rule = toy_denoiser(toy_network(), cond, uncond, 2.0), toy_rule(10)
+    serial, together = (final(model, rule, load_plan(MIXED, 10, n, propagate), x) for n in (1, 10))
+    torch.testing.assert_close(together, serial, **EXACT)
+    plain = final(model, rule, load_plan("off", 10), x)
+    torch.testing.assert_close(final(model, rule, load_plan(f"{MIXED}+full:1-9", 10), x), plain, **EXACT)
+    assert (serial - plain).abs().max() > 1e-6
+    alone = toy_denoiser(toy_network(), *(type(c)(c.context[:1]) for c in (cond, uncond)), 2.0)
+    torch.testing.assert_close(final(alone, rule, load_plan(MIXED, 10, 3, propagate), x[:1]), serial[:1], **EXACT)
+
+
+def test_only_key_timesteps_are_extrapolated_from():
+    """By hand: a step of the decoder alone, between, does not enter the line through the last two key timesteps."""
+    x, cond, uncond = toy_inputs(1)
+    model, rule = toy_denoiser(toy_network(), cond, uncond, 2.0), toy_rule(10)
+    run = [*denoise(model, rule, load_plan("skip:0,2,6+encoder:4", 10, propagate="linear:timestep:eps"), x)]
+    xs = [x, *(state.x for state in run)]
+    eps = {i: eps_of(rule, xs, i) for i in (0, 2, 5)}
+    ts = [node.t for node in rule.nodes]
+    slope = (eps[2] - eps[0]) / (ts[2] - ts[0])
+    torch.testing.assert_close(eps[5], eps[2] + slope * (ts[5] - ts[2]), **EXACT)
+
+
+def eps_of(rule, xs, i):
+    """What moved the latents at a node: a DDIM step is linear in it."""
+    node = rule.nodes[i]
+    weight = eps_weight(node.abar, node.abar_next)
+    return (xs[i + 1] - (node.abar_next / node.abar) ** 0.5 * xs[i]) / weight
 
 
 def test_settings_of_old_spellings_are_what_they_were():

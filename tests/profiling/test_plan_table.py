@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ldm.models.diffusion.propagation.load import plan_names
-from ldm.profiling.cost import Macs
+from ldm.models.diffusion.propagation.load import load_plan, plan_names
+from ldm.profiling.cost import Kept, Macs
 from ldm.profiling.plan_table import plan_table, spans
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
@@ -18,15 +18,17 @@ def test_spans():
 
 def test_costs_of_the_named_plans():
     """Encoder 30, decoder 70, outermost blocks 5 and 10."""
-    lines = list(plan_table(Macs(30, 70, (0, 5), (3, 10)), 50))
+    kept = Kept(10**7, (3 * 10**6, 2 * 10**6), 10**6, 4 * 10**6)
+    lines = list(plan_table(Macs(30, 70, (0, 5), (3, 10)), kept, 50, images=2))
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:-3]}
     assert rows.keys() >= {"off", "uniform:2", "pro", "deepcache:3", "skip:3", *plan_names()}
-    assert rows["off"][:2] == ["100.0%", "100.0%"]
+    assert rows["off"][:3] == ["100.0%", "100.0%", "0.00"]
     # 9 * 30 + 50 * 70; 9 rounds
-    assert rows["faster-diffusion"] == ["75.4%", "18.0%", "decoder,", "hold", "0-3,5,10,15,25,35"]
-    assert rows["deepcache:3"][:5] == ["43.9%", "43.9%", "1", "outer,", "hold"]  # 17 * 100 + 33 * 15
-    assert rows["skip:3"][:4] == ["34.0%", "34.0%", "nothing,", "quadratic:logsnr:eps"]  # 17 * 100
-    assert rows["spectrum"][:4] == ["28.0%", "28.0%", "nothing,", "spectrum"]
+    assert rows["faster-diffusion"] == ["75.4%", "18.0%", "8.00", "decoder,", "hold", "0-3,5,10,15,25,35"]
+    assert rows["deepcache:3"][:6] == ["43.9%", "43.9%", "4.00", "1", "outer,", "hold"]  # 17 * 100 + 33 * 15
+    assert rows["skip:3"][:5] == ["34.0%", "34.0%", "3.00", "nothing,", "quadratic:logsnr:eps"]  # 17 * 100
+    assert rows["spectrum"][:5] == ["28.0%", "28.0%", "14.00", "nothing,", "spectrum"]
+    assert kept.added(load_plan("uniform:6", 50, propagate="quadratic"), 2) == 2 * 2 * 10**7
     assert "skip:KEYS" in lines[-2] and "taylor2" in lines[-1] and "logsnr" in lines[-1]
 
 
@@ -47,8 +49,11 @@ def test_the_list_needs_no_weights(tmp_path, capsys, flags):
         ),
         (["--plan", "deepcache:2", "--guidance-forecast", "linear"], "--guidance-forecast: between key timesteps"),
         (["--guidance-reuse", "--guidance-forecast", "linear"], "not allowed with argument --guidance-reuse"),
-        (["--plan", "skip:auto:3"], "--plan: auto and online take no level before them; got .skip:auto:3"),
-        (["--plan", "deepcache:online:0.1"], "--plan: auto and online take no level before them"),
+        (["--plan", "skip:auto:3"], "--plan: this calibration has key timesteps of skip for none; got skip"),
+        (["--plan", "auto:3", "--forecast", "cubic"], "--forecast: .*of encoder for the forecasters hold; got cubic"),
+        (["--plan", "auto:3", "--scale", "9"], "--plan: calibration ddim-4.json was made for scale 2; this run's is 9"),
+        (["--plan", "skip:auto:x"], "--plan: auto takes a number of key timesteps, .*; got .skip:auto:x"),
+        (["--plan", "deepcache:online:0.1"], "--plan: online takes no level before it"),
         (
             ["--plan", "deepcache:2", "--propagate", "zeros"],
             "--forecast: zeros can stand for the encoder's features only",
@@ -89,9 +94,9 @@ def shipped_calibration(tmp_path_factory) -> list[str]:
 
     folder, shipped = tmp_path_factory.mktemp("model"), ROOT / "models/ldm/emoji64"
     files = [shutil.copy(shipped / name, folder) for name in ("config.yaml", "model.safetensors")]
-    errors = [[float(j) for j in range(4 - i)] for i in range(4)]
-    made_for = {"sampler": "ddim", "weights": fingerprint(files[1])[:16]}
-    Calibration(num_nodes=4, eps=errors, features=errors, encoder=0.3, made_for=made_for).save(
+    choice = {"level": "encoder", "propagate": "hold", "keys": [[*range(count)] for count in range(1, 5)]}
+    made_for = {"sampler": "ddim", "weights": fingerprint(files[1])[:16], "scale": 2}
+    Calibration(num_nodes=4, rest={"encoder": 0.7}, choices=[choice], made_for=made_for).save(
         folder / "calibration/ddim-4.json"
     )
     return ["--config", str(files[0]), "--ckpt", str(files[1])]

@@ -97,7 +97,7 @@ def denoise(
         predictions, cache = predict(model, plan, batch, state.x, ts, cache)
         for i, compute, prediction in zip(batch.nodes, batch.computes(), predictions, strict=True):
             state = _edited(state, nodes[i], edits, "after")
-            eps, cache = cache.eps(model, prediction, state.x, i, nodes[i])
+            eps, cache = cache.eps(model, prediction, compute, state.x, i, nodes[i])
             if plan.measures and compute is Compute.FULL:
                 trail.measure(plan, before, cache, i)
             error = trail.error if plan.measures else None

@@ -1,14 +1,15 @@
-"""Key steps chosen by measurement: what holding a key node's features costs at each later node, and the best keys.
+"""Key steps chosen by measurement, for each level of reuse and the forecaster that runs there.
 
-The measured table lies beside the weights it was made for, in calibration/SAMPLER-STEPS-scaleSCALE.json.
+What was found lies beside the weights it was made for, in calibration/SAMPLER-STEPS-scaleSCALE.json.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,64 +21,95 @@ from ldm.io.schema import Number, Schema, parse
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.forecast import ForecastName
-from ldm.models.diffusion.propagation.history import relative_error
-from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.propagation.plan import LEVELS, Plan, plan_of_level
 from ldm.models.diffusion.schedule import eps_weight
+from ldm.modules.diffusionmodules.features import Features
 
-DECODERS = 8  # decoder steps in one batch of the measurement
 Nodes = Annotated[int, Field(ge=1, le=10_000)]  # of a run
-Table = list[list[Number]]
+Level = Literal[tuple(LEVELS)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+DECODERS = 8  # decoder steps in one batch of the measurement
+
+
+class Choice(Schema):
+    """The best key nodes for one level and one forecaster.
+
+    keys:   [K - 1]: K key nodes, for each K up to the nodes of the run.
+    errors: by K, where whole runs were made: mean squared error of their latents to those of plain runs.
+    """
+
+    level: Level
+    propagate: ForecastName
+    keys: list[list[int]]
+    errors: dict[str, Number] = {}
 
 
 class Calibration(Schema):
-    """What was measured of one model with one sampler.
+    """What was found for one model with one sampler.
 
     num_nodes: of the run.
-    eps:      [i][j - i]: mean squared error of the latent after node j, all else unchanged, if the decoder there gets
-        the features of node i <= j.
-    features: [i][j - i]: relative squared difference of the features of nodes i and j, mean over the levels.
-    encoder:  share of the encoder in a whole prediction's MACs, 0..1.
-    propagate: what did best between key nodes, see `Plan`.
-    made_for: weights, sampler and the like that the measurement is good for.
-    how:      prompts, seeds and the like, for the reader.
+    rest:      what a node costs that is no key node, as a share of a whole prediction's MACs, by level.
+    choices:   of key nodes; the first of a level is for the forecaster that did best there.
+    made_for:  weights, sampler and the like that it is good for.
+    how:       prompts, seeds and the like, for the reader.
     """
 
     num_nodes: Nodes
-    eps: Table
-    features: Table
-    encoder: Annotated[Number, Field(gt=0, lt=1)]
-    propagate: ForecastName = "hold"
+    rest: dict[Level, Share]
+    choices: list[Choice]
     made_for: dict[str, Any] = {}
     how: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _has_an_error_for_each_pair(self) -> Calibration:
-        lengths = list(range(self.num_nodes, 0, -1))
-        for name, table in (("eps", self.eps), ("features", self.features)):
-            if [len(row) for row in table] != lengths:
-                raise ValueError(f"{name} must have rows of {lengths[0]}, {lengths[0] - 1}, ... 1 errors")
+    def _has_keys_of_every_number(self) -> Calibration:
+        for choice in self.choices:
+            if [len(keys) for keys in choice.keys] != [*range(1, self.num_nodes + 1)]:
+                raise ValueError(f"keys of {choice.level} must be lists of 1, 2, ... {self.num_nodes} key nodes")
+            if choice.level not in self.rest:
+                raise ValueError(f"rest must have the cost of {choice.level}")
         return self
 
-    def plan(self, keys: int) -> Plan:
-        """The plan of so many key nodes with the least total error.
+    def choice(self, level: str = "encoder", propagate: str | None = None) -> Choice:
+        """That of a level for a forecaster, or for the one that did best.
 
         Raises:
-            ValueError: keys is not in 1..num_nodes.
+            ValueError: there is none.
         """
-        return Plan(self.num_nodes, best_keys(self.eps, keys), propagate=self.propagate)
+        there = [choice for choice in self.choices if choice.level == level]
+        for choice in there:
+            if propagate in (None, choice.propagate):
+                return choice
+        known = ", ".join(choice.propagate for choice in there)
+        raise ValueError(
+            f"this calibration has key timesteps of {level} for {f'the forecasters {known}' if known else 'none'}; "
+            f"got {propagate or level}"
+        )
 
-    def plan_within(self, macs: float) -> Plan:
+    def plan(self, count: int, level: str = "encoder", propagate: str | None = None) -> Plan:
+        """The plan of so many key nodes.
+
+        Raises:
+            ValueError: count is not in 1..num_nodes, or see `choice`.
+        """
+        if not 1 <= count <= self.num_nodes:
+            raise ValueError(f"keys must be 1..{self.num_nodes}, the nodes of this run; got {count}")
+        choice = self.choice(level, propagate)
+        return plan_of_level(self.num_nodes, tuple(choice.keys[count - 1]), level, propagate=choice.propagate)
+
+    def plan_within(self, macs: float, level: str = "encoder", propagate: str | None = None) -> Plan:
         """The plan of the most key nodes that costs at most this share of the plain run's MACs.
 
         Raises:
-            ValueError: macs is above 1, or below what one key node costs.
+            ValueError: macs is above 1, or below what one key node costs, or see `choice`.
         """
-        least = 1 - self.encoder + self.encoder / self.num_nodes
+        self.choice(level, propagate)
+        rest = self.rest[level]
+        least = rest + (1 - rest) / self.num_nodes
         if not least <= macs <= 1:
             raise ValueError(
                 f"the share of MACs must lie in {least:.3f}..1 for {self.num_nodes} nodes of this model; got {macs:g}"
             )
-        return self.plan(int((macs - 1 + self.encoder) / self.encoder * self.num_nodes + 1e-9))
+        return self.plan(int((macs - rest) / (1 - rest) * self.num_nodes + 1e-9), level, propagate)
 
     def save(self, path: str | Path) -> None:
         with atomic_write(path) as part:
@@ -95,59 +127,37 @@ def read_calibration(path: str | Path) -> Calibration:
     except OSError as error:
         raise ValueError(f"calibration {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no calibration: {error}") from None
-
-
-def best_keys(errors: Sequence[Sequence[float]], keys: int) -> tuple[int, ...]:
-    """The key nodes, node 0 first, for which the errors of all nodes sum to the least; exact.
-
-    Dynamic programming over the node where a group ends: O(N^2 keys).
-
-    Args:
-        errors: [i][j - i] of node j with the features of node i.
-        keys: how many, 1..N.
-    """
-    total = len(errors)
-    if not 1 <= keys <= total:
-        raise ValueError(f"keys must be 1..{total}, the nodes of this run; got {keys}")
-    group = np.full((total, total + 1), np.inf)  # [i, stop]: nodes i..stop-1 with the features of i
-    for i, row in enumerate(errors):
-        group[i, i + 1 :] = np.cumsum(row)
-    best = np.full(total + 1, np.inf)  # [stop]: the first k groups, ending before stop
-    best[0] = 0.0
-    came_from = []
-    for _ in range(keys):
-        sums = best[:-1, None] + group  # (begin of the last group, stop)
-        came_from.append(sums.argmin(axis=0))
-        best = sums.min(axis=0)
-    chosen, stop = [], total
-    for origins in reversed(came_from):
-        stop = int(origins[stop])
-        chosen.append(stop)
-    return tuple(reversed(chosen))
+        raise ValueError(f"{path} is no calibration: {error}; scripts/calibrate_plan.py makes a new one") from None
 
 
 @torch.no_grad()
-def measure(model: Denoiser, rule: Rule, x: Tensor) -> tuple[list[list[float]], list[list[float]]]:
-    """The tables `eps` and `features` of a `Calibration`, along the plain run from x, (B, C, H, W).
+def measure(model: Denoiser, rule: Rule, x: Tensor) -> dict[str, list[np.ndarray]]:
+    """For each level of LEVELS the products of `NodeErrors`, along the plain run from x, (B, C, H, W).
 
     Keeps the features of all nodes. Weighs a wrong prediction by how far one deterministic step follows it.
     """
     nodes = rule.nodes
-    plain = Plan(len(nodes), tuple(range(len(nodes))))
-    xs = [x, *(state.x for state in denoise(model, rule, plan=plain, x=x))]
-    held = [model.encode(xs[i], node.t) for i, node in enumerate(nodes)]
-    right = [model.to_eps(model.decode([held[j]], [node.t])[0], xs[j], node) for j, node in enumerate(nodes)]
-    eps_table, feature_table = [], []
-    for i in range(len(nodes)):
-        errors = []
-        for start in range(i, len(nodes), DECODERS):
-            js = range(start, min(start + DECODERS, len(nodes)))
-            predictions = model.decode([held[i]] * len(js), [nodes[j].t for j in js])
-            for j, prediction in zip(js, predictions, strict=True):
-                eps = model.to_eps(prediction, xs[j], nodes[j])
-                weight = eps_weight(nodes[j].abar, nodes[j].abar_next) ** 2
-                errors.append(0.0 if i == j else weight * float((eps - right[j]).square().mean()))
-        eps_table.append(errors)
-        feature_table.append([relative_error(held[i], later) ** 2 for later in held[i:]])
-    return eps_table, feature_table
+    xs = [x, *(state.x for state in denoise(model, rule, Plan(len(nodes), tuple(range(len(nodes)))), x))]
+    features = [model.encode(xs[j], node.t) for j, node in enumerate(nodes)]
+    inner = [model.advance([f], [node.t], 1)[0].without_skips() for f, node in zip(features, nodes, strict=True)]
+
+    def decoded(values: Sequence[Features], j: int) -> list[Tensor]:
+        """eps at node j, from each of these."""
+        alike = ([*same] for _, same in groupby(values, key=len))  # where guidance begins or ends the batch changes
+        batches = (same[k : k + DECODERS] for same in alike for k in range(0, len(same), DECODERS))
+        predictions = (p for batch in batches for p in model.decode(batch, [nodes[j].t] * len(batch)))
+        return [model.to_eps(prediction, xs[j], nodes[j]) for prediction in predictions]
+
+    eps = [decoded([f], j)[0] for j, f in enumerate(features)]
+    products: dict[str, list[np.ndarray]] = {level: [] for level in LEVELS}
+    for j, node in enumerate(nodes):
+        tried = {
+            "encoder": decoded(features[:j], j),
+            "deepcache": decoded([model.refresh(value, xs[j], node.t, 1) for value in inner[:j]], j),
+            "skip": eps[:j],
+        }
+        for level, guesses in tried.items():
+            errors = torch.stack([(e - eps[j]).flatten() for e in guesses] or [x.new_zeros(0)]).double()[:j]
+            weight = eps_weight(node.abar, node.abar_next) ** 2
+            products[level].append((weight * (errors @ errors.T) / x.numel()).cpu().numpy())
+    return products

@@ -45,8 +45,18 @@ class Forecaster:
         """
         return Forecaster(METHODS[forecast.name], *_times(forecast.axis, nodes))
 
+    def distinct(self, keys: Sequence[int]) -> list[int]:
+        """Of these nodes those that are the last at their time: solvers that come back to a time replace its value."""
+        last: dict[float, int] = {}
+        for key in keys:
+            last.pop(self.times[key], None)
+            last[self.times[key]] = key
+        return [*last.values()]
+
     def weights(self, keys: Sequence[int], i: int) -> list[float]:
-        """Of the values at these nodes, in the value at node i."""
+        """Of the values at these nodes, in the value at node i; at the time of the last of them it is that value."""
+        if self.times[i] == self.times[keys[-1]]:
+            return [0.0] * (len(keys) - 1) + [1.0]
         return self.method.weigh([self.times[k] for k in keys], self.times[i], self.span)
 
 

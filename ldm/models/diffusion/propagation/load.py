@@ -12,6 +12,7 @@ The published key lists are in configs/plans/NAME.yaml:
 and, optional, how a plan is to be run and for what it was made:
 
     level:     deepcache         what runs at the other nodes, one of LEVELS; encoder if not given
+    apart:     {encoder: [1-5]}  nodes at levels of their own, only with a list for just this number of nodes
     branch:    1                 with deepcache: how many outermost blocks
     propagate: linear            see `Plan`; if not given, what is usual for the level
     made_for: {sampler: ddim, weights: 0123456789abcdef}     other runs are refused
@@ -36,7 +37,7 @@ from ldm.io.schema import Number, Schema, Text, parse
 from ldm.models.diffusion.propagation.calibration import Calibration, Nodes, read_calibration
 from ldm.models.diffusion.propagation.forecast import ForecastName
 from ldm.models.diffusion.propagation.online import OnlinePlan
-from ldm.models.diffusion.propagation.plan import Compute, Plan
+from ldm.models.diffusion.propagation.plan import LEVELS, Plan, plan_of_level, with_level
 
 PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
 FORMS = (
@@ -46,14 +47,11 @@ FORMS = (
     "skip:KEYS",
     "deepcache:KEYS[:BRANCH]",
     "encoder:KEYS",
+    "PLAN+LEVEL:STEPS",
     "online:[time:]X",
-    "auto:K",
-    "auto:SHARE%",
+    "[LEVEL:]auto:K",
+    "[LEVEL:]auto:SHARE%",
 )
-# What runs at nodes that are no key nodes, and how the rest is forecast unless it is said: as published, or what did
-# best in our measurements (docs/acceleration.md).
-LEVELS = {"encoder": Compute.DECODER, "deepcache": Compute.SHALLOW, "skip": Compute.SKIPPED}
-USUAL = {"encoder": "hold", "deepcache": "hold", "skip": "quadratic:logsnr:eps"}
 NUMBER = r"\d{1,9}"  # of nodes; Python itself refuses to read thousands of digits, and says nothing of plans
 SUFFIXES = (".yaml", ".yml")
 
@@ -118,8 +116,10 @@ def load_plan(
             path of a .yaml file in the format above; the same after a level, `skip:KEYS`, `deepcache:KEYS[:BRANCH]` or
             `encoder:KEYS`, where N stands for `uniform:N` (at the other nodes nothing; only the outermost BRANCH
             blocks, by default 1, and with 0 nothing; the decoder); `online:X` or `online:time:X` (decided on the way,
-            at a relative change of X of the latent or of the embedded timestep); `auto:K` or `auto:80%` (the best K key
-            nodes, or as many as 80 % of the plain run's MACs allow, by the model's calibration; 0.8 is the same).
+            at a relative change of X of the latent or of the embedded timestep); `auto:K` or `auto:80%`, also after a
+            level (the best K key nodes, or as many as 80 % of the plain run's MACs allow, by the model's calibration;
+            0.8 is the same). After any of these but `online`, `+LEVEL:NODES` sets nodes apart at another level, or
+            `full`, as in `skip:6+encoder:1-5+full:49`; `+deepcache:NODES:BRANCH` with so many blocks.
         num_nodes: network evaluations of the run; for DDIM the length of its timestep grid.
         parallel: most decoder steps in one batch.
         propagate: see `Plan`; None = as the plan's file or calibration says, or what is usual for the level (USUAL).
@@ -135,14 +135,39 @@ def load_plan(
     """
     if num_nodes < 1:
         raise ValueError(f"num_nodes must be at least 1; got {num_nodes}")
-    run = run or RunFacts()
-    plan = (
+    plan = _plan(spec, num_nodes, propagate, run or RunFacts())
+    return replace(plan, parallel=parallel, propagate=plan.propagate if propagate is None else propagate)
+
+
+def _plan(spec: str, num_nodes: int, propagate: str | None, run: RunFacts) -> Plan | OnlinePlan:
+    return (
         _online(spec, num_nodes)
+        or _mixed(spec, num_nodes, propagate, run)
+        or _auto(spec, num_nodes, propagate, run)
         or _leveled(spec, num_nodes, run)
-        or _auto(spec, num_nodes, run)
         or _keyed(spec, num_nodes, run)
     )
-    return replace(plan, parallel=parallel, propagate=plan.propagate if propagate is None else propagate)
+
+
+WITH_FULL = "|".join(("full", *LEVELS))
+
+
+def _mixed(spec: str, num_nodes: int, propagate: str | None, run: RunFacts) -> Plan | None:
+    base, *apart = re.split(rf"\+(?=(?:{WITH_FULL}):)", spec)
+    if not apart:
+        return None
+    plan = _plan(base, num_nodes, propagate, run)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"an online plan decides during the run, so no steps can be set apart; got {spec!r}")
+    for part in apart:
+        match = re.fullmatch(rf"({WITH_FULL}):([\d,-]+)(?::({NUMBER}))?", part)
+        if match is None or (match[3] and match[1] != "deepcache"):
+            raise ValueError(
+                f"steps are set apart as +LEVEL:STEPS, with {WITH_FULL.replace('|', ', ')} and steps such as 1-5,9, or "
+                f"as +deepcache:STEPS:BRANCH; got +{part}"
+            )
+        plan = with_level(plan, match[1], _expand(match[2].split(","), num_nodes), int(match[3] or 1))
+    return plan
 
 
 def _online(spec: str, num_nodes: int) -> OnlinePlan | None:
@@ -158,8 +183,8 @@ def _online(spec: str, num_nodes: int) -> OnlinePlan | None:
 
 def _leveled(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
     level, _, of = spec.partition(":")
-    if level in LEVELS and of.partition(":")[0] in ("auto", "online"):
-        raise ValueError(f"auto and online take no level before them; got {spec!r}")
+    if level in LEVELS and of.partition(":")[0] == "online":
+        raise ValueError(f"online takes no level before it; got {spec!r}")
     match = re.fullmatch(rf"({'|'.join(LEVELS)}):(uniform:{NUMBER}|[^:]+)(?::({NUMBER}))?", spec)
     if match is None:
         return None
@@ -167,32 +192,25 @@ def _leveled(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
     if branch and level != "deepcache":
         raise ValueError(f"only deepcache takes a number of blocks, as in deepcache:3:1; got {spec!r}")
     keys = _every(int(of), num_nodes) if re.fullmatch(NUMBER, of) else _keyed(of, num_nodes, run).keys
-    return _between(num_nodes, keys, level, int(branch or 1))
+    return plan_of_level(num_nodes, keys, level, int(branch or 1))
 
 
-def _between(num_nodes: int, keys: tuple[int, ...], level: str, branch: int = 1, propagate: str | None = None) -> Plan:
-    """The plan of these key nodes with the others at a level; propagate: None = what is usual for it."""
-    propagate = USUAL[level] if propagate is None else propagate
-    others = tuple(sorted({*range(num_nodes)} - {*keys}))
-    if not others or level == "encoder":
-        return Plan(num_nodes, keys, propagate=propagate)
-    if level == "skip" or not branch:
-        return Plan(num_nodes, keys, propagate=propagate, skipped=others)
-    return Plan(num_nodes, keys, propagate=propagate, shallow=others, branch=branch)
-
-
-def _auto(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
-    if not spec.startswith("auto:"):
+def _auto(spec: str, num_nodes: int, propagate: str | None, run: RunFacts) -> Plan | None:
+    match = re.fullmatch(rf"(?:({'|'.join(LEVELS)}):)?auto:(.*)", spec)
+    if match is None:
         return None
-    match = re.fullmatch(rf"auto:(?:({NUMBER})|(0?\.\d+)|({NUMBER}(?:\.\d+)?)%)", spec)
-    if match is None:  # 1.0 among them: one key node, or all of the MACs?
+    level, size = match[1] or "encoder", match[2]
+    number = re.fullmatch(rf"({NUMBER})|(0?\.\d+)|({NUMBER}(?:\.\d+)?)%", size)
+    if number is None:  # 1.0 among them: one key node, or all of the MACs?
         raise ValueError(
             f"auto takes a number of key timesteps, as in auto:9, or a share of the plain run's MACs, as in "
             f"auto:80%; got {spec!r}"
         )
-    keys, fraction, percent = match.groups()
+    keys, fraction, percent = number.groups()
     calibration = _calibration(num_nodes, run)
-    return calibration.plan(int(keys)) if keys else calibration.plan_within(float(fraction or float(percent) / 100))
+    if keys:
+        return calibration.plan(int(keys), level, propagate)
+    return calibration.plan_within(float(fraction or float(percent) / 100), level, propagate)
 
 
 def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
@@ -245,7 +263,7 @@ def _keyed(spec: str, num_nodes: int, run: RunFacts) -> Plan:
         file = _read(path)
         file.check(path, num_nodes, run)
         with _of_file(path):
-            return _between(num_nodes, file.keys(num_nodes), file.level, file.branch, file.propagate)
+            return file.plan(num_nodes)
     return Plan(num_nodes, _keys(spec, num_nodes))
 
 
@@ -324,13 +342,25 @@ class _PlanFile(Schema):
     level: Literal[tuple(LEVELS)] = "encoder"
     branch: Annotated[int, Field(ge=1)] = 1
     propagate: ForecastName | None = None
+    apart: dict[Literal[tuple(LEVELS)], list[Any]] = {}
     made_for: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _has_one_rule(self) -> _PlanFile:
         if sum(map(bool, (self.steps, self.every, self.window, self.same_as))) != 1:
             raise ValueError("give exactly one of steps, every, window, same_as")
+        if self.apart and len(self.steps) != 1:
+            raise ValueError("apart needs steps, with a list for one number of steps")
         return self
+
+    def plan(self, num_nodes: int) -> Plan:
+        """Raises ValueError: keys that are faulty, or nodes set apart in a run of another length."""
+        plan = plan_of_level(num_nodes, self.keys(num_nodes), self.level, self.branch, self.propagate)
+        if self.apart and num_nodes not in self.steps:
+            raise ValueError(f"steps set apart are not scaled: it is for {min(self.steps)} steps, not {num_nodes}")
+        for level, nodes in self.apart.items():
+            plan = with_level(plan, level, _expand(nodes, num_nodes), self.branch)
+        return plan
 
     def check(self, path: Path, num_nodes: int, run: RunFacts) -> None:
         """Raise ValueError if the plan was made for another run."""

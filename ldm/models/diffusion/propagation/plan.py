@@ -6,7 +6,7 @@ A plan knows no solver and no tensor. How plans are named and read: `ldm.models.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import combinations, pairwise
@@ -22,6 +22,12 @@ class Compute(Enum):
     DECODER = "decoder"  # the decoder, on the encoder's features of earlier key nodes
     SHALLOW = "shallow"  # the outermost blocks of both, on the inner decoder's output of earlier nodes
     SKIPPED = "skipped"  # nothing; the prediction is made of those of earlier nodes
+
+
+# What runs at nodes that are no key nodes, and how the rest is forecast unless it is said: as published, or what did
+# best in our measurements (docs/acceleration.md).
+LEVELS = {"encoder": Compute.DECODER, "deepcache": Compute.SHALLOW, "skip": Compute.SKIPPED}
+USUAL = {"encoder": "hold", "deepcache": "hold", "skip": "quadratic:logsnr:eps"}
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,39 @@ class Plan:
             )
             if value
         }
+
+
+def plan_of_level(
+    num_nodes: int, keys: tuple[int, ...], level: str, branch: int = 1, propagate: str | None = None
+) -> Plan:
+    """The plan of these key nodes with all others at a level; propagate: None = what is usual for it."""
+    propagate = USUAL[level] if propagate is None else propagate
+    others = tuple(sorted({*range(num_nodes)} - {*keys}))
+    if not others or level == "encoder":
+        return Plan(num_nodes, keys, propagate=propagate)
+    if level == "skip" or not branch:
+        return Plan(num_nodes, keys, propagate=propagate, skipped=others)
+    return Plan(num_nodes, keys, propagate=propagate, shallow=others, branch=branch)
+
+
+def with_level(plan: Plan, level: str, nodes: Iterable[int], branch: int = 1) -> Plan:
+    """The plan with these nodes at one of LEVELS, or `full`.
+
+    Raises:
+        ValueError: a node is out of range or is node 0, which is a key node; or shallow nodes of two numbers of blocks.
+    """
+    nodes = {*nodes}
+    if outside := sorted(nodes - {*range(level != "full", plan.num_nodes)}):
+        raise ValueError(
+            f"steps at the level {level} must be {int(level != 'full')}..{plan.num_nodes - 1}; got {outside[0]}"
+        )
+    at = {"full": plan.keys, "deepcache": plan.shallow, "skip": plan.skipped}
+    at = {name: tuple(sorted({*old} | nodes if name == level else {*old} - nodes)) for name, old in at.items()}
+    others = {*plan.shallow} - nodes
+    if level == "deepcache" and others and branch != plan.branch:
+        raise ValueError(f"all deepcache steps run the same number of blocks; got {plan.branch} and {branch}")
+    branch = branch if level == "deepcache" else plan.branch if others else 0
+    return replace(plan, keys=at["full"], shallow=at["deepcache"], skipped=at["skip"], branch=branch)
 
 
 def check_forecast(forecast: Forecast, levels: frozenset[Compute]) -> None:

@@ -22,7 +22,9 @@ class Cache:
     features: the encoder's, of key nodes (encoder propagation, Faster Diffusion, arXiv 2312.09608).
     inner:    where the decoder stood before its outermost blocks, of key and decoder nodes (DeepCache,
         arXiv 2312.00858).
-    outputs:  predictions of all nodes where some of the network ran, in the quantity that is forecast.
+    outputs:  predictions of key nodes, in the quantity that is forecast; to be held, of all nodes where some of the
+        network ran. Predictions that are themselves made of forecasts would spoil an extrapolation: they are too close
+        to each other for their errors.
     quantity: one of TO_EPS, or '' = as the network predicts; None = nothing is forecast, and no prediction kept.
     key_x:    the latents of the last key node, (B, C, H, W).
     last:     the prediction of the node before, for guidance that is used again.
@@ -61,7 +63,7 @@ class Cache:
         return replace(cache, features=self.features.key(i, features), key_x=x, last=last)
 
     def eps(
-        self, model: Denoiser, prediction: Prediction | None, x: Tensor, i: int, node: Node
+        self, model: Denoiser, prediction: Prediction | None, compute: Compute, x: Tensor, i: int, node: Node
     ) -> tuple[Tensor, Cache]:
         """The noise in x, (B, C, H, W), at node i, and what the nodes after it need.
 
@@ -73,7 +75,7 @@ class Cache:
             eps = on_noise(to_eps, value, x, node.abar) if to_eps else model.to_eps(Prediction(value), x, node)
             return eps, self
         eps = model.to_eps(prediction, x, node)
-        if self.quantity is None:
+        if self.quantity is None or not (compute is Compute.FULL or self.outputs.holds):
             return eps, self
         from_eps = FROM_EPS.get(self.quantity)
         value = on_noise(from_eps, eps, x, node.abar) if from_eps else prediction.out
