@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.conversion import CLIP, OPENCLIP, UNET, ConversionError, openclip_to_diffusers, unet_to_diffusers
+from ldm.checkpoint.conversion import CLIP, OPENCLIP, UNET, openclip_to_diffusers
+from ldm.checkpoint.delta import diffusers_names
 from ldm.checkpoint.file import CheckpointError, read_checkpoint
 from ldm.io.errors import some
 
@@ -117,10 +118,7 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
         own = {key.removeprefix(prefix): key for key in weights if key.startswith(prefix)}
         found |= {_spelled(part, name): Target(key) for name, key in own.items()}
     unet = {key.removeprefix(UNET): p for key, p in model.named_parameters() if key.startswith(UNET)}
-    try:
-        theirs = zip(unet_to_diffusers(unet), unet, strict=True)
-    except ConversionError:  # a network that diffusers has no names for
-        theirs = ()
+    theirs = diffusers_names(unet).items()
     found |= {_spelled("unet", name): Target(UNET + own) for name, own in theirs if UNET + own in weights}
     clip = {key.removeprefix(CLIP): key for key in weights if key.startswith(CLIP)}
     found |= {_spelled("text", f"text_model.{name}"): Target(key) for name, key in clip.items()}

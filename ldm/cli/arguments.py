@@ -491,6 +491,13 @@ def adapter_arguments(group: argparse._ArgumentGroup) -> None:
         help="new words for prompts (textual inversion): the name in a diffusers file, else the name of the file; may "
         "be given several times",
     )
+    group.add_argument(
+        "--delta",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="weights and new words of Custom Diffusion, of diffusers or CompVis; of several files the changes add up",
+    )
 
 
 def model_arguments(
@@ -507,7 +514,7 @@ def model_arguments(
     if adapters:
         adapter_arguments(model)
     else:
-        p.set_defaults(lora=(), embedding=())
+        p.set_defaults(lora=(), embedding=(), delta=())
     model.add_argument(
         "--config",
         metavar="YAML",

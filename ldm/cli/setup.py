@@ -22,6 +22,7 @@ from ldm.checkpoint import (
     load_model,
     read_checkpoint,
 )
+from ldm.checkpoint.delta import apply_deltas
 from ldm.checkpoint.diagnosis import Facts, facts_of_config, facts_of_weights, fitting, summary
 from ldm.checkpoint.embeddings import add_embeddings
 from ldm.checkpoint.file import stated_prediction
@@ -164,6 +165,7 @@ class ModelSettings:
     precision: str | None = None
     lora: Sequence[tuple[str, float]] = ()
     embedding: Sequence[str] = ()
+    delta: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class Setup:
     autocast: run the networks in the device's lower precision.
     lora: files that change the weights, and how strongly.
     embedding: files of new tokens.
+    delta: files of Custom Diffusion.
     """
 
     config_path: Path
@@ -186,6 +189,7 @@ class Setup:
     autocast: bool = False
     lora: Sequence[tuple[str, float]] = ()
     embedding: Sequence[str] = ()
+    delta: Sequence[str] = ()
 
     def load(self) -> LatentDiffusion:
         """The model on the run's device.
@@ -195,6 +199,8 @@ class Setup:
         """
         with fault_of("config", CONSTRUCTION), fault_of("ckpt", (CheckpointError,)):
             model = load_model(self.config_path, self.ckpt, self.device, self.weights)
+        with fault_of("delta", (CheckpointError, OSError)):
+            apply_deltas(model, self.delta)
         with fault_of("lora", (CheckpointError, OSError)):
             for path, weight in self.lora:
                 if unmatched := merge_lora(model, path, weight):
@@ -210,13 +216,16 @@ class Setup:
 
     def adapters(self) -> dict[str, list[Any]]:
         """What is recorded with an image of the files beside the model's own; nothing where there are none."""
-        for name, paths in (("lora", [path for path, _ in self.lora]), ("embedding", self.embedding)):
+        lora_files = [path for path, _ in self.lora]
+        for name, paths in (("lora", lora_files), ("embedding", self.embedding), ("delta", self.delta)):
             with fault_of(name, (OSError,)):  # a name that no file can have
                 if missing := [path for path in paths if not Path(path).is_file()]:
                     raise SettingError(name, f"{missing[0]}: no such file")
         lora = [[Path(path).name, fingerprint(path)[:16], weight] for path, weight in self.lora]
-        embedding = [[Path(path).name, fingerprint(path)[:16]] for path in self.embedding]
-        return {name: files for name, files in (("lora", lora), ("embedding", embedding)) if files}
+        embedding, delta = (
+            [[Path(path).name, fingerprint(path)[:16]] for path in paths] for paths in (self.embedding, self.delta)
+        )
+        return {name: files for name, files in (("lora", lora), ("embedding", embedding), ("delta", delta)) if files}
 
     @property
     def suspect(self) -> str:
@@ -239,7 +248,7 @@ def make_setup(settings: ModelSettings, default: Files | None = None, processes:
     device = find_device(settings.device, processes)
     autocast = uses_autocast(settings.precision, device)
     setup = read_setup(config_path, ckpt, device, processes, settings.weights, autocast)
-    setup = replace(setup, lora=tuple(settings.lora), embedding=tuple(settings.embedding))
+    setup = replace(setup, lora=tuple(settings.lora), embedding=tuple(settings.embedding), delta=tuple(settings.delta))
     setup.adapters()  # reads the files
     for name, given, real in (
         ("channels", settings.channels, setup.sizes.channels),

@@ -32,13 +32,15 @@ class LitEma(nn.Module):
         n = self.num_updates.item()
         decay = min(self.decay.item(), (1 + n) / (10 + n))
         averages, parameters = self._pairs(model)
-        torch._foreach_lerp_(averages, parameters, 1.0 - decay)
+        if averages:  # where all is frozen there are none
+            torch._foreach_lerp_(averages, parameters, 1.0 - decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the parameters of `model` with the averages."""
         averages, parameters = self._pairs(model)
-        torch._foreach_copy_(parameters, averages)
+        if averages:
+            torch._foreach_copy_(parameters, averages)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
@@ -49,7 +51,8 @@ class LitEma(nn.Module):
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_([p.detach() for _, p in trainable(model)], kept)
+                if kept:
+                    torch._foreach_copy_([p.detach() for _, p in trainable(model)], kept)
 
     def _pairs(self, model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         named = list(trainable(model))

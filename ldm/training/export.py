@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from ldm.checkpoint import load_config, read_checkpoint, save_weights
+from ldm.checkpoint.delta import save_delta
+from ldm.checkpoint.embeddings import save_embeddings
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.ema import ema_name
@@ -20,6 +23,7 @@ from ldm.util import instantiate_from_config
 SEED = 23  # of the order of the images over which statistics are taken
 # Averages that a training keeps, and the part of the model that each follows.
 CONTROL = "control."  # what a control network's weights are named in a training's state
+NETWORK = "model.model.diffusion_model."  # what a network's weights are named there
 AVERAGES = {"network_ema.": "model.", "conditioner_ema.": "cond_stage_model."}
 
 
@@ -39,6 +43,9 @@ def export(
         SettingError: a file can't be read or written, or has no such part.
     """
     with fault_of("source"):
+        if part is None and (taught := taught_by(Path(source))):
+            with fault_of("out"):
+                return write_taught(out, *taught)
         state = part_of(Path(source), part) if part else weights_of_run(Path(source), normalize)
     # The schedule's buffers, which have no dot in their names, stay exact: rounded, they would change every sample.
     precision = getattr(torch, dtype)
@@ -46,6 +53,48 @@ def export(
     with fault_of("out"):
         save_weights(out, state)
     return len(state)
+
+
+def taught_by(source: Path) -> tuple[dict[str, Tensor], DictConfig] | None:
+    """The state and the settings of a `Personalization` that keeps less than a whole model; None for other runs."""
+    file = source if source.suffix == ".ckpt" else source / LAST
+    training = load_config(file.with_name("config.yaml")).get("training") or {}
+    if not str(training.get("target")).endswith(".Personalization") or training.params.get("what", "all") == "all":
+        return None
+    return read_state(file)["state_dict"], training.params
+
+
+def write_taught(out: str | Path, state: Mapping[str, Tensor], params: Mapping[str, Any]) -> int:
+    """Write what such a training taught: new tokens, a LoRA, or a delta of Custom Diffusion; how many tensors.
+
+    Raises:
+        ValueError: see `save_delta`.
+    """
+    unet = {k.removeprefix(NETWORK): v for k, v in state.items() if k.startswith(NETWORK)}
+    if params["what"] == "lora":
+        factors = {k: v for k, v in unet.items() if k.endswith((".down", ".up"))}
+        lora = {
+            f"lora_unet_{key.rpartition('.')[0].replace('.', '_')}.lora_{key.rpartition('.')[2]}.weight": value
+            for key, value in factors.items()
+        }
+        save_weights(out, lora)
+        return len(lora)
+    rows, count = tokens_in(state), params.get("vectors", 1)
+    names, first = list(params.get("new_tokens") or ()), int(state["first_token"])
+    tokens = {name: rows[first + i * count : first + (i + 1) * count] for i, name in enumerate(names)}
+    if params["what"] == "tokens":
+        save_embeddings(out, tokens)
+        return len(tokens)
+    kept = (".to_k.weight", ".to_v.weight") if params["what"] == "crossattn-kv" else (".weight", ".bias")
+    chosen = {k: v for k, v in unet.items() if ".attn2." not in k or k.endswith(kept)}
+    save_delta(out, chosen, tokens)
+    return len(tokens) + sum(".attn2." in key for key in chosen)
+
+
+def tokens_in(state: Mapping[str, Tensor]) -> Tensor:
+    """The vectors of the text encoder's tokens in a training's state."""
+    ends = ("token_embedding.weight", "token_emb.weight")
+    return next(v for k, v in state.items() if k.startswith("model.cond_stage_model.") and k.endswith(ends))
 
 
 def part_of(file: Path, part: str) -> dict[str, Tensor]:

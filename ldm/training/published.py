@@ -11,6 +11,7 @@ from ldm.io.schema import AboveZero, Count, parse
 FIRST_STAGES = ("AutoencoderKL", "VQModel")
 DIFFUSIONS = ("LatentDiffusion", "Layout2ImgDiffusion", "MinimalRETRODiffusion")
 HIGH_RATE = 1e-3
+NEW_WORDS = ("ucd", "pll", "ktn")  # what new words of Custom Diffusion begin as, the last first
 NOT_SCALED = "--scale_lr: without effect; the rate is training.params.learning_rate"
 EVERY = ("auto", "-1", "None")  # words for all devices
 MEASURES = ("evaluation",)  # packages whose callbacks a configuration may name
@@ -38,6 +39,9 @@ def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, l
     if "target" in given or config.get("model") is None:
         return config, [NOT_SCALED] if scale_lr else []
     config = config.copy()
+    if str(config.model.get("target")).endswith(".CustomDiffusion"):
+        config = of_custom_diffusion(config)
+        given = mapping(config, "training")
     for name in ("model", "data", "data.params"):
         mapping(config, name)
     for name in ("model.params", "lightning", "lightning.trainer"):
@@ -53,8 +57,10 @@ def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, l
         raise ValueError("model.base_learning_rate: not given; expected a number, or a section training")
     rate, line = learning_rate(config, scale_lr)
     del model.base_learning_rate
-    config.training = {"target": training_of(str(model.get("target"))), "params": {"learning_rate": rate}}
-    if config.training.target.endswith("DiffusionTraining"):
+    taught = "what" in mapping(config, "training.params")
+    target = "ldm.training.personal.Personalization" if taught else training_of(str(model.get("target")))
+    config.training = {"target": target, "params": {"learning_rate": rate}}
+    if target.endswith(("DiffusionTraining", "Personalization")):
         config.training.params |= {"published_optimizer": True, "condition_dropout": 0.0}
         if "ucg_training" in model.params:
             config.training.params.ucg_training = model.params.pop("ucg_training")
@@ -71,6 +77,40 @@ def measures_in(lightning: DictConfig) -> DictConfig:
     if ours and len(ours) == len(callbacks):
         del lightning.callbacks
     return measures
+
+
+def of_custom_diffusion(config: DictConfig) -> DictConfig:
+    """A configuration of Custom Diffusion's release in the words of this project.
+
+    What its command line says is said in the sections: data.params.train.params.datapath and caption of the thing,
+    data.params.train2.params.datapath and caption of its class.
+    """
+    params, given = config.model.params, mapping(config, "training")
+    stage, tokens = params.cond_stage_config, []
+    if stage.target.endswith(".FrozenCLIPEmbedderWrapper"):
+        stage.target = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
+        tokens = str(stage.params.pop("modifier_token")).split("+")
+    config.model.target = "ldm.models.diffusion.ddpm.LatentDiffusion"
+    params.pop("add_token", None)
+    own = {
+        "what": params.pop("freeze_model", "crossattn-kv"),
+        "new_tokens": dict(zip(tokens, NEW_WORDS[-len(tokens) :], strict=False)),
+        "masked_prior": True,
+    }
+    config.training = {"params": own | dict(given.get("params") or {})}
+    thing, kind = (mapping(config, f"data.params.{name}.params") for name in ("train", "train2"))
+    subject = {
+        "root": thing.get("datapath"),
+        "prompt": thing.get("caption"),
+        "class_root": kind.get("datapath"),
+        "class_prompt": kind.get("caption"),
+        "size": thing.get("size"),
+        "augment": thing.get("aug", True),
+    }
+    batch = {name: config.data.params[name] for name in ("batch_size", "num_workers") if name in config.data.params}
+    train = {"target": "ldm.data.personal.Subject", "params": subject}
+    config.data = {"target": "ldm.training.datasets.DataModuleFromConfig", "params": batch | {"train": train}}
+    return config
 
 
 def mapping(config: DictConfig, name: str) -> DictConfig:

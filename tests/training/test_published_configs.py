@@ -18,8 +18,10 @@ from ldm.checkpoint import load_model
 from ldm.modules.encoders.tokenizer import train_tokenizer
 from ldm.training.state import read_state
 from main import main
+from tests.helpers.clip_vocabulary import write_vocabulary
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
+from tests.helpers.tiny_clip import TINY_TEXT
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
 # A path that was published and where nothing is.
@@ -36,6 +38,15 @@ DATA_OF = {
     },
     "txt2img-1p4B-eval": {"target": "ldm.data.folder.CaptionedFolder", "params": {"root": "data/previews/train"}},
     "rdm_768x768": {"target": "neighbours.WithNeighbours"},
+}
+# What the command line of Custom Diffusion's release says.
+CUSTOM = {
+    "data.params.train.params.datapath": "own/classes",
+    "data.params.train.params.caption": "a <new1>",
+    "data.params.train2.params.datapath": "own/classes",
+    "data.params.train2.params.caption": "a thing",
+    "model.params.cond_stage_config.params.version": TINY_TEXT,
+    "model.params.cond_stage_config.params.vocabulary": "clip",
 }
 OWN_DATA = """
 import numpy as np
@@ -111,6 +122,7 @@ def home(tmp_path_factory) -> Path:
             picture(root / "own" / "classes" / f"class{i}" / "a.png", i)
     (root / "neighbours.py").write_text(OWN_DATA)
     np.savez(root / "nns.npz", nn_embeddings=np.random.default_rng(0).normal(size=(COUNT, 5, 16)).astype(np.float32))
+    write_vocabulary(root / "clip")
     train_tokenizer(["a red thing"], 60, 8).save(str(root / "tokenizer.json"))
     return root
 
@@ -204,6 +216,7 @@ def overrides_of(config: dict) -> list[str]:
         changes |= {f"{loss}.disc_start": 1, f"{loss}.disc_ndf": 8, f"{loss}.perceptual": "none"}
         if "n_embed" in config["model"]["params"]:
             changes["model.params.n_embed"] = 16
+    changes |= CUSTOM if config["model"]["target"].endswith("CustomDiffusion") else {}
     quiet = {"accelerator": "cpu", "enable_progress_bar": "false", "limit_val_batches": 0, "max_epochs": 9}
     changes |= {f"lightning.trainer.{name}": value for name, value in quiet.items()}
     return [
