@@ -67,7 +67,7 @@ class FirstStageMeasures(pl.Callback):
         try:
             self.lpips, missing = lpips(perceptual_weights), ""
         except ValueError as error:
-            self.lpips, missing = None, f"; val/lpips is not measured: {error}"
+            self.lpips, missing = None, f"; val/lpips is not measured: {str(error).partition(', which')[0]}"
         self.said = f"val/rfid: {self.extractor.recipe}{missing}"
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:

@@ -117,8 +117,7 @@ class AdversarialTraining(FirstStageTraining):
     def step_first_stage(self, optimizer: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
-        for schedule in as_list(self.lr_schedulers()):
-            schedule.step()
+        self.step_schedule(0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Only here gradients have their own scale if the precision is fp16.
@@ -129,6 +128,12 @@ class AdversarialTraining(FirstStageTraining):
         # By the strategy, as Lightning's own optimizer does it, but not counted as a step of the trainer.
         self.trainer.strategy.optimizer_step(optimizer, lambda: None, model=self)
         optimizer.zero_grad()
+        self.step_schedule(1)
+
+    def step_schedule(self, optimizer: int) -> None:
+        """The next learning rate of the first stage (0) or the discriminator (1), after its step."""
+        if schedules := as_list(self.lr_schedulers()):
+            schedules[optimizer].step()
 
     def log_terms(self, split: str, images: Tensor, reconstruction: Tensor, terms: Mapping[str, Tensor]) -> None:
         terms = {**terms, "psnr": mean_psnr(images, reconstruction)}

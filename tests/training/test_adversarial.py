@@ -99,6 +99,25 @@ def test_training_golden(name, monkeypatch):
         assert l2 == pytest.approx(case["final_weights"][part]["l2"], rel=case["tolerance"]["checksum_l2_rtol"])
 
 
+def test_each_optimizer_steps_at_the_rate_of_its_step():
+    """The discriminator's schedule goes on after the discriminator's step, not after the first stage's."""
+    rates = []
+
+    class Noted(AdversarialTraining):
+        def configure_optimizers(self) -> Any:
+            optimizers, schedules = super().configure_optimizers()
+            for name, optimizer in zip("gd", optimizers, strict=True):
+                optimizer.register_step_pre_hook(lambda o, *_, name=name: rates.append((name, o.param_groups[0]["lr"])))
+            return optimizers, schedules
+
+    case, tensors = load_case("fit_vq")
+    params = dict(warm_up_steps=[10], f_min=[1.0], f_max=[1.0], f_start=[0.1], cycle_lengths=[100])
+    schedule = {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": params}
+    batches = [{"image": batch.movedim(-1, 1)} for batch in tensors["images"][:2]]
+    train(Noted(model_of_case(case), 1.0, schedule), batches)
+    assert rates == [(name, pytest.approx(rate)) for rate in (0.1, 0.19) for name in "gd"]
+
+
 # A tiny first stage through main.py
 
 
