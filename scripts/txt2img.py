@@ -13,6 +13,7 @@ from ldm.cli.arguments import (
     model_arguments,
     output_arguments,
     propagation_arguments,
+    reading_arguments,
     refiner_arguments,
     sampling_arguments,
     size_arguments,
@@ -27,6 +28,7 @@ def parser() -> Parser:
     p = Parser(prog="txt2img.py", description=__doc__)
     what = text_arguments(p)
     size_arguments(what)
+    reading_arguments(what)
     framing_arguments(what)
     sampling_arguments(p)
     propagation_arguments(p)
@@ -47,11 +49,13 @@ def run(args: argparse.Namespace) -> None:
     model = setup.make_setup(settings_from(args, setup.ModelSettings), LAION400M if args.laion400m else EMOJI64)
     shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
     items = inputs.text_items(settings_from(args, inputs.TextSettings), shown)
+    reading = tasks.Reading(args.prompt_weights, args.prompt_chunks)
+    tasks.check_prompts(items, args.negative_prompt, reading)
     size = setup.image_size(model.sizes, args.H, args.W)
     pipeline.make_images(
         model,
         items,
-        tasks.text_task(model, size, args.negative_prompt, settings_from(args, tasks.FramingSettings)),
+        tasks.text_task(model, size, args.negative_prompt, settings_from(args, tasks.FramingSettings), reading),
         size,
         settings_from(args, pipeline.SamplingSettings),
         settings_from(args, pipeline.OutputSettings),

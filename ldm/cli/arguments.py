@@ -168,6 +168,24 @@ def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's")
     group.add_argument("--W", "--width", type=side, help=f"width in pixels (default: {default})")
 
 
+def reading_arguments(group: argparse._ArgumentGroup) -> None:
+    """How prompts are read."""
+    group.add_argument(
+        "--prompt-weights",
+        action="store_true",
+        help="read weights in prompts: (word:1.3) has the weight 1.3, (word) 1.1, [word] 1/1.1, and \\( is a bracket "
+        "(default: brackets are text)",
+    )
+    group.add_argument(
+        "--prompt-chunks",
+        type=whole(1, 100),
+        default=1,
+        metavar="N",
+        help="read up to N times as many tokens as the text encoder takes, which is called N times; the rest of a "
+        "longer prompt is left out (default: %(default)s)",
+    )
+
+
 def framing_arguments(group: argparse._ArgumentGroup) -> None:
     """What SDXL is told of the picture beside the text."""
     group.add_argument(

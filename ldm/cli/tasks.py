@@ -19,8 +19,10 @@ from ldm.io.errors import SettingError, fault_of, shown
 from ldm.io.images import pad
 from ldm.modules.encoders.boxes import Box, box_tokens
 from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
+from ldm.modules.encoders.reading import AS_PUBLISHED, Reading
 from ldm.sampling.engine import Task
 from ldm.sampling.framed import FramedText, FramedTextAndMaskedImage, Framing
+from ldm.sampling.generate import Item
 from ldm.sampling.hybrid import Depth, LowResolution, TextAndMaskedImage
 from ldm.sampling.task import (
     Classes,
@@ -56,18 +58,32 @@ class FramingSettings:
     crop: tuple[int, int] | None = None
 
 
-def text_condition(setup: Setup, size: Size, negative: str = "", framing: FramingSettings = FramingSettings()) -> Text:
-    """Text for images of this size; `negative` is what guidance leads away from.
+def text_condition(
+    setup: Setup,
+    size: Size,
+    negative: str = "",
+    framing: FramingSettings = FramingSettings(),
+    reading: Reading = AS_PUBLISHED,
+) -> Text:
+    """Text for images of this size; `negative` is what guidance leads away from, `reading` how texts are read.
 
     Raises:
         SettingError: a framing for a model that is not told any.
     """
     if is_framed(setup):
-        return FramedText(framing_of(size, framing), negative)
+        return FramedText(framing_of(size, framing), negative, reading)
     for name, value in vars(framing).items():
         if value is not None:
             raise SettingError(name, "only for a model that is told how the image is framed, such as SDXL")
-    return Text(negative)
+    return Text(negative, reading)
+
+
+def check_prompts(items: Sequence[Item], negative: str, reading: Reading) -> None:
+    """Raise SettingError for a prompt that can't be read in this way."""
+    for name, prompts in (("prompt", [item.inputs["prompt"] for item in items]), ("negative_prompt", [negative])):
+        with fault_of(name):
+            for prompt in dict.fromkeys(prompts):
+                reading.spans(prompt)
 
 
 def is_framed(setup: Setup) -> bool:
@@ -87,13 +103,19 @@ def framing_of(size: Size, framing: FramingSettings = FramingSettings()) -> Fram
     return Framing(size, framing.original_size or size, framing.crop or (0, 0))
 
 
-def text_task(setup: Setup, size: Size, negative: str = "", framing: FramingSettings = FramingSettings()) -> Task:
+def text_task(
+    setup: Setup,
+    size: Size,
+    negative: str = "",
+    framing: FramingSettings = FramingSettings(),
+    reading: Reading = AS_PUBLISHED,
+) -> Task:
     """Text to image; arguments and errors as for `text_condition`; a refiner is refused, too."""
     if is_refiner(setup):
         raise SettingError(
             "config", "a refiner finishes images of a base model; expected the base model, and this one as its refiner"
         )
-    return Task(text_condition(setup, size, negative, framing))
+    return Task(text_condition(setup, size, negative, framing, reading))
 
 
 def image_task(setup: Setup, image: Tensor, strength: float, negative: str = "") -> Task:

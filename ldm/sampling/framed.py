@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddpm import StableDiffusionXL, StableDiffusionXLInpaint
 from ldm.models.diffusion.denoiser import Conditioning
+from ldm.modules.encoders.reading import AS_PUBLISHED, Reading
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Text
 
@@ -51,13 +52,13 @@ class FramedText(Text):
 
     Args:
         framing: of all images.
-        negative: see `Text`.
+        negative, reading: see `Text`.
     """
 
     kind, key = "a text-to-image model of SDXL", "crossattn-adm"
 
-    def __init__(self, framing: Framing, negative: str = ""):
-        super().__init__(negative)
+    def __init__(self, framing: Framing, negative: str = "", reading: Reading = AS_PUBLISHED):
+        super().__init__(negative, reading)
         self.framing = framing
 
     def settings(self) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class FramedText(Text):
             model.model.conditioning_key == self.key,
             f"its conditioning_key is {model.model.conditioning_key!r}, expected {self.key!r}",
         )
-        return model.conditioner.max_length
+        return model.conditioner.max_length * self.reading.chunks
 
     def encode(self, model: StableDiffusionXL, items: Sequence[Item]) -> Conditioning:
         return self._framed(model, [item.inputs["prompt"] for item in items], self.framing.score)
@@ -85,7 +86,7 @@ class FramedText(Text):
         self, model: StableDiffusionXL, prompts: list[str], score: float, nothing: bool = False
     ) -> Conditioning:
         """The condition of prompts; `nothing`: with zeros in the place of what their text says."""
-        context, pooled = model.conditioner.encode_text(prompts)
+        context, pooled = model.conditioner.encode_text(prompts, self.reading)
         if nothing:
             context, pooled = torch.zeros_like(context), torch.zeros_like(pooled)
         numbers = self.framing.numbers(model.conditioner.numbers, len(prompts), model.device, score)

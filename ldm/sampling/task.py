@@ -21,6 +21,7 @@ from ldm.models.diffusion.schedule import Node, diffuse
 from ldm.modules.attention_control import AttentionControl
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
+from ldm.modules.encoders.reading import AS_PUBLISHED, Reading, read
 from ldm.profiling.cost import Macs
 from ldm.sampling.generate import Item
 
@@ -96,15 +97,22 @@ class Text(Condition):
 
     Args:
         negative: the text that guidance leads away from.
+        reading: how both are read; by default as published.
     """
 
     kind, key = "a text-to-image model", "crossattn"
 
-    def __init__(self, negative: str = ""):
-        self.negative = negative
+    def __init__(self, negative: str = "", reading: Reading = AS_PUBLISHED):
+        self.negative, self.reading = negative, reading
 
     def settings(self) -> dict[str, Any]:
-        return {"negative_prompt": self.negative} if self.negative else {}
+        return ({"negative_prompt": self.negative} if self.negative else {}) | self.reading.settings()
+
+    def cut(self, model: LatentDiffusion, texts: Sequence[str]) -> int:
+        if self.reading.plain:
+            return super().cut(model, texts)
+        rows = model.cond_stage_model.rows
+        return sum(rows(self.reading.spans(text), self.reading.chunks).left_out > 0 for text in texts)
 
     def tokens(self, model: LatentDiffusion) -> int:
         super().tokens(model)
@@ -123,7 +131,9 @@ class Text(Condition):
 
     @torch.no_grad()
     def _embed(self, model: LatentDiffusion, prompts: list[str]) -> Tensor:
-        return model.get_learned_conditioning(prompts)
+        if self.reading.plain:
+            return model.get_learned_conditioning(prompts)
+        return read(model.cond_stage_model, prompts, self.reading)[0]
 
 
 class Classes(Condition):

@@ -17,6 +17,7 @@ from ldm.io.images import to_pil
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
+from ldm.modules.encoders.reading import Reading
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task
 from ldm.sampling.framed import FramedText, Framing
 from ldm.sampling.generate import prompt_items
@@ -30,6 +31,7 @@ from tests.helpers.tiny_xl import OWN, tiny_xl
 STEPS = ["--prompt", "a cat", "--steps", "4", "--sampler", "euler-trailing", "--n_samples", "1", "--skip_grid"]
 
 
+PLAIN = "a cat wearing sunglasses"
 FRAMING = Framing((64, 64), (16, 24), (9, 500))
 PROPAGATED = Plan(4, (0, 1))
 
@@ -265,3 +267,15 @@ def test_a_refiner_without_a_base_of_its_kind(refiner, tmp_path, capsys):
     config, ckpt = map(str, write_model(tmp_path))
     script = Script("txt2img", tmp_path, "--config", config, "--ckpt", ckpt, "--refiner", refiner[3])
     assert "--refiner: finishes images of a base model of SDXL" in script.refusal(capsys)
+
+
+def test_prompts_with_weights_and_in_chunks(model):
+    """Both encoders read them; the text's own vector is that of the first chunk, without weights."""
+    items, reading = prompt_items(["a (cat:2) wearing sunglasses"], 1, 1), Reading(weights=True, chunks=2)
+    condition = FramedText(FRAMING, reading=reading)
+    cond, plain = condition.encode(model, items), FramedText(FRAMING).encode(model, prompt_items([PLAIN], 1, 1))
+    assert condition.tokens(model) == cond.context.shape[1] == 154 and torch.equal(cond.y, plain.y)
+    change = (cond.context[:, :77] - plain.context).abs().amax((0, 1))
+    assert (change[:16] > 1e-3).any() and (change[16:] > 1e-3).any()
+    assert condition.settings()["prompt_chunks"] == 2 and condition.settings()["prompt_weights"] is True
+    assert condition.unconditional(model, cond).context.shape == cond.context.shape

@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from ldm.io.files import find_file, read_bytes
+from ldm.modules.encoders.reading import Rows, Span, rows_of
 from ldm.modules.encoders.tokenizer import Words, add_token, check_ids, cut, with_all_vectors, words_of
 
 try:
@@ -148,6 +149,10 @@ class ClipTokenizer:
         """
         return words_of(self.bpe, self._read(text))
 
+    def rows(self, spans: Sequence[Span], chunks: int) -> Rows:
+        """Parts of a text as several rows of token ids, see `rows_of`."""
+        return rows_of(self.bpe, [Span(self._read(text), weight) for text, weight in spans], chunks)
+
     def _read(self, text: str) -> str:
         return with_all_vectors(clean(text), self.added)
 
@@ -221,6 +226,10 @@ class ClipConditioner(nn.Module):
     def cut(self, texts: Sequence[str]) -> list[bool]:
         """See `ClipTokenizer.cut`."""
         return self.tokenizer.cut(texts)
+
+    def rows(self, spans: Sequence[Span], chunks: int) -> Rows:
+        """See `ClipTokenizer.rows`."""
+        return self.tokenizer.rows(spans, chunks)
 
     def words(self, text: str) -> Words:
         """See `ClipTokenizer.words`."""

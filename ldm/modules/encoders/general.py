@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import timestep_embedding
+from ldm.modules.encoders.reading import AS_PUBLISHED, Reading, Rows, Span, read
 from ldm.util import instantiate_from_config
 
 TEXT = "txt"  # the input key of text encoders; all others are numbers
@@ -96,15 +97,22 @@ class GeneralConditioner(nn.Module):
         """See `ClipTokenizer.cut`."""
         return self.text_encoders[0].cut(texts)
 
-    def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B texts -> the context (B, L, D), and the texts' own vector (B, P).
+    def rows(self, spans: Sequence[Span], chunks: int) -> Rows:
+        """See `ClipTokenizer.rows`; of the first text encoder, as the others differ in their padding only."""
+        return self.text_encoders[0].rows(spans, chunks)
+
+    def encode_text(self, texts: Sequence[str], reading: Reading = AS_PUBLISHED) -> tuple[Tensor, Tensor]:
+        """B texts -> the context (B, chunks * L, D), and the texts' own vector (B, P).
+
+        Args:
+            reading: how the texts are read, see `read`.
 
         Raises:
-            ValueError: no text encoder gives the latter.
+            ValueError: no text encoder gives the latter; or see `read`.
         """
         tokens, pooled = [], []
         for encoder in self.text_encoders:
-            result = encoder(texts)
+            result = encoder(texts) if reading.plain else read(encoder, texts, reading)
             one, *own = result if isinstance(result, tuple) else (result,)
             tokens.append(one)
             pooled += own

@@ -17,6 +17,7 @@ from ldm.modules.diffusionmodules.upscaling import CLIPEmbeddingNoiseAugmentatio
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder, FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.general import ConcatTimestepEmbedderND, GeneralConditioner
 from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2, FrozenOpenCLIPImageEmbedder
+from ldm.modules.encoders.reading import Rows, Span, rows_of
 from ldm.modules.encoders.tokenizer import (
     Words,
     add_token,
@@ -213,6 +214,15 @@ class BERTEmbedder(TransformerEmbedder):
             ValueError: there is no tokenizer.
         """
         return cut(self._tokenizer(), [with_all_vectors(text, self.added) for text in texts])
+
+    def rows(self, spans: Sequence[Span], chunks: int) -> Rows:
+        """Parts of a text as several rows of token ids, see `rows_of`.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        given = [Span(with_all_vectors(text, self.added), weight) for text, weight in spans]
+        return rows_of(self._tokenizer(), given, chunks)
 
     def words(self, text: str) -> Words:
         """The words of a text, in lower case, with their tokens.
