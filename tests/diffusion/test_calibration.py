@@ -427,7 +427,7 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
         return float(re.search(r"([\d.]+) dB, ", capsys.readouterr().out)[1])  # the first row is the plan asked for
 
     published = "0,1,2"
-    assert psnr("auto:3") == psnr(str(plan)) > psnr(published) + 5
+    assert psnr(str(plan)) > psnr(published) + 5
     assert (
         load_script("txt2img").main(
             [

@@ -24,7 +24,7 @@ from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.profiling.cost import decoder_bytes, decoders_that_fit, free_bytes, peak_bytes, sampling_bytes
+from ldm.profiling.cost import decoder_bytes, decoders_that_fit, free_bytes, kept_bytes, peak_bytes, sampling_bytes
 from ldm.sampling.generate import read_manifest
 from tests.helpers.scripts import load_script
 from tests.helpers.tiny_models import write_model
@@ -86,6 +86,19 @@ def test_the_estimate_of_sampling_is_what_networks_really_hold():
     decoding = peak_bytes(lambda: first_stage.decode(x))
     for images, predictions, real in ((1, 8, predicting), (8, 1, decoding)):
         assert sampling_bytes(unet, first_stage, (4, 8, 8), images, predictions, 7) == real
+
+
+def test_what_is_counted_as_kept_is_what_a_real_run_keeps():
+    unet = UNetModel(**UNET).requires_grad_(False)
+    t, context = torch.full((1,), 500.0), torch.randn(1, 7, 16)
+    features = unet.encode(torch.randn(1, 4, 8, 8), t, context)
+    inner = [unet.advance(features, t, context, blocks=b).hidden for b in range(len(features.skips) + 1)]
+    made = {id(part.conv): part.conv for part in unet.share(features).shared}
+    kept = kept_bytes(unet, (8, 8), 7)
+    assert kept.features == sum(tensor.nbytes for tensor in features.tensors)
+    assert kept.inner == tuple(hidden.nbytes for hidden in inner) and len(set(kept.inner)) > 1
+    assert kept.output == unet.decode(features, t, context).nbytes
+    assert kept.shared >= sum(conv.nbytes for conv in made.values()) > 0
 
 
 def test_memory_decides_how_many_fit():

@@ -234,7 +234,7 @@ def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
             else:
                 return calibration
     if why is not None:
-        raise why
+        raise ValueError(f"{why}; scripts/calibrate_plan.py makes one for such runs")
     lengths = ", ".join(str(calibration.num_nodes) for calibration in found.values())
     raise ValueError(
         f"auto plans need a calibration of this model for {sampler} with {num_nodes} nodes; there is "
