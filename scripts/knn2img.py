@@ -59,9 +59,8 @@ def retrieval_arguments(p: argparse.ArgumentParser) -> None:
     near.add_argument("--knn", type=whole(1, MOST), metavar="K", help="neighbours (default: the model's, or 10)")
     near.add_argument(
         "--database",
-        default="artbench-surrealism",
         metavar="DIR",
-        help="folder of the database, or its name in data/rdm/retrieval_databases (default: %(default)s)",
+        help="folder of the database, or its name in data/rdm/retrieval_databases (default: artbench-surrealism)",
     )
     near.add_argument(
         "--searcher",
@@ -108,6 +107,8 @@ def run(args: argparse.Namespace) -> None:
         settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
     )
+    if found.database is None and args.database is not None and runs:
+        print("--database: not used without --use_neighbors or --query-image, as in published commands")
     if args.show_neighbors and runs:
         cli.neighbours.save_sheets(runs, found.database, args.outdir)
 

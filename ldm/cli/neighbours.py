@@ -26,7 +26,8 @@ from ldm.sampling.engine import Task
 from ldm.sampling.generate import Item
 from ldm.sampling.neighbours import Neighbours, context_of
 
-KNN, SCALE = 10, 5.0  # neighbours and guidance scale, as published
+KNN, SCALE, DATABASE = 10, 5.0, "artbench-surrealism"  # as published
+TEXTS = 256  # that are embedded together
 CELL = 192  # pixels of an image on a sheet
 MISSING = (224, 224, 224)  # where a neighbour's image is not here
 
@@ -38,14 +39,15 @@ class RetrievalSettings:
     use_neighbors: embeddings found in the database, beside that of the query.
     omit_query: without that of the query.
     knn: how many; None = what the model's config recommends, or 10.
-    database: folder or name, see `open_database`. searcher: folder of its index; None = the exact search.
+    database: folder or name, see `open_database`; None = the published default.
+    searcher: folder of its index; None = the exact search.
     clip_type: the embedder, see `load_embedder`; None = the model config's, or CLIP's ViT-L/14.
     """
 
     use_neighbors: bool = False
     omit_query: bool = False
     knn: int | None = None
-    database: str = "artbench-surrealism"
+    database: str | None = None
     searcher: str | None = None
     clip_type: str | None = None
 
@@ -87,13 +89,13 @@ def retrieve(setup: Setup, items: Sequence[Item], images: Sequence[str], setting
     with fault_of("clip_type"):
         embedder = load_embedder(settings.clip_type or recommended.get("embedder", VIT_L_14))
     found = settings.use_neighbors or bool(images)
-    database = find_database(settings.database) if found else None
+    database = find_database(settings.database or DATABASE) if found else None
     if database is not None:
         check_embedder(database, embedder)
     of_prompt = {item.prompt_index: item.inputs for item in items}
     prompts = [] if images else [inputs["prompt"] for inputs in of_prompt.values()]
     with fault_of("clip_type"):
-        queries = embedded(embedder, images) if images else embedder.texts(prompts)
+        queries = embedded(embedder, images, prompts)
         cut = embedder.cut(prompts)
     facts: dict[str, Any] = {"embedder": f"{embedder.name} {embedder.identity}"}
     own = None if images or settings.omit_query else queries
@@ -135,9 +137,11 @@ def searcher_of(database: Database, folder: str | None) -> Searcher:
         return open_index(Path(folder), database)
 
 
-def embedded(embedder: Embedder, paths: Sequence[str]) -> Tensor:
-    """(N, D)."""
-    return torch.cat([embedder.images(embedder.prepared(open_image(path))[None]) for path in paths])
+def embedded(embedder: Embedder, images: Sequence[str], texts: Sequence[str]) -> Tensor:
+    """The queries, (N, D): images one by one if there are any, else texts."""
+    if images:
+        return torch.cat([embedder.images(embedder.prepared(open_image(path))[None]) for path in images])
+    return torch.cat([embedder.texts(texts[i : i + TEXTS]) for i in range(0, len(texts), TEXTS)])
 
 
 def with_neighbours(item: Item, neighbours: Sequence[Neighbour]) -> Item:

@@ -98,7 +98,7 @@ def build(settings: BuildSettings) -> Built:
     entries: dict[str, Entry] = {}
     for path in tqdm(paths, "reading", unit="image", disable=None):
         name, sha256 = path.relative_to(settings.folder).as_posix(), file_sha256(path)
-        caption = captions.get(path, [""])[0]
+        caption = next(iter(captions.get(path, ())), "")
         entries.setdefault(sha256, Entry(name, sha256, caption, licence_of(path, settings)))
     new = [entry for sha256, entry in entries.items() if sha256 not in known]
     write_json(settings.out / CARD, card.model_dump())

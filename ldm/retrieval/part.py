@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ldm.io.arrays import array_names, load_array, map_array, open_array
 from ldm.io.files import FileError, parse_json_lines, read_text
@@ -20,7 +21,7 @@ from ldm.io.files import FileError, parse_json_lines, read_text
 EMBEDDING = "embedding"  # names of arrays: as published,
 LENGTH = "length"  # and the embeddings' lengths, which then need not be computed
 SUFFIXES = (".npz", ".npy")
-CHUNK_BYTES = 4 << 20  # of embeddings at a time: what stays in a processor's cache while it is used twice
+CHUNK_BYTES = 1 << 20  # of embeddings at a time: what stays in a processor's cache while it is used twice
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of an npy file, that stand for its content
 MOST_NUMBERS = 1 << 31  # of an array other than the embeddings
 
@@ -67,7 +68,7 @@ class Part:
         for first, chunk in zip(range(0, self.rows, step), self._stored(step), strict=True):
             chunk = chunk.astype(np.float32, copy=False)
             if self.lengths is None:
-                yield chunk, np.sqrt(np.einsum("nd,nd->n", chunk, chunk))
+                yield chunk, torch.linalg.vector_norm(torch.from_numpy(chunk), dim=1).numpy()
             else:
                 yield chunk, self.lengths[first : first + step]
 
@@ -79,7 +80,7 @@ class Part:
             for first in range(0, self.rows, step):
                 count = min(step, self.rows - first)
                 content = stream.read(count * self.width * self.dtype.itemsize)
-                yield np.frombuffer(content, self.dtype).reshape(count, self.width)
+                yield np.frombuffer(bytearray(content), self.dtype).reshape(count, self.width)
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """Those of some rows, (n, width) float32."""

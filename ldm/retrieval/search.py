@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from torch.nn.functional import normalize
 from ldm.io.errors import SettingError
 from ldm.retrieval.database import Database
 
+CHOSEN_FROM = 1 << 16  # cosines, at least, that the greatest are chosen from at a time
 SHORTEST = 1e-12  # length of an embedding that is divided by; one of zeros is like nothing
 
 
@@ -47,14 +49,24 @@ class ExactSearch:
         directions = normalize(queries.float()).T.contiguous().numpy()  # (D, Q)
         best = Found(torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0))
         first = 0
-        for chunk, lengths in self.database.chunks():
-            # By NumPy: of one query its product takes half the time of PyTorch's, that of reading the chunk.
-            cosines = chunk @ directions / np.maximum(lengths, SHORTEST)[:, None]  # (n, Q)
+        for cosines in self._cosines(directions):
             best = _better(best, torch.from_numpy(cosines).T, first, k)
-            first += len(chunk)
+            first += len(cosines)
         if not best.similarities.isfinite().all():
             raise SettingError("database", f"{self.database.folder}: has embeddings that are not finite")
         return best
+
+    def _cosines(self, directions: np.ndarray) -> Iterator[np.ndarray]:
+        """Of all rows with the queries (D, Q), in order, (some, Q) at a time: enough for the choice to cost little."""
+        waiting: list[np.ndarray] = []
+        for chunk, lengths in self.database.chunks():
+            # By NumPy: of one query its product takes half the time of PyTorch's.
+            waiting.append(chunk @ directions / np.maximum(lengths, SHORTEST)[:, None])
+            if sum(part.size for part in waiting) >= CHOSEN_FROM:
+                yield np.concatenate(waiting)
+                waiting = []
+        if waiting:
+            yield np.concatenate(waiting)
 
 
 def _better(best: Found, similarities: Tensor, first: int, k: int) -> Found:

@@ -30,6 +30,7 @@ def folder(tmp_path, monkeypatch):
     shutil.copy(folder / "0.png", folder / "z.png")
     (folder / "broken.png").write_text("no picture")
     (folder / "4.txt").write_text("not of an image here")
+    (folder / "1.txt").write_text("\n")
     (folder / "b" / "4.txt").write_text("a red scene\nsecond")
     (folder / "b" / "LICENSE.md").write_text("terms")
     return folder

@@ -78,6 +78,7 @@ def test_golden_contexts(name):
 def test_texts_neighbours_and_both_make_other_images(script, capsys):
     (text,) = script()
     assert text.items() >= {"prompt": "a cat", "scale": 5.0, "height": 16}.items() and "neighbors" not in text
+    assert "--database: not used without --use_neighbors" in capsys.readouterr().out
     (both,) = script("--use_neighbors", "--knn", "3")
     (near,) = script("--use_neighbors", "--knn", "3", "--omit_query")
     shown = [script.pixels(entry) for entry in (text, both, near)]
