@@ -8,13 +8,12 @@ from pathlib import Path
 
 from ldm.cli.parser import check_outdir
 from ldm.io.errors import SettingError, fault_of, some
-from ldm.io.files import PROJECT_ROOT
 from ldm.retrieval.benchmark import benchmark
 from ldm.retrieval.build import BuildSettings, build
 from ldm.retrieval.database import PUBLISHED, Database, open_database
 from ldm.retrieval.index import train_index
 
-SEARCHERS = PROJECT_ROOT / "data/rdm/searchers"
+SEARCHERS = Path("data/rdm/searchers")
 SHOWN = 3  # of images that are left out, how many are named
 
 

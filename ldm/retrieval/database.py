@@ -25,7 +25,7 @@ from ldm.retrieval.part import Part, number_of, parts_in
 
 CARD = "database.json"
 THUMBNAIL = "thumbnail"
-PUBLISHED = PROJECT_ROOT / "data/rdm/retrieval_databases"
+PUBLISHED = Path("data/rdm/retrieval_databases")  # from the working directory, or from the project
 MAKE = "scripts/build_database.py makes one of a folder of images"
 
 
@@ -152,7 +152,9 @@ def open_database(name: str | Path) -> Database:
     Raises:
         ValueError: there is none, it is not finished, or a part is missing or damaged.
     """
-    folder = next((place for place in (Path(name), PUBLISHED / name) if place.is_dir()), None)
+    folder = next(
+        (place for place in (Path(name), PUBLISHED / name, PROJECT_ROOT / PUBLISHED / name) if place.is_dir()), None
+    )
     if folder is None:
         raise ValueError(f"{name}: no such folder, nor {PUBLISHED / name}; {MAKE}")
     card = read_card(folder)
