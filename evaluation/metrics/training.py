@@ -96,14 +96,14 @@ class FirstStageMeasures(pl.Callback):
         if trainer.sanity_checking:
             return
         real, made = (of_all_processes(module, torch.cat(rows)) for rows in (self.real, self.made))
-        module.log("val/rfid", frechet(made, gaussian_of(real)))
+        module.log("val/rfid", frechet(made, gaussian_of(real)), sync_dist=True)
         if self.distances:
-            module.log("val/lpips", of_all_processes(module, torch.cat(self.distances)).mean())
+            module.log("val/lpips", torch.cat(self.distances).mean(), sync_dist=True)
         if self.codes:
             codes = of_all_processes(module, torch.cat(self.codes))
             there = module.model.quantize.embedding.num_embeddings
-            module.log("val/codebook_used", len(codes.unique()) / there)
-            module.log("val/codebook_perplexity", perplexity(codes, there))
+            module.log("val/codebook_used", len(codes.unique()) / there, sync_dist=True)
+            module.log("val/codebook_perplexity", perplexity(codes.flatten(), there), sync_dist=True)
 
 
 class SampleMeasures(pl.Callback):
@@ -157,7 +157,7 @@ class SampleMeasures(pl.Callback):
             self.real = gaussian_of(self.real_features(trainer, module))
         samples = (module.samples(*given) for given in self.given(trainer, module))
         made = torch.cat([features_of(images, self.extractor, module.device) for images in samples])
-        module.log_dict(self.values(of_all_processes(module, made, self.count)))
+        module.log_dict(self.values(of_all_processes(module, made, self.count)), sync_dist=True)
         self.measured = trainer.global_step
 
     def values(self, features: Tensor) -> dict[str, float]:
