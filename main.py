@@ -247,17 +247,17 @@ def run(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, name: str, files: list[Path], overrides: list[str], logdir: Path) -> None:
     """Train or validate in the log folder; `name` is the argument that names the configuration."""
-    from ldm.training.run import fit, read_configuration
+    from ldm.training import configuration, run
 
     with fault_of(name):
-        config = read_configuration(files, overrides, args.seed, args.steps, args.scale_lr)
+        config = configuration.read_configuration(files, overrides, args.seed, args.steps, args.scale_lr)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in AS_MEANT:
         warnings.filterwarnings("ignore", message)
     if args.allow:
         sys.path.insert(0, os.getcwd())  # where one's own package usually is
     with fault_of(name), debugged(args.debug):
-        fit(config, logdir, train=args.train, allow=args.allow, resumed=state_of(args.resume))
+        run.fit(config, logdir, train=args.train, allow=args.allow, resumed=state_of(args.resume))
     if args.train:
         print(f"for sampling: python scripts/export_model.py {logdir} --out {logdir}/model.safetensors")
 

@@ -9,8 +9,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from ldm.training.configuration import TRAINER, read_configuration
 from ldm.training.published import completed, devices_of
-from ldm.training.run import TRAINER, read_configuration, several
+from ldm.training.run import several
 from ldm.training.state import read_state
 from main import TRAINER_FLAGS, folder_of, main, name_of, of_gpus, parser, plain
 from tests.training.test_adversarial import tiny_config

@@ -34,9 +34,10 @@ from ldm.modules.encoders.tokenizer import train_tokenizer
 from ldm.training import watch
 from ldm.training.autoencoder import AutoencoderTraining, start_from_principal_components
 from ldm.training.callbacks import KeptState, Monitor
+from ldm.training.configuration import read_configuration, scale_schedule
 from ldm.training.diffusion import DiffusionTraining
 from ldm.training.export import sampling_weights
-from ldm.training.run import fit, read_configuration, scale_schedule
+from ldm.training.run import fit
 from ldm.training.state import read_state, steps_done
 from ldm.util import instantiate_from_config
 from main import given_files, main, parser
