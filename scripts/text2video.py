@@ -1,7 +1,7 @@
-"""A short video from text by a model of images (Text2Video-Zero), with or without encoder propagation (Faster
-Diffusion).
+"""A short video from text, with or without encoder propagation (Faster Diffusion).
 
-The first frame is an image of its own. The others begin from its latents, moved, and attend to it at every step, so the
+By default a model of images makes it (Text2Video-Zero); --model videofusion takes a model of videos. Of the former, the
+first frame is an image of its own. The others begin from its latents, moved, and attend to it at every step, so the
 same things are seen from frame to frame. Frames are saved as images, and together as one file.
 """
 
@@ -15,6 +15,7 @@ from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     MOST_STEPS,
+    ROOT,
     count,
     finite,
     model_arguments,
@@ -27,6 +28,7 @@ from ldm.cli.arguments import (
 )
 from ldm.cli.parser import GO_ON, Parser, number, run_command, settings_from
 
+VIDEOFUSION = (ROOT / "configs/video/videofusion.yaml", ROOT / "models/video/videofusion/model.safetensors")
 FORMATS = ("gif", "mp4", "frames")
 step = number(int, 0, MOST_STEPS, "a whole number >= 0")
 
@@ -56,7 +58,16 @@ def video_arguments(p: argparse.ArgumentParser) -> None:
     what = p.add_argument_group("what to make")
     what.add_argument("--prompt", required=True, help="text that describes the video")
     negative_argument(what)
-    what.add_argument("--frames", type=count, default=8, metavar="N", help="number of frames (default: %(default)s)")
+    what.add_argument(
+        "--model",
+        choices=("zero", "videofusion"),
+        default="zero",
+        help="zero = a model of images, whose frames are moved (Text2Video-Zero); videofusion = a model of videos "
+        "(default: %(default)s)",
+    )
+    what.add_argument(
+        "--frames", type=count, metavar="N", help="number of frames (default: 8; with --model videofusion 16)"
+    )
     what.add_argument(
         "--chunk",
         type=count,
@@ -67,7 +78,6 @@ def video_arguments(p: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--motion",
         type=motion,
-        default=(12.0, 12.0),
         metavar="X,Y",
         help="how far each frame moves to the left and up, in 512ths of the image (default: 12,12)",
     )
@@ -104,11 +114,12 @@ def run(args: argparse.Namespace) -> None:
     settings = settings_from(args, cli.video.VideoSettings)
     sampling = settings_from(args, cli.pipeline.SamplingSettings)
     cli.video.check_video(settings, sampling)
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64)
+    default = VIDEOFUSION if args.model == "videofusion" else EMOJI64
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), default)
     size = cli.setup.image_size(model.sizes, args.H, args.W)
     made = cli.video.make_video(model, settings, size, sampling, settings_from(args, cli.pipeline.OutputSettings))
     if made is not None:
-        print(f"{settings.frames} frames: {made}")
+        print(f"{settings.count} frames: {made}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ An unknown key is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -190,7 +190,11 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 # From a folder's parts
 
 
-def to_ldm(parts: Mapping[str, Mapping[str, Tensor]], openclip: bool) -> dict[str, Tensor]:
+def to_ldm(
+    parts: Mapping[str, Mapping[str, Tensor]],
+    openclip: bool,
+    unet: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
     """A CompVis state dict of the three parts of a diffusers folder.
 
     The last layer of an OpenCLIP encoder, which is not in a folder and which the model does not run, comes as zeros:
@@ -199,12 +203,14 @@ def to_ldm(parts: Mapping[str, Mapping[str, Tensor]], openclip: bool) -> dict[st
     Args:
         parts: state dicts of PARTS, in diffusers' present or older names.
         openclip: the text encoder is OpenCLIP's (Stable Diffusion 2), not CLIP's (1).
+        unet: renames the first part; None = that of these models.
 
     Raises:
         ConversionError: a part has keys that these models do not have, or lacks keys.
     """
+    unet = unet or unet_to_ldm
     text = (openclip_to_ldm if openclip else clip_to_ldm)(parts["text_encoder"])
-    converted = {UNET: unet_to_ldm(parts["unet"]), VAE: vae_to_ldm(parts["vae"]), OPENCLIP if openclip else CLIP: text}
+    converted = {UNET: unet(parts["unet"]), VAE: vae_to_ldm(parts["vae"]), OPENCLIP if openclip else CLIP: text}
     return {prefix + key: value for prefix, state in converted.items() for key, value in state.items()}
 
 
@@ -503,3 +509,79 @@ def text_config(weights: Mapping[str, Tensor], openclip: bool) -> dict[str, Any]
         "hidden_act": TEXT_ACTIVATIONS[openclip],
         "layer_norm_eps": 1e-5,
     }
+
+
+# VideoFusion: ModelScope's names are ours. The projections of temporal transformers are convolutions of width 1 there,
+# (C, C, 1), and linear layers in diffusers.
+
+VIDEO_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "input_blocks.0.1": "transformer_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+TEMPORAL = re.compile(r"(transformer_in|.*temp_attentions\.\d+)\.proj_(in|out)\.weight")
+
+
+def _video_group(ours: str, theirs: str, i: int, attended: bool) -> Iterator[tuple[str, str]]:
+    """A residual block with what follows it, and where diffusers has it."""
+    for own, other in RES_BLOCK.items():
+        yield f"{ours}.0.{own}", f"{theirs}.resnets.{i}.{other}"
+    yield f"{ours}.0.temopral_conv", f"{theirs}.temp_convs.{i}"
+    if attended:
+        yield f"{ours}.1", f"{theirs}.attentions.{i}"
+        yield f"{ours}.2", f"{theirs}.temp_attentions.{i}"
+
+
+def video_names(levels: int, blocks: int) -> dict[str, str]:
+    """The modules, diffusers' name -> ModelScope's; `blocks`: residual blocks per level of the encoder."""
+    pairs, place = list(VIDEO_ENDS.items()), 1
+    for level in range(levels):
+        down, attended = f"down_blocks.{level}", level < levels - 1
+        for i in range(blocks):
+            pairs += _video_group(f"input_blocks.{place}", down, i, attended)
+            place += 1
+        if attended:
+            pairs.append((f"input_blocks.{place}.op", f"{down}.downsamplers.0.conv"))
+            place += 1
+    pairs += _video_group("middle_block", "mid_block", 0, True)
+    second = {
+        ours.replace("middle_block.0", "middle_block.3"): theirs
+        for ours, theirs in _video_group("middle_block", "mid_block", 1, False)
+    }
+    pairs += second.items()
+    for level in reversed(range(levels)):
+        up, attended = f"up_blocks.{levels - 1 - level}", level < levels - 1
+        for i in range(blocks + 1):
+            place = (levels - 1 - level) * (blocks + 1) + i
+            pairs += _video_group(f"output_blocks.{place}", up, i, attended)
+        if level > 0:
+            pairs.append((f"output_blocks.{place}.{3 if attended else 1}.conv", f"{up}.upsamplers.0.conv"))
+    return {theirs: ours for ours, theirs in pairs}
+
+
+def is_video(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are diffusers' names of a network of videos."""
+    return "transformer_in.norm.weight" in state
+
+
+def video_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under ModelScope's names, from diffusers'.
+
+    Raises:
+        ConversionError: names of another network.
+    """
+    levels = _count(state, r"down_blocks\.(\d+)\.")
+    blocks = _count(state, r"down_blocks\.0\.resnets\.(\d+)\.")
+    names, found, unknown = video_names(levels, blocks), {}, []
+    for key, value in state.items():
+        module = max((name for name in names if key.startswith(f"{name}.")), key=len, default=None)
+        if module is None:
+            unknown.append(key)
+        else:
+            found[names[module] + key.removeprefix(module)] = value[..., None] if TEMPORAL.fullmatch(key) else value
+    if unknown:
+        raise ConversionError(f"keys that VideoFusion's network does not have{some(unknown, 4)}")
+    return found

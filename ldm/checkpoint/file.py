@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint import conversion_xl
-from ldm.checkpoint.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, to_ldm
+from ldm.checkpoint.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, is_video, to_ldm, video_to_ldm
 from ldm.io.errors import one_line, some
 from ldm.io.files import FileError, atomic_write, file_sha256, kind, parse_json, read_json
 from ldm.modules.ema import ema_name
@@ -131,7 +131,8 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
             f"got {type(error).__name__} {one_line(error)}"
         ) from error
     try:
-        return to_ldm({part: read_checkpoint(file) for part, file in files.items()}, openclip)
+        parts = {part: read_checkpoint(file) for part, file in files.items()}
+        return to_ldm(parts, openclip, video_to_ldm if is_video(parts["unet"]) else None)
     except ConversionError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

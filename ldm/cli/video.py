@@ -15,12 +15,15 @@ from ldm.cli.setup import Setup
 from ldm.cli.tasks import text_task
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.video import check_format, save_video
+from ldm.modules.diffusionmodules.unet3d import VideoUNet
 from ldm.sampling.engine import Task, predicts_once
 from ldm.sampling.generate import Item, digest
 from ldm.sampling.task import Network
-from ldm.sampling.video import Frames, Motion, MovedFrames
+from ldm.sampling.video import Frames, Motion, MovedFrames, OneVideo
 
 Size = tuple[int, int]  # height and width, in pixels
+FRAMES = {"zero": 8, "videofusion": 16}  # as published
+MOTION = (12.0, 12.0)
 T1, T0 = 0.96, 0.9  # of the steps, before the end: 48 and 45 of 50, as published
 
 
@@ -32,12 +35,14 @@ class VideoSettings:
     t1, t0: see there; None = 47 and 44 of 50 steps, in proportion.
     chunk: most frames at a time; None = all.
     format: "frames", or of the file that shows them, see `ldm.io.video.FORMATS`.
+    model: one of MODELS: a model of images, or one of videos, which the next four are not for.
     control, control_model: a picture for each frame, and the control network that reads them; none = no control.
     """
 
     prompt: str
-    frames: int = 8
-    motion: tuple[float, float] = (12.0, 12.0)
+    model: str = "zero"
+    frames: int | None = None
+    motion: tuple[float, float] | None = None
     t1: int | None = None
     t0: int | None = None
     chunk: int | None = None
@@ -49,18 +54,27 @@ class VideoSettings:
     control: Sequence[str] = ()
     control_model: str | None = None
 
+    @property
+    def count(self) -> int:
+        """Of frames."""
+        return FRAMES[self.model] if self.frames is None else self.frames
+
 
 def check_video(settings: VideoSettings, sampling: SamplingSettings) -> None:
     """Raise SettingError for what no video can be made with."""
+    if settings.model == "videofusion":
+        for name in ("motion", "t1", "t0", "chunk", "control", "control_model"):
+            if getattr(settings, name) not in (None, (), []):
+                raise SettingError(name, "not with a model of videos, which makes all frames together")
     with fault_of("format"):
         check_format(settings.format)
     if sampling.error_budget is not None:
         raise SettingError("error_budget", "decides for each image; the frames of a video are sampled together")
     if sampling.plan.startswith("online:") and not sampling.plan.startswith("online:time:"):
         raise SettingError("plan", f"{sampling.plan} decides for each image; expected online:time:X or another plan")
-    if len(settings.control) not in (0, settings.frames):
+    if len(settings.control) not in (0, settings.count):
         raise SettingError(
-            "control", f"expected {settings.frames} pictures, one for each frame; got {len(settings.control)}"
+            "control", f"expected {settings.count} pictures, one for each frame; got {len(settings.control)}"
         )
     if bool(settings.control) != (settings.control_model is not None):
         raise SettingError("control_model", "goes together with --control, the pictures that it reads")
@@ -77,7 +91,7 @@ def make_video(
     items = frame_items(settings)
     task = video_task(setup, settings, size, sampling, items[0])
     runs = make_images(
-        setup, items, task, size, sampling, output, min(settings.chunk or settings.frames, settings.frames), keep=True
+        setup, items, task, size, sampling, output, min(settings.chunk or settings.count, settings.count), keep=True
     )
     if settings.format == "frames" or not runs:
         return None
@@ -87,13 +101,17 @@ def make_video(
 
 def frame_items(settings: VideoSettings) -> list[Item]:
     """The frames of the video."""
-    subjects = [{"prompt": settings.prompt, "frame": k} for k in range(settings.frames)]
+    subjects = [{"prompt": settings.prompt, "frame": k} for k in range(settings.count)]
     return image_items(subjects, 1, settings.seed, settings.seed_by_position)
 
 
 def video_task(setup: Setup, settings: VideoSettings, size: Size, sampling: SamplingSettings, first: Item) -> Task:
     """Text to the frames of a video."""
     task, network = text_task(setup, size, settings.negative_prompt), Network()
+    if settings.model == "videofusion":
+        if not setup.config.model.params.unet_config.target.endswith(f".{VideoUNet.__name__}"):
+            raise SettingError("config", "not a model of videos; expected one such as configs/video/videofusion.yaml")
+        return replace(task, network=OneVideo(settings.count))
     if settings.control:
         network = controlled_frames(setup, settings.control, settings.control_model, size)
     recipe = make_recipe(sampling, size, setup.config)
@@ -110,7 +128,7 @@ def motion_of(settings: VideoSettings, steps: int) -> Motion:
     """How the frames move in a run of so many steps."""
     t1 = round(T1 * steps) - 1 if settings.t1 is None else settings.t1
     t0 = min(t1, round(T0 * steps)) - 1 if settings.t0 is None else settings.t0
-    return Motion(settings.motion, t1, t0)
+    return Motion(settings.motion or MOTION, t1, t0)
 
 
 def save_clip(run: MethodRun, settings: VideoSettings, items: Sequence[Item], outdir: Path) -> Path:

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.control import CrossFrame
+from ldm.models.diffusion.control import CrossFrame, WrappedNetwork
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.denoiser import ConditionedNetwork, Denoiser
+from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning, Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.motion import moved, noised_again
 from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node
+from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.unet3d import apart, together
 from ldm.profiling.cost import Macs
 from ldm.sampling.engine import Recipe
 from ldm.sampling.generate import Item
@@ -101,6 +103,64 @@ class Frames(Network):
 
     def macs(self, unit: Macs, size: Sequence[int], tokens: int | None, guided: bool) -> Macs:
         return self.network.macs(unit, size, tokens, guided)
+
+
+class WholeVideos(WrappedNetwork):
+    """A network of videos as one of images: a batch is the frames of whole videos, one after the other.
+
+    Args:
+        network: takes and gives (B, C, F, H, W); its features are (B, F, ...).
+        frames: F, of each video.
+    """
+
+    def __init__(self, network: ConditionedNetwork, frames: int) -> None:
+        super().__init__(network)
+        self.frames = frames
+
+    def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Features:
+        return self._of_frames(self.inner.encode(apart(x, self.frames), *self._of_videos(t, cond), tome))
+
+    def refresh(
+        self, features: Features, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0
+    ) -> Features:
+        whole = self._whole(features)
+        anew = self.inner.refresh(whole, apart(x, self.frames), *self._of_videos(t, cond), blocks, tome)
+        return self._of_frames(anew)
+
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float = 0.0) -> Features:
+        whole = self._whole(features)
+        return self._of_frames(self.inner.advance(whole, *self._of_videos(t, cond), blocks, tome))
+
+    def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float = 0.0) -> Tensor:
+        return together(self.inner.decode(self._whole(features), *self._of_videos(t, cond), tome))
+
+    def _of_videos(self, t: Tensor, cond: Conditioning) -> tuple[Tensor, Conditioning]:
+        """Timestep and condition of each video: those of its first frame."""
+        first = slice(None, None, self.frames)
+        return t[first], cond.images(first)
+
+    def _whole(self, features: Features) -> Features:
+        return Features.of([tensor.unflatten(0, (-1, self.frames)) for tensor in features.tensors])
+
+    def _of_frames(self, features: Features) -> Features:
+        return Features.of([tensor.flatten(0, 1) for tensor in features.tensors])
+
+
+class OneVideo(Network):
+    """The model's network of videos, with all images of a batch as the frames of one.
+
+    Args:
+        frames: of the video, which must be in one batch.
+    """
+
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
+
+    def settings(self) -> dict[str, Any]:
+        return {"frames": self.frames}  # each depends on all
+
+    def of(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionedNetwork:
+        return WholeVideos(model.model, self.frames)
 
 
 class MovedFrames(Start):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -450,3 +451,26 @@ def test_bad_arguments(args, why, capsys, tmp_path, monkeypatch):
     assert convert(args) == 2
     error = capsys.readouterr().err
     assert why in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_a_network_of_videos_is_read(converted, tmp_path):
+    """VideoFusion: the other parts are those of Stable Diffusion."""
+    _, folder = converted
+    shutil.copytree(folder, tmp_path / "video")
+    theirs = {
+        "transformer_in.norm.weight": (8,),
+        "down_blocks.0.resnets.0.norm1.weight": (8,),
+        "down_blocks.0.temp_attentions.0.proj_in.weight": (8, 8),
+        "down_blocks.1.resnets.0.norm1.weight": (8,),
+    }
+    unet = tmp_path / "video" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_weights(unet, {key: torch.ones(shape) for key, shape in theirs.items()})
+    state = read_checkpoint(tmp_path / "video")
+    found = {key: tuple(value.shape) for key, value in state.items() if key.startswith("model.")}
+    assert found == {
+        "model.diffusion_model.input_blocks.0.1.norm.weight": (8,),
+        "model.diffusion_model.input_blocks.1.0.in_layers.0.weight": (8,),
+        "model.diffusion_model.input_blocks.1.2.proj_in.weight": (8, 8, 1),
+        "model.diffusion_model.input_blocks.3.0.in_layers.0.weight": (8,),
+    }
+    assert any(key.startswith("first_stage_model.") for key in state)

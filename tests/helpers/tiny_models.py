@@ -70,10 +70,10 @@ def tiny_params(folder: Path) -> dict:
     }
 
 
-def write_model(folder: Path) -> tuple[Path, Path]:
-    """Config and weights of a tiny model."""
+def write_model(folder: Path, **changes: Any) -> tuple[Path, Path]:
+    """Config and weights of a tiny model; `changes` of its params."""
     train_tokenizer(WORDS, 60, 8).save(str(folder / "tokenizer.json"))
-    params = tiny_params(folder)
+    params = tiny_params(folder) | changes
     target = "ldm.models.diffusion.ddpm.LatentDiffusion"
     config = {"model": {"target": target, "params": params}, "sampling": {"scale": 3.0}}
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")

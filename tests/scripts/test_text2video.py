@@ -1,4 +1,4 @@
-"""scripts/text2video.py on a tiny model with random weights."""
+"""scripts/text2video.py on tiny models with random weights."""
 
 from __future__ import annotations
 
@@ -88,3 +88,72 @@ def test_bad_input_is_refused_in_one_line(script, folder, capsys, monkeypatch):
         assert script.refusal(capsys, *given).startswith(message)
     monkeypatch.setattr(video, "imageio_ffmpeg", None)  # as where it is not installed
     assert script.refusal(capsys, "--format=mp4").startswith("--format: mp4 needs imageio-ffmpeg: pip install")
+
+
+# A model of videos
+
+
+@pytest.fixture(scope="module")
+def videofusion(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videofusion")
+    unet = {
+        "target": "ldm.modules.diffusionmodules.unet3d.VideoUNet",
+        "params": {
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 32,
+            "num_res_blocks": 1,
+            "channel_mult": [1, 2],
+            "context_dim": 16,
+            "num_head_channels": 16,
+        },
+    }
+    write_model(folder, unet_config=unet)
+    return [f"--config={folder}/config.yaml", f"--ckpt={folder}/model.safetensors", "--model=videofusion"]
+
+
+@pytest.fixture
+def fusion(videofusion, tmp_path):
+    return Script("text2video", tmp_path, *videofusion, "--prompt=an owl", "--steps=4", "--frames=3")
+
+
+def test_frames_of_a_model_of_videos(fusion, capsys):
+    made = fusion("--plan", "0,2")
+    assert [entry["frame"] for entry in made] == [0, 1, 2] and made[0]["keys"] == [0, 2]
+    shown = [fusion.pixels(entry) for entry in made]
+    assert all((a != b).any() for k, a in enumerate(shown) for b in shown[:k])
+    with Image.open(next(fusion.out.glob("video-*.gif"))) as clip:
+        assert clip.n_frames == 3
+    more = fusion("--plan", "0,2", "--frames", "2")
+    assert len(more) == 2 and (fusion.pixels(more[0]) != shown[0]).any(), "the frames see one another"
+    (fusion.out / made[1]["file"]).unlink()
+    capsys.readouterr()
+    fusion("--plan", "0,2")
+    assert "(1 made, 2 found)" in capsys.readouterr().out
+    assert np.abs(fusion.pixels(made[1]) - shown[1]).max() <= 1
+
+
+def test_parallel_decoding_of_videos_is_serial(fusion):
+    shown = []
+    for number in ("1", "4"):
+        fusion("--plan", "0", "--again", "--parallel", number)
+        shown.append([fusion.pixels(entry) for entry in fusion.entries()])
+    assert all(np.abs(a - b).max() <= 1 for a, b in zip(*shown, strict=True))
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--motion", "3,4"], "--motion: not with a model of videos, which makes all frames together"),
+        (["--chunk", "2"], "--chunk: not with a model of videos"),
+        (["--H", "18"], "--H: must be a multiple of 4 for this model; got 18"),
+    ],
+)
+def test_what_a_model_of_videos_refuses(fusion, capsys, arguments, why):
+    assert fusion.refusal(capsys, *arguments).startswith(why)
+
+
+def test_a_model_of_images_is_no_model_of_videos(folder, tmp_path, capsys):
+    files = [f"--config={folder}/config.yaml", f"--ckpt={folder}/model.safetensors", "--model=videofusion"]
+    line = Script("text2video", tmp_path, *files, "--prompt=an owl").refusal(capsys)
+    assert line == "--config: not a model of videos; expected one such as configs/video/videofusion.yaml"
