@@ -30,7 +30,7 @@ from ldm.models.diffusion.propagation.history import Forecaster
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import Plan, plan_of_level
 from ldm.models.diffusion.propagation.search import Keys, NodeErrors, best_keys, exchange
-from ldm.models.diffusion.schedule import timesteps_of
+from ldm.models.diffusion.schedule import Node, timesteps_of
 from ldm.profiling.plan_table import spans
 from ldm.sampling.engine import Engine, Recipe
 from ldm.sampling.generate import Item, prompt_items
@@ -139,6 +139,9 @@ def calibrate_model(
         tried = settings.tried()
     with fault_of("keys"):
         check_counts(settings.keys, engine.plan.num_nodes)
+    tried, left_out = usable(tried, engine.plain_run(items[:1])[1].nodes)
+    if left_out:
+        print(f"left out, because the log-SNR of a step is infinite: {', '.join(left_out)}")
     how = {"prompts": len(prompts), "seed": settings.seed}
     with fault_of("ckpt", (ValueError,)):  # predictions that are not finite
         calibration = calibrate(engine, items, tried, facts.facts, how)
@@ -148,9 +151,20 @@ def calibrate_model(
             with fault_of("macs"):
                 counts = [len(calibration.plan_within(settings.macs, level).keys)] if settings.macs else settings.keys
             for count in counts:
-                found.append(search(trial, calibration, level, count, tried[level]))
+                with fault_of("forecast"):
+                    found.append(search(trial, calibration, level, count))
                 calibration = with_found(calibration, found[-1])
     return Outcome(calibration, found, facts.calibrations / name_of(engine.recipe))
+
+
+def usable(tried: Mapping[str, Sequence[str]], nodes: Sequence[Node]) -> tuple[dict[str, list[str]], list[str]]:
+    """The forecasters, by level, whose time is finite at all of these nodes; and the names of the others."""
+
+    def finite(name: str) -> bool:
+        return Forecast.parse(name).axis != "logsnr" or all(0 < node.abar < 1 for node in nodes)
+
+    kept = {level: [*filter(finite, names)] for level, names in tried.items()}
+    return kept, [name for names in tried.values() for name in names if not finite(name)]
 
 
 def check_counts(counts: Sequence[int], nodes: int) -> None:
@@ -247,12 +261,15 @@ class Trial:
         return state.x
 
 
-def search(trial: Trial, calibration: Calibration, level: str, count: int, tried: Sequence[str]) -> Found:
+def search(trial: Trial, calibration: Calibration, level: str, count: int) -> Found:
     """From what does best in whole runs, the calibration's key timesteps for some forecaster or even ones, by exchange.
 
     The dynamic program adds up errors of single steps; whole runs can disagree, most where there are few key timesteps.
     """
     nodes = calibration.num_nodes
+    tried = [choice.propagate for choice in calibration.choices if choice.level == level]
+    if not tried:
+        raise ValueError(f"no forecaster is left to try for {level}; expected one along the timestep or the step")
     plans = {name: calibration.plan(count, level, name) for name in tried}
     plans |= {f"{name}, even": plan_of_level(nodes, even(nodes, count), level, propagate=name) for name in tried}
     began = {name: trial.error(plan) for name, plan in plans.items()}
@@ -276,13 +293,13 @@ def even(nodes: int, count: int) -> Keys:
 
 
 def with_found(calibration: Calibration, found: Found) -> Calibration:
-    """The calibration with what a search came to, first of its level."""
+    """The calibration with what a search came to."""
     old = calibration.choice(found.level, found.plan.propagate)
     keys = [*old.keys]
     keys[len(found.plan.keys) - 1] = [*found.plan.keys]
     errors = {**old.errors, str(len(found.plan.keys)): float(f"{found.error:.4g}")}
     new = old.model_copy(update={"keys": keys, "errors": errors})
-    return calibration.model_copy(update={"choices": [new, *(c for c in calibration.choices if c is not old)]})
+    return calibration.model_copy(update={"choices": [new if c is old else c for c in calibration.choices]})
 
 
 def write_plan(path: str | Path, found: Found, calibration: Calibration) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint import fingerprint
-from ldm.cli.calibrate import even
+from ldm.cli.calibrate import even, usable
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.loop import State, denoise
@@ -27,6 +27,7 @@ from ldm.models.diffusion.propagation.history import Forecaster
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.propagation.search import NodeErrors, best_keys, exchange
+from ldm.models.diffusion.schedule import Node
 from ldm.sampling.engine import Recipe
 from tests.helpers import golden_sampler
 from tests.helpers.paths import ROOT
@@ -76,6 +77,14 @@ def test_an_error_that_grows_evenly_gives_even_keys():
 def test_even_keys_are_those_of_uniform_plans():
     assert even(50, 9) == load_plan("uniform:6", 50).keys and even(50, 50) == tuple(range(50)) and even(50, 1) == (0,)
     assert even(50, 18) == (*load_plan("uniform:3", 50).keys, 49)
+
+
+def test_log_snr_is_left_out_where_it_is_infinite():
+    fine, last = Node(981, 0.5, 0.9), Node(999, 0.0, 0.5)
+    tried = {"encoder": ["quadratic"], "skip": ["quadratic:logsnr:eps", "quadratic:timestep:eps"]}
+    assert usable(tried, [fine]) == (tried, [])
+    kept = {"encoder": ["quadratic"], "skip": ["quadratic:timestep:eps"]}
+    assert usable(tried, [last, fine]) == (kept, ["quadratic:logsnr:eps"])
 
 
 def test_exchange_ends_where_no_neighbour_is_better():
@@ -142,13 +151,17 @@ def test_a_budget_buys_key_nodes():
 
 def test_auto_plans_come_from_the_table_beside_the_weights(tmp_path):
     made = calibration(propagate="linear", made_for={"sampler": "ddim", "weights": "abc"})
-    held = made.choices[0].model_copy(update={"propagate": "hold", "keys": [[*range(n)] for n in range(1, 11)]})
+    keys = [[*range(count)] for count in range(1, 11)]
+    held = made.choices[0].model_copy(update={"propagate": "hold", "keys": keys, "errors": {"4": 0.1}})  # a whole run
     made.choices.append(held)
     made.save(tmp_path / "ddim-10.json")
     assert read_calibration(tmp_path / "ddim-10.json") == made
     run = RunFacts({"sampler": "ddim", "weights": "abc"}, tmp_path)
     assert load_plan("auto:5", 10, 3, run=run) == Plan(10, (0, 2, 4, 6, 8), 3, propagate="linear")
     assert load_plan("auto:5", 10, run=run, propagate="hold") == Plan(10, (0, 1, 2, 3, 4)), "found for that forecaster"
+    assert [load_plan(f"auto:{count}", 10, run=run).propagate for count in (3, 4)] == ["linear", "hold"], (
+        "by whole runs"
+    )
     for spec, how, why in (
         ("auto:5", "cubic", "key timesteps of encoder for the forecasters linear, hold; got cubic"),
         ("skip:auto:5", None, "key timesteps of skip for none; got skip"),
@@ -402,7 +415,7 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
     table = read_calibration(tmp_path / "calibration/ddim-10-scale2.json")
     assert table.plan(3).keys == tuple(written["steps"][10]) and table.how["prompts"] == 2
     assert {choice.level for choice in table.choices} == {"encoder", "deepcache", "skip"}
-    assert 0 < table.choice().errors["3"] and written["level"] == "encoder"
+    assert 0 < table.choice(count=3).errors["3"] and written["level"] == "encoder"
 
     def psnr(spec: str) -> float:
         assert (

@@ -49,7 +49,7 @@ class Calibration(Schema):
 
     num_nodes: of the run.
     rest:      what a node costs that is no key node, as a share of a whole prediction's MACs, by level.
-    choices:   of key nodes; the first of a level is for the forecaster that did best there.
+    choices:   of key nodes.
     made_for:  weights, sampler and the like that it is good for.
     how:       prompts, seeds and the like, for the reader.
     """
@@ -69,16 +69,17 @@ class Calibration(Schema):
                 raise ValueError(f"rest must have the cost of {choice.level}")
         return self
 
-    def choice(self, level: str = "encoder", propagate: str | None = None) -> Choice:
-        """That of a level for a forecaster, or for the one that did best.
+    def choice(self, level: str = "encoder", propagate: str | None = None, count: int = 0) -> Choice:
+        """That of a level for a forecaster; None = the one that did best in whole runs with so many key nodes, or,
+        where none were made, the first.
 
         Raises:
             ValueError: there is none.
         """
         there = [choice for choice in self.choices if choice.level == level]
-        for choice in there:
-            if propagate in (None, choice.propagate):
-                return choice
+        fitting = [choice for choice in there if propagate in (None, choice.propagate)]
+        if fitting:
+            return min(fitting, key=lambda choice: choice.errors.get(str(count), float("inf")))
         known = ", ".join(choice.propagate for choice in there)
         raise ValueError(
             f"this calibration has key timesteps of {level} for {f'the forecasters {known}' if known else 'none'}; "
@@ -93,7 +94,7 @@ class Calibration(Schema):
         """
         if not 1 <= count <= self.num_nodes:
             raise ValueError(f"keys must be 1..{self.num_nodes}, the nodes of this run; got {count}")
-        choice = self.choice(level, propagate)
+        choice = self.choice(level, propagate, count)
         return plan_of_level(self.num_nodes, tuple(choice.keys[count - 1]), level, propagate=choice.propagate)
 
     def plan_within(self, macs: float, level: str = "encoder", propagate: str | None = None) -> Plan:
