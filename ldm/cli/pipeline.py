@@ -40,6 +40,7 @@ from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.profiling.plan_table import plan_table
 from ldm.sampling.engine import Engine, Recipe, Task
 from ldm.sampling.generate import Item, Sample, generate
+from ldm.sampling.task import unknown_words
 
 BATCH_PIXELS = 2**26  # 256 images of 512 x 512 pixels at a time
 SHEET_PIXELS = 80_000_000  # Pillow doubts larger files
@@ -184,14 +185,23 @@ def check_network(model: LatentDiffusion, recipe: Recipe, plan: AnyPlan) -> None
 
 
 def truncated_prompts(items: Sequence[Item], task: Task, model: LatentDiffusion) -> str | None:
-    """How many texts, the negative prompt among them, the model does not read to their end; None if it reads all."""
+    """What the model does not read of the texts, the negative prompt among them; None if it reads all.
+
+    That is the ends of long ones, and words such as <new1> that it was not given.
+    """
     texts = [*(item.inputs for item in items), task.condition.settings()]
     prompts = {text[name] for text in texts for name in ("prompt", "negative_prompt") if name in text}
-    if not (cut := task.condition.cut(model, [*prompts])):
-        return None
-    return (
-        f"{cut} of {len(prompts)} prompts longer than the text encoder reads: what is past its last token is left out"
-    )
+    said = []
+    if unknown := unknown_words(model, [*prompts]):
+        said.append(
+            f"{', '.join(unknown)}: no word of this model, which reads the letters; --embedding or --delta brings it"
+        )
+    if cut := task.condition.cut(model, [*prompts]):
+        said.append(
+            f"{cut} of {len(prompts)} prompts longer than the text encoder reads: what is past its last token is left "
+            f"out"
+        )
+    return "; ".join(said) or None
 
 
 def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:

@@ -6,6 +6,7 @@ its latents. The start is where the latents begin, and what of an image is kept:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,6 +91,13 @@ class Condition:
 def prompts_cut(model: LatentDiffusion, prompts: Sequence[str]) -> int:
     """How many of the prompts are longer than the model's text encoder reads: it gets only their beginnings."""
     return sum(model.cond_stage_model.cut(prompts)) if prompts else 0
+
+
+def unknown_words(model: LatentDiffusion, prompts: Sequence[str]) -> list[str]:
+    """Words such as <new1> in prompts that the text encoder was not given; it reads their letters instead."""
+    added = getattr(model.cond_stage_model, "added", {})
+    found = {word.lower() for prompt in prompts for word in re.findall(r"<[\w-]*[^\W\d][\w-]*>", prompt)}
+    return sorted(found - added.keys())
 
 
 class Text(Condition):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class Personalization(DiffusionTraining):
         model, cond = self.model, self.model.conditioning(self.conditioning(batch))
         if self.what.startswith("crossattn"):
             cond = model.model.project(cond)
-            cond = type(cond)(without_gradient_of_first(cond.context), cond.concat, cond.y)
+            cond = replace(cond, context=without_gradient_of_first(cond.context))
         prediction = model.apply_model(model.q_sample(z, t, noise), t, cond)
         instances = batch["instances"]
         weights = None if self.min_snr_gamma is None else self.timestep_weights(t[:instances])

@@ -174,7 +174,11 @@ def test_files_are_used_and_recorded(script, files, tmp_path, capsys):
     save_weights(tmp_path / "l.safetensors", lora | {"strange": torch.zeros(1)})
     save_embeddings(tmp_path / "e.safetensors", {"<thing>": 3 * torch.randn(1, 16)})
     prompt, use = ["--prompt", "a <thing>"], ["--embedding", str(tmp_path / "e.safetensors")]
-    (plain,), (word,) = script(*prompt), script(*prompt, *use)
+    (plain,) = script(*prompt)
+    said = "<thing>: no word of this model, which reads the letters; --embedding or --delta brings it"
+    assert said in capsys.readouterr().out
+    (word,) = script(*prompt, *use)
+    assert "no word" not in capsys.readouterr().out
     (both,) = script(*prompt, *use, "--lora", f"{tmp_path / 'l.safetensors'}:3")
     assert "--lora" in capsys.readouterr().err
     shown = [script.pixels(one) for one in (plain, word, both)]

@@ -184,6 +184,11 @@ class ClipConditioner(nn.Module):
         self.tokenizer, self.vocab_size, self.context_length = tokenizer, vocab_size, context_length
 
     @property
+    def added(self) -> dict[str, int]:
+        """New tokens, and of how many each is made."""
+        return self.tokenizer.added
+
+    @property
     def token_table(self) -> nn.Embedding:
         """The vectors of the tokens; of an encoder that takes new ones.
 
