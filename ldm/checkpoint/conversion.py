@@ -371,6 +371,8 @@ def unet_to_diffusers(state: Mapping[str, Tensor], more: Mapping[str, str] | Non
         (int(found[1]) for key in state if (found := re.match(r"input_blocks\.(\d+)\.0\.op\.", key))),
         default=_count(state, r"input_blocks\.(\d+)\."),
     )
+    if not first:
+        raise ConversionError(f"unet: no input_blocks.*: not a UNet{some(state, 4)}")
     levels = _count(state, r"input_blocks\.(\d+)\.") // first
     attention = {i for i in range(levels) if f"output_blocks.{i * first}.1.norm.weight" in state}
     return _rename("unet", state, unet_names(levels, first - 1, attention) | dict(more or {}))

@@ -25,6 +25,7 @@ from ldm.checkpoint.conversion import (
     is_openclip,
     to_diffusers,
     to_ldm,
+    unet_to_diffusers,
 )
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM
@@ -474,3 +475,8 @@ def test_a_folder_with_a_network_of_videos_is_read(converted, tmp_path):
         "model.diffusion_model.input_blocks.3.0.in_layers.0.weight": (8,),
     }
     assert any(key.startswith("first_stage_model.") for key in state)
+
+
+def test_a_transformer_is_no_unet():
+    with pytest.raises(ConversionError, match=r"no input_blocks.*: not a UNet \(blocks.0.attn.qkv.weight\)"):
+        unet_to_diffusers({"blocks.0.attn.qkv.weight": torch.ones(1)})
