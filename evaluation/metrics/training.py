@@ -22,6 +22,7 @@ from evaluation.metrics.statistics import Gaussian, Moments, load_reference, to_
 from ldm.data.emoji import EmojiDataset
 from ldm.io.images import from_pil, to_pil
 from ldm.io.schema import Count
+from ldm.models.autoencoder import VQModel
 from ldm.modules.losses.lpips import lpips
 from ldm.modules.vectorquantize import perplexity
 from ldm.training.autoencoder import FirstStageTraining, reconstructed
@@ -89,7 +90,7 @@ class FirstStageMeasures(pl.Callback):
         self.made.append(features_of(reconstruction, self.extractor, module.device))
         if self.lpips is not None:
             self.distances.append(self.lpips.to(module.device)(images, reconstruction).flatten(1))
-        if hasattr(module.model, "quantize"):
+        if isinstance(module.model, VQModel):
             self.codes.append(latent.indices[:, None])
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: FirstStageTraining) -> None:
