@@ -67,7 +67,7 @@ class KeptState(pl.Callback):
     """
 
     def __init__(self, path: Path, every_minutes: float, config: DictConfig, monitor: Monitor | None = None):
-        self.path, self.every_seconds, self.config = path, 60.0 * every_minutes, OmegaConf.to_yaml(config)
+        self.path, self.every_seconds, self.config = path, 60.0 * every_minutes, OmegaConf.to_yaml(config, resolve=True)
         self.monitor = monitor
         self.best: dict[str, Any] = {}  # the monitor's name, its best value and the step
         self.saved_at, self.saved_step = time.monotonic(), -1

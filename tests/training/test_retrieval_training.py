@@ -15,12 +15,16 @@ from ldm.checkpoint import load_config, load_model
 from ldm.data.emoji import EmojiDataset
 from ldm.modules.encoders.dual import DualEncoder
 from ldm.modules.encoders.tokenizer import train_tokenizer
+from ldm.retrieval import embedders
+from ldm.retrieval.build import BuildSettings, build
 from ldm.retrieval.embedders import load_embedder
 from ldm.retrieval.search import nearest_others
 from ldm.training.contrastive import contrastive_loss, recall
 from ldm.training.export import export
 from ldm.training.retrieval import EmojiNeighboursData
 from ldm.util import instantiate_from_config
+from tests.helpers.embedder import Means
+from tests.helpers.images import scene
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import write_data
 
@@ -160,3 +164,38 @@ def test_the_configuration_is_at_most_half_the_text_models_size():
         unets = [instantiate_from_config(load_config(config).model.params.unet_config) for config in configs]
     own, text = (sum(p.numel() for p in unet.parameters()) for unet in unets)
     assert own < text / 2
+
+
+def test_a_folder_of_ones_own_trains_the_published_kind_and_its_run_is_exported(tmp_path, monkeypatch):
+    monkeypatch.setitem(embedders.EMBEDDERS, "means", Means)
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        scene((24, 20 + number), number).save(tmp_path / "in" / f"{number}.png")
+    build(BuildSettings(tmp_path / "in", tmp_path / "db", "means"))
+    settings = {
+        "data.params.train.params.root": tmp_path / "in",
+        "data.params.train.params.database": tmp_path / "db",
+        "data.params.train.params.size": 16,
+        "data.params.batch_size": 2,
+        "data.params.num_workers": 0,
+        "lightning.trainer.accelerator": "cpu",
+        "model.params.image_size": 4,
+        "model.params.first_stage_config.params.ckpt_path": "null",
+        "model.params.first_stage_config.params.ddconfig.ch": 32,
+        "model.params.first_stage_config.params.ddconfig.num_res_blocks": 1,
+        "model.params.unet_config.params.model_channels": 32,
+        "model.params.unet_config.params.num_res_blocks": 1,
+        "model.params.unet_config.params.channel_mult": "[1,1]",
+        "model.params.unet_config.params.attention_resolutions": "[1]",
+        "model.params.unet_config.params.context_dim": 12,
+        "training.params.sample_steps": 2,
+    }
+    base = ["-b", str(CONFIGS / "rdm-imagenet.yaml"), str(ROOT / "configs/data/neighbours.yaml"), "-t"]
+    run = tmp_path / "logs" / "own"
+    given = [*base, "-l", str(run.parent), "-n", run.name, "--steps", "1"]
+    assert main.main([*given, *(f"{key}={value}" for key, value in settings.items())]) == 0
+    export(run, run / "model.safetensors")
+    model = load_model(run / "config.yaml", run / "model.safetensors")
+    context, x = normalize(torch.randn(1, 4, 12), dim=-1), torch.randn(1, 3, 4, 4)
+    assert torch.equal(model.get_learned_conditioning(context), context)
+    assert model.apply_model(x, torch.tensor([500]), context).isfinite().all()
