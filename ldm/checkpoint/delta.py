@@ -94,6 +94,15 @@ def apply_deltas(model: nn.Module, paths: Sequence[str | Path]) -> None:
         own[name].data = own[name].detach() + change.to(own[name])
 
 
+def add_words(encoder: nn.Module, path: str | Path) -> None:
+    """Give a text encoder the tokens of a file alone.
+
+    Raises:
+        OSError, CheckpointError: see `apply_deltas`.
+    """
+    _add_tokens(encoder, path, read_delta(path).tokens)
+
+
 def _add_tokens(encoder: nn.Module, path: str | Path, tokens: Mapping[str, Tensor]) -> None:
     try:
         for name, vectors in tokens.items():

@@ -62,7 +62,7 @@ def edit_task(setup: Setup, given: EditArguments, sampling: SamplingSettings, im
         SettingError: a word is in no prompt, or words can't be replaced.
     """
     encoder = conditioner(setup)
-    setup.read_embeddings(encoder)
+    setup.read_words(encoder)
     with fault_of("config", (AttributeError, ValueError)):
         source, *edits = map(encoder.words, given.prompts)
     how = edit_settings(source, edits, given)

@@ -22,7 +22,7 @@ from ldm.checkpoint import (
     load_model,
     read_checkpoint,
 )
-from ldm.checkpoint.delta import apply_deltas
+from ldm.checkpoint.delta import add_words, apply_deltas
 from ldm.checkpoint.diagnosis import Facts, facts_of_config, facts_of_weights, fitting, summary
 from ldm.checkpoint.embeddings import add_embeddings
 from ldm.checkpoint.file import stated_prediction
@@ -199,8 +199,9 @@ class Setup:
         """
         with fault_of("config", CONSTRUCTION), fault_of("ckpt", (CheckpointError,)):
             model = load_model(self.config_path, self.ckpt, self.device, self.weights)
-        with fault_of("delta", (CheckpointError, OSError)):
-            apply_deltas(model, self.delta)
+        if self.delta:
+            with fault_of("delta", (CheckpointError, OSError)):
+                apply_deltas(model, self.delta)
         with fault_of("lora", (CheckpointError, OSError)):
             for path, weight in self.lora:
                 if unmatched := merge_lora(model, path, weight):
@@ -213,6 +214,13 @@ class Setup:
         with fault_of("embedding", (CheckpointError, OSError)):
             for path in self.embedding:
                 add_embeddings(encoder, path)
+
+    def read_words(self, encoder: nn.Module) -> None:
+        """Give a text encoder all new tokens, without the weights that come with them."""
+        with fault_of("delta", (CheckpointError, OSError)):
+            for path in self.delta:
+                add_words(encoder, path)
+        self.read_embeddings(encoder)
 
     def adapters(self) -> dict[str, list[Any]]:
         """What is recorded with an image of the files beside the model's own; nothing where there are none."""

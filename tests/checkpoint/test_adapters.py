@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import CheckpointError, load_model, save_weights
+from ldm.checkpoint.delta import save_delta
 from ldm.checkpoint.embeddings import add_embeddings, read_embeddings, save_embeddings
 from ldm.checkpoint.lora import merge_lora
 from tests.helpers.scripts import Script
@@ -186,6 +187,16 @@ def test_files_are_used_and_recorded(script, files, tmp_path, capsys):
     assert "lora" not in plain and [one[0] for one in both["embedding"]] == ["e.safetensors"]
     (used,) = both["lora"]
     assert used[0] == "l.safetensors" and used[2] == 3.0 and len(used[1]) == 16
+
+
+def test_words_of_a_delta_can_be_edited(files, tmp_path):
+    """In prompt-to-prompt, which reads the words before the model is loaded."""
+    script = Script(
+        "prompt2prompt", tmp_path, *files, "--prompt", "a <new1>", "--reweight", "<new1>=2", "--plan", "off"
+    )
+    save_delta(tmp_path / "d.ckpt", {}, {"<x>": torch.randn(1, 16)})
+    source, edit = script("--delta", str(tmp_path / "d.ckpt"))
+    assert [one[0] for one in edit["delta"]] == ["d.ckpt"] and (script.pixels(source) != script.pixels(edit)).any()
 
 
 def test_bad_files(script, tmp_path, capsys):

@@ -64,7 +64,6 @@ class EncoderUNetModel(nn.Module):
             num_heads_upsample,
             True,
             False,
-            1,
             None,
             False,
             use_new_attention_order,
