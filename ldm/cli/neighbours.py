@@ -102,10 +102,11 @@ def retrieve(setup: Setup, items: Sequence[Item], images: Sequence[str], setting
     if database is None:
         return Retrieved([*items], Task(Neighbours(context_of(own, None), facts, cut)), None)
     k = settings.knn or recommended.get("knn", KNN)
-    near = searcher_of(database, settings.searcher)(queries, k)
     facts |= {"database": database.fingerprint, "knn": k, "omit_query": own is None}
-    task = Task(Neighbours(context_of(own, database.embeddings(near.rows)), facts, cut))
-    known = [database.neighbours(*row) for row in zip(*near, strict=True)]
+    with fault_of("database"):  # a part that is damaged inside
+        near = searcher_of(database, settings.searcher)(queries, k)
+        task = Task(Neighbours(context_of(own, database.embeddings(near.rows)), facts, cut))
+        known = [database.neighbours(*row) for row in zip(*near, strict=True)]
     return Retrieved([with_neighbours(item, known[item.prompt_index]) for item in items], task, database)
 
 
@@ -155,7 +156,7 @@ def with_neighbours(item: Item, neighbours: Sequence[Neighbour]) -> Item:
 def save_sheets(runs: Sequence[MethodRun], database: Database, outdir: str | Path) -> None:
     """For each image that was saved, a sheet neighbors/NAME.png of it and its neighbours; those that are there stay."""
     files = [file for run in runs for file in run.files]
-    with fault_of("outdir", (OSError,)):
+    with fault_of("outdir", (OSError,)), fault_of("database", (ValueError,)):
         made = [save_sheet(file, database, Path(outdir) / "neighbors" / file.name) for file in files]
     print(f"{len(made)} sheets with neighbours in {Path(outdir) / 'neighbors'}, {sum(made)} of them made now")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -180,6 +181,23 @@ def test_an_index_and_compare(script, place, tmp_path, capsys):
 def test_bad_arguments(script, place, capsys, arguments, why):
     arguments = [text.replace("PLACE", str(place)) for text in arguments]
     assert re.match(why, script.refusal(capsys, *arguments))
+
+
+def test_a_database_that_is_damaged_inside(script, place, tmp_path, capsys):
+    """Its header can be read, so that shows only in the search, or when the neighbours are looked up."""
+    shutil.copytree(place / "db", tmp_path / "db")
+    (part,) = (tmp_path / "db").glob("*.npz")
+    whole, lines = part.read_bytes(), part.with_suffix(".jsonl")
+    with np.load(part) as arrays:
+        np.savez_compressed(part, **arrays)
+    content = bytearray(part.read_bytes())
+    content[90] ^= 255
+    part.write_bytes(bytes(content))
+    arguments = ["--use_neighbors", "--knn", "2", "--database", str(tmp_path / "db")]
+    assert re.match(r"--database: .*-part_1.npz: ", script.refusal(capsys, *arguments))
+    part.write_bytes(whole)
+    lines.write_text("{}\n")
+    assert re.match(r"--database: .*-part_1.jsonl: expected 6 lines, one for", script.refusal(capsys, *arguments))
 
 
 def test_an_image_that_can_not_be_read(by_image, tmp_path, capsys):
