@@ -40,7 +40,8 @@ def parser() -> Parser:
         "--batch_size", type=count, default=1, metavar="N", help="images at a time (default: %(default)s)"
     )
     seed_argument(
-        what, "an image's noise depends on the seed, on its prompt and, from stage 2 on, on the smaller image"
+        what,
+        "an image's noise depends on the seed and its prompt, from stage 2 on also on the seed of the smaller image",
     )
     files = p.add_argument_group("the models")
     files.add_argument(
@@ -53,7 +54,7 @@ def parser() -> Parser:
             help="its folder: unet/config.json with its weights, or config.yml with pytorch_model.bin",
         )
     files.add_argument(
-        "--stage3", metavar="FILE", help="weights of the x4 upscaler (default: models/ldm/x4-upscaling, if it is there)"
+        "--stage3", metavar="FILE", help="weights of the x4 upscaler (default: those in models/ldm/stable-diffusion-v2)"
     )
     files.add_argument(
         "--t5",

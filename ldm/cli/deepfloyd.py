@@ -33,7 +33,7 @@ from ldm.models.diffusion.schedule import leading
 from ldm.modules.encoders.t5 import T5States, find_parts
 from ldm.sampling.deepfloyd import TextStates, TextStatesAndImage
 from ldm.sampling.engine import Sizes, Task
-from ldm.sampling.generate import read_manifest
+from ldm.sampling.generate import Item, read_manifest
 
 UPSCALER = (
     ROOT / "configs/stable-diffusion/x4-upscaling.yaml",
@@ -41,7 +41,13 @@ UPSCALER = (
 )
 LEADING = ("ddpm-learned", "ddpm")  # solvers whose published timesteps here are every (1000 // steps)-th one
 LINSPACE = "dpm-solver++-published"  # and from the last one on
-PER_STAGE = {"plan": "plans", "steps": "steps", "timesteps_at": "steps", "scale": "scales"}
+PER_STAGE = {
+    "plan": "plans",
+    "steps": "steps",
+    "timesteps_at": "steps",
+    "scale": "scales",
+    "noise_level": "noise_levels",
+}
 OF_FILES = ("config", "ckpt")
 
 
@@ -126,6 +132,23 @@ class StageSetup(Setup):
 # The stages
 
 
+@dataclass(frozen=True)
+class Made:
+    """Pictures that a stage has made, or found, in this run.
+
+    settings: what all of them depend on.
+    seeds: of each, see `Item`.
+    """
+
+    settings: Mapping[str, Any]
+    seeds: frozenset[tuple[int, ...]]
+
+    def has(self, entry: Mapping[str, Any]) -> bool:
+        """Whether an entry of the stage's manifest is of one of them."""
+        same = all(entry.get(name) == value for name, value in self.settings.items())
+        return same and tuple(entry["seed"]) in self.seeds
+
+
 def make_cascade(settings: CascadeSettings) -> None:
     """Run the stages, each on the pictures of the one before; between them nothing of a network is kept.
 
@@ -139,10 +162,11 @@ def make_cascade(settings: CascadeSettings) -> None:
     for number, setup in setups.items():
         with of_stage(number):
             check_sampling(settings.sampling(number), setup)
+            check_noise_level(settings, number, setup)
     if 1 not in setups:
         pictures_of(settings, min(setups) - 1, prompts)  # found out before anything is loaded
     texts = Texts(settings, prompts, device) if {1, 2} & setups.keys() else None
-    made: dict[str, Any] = {}
+    made: Made | None = None
     for number, setup in setups.items():
         print(f"stage {number}", flush=True)
         with of_stage(number):
@@ -159,6 +183,17 @@ def check_sampling(sampling: SamplingSettings, setup: Setup) -> None:
     if not sampling.plan.startswith("auto:"):  # which needs the weights' calibration
         with fault_of("plan"):
             load_plan(sampling.plan, nodes)
+
+
+def check_noise_level(settings: CascadeSettings, number: int, setup: Setup) -> None:
+    """Raise SettingError for more noise on the smaller image than the stage knows, before any stage is run."""
+    if number == 1:
+        return
+    if number == 3:
+        upscaling(settings, setup)  # whether it is such an upscaler
+    known = setup.config.model.params.timesteps if number == 2 else tasks.noise_levels(setup)
+    if (level := settings.noise_levels[number - 2]) >= known:
+        raise SettingError("noise_level", f"expected 0..{known - 1}; got {level}")
 
 
 @contextmanager
@@ -194,9 +229,9 @@ def stage_setup(settings: CascadeSettings, number: int, device: torch.device) ->
 
 
 def first_stage(
-    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Small pictures of the prompts; what all of them depend on."""
+    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: Made | None
+) -> Made:
+    """Small pictures of the prompts."""
     items = inputs.image_items([{"prompt": prompt} for prompt in prompts], settings.n_samples, settings.seed)
     states, negative = texts.states()
     task = Task(TextStates(states, negative, texts.settings))
@@ -204,56 +239,56 @@ def first_stage(
 
 
 def second_stage(
-    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: Mapping[str, Any]
-) -> dict[str, Any]:
+    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: Made | None
+) -> Made:
     """The pictures of the first stage made larger."""
-    subjects, images = pictures_of(settings, 1, prompts, before)
+    items, images = pictures_of(settings, 1, prompts, before)
     states, negative = texts.states()
-    chosen = states[[prompts.index(subject["prompt"]) for subject in subjects]]
-    level = settings.noise_levels[0]
-    if level >= (total := setup.config.model.params.timesteps):
-        raise SettingError("noise_levels", f"expected 0..{total - 1}; got {level}")
-    task = Task(TextStatesAndImage(images, level, chosen, negative, texts.settings))
-    items = inputs.image_items(subjects, 1, settings.seed)
+    chosen = states[[prompts.index(item.inputs["prompt"]) for item in items]]
+    task = Task(TextStatesAndImage(images, settings.noise_levels[0], chosen, negative, texts.settings))
     return run(settings, 2, setup, items, task, image_size(setup.sizes, None, None))
 
 
 def third_stage(
-    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts | None, before: Mapping[str, Any]
-) -> dict[str, Any]:
+    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts | None, before: Made | None
+) -> Made:
     """The pictures of the second stage made larger still, by the x4 upscaler of Stable Diffusion."""
-    subjects, images = pictures_of(settings, 2, prompts, before)
-    given = tasks.upscaling_settings(
-        setup, settings.sampling(3), "", settings.negative_prompt, settings.noise_levels[1]
-    )
-    task, size = tasks.upscaling_task(setup, images, given)
-    return run(settings, 3, setup, inputs.image_items(subjects, 1, settings.seed), task, size)
+    items, images = pictures_of(settings, 2, prompts, before)
+    task, size = tasks.upscaling_task(setup, images, upscaling(settings, setup))
+    return run(settings, 3, setup, items, task, size)
+
+
+def upscaling(settings: CascadeSettings, setup: Setup) -> tasks.UpscalingSettings:
+    """Of the third stage."""
+    return tasks.upscaling_settings(setup, settings.sampling(3), "", settings.negative_prompt, settings.noise_levels[1])
 
 
 def run(
-    settings: CascadeSettings, number: int, setup: Setup, items: Sequence[Any], task: Task, size: tuple[int, int]
-) -> dict[str, Any]:
-    """Make a stage's pictures; what all of them depend on."""
+    settings: CascadeSettings, number: int, setup: Setup, items: Sequence[Item], task: Task, size: tuple[int, int]
+) -> Made:
+    """Make a stage's pictures."""
     (made,) = pipeline.make_images(
         setup, items, task, size, settings.sampling(number), settings.output(number), settings.batch_size
     )
-    return made.settings
+    return Made(made.settings, frozenset(item.seed for item in items))
 
 
 def pictures_of(
-    settings: CascadeSettings, number: int, prompts: Sequence[str], made: Mapping[str, Any] | None = None
-) -> tuple[list[dict[str, str]], Tensor]:
-    """The pictures of a stage: how the next refers to them, and they, (N, 3, H, W) in [-1, 1].
+    settings: CascadeSettings, number: int, prompts: Sequence[str], made: Made | None = None
+) -> tuple[list[Item], Tensor]:
+    """The pictures of a stage, (N, 3, H, W) in [-1, 1], and what the next stage is to make of each.
 
-    made: what they depend on, if the stage was run now; else the last ones of each prompt are taken.
+    An item's noise depends on the seed, and on that of the smaller picture; not on what else is in the folder.
+
+    Args:
+        made: which of them, if the stage was run now; else of each prompt and seed the last one is taken.
 
     Raises:
         SettingError: there are none for some prompt.
     """
     folder, found = settings.folder(number), {}
     for entry in read_manifest(folder / "manifest.jsonl"):
-        wanted = all(entry.get(name) == value for name, value in (made or {}).items())
-        if wanted and entry.get("prompt") in prompts and (folder / entry["file"]).is_file():
+        if (made is None or made.has(entry)) and entry.get("prompt") in prompts and (folder / entry["file"]).is_file():
             found[entry["prompt"], entry["sample"], tuple(entry["seed"])] = entry
     missing = [prompt for prompt in prompts if not any(key[0] == prompt for key in found)]
     if missing:
@@ -267,11 +302,11 @@ def pictures_of(
         images = inputs.stacked((str(path), from_pil(image)) for _, path, image in opened)
     # By the pixels: the file says how long it took, too.
     digests = [hashlib.sha256(image.tobytes()).hexdigest()[:16] for _, _, image in opened]
-    subjects = [
-        {"prompt": prompt, "image": path.name, "image_sha256": digest}
-        for (prompt, path, _), digest in zip(opened, digests, strict=True)
-    ]
-    return subjects, images
+    items = []
+    for place, ((prompt, path, _), digest, (_, sample, seed)) in enumerate(zip(opened, digests, found, strict=True)):
+        subject, own = {"prompt": prompt, "image": path.name, "image_sha256": digest}, (settings.seed, *seed)
+        items.append(Item(place, sample, subject, own, own))
+    return items, images
 
 
 # The texts

@@ -268,10 +268,14 @@ def upscaling_task(setup: Setup, images: Tensor, settings: UpscalingSettings) ->
     images = pad(images, sizes.whole(height) // factor, sizes.whole(width) // factor)
     if settings.prompt is None:
         return Task(ImageConcat(images)), (height, width)
-    levels = without_weights(setup.config.model.params.get("low_scale_config")).max_noise_level
-    if settings.noise_level >= levels:
+    if settings.noise_level >= (levels := noise_levels(setup)):
         raise SettingError("noise_level", f"expected 0..{levels - 1} for this model; got {settings.noise_level}")
     return Task(LowResolution(images, settings.noise_level, settings.negative)), (height, width)
+
+
+def noise_levels(setup: Setup) -> int:
+    """How many levels of noise on the small image an upscaler that reads text knows; found out without its weights."""
+    return without_weights(setup.config.model.params.get("low_scale_config")).max_noise_level
 
 
 # Maps of labels

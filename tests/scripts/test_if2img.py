@@ -94,8 +94,10 @@ def test_one_stage_at_a_time(cascade, tmp_path, capsys):
     assert cascade("--stages", "2") == 0
     assert list((cascade.out / "texts").iterdir()) == texts
     together = Cascade(cascade.files, tmp_path / "together")
+    assert together("--stages", "1", "--seed", "7") == 0  # which changes nothing of what is made next
     assert together("--stages", "1,2") == 0
     assert np.abs(together.pixels(2) - cascade.pixels(2)).max() <= 1
+    assert len(together.entries(1)) == 2 and len(together.entries(2)) == 1
     assert not (together.out / "stage3").exists()
 
 
@@ -135,6 +137,8 @@ def test_published_timesteps_of_the_faster_rows():
         ),
         (["--steps", "3", "2000", "2"], "--steps: stage 2: steps must be 1..1000"),
         (["--plans", "0,9", "off", "off"], "--plans: stage 1: "),
+        (["--noise_levels", "1000", "20"], "--noise_levels: stage 2: expected 0..999; got 1000"),
+        (["--noise_levels", "250", "5000"], "--noise_levels: stage 3: expected 0..349; got 5000"),
         (["--stage3", "{out}/none.ckpt"], "--stage3: stage 3: {out}/none.ckpt: no such file"),
     ],
 )
@@ -143,6 +147,7 @@ def test_bad_input(cascade, files, capsys, arguments, why):
     assert cascade(*(word.format(**places) for word in arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("if2img.py: error: " + why.format(**places)), line
+    assert not (cascade.out / "stage1").exists()  # it is found out before anything is made
 
 
 def test_a_stage_that_is_not_given(files, tmp_path, capsys):
