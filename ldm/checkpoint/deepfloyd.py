@@ -69,7 +69,7 @@ def network_params(config: Mapping[str, Any]) -> dict[str, Any]:
             "scale_skip_connection": config.get("resnet_out_scale_factor", 1.0) != 1.0,
             "disable_self_attentions": bool(config.get("only_cross_attention")),
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ConversionError(f"not the config.json of a stage of DeepFloyd-IF: {error!r}") from None
 
 
@@ -98,6 +98,29 @@ def original_params(params: Mapping[str, Any]) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"not the config.yml of a stage of DeepFloyd-IF: {error!r}") from None
+
+
+COUNTS = (
+    "image_size",
+    "in_channels",
+    "model_channels",
+    "out_channels",
+    "num_res_blocks",
+    "encoder_dim",
+    "encoder_channels",
+    "att_pool_heads",
+    "num_head_channels",
+    "channel_mult",
+)
+
+
+def check_counts(network: Mapping[str, Any]) -> None:
+    """Raise ConversionError unless what is counted in the arguments of `DeepFloydUNet` are whole numbers above 0."""
+    for name in COUNTS:
+        value = network[name]
+        counts = value if isinstance(value, list) else [value]
+        if not counts or any(type(one) is not int or one < 1 for one in counts):
+            raise ConversionError(f"{name} must be whole numbers of at least 1; got {value!r}")
 
 
 def stage_config(network: Mapping[str, Any], most: float) -> dict[str, Any]:
@@ -237,6 +260,7 @@ def find_stage(folder: Path) -> Stage:
         found = [path for path in [folder / ORIGINAL[1]] if path.is_file()]
     else:
         raise ValueError(f"{folder}: no {part}/{config} and no {ORIGINAL[0]}; expected a stage of DeepFloyd-IF")
+    check_counts(network)
     if not found:
         raise ValueError(f"{folder}: no weights; expected {part}/{stem}.safetensors, or {ORIGINAL[1]}")
     most = _threshold(folder / "scheduler" / "scheduler_config.json", MOST[network["noise_level"]])

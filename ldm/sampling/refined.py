@@ -28,6 +28,13 @@ class HandedOver(Start):
         return self.given
 
 
+def with_key(plan: Plan, node: int) -> Plan:
+    """The plan with a key node at `node`, so that no decoder of a node before it shares a batch with one behind it."""
+    keys = tuple(sorted({*plan.keys, node}))
+    shallow, skipped = (tuple(i for i in nodes if i != node) for nodes in (plan.shallow, plan.skipped))
+    return replace(plan, keys=keys, shallow=shallow, skipped=skipped, branch=plan.branch if shallow else 0)
+
+
 def plan_after(plan: Plan, node: int) -> Plan:
     """The plan of the nodes from `node` on, which becomes a key node: the first of another network."""
 
@@ -71,11 +78,12 @@ class Refined(Engine):
                 f"another sampler, or fewer steps of the refiner"
             )
         self.refiner = copy(base)
+        vars(self.refiner).pop("unit", None)  # the base model's
         self.refiner.model, self.refiner.first = refiner, self.stop
-        self.refiner.plan = plan_after(self.plan, self.stop)
+        self.plan, self.refiner.plan = with_key(self.plan, self.stop), plan_after(self.plan, self.stop)
 
     def with_plan(self, plan: Plan) -> Refined:
-        other = super().with_plan(plan)
+        other = super().with_plan(with_key(plan, self.stop))
         other.refiner = self.refiner.with_plan(plan_after(plan, self.stop))
         return other
 

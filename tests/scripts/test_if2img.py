@@ -168,3 +168,18 @@ def test_t5_of_another_width_and_weights_of_another_network(files, tmp_path, cap
     save_weights(wide / "unet" / "diffusion_pytorch_model.safetensors", state)
     assert cascade("--stages", "1") == 2
     assert "it reads states of width 64, T5's have 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"block_out_channels": [0]}, "not the config.json of a stage of DeepFloyd-IF: ZeroDivisionError"),
+        ({"block_out_channels": []}, "not the config.json of a stage of DeepFloyd-IF: IndexError"),
+        ({"out_channels": None}, "out_channels must be whole numbers of at least 1; got None"),
+        ({"attention_head_dim": "x"}, "num_head_channels must be whole numbers of at least 1; got 'x'"),
+    ],
+)
+def test_a_stage_with_a_wrong_description(change, why, files, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(FIRST | change))
+    assert Cascade(files | {"stage1": str(tmp_path)}, tmp_path / "out")("--stages", "1") == 2
+    assert f"--stage1: {why}" in capsys.readouterr().err

@@ -219,9 +219,11 @@ def test_the_laws_hold_with_a_refiner(model, refiner):
         for plan in (load_plan("off", 8), Plan(8, (0, 2, 6)), Plan(8, (0, 2, 6), parallel=8))
     )
     assert serial.stop == 5 and serial.refiner.plan.keys == (0, 1)
+    assert not any(i < 5 <= batch.nodes[-1] for batch in parallel.plan.batches() for i in batch.nodes)
     same(parallel.latents(items), serial.latents(items))
     same(serial.with_plan(plain.plan).latents(items), plain.latents(items))
     base = engine(model, load_plan("off", 8))
+    assert base.unit != Refined(base, last, 0.4).refiner.unit == plain.refiner.unit
     assert (plain.latents(items) - base.latents(items)).abs().max() > 1e-2
     assert (plain.latents(items) - serial.latents(items)).abs().max() > 1e-3
     (_, cost), whole = plain.sampled(items), plain.unit.whole * 5 + plain.refiner.unit.whole * 3
@@ -239,7 +241,7 @@ def test_a_script_with_a_refiner(base, refiner, tmp_path):
     script = Script("txt2img", tmp_path, *base, *STEPS, "--refiner", refiner[3], "--refiner-config", refiner[1])
     (entry,) = script("--plan", "0,1", "--refiner-share", "0.5")
     assert entry["refiner_share"] == 0.5 and entry["refiner"]["ckpt"].endswith("model.safetensors")
-    assert entry["refiner"]["weights"] != entry["weights"] and entry["keys"] == [0, 1]
+    assert entry["refiner"]["weights"] != entry["weights"] and entry["keys"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
