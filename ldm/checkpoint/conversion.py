@@ -456,6 +456,7 @@ def diffusers_unet(params: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
 
 
 def unet_config(params: Mapping[str, Any], unet: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The config.json of a UNet; `params`: of the model, `unet`: of its UNet, whose weights have diffusers' names."""
     channels = [unet["model_channels"] * m for m in unet["channel_mult"]]
     levels = len(channels)
     attention = [f"down_blocks.{i}.attentions.0.norm.weight" in weights for i in range(levels)]
@@ -478,6 +479,7 @@ def unet_config(params: Mapping[str, Any], unet: Mapping[str, Any], weights: Map
 
 
 def vae_config(params: Mapping[str, Any], dd: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a first stage; `params`: of the model, `dd`: the first stage's ddconfig."""
     levels = len(dd["ch_mult"])
     return {
         "_class_name": "AutoencoderKL",
@@ -494,9 +496,7 @@ def vae_config(params: Mapping[str, Any], dd: Mapping[str, Any]) -> dict[str, An
 
 
 def text_config(weights: Mapping[str, Tensor], openclip: bool) -> dict[str, Any]:
-    """Of a text encoder; `openclip`: OpenCLIP's."""
-    """Of a first stage."""
-    """Of a UNet."""
+    """The config.json of a text encoder; `openclip`: OpenCLIP's."""
     vocabulary, width = weights["text_model.embeddings.token_embedding.weight"].shape
     layers = _count(weights, r"text_model\.encoder\.layers\.(\d+)\.")
     return {
