@@ -150,11 +150,9 @@ class Personalization(DiffusionTraining):
         drawn = [
             self.relations[i] for _ in captions for i in torch.randperm(len(self.relations))[: self.positives].tolist()
         ]
+        first, words = int(self.first_token), [*self.relations, *self.stop_words]
+        negatives = shown_tokens(encoder, captions, words, first)
         positives = body(encoder, " ".join(drawn))
-        left_out = {*body(encoder, " ".join([*self.relations, *self.stop_words]))}
-        shown = [i for caption in captions for i in body(encoder, caption)]
-        first = int(self.first_token)
-        negatives = [i for i in shown if i < first and i not in left_out]
         return steering_loss(encoder.token_table.weight, first, positives, negatives, self.temperature)
 
     def on_after_backward(self) -> None:
@@ -193,8 +191,14 @@ def add_tokens(encoder: nn.Module, new_tokens: Mapping[str, str], vectors: int) 
     return body(encoder, next(iter(new_tokens)))[0]
 
 
+def shown_tokens(encoder: nn.Module, captions: Sequence[str], left_out: Sequence[str], first: int) -> list[int]:
+    """The tokens of captions, as often as they come, without those of some words and those from `first` on."""
+    ignored = {*body(encoder, " ".join(left_out))}
+    return [i for caption in captions for i in body(encoder, caption) if i < first and i not in ignored]
+
+
 def body(encoder: nn.Module, text: str) -> list[int]:
-    """The token ids of a text, without those that frame it; a long one in parts that the encoder reads."""
+    """The token ids of a text, without those that frame it; each word is read alone, so no text is too long."""
     ids = []
     for word in text.split():
         words = encoder.words(word)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from tokenizers import AddedToken
 
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.diffusion.denoiser import Conditioning
-from ldm.training.personal import trained_of
+from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
+from ldm.training.personal import body, shown_tokens, trained_of
 from ldm.training.personal_losses import importance, preserved_losses, steering_loss, without_gradient_of_first
+from tests.helpers.clip_vocabulary import write_vocabulary
 from tests.helpers.goldens import assert_golden, from_recipe, load_case, recipe_tensor
+from tests.helpers.paths import ROOT
 
 
 def model_of(case, tensors) -> DDPM:
@@ -88,6 +93,18 @@ def test_reversion_steers_one_vector():
     loss.backward()
     assert table.grad.abs().sum(1).nonzero().flatten().tolist() == case["rows_with_gradient"]
     assert_golden(table.grad[case["placeholder_id"]], tensors["grad.R"], case)
+
+
+def test_reversion_takes_the_words_that_count(tmp_path):
+    """With the published lists of words, on their token ids."""
+    case, _ = load_case("reversion_steer")
+    params = OmegaConf.load(ROOT / "configs/personalization/reversion.yaml").training.params
+    tokenizer = ClipTokenizer(write_vocabulary(tmp_path))
+    tokenizer.bpe.add_tokens([AddedToken("<r>")])
+    left_out = [*params.relations, *params.stop_words]
+    assert shown_tokens(tokenizer, case["texts"], left_out, case["placeholder_id"]) == case["negatives_ids"]
+    positives = " ".join(word for words in case["positives"] for word in words)
+    assert body(tokenizer, positives) == case["positive_token_ids"]
 
 
 def test_reversion_draws_noisy_timesteps_more_often():
