@@ -86,6 +86,8 @@ def make_images(
         settings = weights_of(setup) | ({} if refiner is None else {"refiner": weights_of(refiner.setup)})
     facts = run_facts(setup, recipe.solver_name, recipe.facts(task.start.strength))
     methods = choose_methods(setup, sampling, recipe, nodes, facts, output.compare, task.network.anew)
+    if refiner is not None:
+        refiner.check(plan for _, plan in methods.values())
     engines = load_engines(setup, methods, task, output.tile)
     if refiner is not None:
         engines = refiner.finishing(engines)

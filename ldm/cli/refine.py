@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from ldm.cli.setup import Setup, model_files, read_setup
 from ldm.cli.tasks import is_framed, is_refiner
 from ldm.io.errors import SettingError, fault_of
-from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
 from ldm.sampling.engine import Engine
 from ldm.sampling.refined import Refined
 
@@ -36,14 +36,18 @@ class Refiner:
     setup: Setup
     share: float = SHARE
 
+    @staticmethod
+    def check(plans: Iterable[AnyPlan]) -> None:
+        """Raise SettingError for a plan that a run with a refiner can't have."""
+        if not all(isinstance(plan, Plan) for plan in plans):
+            raise SettingError("plan", "a plan that decides during a run, or measures, does not go with a refiner")
+
     def finishing(self, engines: Mapping[str, Engine]) -> dict[str, Engine]:
         """The engines with the refiner behind each.
 
         Raises:
-            SettingError: the files do not make a model, or it does not go with the plan or the number of steps.
+            SettingError: the files do not make a model, or it does not go with the number of steps.
         """
-        if not all(isinstance(engine.plan, Plan) for engine in engines.values()):
-            raise SettingError("plan", "a plan that decides during a run, or measures, does not go with a refiner")
         with _named("refiner"):
             model = self.setup.load()
         with fault_of("refiner_share"):

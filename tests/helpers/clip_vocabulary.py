@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import cache
 from itertools import chain, product
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from ldm.modules.encoders.clip_tokenizer import MERGES, VOCABULARY
 from tests.helpers.paths import GOLDENS
 
 CASES = json.loads((GOLDENS / "tokenizer_clip.json").read_text(encoding="utf-8"))
+
+
+@cache
+def content() -> bytes:
+    """The file as OpenAI's CLIP has it."""
+    return gzip.compress("\n".join([*lines(), "a line of the published file past the end"]).encode(), 1)
 
 
 def lines() -> list[str]:
@@ -25,5 +32,5 @@ def write_vocabulary(folder: Path) -> Path:
     """The file as OpenAI's CLIP has it, in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / VOCABULARY
-    path.write_bytes(gzip.compress("\n".join([*lines(), "a line of the published file past the end"]).encode(), 1))
+    path.write_bytes(content())
     return path

@@ -151,7 +151,7 @@ def test_numbers_are_embedded_one_by_one():
 # Sampling
 
 
-@pytest.mark.parametrize("name, parallel", [("plain", 1), ("propagated_50ls", 1), ("propagated_50ls", 50)])
+@pytest.mark.parametrize("name, parallel", [("plain", 1), ("propagated_50ls", 50)])
 def test_golden_trajectory(name, parallel):
     """Euler on the published timesteps; in our scale the start is unit noise."""
     listed, _ = load_case("sdxl_euler50_plain")

@@ -83,26 +83,19 @@ def test_what_guidance_leads_away_from(model):
     assert read.context.any() and torch.equal(read.y[:, OWN:], cond.y[:, OWN:])
 
 
-def test_img2img_and_inpainting(base, tmp_path):
+def test_inpainting(tmp_path):
     rng = np.random.default_rng(0)
     indir = tmp_path / "in"
     indir.mkdir()
-    picture = rng.integers(0, 255, (60, 64, 3), dtype=np.uint8)
-    mask = np.zeros((60, 64), np.uint8)
+    picture, mask = rng.integers(0, 255, (60, 64, 3), dtype=np.uint8), np.zeros((60, 64), np.uint8)
     mask[10:30, 20:50] = 255
     Image.fromarray(picture).save(indir / "a.png")
     Image.fromarray(mask).save(indir / "a_mask.png")
-    painted = []
-    for i, files in enumerate((base, tiny_xl(tmp_path / "m", "inpainting"))):
-        script = Script("inpaint", tmp_path / str(i), *files, "--indir", str(indir), "--prompt", "a cat")
-        (entry,) = script("--steps", "2")
-        painted.append(script.pixels(entry))
-        assert (painted[-1][mask == 0] == picture[mask == 0]).all()
-        assert painted[-1][mask > 0].std() > 1
-    assert (painted[0] != painted[1]).any()
-    script = Script("img2img", tmp_path / "i", *base, "--init-img", str(indir / "a.png"), *STEPS)
-    (entry,) = script("--strength", "0.5")
-    assert script.pixels(entry).shape == (32, 64, 3)
+    files = tiny_xl(tmp_path / "m", "inpainting")
+    script = Script("inpaint", tmp_path, *files, "--indir", str(indir), "--prompt", "a cat", "--skip_grid")
+    (entry,) = script("--steps", "2", "--plan", "off")
+    painted = script.pixels(entry)
+    assert (painted[mask == 0] == picture[mask == 0]).all() and painted[mask > 0].std() > 1
 
 
 # The publisher's configuration
@@ -197,7 +190,7 @@ def engine(model, plan: Plan, sampler: str = "euler-trailing", **changes) -> Eng
     return Engine(model, Sizes(4, 8, 64, 64), recipe, plan, Task(FramedText(FRAMING)))
 
 
-@pytest.mark.parametrize("sampler, nodes", [("euler-trailing", 8), ("euler-a", 8), ("heun", 15)])
+@pytest.mark.parametrize("sampler, nodes", [("euler-a", 8), ("heun", 15)])
 def test_a_refiner_that_is_the_base_changes_nothing(model, sampler, nodes):
     """Latents and noise are handed over as they are; a plan counts the steps of both."""
     keys = Plan(nodes, tuple(range(nodes)))
@@ -206,7 +199,9 @@ def test_a_refiner_that_is_the_base_changes_nothing(model, sampler, nodes):
     torch.testing.assert_close(refined.latents(items), whole.latents(items), rtol=1e-4, atol=1e-4)
 
 
-def test_a_solver_that_needs_its_past_is_refused(model):
+def test_a_solver_that_needs_its_past_is_refused_and_a_share_without_a_step(model):
+    with pytest.raises(ValueError, match="strength 0.01 of 8 steps leaves none"):
+        Refined(engine(model, Plan(8, (0,))), model, 0.01)
     with pytest.raises(ValueError, match="a run of plms can't go on there with another model"):
         Refined(engine(model, Plan(9, (0,)), "plms"), model, 0.5)
 
@@ -250,7 +245,6 @@ def test_a_script_with_a_refiner(base, refiner, tmp_path):
         (["--refiner-share", "0.5"], "--refiner-share: only with a refiner"),
         (["--refiner", "none.safetensors"], "--refiner: none.safetensors: no such file"),
         (["--refiner", "BASE"], "--refiner: .*config.yaml is not the config of a refiner"),
-        (["--refiner", "REFINER", "--refiner-share", "0.01"], "--refiner-share: strength 0.01 of 4 steps leaves none"),
         (["--refiner", "REFINER", "--refiner-share", "1"], "--refiner-share: expected a number in 0.001..0.999"),
         (["--refiner", "REFINER", "--plan", "online:0.1"], "--plan: a plan that decides during a run"),
         (["REFINER"], "--config: a refiner finishes images of a base model; expected the base model"),
