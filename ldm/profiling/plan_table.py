@@ -24,7 +24,8 @@ def spans(nodes: Sequence[int]) -> str:
 
 def plan_table(unit: Macs, kept: Kept, nodes: int, more: Sequence[str] = (), images: int = 1) -> Iterator[str]:
     """Lines of a table: plan, MACs and critical path as a share of the plain run's, what is kept beyond it, what is
-    between, key timesteps.
+    between, key timesteps. Plans that the network can't follow have no line: with blocks that run alone, for a
+    transformer.
 
     Args:
         unit, kept: of one prediction.
@@ -35,8 +36,10 @@ def plan_table(unit: Macs, kept: Kept, nodes: int, more: Sequence[str] = (), ima
     plain = unit.plain(nodes)
     costs = f"{'MACs':>7}{'critical path':>15}{'MB more':>9}"
     yield f"{'plan':<24}{costs}  {'between key timesteps':<32}key timesteps of {nodes}"
-    for name in (*RULES, *more, *plan_names()):
-        plan = load_plan(name, nodes)
+    plans = {name: load_plan(name, nodes) for name in (*RULES, *more, *plan_names())}
+    for name, plan in plans.items():
+        if max(plan.branch, plan.refresh) >= len(unit.outer):
+            continue
         yield (
             f"{name:<24}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>15.1%}"
             f"{kept.added(plan, images) / 1e6:>9.2f}  {between(plan):<32}"

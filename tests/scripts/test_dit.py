@@ -122,3 +122,9 @@ def test_configs_and_weights_are_told_apart(files):
     own, large = (facts_of_config(load_config(path).model) for path in (files[1], ROOT / PUBLISHED))
     assert differences(own, weights) == []
     assert {difference.name for difference in differences(large, weights)} == {"width", "positions"}
+
+
+def test_plans_are_listed_without_those_that_run_outer_blocks_alone(script, capsys):
+    assert script.main([*script.common, "--list-plans", "--steps", "20"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"off", "skip:3", "dit250"} <= {*listed} and not any(name.startswith("deepcache") for name in listed)
