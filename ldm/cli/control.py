@@ -153,9 +153,17 @@ def picture(settings: ControlSettings, kind: str, image: Image.Image | None, siz
             "scribble": lambda: conditions.scribble(conditions.soft_edges(image, detector("hed", settings.hed))),
             "depth": lambda: conditions.depth(image, detector("midas", settings.midas)),
         }
-        facts = {"kind": kind} | file_reference(settings.image, "image")
-        return makers[kind](), facts | ({"canny": [*settings.canny]} if kind == "edges" else {})
+        return makers[kind](), made_of(settings, kind)
     return given_picture(kind, size)
+
+
+def made_of(settings: ControlSettings, kind: str) -> dict[str, Any]:
+    """What tells a picture of one of KINDS, as JSON values: the image, and what finds the edges or the depth in it."""
+    facts = {"kind": kind} | file_reference(settings.image, "image")
+    if kind == "edges":
+        return facts | {"canny": [*settings.canny]}
+    name = "hed" if kind == "scribble" else "midas"
+    return facts | file_reference(getattr(settings, name), name)
 
 
 def given_picture(file: str, size: Size) -> tuple[Image.Image, dict[str, str]]:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ldm.checkpoint import save_weights
+from ldm.cli.control import ControlSettings, made_of
 from ldm.data.conditions import edges
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from tests.helpers.goldens import recipe_weights
@@ -81,6 +82,16 @@ def test_pictures_are_followed_plain_and_with_plans(script, folder, capsys):
     assert settings["guess"] is True and len(settings["control"]) == 1
     capsys.readouterr()
     assert script(*edge, "--plan=off", "--guess") == [] and "(0 made, 1 found)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind, name", [("scribble", "hed"), ("depth", "midas")])
+def test_a_picture_is_told_by_the_network_that_makes_it(folder, tmp_path, kind, name):
+    told = []
+    for content in (b"one", b"two"):
+        (tmp_path / "weights.safetensors").write_bytes(content)
+        paths = {"image": f"{folder}/image.png", name: str(tmp_path / "weights.safetensors")}
+        told.append(made_of(ControlSettings([kind], ["x"], **paths), kind))
+    assert told[0][name] == "weights.safetensors" and told[0] != told[1]
 
 
 def test_bad_input_is_refused_in_one_line(script, folder, capsys):
