@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.io.errors import SettingError
 from ldm.models.diffusion.ddim import DDIM, climb
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.edits import Edit
@@ -22,7 +23,7 @@ from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps
 from ldm.modules.attention import BasicTransformerBlock
-from ldm.modules.attention_control import AttentionControl, AttentionMaps
+from ldm.modules.attention_control import LARGEST, AttentionControl, AttentionMaps
 from ldm.modules.encoders.tokenizer import Words
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Attention, Start, Text, mean_latents
@@ -131,7 +132,14 @@ def attention_to(maps: Sequence[Tensor], chosen: Tensor, x: Tensor) -> Tensor:
         maps: of some layers, summed over steps, each (groups * group, N, L).
         chosen: tokens of each prompt of a group, 1 or 0, (group, L).
         x: the latents, (groups * group, C, H, W).
+
+    Raises:
+        SettingError: there are no maps.
     """
+    if not maps:
+        raise SettingError(
+            "blend", f"no attention of this network has at most {LARGEST} positions at this size; expected fewer pixels"
+        )
     largest = max(one.shape[1] for one in maps)
     mean = torch.stack([one for one in maps if one.shape[1] == largest]).mean(0)  # (groups * group, N, L)
     mean = (mean.unflatten(0, (-1, len(chosen))) * chosen[:, None].to(mean)).sum(-1)  # (groups, group, N)

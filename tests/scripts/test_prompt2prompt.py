@@ -98,5 +98,12 @@ def test_bad_arguments(script, capsys, arguments, why):
     assert script.refusal(capsys, *HEART, *arguments).startswith(why)
 
 
+def test_a_blend_of_an_image_that_is_too_large_is_refused(script, capsys):
+    size = ["--H", "80", "--W", "80"]  # 20 x 20 positions in the smallest attention
+    assert script.main([*script.common, *HEART, "--edit", "a green heart", "--blend", "heart", *size]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert "--blend: no attention of this network has at most 256 positions at this size" in line
+
+
 def test_merged_tokens_are_refused(script, capsys):
     assert script.refusal(capsys, *HEART, "--edit", "a tree", "--tome", "0.5").startswith("--tome: ")
