@@ -42,13 +42,30 @@ def read_delta(path: str | Path) -> Delta:
     content = None if kind == "safetensors" else read_pickle(path, zipped=kind == "zip")
     if not isinstance(content, Mapping) or not ({"unet", "state_dict"} & content.keys()):
         raise CheckpointError(f"{path}: not a delta of Custom Diffusion; expected a file with unet or state_dict")
-    weights = dict(content.get("unet", content.get("state_dict")))
-    vectors = weights.pop("embed", torch.empty(0, 1))
-    tokens = dict(content.get("modifier_token", {TOKEN.format(i + 1): v for i, v in enumerate(vectors)}))
     if "text_encoder" in content and "unet" in content:
         raise CheckpointError(f"{path}: holds a whole text encoder too, which is not read here")
-    whole = {key: _weight(path, key, value) for key, value in weights.items()}
-    return Delta(whole, {name: torch.atleast_2d(vector.detach()).float() for name, vector in tokens.items()})
+    part = "unet" if "unet" in content else "state_dict"
+    weights = _named(path, part, content[part])
+    embed = _vectors(path, "embed", weights.pop("embed", torch.empty(0, 1)))
+    tokens = {TOKEN.format(i + 1): vector for i, vector in enumerate(embed)}
+    tokens = _named(path, "modifier_token", content.get("modifier_token", tokens))
+    return Delta(
+        {key: _weight(path, key, value) for key, value in weights.items()},
+        {name: _vectors(path, name, value) for name, value in tokens.items()},
+    )
+
+
+def _named(path: Path, part: str, content: Any) -> dict[str, Any]:
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"{path}: {part}: expected weights or vectors by their names; got {shown(content)}")
+    return dict(content)
+
+
+def _vectors(path: Path, name: str, value: Any) -> Tensor:
+    """Of a token, (k, D)."""
+    if not isinstance(value, Tensor) or value.ndim not in (1, 2) or not value.is_floating_point():
+        raise CheckpointError(f"{path}: {name}: expected the vector of a token; got {shown(value)}")
+    return torch.atleast_2d(value.detach()).float()
 
 
 def _weight(path: Path, key: str, value: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -87,6 +104,7 @@ def apply_deltas(model: nn.Module, paths: Sequence[str | Path]) -> None:
                 raise CheckpointError(
                     f"{path}: made for another model: {key} is {tuple(whole.shape)}, here {tuple(own[name].shape)}"
                 )
+            whole = whole.to(own[name].device)
             change = whole if isinstance(value, tuple) else whole - own[name].detach().float()
             changes[name] = changes.get(name, 0.0) + change
         _add_tokens(model.cond_stage_model, path, delta.tokens)

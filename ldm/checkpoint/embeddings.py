@@ -32,12 +32,14 @@ def read_embeddings(path: str | Path) -> dict[str, Tensor]:
     if {"clip_g", "clip_l"} & content.keys():
         raise CheckpointError(f"{path}: vectors for the two text encoders of SDXL, which take no new tokens here")
     if "string_to_param" in content:  # A1111: one entry, "*"
-        content = {path.stem: next(iter(content["string_to_param"].values()), None)}
+        entries = content["string_to_param"]
+        content = {path.stem: next(iter(entries.values()), None) if isinstance(entries, Mapping) else entries}
     elif [*content] == ["emb_params"]:
         content = {path.stem: content["emb_params"]}
     vectors = {}
     for name, value in content.items():
-        if not isinstance(value, Tensor) or value.ndim not in (1, 2) or not value.is_floating_point():
+        fits = isinstance(value, Tensor) and value.ndim in (1, 2) and value.is_floating_point() and value.numel() > 0
+        if not fits:
             raise CheckpointError(f"{path}: expected a vector, or several, for each token; {name!r} is {shown(value)}")
         vectors[str(name)] = torch.atleast_2d(value.detach()).float()
     return vectors

@@ -152,11 +152,16 @@ def delta(path: str | Path, parameters: Mapping[str, Tensor], target: Target, pa
     """alpha / rank * up @ down, in the shape of the target.
 
     Raises:
-        CheckpointError: another shape.
+        CheckpointError: another shape, or an alpha that is not one number.
     """
-    (key, down), (_, up) = parts[DOWN], parts[UP]
-    rank = down.shape[0]
-    scale = float(parts[ALPHA][1]) / rank if ALPHA in parts else 1.0
+    (key, down), (_, up), (_, alpha) = parts[DOWN], parts[UP], parts.get(ALPHA, ("", None))
+    if min(down.ndim, up.ndim) < 2 or not len(down) or (alpha is not None and alpha.numel() != 1):
+        raise CheckpointError(
+            f"{path}: {key}: expected two matrices and one alpha; got {tuple(down.shape)}, {tuple(up.shape)}"
+            + ("" if alpha is None else f" and an alpha of shape {tuple(alpha.shape)}")
+        )
+    rank = len(down)
+    scale = 1.0 if alpha is None else float(alpha) / rank
     wanted = parameters[target.parameter].shape
     wanted = (target.rows[1] - target.rows[0], *wanted[1:]) if target.rows else tuple(wanted)
     outs, inside = up.shape[0], tuple(down.shape[1:])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import CheckpointError, load_model, save_weights
-from ldm.checkpoint.delta import save_delta
+from ldm.checkpoint.delta import apply_deltas, save_delta
 from ldm.checkpoint.embeddings import add_embeddings, read_embeddings, save_embeddings
 from ldm.checkpoint.lora import merge_lora
 from tests.helpers.scripts import Script
@@ -210,6 +210,52 @@ def test_bad_files(script, tmp_path, capsys):
         (["--embedding", str(tmp_path / "e.safetensors")], "--embedding: "),
     ):
         assert script.refusal(capsys, *arguments).startswith(why)
+
+
+@pytest.mark.parametrize(
+    "option, name, content, why",
+    [
+        ("--delta", "d.bin", {"unet": None}, "unet: expected weights or vectors by their names; got None"),
+        (
+            "--delta",
+            "d.bin",
+            {"unet": {}, "modifier_token": {"<a>": [1.0]}},
+            "<a>: expected the vector of a token; got",
+        ),
+        ("--delta", "d.ckpt", {"state_dict": {"embed": None}}, "embed: expected the vector of a token; got None"),
+        (
+            "--embedding",
+            "e.pt",
+            {"string_to_param": None},
+            "expected a vector, or several, for each token; 'e' is None",
+        ),
+        ("--embedding", "e.pt", {"x": torch.zeros(0, 16)}, "expected a vector, or several, for each token; 'x' is"),
+    ],
+)
+def test_files_whose_entries_are_no_tensors(script, tmp_path, capsys, option, name, content, why):
+    torch.save(content, tmp_path / name)
+    assert script.refusal(capsys, option, str(tmp_path / name)).startswith(f"{option}: {tmp_path / name}: {why}")
+
+
+def test_a_lora_of_odd_shapes(files, tmp_path):
+    model, name = load_model(files[1], files[3]), "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_v"
+    outs, ins = model.get_parameter(f"{U}middle_block.1.transformer_blocks.0.attn2.to_v.weight").shape
+    down, up = torch.ones(1, ins), torch.ones(outs, 1)
+    for parts in (
+        {"lora_down.weight": down[0], "lora_up.weight": up[:, 0]},
+        {"lora_down.weight": down[:0], "lora_up.weight": up[:, :0]},
+        {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.ones(2)},
+    ):
+        save_weights(tmp_path / "l.safetensors", {f"{name}.{end}": value.clone() for end, value in parts.items()})
+        with pytest.raises(CheckpointError, match="expected two matrices and one alpha"):
+            merge_lora(model, tmp_path / "l.safetensors")
+
+
+def test_a_delta_for_a_model_on_another_device(files, tmp_path):
+    model, key = load_model(files[1], files[3]).to("meta"), "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    torch.save({"unet": {key: torch.ones(model.get_parameter(U + key).shape)}}, tmp_path / "d.bin")
+    apply_deltas(model, [tmp_path / "d.bin"])
+    assert model.get_parameter(U + key).device.type == "meta"
 
 
 def test_the_tokenizer_of_bert_too(files, tmp_path):
