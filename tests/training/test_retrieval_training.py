@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 import main
 from ldm.checkpoint import load_config, load_model
 from ldm.data.emoji import EmojiDataset
+from ldm.io.images import open_image
 from ldm.modules.encoders.dual import DualEncoder
 from ldm.modules.encoders.tokenizer import train_tokenizer
 from ldm.retrieval import embedders
@@ -100,6 +101,15 @@ def test_an_encoder_is_trained_and_embeds_texts_and_images(place):
     head, *rows = log.read_text().splitlines()
     assert {"val/heldout_pair_R@5", "val/heldout_concept_R@5", "val/heldout_concept_concept_R@5"} <= {*head.split(",")}
     assert [*(place / "logs" / "encoder" / "samples").iterdir()]
+
+
+def test_the_encoder_that_ships_knows_what_an_image_shows():
+    embedder, face = load_embedder("emoji"), open_image(ROOT / "docs/examples/inpaint/face.png")
+    texts = ["a grinning face, noto style", "a red heart, noto style", "a dog, noto style", "a house, openmoji style"]
+    cosines = normalize(embedder.texts(texts), dim=-1) @ normalize(
+        embedder.images(embedder.prepared(face)[None])[0], dim=0
+    )
+    assert cosines[0] > 0.1 > cosines[1:].max(), cosines
 
 
 def test_padding_changes_no_embedding():
