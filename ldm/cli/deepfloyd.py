@@ -49,6 +49,7 @@ PER_STAGE = {
     "noise_level": "noise_levels",
 }
 OF_FILES = ("config", "ckpt")
+END = 2**20  # bytes of a file's beginning and of its end
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,8 @@ def pictures_of(
     """
     folder, found = settings.folder(number), {}
     for entry in read_manifest(folder / "manifest.jsonl"):
-        if (made is None or made.has(entry)) and entry.get("prompt") in prompts and (folder / entry["file"]).is_file():
+        named = {"prompt", "sample", "seed"} <= entry.keys() and entry["prompt"] in prompts
+        if named and (made is None or made.has(entry)) and (folder / entry["file"]).is_file():
             found[entry["prompt"], entry["sample"], tuple(entry["seed"])] = entry
     missing = [prompt for prompt in prompts if not any(key[0] == prompt for key in found)]
     if missing:
@@ -359,6 +361,13 @@ class Texts:
 
 
 def digest_of_files(paths: Sequence[Path]) -> str:
-    """Names and sizes of files; weights of 19 GB are not read to be told apart."""
-    listed = sorted((path.name, path.stat().st_size) for path in paths if path.is_file())
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+    """Names, sizes and both ends of files; weights of 19 GB are not read whole to be told apart."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in paths if path.is_file()):
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(END))
+            stream.seek(max(0, size - END))
+            digest.update(stream.read(END))
+    return digest.hexdigest()[:16]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ldm.checkpoint import save_weights
 from ldm.checkpoint.deepfloyd import network_params, to_original
-from ldm.cli.deepfloyd import published_timesteps
+from ldm.cli.deepfloyd import END, digest_of_files, published_timesteps
 from ldm.sampling.generate import read_manifest
 from tests.helpers.deepfloyd import FIRST, SECOND, recipe_state
 from tests.helpers.goldens import load_case
@@ -91,6 +91,8 @@ def test_one_stage_at_a_time(cascade, tmp_path, capsys):
     assert cascade("--stages", "1") == 0
     texts = list((cascade.out / "texts").iterdir())
     assert len(texts) == 1
+    with (cascade.out / "stage1" / "manifest.jsonl").open("a") as manifest:
+        manifest.write('{"file": "samples", "prompt": "a red heart"}\n')  # not one of ours
     assert cascade("--stages", "2") == 0
     assert list((cascade.out / "texts").iterdir()) == texts
     together = Cascade(cascade.files, tmp_path / "together")
@@ -111,6 +113,14 @@ def test_text_plan_and_noise_decide_what_is_made(cascade):
         assert cascade("--stages", "1", *flags) == 0
         shown.append(cascade.pixels(1))
     assert all((a != b).any() for k, a in enumerate(shown) for b in shown[:k])
+
+
+def test_text_encoders_of_one_size_are_told_apart(tmp_path):
+    file, digests = tmp_path / "model.safetensors", set()
+    for content in (b"ab" + bytes(3 * END), b"ba" + bytes(3 * END), bytes(3 * END) + b"ab"):
+        file.write_bytes(content)
+        digests.add(digest_of_files([file]))
+    assert len(digests) == 3
 
 
 def test_published_timesteps_of_the_faster_rows():
