@@ -47,6 +47,9 @@ def in_our_form(model: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"params of {ENGINE}: {', '.join(sorted(unknown))}: unknown; accepted: {', '.join((*NEEDED, first_kept))}"
         )
+    first_stage = _part(params["first_stage_config"], "first_stage_config")
+    if "embed_dim" not in first_stage:
+        raise ConfigError("first_stage_config without embed_dim")
     return {
         "target": "ldm.models.diffusion.ddpm.StableDiffusionXL",
         "params": {
@@ -54,7 +57,7 @@ def in_our_form(model: Mapping[str, Any]) -> dict[str, Any]:
             "linear_end": 0.012,
             "timesteps": 1000,
             "image_size": LATENT,
-            "channels": _part(params["first_stage_config"], "first_stage_config")["embed_dim"],
+            "channels": first_stage["embed_dim"],
             "conditioning_key": "crossattn-adm",
             "cond_stage_key": "txt",
             "parameterization": _parameterization(_part(params["denoiser_config"], "denoiser_config")),
@@ -70,7 +73,7 @@ def in_our_form(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _part(config: Any, name: str) -> Mapping[str, Any]:
     """The params of a part."""
-    params = config.get("params") if isinstance(config, Mapping) else None
+    params = config.get("params") if isinstance(config, Mapping) and "target" in config else None
     if not isinstance(params, Mapping):
         raise ConfigError(f"{name}: expected a mapping with 'target' and 'params'; got {config!r}")
     return params

@@ -125,6 +125,8 @@ def test_the_published_configuration_loads_as_it_is(name):
         ("EpsScaling", "EDMScaling", "denoiser_config: scaling must be EpsScaling or VScaling; got EDMScaling"),
         ("LegacyDDPMDiscretization", "EDMDiscretization", "expected LegacyDDPMDiscretization.*got EDMDiscretization"),
         ("softmax-xformers", "linear", "spatial_transformer_attn_type must be softmax or softmax-xformers"),
+        ("embed_dim", "embedded", "first_stage_config without embed_dim"),
+        ("target: sgm.modules.diffusionmodules.openaimodel.UNetModel", "class: UNet", "network_config: expected a map"),
         ("sgm.modules.GeneralConditioner", "sgm.modules.Other", "'sgm.modules.Other' is outside the allowed packages"),
     ],
 )
