@@ -50,9 +50,12 @@ def rows_of(database: Database, root: Path, paths: Sequence[Path]) -> Tensor:
     Raises:
         ValueError: an image has none.
     """
-    entries = [entry for part in database.parts for entry in part.entries]
-    by_name = {entry["image"]: row for row, entry in enumerate(entries)}
-    by_content = {entry["sha256"]: row for row, entry in enumerate(entries)}
+    starts = zip(database.starts.tolist(), database.parts, strict=False)
+    entries = {row: entry for start, part in starts for row, entry in enumerate(part.entries, start)}
+    by_content = {entry.get("sha256"): row for row, entry in entries.items()}
+    # Another folder may have other images of these names.
+    same = database.card is not None and database.card.folder == str(root.resolve())
+    by_name = {entry.get("image"): row for row, entry in entries.items() if same}
     rows = [by_name.get(path.relative_to(root).as_posix()) for path in paths]
     rows = [by_content.get(file_sha256(path)) if row is None else row for row, path in zip(rows, paths, strict=True)]
     if None in rows:

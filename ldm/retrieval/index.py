@@ -178,7 +178,7 @@ def candidates_of(kind: str) -> int:
 
 def spread(rows: int, most: int) -> Tensor:
     """Numbers of at most so many rows, evenly over all."""
-    return torch.linspace(0, rows - 1, min(rows, most)).long()
+    return torch.linspace(0, rows - 1, min(rows, most), dtype=torch.float64).long()  # float32 ends at 16 million
 
 
 def unit(embeddings: np.ndarray) -> np.ndarray:

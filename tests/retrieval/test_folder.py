@@ -59,3 +59,23 @@ def test_images_that_are_not_in_the_database(place):
     with pytest.raises(ValueError, match="k: expected 1..6, fewer than the database has rows; got 7"):
         (place / "in" / "new.png").unlink()
         NeighbourFolder(str(place / "in"), 16, str(place / "db"), k=7)
+
+
+def test_images_of_another_folder_are_not_taken_for_those_of_their_names(place):
+    other = place / "other"
+    other.mkdir()
+    for number in range(3):
+        shutil.copy(place / "in" / f"{2 - number}.png", other / f"{number}.png")
+    data = NeighbourFolder(str(other), 16, str(place / "db"), k=2)
+    own = NeighbourFolder(str(place / "in"), 16, str(place / "db"), k=2)
+    assert torch.equal(data.neighbours, own.neighbours[:3].flip(0))
+
+
+def test_rows_without_a_description_are_counted_too(place):
+    (place / "db" / "3x12-part_1.jsonl").unlink()
+    with pytest.raises(ValueError, match="does not have .*0.png and 3 more of 8"):
+        NeighbourFolder(str(place / "in"), 16, str(place / "db"), k=2)
+    for name in ("0", "1", "2", "z"):
+        (place / "in" / f"{name}.png").unlink()
+    data = NeighbourFolder(str(place / "in"), 16, str(place / "db"), k=2)
+    assert all(row not in found for row, found in zip(range(3, 7), data.neighbours.tolist(), strict=True))

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from ldm.io.errors import SettingError
 from ldm.retrieval import part
 from ldm.retrieval.database import open_database
-from ldm.retrieval.index import open_index, train_index
+from ldm.retrieval.index import open_index, spread, train_index
 from ldm.retrieval.search import ExactSearch
 from tests.helpers.goldens import load_case
 
@@ -91,6 +91,11 @@ def test_an_index_finds_what_the_exact_search_finds(kind, tmp_path):
     torch.testing.assert_close(found.similarities[same], true.similarities[same])
     # More than the clusters hold that are looked through: none is made up.
     assert torch.equal(open_index(tmp_path / "index", database)(queries, 300).rows.sort().values[0], torch.arange(300))
+
+
+def test_rows_that_stand_for_all_are_rows_of_a_large_database_too():
+    rows = spread(16_777_220, 100)  # whose last row float32 has no number for
+    assert len(rows) == 100 and rows[0] == 0 and rows[-1] == 16_777_219
 
 
 def test_an_index_that_is_older_than_its_database_is_refused(tmp_path):
