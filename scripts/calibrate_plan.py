@@ -57,7 +57,7 @@ def parser() -> Parser:
         nargs="+",
         metavar="NAME",
         help="the forecasters to try at each --level, NAME[:AXIS], with skip NAME[:AXIS]:eps; see txt2img.py --help "
-        "(default: hold and quadratic, with skip quadratic in eps along log-SNR and along the timestep)",
+        "(default: quadratic, linear and hold, with skip quadratic in eps along log-SNR and along the timestep)",
     )
     what.add_argument(
         "--out",

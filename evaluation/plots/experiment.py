@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +30,7 @@ from ldm.sampling.generate import Item, make_items
 from ldm.sampling.task import Classes, Condition, Text
 
 BATCH = 8  # images per batch
+CALIBRATED = re.compile(r"(\w+:)?auto:")  # plans that need a calibration
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Experiment:
         nodes = num_nodes(recipe, self.timesteps)
         positions = 2 * BATCH * self.setup.config.model.params["image_size"] ** 2
         parallel = nodes if self.setup.device.type != "cpu" else max(1, CPU_POSITIONS // positions)
-        facts = replace(self.facts, facts={**self.facts.facts, "sampler": recipe.solver_name})
+        facts = replace(self.facts, facts={**self.facts.facts, "sampler": recipe.solver_name, **recipe.facts()})
         return load_plan(spec, nodes, parallel, propagate, facts)
 
     def plans(self, wanted: Mapping[Any, tuple[Any, ...]]) -> tuple[dict[Any, AnyPlan], str]:
@@ -126,7 +128,7 @@ class Experiment:
             try:
                 found[key] = self.plan(spec, *how)
             except ValueError:
-                if not spec.startswith("auto:"):
+                if not CALIBRATED.match(spec):
                     raise
                 missing[spec] = None
         remark = f" The model has no calibration for {', '.join(missing)}, which are left out." if missing else ""

@@ -195,7 +195,7 @@ def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000) -
     its model. `timesteps`: the model's. Raises SettingError: a number of steps, or a plan, that can't be used."""
     with fault_of("steps" if recipe.timesteps_at is None else "timesteps_at"):
         nodes = num_nodes(recipe, timesteps)
-    return make_plan(SamplingSettings(**asdict(method)), nodes, RunFacts.of(recipe.solver_name, ckpt))
+    return make_plan(SamplingSettings(**asdict(method)), nodes, RunFacts.of(recipe.solver_name, ckpt, **recipe.facts()))
 
 
 def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:

@@ -14,7 +14,7 @@ from tests.helpers.tiny_models import WORDS, write_model
 
 ROWS = (
     "rows:\n- {family: plain}\n- {family: fewer, steps: 5, label: '{steps} steps'}\n"
-    "- {family: calibrated, plan: 'auto:5'}\n"
+    "- {family: calibrated, plan: ['auto:5', 'skip:auto:5']}\n"
 )
 
 
@@ -62,7 +62,7 @@ def test_any_model_has_both_costs_and_the_distances_from_its_plain_run(tmp_path)
     assert 0 < few["mse_latents"] and 0 < reused["mse_latents"]
     lines = (tmp_path / "pareto.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("| ddim")][-1].startswith("| ddim 50, 0,10,30, guidance reused |")
-    assert "no calibration for auto:5" in lines[0]
+    assert "no calibration for auto:5, skip:auto:5, which" in lines[0]
     assert "Fréchet" not in lines[2] and "Fréchet" not in lines[0]
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from evaluation.generate import main
 from evaluation.protocols.protocol import Method, load_protocol
-from evaluation.runs.generate import ModelFiles, compute
+from evaluation.runs.generate import ModelFiles, compute, plan_of, recipe_of
 from ldm.io.errors import SettingError
 from ldm.io.files import json_sha256
 from tests.helpers.coco import LONG, captions, write_coco, write_protocol
@@ -129,6 +129,21 @@ def test_the_batch_size_changes_no_byte(runs, whole, tmp_path):
 def test_plans_by_name(runs, tmp_path):
     assert runs(tmp_path / "out", "--count", "1", "--plan", "faster-diffusion") == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["method"]["keys"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "protocol, method, why",
+    [
+        ({"guidance": 7.5}, {}, r"was made for scale 2.0; this run's is 7.5; scripts/calibrate_plan.py makes one"),
+        ({}, {"eta": 1.0}, "was made for eta 0.0; this run's is 1.0"),
+    ],
+)
+def test_calibrations_are_of_runs_with_the_same_settings(protocol, method, why):
+    method, own = Method(plan="skip:auto:9", **method), load_protocol("emoji64")
+    _, ckpt = own.model()
+    assert len(plan_of(recipe_of(own, Method(plan="skip:auto:9")), Method(plan="skip:auto:9"), ckpt).keys) == 9
+    with pytest.raises(SettingError, match=why):
+        plan_of(recipe_of(own.model_copy(update=protocol), method), method, ckpt)
 
 
 def test_an_error_budget_holds_for_each_image(runs, tmp_path):
