@@ -87,7 +87,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     check_output(args.out)
-    if args.out and len(args.level) * (1 if args.macs else len(args.keys)) > 1:
+    if args.out and len(args.level) * (len(args.keys) if args.macs is None else 1) > 1:
         raise SettingError("out", "a plan file is of one --level and one number of --keys; got several")
     from ldm.cli import calibrate
 

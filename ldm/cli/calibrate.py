@@ -149,12 +149,19 @@ def calibrate_model(
         found = []
         for level in settings.level:
             with fault_of("macs"):
-                counts = [len(calibration.plan_within(settings.macs, level).keys)] if settings.macs else settings.keys
+                counts = counts_of(settings, calibration, level)
             for count in counts:
                 with fault_of("forecast"):
                     found.append(search(trial, calibration, level, count))
                 calibration = with_found(calibration, found[-1])
     return Outcome(calibration, found, facts.calibrations / name_of(engine.recipe))
+
+
+def counts_of(settings: CalibrationSettings, calibration: Calibration, level: str) -> Sequence[int]:
+    """How many key timesteps are looked for. Raises ValueError: a share of MACs that no number of them has."""
+    if settings.macs is None:
+        return settings.keys
+    return [len(calibration.plan_within(settings.macs, level).keys)]
 
 
 def usable(tried: Mapping[str, Sequence[str]], nodes: Sequence[Node]) -> tuple[dict[str, list[str]], list[str]]:

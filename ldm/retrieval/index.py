@@ -91,7 +91,7 @@ def train_index(database: Database, kind: str, out: Path, recall: float, k: int)
     index = empty_index(database, kind)
     for chunk, _ in database.chunks():
         index.add(unit(chunk))
-    probes, found = 0, 0.0
+    probes, found = 0, -1.0  # one trial at least
     while found < recall:
         probes = max(1, 2 * probes)
         if kind != "flat":

@@ -93,6 +93,12 @@ def test_an_index_finds_what_the_exact_search_finds(kind, tmp_path):
     assert torch.equal(open_index(tmp_path / "index", database)(queries, 300).rows.sort().values[0], torch.arange(300))
 
 
+def test_an_index_that_may_find_nothing_is_measured_too(tmp_path):
+    database = open_database(write(tmp_path / "db", clusters(40)))
+    (trial,) = train_index(database, "flat", tmp_path / "index", 0, 5)
+    assert trial.recall == 1 and len(open_index(tmp_path / "index", database)(torch.ones(1, 8), 5).rows[0]) == 5
+
+
 def test_rows_that_stand_for_all_are_rows_of_a_large_database_too():
     rows = spread(16_777_220, 100)  # whose last row float32 has no number for
     assert len(rows) == 100 and rows[0] == 0 and rows[-1] == 16_777_219
