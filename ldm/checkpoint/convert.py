@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoint import conversion_xl
 from ldm.checkpoint.conversion import (
+    ConversionError,
     diffusers_configs,
     first_stage_to_ldm,
     is_openclip,
@@ -79,14 +80,30 @@ def checkpoint_to_folder(
     with fault_of("source"):
         state = load_state(source, weights)
         parts = conversion_xl.to_diffusers(state) if conversion_xl.is_xl(state) else to_diffusers(state)
-    with fault_of("config", (ValueError, KeyError, TypeError)):
-        if conversion_xl.is_xl(state):
-            configs = conversion_xl.configs(params, parts)
-        else:
-            configs = diffusers_configs(params, parts, is_openclip(state))
+    with fault_of("config", (ValueError, TypeError)):
+        configs = configs_of(params, parts, state, config)
     with fault_of("out"):
         write_folder(Path(out), parts, configs)
     return {part: len(tensors) for part, tensors in parts.items()}
+
+
+def configs_of(
+    params: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Tensor],
+    config: str | Path,
+) -> dict[str, dict[str, Any]]:
+    """The content of a folder's JSON files, see `diffusers_configs`; `config`: where params are from.
+
+    Raises:
+        ConversionError: params are those of another model.
+    """
+    try:
+        if conversion_xl.is_xl(state):
+            return conversion_xl.configs(params, parts)
+        return diffusers_configs(params, parts, is_openclip(state))
+    except KeyError as error:
+        raise ConversionError(f"{config} is not the config of these weights: it has no {error}") from error
 
 
 def write_folder(

@@ -62,8 +62,14 @@ def edit_task(setup: Setup, given: EditArguments, sampling: SamplingSettings, im
         SettingError: a word is in no prompt, or words can't be replaced.
     """
     encoder = conditioner(setup)
+    if not hasattr(encoder, "words"):
+        raise SettingError(
+            "config",
+            f"prompts are not edited with the conditioner {type(encoder).__name__}; expected one text encoder, as that "
+            f"of Stable Diffusion 1 or 2",
+        )
     setup.read_words(encoder)
-    with fault_of("config", (AttributeError, ValueError)):
+    with fault_of("config"):
         source, *edits = map(encoder.words, given.prompts)
     how = edit_settings(source, edits, given)
     guided = sampling.scale != 1.0

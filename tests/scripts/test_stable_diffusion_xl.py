@@ -24,7 +24,7 @@ from ldm.sampling.generate import prompt_items
 from ldm.sampling.refined import Refined, plan_after
 from ldm.util import _renamed
 from tests.helpers.paths import GOLDENS, ROOT
-from tests.helpers.scripts import Script
+from tests.helpers.scripts import Script, load_script
 from tests.helpers.tiny_models import write_model
 from tests.helpers.tiny_xl import OWN, tiny_xl
 
@@ -162,6 +162,18 @@ def test_a_framing_is_only_for_models_that_are_told_it(tmp_path, capsys):
     config, ckpt = map(str, write_model(tmp_path))
     line = Script("txt2img", tmp_path, "--config", config, "--ckpt", ckpt).refusal(capsys, "--crop", "0,0")
     assert line.startswith("--crop: only for a model that is told how the image is framed, such as SDXL")
+
+
+def test_prompts_are_not_edited(base, tmp_path, capsys):
+    line = Script("prompt2prompt", tmp_path, *base).refusal(capsys, "--prompt", "a cat", "--edit", "a dog")
+    assert line.startswith("--config: prompts are not edited with the conditioner GeneralConditioner")
+
+
+def test_a_folder_is_not_described_by_another_model_s_config(base, tmp_path, capsys):
+    other, _ = write_model(tmp_path)
+    out = str(tmp_path / "out")
+    assert load_script("convert").main([base[3], "--to", "diffusers", "--config", str(other), "--out", out]) == 2
+    assert "--config: " in (line := capsys.readouterr().err) and "is not the config of these weights: it has no" in line
 
 
 def test_a_checkpoint_without_a_text_encoder_is_named(base, model, tmp_path, capsys):
