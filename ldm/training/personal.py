@@ -45,7 +45,7 @@ class Personalization(DiffusionTraining):
         rest: see `DiffusionTraining`.
 
     Raises:
-        ValueError: what is none of these, or nothing is trained.
+        ValueError: what is none of these, nothing is trained, or a setting does not go with the others.
     """
 
     def __init__(
@@ -71,6 +71,8 @@ class Personalization(DiffusionTraining):
     ) -> None:
         if what not in TRAINED:
             raise ValueError(f"what must be one of {', '.join(TRAINED)}; got {what!r}")
+        if rest.get("compile"):
+            raise ValueError("compile: not with the losses of this training; leave it out")
         if what == "tokens" and not new_tokens:
             raise ValueError("new_tokens: needed where nothing else is trained; expected {TOKEN: WORD}")
         if new_tokens and what in ("all", "lora"):

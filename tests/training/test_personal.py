@@ -139,6 +139,7 @@ def test_bad_settings(home, tmp_path, capsys):
         ("lora", ["training.params.new_tokens={<x>: tree}"], "new_tokens: not with lora"),
         ("textual-inversion", ["training.params.new_tokens=null"], "new_tokens: needed where nothing else is trained"),
         ("textual-inversion", ["training.params.new_tokens={tree: tree}"], "'tree' is a token of this model already"),
+        ("lora", ["training.params.compile=true"], "compile: not with the losses of this training"),
         ("lora", ["data.params.train.params.root=nowhere"], "nowhere"),
     ):
         argv = [base[0], base[1], str(PERSONAL / f"{name}.yaml"), *base[2:], *more]
