@@ -115,7 +115,9 @@ def video_task(setup: Setup, settings: VideoSettings, size: Size, sampling: Samp
     if settings.control:
         network = controlled_frames(setup, settings.control, settings.control_model, size)
     recipe = make_recipe(sampling, size, setup.config)
-    motion = motion_of(settings, nodes := count_nodes(recipe, setup))
+    if (nodes := count_nodes(recipe, setup)) < 2:
+        raise SettingError("steps", f"expected at least 2, of which the first frame makes one alone; got {nodes}")
+    motion = motion_of(settings, nodes)
     with fault_of("t1" if settings.t0 is None else "t0"):
         kept = nodes - motion.first_node(nodes)
     if not predicts_once(recipe, setup.config.model.params.get("timesteps", 1000)):

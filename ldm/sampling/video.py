@@ -191,7 +191,8 @@ class MovedFrames(Start):
         return items if items[0].inputs["frame"] == 0 else [self.first, *items]
 
     def latents(self, model: LatentDiffusion, items: Sequence[Item], x_T: Tensor, node: Node) -> Tensor:
-        rule = self.recipe.rule(model.alphas_cumprod, ImageNoise([self.first.seed]).node)
+        noise, used = ImageNoise([self.first.seed]).node, self.motion.t1 + 1  # by the nodes of all frames
+        rule = self.recipe.rule(model.alphas_cumprod, lambda i, x: noise(used + i, x))
         cond, guidance = self.condition.encode(model, [self.first]), self.recipe.guidance
         uncond = None if guidance.scale == 1.0 else self.condition.unconditional(model, cond)
         denoiser = model.denoiser(cond, uncond, guidance, network=self.network.of(model, [self.first]))

@@ -9,16 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm.checkpoint import load_model
 from ldm.models.diffusion.control import CrossFrame
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.diffusion.denoiser import Conditioning
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.motion import moved
+from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
-from ldm.sampling.video import Motion, first_frame, frames_of
+from ldm.sampling.engine import Recipe
+from ldm.sampling.generate import make_items
+from ldm.sampling.task import Text
+from ldm.sampling.video import Motion, MovedFrames, first_frame, frames_of
 from tests.helpers.goldens import assert_golden, from_recipe, load_case
+from tests.helpers.tiny_models import write_model
 from tests.helpers.tiny_unet import TARGET
 
 
@@ -113,3 +119,20 @@ def test_motion_says_where_it_begins():
     for t0, t1 in ((44, 44), (-1, 3), (3, 50)):
         with pytest.raises(ValueError, match="expected 0 <= t0 < t1 < 50"):
             Motion(t0=t0, t1=t1).first_node(50)
+
+
+def test_the_first_frame_gets_other_noise_alone_than_among_all(tmp_path):
+    drawn = []
+
+    class Recording(Recipe):
+        def rule(self, alphas_cumprod, noise, strength=1.0):
+            drawn.append(noise)
+            return super().rule(alphas_cumprod, noise, strength)
+
+    motion, recipe = Motion(t1=3, t0=1), Recording(16, 16, "ddpm", steps=5, scale=1.0)
+    (first,) = make_items([{"prompt": "an owl", "frame": 0}], 1, 42)
+    start, x = MovedFrames(motion, 0.8, first, recipe, Text()), torch.zeros(1, 4, 8, 8)
+    latents = start.latents(load_model(*write_model(tmp_path)), [first], x, None)
+    assert latents.shape == x.shape
+    among_all = [ImageNoise([first.seed]).node(i, x) for i in range(4)]
+    assert not any(torch.equal(drawn[0](i, x), one) for i in range(5) for one in among_all)

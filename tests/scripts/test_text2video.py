@@ -77,6 +77,7 @@ def test_bad_input_is_refused_in_one_line(script, folder, capsys, monkeypatch):
         (["--motion=3"], "--motion: must be X,Y, two numbers such as 12,12; got '3'"),
         (["--t0=3", "--t1=3"], "--t0: expected 0 <= t0 < t1 < 5, the steps; got t0 3, t1 3"),
         (["--t1=5"], "--t1: expected 0 <= t0 < t1 < 5, the steps; got t0 3, t1 5"),
+        (["--steps=1"], "--steps: expected at least 2, of which the first frame makes one alone; got 1"),
         (["--plms"], "--sampler: plms predicts more than once a step; expected one such as ddim"),
         (["--sampler=heun"], "--sampler: heun predicts more than once a step; expected one such as ddim"),
         (["--plan=online:0.1"], "--plan: online:0.1 decides for each image; expected online:time:X or another plan"),
