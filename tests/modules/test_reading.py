@@ -55,6 +55,7 @@ def test_grammar(prompt, spans):
         ("[a:1.3)]", r"'\)' at character 7 has no partner"),
         ("(a:11)", "a weight must be 0..10; got 11"),
         ("(a:-1)", "a weight must be 0..10; got -1"),
+        ("(b (a:10):10)", "a weight must be 0..10; brackets in brackets give 'a' 100"),
     ],
 )
 def test_what_is_unbalanced_or_out_of_range_is_said(prompt, why):

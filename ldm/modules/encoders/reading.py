@@ -73,7 +73,8 @@ AS_PUBLISHED = Reading()
 def parse_weights(prompt: str) -> list[Span]:
     r"""The parts of a prompt with their weights, in order; weights of nested brackets are multiplied.
 
-    (text) is 1.1, [text] 1 / 1.1, (text:1.3) the number, 0..10. With a backslash before it, a bracket is text: \(.
+    (text) is 1.1, [text] 1 / 1.1, (text:1.3) the number, 0..10, as is the product. With a backslash before it, a
+    bracket is text: \(.
 
     Raises:
         ValueError: a bracket without its partner, or a weight out of range.
@@ -94,7 +95,11 @@ def parse_weights(prompt: str) -> list[Span]:
             spans[first:] = [Span(text, weight * factor) for text, weight in spans[first:]]
     if opened:
         raise ValueError(_unbalanced(prompt, opened[-1][1]))
-    return _joined(spans)
+    joined = _joined(spans)
+    for text, weight in joined:
+        if weight > MOST_WEIGHT:
+            raise ValueError(f"a weight must be 0..{MOST_WEIGHT:g}; brackets in brackets give {text!r} {weight:g}")
+    return joined
 
 
 def _factor(weight: str | None, bracket: str) -> float:
