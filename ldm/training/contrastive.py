@@ -21,7 +21,8 @@ class ContrastiveTraining(ClippedTraining):
     """Trains a `DualEncoder` on batches with "features" (B, D) and a "caption" of each; see `contrastive_loss`.
 
     Validation images also have "image" (B, 3, H, W), "concept" and "split". It logs, for each split, the share of
-    captions that have their own image, or one of their concept, among the RANK nearest of the split.
+    captions that have their own image, or one of their concept, among the RANK nearest of the split. Of several
+    processes each compares its own images, and what they find is averaged.
 
     Args:
         learning_rate, scheduler_config: see `ldm.training.optim.adamw`.
@@ -51,7 +52,8 @@ class ContrastiveTraining(ClippedTraining):
         for split in sorted({*splits}):
             rows = [row for row, its in enumerate(splits) if its == split]
             own, same = recall(texts[rows], images[rows], [concepts[row] for row in rows], RANK)
-            self.log_dict({f"val/{split}_R@{RANK}": own, f"val/{split}_concept_R@{RANK}": same}, prog_bar=True)
+            measured = {f"val/{split}_R@{RANK}": own, f"val/{split}_concept_R@{RANK}": same}
+            self.log_dict(measured, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw(self.model.parameters(), self.learning_rate, self.scheduler_config)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint import load_model
+from ldm.cli.neighbours import embedded
 from ldm.io.images import open_image
 from ldm.retrieval.database import open_database
 from ldm.retrieval.embedders import load_embedder
@@ -115,6 +116,12 @@ def test_the_network_sees_the_text_and_then_the_neighbours(place):
     assert condition.tokens(model) == 3
     items = make_items([{"prompt": "a cat"}, {"prompt": "a dog"}], 1, seed=0)
     assert torch.equal(condition.encode(model, items[::-1]), context.flip(0))
+
+
+def test_other_texts_change_no_digit_of_an_embedding():
+    embedder, texts = load_embedder("emoji"), ["a red heart", "a long caption of a giraffe in a hat", ""] * 2
+    alone = torch.cat([embedded(embedder, [], [text]) for text in texts])
+    assert torch.equal(embedded(embedder, [], texts), alone)
 
 
 def test_an_image_finds_its_neighbours_and_they_are_shown(by_image, place, capsys):
