@@ -56,12 +56,12 @@ def read_control(path: str | Path) -> dict[str, Tensor]:
     file = control_file(path)
     state = read_checkpoint(file)
     if named := {key.removeprefix(CONTROL): value for key, value in state.items() if key.startswith(CONTROL)}:
-        return named
+        state = named
     try:
         state = control_to_ldm(state) if "controlnet_cond_embedding.conv_in.weight" in state else state
     except ConversionError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    if READER not in state or FIRST not in state:
+    if any(key not in state or state[key].ndim != 4 for key in (READER, FIRST)):
         raise CheckpointError(
             f"{file}: no control network (ControlNet): expected {CONTROL}* beside a base model, {READER} or the names "
             f"of diffusers"
@@ -73,8 +73,10 @@ def control_params(unet: Mapping[str, Any], hint_channels: int, hint_widths: Seq
     """The arguments of a `ControlNet` that reads such pictures, for the UNet with these arguments.
 
     Raises:
-        CheckpointError: a UNet with a label, or of no latents of two dimensions.
+        CheckpointError: no UNet, or one with a label, or of no latents of two dimensions.
     """
+    if "model_channels" not in unet:
+        raise CheckpointError("the model's network is no UNet; no control network is for such")
     if unet.get("num_classes") is not None or unet.get("dims", 2) != 2:
         raise CheckpointError("the model's UNet takes a label, or is not for images; no control network is for such")
     kept = {
@@ -102,6 +104,7 @@ def load_control(path: str | Path, unet: Mapping[str, Any], device: str | torch.
         OSError, CheckpointError: see `read_control` and `control_params`; or it is for another base model.
     """
     state = read_control(path)
+    params = control_params(unet, *hint_params(state))
     for name, of_model, of_file in (
         ("channels of latents", unet["in_channels"], state[FIRST].shape[1]),
         ("channels in its first layer", unet["model_channels"], state[FIRST].shape[0]),
@@ -111,7 +114,6 @@ def load_control(path: str | Path, unet: Mapping[str, Any], device: str | torch.
             raise CheckpointError(
                 f"{path}: a control network for another base model: {of_file} {name}, this model's UNet has {of_model}"
             )
-    params = control_params(unet, *hint_params(state))
     network = unmade(lambda: ControlNet(**params))
     try:
         log.info("%s", fill(network, state, control_file(path), "raw", assign=True))

@@ -71,9 +71,13 @@ def test_what_is_no_control_network_for_this_model_is_refused(case, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=why):
             load_control(path, unet | changes)
-    save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(CheckpointError, match="no control network"):
-        read_control(path)
+    with pytest.raises(CheckpointError, match="the model's network is no UNet"):
+        load_control(path, {"input_size": 8, "patch_size": 2, "in_channels": 4})
+    flat = {"input_blocks.0.0.weight": torch.ones(3), "input_hint_block.0.weight": torch.ones(3)}
+    for state in ({"a": torch.ones(1)}, {"control_model.a": torch.ones(1)}, flat):
+        save_file(state, path)
+        with pytest.raises(CheckpointError, match="no control network"):
+            read_control(path)
     save_file({"controlnet_cond_embedding.conv_in.weight": torch.ones(1), "up_blocks.0.x": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match="control network: keys .* do not have .up_blocks.0.x"):
         read_control(path)
