@@ -54,9 +54,7 @@ def build_table(
         job.check()
     rows = []
     for job in jobs:
-        if job.row.missing:
-            rows.append(RowResult(job.row, job.bench, remarks=[job.row.missing]))
-        elif gflops_only:
+        if job.row.missing or gflops_only:
             rows.append(row_result(job, {}, None, [], needed=True))
         elif job in to_make:
             if job.measured and not job.finished:

@@ -15,17 +15,20 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from evaluation.protocols.protocol import Amount, Method, Protocol
+from evaluation.protocols.protocol import Amount, Protocol
 from evaluation.runs.folder import make_items
 from evaluation.runs.generate import Request, load_engine, plan_of, recipe_of
+from evaluation.table.spec import Row
 from ldm.checkpoint import diffusion_params, load_config
+from ldm.checkpoint.control import control_params
 from ldm.cli.setup import find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import PROJECT_ROOT, parse_json, read_text, write_file
 from ldm.io.schema import NotNegative, Schema, Text, parse
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Compute, Plan, check_blocks
-from ldm.profiling.cost import CONVENTIONS, Macs, context_tokens, unet_macs
+from ldm.modules.diffusionmodules.controlnet import HINT_WIDTHS, ControlNet
+from ldm.profiling.cost import CONVENTIONS, Macs, context_tokens, control_macs, unet_macs
 from ldm.profiling.timing import CLEAR, STATUS, machine, resident
 from ldm.sampling.engine import Sizes
 
@@ -46,27 +49,34 @@ def read_unet(path: str | Path) -> tuple[dict[str, Any], int, int | None]:
 # A row of a table
 
 
-def gflops(protocol: Protocol, method: Method, config: Path, ckpt: Path) -> float | None:
-    """GMACs of the UNet for one image, as the paper counts them; None for a plan that decides during the run.
+def gflops(protocol: Protocol, row: Row, config: Path, ckpt: Path) -> float | None:
+    """GMACs of the UNet for what a row makes, as the paper counts them; None for a plan that decides during the run.
 
     Args:
         ckpt: the model's weights, which need not be there, see `plan_of`.
 
     Raises SettingError: a sampler, a number of steps, a plan or a config that can't be used.
     """
+    method = row.method(protocol)
     plan = plan_of(recipe_of(protocol, method), method, ckpt)
     with fault_of("config", NO_CONFIG):
-        unit = unit_of(config, protocol.size, 1 if protocol.guidance == 1 else 2, method.tome)
+        unit = unit_of(config, protocol.size, 1 if protocol.guidance == 1 else 2, method.tome, row.control)
     with fault_of("plan"):
         check_blocks(plan, len(unit.outer) - 1)
-    return unit.run(plan) / 1e9 if isinstance(plan, Plan) else None
+    return row.frames * (unit.run(plan) + row.more * unit.whole) / 1e9 if isinstance(plan, Plan) else None
 
 
 @lru_cache
-def unit_of(config: Path, size: int, batch: int, tome: float) -> Macs:
-    """MACs of one prediction for an image of `size` pixels, `batch` latents at a time, in the paper's count."""
+def unit_of(config: Path, size: int, batch: int, tome: float, control: bool) -> Macs:
+    """MACs of one prediction for an image of `size` pixels, `batch` latents at a time, in the paper's count; `control`:
+    with a control network that reads a picture in colour."""
     (unet, _, tokens), side = read_unet(config), size // Sizes.of(load_config(config).model).factor
-    return unet_macs(unet, (side, side), batch, tokens, tome, "paper")
+    unit = unet_macs(unet, (side, side), batch, tokens, tome, "paper")
+    if not control:
+        return unit
+    with torch.device("meta"):
+        network = ControlNet(**control_params(unet["params"], 3, HINT_WIDTHS))
+    return unit.with_control(control_macs(network, (side, side), batch, tokens, "paper"))
 
 
 # The report of evaluation/cost.py

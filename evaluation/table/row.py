@@ -241,9 +241,11 @@ def find_results(job: Job) -> dict[str, Result]:
 def gflops_cell(job: Job, needed: bool) -> tuple[dict[str, Cell], str]:
     """The GFLOPs, or why there are none. Raises SettingError: they are needed, and the row can't be run."""
     bench = job.bench
+    if job.row.missing and not job.row.steps:
+        return {}, ""
     try:
         with job.faults():
-            macs = gflops(bench.protocol, job.row.method(bench.protocol), bench.model.config, bench.model.ckpt)
+            macs = gflops(bench.protocol, job.row, bench.model.config, bench.model.ckpt)
     except SettingError as error:
         if needed:
             raise
@@ -270,7 +272,7 @@ def row_result(
         fid, score, each = (cells[name][0] for name in FTC)
         cells["ftc"] = (fid * each / score, None)
     done = bool(results or timing or (cells and (row.costs_only or columns == ["gflops"])))
-    found = list(dict.fromkeys(filter(None, (row.costs_only, why, *remarks))))
+    found = list(dict.fromkeys(filter(None, (row.missing or row.costs_only, why, *remarks))))
     return RowResult(row, job.bench, cells, results, timing, found or ([] if done else [NOT_RUN]), done)
 
 

@@ -16,8 +16,10 @@ evaluation/table/NAME.yaml:
         parallel:   decoder steps in one batch; changes time and memory only (default: auto)
         protocol:   other protocols than the table's, by world; null = the row is not in that world
         paper:      {column: number}, the paper's numbers
-        missing:    why the row can't be run: the paper's numbers stand alone
+        missing:    why the row can't be run: the paper's numbers stand alone, beside the GFLOPs where it has steps
         costs_only: why only its cost can be measured
+        control, frames, more: of the GFLOPs: whether a control network runs at key timesteps too (default: false); how many
+                    frames there are (default: 1); how many predictions in full there are beside the steps (default: 0)
 
 The `coco` world runs published models: Stable Diffusion, cin256-v2. The `emoji` world runs the model that ships.
 """
@@ -98,6 +100,9 @@ class Row(Schema):
     paper: dict[ColumnName, Number | int] = {}
     missing: Text | None = None
     costs_only: Text | None = None
+    control: bool = False
+    frames: Annotated[int, Field(ge=1, le=MOST)] = 1
+    more: NotNegative = 0
 
     @property
     def name(self) -> str:

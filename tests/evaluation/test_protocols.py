@@ -28,12 +28,15 @@ from tests.helpers.coco import captions, write_coco, write_protocol
 HASHES = {  # of what each shipped protocol asks for: another number here is another protocol
     "coco2014-30k": "305fa56e3666",
     "coco2017-10k": "e4888c973695",
+    "coco2017-10k-videofusion": "4fc785975b35",
     "coco2017-5k": "2e9afe2b7b38",
     "emoji64": "58412a7a9c68",
     "emoji64-heldout": "db72777dcaaa",
     "emoji64-prompts": "1801f1fcaa5f",
     "imagenet256-50k": "ac3bc32613c3",
+    "imagenet256-50k-dit": "ac3bc32613c3",
     "imagenet256-50k-g6": "47bef17e1c6f",
+    "imagenet512-50k-dit": "6f66139f0e80",
 }
 
 
