@@ -35,9 +35,10 @@ from ldm.io.files import json_sha256
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, check_blocks
+from ldm.modules.encoders.modules import ClassLabels
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import Item, fill
-from ldm.sampling.task import Classes, Text, prompts_cut
+from ldm.sampling.task import Classes, Labels, Text, prompts_cut
 
 BATCH = 16
 # Last digits depend on how much is computed at a time, and by how many threads: on a CPU both are fixed, so that files
@@ -206,7 +207,8 @@ def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:
     classes, known = protocol.data["classes"], getattr(model.cond_stage_model, "n_classes", None)
     if known is not None and known < classes:
         raise SettingError("config", f"this model has {known} classes; {protocol.name} asks for {classes}")
-    return Task(Classes(classes if known == classes + 1 and protocol.guidance != 1 else None))
+    condition = Labels if isinstance(model.cond_stage_model, ClassLabels) else Classes
+    return Task(condition(classes if known == classes + 1 and protocol.guidance != 1 else None))
 
 
 # The run

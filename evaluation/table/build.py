@@ -63,7 +63,8 @@ def build_table(
         else:
             rows.append(find(job))
     check_comparable(rows)
-    if not any(row.done for row in rows):
+    can_run = [row for row in rows if not row.row.missing]
+    if can_run and not any(row.done for row in can_run):
         reasons = "; ".join(dict.fromkeys(remark for row in rows for remark in row.remarks))
         raise SettingError("table", f"no row of {table.name} is finished in {runs}: {reasons}")
     stem = f"{table.name}-{world}{'' if count is None else f'-{count}'}{'-gflops' if gflops_only else ''}"

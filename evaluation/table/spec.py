@@ -18,8 +18,8 @@ evaluation/table/NAME.yaml:
         paper:      {column: number}, the paper's numbers
         missing:    why the row can't be run: the paper's numbers stand alone, beside the GFLOPs where it has steps
         costs_only: why only its cost can be measured
-        control, frames, more: of the GFLOPs: whether a control network runs at key timesteps too (default: false); how many
-                    frames there are (default: 1); how many predictions in full there are beside the steps (default: 0)
+        control, frames, more: of the GFLOPs: whether a control network runs at key timesteps too (default: false); how
+                    many frames there are (default: 1); how many whole predictions beside the steps (default: 0)
 
 The `coco` world runs published models: Stable Diffusion, cin256-v2. The `emoji` world runs the model that ships.
 """

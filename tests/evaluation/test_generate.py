@@ -13,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from evaluation.generate import main
-from evaluation.protocols.protocol import Method, load_protocol
+from evaluation.protocols.protocol import PROTOCOL_DIR, Method, load_protocol
 from evaluation.runs.generate import ModelFiles, compute, plan_of, recipe_of
 from ldm.io.errors import SettingError
-from ldm.io.files import json_sha256
+from ldm.io.files import json_sha256, read_yaml
 from tests.helpers.coco import LONG, captions, write_coco, write_protocol
 from tests.helpers.processes import Child
-from tests.helpers.tiny_models import write_model
+from tests.helpers.tiny_models import tiny_transformer, write_model
 
 IMAGES, BATCH = 40, 8
 
@@ -353,3 +354,19 @@ def test_images_that_do_not_fit_into_memory_are_refused(runs, tmp_path, monkeypa
     line = refused(capfd, runs(tmp_path / "out", "--protocol", str(tmp_path / "large.yaml")))
     assert line.startswith("--batch_size: 1 image of 1024 x 1024 pixels at a time need at least ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_transformer_of_classes_is_run_as_the_protocol_says(tmp_path):
+    """The rows of DiT in table 3, at a tiny width. All key timesteps make the plain images; other plans do not."""
+    protocol = tmp_path / "tiny.yaml"
+    published = PROTOCOL_DIR / "imagenet256-50k-dit.yaml"
+    protocol.write_text(yaml.safe_dump(read_yaml(published) | {"size": 32, "repeats": 1}))
+    model = tiny_transformer(tmp_path, "configs/dit/dit-xl-2-256.yaml")
+    images = {}
+    for plan in ("off", "0,1,2,3", "0,2"):
+        out = tmp_path / plan
+        asked = ["--protocol", str(protocol), "--count", "1", "--steps", "4", "--plan", plan, "--noise-weight", "0"]
+        assert main([*asked, *model, "--device", "cpu", "--out", str(out)]) == 0
+        (file,) = (out / "samples").iterdir()
+        images[plan] = np.asarray(Image.open(file))
+    assert np.array_equal(images["off"], images["0,1,2,3"]) and not np.array_equal(images["off"], images["0,2"])
