@@ -19,12 +19,18 @@ from ldm.cli.parser import Parser, run_command, whole
 def parser() -> Parser:
     p = Parser(prog="benchmark_retrieval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "--rows", type=whole(100, 10**8), default=100_000, metavar="N", help="of the database (default: %(default)s)"
+        "--rows",
+        type=whole(100, 10**8),
+        default=100_000,
+        metavar="N",
+        help="rows of the database (default: %(default)s)",
     )
     p.add_argument(
-        "--width", type=whole(4, 2**14), default=768, metavar="N", help="of an embedding (default: %(default)s)"
+        "--width", type=whole(4, 2**14), default=768, metavar="N", help="numbers in an embedding (default: %(default)s)"
     )
-    p.add_argument("--knn", type=whole(1, 1000), default=10, metavar="N", help="neighbours (default: %(default)s)")
+    p.add_argument(
+        "--knn", type=whole(1, 1000), default=10, metavar="N", help="neighbours to find (default: %(default)s)"
+    )
     p.add_argument(
         "--kind", choices=("flat", "ivf", "ivf-pq"), help="measure an index too, see train_searcher.py (default: none)"
     )
@@ -32,7 +38,7 @@ def parser() -> Parser:
         "--dir",
         default=tempfile.gettempdir(),
         metavar="DIR",
-        help="folder for the embeddings, which lie there for that time (default: %(default)s)",
+        help="folder for the embeddings; they are deleted afterwards (default: %(default)s)",
     )
     return p
 

@@ -34,8 +34,9 @@ def parser() -> Parser:
         "--embedder",
         default="efficientnet-lite0",
         metavar="NAME[:FOLDER]",
-        help="what embeds the images: efficientnet-lite0 (images only), or clip, which reads text too, with its "
-        "weights in FOLDER or in models/clip/ViT-L-14. A model needs neighbours of the embedder that it was trained "
+        help="what embeds the images: efficientnet-lite0 (images only); clip (texts too; weights in FOLDER or "
+        "models/clip/ViT-L-14); emoji (texts too; weights in FOLDER or models/rdm/emoji-encoder). A model "
+        "needs neighbours of the embedder that it was trained "
         "with (default: %(default)s)",
     )
     p.add_argument(
@@ -52,9 +53,19 @@ def parser() -> Parser:
         "LICENSE in an image's folder or above)",
     )
     p.add_argument(
-        "--processes", type=whole(1, 256), default=1, metavar="N", help="that embed side by side (default: %(default)s)"
+        "--processes",
+        type=whole(1, 256),
+        default=1,
+        metavar="N",
+        help="processes that embed side by side (default: %(default)s)",
     )
-    p.add_argument("--rows", type=count, default=1024, metavar="N", help="images of a part (default: %(default)s)")
+    p.add_argument(
+        "--rows",
+        type=count,
+        default=1024,
+        metavar="N",
+        help="images in each part of the database (default: %(default)s)",
+    )
     p.add_argument(
         "--batch_size", dest="batch", type=count, default=32, metavar="N", help="images at a time (default: 32)"
     )

@@ -79,7 +79,8 @@ def video_arguments(p: argparse.ArgumentParser) -> None:
         "--motion",
         type=motion,
         metavar="X,Y",
-        help="how far each frame moves to the left and up, in 512ths of the image (default: 12,12)",
+        help="how far each frame moves to the left and up, in 512ths of the image; negative: to the right and "
+        "down, written --motion=-12,-12 (default: 12,12)",
     )
     for name, default, meaning in (
         ("--t1", 47, "all frames are sampled from here on"),

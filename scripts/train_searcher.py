@@ -35,7 +35,8 @@ def parser() -> Parser:
         type=whole(1, 1000),
         default=20,
         metavar="N",
-        help="neighbours that recall is measured with; any number can be searched (default: %(default)s)",
+        help="number of neighbours for which the recall is measured, below the number of rows; the index "
+        "finds any number (default: %(default)s)",
     )
     p.add_argument(
         "--kind",
@@ -49,7 +50,7 @@ def parser() -> Parser:
         type=number(float, 0, 1, "a number in 0..1"),
         default=0.95,
         metavar="R",
-        help="look through as many clusters as this takes (default: %(default)s)",
+        help="the recall to reach: more and more clusters are searched until it is reached (default: %(default)s)",
     )
     return p
 

@@ -249,6 +249,8 @@ def find_stage(folder: Path) -> Stage:
         ValueError: it is not there, or its files are not those of a stage of DeepFloyd-IF.
     """
     part, config, stem = DIFFUSERS
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected a stage of DeepFloyd-IF, see docs/deepfloyd-if.md")
     unet = folder / part if (folder / part).is_dir() else folder
     if (unet / config).is_file():
         described, network = unet / config, network_params(read_json(unet / config))

@@ -50,9 +50,11 @@ def train_searcher(name: str, target: str | None, kind: str, recall: float, knn:
     database = find_database(name)
     out = SEARCHERS / database.folder.name if target is None else Path(target)
     check_outdir(out, "--target_path")
-    print(f"{database.folder}: {len(database)} rows of width {database.width}\n  probes  recall@{knn}  ms a query")
+    print(f"{database.folder}: {len(database)} rows of width {database.width}")
     with fault_of("database"):  # a part that is damaged inside
-        for trial in train_index(database, kind, out, recall, knn):
+        for number, trial in enumerate(train_index(database, kind, out, recall, knn)):
+            if number == 0:
+                print(f"  probes  recall@{knn}  ms a query")
             print(f"{trial.probes:8}{trial.recall:11.4f}{trial.milliseconds:12.3f}", flush=True)
     print(f"{out}: {kind}, recall@{knn} {trial.recall:.4f} against the exact search")
 

@@ -364,8 +364,14 @@ def in_run(path: str | Path | None, file: str) -> str | Path | None:
 
 def download_hint(ckpt: Path) -> str:
     """The end of an error message about weights that are not here: what fetches them, if they are published."""
-    names = [model.name for model in _published() if same_place(model.file(), ckpt)]
-    return f"; python scripts/download_models.py {names[0]} fetches it" if names else ""
+    models = list(_published())
+    if names := [model.name for model in models if same_place(model.file(), ckpt)]:
+        return f"; python scripts/download_models.py {names[0]} fetches it"
+    beside = [model for model in models if same_place(model.file().parent, ckpt.parent)]
+    if len(beside) != 1:
+        return ""
+    name, file, about = beside[0].name, beside[0].file().name, beside[0].about
+    return f"; python scripts/download_models.py {name} fetches {file} ({about})"
 
 
 def weights_for(config: Path) -> Path:

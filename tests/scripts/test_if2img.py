@@ -137,8 +137,12 @@ def test_published_timesteps_of_the_faster_rows():
         ),
         (["--stages", "1,3"], "--stages: expected one of 1 2 3 1,2 2,3 1,2,3; got '1,3'"),
         (
-            ["--stage1", "{out}"],
-            "--stage1: {out}: no unet/config.json and no config.yml; expected a stage of DeepFloyd-IF",
+            ["--stage1", "{out}/none"],
+            "--stage1: {out}/none: no such folder; expected a stage of DeepFloyd-IF, see docs/deepfloyd-if.md",
+        ),
+        (
+            ["--stage1", "{parent}"],
+            "--stage1: {parent}: no unet/config.json and no config.yml; expected a stage of DeepFloyd-IF",
         ),
         (["--stage1", "{stage2}"], "--stage1: {stage2}: that is a stage 2 of DeepFloyd-IF; expected a stage 1"),
         (
@@ -153,7 +157,7 @@ def test_published_timesteps_of_the_faster_rows():
     ],
 )
 def test_bad_input(cascade, files, capsys, arguments, why):
-    places = files | {"out": str(cascade.out)}
+    places = files | {"out": str(cascade.out), "parent": str(cascade.out.parent)}
     assert cascade(*(word.format(**places) for word in arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("if2img.py: error: " + why.format(**places)), line

@@ -327,6 +327,12 @@ def test_a_config_without_its_checkpoint_or_the_other_way_round(files, tmp_path,
             "python scripts/download_models.py txt2img-1p4B fetches it",
             error(*arguments),
         )
+    # The file of DiT that is published is not the one that is read.
+    assert re.search(
+        "no such file, nor a diffusers folder; python scripts/download_models.py dit-xl-2-256 fetches "
+        r"DiT-XL-2-256x256.pt \(.*see docs/dit.md\)$",
+        error("--ckpt", str(ROOT / "models" / "dit" / "dit-xl-2-256" / "model.safetensors")),
+    )
 
 
 # Output
