@@ -138,7 +138,7 @@ def calibrate_model(
     with fault_of("forecast"):
         tried = settings.tried()
     with fault_of("keys"):
-        check_counts(settings.keys, engine.plan.num_nodes)
+        check_counts(settings.keys if settings.macs is None else (), engine.plan.num_nodes)
     tried, left_out = usable(tried, engine.plain_run(items[:1])[1].nodes)
     if left_out:
         print(f"left out, because the log-SNR of a step is infinite: {', '.join(left_out)}")

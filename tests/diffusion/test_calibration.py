@@ -378,7 +378,10 @@ def test_a_calibration_needs_guidance_at_every_step(flags, tmp_path, capsys):
         (["--forecast", "quartic"], "--forecast: a forecaster must be one of hold"),
         (["--level", "decoder"], "--level: invalid choice: 'decoder'"),
         (["--level", "skip", "--macs", "0.05", "--steps", "10"], "--macs: the share of MACs must lie in 0.100..1"),
-        (["--level", "skip", "--macs", "0", "--steps", "10"], "--macs: the share of MACs must lie in 0.100..1"),
+        (
+            ["--level", "skip", "--macs", "0", "--steps", "2", "--out", "x.yaml"],
+            "--macs: the share of MACs must lie in",
+        ),
     ],
 )
 def test_what_can_not_be_searched_says_why(flags, why, capsys, tmp_path, monkeypatch):
