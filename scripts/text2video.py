@@ -1,8 +1,8 @@
 """A short video from text, with or without encoder propagation (Faster Diffusion).
 
-By default a model of images makes it (Text2Video-Zero); --model videofusion takes a model of videos. Of the former, the
-first frame is an image of its own. The others begin from its latents, moved, and attend to it at every step, so the
-same things are seen from frame to frame. Frames are saved as images, and together as one file.
+By default a model of images makes it (Text2Video-Zero): the first frame is an image of its own, and the others begin
+from its latents, moved, and attend to it at every step, so the same things are seen from frame to frame. --model
+videofusion takes a model of videos instead. Frames are saved as images, and together as one file.
 """
 
 from __future__ import annotations
