@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ldm.io.files import check_regular, read_json
 
-MAKE = "make the dataset with: python scripts/prepare_emoji.py --out {}"
+MAKE = "make the dataset with: python scripts/prepare_emoji.py --out {} (with --size 128 for models of 128 pixels)"
 TIERS = (1, 2, 3, 4)
 SPLITS = ("train", "heldout_concept", "heldout_pair")
 
