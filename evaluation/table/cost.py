@@ -226,7 +226,7 @@ def time_images(request: Request, device: str, count: int) -> Timing:
     if gpu:
         memory = torch.cuda.max_memory_allocated(place)
     else:
-        memory = resident("VmHWM") - before if STATUS.exists() else None
+        memory = max(0, resident("VmHWM") - before) if STATUS.exists() else None
     settings = engine.settings()
     return Timing(
         seconds=[cost["seconds"] for cost in costs],

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.data.images import ImagePaths
+from ldm.io.arrays import map_array
 from ldm.io.files import atomic_write, json_sha256
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
@@ -64,7 +65,7 @@ def kept(
         folder.mkdir(parents=True, exist_ok=True)
         write_encoded(path, first_stage, images, count)
     try:
-        array = np.load(path, mmap_mode="r")
+        array = map_array(path, "latents")
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: damaged; delete it, and it is made again: {error}") from error
     print(f"latents: {path} ({path.stat().st_size / 1e6:.0f} MB)")

@@ -149,14 +149,14 @@ def make_steps(
     """
     try:
         trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
-    except (ValueError, OSError) as error:
-        raise ValueError(of_worker(str(error))) from error
-    except RuntimeError as error:
-        if DIED.search(str(error)):
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, ConnectionError) or DIED.search(str(error)):
             raise ValueError(
                 f"a process that reads images died at step {trainer.global_step}, maybe for want of memory (with "
                 f"data.params.num_workers=0 there is none); the last state that was saved is kept"
             ) from error
+        if not isinstance(error, RuntimeError):
+            raise ValueError(of_worker(str(error))) from error
         if trainer.global_step > done:
             raise
         raise ValueError(f"the network fails in its first step: {error}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.io.errors import one_line
 from ldm.io.files import read_json
 from ldm.modules.encoders.clip import transformers
 
@@ -58,8 +59,7 @@ class T5States:
             self.tokenizer = library.AutoTokenizer.from_pretrained(tokenizer, **local)
             self.encoder = library.T5EncoderModel.from_pretrained(encoder, dtype="auto", use_safetensors=True, **local)
         except (OSError, ImportError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{folder}: {lines[0]}") from error
+            raise ValueError(f"{folder}: {one_line(error)[:300]}") from error
         self.encoder = self.encoder.eval().requires_grad_(False).to(device)
 
     def cut(self, prompts: Sequence[str]) -> int:
