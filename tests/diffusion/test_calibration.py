@@ -398,7 +398,7 @@ def test_a_place_where_nothing_can_be_written_is_known_before_the_work(out, caps
 
 
 def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_elsewhere(tmp_path, capsys):
-    """On the shipped model, copied so that its own table stays: 10 steps, two pictures."""
+    """On the shipped model, copied so that its own table stays: 10 steps, one picture."""
     import shutil
 
     shipped = ROOT / "models/ldm/emoji64"
@@ -406,7 +406,7 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
         shutil.copy(shipped / name, tmp_path)
     model = ["--config", str(tmp_path / "config.yaml"), "--ckpt", str(tmp_path / "model.safetensors")]
     plan = tmp_path / "plan.yaml"
-    command = [*model, "--steps", "10", "--keys", "3", "--n_samples", "2"]
+    command = [*model, "--steps", "10", "--keys", "3", "--n_samples", "1"]
     kept = {*tmp_path.iterdir()}
     assert load_script("calibrate_plan").main([*command, "--out", str(plan)]) == 0
     assert {*tmp_path.iterdir()} == kept | {plan}  # nothing beside the weights
@@ -417,7 +417,7 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
     facts = {"sampler", "weights", "timesteps", *Recipe(64, 64).facts()}
     assert written["made_for"].keys() == facts and written["propagate"] in printed
     table = read_calibration(tmp_path / "calibration/ddim-10-scale2.json")
-    assert table.plan(3).keys == tuple(written["steps"][10]) and table.how["prompts"] == 2
+    assert table.plan(3).keys == tuple(written["steps"][10]) and table.how["prompts"] == 1
     assert {choice.level for choice in table.choices} == {"encoder", "deepcache", "skip"}
     assert 0 < table.choice(count=3).errors["3"] and written["level"] == "encoder"
 
