@@ -18,6 +18,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm import cli
 from ldm.cli.arguments import EMOJI64, count, model_arguments, sampling_arguments, seed_argument
 from ldm.cli.parser import Parser, check_output, number, run_command, settings_from
 from ldm.io.errors import SettingError, fault_of
@@ -89,18 +90,16 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.out)
     if args.out and len(args.level) * (len(args.keys) if args.macs is None else 1) > 1:
         raise SettingError("out", "a plan file is of one --level and one number of --keys; got several")
-    from ldm.cli import calibrate
-
-    found = calibrate.calibrate_model(
-        settings_from(args, calibrate.ModelSettings),
-        settings_from(args, calibrate.SamplingSettings),
-        settings_from(args, calibrate.CalibrationSettings),
+    found = cli.calibrate.calibrate_model(
+        settings_from(args, cli.calibrate.ModelSettings),
+        settings_from(args, cli.calibrate.SamplingSettings),
+        settings_from(args, cli.calibrate.CalibrationSettings),
         keep=args.out is None,
     )
     print("\n".join(map(str, found.found)))
     if args.out:
         with fault_of("out"):
-            calibrate.write_plan(args.out, found.found[0], found.calibration)
+            cli.calibrate.write_plan(args.out, found.found[0], found.calibration)
         print(f"plan: {args.out}")
         return
     with fault_of("ckpt", (OSError,)):

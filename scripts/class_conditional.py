@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm import cli
 from ldm.cli.arguments import (
     CLASS_NAMES,
     IMAGENET,
@@ -51,17 +52,15 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, setup, tasks
-
-    model = setup.make_setup(settings_from(args, setup.ModelSettings), CIN256)
-    subjects, task = tasks.class_task(model, args.classes, args.scale != 1.0, args.class_names, args.uncond_class)
-    pipeline.make_images(
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), CIN256)
+    subjects, task = cli.tasks.class_task(model, args.classes, args.scale != 1.0, args.class_names, args.uncond_class)
+    cli.pipeline.make_images(
         model,
-        inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        cli.inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         task,
-        setup.image_size(model.sizes, args.H, args.W),
-        settings_from(args, pipeline.SamplingSettings),
-        settings_from(args, pipeline.OutputSettings),
+        cli.setup.image_size(model.sizes, args.H, args.W),
+        settings_from(args, cli.pipeline.SamplingSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
     )
 

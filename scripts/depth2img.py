@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm import cli
 from ldm.cli.arguments import (
     ROOT,
     model_arguments,
@@ -37,19 +38,17 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, setup, tasks
-
-    start, reference = inputs.start_image(args.init_img)
-    model = setup.make_setup(settings_from(args, setup.ModelSettings), DEPTH)
-    shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
-    image = inputs.resized_start(start, model.sizes, args.H, args.W)
-    pipeline.make_images(
+    start, reference = cli.inputs.start_image(args.init_img)
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), DEPTH)
+    shown = cli.inputs.shipped_prompts(model.ckpt) if args.compare else []
+    image = cli.inputs.resized_start(start, model.sizes, args.H, args.W)
+    cli.pipeline.make_images(
         model,
-        inputs.text_items(settings_from(args, inputs.TextSettings), shown, reference),
-        tasks.depth_task(model, image, args.strength, args.negative_prompt),
+        cli.inputs.text_items(settings_from(args, cli.inputs.TextSettings), shown, reference),
+        cli.tasks.depth_task(model, image, args.strength, args.negative_prompt),
         tuple(image.shape[1:]),
-        settings_from(args, pipeline.SamplingSettings),
-        settings_from(args, pipeline.OutputSettings),
+        settings_from(args, cli.pipeline.SamplingSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
     )
 

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm import cli
 from ldm.cli.arguments import (
     CLASS_NAMES,
     IMAGENET,
@@ -61,17 +62,15 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, setup, tasks
-
-    model = setup.make_setup(settings_from(args, setup.ModelSettings), MODELS[args.image_size])
-    subjects, task = tasks.class_task(model, args.classes, args.scale != 1.0, args.class_names, args.uncond_class)
-    pipeline.make_images(
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), MODELS[args.image_size])
+    subjects, task = cli.tasks.class_task(model, args.classes, args.scale != 1.0, args.class_names, args.uncond_class)
+    cli.pipeline.make_images(
         model,
-        inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        cli.inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         task,
-        setup.image_size(model.sizes, None, None),
-        settings_from(args, pipeline.SamplingSettings),
-        settings_from(args, pipeline.OutputSettings),
+        cli.setup.image_size(model.sizes, None, None),
+        settings_from(args, cli.pipeline.SamplingSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
     )
 

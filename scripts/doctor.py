@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 
+from ldm import cli
 from ldm.cli.installation import Finding, packages
 from ldm.cli.parser import Parser, run_command
 from ldm.io.errors import SettingError
@@ -48,11 +49,9 @@ def run(args: argparse.Namespace) -> int:
     # What is said of the packages does not need them.
     fault = False if pair else shown(packages())
 
-    from ldm.cli import examine, setup
-
     if pair:
-        return int(shown(examine.examine(*setup.model_files(args.config, args.ckpt))))
-    return int(shown(examine.machine(args.verify)) or fault)
+        return int(shown(cli.examine.examine(*cli.setup.model_files(args.config, args.ckpt))))
+    return int(shown(cli.examine.machine(args.verify)) or fault)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

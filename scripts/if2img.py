@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm import cli
 from ldm.cli.arguments import count, negative_argument, scale_value, seed_argument, step_count
 from ldm.cli.parser import GO_ON, Parser, number, run_command, settings_from
 
@@ -104,9 +105,7 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import deepfloyd
-
-    deepfloyd.make_cascade(settings_from(args, deepfloyd.CascadeSettings))
+    cli.deepfloyd.make_cascade(settings_from(args, cli.deepfloyd.CascadeSettings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

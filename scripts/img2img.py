@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     model_arguments,
@@ -28,19 +29,17 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, setup, tasks
-
-    start, reference = inputs.start_image(args.init_img)
-    model = setup.make_setup(settings_from(args, setup.ModelSettings), EMOJI64)
-    shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
-    image = inputs.resized_start(start, model.sizes, args.H, args.W)
-    pipeline.make_images(
+    start, reference = cli.inputs.start_image(args.init_img)
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64)
+    shown = cli.inputs.shipped_prompts(model.ckpt) if args.compare else []
+    image = cli.inputs.resized_start(start, model.sizes, args.H, args.W)
+    cli.pipeline.make_images(
         model,
-        inputs.text_items(settings_from(args, inputs.TextSettings), shown, reference),
-        tasks.image_task(model, image, args.strength, args.negative_prompt),
+        cli.inputs.text_items(settings_from(args, cli.inputs.TextSettings), shown, reference),
+        cli.tasks.image_task(model, image, args.strength, args.negative_prompt),
         tuple(image.shape[1:]),
-        settings_from(args, pipeline.SamplingSettings),
-        settings_from(args, pipeline.OutputSettings),
+        settings_from(args, cli.pipeline.SamplingSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
     )
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     ROOT,
@@ -55,17 +56,15 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, setup, tasks
-
     with blame("--indir"):
-        given = inputs.masked_images(Path(args.indir))
+        given = cli.inputs.masked_images(Path(args.indir))
     if given.left_out:
         print(
             f"warning: --indir: {len(given.left_out)} files are left out, which are no pair of NAME.png and "
-            f"NAME{inputs.MASK}{some(given.left_out, SHOWN)}",
+            f"NAME{cli.inputs.MASK}{some(given.left_out, SHOWN)}",
             file=sys.stderr,
         )
-    sampling = settings_from(args, pipeline.SamplingSettings)
+    sampling = settings_from(args, cli.pipeline.SamplingSettings)
     text = args.prompt is not None
     if not text:
         if args.negative_prompt:
@@ -73,15 +72,15 @@ def run(args: argparse.Namespace) -> None:
         if args.scale not in (None, 1.0):
             raise SettingError("scale", "there is guidance only with --prompt")
         sampling = replace(sampling, scale=1.0)
-    model = setup.make_setup(settings_from(args, setup.ModelSettings), EMOJI64 if text else INPAINTING_BIG)
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64 if text else INPAINTING_BIG)
     subjects = [{**subject, **({"prompt": args.prompt} if text else {})} for subject in given.subjects]
-    pipeline.make_images(
+    cli.pipeline.make_images(
         model,
-        inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
-        tasks.inpainting_task(model, given.images, given.masks, text, args.negative_prompt),
+        cli.inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        cli.tasks.inpainting_task(model, given.images, given.masks, text, args.negative_prompt),
         tuple(given.images.shape[-2:]),
         sampling,
-        settings_from(args, pipeline.OutputSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
     )
 

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm import cli
 from ldm.cli.arguments import (
     ROOT,
     class_names_argument,
@@ -44,19 +45,17 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, setup, tasks
-
-    names = inputs.class_names(args.class_names)
-    layouts = inputs.read_layouts(args.boxes)
-    model = setup.make_setup(settings_from(args, setup.ModelSettings), LAYOUT)
-    subjects, task = tasks.layout_task(model, layouts, names)
-    pipeline.make_images(
+    names = cli.inputs.class_names(args.class_names)
+    layouts = cli.inputs.read_layouts(args.boxes)
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), LAYOUT)
+    subjects, task = cli.tasks.layout_task(model, layouts, names)
+    cli.pipeline.make_images(
         model,
-        inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        cli.inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         task,
-        setup.image_size(model.sizes, args.H, args.W),
-        settings_from(args, pipeline.SamplingSettings),
-        settings_from(args, pipeline.OutputSettings),
+        cli.setup.image_size(model.sizes, args.H, args.W),
+        settings_from(args, cli.pipeline.SamplingSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
     )
 

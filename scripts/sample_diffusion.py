@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ldm import cli
 from ldm.cli.arguments import (
     count_arguments,
     model_arguments,
@@ -76,16 +77,14 @@ def resumed_files(path: Path) -> tuple[str, str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, report, setup, tasks
-
     config, ckpt = args.config, args.ckpt
     if args.resume is not None:
         if config or ckpt:
             raise BadInput("--resume: not allowed with --config and --ckpt")
         with blame("--resume", (OSError,)):  # a name that no file can have
             config, ckpt = resumed_files(Path(args.resume))
-    model = setup.make_setup(settings_from(args, setup.ModelSettings, config=config, ckpt=ckpt))
-    sampling = settings_from(args, pipeline.SamplingSettings, steps=args.steps or STEPS)
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings, config=config, ckpt=ckpt))
+    sampling = settings_from(args, cli.pipeline.SamplingSettings, steps=args.steps or STEPS)
     if args.vanilla_sample:
         if args.spacing or args.timesteps_at:
             raise BadInput("--vanilla_sample: takes all timesteps; not allowed with --spacing and --timesteps-at")
@@ -93,19 +92,19 @@ def run(args: argparse.Namespace) -> None:
         if args.steps not in (None, timesteps):
             raise SettingError("steps", f"-v runs all {timesteps} timesteps of the training; got {args.steps}")
         sampling = replace(sampling, sampler="ddpm", steps=timesteps)
-    items = inputs.image_items([{}], args.n_samples, args.seed, args.seed_by_position)
-    made = pipeline.make_images(
+    items = cli.inputs.image_items([{}], args.n_samples, args.seed, args.seed_by_position)
+    made = cli.pipeline.make_images(
         model,
         items,
-        tasks.unconditional_task(),
-        setup.image_size(model.sizes, args.H, args.W),
+        cli.tasks.unconditional_task(),
+        cli.setup.image_size(model.sizes, args.H, args.W),
         sampling,
-        settings_from(args, pipeline.OutputSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
         keep=args.npz,
     )
     for method in made if args.npz else ():
-        print(f"{method.label}: {report.save_array(method, items, args.outdir)}")
+        print(f"{method.label}: {cli.report.save_array(method, items, args.outdir)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

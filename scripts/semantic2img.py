@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm import cli
 from ldm.cli.arguments import (
     ROOT,
     count_arguments,
@@ -41,18 +42,16 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, setup, tasks
-
-    subjects, maps = inputs.label_maps(args.maps)
-    model = setup.make_setup(settings_from(args, setup.ModelSettings), SYNTHESIS)
-    task, size = tasks.label_task(model, maps)
-    pipeline.make_images(
+    subjects, maps = cli.inputs.label_maps(args.maps)
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), SYNTHESIS)
+    task, size = cli.tasks.label_task(model, maps)
+    cli.pipeline.make_images(
         model,
-        inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        cli.inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         task,
         size,
-        settings_from(args, pipeline.SamplingSettings),
-        settings_from(args, pipeline.OutputSettings),
+        settings_from(args, cli.pipeline.SamplingSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
     )
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm import cli
 from ldm.cli.arguments import (
     ROOT,
     count_arguments,
@@ -47,21 +48,21 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, setup, tasks
-
-    subjects, images = inputs.small_images(args.images)
-    model = setup.make_setup(settings_from(args, setup.ModelSettings), BSR_SR)
-    sampling = settings_from(args, pipeline.SamplingSettings)
-    settings = tasks.upscaling_settings(model, sampling, args.prompt, args.negative_prompt, args.noise_level)
-    task, size = tasks.upscaling_task(model, images, settings)
+    subjects, images = cli.inputs.small_images(args.images)
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), BSR_SR)
+    sampling = settings_from(args, cli.pipeline.SamplingSettings)
+    settings = cli.tasks.upscaling_settings(model, sampling, args.prompt, args.negative_prompt, args.noise_level)
+    task, size = cli.tasks.upscaling_task(model, images, settings)
     text = {} if settings.prompt is None else {"prompt": settings.prompt}
-    pipeline.make_images(
+    cli.pipeline.make_images(
         model,
-        inputs.image_items([subject | text for subject in subjects], args.n_samples, args.seed, args.seed_by_position),
+        cli.inputs.image_items(
+            [subject | text for subject in subjects], args.n_samples, args.seed, args.seed_by_position
+        ),
         task,
         size,
         settings.sampling,
-        settings_from(args, pipeline.OutputSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
     )
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     ROOT,
@@ -44,23 +45,21 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli import inputs, pipeline, refine, setup, tasks
-
-    model = setup.make_setup(settings_from(args, setup.ModelSettings), LAION400M if args.laion400m else EMOJI64)
-    shown = inputs.shipped_prompts(model.ckpt) if args.compare else []
-    items = inputs.text_items(settings_from(args, inputs.TextSettings), shown)
-    reading = tasks.Reading(args.prompt_weights, args.prompt_chunks)
-    tasks.check_prompts(items, args.negative_prompt, reading)
-    size = setup.image_size(model.sizes, args.H, args.W)
-    pipeline.make_images(
+    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), LAION400M if args.laion400m else EMOJI64)
+    shown = cli.inputs.shipped_prompts(model.ckpt) if args.compare else []
+    items = cli.inputs.text_items(settings_from(args, cli.inputs.TextSettings), shown)
+    reading = cli.tasks.Reading(args.prompt_weights, args.prompt_chunks)
+    cli.tasks.check_prompts(items, args.negative_prompt, reading)
+    size = cli.setup.image_size(model.sizes, args.H, args.W)
+    cli.pipeline.make_images(
         model,
         items,
-        tasks.text_task(model, size, args.negative_prompt, settings_from(args, tasks.FramingSettings), reading),
+        cli.tasks.text_task(model, size, args.negative_prompt, settings_from(args, cli.tasks.FramingSettings), reading),
         size,
-        settings_from(args, pipeline.SamplingSettings),
-        settings_from(args, pipeline.OutputSettings),
+        settings_from(args, cli.pipeline.SamplingSettings),
+        settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
-        refiner=refine.make_refiner(settings_from(args, refine.RefinerSettings), model),
+        refiner=cli.refine.make_refiner(settings_from(args, cli.refine.RefinerSettings), model),
     )
 
 

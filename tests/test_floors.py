@@ -111,9 +111,6 @@ def inner_imports(file: str) -> set[int]:
 
 
 def test_functions_import_what_is_slow_or_optional_and_no_more():
-    """One for each script, so that --help answers at once; the other commands, and optional packages."""
+    """What a script needs beyond `ldm.cli`, so that --help answers at once; the other commands, optional packages."""
     found = {file: sorted(lines) for file in FILES if (lines := inner_imports(file))}
-    scripts = {file: lines for file, lines in found.items() if file.startswith("scripts/")}
-    assert all(len(lines) == 1 for lines in scripts.values()), scripts
-    others = {file: lines for file, lines in found.items() if file not in scripts}
-    assert sum(map(len, others.values())) <= 20, others
+    assert sum(map(len, found.values())) <= 30, found
