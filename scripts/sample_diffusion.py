@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         keep=args.npz,
     )
     for method in made if args.npz else ():
-        print(f"{method.label}: {cli.report.save_array(method, items, args.outdir)}")
+        print(f"{method.label}: {cli.pipeline.save_array(method, items, args.outdir)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

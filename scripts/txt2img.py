@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         settings_from(args, cli.pipeline.SamplingSettings),
         settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
-        refiner=cli.refine.make_refiner(settings_from(args, cli.refine.RefinerSettings), model),
+        refiner=cli.pipeline.make_refiner(settings_from(args, cli.pipeline.RefinerSettings), model),
     )
 
 

@@ -15,7 +15,7 @@ from ldm.checkpoint import CheckpointError, fingerprint
 from ldm.checkpoint.control import control_file, load_control
 from ldm.checkpoint.detectors import load_hed, load_midas
 from ldm.cli.inputs import file_reference
-from ldm.cli.report import MethodRun
+from ldm.cli.pipeline import MethodRun
 from ldm.cli.setup import CONSTRUCTION, Setup, image_size
 from ldm.data import conditions
 from ldm.io.errors import SettingError, did_you_mean, fault_of

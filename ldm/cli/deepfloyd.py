@@ -22,7 +22,7 @@ from ldm.checkpoint.deepfloyd import Stage, find_stage, load_stage
 from ldm.cli import inputs, pipeline, tasks
 from ldm.cli.arguments import ROOT
 from ldm.cli.parser import check_outdir
-from ldm.cli.report import OutputSettings
+from ldm.cli.pipeline import OutputSettings
 from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe
 from ldm.cli.setup import ModelSettings, Setup, find_device, image_size, make_setup, uses_autocast
 from ldm.io.errors import SettingError, fault_of

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.cli.databases import find_database
 from ldm.cli.inputs import file_reference
-from ldm.cli.report import MethodRun
+from ldm.cli.pipeline import MethodRun
 from ldm.cli.settings import SamplingSettings
 from ldm.cli.setup import Setup
 from ldm.io.errors import SettingError, fault_of

@@ -1,24 +1,29 @@
-"""The run of a sampling script: the model is loaded, the images are made and reported."""
+"""The run of a sampling script: the model is loaded, the images are made, and what they cost is printed.
+
+`make_images` is the whole of it. Below it stand, in the order of a run: what is checked before the model is loaded, the
+methods that are compared, the refiner, the images of every method, and what is printed and shown of them.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.checkpoint import CheckpointError, fingerprint
 from ldm.cli.parser import check_outdir
-from ldm.cli.refine import Refiner
-from ldm.cli.report import MethodRun, OutputSettings, opening, report
 from ldm.cli.settings import (
     SamplingSettings,
     best_plan,
@@ -31,23 +36,46 @@ from ldm.cli.settings import (
     with_batches,
     with_control,
 )
-from ldm.cli.setup import ALONE, Processes, Setup, without_weights
+from ldm.cli.setup import ALONE, Processes, Setup, model_files, read_setup, without_weights
+from ldm.cli.tasks import is_framed, is_refiner
 from ldm.io.errors import SettingError, fault_of
+from ldm.io.files import atomic_write
+from ldm.io.images import find_png, from_pil, grid, psnr, save_png, side_by_side
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan, check_blocks
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.profiling.plan_table import plan_table
 from ldm.sampling.engine import Engine, Recipe, Task
-from ldm.sampling.generate import Item, Sample, generate
+from ldm.sampling.generate import Item, Sample, digest, generate
+from ldm.sampling.refined import Refined
 from ldm.sampling.task import unknown_words
+
 
 BATCH_PIXELS = 2**26  # 256 images of 512 x 512 pixels at a time
 SHEET_PIXELS = 80_000_000  # Pillow doubts larger files
 CELL = 192  # pixels to which a comparison enlarges small images
 SINGLE = "pictures"  # the name of a single method; names of grids depend on it
-
+SHARE = 0.2  # of the steps, which the refiner runs; as published
 Methods = Mapping[str, tuple[Recipe, AnyPlan]]
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What becomes of the images; see `ldm.cli.arguments.output_arguments` and `propagation_arguments`.
+
+    columns: of the grid; 0 = the batch size.
+    tile: decode images in tiles of so many pixels a side, see `decode_tiled`; None = whole.
+    """
+
+    outdir: str | Path
+    save: bool = True
+    grid: bool = True
+    columns: int = 0
+    again: bool = False
+    compare: bool = False
+    list_plans: bool = False
+    tile: int | None = None
 
 
 def make_images(
@@ -216,7 +244,7 @@ def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
     print("\n".join(plan_table(unit, kept, nodes, images=1 if recipe.scale == 1.0 else 2)))
 
 
-# Methods
+# The methods that are compared
 
 
 def choose_methods(
@@ -281,6 +309,139 @@ def weights_of(setup: Setup) -> dict[str, Any]:
         "config": fingerprint(setup.config_path)[:16],
         "averaged": setup.weights,
     } | setup.adapters()
+
+
+# The model that finishes the images of SDXL
+
+
+@dataclass(frozen=True)
+class RefinerSettings:
+    """See `ldm.cli.arguments.refiner_arguments`.
+
+    refiner: its weights; None = there is no refiner.
+    """
+
+    refiner: str | Path | None = None
+    refiner_config: str | Path | None = None
+    refiner_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """The model that finishes the images, and the share of the steps, the last ones, that it runs."""
+
+    setup: Setup
+    share: float = SHARE
+
+    @staticmethod
+    def check(plans: Iterable[AnyPlan]) -> None:
+        """Raise SettingError for a plan that a run with a refiner can't have."""
+        if not all(isinstance(plan, Plan) for plan in plans):
+            raise SettingError("plan", "a plan that decides during a run, or measures, does not go with a refiner")
+
+    def finishing(self, engines: Mapping[str, Engine]) -> dict[str, Engine]:
+        """The engines with the refiner behind each.
+
+        Raises:
+            SettingError: the files do not make a model, or it does not go with the number of steps.
+        """
+        with _named("refiner"):
+            model = self.setup.load()
+        with fault_of("refiner_share"):
+            refined = {label: Refined(engine, model, self.share) for label, engine in engines.items()}
+        next(iter(refined.values())).refiner.pack()  # they share the model
+        return refined
+
+
+def make_refiner(settings: RefinerSettings, base: Setup) -> Refiner | None:
+    """The refiner that is asked for, on the base model's device.
+
+    Raises:
+        SettingError: its files are not there, or are not those of a refiner of that base model.
+    """
+    given = replace(settings, refiner=None)
+    if settings.refiner is None:
+        for name, value in vars(given).items():
+            if value is not None:
+                raise SettingError(name, "only with a refiner")
+        return None
+    with _named("refiner"):
+        config, ckpt = model_files(settings.refiner_config, settings.refiner)
+        setup = read_setup(config, ckpt, base.device, base.processes, base.weights, base.autocast)
+    if not is_refiner(setup):
+        raise SettingError("refiner", f"{config} is not the config of a refiner, which is told an aesthetic score")
+    if not is_framed(base) or (setup.sizes.channels, setup.sizes.factor) != (base.sizes.channels, base.sizes.factor):
+        raise SettingError("refiner", f"finishes images of a base model of SDXL; {base.config_path} is another model")
+    return Refiner(setup, SHARE if settings.refiner_share is None else settings.refiner_share)
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """A SettingError inside the block becomes one of this setting: the refiner's files have flags of their own."""
+    try:
+        yield
+    except SettingError as error:
+        raise SettingError(setting, error.problem) from error
+
+
+# The images of every method
+
+
+@dataclass
+class MethodRun:
+    """The images of one method, made now or by an earlier run, and what they cost.
+
+    settings: what all of it depends on beside the items.
+    first_calls: seconds per image that the first batch of a process takes longer; None = not measured.
+    count, macs: of all.
+    replaced: images made in the place of files that were damaged or changed.
+    fresh, spent_macs, seconds, seconds_unet: of what this run made.
+    files: of the images that are saved.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    first_calls: float | None = None
+    replaced: int = 0
+    count: int = 0
+    macs: int = 0
+    fresh: int = 0
+    spent_macs: int = 0
+    seconds: float = 0.0
+    seconds_unet: float = 0.0
+    files: list[Path] = field(default_factory=list)
+    _kept: dict[tuple[int, int], Image.Image] = field(default_factory=dict)
+
+    def add(self, made: Sample, keep: bool) -> None:
+        """One more; keep: its image is needed for a grid or a comparison."""
+        if keep:
+            self._kept[made.item.prompt_index, made.item.sample] = made.image
+        self.count, self.macs = self.count + 1, self.macs + made.run["unet_macs"]
+        self.files += [] if made.path is None else [made.path]
+        if made.fresh:
+            self.replaced += made.replaced
+            self.fresh, self.spent_macs = self.fresh + 1, self.spent_macs + made.run["unet_macs"]
+            self.seconds += made.run["seconds"]
+            self.seconds_unet += made.run["seconds_unet"]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """Those kept, in the order of the items: what is found comes before what is made."""
+        return [self._kept[place] for place in sorted(self._kept)]
+
+    @property
+    def gmac(self) -> float:
+        """Billions of MACs of the UNet for one image."""
+        return self.macs / self.count / 1e9
+
+    def __str__(self) -> str:
+        """The cost of one image."""
+        time = (
+            "reused, not timed"
+            if self.fresh == 0
+            else (f"{self.seconds / self.fresh:.2f} s, {self.seconds_unet / self.fresh:.2f} s of it UNet")
+        )
+        return f"{time}, {self.gmac:.2f} GMAC of the UNet"
 
 
 @dataclass(frozen=True)
@@ -373,6 +534,122 @@ class ImageRun:
                 self.setup.processes.tell((label, chunk, True))
                 # Of the last chunk, which is the first of the run.
                 runs[label].first_calls = engine.warm_up(chunk, first_calls) / len(chunk)
+
+
+# What is printed, and shown of them together
+
+
+def opening(plan: str, setup: Setup, engine: Engine) -> str:
+    """What the run is to do, in one line: plan, sampler, parallel decoders, device, model."""
+    recipe, nodes, parallel = engine.recipe, engine.plan.num_nodes, engine.plan.parallel
+    keys = f"{len(engine.plan.keys)} key timesteps of {nodes}" if isinstance(engine.plan, Plan) else f"{nodes} steps"
+    count = torch.get_num_threads()
+    threads = f" ({count} thread{'s' * (count != 1)})" if setup.device.type == "cpu" else ""
+    return (
+        f"plan {plan} ({keys}), sampler {recipe.sampler}, scale {recipe.scale:g}, parallel {parallel}, "
+        f"device {setup.device}{threads}, model {setup.ckpt.parent.name}/{setup.ckpt.name}"
+    )
+
+
+def report(
+    runs: Sequence[MethodRun], items: Sequence[Item], settings: Mapping[str, Any], output: OutputSettings, batch: int
+) -> None:
+    """Save and announce what shows the images together, and print what each cost.
+
+    Args:
+        settings: what the images of all methods depend on.
+    """
+    if output.compare:
+        compare(runs, items, settings, output.outdir, batch)
+        return
+    print(f"each image: {runs[0]}")
+    if output.grid:
+        columns = output.columns or batch
+        sheet = grid(runs[0].images, columns, [item.caption for item in items])
+        print(f"grid: {save_sheet('grid', sheet, items, {**settings, 'columns': columns}, output.outdir)}")
+
+
+def save_sheet(
+    kind: str, sheet: Image.Image, items: Sequence[Item], settings: Mapping[str, Any], outdir: str | Path
+) -> Path:
+    """Save a sheet of images under a name from all that it depends on; one that is there is kept."""
+    settings = {**settings, "sheet": kind, "items": [item.settings() for item in items]}
+    path = Path(outdir) / f"{kind}-{items[0].seed[0]}-{digest(settings)}.png"
+    if find_png(path, settings) is None:
+        save_png(path, sheet, settings)
+    return path
+
+
+def save_array(run: MethodRun, items: Sequence[Item], outdir: str | Path) -> Path:
+    """Save all images as `arr_0`, (N, H, W, 3) uint8, under a name from all that they depend on.
+
+    Raises:
+        SettingError: it can't be written.
+    """
+    shape = "x".join(map(str, (len(items), run.settings["height"], run.settings["width"], 3)))
+    path = Path(outdir) / f"{shape}-{items[0].seed[0]}-{digest(run.settings)}.npz"
+    with fault_of("outdir", (OSError,)), atomic_write(path) as temporary:
+        np.savez(temporary, np.stack([np.asarray(image) for image in run.images]))
+    return path
+
+
+def compare(
+    runs: Sequence[MethodRun], items: Sequence[Item], settings: Mapping[str, Any], outdir: str | Path, batch: int
+) -> None:
+    """Plain and accelerated images side by side, with cost and distance; the first run is the plain one."""
+    plain, *others = (torch.stack([from_pil(image) for image in run.images]) for run in runs)
+    distances = [psnr(plain, other) for other in others]
+    captions = [
+        f"{' | '.join(f'{d:.1f}' for d in each)} dB  {item.caption}"
+        for *each, item in zip(*distances, items, strict=True)
+    ]
+    sheet = side_by_side({f"{run.label}: {run.gmac:.1f} GMAC": run.images for run in runs}, captions)
+    path = save_sheet("compare", sheet, items, settings, outdir)
+    print("\n".join(comparison(runs, distances, min(batch, len(items)))))
+    print(f"side by side: {path}")
+
+
+def comparison(runs: Sequence[MethodRun], distances: Sequence[Tensor], batch: int) -> Iterator[str]:
+    """The lines of a comparison: what each method costs, and the plain one as a multiple of the others.
+
+    Args:
+        runs: the plain one first.
+        distances: PSNR of each image of the others to the plain one, in dB.
+        batch: images in the first batch.
+    """
+    plain, *others = runs
+    names = [*(run.label for run in runs), *(f"{plain.label} / {run.label}" for run in others)]
+    width = max(map(len, names)) + 2
+    first = "first" if batch == 1 else f"first {batch}"
+    columns = "".join(f"{name:>10}" for name in (first, "further", "UNet", "GMAC"))
+    yield f"{'seconds per image':{width}}{columns}  PSNR to plain: mean, lowest"
+    for name, run, distance in zip(names, runs, (None, *distances), strict=False):
+        found = "reused, not timed"
+        times = f"{found:>30}" if run.fresh == 0 else "".join(f"{decimals(s, 3):>10}" for s in times_of(run))
+        quality = "" if distance is None else f"  {distance.mean():.1f} dB, {distance.min():.1f} dB"
+        yield f"{name:{width}}{times}{run.gmac:>10.2f}{quality}"
+    for name, other in zip(names[len(runs) :], others, strict=True):
+        ratios = [*map(ratio, times_of(plain), times_of(other)), plain.gmac / other.gmac]
+        yield f"{name:{width}}" + "".join(f"{decimals(r, 2):>10}" for r in ratios)
+    if any(run.fresh < run.count for run in runs):
+        yield "images of an earlier run are reused and not timed; --again makes them again"
+
+
+def decimals(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def times_of(run: MethodRun) -> tuple[float | None, float | None, float | None]:
+    """Seconds per image: of the first batch of a process, of a further one, of its UNet; None = not measured."""
+    if run.fresh == 0:
+        return None, None, None
+    further = run.seconds / run.fresh
+    first = None if run.first_calls is None else further + run.first_calls
+    return first, further, run.seconds_unet / run.fresh
+
+
+def ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or not other else one / other
 
 
 def summary(runs: Sequence[MethodRun], output: OutputSettings, seconds: float) -> str:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ldm.cli.control import controlled_frames
 from ldm.cli.inputs import image_items
-from ldm.cli.pipeline import make_images
-from ldm.cli.report import MethodRun, OutputSettings
+from ldm.cli.pipeline import MethodRun, OutputSettings, make_images
 from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe
 from ldm.cli.setup import Setup
 from ldm.cli.tasks import text_task
