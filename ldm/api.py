@@ -19,7 +19,6 @@ from PIL import Image
 
 from ldm.checkpoint.published import load_manifest
 from ldm.cli.arguments import EMOJI64, Files
-from ldm.cli.inputs import image_items
 from ldm.cli.kinds import BATCH, KINDS, Given, ImageLike, Job, as_files, kind_of, parsed
 from ldm.cli.parser import settings_from
 from ldm.cli.pipeline import check_amount, check_guidance, check_network, truncated_prompts
@@ -33,6 +32,7 @@ from ldm.cli.settings import (
     with_batches,
 )
 from ldm.cli.setup import Setup, find_device, model_files, read_setup, uses_autocast
+from ldm.cli.tasks import image_items
 from ldm.io.errors import BadInput
 from ldm.io.files import INSTALLED_FILES, PROJECT_ROOT, find_file
 from ldm.io.images import to_pil

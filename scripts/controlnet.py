@@ -111,11 +111,11 @@ def run(args: argparse.Namespace) -> None:
     image = cli.control.read_image(settings)
     model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64)
     size = cli.control.result_size(model, image, args.H, args.W)
-    shown = cli.inputs.shipped_prompts(model.ckpt) if args.compare else []
+    shown = cli.tasks.shipped_prompts(model.ckpt) if args.compare else []
     network = cli.control.controlled(model, settings, image, size)
     made = cli.pipeline.make_images(
         model,
-        cli.inputs.text_items(settings_from(args, cli.inputs.TextSettings), shown),
+        cli.tasks.text_items(settings_from(args, cli.tasks.TextSettings), shown),
         replace(cli.tasks.text_task(model, size, args.negative_prompt), network=network),
         size,
         settings_from(args, cli.pipeline.SamplingSettings),

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     subjects, task = cli.tasks.class_task(model, args.classes, args.scale != 1.0, args.class_names, args.uncond_class)
     cli.pipeline.make_images(
         model,
-        cli.inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        cli.tasks.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         task,
         cli.setup.image_size(model.sizes, None, None),
         settings_from(args, cli.pipeline.SamplingSettings),

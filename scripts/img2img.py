@@ -29,13 +29,13 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    start, reference = cli.inputs.start_image(args.init_img)
+    start, reference = cli.tasks.start_image(args.init_img)
     model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64)
-    shown = cli.inputs.shipped_prompts(model.ckpt) if args.compare else []
-    image = cli.inputs.resized_start(start, model.sizes, args.H, args.W)
+    shown = cli.tasks.shipped_prompts(model.ckpt) if args.compare else []
+    image = cli.tasks.resized_start(start, model.sizes, args.H, args.W)
     cli.pipeline.make_images(
         model,
-        cli.inputs.text_items(settings_from(args, cli.inputs.TextSettings), shown, reference),
+        cli.tasks.text_items(settings_from(args, cli.tasks.TextSettings), shown, reference),
         cli.tasks.image_task(model, image, args.strength, args.negative_prompt),
         tuple(image.shape[1:]),
         settings_from(args, cli.pipeline.SamplingSettings),

@@ -57,11 +57,11 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     with blame("--indir"):
-        given = cli.inputs.masked_images(Path(args.indir))
+        given = cli.tasks.masked_images(Path(args.indir))
     if given.left_out:
         print(
             f"warning: --indir: {len(given.left_out)} files are left out, which are no pair of NAME.png and "
-            f"NAME{cli.inputs.MASK}{some(given.left_out, SHOWN)}",
+            f"NAME{cli.tasks.MASK}{some(given.left_out, SHOWN)}",
             file=sys.stderr,
         )
     sampling = settings_from(args, cli.pipeline.SamplingSettings)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     subjects = [{**subject, **({"prompt": args.prompt} if text else {})} for subject in given.subjects]
     cli.pipeline.make_images(
         model,
-        cli.inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        cli.tasks.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         cli.tasks.inpainting_task(model, given.images, given.masks, text, args.negative_prompt),
         tuple(given.images.shape[-2:]),
         sampling,

@@ -90,10 +90,10 @@ def run(args: argparse.Namespace) -> None:
     if images:
         subjects = cli.neighbours.query_images(images)
         count = args.batch_size * args.n_iter
-        items = cli.inputs.image_items(subjects, count, args.seed, args.seed_by_position)
+        items = cli.tasks.image_items(subjects, count, args.seed, args.seed_by_position)
     else:
-        shown = cli.inputs.shipped_prompts(setup.ckpt) if args.compare else []
-        items = cli.inputs.text_items(settings_from(args, cli.inputs.TextSettings), shown)
+        shown = cli.tasks.shipped_prompts(setup.ckpt) if args.compare else []
+        items = cli.tasks.text_items(settings_from(args, cli.tasks.TextSettings), shown)
     settings = settings_from(args, cli.neighbours.RetrievalSettings)
     found = cli.neighbours.retrieve(setup, items, images, settings)
     if args.show_neighbors and found.database is None:

@@ -45,13 +45,13 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    names = cli.inputs.class_names(args.class_names)
-    layouts = cli.inputs.read_layouts(args.boxes)
+    names = cli.tasks.class_names(args.class_names)
+    layouts = cli.tasks.read_layouts(args.boxes)
     model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), LAYOUT)
     subjects, task = cli.tasks.layout_task(model, layouts, names)
     cli.pipeline.make_images(
         model,
-        cli.inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        cli.tasks.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         task,
         cli.setup.image_size(model.sizes, args.H, args.W),
         settings_from(args, cli.pipeline.SamplingSettings),

@@ -126,11 +126,11 @@ def run(args: argparse.Namespace) -> None:
     given = settings_from(args, cli.editing.EditArguments)
     prompts, image, reference = given.prompts, None, {}
     if args.init_img is not None:
-        start, reference = cli.inputs.start_image(args.init_img)
+        start, reference = cli.tasks.start_image(args.init_img)
     model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64)
     size = cli.setup.image_size(model.sizes, args.H, args.W)
     if args.init_img is not None:
-        image = cli.inputs.resized_start(start, model.sizes, args.H, args.W)
+        image = cli.tasks.resized_start(start, model.sizes, args.H, args.W)
         size = tuple(image.shape[1:])
     sampling = settings_from(args, cli.pipeline.SamplingSettings)
     cli.pipeline.make_images(

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         if args.steps not in (None, timesteps):
             raise SettingError("steps", f"-v runs all {timesteps} timesteps of the training; got {args.steps}")
         sampling = replace(sampling, sampler="ddpm", steps=timesteps)
-    items = cli.inputs.image_items([{}], args.n_samples, args.seed, args.seed_by_position)
+    items = cli.tasks.image_items([{}], args.n_samples, args.seed, args.seed_by_position)
     made = cli.pipeline.make_images(
         model,
         items,

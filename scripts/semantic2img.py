@@ -42,12 +42,12 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    subjects, maps = cli.inputs.label_maps(args.maps)
+    subjects, maps = cli.tasks.label_maps(args.maps)
     model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), SYNTHESIS)
     task, size = cli.tasks.label_task(model, maps)
     cli.pipeline.make_images(
         model,
-        cli.inputs.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
+        cli.tasks.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         task,
         size,
         settings_from(args, cli.pipeline.SamplingSettings),

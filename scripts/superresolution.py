@@ -48,7 +48,7 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    subjects, images = cli.inputs.small_images(args.images)
+    subjects, images = cli.tasks.small_images(args.images)
     model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), BSR_SR)
     sampling = settings_from(args, cli.pipeline.SamplingSettings)
     settings = cli.tasks.upscaling_settings(model, sampling, args.prompt, args.negative_prompt, args.noise_level)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     text = {} if settings.prompt is None else {"prompt": settings.prompt}
     cli.pipeline.make_images(
         model,
-        cli.inputs.image_items(
+        cli.tasks.image_items(
             [subject | text for subject in subjects], args.n_samples, args.seed, args.seed_by_position
         ),
         task,

@@ -46,8 +46,8 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), LAION400M if args.laion400m else EMOJI64)
-    shown = cli.inputs.shipped_prompts(model.ckpt) if args.compare else []
-    items = cli.inputs.text_items(settings_from(args, cli.inputs.TextSettings), shown)
+    shown = cli.tasks.shipped_prompts(model.ckpt) if args.compare else []
+    items = cli.tasks.text_items(settings_from(args, cli.tasks.TextSettings), shown)
     reading = cli.tasks.Reading(args.prompt_weights, args.prompt_chunks)
     cli.tasks.check_prompts(items, args.negative_prompt, reading)
     size = cli.setup.image_size(model.sizes, args.H, args.W)

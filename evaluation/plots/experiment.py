@@ -16,9 +16,9 @@ from torch import Tensor
 
 from evaluation.plots.drawing import STYLE
 from ldm.cli.arguments import EMOJI64
-from ldm.cli.inputs import prompts_in
 from ldm.cli.settings import CPU_POSITIONS, run_facts
 from ldm.cli.setup import ModelSettings, Setup, make_setup
+from ldm.cli.tasks import prompts_in
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import NonFiniteLatents

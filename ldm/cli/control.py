@@ -14,9 +14,9 @@ from PIL import Image
 from ldm.checkpoint import CheckpointError, fingerprint
 from ldm.checkpoint.control import control_file, load_control
 from ldm.checkpoint.detectors import load_hed, load_midas
-from ldm.cli.inputs import file_reference
 from ldm.cli.pipeline import MethodRun
 from ldm.cli.setup import CONSTRUCTION, Setup, image_size
+from ldm.cli.tasks import file_reference
 from ldm.data import conditions
 from ldm.io.errors import SettingError, did_you_mean, fault_of
 from ldm.io.images import fit, open_image, opened

@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm.checkpoint import CheckpointError, read_checkpoint, save_weights
 from ldm.checkpoint.conversion import ConversionError
 from ldm.checkpoint.deepfloyd import Stage, find_stage, load_stage
-from ldm.cli import inputs, pipeline, tasks
+from ldm.cli import pipeline, tasks
 from ldm.cli.arguments import ROOT
 from ldm.cli.parser import check_outdir
 from ldm.cli.pipeline import OutputSettings
@@ -157,7 +157,7 @@ def make_cascade(settings: CascadeSettings) -> None:
         SettingError: a setting can't be used; it is named as scripts/if2img.py names it.
     """
     check_outdir(Path(settings.outdir))
-    prompts = [settings.prompt] if settings.from_file is None else inputs.prompts_in(settings.from_file)
+    prompts = [settings.prompt] if settings.from_file is None else tasks.prompts_in(settings.from_file)
     device = find_device(settings.device)
     setups = {number: stage_setup(settings, number, device) for number in settings.stages}
     for number, setup in setups.items():
@@ -233,7 +233,7 @@ def first_stage(
     settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: Made | None
 ) -> Made:
     """Small pictures of the prompts."""
-    items = inputs.image_items([{"prompt": prompt} for prompt in prompts], settings.n_samples, settings.seed)
+    items = tasks.image_items([{"prompt": prompt} for prompt in prompts], settings.n_samples, settings.seed)
     states, negative = texts.states()
     task = Task(TextStates(states, negative, texts.settings))
     return run(settings, 1, setup, items, task, image_size(setup.sizes, None, None))
@@ -301,7 +301,7 @@ def pictures_of(
     with fault_of("outdir"):
         paths = [(entry["prompt"], folder / entry["file"]) for entry in found.values()]
         opened = [(prompt, path, open_image(path)) for prompt, path in paths]
-        images = inputs.stacked((str(path), from_pil(image)) for _, path, image in opened)
+        images = tasks.stacked((str(path), from_pil(image)) for _, path, image in opened)
     # By the pixels: the file says how long it took, too.
     digests = [hashlib.sha256(image.tobytes()).hexdigest()[:16] for _, _, image in opened]
     items = []

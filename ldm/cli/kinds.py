@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm.cli import inputs
+from ldm.cli import tasks
 from ldm.cli.arguments import (
     class_names_argument,
     count_arguments,
@@ -30,17 +30,19 @@ from ldm.cli.arguments import (
     strength_argument,
     uncond_class_argument,
 )
-from ldm.cli.inputs import file_reference, resized_start, stacked
 from ldm.cli.parser import Parser, Version
 from ldm.cli.settings import SamplingSettings
 from ldm.cli.setup import Setup, image_size
 from ldm.cli.tasks import (
     class_task,
     depth_task,
+    file_reference,
     image_task,
     inpainting_task,
     label_task,
     layout_task,
+    resized_start,
+    stacked,
     text_task,
     unconditional_task,
     upscaling_settings,
@@ -367,7 +369,7 @@ def box_arguments(p: Parser) -> None:
 def boxes(given: Given, setup: Setup, sampling: SamplingSettings, class_names: str | None) -> Job:
     given.only(subjects=True)
     layouts = given.listed("images, each a list of boxes")
-    subjects, task = layout_task(setup, layouts, inputs.class_names(class_names))
+    subjects, task = layout_task(setup, layouts, tasks.class_names(class_names))
     return Job(subjects, task, given.size(setup), sampling)
 
 

@@ -51,7 +51,6 @@ from ldm.sampling.generate import Item, Sample, digest, generate
 from ldm.sampling.refined import Refined
 from ldm.sampling.task import unknown_words
 
-
 BATCH_PIXELS = 2**26  # 256 images of 512 x 512 pixels at a time
 SHEET_PIXELS = 80_000_000  # Pillow doubts larger files
 CELL = 192  # pixels to which a comparison enlarges small images

@@ -1,28 +1,35 @@
-"""The task of each kind of model, from what was given: its conditioning, and where sampling starts."""
+"""What was given, as the items of a run and its task: prompts, classes, images, masks, maps of labels, boxes.
+
+For each kind of input: how it is read, what each image of the run shows, how it conditions the model, and where
+sampling starts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ldm.cli.arguments import CLASS_NAMES, IMAGENET
-from ldm.cli.class_names import Names, find_class
-from ldm.cli.inputs import Named, class_names
+from ldm.checkpoint import fingerprint
+from ldm.cli.arguments import CLASS_NAMES, IMAGENET, MOST, PROMPT, SHOWN
+from ldm.cli.class_names import Names, find_class, read_names
 from ldm.cli.settings import SamplingSettings
-from ldm.cli.setup import Setup, conditioner, without_weights
+from ldm.cli.setup import Setup, conditioner, image_size, without_weights
 from ldm.io.errors import SettingError, fault_of, shown
-from ldm.io.images import pad
+from ldm.io.files import read_json, read_lines
+from ldm.io.images import fit, from_pil, open_image, open_labels, open_mask, pad
 from ldm.modules.encoders.boxes import Box, box_tokens
 from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
 from ldm.modules.encoders.reading import AS_PUBLISHED, Reading
-from ldm.sampling.engine import Task
+from ldm.sampling.engine import Sizes, Task
 from ldm.sampling.framed import FramedText, FramedTextAndMaskedImage, Framing
-from ldm.sampling.generate import Item
+from ldm.sampling.generate import Item, make_items
 from ldm.sampling.hybrid import Depth, LowResolution, TextAndMaskedImage
 from ldm.sampling.task import (
     Classes,
@@ -39,12 +46,97 @@ from ldm.sampling.task import (
     Text,
 )
 
+Named = tuple[str, Tensor]  # an image or a map, for messages with the name of its file
 Subjects = list[dict[str, Any]]  # what each image shows, see `ldm.sampling.generate.Item`
 Size = tuple[int, int]  # height and width of images, in pixels
+MASK = "_mask.png"  # what a mask's name has in the place of .png
 PARTS = ("class", "box")
 
 
-# Text
+# Text, and what every run has
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Prompts, and how many images of each; see `ldm.cli.arguments.text_arguments`."""
+
+    prompt: str | None = None
+    from_file: str | None = None
+    repeat: int = 1
+    batch_size: int = 4
+    n_iter: int = 1
+    seed: int = 42
+    seed_by_position: bool = False
+    fixed_code: bool = False
+
+
+def text_items(settings: TextSettings, shown: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> list[Item]:
+    """The images that are asked for.
+
+    Args:
+        shown: the prompts where none are given; without them the usual one.
+        extra: what else is recorded with each image.
+
+    Raises:
+        SettingError: the file has no prompts, or they are more images than one run makes.
+    """
+    prompts, per_iteration = [PROMPT if settings.prompt is None else settings.prompt], settings.batch_size
+    if settings.from_file is not None or (shown and settings.prompt is None):
+        # As published: a batch is batch_size images of the prompt, or batch_size lines of the file.
+        prompts = shown if settings.from_file is None else prompts_in(settings.from_file)
+        per_iteration = 1
+    return image_items(
+        [{"prompt": prompt, **(extra or {})} for prompt in prompts],
+        per_iteration * settings.n_iter,
+        settings.seed,
+        settings.seed_by_position,
+        settings.repeat,
+        per_iteration if settings.fixed_code else None,
+    )
+
+
+def prompts_in(path: str | Path, setting: str = "from_file") -> list[str]:
+    """The prompts in a file, one per line; empty lines are skipped.
+
+    Raises:
+        SettingError: it can't be read, or has none.
+    """
+    with fault_of(setting):
+        prompts = [line.strip() for line in read_lines(path) if line.strip()]
+        if not prompts:
+            raise ValueError(f"{path} is empty; expected one prompt per line")
+    return prompts
+
+
+def shipped_prompts(ckpt: Path) -> list[str]:
+    """The first prompts that lie beside a model's weights, if there are any."""
+    file = ckpt.parent / "prompts.txt"
+    return prompts_in(file)[:SHOWN] if file.is_file() else []
+
+
+def image_items(
+    subjects: Sequence[Mapping[str, Any]],
+    samples: int,
+    seed: int,
+    by_position: bool = False,
+    repeat: int = 1,
+    share_start: int | None = None,
+) -> list[Item]:
+    """The images of a run, in order.
+
+    Args:
+        subjects, samples, seed, by_position, share_start: see `ldm.sampling.generate.make_items`.
+        repeat: how often each subject is taken.
+
+    Raises:
+        SettingError: more than one run makes.
+    """
+    if (total := len(subjects) * repeat * samples) > MOST:
+        raise SettingError(
+            "n_samples",
+            f"{len(subjects)} subjects x {repeat * samples} images of each are {total}; one run makes {MOST} at most",
+        )
+    return make_items([subject for subject in subjects for _ in range(repeat)], samples, seed, share_start, by_position)
 
 
 @dataclass(frozen=True)
@@ -56,6 +148,21 @@ class FramingSettings:
 
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
+
+
+def text_task(
+    setup: Setup,
+    size: Size,
+    negative: str = "",
+    framing: FramingSettings = FramingSettings(),
+    reading: Reading = AS_PUBLISHED,
+) -> Task:
+    """Text to image; arguments and errors as for `text_condition`; a refiner is refused, too."""
+    if is_refiner(setup):
+        raise SettingError(
+            "config", "a refiner finishes images of a base model; expected the base model, and this one as its refiner"
+        )
+    return Task(text_condition(setup, size, negative, framing, reading))
 
 
 def text_condition(
@@ -101,32 +208,6 @@ def is_refiner(setup: Setup) -> bool:
 def framing_of(size: Size, framing: FramingSettings = FramingSettings()) -> Framing:
     """Of images of this size: by default not cropped."""
     return Framing(size, framing.original_size or size, framing.crop or (0, 0))
-
-
-def text_task(
-    setup: Setup,
-    size: Size,
-    negative: str = "",
-    framing: FramingSettings = FramingSettings(),
-    reading: Reading = AS_PUBLISHED,
-) -> Task:
-    """Text to image; arguments and errors as for `text_condition`; a refiner is refused, too."""
-    if is_refiner(setup):
-        raise SettingError(
-            "config", "a refiner finishes images of a base model; expected the base model, and this one as its refiner"
-        )
-    return Task(text_condition(setup, size, negative, framing, reading))
-
-
-def image_task(setup: Setup, image: Tensor, strength: float, negative: str = "") -> Task:
-    """Text and an image to start from, (3, H, W) in [-1, 1], in the size of the results."""
-    return Task(text_condition(setup, tuple(image.shape[1:]), negative), ImageStart(image, strength))
-
-
-def depth_task(setup: Setup, image: Tensor, strength: float, negative: str = "") -> Task:
-    """Text and the depth of an image, (3, H, W) in [-1, 1], in the size of the results."""
-    height, width = (side // setup.sizes.factor for side in image.shape[1:])
-    return Task(Depth(image, (height, width), negative), ImageStart(image, strength) if strength < 1 else Start())
 
 
 def unconditional_task() -> Task:
@@ -182,7 +263,104 @@ def unconditional_class(classes: int, given: int | None) -> int:
     return given
 
 
-# Images
+def class_names(path: str | Path | None, default: Path | None = None) -> Names:
+    """The names in a file, else in the default file; none without either."""
+    path = path or default
+    with fault_of("class_names"):
+        return {} if path is None else read_names(path)
+
+
+# An image to start from
+
+
+def start_image(path: str | Path) -> tuple[Image.Image, dict[str, str]]:
+    """The image to start from, and how each result refers to it."""
+    with fault_of("init_img"):
+        return open_image(path), file_reference(path, "init_img")
+
+
+def resized_start(image: Image.Image, sizes: Sizes, height: int | None, width: int | None) -> Tensor:
+    """An image to start from in the size of the results, (3, H, W): as given, or its own, rounded down."""
+    step = sizes.multiple
+    own = tuple(max(step, side // step * step) for side in (image.height, image.width))
+    return from_pil(fit(image, *image_size(sizes, height, width, own)))
+
+
+def image_task(setup: Setup, image: Tensor, strength: float, negative: str = "") -> Task:
+    """Text and an image to start from, (3, H, W) in [-1, 1], in the size of the results."""
+    return Task(text_condition(setup, tuple(image.shape[1:]), negative), ImageStart(image, strength))
+
+
+def depth_task(setup: Setup, image: Tensor, strength: float, negative: str = "") -> Task:
+    """Text and the depth of an image, (3, H, W) in [-1, 1], in the size of the results."""
+    height, width = (side // setup.sizes.factor for side in image.shape[1:])
+    return Task(Depth(image, (height, width), negative), ImageStart(image, strength) if strength < 1 else Start())
+
+
+def file_reference(path: str | Path, role: str) -> dict[str, str]:
+    """How an image refers to an input file: by name and content."""
+    return {role: Path(path).name, f"{role}_sha256": fingerprint(path)[:16]}
+
+
+def stacked(images: Iterable[Named]) -> Tensor:
+    """Images (..., H, W) with their names, of which several may be the same, as a batch.
+
+    Raises:
+        ValueError: they are not of one size.
+    """
+    (first, one), *others = images = [*images]
+    for name, other in others:
+        if other.shape != one.shape:
+            raise ValueError(
+                f"{name} has {pixels(other)}, {first} {pixels(one)}; expected one size, so run each size by itself"
+            )
+    return torch.stack([image for _, image in images])
+
+
+def pixels(image: Tensor) -> str:
+    """Its size in words."""
+    return f"{image.shape[-1]} x {image.shape[-2]} pixels"
+
+
+# Images with masks
+
+
+@dataclass(frozen=True)
+class MaskedImages:
+    """What is in a folder for inpainting, by name.
+
+    subjects: how each result refers to its image and mask.
+    images:   (N, 3, H, W) in [-1, 1].
+    masks:    (N, 1, H, W), 1 = to be made anew.
+    left_out: names of the files that are no pair of image and mask.
+    """
+
+    subjects: list[dict[str, Any]]
+    images: Tensor
+    masks: Tensor
+    left_out: Sequence[str]
+
+
+def masked_images(folder: Path) -> MaskedImages:
+    """The images NAME.png of a folder with their masks NAME_mask.png.
+
+    Raises:
+        ValueError: there are none, a mask without its image or of another size, or images of several sizes.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    subjects, images, masks = [], {}, {}
+    for mask_path in sorted(folder.glob(f"*{MASK}")):
+        path = mask_path.with_name(mask_path.name.removesuffix(MASK) + ".png")
+        image, mask = from_pil(open_image(path)), open_mask(mask_path)
+        if mask.shape[1:] != image.shape[1:]:
+            raise ValueError(f"{mask_path.name} has {pixels(mask)}, its image {pixels(image)}")
+        subjects.append(file_reference(path, "image") | file_reference(mask_path, "mask"))
+        images[path.name], masks[mask_path.name] = image, mask
+    if not subjects:
+        raise ValueError(f"{folder} has no masks; expected images NAME.png with masks NAME{MASK}")
+    left_out = [path.name for path in folder.iterdir() if path.is_file() and path.name not in images | masks]
+    return MaskedImages(subjects, stacked(images.items()), stacked(masks.items()), left_out)
 
 
 def inpainting_task(setup: Setup, images: Tensor, masks: Tensor, text: bool, negative: str = "") -> Task:
@@ -214,6 +392,9 @@ def inpainting_task(setup: Setup, images: Tensor, masks: Tensor, text: bool, neg
     return Task(condition, KeepOutsideMask(images, masks))
 
 
+# Small images
+
+
 @dataclass(frozen=True)
 class UpscalingSettings:
     """What an upscaler that reads text is told, and how its images are sampled.
@@ -225,6 +406,17 @@ class UpscalingSettings:
     prompt: str | None = None
     negative: str = ""
     noise_level: int = 0
+
+
+def small_images(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], Tensor]:
+    """Images of one size, (N, 3, h, w) in [-1, 1], and how each result refers to its own.
+
+    Raises:
+        SettingError: they can't be read, or are of several sizes.
+    """
+    with fault_of("images"):
+        images = stacked((str(path), from_pil(open_image(path))) for path in paths)
+        return [file_reference(path, "image") for path in paths], images
 
 
 def upscaling_settings(
@@ -281,6 +473,18 @@ def noise_levels(setup: Setup) -> int:
 # Maps of labels
 
 
+def label_maps(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], list[Named]]:
+    """Maps of labels with their names, each (H, W), and how each result refers to its own.
+
+    Raises:
+        SettingError: they can't be read, or are of several sizes.
+    """
+    with fault_of("maps"):
+        maps = [(str(path), open_labels(path)) for path in paths]
+        stacked(maps)  # of one size
+        return [file_reference(path, "map") for path in paths], maps
+
+
 def label_task(setup: Setup, maps: Sequence[Named]) -> tuple[Task, Size]:
     """Maps of labels with their names, each (H, W), as images of their size.
 
@@ -308,6 +512,19 @@ def label_count(setup: Setup) -> int:
 
 
 # Boxes
+
+
+def read_layouts(path: str | Path) -> list[Any]:
+    """The entries of a file of boxes, one for each image.
+
+    Raises:
+        SettingError: it can't be read, is no JSON, or not a list.
+    """
+    with fault_of("boxes"):
+        layouts = read_json(path)
+        if not isinstance(layouts, list) or not layouts:
+            raise ValueError(f"{path}: expected a list of images; got {shown(layouts)}")
+        return layouts
 
 
 def layout_task(setup: Setup, layouts: Sequence[Any], names: Names) -> tuple[Subjects, Task]:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm.cli.control import controlled_frames
-from ldm.cli.inputs import image_items
 from ldm.cli.pipeline import MethodRun, OutputSettings, make_images
 from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe
 from ldm.cli.setup import Setup
-from ldm.cli.tasks import text_task
+from ldm.cli.tasks import image_items, text_task
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.video import check_format, save_video
 from ldm.modules.diffusionmodules.unet3d import VideoUNet

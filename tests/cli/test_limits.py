@@ -14,10 +14,10 @@ import ldm
 from evaluation import fid
 from evaluation.runs.generate import launched
 from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, count, parallel, side, step_count
-from ldm.cli.inputs import image_items, resized_start
 from ldm.cli.parser import Parser, command
 from ldm.cli.pipeline import BATCH_PIXELS, SHEET_PIXELS, check_amount, sheet_fits
 from ldm.cli.setup import Processes
+from ldm.cli.tasks import image_items, resized_start
 from ldm.io.errors import BadInput, SettingError
 from ldm.sampling.engine import Sizes
 from tests.helpers.scripts import Script, load_script

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint import load_config, load_model
-from ldm.cli.inputs import masked_images
+from ldm.cli.tasks import masked_images
 from ldm.io.images import from_pil, open_image
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.solvers.registry import SOLVERS
