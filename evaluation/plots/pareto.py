@@ -39,8 +39,7 @@ from ldm.io.files import file_sha256, json_sha256, read_json, write_json
 from ldm.io.images import from_pil, psnr, to_pil
 from ldm.io.schema import NotNegative, Schema, Text, parse
 from ldm.models.diffusion.loop import State
-from ldm.models.diffusion.propagation.forecast import POLYNOMIALS, ForecastName
-from ldm.models.diffusion.propagation.plan import AnyPlan
+from ldm.models.diffusion.propagation.plan import POLYNOMIALS, AnyPlan, ForecastName
 from ldm.sampling.engine import Cost, Recipe
 from ldm.sampling.generate import Item, digest, prompt_items
 

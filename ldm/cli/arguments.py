@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ldm.cli.parser import number, whole
 from ldm.io.files import PROJECT_ROOT
-from ldm.models.diffusion.propagation.forecast import POLYNOMIALS
+from ldm.models.diffusion.propagation.plan import POLYNOMIALS
 
 Files = tuple[Path, Path]  # a model's config and weights
 

@@ -24,10 +24,9 @@ from ldm.io.files import atomic_write
 from ldm.io.schema import parse
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.calibration import Calibration, measure
-from ldm.models.diffusion.propagation.forecast import Forecast
-from ldm.models.diffusion.propagation.history import Forecaster
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
-from ldm.models.diffusion.propagation.plan import Plan, plan_of_level
+from ldm.models.diffusion.propagation.plan import Forecast, Plan, plan_of_level
+from ldm.models.diffusion.propagation.predict import Forecaster
 from ldm.models.diffusion.propagation.search import Keys, NodeErrors, best_keys, exchange
 from ldm.models.diffusion.schedule import Node, timesteps_of
 from ldm.profiling.plan_table import spans

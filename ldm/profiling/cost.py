@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ldm.models.diffusion.propagation.forecast import METHODS, Forecast
-from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan
+from ldm.models.diffusion.propagation.plan import METHODS, AnyPlan, Compute, Forecast, Plan
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.meta import meta_unet, on_meta, once_for_a_config

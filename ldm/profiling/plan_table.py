@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from ldm.models.diffusion.propagation.forecast import AXES, GRAMMAR, METHODS, QUANTITIES
 from ldm.models.diffusion.propagation.load import FORMS, load_plan, plan_names
-from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
+from ldm.models.diffusion.propagation.plan import AXES, GRAMMAR, METHODS, QUANTITIES, AnyPlan, Compute
 from ldm.profiling.cost import Kept, Macs
 
 RULES = ("off", "uniform:2", "uniform:4", "pro", "deepcache:3", "deepcache:5", "skip:2", "skip:3", "skip:6")

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import Rule, State, denoise
-from ldm.models.diffusion.propagation.forecast import AXES, METHODS, QUANTITIES
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.online import OnlinePlan
-from ldm.models.diffusion.propagation.plan import Compute, Plan
+from ldm.models.diffusion.propagation.plan import AXES, METHODS, QUANTITIES, Compute, Plan
 from ldm.modules.diffusionmodules.features import Features
 from tests.helpers.toy import EXACT, OF_NOISE, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 

@@ -8,10 +8,9 @@ import torch
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.propagation.budget import BudgetPlan
-from ldm.models.diffusion.propagation.forecast import Forecast
-from ldm.models.diffusion.propagation.history import Forecaster, relative_error
 from ldm.models.diffusion.propagation.load import load_plan
-from ldm.models.diffusion.propagation.plan import Compute, Plan
+from ldm.models.diffusion.propagation.plan import Compute, Forecast, Plan
+from ldm.models.diffusion.propagation.predict import Forecaster, relative_error
 from tests.helpers.toy import EXACT, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
 LEVELS = ("encoder:5", "deepcache:5", "skip:5")

@@ -22,10 +22,9 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.propagation.calibration import Calibration, measure, read_calibration
-from ldm.models.diffusion.propagation.forecast import Forecast
-from ldm.models.diffusion.propagation.history import Forecaster
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, load_plan
-from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.propagation.plan import Forecast, Plan
+from ldm.models.diffusion.propagation.predict import Forecaster
 from ldm.models.diffusion.propagation.search import NodeErrors, best_keys, exchange
 from ldm.models.diffusion.schedule import Node
 from ldm.sampling.engine import Recipe

@@ -13,10 +13,9 @@ from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Prediction
 from ldm.models.diffusion.edits import prior_noise
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.loop import State, denoise
-from ldm.models.diffusion.propagation.forecast import AXES, METHODS, QUANTITIES, Forecast
-from ldm.models.diffusion.propagation.history import Forecaster, History
 from ldm.models.diffusion.propagation.load import load_plan
-from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.propagation.plan import AXES, METHODS, QUANTITIES, Forecast, Plan
+from ldm.models.diffusion.propagation.predict import Forecaster, History
 from ldm.models.diffusion.schedule import Node, eps_weight, predict_x0
 from ldm.modules.diffusionmodules.features import Features, weighted_sum
 from tests.helpers.toy import EXACT, OF_NOISE, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.denoiser import Conditional, Past, Prediction
-from ldm.models.diffusion.propagation.forecast import METHODS, POLYNOMIALS, lagrange
-from ldm.models.diffusion.propagation.plan import Compute
+from ldm.models.diffusion.propagation.plan import METHODS, POLYNOMIALS, Compute, lagrange
 from ldm.models.diffusion.schedule import Node
 from ldm.modules.diffusionmodules.features import Features, weighted_sum
 

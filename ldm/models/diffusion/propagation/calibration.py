@@ -20,8 +20,7 @@ from ldm.io.files import atomic_write, read_json
 from ldm.io.schema import Number, Schema, parse
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
-from ldm.models.diffusion.propagation.forecast import ForecastName
-from ldm.models.diffusion.propagation.plan import LEVELS, Plan, plan_of_level
+from ldm.models.diffusion.propagation.plan import LEVELS, ForecastName, Plan, plan_of_level
 from ldm.models.diffusion.schedule import eps_weight
 from ldm.modules.diffusionmodules.features import Features
 

@@ -35,9 +35,8 @@ from ldm.io.errors import did_you_mean, shown
 from ldm.io.files import PROJECT_ROOT, read_yaml
 from ldm.io.schema import Number, Schema, Text, parse
 from ldm.models.diffusion.propagation.calibration import Calibration, Nodes, read_calibration
-from ldm.models.diffusion.propagation.forecast import ForecastName
 from ldm.models.diffusion.propagation.online import OnlinePlan
-from ldm.models.diffusion.propagation.plan import LEVELS, Plan, plan_of_level, with_level
+from ldm.models.diffusion.propagation.plan import LEVELS, ForecastName, Plan, plan_of_level, with_level
 
 PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
 FORMS = (

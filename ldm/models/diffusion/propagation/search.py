@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from ldm.models.diffusion.propagation.history import Forecaster
+from ldm.models.diffusion.propagation.predict import Forecaster
 
 Keys = tuple[int, ...]
 PAIRS = 100  # nodes up to which the program tells ways apart by their last two key nodes
