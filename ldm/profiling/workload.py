@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import DiffusionWrapper
-from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser
-from ldm.models.diffusion.guidance import Guidance, Guided
+from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guidance, Guided
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.models.diffusion.solvers.registry import solver

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import Conditioning
-from ldm.models.diffusion.noise import ImageNoise
-from ldm.models.diffusion.schedule import diffuse
+from ldm.models.diffusion.schedule import ImageNoise, diffuse
 from ldm.modules.diffusionmodules.deepfloyd import DeepFloydUNet
 from ldm.sampling.generate import Item
 from ldm.sampling.hybrid import AUGMENTATION_STREAM

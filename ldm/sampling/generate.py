@@ -34,7 +34,7 @@ class Item:
 
     prompt_index, sample: which inputs, and which image of them; both from 0.
     inputs: what the image is of, as JSON values, the first of which tells a person: {"prompt": text}, {"class": 207}.
-    seed:  names the image's own noise, see `ldm.models.diffusion.noise.ImageNoise`.
+    seed:  names the image's own noise, see `ldm.models.diffusion.schedule.ImageNoise`.
     start: names the noise that it begins from; `seed` unless images share their beginning.
     """
 

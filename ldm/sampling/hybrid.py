@@ -16,7 +16,7 @@ from ldm.models.diffusion.ddpm import (
     LatentUpscaleDiffusion,
 )
 from ldm.models.diffusion.denoiser import Conditioning
-from ldm.models.diffusion.noise import ImageNoise
+from ldm.models.diffusion.schedule import ImageNoise
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Text
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from ldm.io.errors import SettingError
 from ldm.models.diffusion.ddim import DDIM, climb
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.edits import Edit
-from ldm.models.diffusion.loop import denoise
+from ldm.models.diffusion.loop import Edit, denoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps
 from ldm.modules.attention import BasicTransformerBlock

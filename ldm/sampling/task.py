@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ldm.models.diffusion.ddpm import ConditionLike, LatentDiffusion
 from ldm.models.diffusion.denoiser import ConditionedNetwork
-from ldm.models.diffusion.edits import Edit
+from ldm.models.diffusion.loop import Edit
 from ldm.models.diffusion.sampler import mask_edits
 from ldm.models.diffusion.schedule import Node, diffuse
 from ldm.modules.attention_control import AttentionControl

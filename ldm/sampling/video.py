@@ -14,9 +14,8 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning, Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.motion import moved, noised_again
-from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.plan import Plan
-from ldm.models.diffusion.schedule import Node
+from ldm.models.diffusion.schedule import ImageNoise, Node
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.unet3d import apart, together
 from ldm.profiling.cost import Macs

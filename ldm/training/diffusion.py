@@ -19,8 +19,8 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import ConditionedNetwork
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.schedule import ImageNoise
 from ldm.models.diffusion.solvers.registry import solver
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.denoiser import Guidance
 from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.online import OnlinePlan

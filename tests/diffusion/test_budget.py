@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.denoiser import Guidance
 from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.load import load_plan

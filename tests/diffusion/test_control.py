@@ -13,8 +13,7 @@ from torch import Tensor
 from ldm.models.diffusion.control import Control, Controlled
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.ddpm import DDPM
-from ldm.models.diffusion.edits import prior_noise
-from ldm.models.diffusion.loop import denoise
+from ldm.models.diffusion.loop import denoise, prior_noise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
 from ldm.modules.diffusionmodules.controlnet import ControlNet

@@ -9,8 +9,7 @@ import torch
 
 from ldm.models.diffusion.ddim import DDIM, DDIMSampler
 from ldm.models.diffusion.denoiser import Prediction
-from ldm.models.diffusion.edits import inpainting, prior_noise
-from ldm.models.diffusion.loop import denoise
+from ldm.models.diffusion.loop import denoise, inpainting, prior_noise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps

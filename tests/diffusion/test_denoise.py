@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ldm.models.diffusion.denoiser import TO_EPS, Conditional, Conditioning, Prediction
-from ldm.models.diffusion.edits import Edit, prior_noise
-from ldm.models.diffusion.guidance import Guidance, Guided
-from ldm.models.diffusion.loop import NonFiniteLatents, State, denoise, first_nonfinite_layer
+from ldm.models.diffusion.denoiser import TO_EPS, Conditional, Conditioning, Guidance, Guided, Prediction
+from ldm.models.diffusion.loop import Edit, NonFiniteLatents, State, denoise, first_nonfinite_layer, prior_noise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps, diffuse

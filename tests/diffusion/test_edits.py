@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from ldm.models.diffusion.denoiser import Conditional
-from ldm.models.diffusion.edits import Edit, inpainting, prior_noise
-from ldm.models.diffusion.loop import denoise
+from ldm.models.diffusion.loop import Edit, denoise, inpainting, prior_noise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node

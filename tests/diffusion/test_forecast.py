@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Prediction
-from ldm.models.diffusion.edits import prior_noise
-from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.loop import State, denoise
+from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Guidance, Prediction
+from ldm.models.diffusion.loop import State, denoise, prior_noise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import AXES, METHODS, QUANTITIES, Forecast, Plan
 from ldm.models.diffusion.propagation.predict import Forecaster, History

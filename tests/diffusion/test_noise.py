@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.models.diffusion.noise import ImageNoise
+from ldm.models.diffusion.schedule import ImageNoise
 
 KNOWN = [-0.1917676, -0.7883030, 1.4104905, -0.1767905]
 SEEDS = [(42, 0, 0), (42, 0, 1), (42, 1, 0), (7, 0, 0)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.cli.setup import Processes
 from ldm.io.images import from_pil, read_png
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusion.guidance import Guidance
+from ldm.models.diffusion.denoiser import Guidance
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode, first_process
 from ldm.models.diffusion.propagation.budget import BudgetPlan

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIM
 from ldm.models.diffusion.ddpm import DDPM
-from ldm.models.diffusion.denoiser import Denoiser, Prediction
-from ldm.models.diffusion.edits import Edit, prior_noise
-from ldm.models.diffusion.guidance import Guided
-from ldm.models.diffusion.loop import State, denoise
+from ldm.models.diffusion.denoiser import Denoiser, Guided, Prediction
+from ldm.models.diffusion.loop import Edit, State, denoise, prior_noise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps

@@ -18,8 +18,7 @@ from ldm.models.diffusion.dpm_solver.rules import (
     singlestep_nodes,
     singlestep_orders,
 )
-from ldm.models.diffusion.edits import prior_noise
-from ldm.models.diffusion.loop import Rule, State, denoise
+from ldm.models.diffusion.loop import Rule, State, denoise, prior_noise
 from ldm.models.diffusion.plms import PLMS, PLMSSampler, plms_nodes
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import (

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import DiffusionWrapper
-from ldm.models.diffusion.denoiser import Conditioning, Wrapper
-from ldm.models.diffusion.edits import Edit, inpainting, prior_noise
-from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.loop import State
+from ldm.models.diffusion.denoiser import Conditioning, Guidance, Wrapper
+from ldm.models.diffusion.loop import Edit, State, inpainting, prior_noise
 from ldm.models.diffusion.parallel import BatchBackoff, Compiled, WarmUp
 from ldm.models.diffusion.propagation.online import OnlinePlan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ldm.models.diffusion.ddim import DDIM
-from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser
-from ldm.models.diffusion.guidance import Guidance, Guided
+from ldm.models.diffusion.denoiser import Conditional, Conditioning, Denoiser, Guidance, Guided
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps

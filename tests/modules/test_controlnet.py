@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm.models.diffusion.control import Control, Controlled
-from ldm.models.diffusion.ddpm.diffusion import DiffusionWrapper
+from ldm.models.diffusion.ddpm.latent import DiffusionWrapper
 from ldm.models.diffusion.denoiser import Conditioning
 from ldm.modules.diffusionmodules.controlnet import ControlNet, guess_weights
 from tests.helpers.goldens import assert_golden, from_recipe, load_case, recipe_weights

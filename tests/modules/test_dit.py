@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import DDPM
-from ldm.models.diffusion.denoiser import Conditional, Conditioning, Prediction
-from ldm.models.diffusion.edits import Edit, prior_noise
-from ldm.models.diffusion.guidance import Guidance, Guided
-from ldm.models.diffusion.loop import Rule, denoise
+from ldm.models.diffusion.denoiser import Conditional, Conditioning, Guidance, Guided, Prediction
+from ldm.models.diffusion.loop import Edit, Rule, denoise, prior_noise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan, check_blocks
 from ldm.models.diffusion.schedule import Node

@@ -9,8 +9,7 @@ import torch
 
 from ldm.checkpoint import load_config
 from ldm.models.diffusion.ddpm import DDPM
-from ldm.models.diffusion.denoiser import Conditional
-from ldm.models.diffusion.guidance import Guidance, Guided
+from ldm.models.diffusion.denoiser import Conditional, Guidance, Guided
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.solvers.registry import solver

@@ -16,9 +16,8 @@ from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.diffusion.denoiser import Conditioning
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.motion import moved
-from ldm.models.diffusion.noise import ImageNoise
 from ldm.models.diffusion.propagation.plan import Plan
-from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
+from ldm.models.diffusion.schedule import ImageNoise, ddim_nodes, ddim_timesteps
 from ldm.sampling.engine import Recipe
 from ldm.sampling.generate import make_items
 from ldm.sampling.task import Text

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm.checkpoint import load_model
 from ldm.io.images import from_pil
-from ldm.models.diffusion.noise import ImageNoise
+from ldm.models.diffusion.schedule import ImageNoise
 from ldm.sampling.generate import make_items
 from ldm.sampling.hybrid import LowResolution
 from tests.helpers.images import small

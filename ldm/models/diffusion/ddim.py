@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.edits import Edit
-from ldm.models.diffusion.loop import State
-from ldm.models.diffusion.noise import ImageNoise
+from ldm.models.diffusion.loop import Edit, State
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
 from ldm.models.diffusion.sampler import Intermediates, Sampler, mask_edits, per_image, refuse
 from ldm.models.diffusion.schedule import (
     CLEAN,
     OF_DDIM,
+    ImageNoise,
     Levels,
     Node,
     ddim_levels,

@@ -12,12 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.models.diffusion.denoiser import Denoiser
-from ldm.models.diffusion.edits import Edit, inpainting
-from ldm.models.diffusion.loop import Rule, State, denoise
-from ldm.models.diffusion.noise import ImageNoise
+from ldm.models.diffusion.loop import Edit, Rule, State, denoise, inpainting
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
-from ldm.models.diffusion.schedule import Levels, Node, Spacings, timesteps_of
+from ldm.models.diffusion.schedule import ImageNoise, Levels, Node, Spacings, timesteps_of
 
 MASK_STREAM = 1  # appended to an image's seed: the noise of a kept region is not the solver's noise
 

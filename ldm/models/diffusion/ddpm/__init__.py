@@ -1,8 +1,7 @@
 """Diffusion models under their published names: the network with its condition, and what surrounds it."""
 
 from ldm.compatibility import disabled_train
-from ldm.models.diffusion.ddpm.diffusion import DDPM, ConditionLike, DiffusionWrapper
-from ldm.models.diffusion.ddpm.latent import LatentDiffusion, Layout2ImgDiffusion
+from ldm.models.diffusion.ddpm.latent import DDPM, ConditionLike, DiffusionWrapper, LatentDiffusion, Layout2ImgDiffusion
 from ldm.models.diffusion.ddpm.retrieval import MinimalRETRODiffusion
 from ldm.models.diffusion.ddpm.stable_diffusion_2 import (
     ImageEmbeddingConditionedLatentDiffusion,

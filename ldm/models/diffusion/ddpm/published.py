@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from ldm.compatibility import isimage, log_txt_as_img
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.edits import Edit
-from ldm.models.diffusion.loop import State, denoise
+from ldm.models.diffusion.loop import Edit, State, denoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.sampler import refuse
 from ldm.models.diffusion.schedule import Node
