@@ -250,7 +250,7 @@ def train(args: argparse.Namespace, name: str, files: list[Path], overrides: lis
     from ldm.training import configuration, run
 
     with fault_of(name):
-        config = configuration.read_configuration(files, overrides, args.seed, args.steps, args.scale_lr)
+        config = configuration.read_configuration(files, overrides, args.seed, args.steps, args.scale_lr, args.allow)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in AS_MEANT:
         warnings.filterwarnings("ignore", message)

@@ -47,13 +47,14 @@ class ConfigError(ValueError):
     """A config that does not describe an object of an allowed package."""
 
 
-def _inside(name: str, packages: Iterable[str]) -> bool:
+def inside(name: str, packages: Iterable[str]) -> bool:
+    """Whether a dotted name is that of one of the packages, or of something in one."""
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
 def _renamed(target: str) -> str:
     """The name under which a class of a published config is found here."""
-    known = [package for package in RENAMED if _inside(target, (package,))]
+    known = [package for package in RENAMED if inside(target, (package,))]
     if not known:
         return target
     longest = max(known, key=len)
@@ -78,7 +79,7 @@ def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
     if not isinstance(target, str):
         raise ConfigError(f"target: expected a dotted name such as 'torch.nn.Identity'; got {target!r}")
     module_name, _, name = _renamed(target).rpartition(".")
-    if not _inside(module_name, packages):
+    if not inside(module_name, packages):
         raise ConfigError(
             f"target: {target!r} is outside the allowed packages ({choices}); if you trust it, "
             f"add its package with instantiate_from_config(config, allow=(...,))"
@@ -87,13 +88,13 @@ def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Any:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         # A missing dependency of an existing module must not read like a misspelt target.
-        missing = f"no module {module_name!r}" if _inside(module_name, [error.name or ""]) else str(error)
+        missing = f"no module {module_name!r}" if inside(module_name, [error.name or ""]) else str(error)
         raise ConfigError(f"target: cannot import {target!r}: {missing}") from error
     found = vars(module).get(name)
     if found is None:
         raise ConfigError(f"target: module {module_name!r} has no {name!r}")
     home = found.__module__ if inspect.isclass(found) or inspect.isfunction(found) else None
-    if home is None or not _inside(home, packages):
+    if home is None or not inside(home, packages):
         raise ConfigError(f"target: {target!r} is not a class or function defined in one of: {choices}")
     return found
 

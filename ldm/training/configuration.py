@@ -73,6 +73,7 @@ def read_configuration(
     seed: int | None = None,
     steps: int | None = None,
     scale_lr: bool = False,
+    allow: Sequence[str] = (),
 ) -> DictConfig:
     """What configuration files and single settings say together.
 
@@ -81,7 +82,7 @@ def read_configuration(
         overrides: KEY=VALUE, in the words of OmegaConf.
         seed: of weights, data order and noise; None = the configuration's, or 23.
         steps: in all, see `with_steps`; None = the configuration's.
-        scale_lr: see `ldm.training.published.completed`.
+        scale_lr, allow: see `ldm.training.published.completed`.
 
     Raises:
         SettingError: a single setting can't be used.
@@ -99,7 +100,7 @@ def read_configuration(
             config = merged(config, OmegaConf.from_dotlist([text]))
     try:
         check_references(config)
-        config, lines = completed(config, scale_lr)
+        config, lines = completed(config, scale_lr, allow)
         print(*lines, sep="\n", end="\n" if lines else "")
         check(config)
         config.lightning.seed = seed if seed is not None else config.lightning.get("seed", SEED)

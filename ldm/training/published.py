@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.io.errors import shown
 from ldm.io.schema import AboveZero, Count, parse
+from ldm.util import inside
 
 FIRST_STAGES = ("AutoencoderKL", "VQModel")
 DIFFUSIONS = ("LatentDiffusion", "Layout2ImgDiffusion", "MinimalRETRODiffusion")
@@ -24,13 +27,14 @@ INSTEAD = {
 }
 
 
-def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, list[str]]:
+def completed(config: DictConfig, scale_lr: bool = False, allow: Sequence[str] = ()) -> tuple[DictConfig, list[str]]:
     """A configuration with the four sections of a training, from a published one, and lines that say what was done.
 
     A configuration whose section `training` has a target is returned as it is; params without a target are kept.
 
     Args:
         scale_lr: multiply model.base_learning_rate with the images per step, as the published code does by default.
+        allow: packages of one's own, whose callbacks are kept, as our measures are.
 
     Raises:
         ValueError: a section is no mapping; no learning rate, or not a number; a model that is not trained here.
@@ -47,12 +51,12 @@ def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, l
     for name in ("model.params", "lightning", "lightning.trainer"):
         OmegaConf.update(config, name, mapping(config, name), merge=False)
     model, lightning = config.model, config.lightning
-    measures = measures_in(lightning)
+    kept = kept_callbacks(lightning, (*MEASURES, *allow))
     lines = [f"lightning.{name}: without effect; {INSTEAD[name]}" for name in INSTEAD if name in lightning]
     for name in INSTEAD:
         lightning.pop(name, None)
-    if measures:
-        lightning.callbacks = measures
+    if kept:
+        lightning.callbacks = kept
     if model.get("base_learning_rate") is None:
         raise ValueError("model.base_learning_rate: not given; expected a number, or a section training")
     rate, line = learning_rate(config, scale_lr)
@@ -69,14 +73,14 @@ def completed(config: DictConfig, scale_lr: bool = False) -> tuple[DictConfig, l
     return config, [line, *lines]
 
 
-def measures_in(lightning: DictConfig) -> DictConfig:
-    """Take those callbacks out of the section that are measures of ours; nothing is left of it if all are."""
+def kept_callbacks(lightning: DictConfig, packages: Sequence[str]) -> DictConfig:
+    """Take the callbacks of these packages out of the section; nothing is left of it if all are."""
     callbacks = mapping(lightning, "callbacks")
-    ours = [k for k in callbacks if str(OmegaConf.select(callbacks, f"{k}.target")).partition(".")[0] in MEASURES]
-    measures = OmegaConf.masked_copy(callbacks, ours)
-    if ours and len(ours) == len(callbacks):
+    names = [k for k in callbacks if inside(str(OmegaConf.select(callbacks, f"{k}.target")), packages)]
+    kept = OmegaConf.masked_copy(callbacks, names)
+    if names and len(names) == len(callbacks):
         del lightning.callbacks
-    return measures
+    return kept
 
 
 def of_custom_diffusion(config: DictConfig) -> DictConfig:

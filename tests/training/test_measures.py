@@ -100,14 +100,22 @@ def test_only_measures_and_allowed_callbacks_are_named(folder, tmp_path, capsys)
     assert "is for trainings of diffusion models; got AutoencoderTraining" in capsys.readouterr().err
 
 
-def test_published_callbacks_have_no_effect_and_measures_have_one():
+def test_published_callbacks_have_no_effect_and_measures_and_allowed_ones_have_one():
     published = {"image_logger": {"target": "main.ImageLogger", "params": {"batch_frequency": 5000}}}
     ours = {"fid": {"target": f"{MEASURES}.SampleMeasures", "params": {"every": 1000}}}
     base = OmegaConf.load(ROOT / "models" / "ldm" / "ffhq256" / "config.yaml")
-    for callbacks, said in ((published | ours, True), (ours, False), (published, True)):
-        config, lines = completed(OmegaConf.merge(base, {"lightning": {"callbacks": callbacks}}))
-        assert ("lightning.callbacks: without effect" in "".join(lines)) is said
-        assert config.lightning.get("callbacks", {}) == (ours if "fid" in callbacks else {})
+    mine = {"mine": {"target": "my_package.parts.Mine"}}
+    for callbacks, kept, allow in (
+        (published | ours, ours, ()),
+        (ours, ours, ()),
+        (published, {}, ()),
+        (mine, {}, ("my_pack",)),
+        (mine | ours, mine | ours, ("my_package",)),
+    ):
+        merged = OmegaConf.merge(base, {"lightning": {"callbacks": callbacks}})
+        config, lines = completed(merged, allow=allow)
+        assert ("lightning.callbacks: without effect" in "".join(lines)) is (kept != callbacks)
+        assert config.lightning.get("callbacks", {}) == kept
 
 
 def test_of_samples_by_caption(folder, tmp_path, capsys):
