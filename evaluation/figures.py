@@ -45,6 +45,7 @@ KINDS = {
     "evolution": Kind("features", "change of each block's features from step to step (eq. 2, figure 3a)", 8),
     "norms": Kind("features", "size of each block's features, and its deviation during a run (figures 3b, 3c)", 8),
     "maps": Kind("features", "feature maps as colours, by block and step (figures 2, 10)", None),
+    "expected": Kind("images", "the image expected on the way: what is decided when", 8),
     "variants": Kind("images", "propagation of encoder, decoder, both or neither (figure 16)", 4),
     "fewer-steps": Kind(
         "images",

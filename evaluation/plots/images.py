@@ -86,6 +86,34 @@ def draw_variants(experiment: Experiment, *, steps: int) -> Drawing:
     )
 
 
+# What is decided when: the image that is expected on the way. A model that knows its images by heart expects the
+# finished one from pure noise; then neither steps nor key timesteps can matter.
+
+SHOWN = 8  # rows of images
+
+
+def draw_expected(experiment: Experiment, *, steps: int) -> Drawing:
+    """Draw the images expected at the first step, after one and two thirds of a plain run, and the finished ones."""
+    engine = experiment.engine("ddim", steps)
+    model, rule, x = engine.plain_run(experiment.items)
+    nodes = len(rule.nodes)
+    thirds = sorted({0, nodes // 3, 2 * nodes // 3})
+    states = [*denoise(model, rule, load_plan("off", nodes), x)]
+    finished = experiment.decode(engine, states[-1].x)
+    expected = {i: experiment.decode(engine, states[i].x0) for i in thirds}
+    distance = {i: psnr(images, finished) for i, images in expected.items()}
+    columns = [f"step {i}\n{distance[i].mean():.1f} dB" for i in thirds]
+    rows = [*zip(*expected.values(), finished, strict=True)][:SHOWN]
+    figure = new_figure(1.5 + CELL * (len(thirds) + 1), 0.7 + CELL * len(rows))
+    image_grid(figure, rows, [*columns, "finished\n"], experiment.labels[:SHOWN])
+    return Drawing(
+        figure,
+        f"The image that is expected on the way of a plain run of {steps} DDIM steps, and the finished one. Numbers: "
+        "PSNR between the two, mean over all images. Rows of one prompt differ in their noise.",
+        {"psnr": {f"step {i}": {"mean": of.mean(), "images": of} for i, of in distance.items()}},
+    )
+
+
 # Fewer steps or encoder propagation, with and without prior noise (figures 7, 13, 14, table 11)
 
 METHODS = {  # plan, weight of the prior noise

@@ -30,6 +30,8 @@ HASHES = {  # of what each shipped protocol asks for: another number here is ano
     "coco2017-10k": "e4888c973695",
     "coco2017-10k-videofusion": "4fc785975b35",
     "coco2017-5k": "2e9afe2b7b38",
+    "emoji128": "65774e49d2b7",
+    "emoji128-heldout": "2589682132ac",
     "emoji64": "58412a7a9c68",
     "emoji64-heldout": "db72777dcaaa",
     "emoji64-prompts": "1801f1fcaa5f",

@@ -12,6 +12,7 @@ from evaluation import generate, tables
 from evaluation.protocols.protocol import load_protocol
 from evaluation.runs.generate import plan_of, recipe_of
 from evaluation.table.spec import Row, load_table
+from tests.helpers.paths import ROOT
 
 GOOD = {
     "title": "t",
@@ -65,6 +66,14 @@ def test_a_rows_steps_may_begin_where_it_says():
         recipe = recipe_of(protocol, method)
         assert recipe.settings().items() >= given.items()
         assert plan_of(recipe, method, Path("model.ckpt")).num_nodes == steps
+
+
+def test_what_a_model_has_to_show_is_a_table():
+    table = load_table(str(ROOT / "models" / "ldm" / "emoji128" / "table.yaml"))
+    for row in table.rows_in("emoji"):
+        protocol = load_protocol(table.protocol_of(row, "emoji"))
+        method = row.method(protocol)
+        assert plan_of(recipe_of(protocol, method), method, Path("model.ckpt")).num_nodes >= row.steps
 
 
 @pytest.mark.parametrize(

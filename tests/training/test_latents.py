@@ -183,6 +183,13 @@ def test_classes_are_the_subgroups(folder, tmp_path):
     assert torch.equal(kept.val.latents, encoded.val.latents)
 
 
+def test_the_model_of_texts_is_the_one_that_is_trained():
+    trained = OmegaConf.load(ROOT / "configs" / "latent-diffusion" / "emoji128.yaml").model
+    shipped = OmegaConf.load(ROOT / "models" / "ldm" / "emoji128" / "config.yaml").model
+    del trained.params.unet_config.params.dropout, trained.params.first_stage_config.params.ckpt_path
+    assert shipped == trained
+
+
 def test_the_model_of_classes_is_small_enough_to_ship():
     config = OmegaConf.load(ROOT / "configs" / "latent-diffusion" / "emoji128-class.yaml")
     assert config.training.params.unconditional == config.model.params.cond_stage_config.params.n_classes - 1
