@@ -24,6 +24,14 @@ PROMPTS = EMOJI64[0].parent / "prompts.txt"
 ROWS = Path(__file__).with_name("plots") / "pareto.yaml"
 
 
+# Of each task a command line that runs on the model that ships.
+TASKS = (
+    "prompt2prompt.py --prompt 'a red heart, noto style' --edit 'a blue heart, noto style' "
+    "--edit 'a red apple, noto style' --edit 'a red heart, openmoji style'",
+    "text2video.py --prompt 'a cat face, noto style' --motion 32,0 --t0 16 --t1 22 --format frames",
+)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of figure: the function `draw_NAME` of a module of evaluation.plots.
@@ -68,6 +76,13 @@ KINDS = {
         {"samplers": (("ddim", 50), ("plms", 50), ("dpm-solver++", 20), ("unipc", 20))},
     ),
     "prior-noise": Kind("images", "prior noise, and the frequencies of the images (figure 6)", 8),
+    "tasks": Kind(
+        "tasks",
+        "what the sampling scripts make for each task, plain and with plans (figures 15, 18 to 25)",
+        None,
+        {"commands": TASKS, "plans": ("off", "faster-diffusion", "deepcache:3")},
+        keeps=True,
+    ),
     "timeline": Kind(
         "timeline",
         "which parts of the UNet run at which step",
@@ -102,6 +117,12 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "step_counts": (step_count, "N", "numbers of steps (default: {shown})"),
     "samplers": (sampler_and_steps, "SAMPLER:STEPS", "samplers and their numbers of steps (default: {shown})"),
     "repeats": (count, "N", "timed runs of each method (default: %(default)s)"),
+    "commands": (
+        str,
+        "COMMAND",
+        "command lines of sampling scripts, each in quotes: the script's name and its arguments, without model, seed, "
+        "plan and outdir (default: a task each)",
+    ),
     "plans": (str, "PLAN", "plans, as --plan of txt2img.py (default: {shown})"),
     "rows": (str, "YAML", "the methods to compare (default: evaluation/plots/pareto.yaml)"),
     "data": (

@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
         prompts = generate.chosen_prompts(protocol, args.data)
     check_outdir(Path(args.out), "--out")
     files = generate.model_files(settings_from(args, generate.ModelSettings), protocol)
-    request = generate.prepare(protocol, method, files, prompts)
+    request = generate.prepare(protocol, method, files, prompts, args.data)
     process = generate.join(args.device, args.devices, args.num_nodes, args.strategy, args.shard)
     began = time.perf_counter()
     done = generate.make(request, Path(args.out), process, args.batch_size)

@@ -2,6 +2,7 @@
 
 evaluation/protocols/NAME.yaml:
 
+    like:       another protocol, of which this one has all that it does not say itself
     about:      what is known of it, and what is our reading
     data:       where the prompts come from, by `kind`:
                 captions (COCO's annotations): file; optional: pictures (the real images), where: {field: value or list}
@@ -13,9 +14,12 @@ evaluation/protocols/NAME.yaml:
     size:       height and width in pixels
     guidance:   the guidance scale, 1 = none
     sampling:   sampler, steps, eta: what a method has unless it says otherwise
+    control:    edges or scribble, which a control network reads: those of the image that a prompt is a caption of
+    video:      true: the images of a prompt are the frames of a video by Text2Video-Zero (default: false)
     metrics:    the variants that are reported: lists of EXTRACTOR/RESIZE for fid or adm, of names for clip_score;
                 reference: a file of published statistics
-    defaults:   config and ckpt of the model, data (a folder), noise_below, noise_order
+    defaults:   config and ckpt of the model, data (a folder), noise_below, noise_order; `ADDED`: lists of files beside
+                the model's own
 
 `Protocol.asked` is what images of different methods must have in common to be compared. The sampler and its steps
 are not in it, since they are what comparisons are about; nor are metrics, since each result names its own.
@@ -41,6 +45,7 @@ from ldm.io.schema import Number, Schema, Seed, Share, Text, parse
 PROTOCOL_DIR = Path(__file__).parent
 MOST_CAPTIONS = 1000  # of one image
 NOISE = ("noise_below", "noise_order")
+ADDED = ("control_model", "hed", "lora", "embedding", "delta")
 
 Amount = Annotated[int, Field(ge=1, le=MOST)]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
@@ -85,6 +90,11 @@ class Defaults(TypedDict, total=False):
     data: Text
     noise_below: Number
     noise_order: Literal[NOISE_ORDERS]
+    control_model: Names
+    hed: Names
+    lora: Names
+    embedding: Names
+    delta: Names
 
 
 class Select(Schema):
@@ -137,6 +147,8 @@ class Protocol(Schema):
     sampling: Sampling = Sampling()
     repeats: Amount = 1
     seed: Seed = 0
+    control: Literal["edges", "scribble"] | None = None
+    video: bool = False
     metrics: Metrics = {}
     defaults: Defaults = {}
     about: str = ""
@@ -161,6 +173,10 @@ class Protocol(Schema):
         files = [self.defaults.get(name) for name in ("config", "ckpt")]
         return None if None in files else (ROOT / files[0], ROOT / files[1])
 
+    def added(self) -> dict[str, tuple[Path, ...]]:
+        """The files that are added to the model, by what they are."""
+        return {name: tuple(ROOT / file for file in self.defaults[name]) for name in ADDED if name in self.defaults}
+
     def folder(self, given: str | Path | None = None) -> Path:
         """The folder of its data: the one given, or its own; looked for here, else in the project."""
         folder = Path(given or self.defaults.get("data", "."))
@@ -175,7 +191,7 @@ class Protocol(Schema):
             "seed": self.seed,
             "size": self.size,
             "guidance": float(self.guidance),
-        }
+        } | {name: value for name in ("control", "video") if (value := getattr(self, name))}
 
 
 def protocol_names() -> tuple[str, ...]:
@@ -187,6 +203,11 @@ def load_protocol(name: str) -> Protocol:
     Raises ValueError: there is none, or it is not a protocol."""
     path = find_file("protocol", name, PROTOCOL_DIR, protocol_names())
     with reading("protocol", path) as content:
+        if "like" in content:
+            if content["like"] not in protocol_names():
+                raise ValueError(f"like: expected one of {', '.join(protocol_names())}; got {shown(content['like'])}")
+            usual = load_protocol(content.pop("like")).model_dump(exclude_unset=True)
+            content = usual | content | {"defaults": usual.get("defaults", {}) | content.get("defaults", {})}
         return parse(Protocol, {**content, "name": path.stem})
 
 

@@ -13,7 +13,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +24,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.protocols.protocol import Method, Prompt, Protocol, chosen_prompts
+from evaluation.runs.control import controlled
 from evaluation.runs.folder import CARD, SAMPLES, RunFolder, prompts_sha256, read_card
-from ldm.checkpoint import CheckpointError, fingerprint, load_config, load_model
+from ldm.checkpoint import fingerprint, load_config
 from ldm.checkpoint.published import published_sha256
 from ldm.cli.parser import stated
 from ldm.cli.settings import CPU_POSITIONS, SamplingSettings, check_memory, make_plan, make_recipe
-from ldm.cli.setup import ALONE, CONSTRUCTION, ModelSettings, find_device, make_setup, read_setup, uses_autocast
+from ldm.cli.setup import ALONE, CONSTRUCTION, ModelSettings, Setup, find_device, make_setup, read_setup, uses_autocast
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import json_sha256
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -38,7 +39,8 @@ from ldm.models.diffusion.propagation.plan import AnyPlan, check_blocks
 from ldm.modules.encoders.modules import ClassLabels
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import Item, fill
-from ldm.sampling.task import Classes, Labels, Text, prompts_cut
+from ldm.sampling.task import Classes, Labels, Network, Text, prompts_cut
+from ldm.sampling.video import Motion, frames_task
 
 BATCH = 16
 # Last digits depend on how much is computed at a time, and by how many threads: on a CPU both are fixed, so that files
@@ -50,12 +52,13 @@ PACKAGES = ("faster-diffusion-ldm", "torch", "numpy", "pillow", "tokenizers")
 @dataclass(frozen=True)
 class ModelFiles:
     """The files of a model, what they say being read when it is asked for, once; `weights` as for `load_model`;
-    precision: full or autocast, None = autocast on a GPU."""
+    precision: full or autocast, None = autocast on a GPU; added: the files beside its own, see `ADDED`."""
 
     config: Path
     ckpt: Path
     weights: str = "auto"
     precision: str | None = None
+    added: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
     @cached_property
     def content(self) -> Any:
@@ -79,10 +82,18 @@ class ModelFiles:
         with fault_of("config"):
             return {"weights": weights, "config": fingerprint(self.config)}
 
+    def setup(self, device: torch.device) -> Setup:
+        """All files together. Raises SettingError: the weights are not there, or do not belong to the config, as far as
+        their heads tell; `protocol`: a file that is added is not there."""
+        if missing := [path for paths in self.added.values() for path in paths if not path.exists()]:
+            raise SettingError("protocol", f"needs {missing[0]}, which is not there")
+        setup = read_setup(self.config, self.ckpt, device, ALONE, self.weights, uses_autocast(self.precision, device))
+        lora, *others = (tuple(map(str, self.added.get(name, ()))) for name in ("lora", "embedding", "delta"))
+        return replace(setup, lora=[(path, 1.0) for path in lora], embedding=others[0], delta=others[1])
+
     def check(self) -> None:
-        """Check that the weights are there and belong to the config, as far as their heads tell.
-        Raises SettingError: they do not."""
-        read_setup(self.config, self.ckpt, torch.device("cpu"))
+        """Raise SettingError for files that `setup` refuses."""
+        self.setup(torch.device("cpu"))
 
 
 def model_files(settings: ModelSettings, protocol: Protocol) -> ModelFiles:
@@ -92,7 +103,7 @@ def model_files(settings: ModelSettings, protocol: Protocol) -> ModelFiles:
         SettingError, BadInput: see `make_setup`.
     """
     setup = make_setup(settings, protocol.model(), ALONE)
-    return ModelFiles(setup.config_path, setup.ckpt, settings.weights, settings.precision)
+    return ModelFiles(setup.config_path, setup.ckpt, settings.weights, settings.precision, protocol.added())
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,7 @@ class Request:
     """What is to be made: all that is known before the model is loaded; `prepare` makes it.
 
     recipe, plan: the method for this model; decoder batches of the plan are chosen when it runs.
+    data: the folder of the protocol's data.
     """
 
     protocol: Protocol
@@ -108,6 +120,7 @@ class Request:
     model: ModelFiles
     recipe: Recipe
     plan: AnyPlan
+    data: Path
 
     @cached_property
     def asked(self) -> dict[str, Any]:
@@ -118,7 +131,9 @@ class Request:
     def sha256(self) -> str:
         """Names the images: a hash of all that they depend on, but for the device and what is computed at a time."""
         method = self.recipe.settings() | self.plan.settings()
-        return json_sha256([self.asked, method, self.model.sha256, self.model.weights, self.model.precision])
+        model, added = self.model, self.model.added
+        others = [{name: [fingerprint(path) for path in paths] for name, paths in added.items()}] if added else []
+        return json_sha256([self.asked, method, model.sha256, model.weights, model.precision, *others])
 
 
 @dataclass(frozen=True)
@@ -164,25 +179,27 @@ def compute(
         files = protocol.model()
         if files is None:
             raise SettingError("model", f"needed: protocol {protocol.name} names none")
-        model = ModelFiles(*files)
+        model = ModelFiles(*files, added=protocol.added())
     model.check()
-    request = prepare(protocol, method or protocol.method(), model, chosen_prompts(protocol, data))
+    request = prepare(protocol, method or protocol.method(), model, chosen_prompts(protocol, data), data)
     return make(request, Path(out), process or Process(0, 1, find_device("auto")), batch_size)
 
 
 # Before the model is loaded
 
 
-def prepare(protocol: Protocol, method: Method, model: ModelFiles, prompts: Sequence[Prompt]) -> Request:
+def prepare(
+    protocol: Protocol, method: Method, model: ModelFiles, prompts: Sequence[Prompt], data: str | Path | None = None
+) -> Request:
     """What is to be made; the weights need not be there. Raises SettingError: see `compute`."""
     sizes = model.sizes
     if protocol.size % sizes.multiple:
         raise SettingError(
             "protocol", f"its images have {protocol.size} px; this model's must be a multiple of {sizes.multiple}"
         )
-    recipe = recipe_of(protocol, method)
-    plan = plan_of(recipe, method, model.ckpt, model.content.model.params.get("timesteps", 1000))
-    return Request(protocol, prompts, method, model, recipe, plan)
+    recipe, timesteps = recipe_of(protocol, method), model.content.model.params.get("timesteps", 1000)
+    plan = plan_of(recipe, method, model.ckpt, timesteps, video=protocol.video)
+    return Request(protocol, prompts, method, model, recipe, plan, protocol.folder(data))
 
 
 def recipe_of(protocol: Protocol, method: Method) -> Recipe:
@@ -191,18 +208,25 @@ def recipe_of(protocol: Protocol, method: Method) -> Recipe:
     return make_recipe(settings, (protocol.size, protocol.size))
 
 
-def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000) -> AnyPlan:
+def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000, video: bool = False) -> AnyPlan:
     """The plan of a run. `ckpt`: the model's weights, beside which its calibrations lie; read only by a plan that names
-    its model. `timesteps`: the model's. Raises SettingError: a number of steps, or a plan, that can't be used."""
+    its model. `timesteps`: the model's. `video`: it is for the steps of all frames. Raises SettingError: a number of
+    steps, or a plan, that can't be used."""
     with fault_of("steps" if recipe.timesteps_at is None else "timesteps_at"):
         nodes = num_nodes(recipe, timesteps)
-    return make_plan(SamplingSettings(**asdict(method)), nodes, RunFacts.of(recipe.solver_name, ckpt, **recipe.facts()))
+        kept = nodes - Motion.of(nodes).first_node(nodes) if video else nodes
+    facts = RunFacts.of(recipe.solver_name, ckpt, **recipe.facts(kept / nodes))
+    return make_plan(SamplingSettings(**asdict(method)), kept, facts)
 
 
-def task_of(protocol: Protocol, model: LatentDiffusion) -> Task:
-    """What the model is conditioned on. Raises SettingError: it has fewer classes than the protocol asks for."""
+def task_of(request: Request, model: LatentDiffusion, setup: Setup) -> Task:
+    """What the model is conditioned on, and what its network follows. Raises SettingError: it has fewer classes than
+    the protocol asks for; or see `controlled`."""
+    protocol = request.protocol
     if protocol.data["kind"] != "classes":
-        return Task(Text())
+        network = controlled(protocol, request.prompts, request.data, setup) if protocol.control else Network()
+        task, nodes = Task(Text(), network=network), num_nodes(request.recipe, model.num_timesteps)
+        return frames_task(task, request.recipe, nodes, Motion.of(nodes)) if protocol.video else task
     # Where a model has one class more than the data, that class stands for none.
     classes, known = protocol.data["classes"], getattr(model.cond_stage_model, "n_classes", None)
     if known is not None and known < classes:
@@ -218,7 +242,9 @@ def make(request: Request, out: Path, process: Process, batch_size: int | None =
     """This process's share of the images, in the folder, which is new or is continued.
     Raises SettingError: see `compute`."""
     with fault_of("out"):
-        if request.plan.measures:
+        if request.protocol.video:
+            batch = request.protocol.repeats  # a video
+        elif request.plan.measures:
             batch = 1  # an image's record says its own error
         elif process.device.type == "cpu":  # fixed by the size of the latents
             side = request.protocol.size // request.model.sizes.factor
@@ -260,9 +286,8 @@ def cpu_threads(device: torch.device) -> Iterator[None]:
 def load_engine(request: Request, device: torch.device, batch: int) -> Engine:
     """The model, ready to make the images, `batch` at a time.
     Raises SettingError: the files do not make a model, or it can't do what is asked."""
-    files, recipe, plan = request.model, request.recipe, request.plan
-    with fault_of("config", CONSTRUCTION), fault_of("ckpt", (CheckpointError,)):
-        model = load_model(files.config, files.ckpt, device, files.weights)
+    files, recipe, plan, setup = request.model, request.recipe, request.plan, request.model.setup(device)
+    model = setup.load()
     unet = model.model.diffusion_model
     with fault_of("tome"):
         unet.check_merging(recipe.tome)
@@ -273,9 +298,7 @@ def load_engine(request: Request, device: torch.device, batch: int) -> Engine:
         positions = latents * math.prod(side // files.sizes.factor for side in (recipe.height, recipe.width))
         plan = replace(plan, parallel=max(1, CPU_POSITIONS // positions))
     with fault_of("config", CONSTRUCTION):
-        engine = Engine(
-            model, files.sizes, recipe, plan, task_of(request.protocol, model), uses_autocast(files.precision, device)
-        )
+        engine = Engine(model, files.sizes, recipe, plan, task_of(request, model, setup), setup.autocast)
     check_memory(engine, batch, device)
     engine.pack()
     return engine
@@ -314,6 +337,7 @@ def run_card(request: Request, engine: Engine, device: torch.device, batch: int)
         "method": engine.settings(),
         "ckpt": f"{files.ckpt.parent.name}/{files.ckpt.name}",
         **files.sha256,
+        **{name: [fingerprint(path)[:16] for path in paths] for name, paths in files.added.items()},
         "averaged": files.weights,
         "captions_cut": prompts_cut(engine.model, texts),
         "device": device.type,

@@ -354,6 +354,22 @@ def reference_images(protocol: Protocol, data: Path) -> Path | Images:
     return images.subset([place for place, name in enumerate(images.names) if name in wanted])
 
 
+def captioned_images(protocol: Protocol, data: Path, numbers: Sequence[int]) -> ImageArray | ImageFolder:
+    """The images with these numbers, in this order. Raises ImageError: see `reference_images`."""
+    if "pictures" not in protocol.data:
+        raise ImageError(f"protocol {protocol.name} names no real images")
+    captions, images = data / protocol.data["file"], open_images(data / protocol.data["pictures"])
+    if isinstance(images, ImageArray):
+        places = {number: row for row, number in enumerate(sorted(images_by_id(captions)))}
+    else:
+        at = {name: place for place, name in enumerate(images.names)}
+        entries = images_by_id(captions, "file_name")
+        places = {number: at[entry["file_name"]] for number, entry in entries.items() if entry["file_name"] in at}
+    if missing := {*numbers} - places.keys():
+        raise ImageError(f"{images.path}: {len(missing)} images are not there, such as number {min(missing)}")
+    return images.subset([places[number] for number in numbers])
+
+
 def images_by_id(captions: Path, *fields: str) -> dict[int, Mapping[str, Any]]:
     """The images of a captions file, which have these fields, by id. Raises ImageError: not such a file."""
     with reading(captions, "not captions with images"):

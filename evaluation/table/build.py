@@ -48,13 +48,13 @@ def build_table(
     jobs = jobs_of(table, world, Path(runs), sources or Sources(), count, columns)
     if numbers and max(numbers) > len(jobs):
         raise SettingError("rows", f"{table.name} has {len(jobs)} rows in the {world} world; got {max(numbers)}")
-    chosen = [job for number, job in enumerate(jobs, 1) if not job.row.missing and number in (numbers or [number])]
+    chosen = [job for number, job in enumerate(jobs, 1) if not job.missing and number in (numbers or [number])]
     to_make = [] if gflops_only or show else chosen
     for job in to_make:
         job.check()
     rows = []
     for job in jobs:
-        if job.row.missing or gflops_only:
+        if job.missing or gflops_only:
             rows.append(row_result(job, {}, None, [], needed=True))
         elif job in to_make:
             if job.measured and not job.finished:
@@ -63,7 +63,7 @@ def build_table(
         else:
             rows.append(find(job))
     check_comparable(rows)
-    can_run = [row for row in rows if not row.row.missing]
+    can_run = [row for job, row in zip(jobs, rows, strict=True) if not job.missing]
     if can_run and not any(row.done for row in can_run):
         reasons = "; ".join(dict.fromkeys(remark for row in rows for remark in row.remarks))
         raise SettingError("table", f"no row of {table.name} is finished in {runs}: {reasons}")
@@ -102,7 +102,7 @@ def bench_of(
         if file is None:
             raise SettingError(setting, f"needed: protocol {protocol.name} names no model")
     folder = runs / f"{protocol.name}{'' if count is None else f'-{count}'}"
-    return Bench(protocol, name, count, ModelFiles(*map(Path, files)), columns, sources, folder)
+    return Bench(protocol, name, count, ModelFiles(*map(Path, files), added=protocol.added()), columns, sources, folder)
 
 
 def check_comparable(rows: Sequence[RowResult]) -> None:

@@ -20,7 +20,7 @@ from evaluation.runs.folder import make_items
 from evaluation.runs.generate import Request, load_engine, plan_of, recipe_of
 from evaluation.table.spec import Row
 from ldm.checkpoint import diffusion_params, load_config
-from ldm.checkpoint.control import control_params
+from ldm.checkpoint.control import control_params, hint_params, read_control
 from ldm.cli.setup import find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import PROJECT_ROOT, parse_json, read_text, write_file
@@ -31,6 +31,7 @@ from ldm.modules.diffusionmodules.controlnet import HINT_WIDTHS, ControlNet
 from ldm.profiling.cost import CONVENTIONS, Macs, context_tokens, control_macs, unet_macs
 from ldm.profiling.timing import CLEAR, STATUS, machine, resident
 from ldm.sampling.engine import Sizes
+from ldm.sampling.video import Motion
 
 SD_V1 = PROJECT_ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
 # Tables 1 and 5, "GFLOPs/image" of Stable Diffusion v1.5, by steps and number of key timesteps.
@@ -58,24 +59,29 @@ def gflops(protocol: Protocol, row: Row, config: Path, ckpt: Path) -> float | No
     Raises SettingError: a sampler, a number of steps, a plan or a config that can't be used.
     """
     method = row.method(protocol)
-    plan = plan_of(recipe_of(protocol, method), method, ckpt)
+    plan = plan_of(recipe_of(protocol, method), method, ckpt, video=protocol.video)
     with fault_of("config", NO_CONFIG):
-        unit = unit_of(config, protocol.size, 1 if protocol.guidance == 1 else 2, method.tome, row.control)
+        control = protocol.added().get("control_model")
+        unit = unit_of(config, protocol.size, 1 if protocol.guidance == 1 else 2, method.tome, control)
     with fault_of("plan"):
         check_blocks(plan, len(unit.outer) - 1)
-    return row.frames * (unit.run(plan) + row.more * unit.whole) / 1e9 if isinstance(plan, Plan) else None
+    first = method.steps - 1 - Motion.of(method.steps).t0 if protocol.video else 0  # of the first frame, alone
+    return (
+        row.frames * (unit.run(plan) + first * unit.whole / protocol.repeats) / 1e9 if isinstance(plan, Plan) else None
+    )
 
 
 @lru_cache
-def unit_of(config: Path, size: int, batch: int, tome: float, control: bool) -> Macs:
-    """MACs of one prediction for an image of `size` pixels, `batch` latents at a time, in the paper's count; `control`:
-    with a control network that reads a picture in colour."""
+def unit_of(config: Path, size: int, batch: int, tome: float, control: tuple[Path, ...] | None) -> Macs:
+    """MACs of one prediction for an image of `size` pixels, `batch` latents at a time, in the paper's count; with the
+    control network of a file, or where it is not there with a published one's."""
     (unet, _, tokens), side = read_unet(config), size // Sizes.of(load_config(config).model).factor
     unit = unet_macs(unet, (side, side), batch, tokens, tome, "paper")
     if not control:
         return unit
+    hint = hint_params(read_control(control[0])) if control[0].exists() else (3, HINT_WIDTHS)
     with torch.device("meta"):
-        network = ControlNet(**control_params(unet["params"], 3, HINT_WIDTHS))
+        network = ControlNet(**control_params(unet["params"], *hint))
     return unit.with_control(control_macs(network, (side, side), batch, tokens, "paper"))
 
 
@@ -209,19 +215,21 @@ def timed(request: Request, device: str, count: int, out: Path) -> Timing:
 
 
 def time_images(request: Request, device: str, count: int) -> Timing:
-    """Time images one by one, after some that are not timed."""
+    """Time images one by one, or videos, after some that are not timed."""
     place = find_device(device)
     prompts = request.prompts[: max(count, 1)]
-    items = make_items([prompt.line() for prompt in prompts], request.protocol.seed, 1)
+    frames = request.protocol.repeats if request.protocol.video else 1
+    items = make_items([prompt.line() for prompt in prompts], request.protocol.seed, frames)
+    batches = [items[k : k + frames] for k in range(0, len(items), frames)]
     before = resident("VmRSS") if STATUS.exists() else 0
-    engine = load_engine(request, place, batch=1)
+    engine = load_engine(request, place, batch=frames)
     for _ in range(WARM_UP):
-        engine(items[:1])
+        engine(batches[0])
     if place.type == "cuda":  # the peak of memory is measured from here on
         torch.cuda.reset_peak_memory_stats(place)
     elif CLEAR.exists():
         CLEAR.write_text("5")
-    costs = [engine([items[k % len(items)]])[1] for k in range(count)]
+    costs = [engine(batches[k % len(batches)])[1] for k in range(count)]
     gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else None
     if gpu:
         memory = torch.cuda.max_memory_allocated(place)

@@ -133,7 +133,7 @@ class Job:
     def request(self) -> Request:
         """The images of the row. Raises SettingError: the row can't be run, or a file is not there."""
         bench = self.bench
-        return prepare(bench.protocol, self.row.method(bench.protocol), bench.model, bench.prompts)
+        return prepare(bench.protocol, self.row.method(bench.protocol), bench.model, bench.prompts, bench.data)
 
     @cached_property
     def folder(self) -> Path:
@@ -146,6 +146,12 @@ class Job:
             for name, value in how.items()
         )
         return self.bench.runs / f"{words}-{self.request.sha256[:DIGITS]}"
+
+    @property
+    def missing(self) -> str | None:
+        """Why the row can't be run; None = it can."""
+        files = [path for paths in self.bench.model.added.values() for path in paths if not path.exists()]
+        return self.row.missing or (f"not run: needs {files[0].name}" if files else None)
 
     @property
     def timing(self) -> Path:
@@ -272,7 +278,7 @@ def row_result(
         fid, score, each = (cells[name][0] for name in FTC)
         cells["ftc"] = (fid * each / score, None)
     done = bool(results or timing or (cells and (row.costs_only or columns == ["gflops"])))
-    found = list(dict.fromkeys(filter(None, (row.missing or row.costs_only, why, *remarks))))
+    found = list(dict.fromkeys(filter(None, (job.missing or row.costs_only, why, *remarks))))
     return RowResult(row, job.bench, cells, results, timing, found or ([] if done else [NOT_RUN]), done)
 
 

@@ -18,8 +18,7 @@ evaluation/table/NAME.yaml:
         paper:      {column: number}, the paper's numbers
         missing:    why the row can't be run: the paper's numbers stand alone, beside the GFLOPs where it has steps
         costs_only: why only its cost can be measured
-        control, frames, more: of the GFLOPs: whether a control network runs at key timesteps too (default: false); how
-                    many frames there are (default: 1); how many whole predictions beside the steps (default: 0)
+        frames:     of the GFLOPs: how many frames a model of videos makes (default: 1)
 
 The `coco` world runs published models: Stable Diffusion, cin256-v2. The `emoji` world runs the model that ships.
 """
@@ -100,9 +99,7 @@ class Row(Schema):
     paper: dict[ColumnName, Number | int] = {}
     missing: Text | None = None
     costs_only: Text | None = None
-    control: bool = False
     frames: Annotated[int, Field(ge=1, le=MOST)] = 1
-    more: NotNegative = 0
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ def controlled(setup: Setup, settings: ControlSettings, image: Image.Image | Non
     weights = settings.control_weight or [1.0] * len(pictures)
     loaded = [network(setup, file) for file in settings.control_model]
     followed = [
-        Picture(one, conditions.as_hint(drawn)[None], weight, {"control": facts} | {"control_model": name})
-        for (drawn, facts), (one, name), weight in zip(pictures, loaded, weights, strict=True)
+        Picture(one, conditions.as_hint(shown)[None], weight, {"control": facts} | {"control_model": name})
+        for (shown, facts), (one, name), weight in zip(pictures, loaded, weights, strict=True)
     ]
     return ControlledBy(followed, settings.guess, settings.control_at == "every")
 
@@ -127,7 +128,7 @@ def controlled_frames(setup: Setup, files: Sequence[str], model: str, size: Size
     """
     pictures = [given_picture(file, size) for file in files]
     loaded, name = network(setup, model)
-    hints = torch.stack([conditions.as_hint(drawn) for drawn, _ in pictures])  # (F, 3, H, W)
+    hints = torch.stack([conditions.as_hint(shown) for shown, _ in pictures])  # (F, 3, H, W)
     facts = {"control": [reference for _, reference in pictures], "control_model": name}
     return ControlledBy([Picture(loaded, hints, 1.0, facts)])
 
@@ -147,14 +148,17 @@ def network(setup: Setup, file: str) -> tuple[ControlNet, str]:
 
 def picture(settings: ControlSettings, kind: str, image: Image.Image | None, size: Size) -> tuple[Image.Image, Any]:
     """What one control network follows, and what tells it, as JSON values."""
-    if kind in KINDS:
-        makers: dict[str, Callable[[], Image.Image]] = {
-            "edges": lambda: conditions.edges(image, *settings.canny),
-            "scribble": lambda: conditions.scribble(conditions.soft_edges(image, detector("hed", settings.hed))),
-            "depth": lambda: conditions.depth(image, detector("midas", settings.midas)),
-        }
-        return makers[kind](), made_of(settings, kind)
-    return given_picture(kind, size)
+    return (drawn(settings, kind, image), made_of(settings, kind)) if kind in KINDS else given_picture(kind, size)
+
+
+def drawn(settings: ControlSettings, kind: str, image: Image.Image) -> Image.Image:
+    """The picture of one of KINDS that is made of an image."""
+    makers: dict[str, Callable[[], Image.Image]] = {
+        "edges": lambda: conditions.edges(image, *settings.canny),
+        "scribble": lambda: conditions.scribble(conditions.soft_edges(image, detector("hed", settings.hed))),
+        "depth": lambda: conditions.depth(image, detector("midas", settings.midas)),
+    }
+    return makers[kind]()
 
 
 def made_of(settings: ControlSettings, kind: str) -> dict[str, Any]:
@@ -177,15 +181,16 @@ def given_picture(file: str, size: Size) -> tuple[Image.Image, dict[str, str]]:
             mode, clear = header.mode, header.has_transparency_data
         if clear:
             raise ValueError(f"{file}: a picture of mode {mode} with transparent parts; expected RGB or grey")
-        drawn = open_image(file)
-        if (drawn.height, drawn.width) != size:
+        shown = open_image(file)
+        if (shown.height, shown.width) != size:
             raise ValueError(
-                f"{file}: {drawn.width} x {drawn.height} pixels; expected {size[1]} x {size[0]}, the size of the "
+                f"{file}: {shown.width} x {shown.height} pixels; expected {size[1]} x {size[0]}, the size of the "
                 f"results (see --H and --W)"
             )
-        return drawn, file_reference(file, "picture")
+        return shown, file_reference(file, "picture")
 
 
+@cache
 def detector(setting: str, path: str) -> torch.nn.Module:
     """The network that makes a picture."""
     with fault_of(setting, (CheckpointError, *CONSTRUCTION)):

@@ -16,13 +16,10 @@ from ldm.io.video import check_format, save_video
 from ldm.modules.diffusionmodules.unet3d import VideoUNet
 from ldm.sampling.engine import Task, predicts_once
 from ldm.sampling.generate import Item, digest
-from ldm.sampling.task import Network
-from ldm.sampling.video import Frames, Motion, MovedFrames, OneVideo
+from ldm.sampling.video import Motion, OneVideo, frames_task
 
 Size = tuple[int, int]  # height and width, in pixels
 FRAMES = {"zero": 8, "videofusion": 16}  # as published
-MOTION = (12.0, 12.0)
-T1, T0 = 0.96, 0.9  # of the steps, before the end: 48 and 45 of 50, as published
 
 
 @dataclass(frozen=True)
@@ -105,30 +102,20 @@ def frame_items(settings: VideoSettings) -> list[Item]:
 
 def video_task(setup: Setup, settings: VideoSettings, size: Size, sampling: SamplingSettings, first: Item) -> Task:
     """Text to the frames of a video."""
-    task, network = text_task(setup, size, settings.negative_prompt), Network()
+    task = text_task(setup, size, settings.negative_prompt)
     if settings.model == "videofusion":
         if not setup.config.model.params.unet_config.target.endswith(f".{VideoUNet.__name__}"):
             raise SettingError("config", "not a model of videos; expected one such as configs/video/videofusion.yaml")
         return replace(task, network=OneVideo(settings.count))
     if settings.control:
-        network = controlled_frames(setup, settings.control, settings.control_model, size)
+        task = replace(task, network=controlled_frames(setup, settings.control, settings.control_model, size))
     recipe = make_recipe(sampling, size, setup.config)
     if (nodes := count_nodes(recipe, setup)) < 2:
         raise SettingError("steps", f"expected at least 2, of which the first frame makes one alone; got {nodes}")
-    motion = motion_of(settings, nodes)
-    with fault_of("t1" if settings.t0 is None else "t0"):
-        kept = nodes - motion.first_node(nodes)
     if not predicts_once(recipe, setup.config.model.params.get("timesteps", 1000)):
         raise SettingError("sampler", f"{sampling.sampler} predicts more than once a step; expected one such as ddim")
-    start = MovedFrames(motion, kept / nodes, first, recipe, task.condition, network)
-    return replace(task, start=start, network=Frames(network))
-
-
-def motion_of(settings: VideoSettings, steps: int) -> Motion:
-    """How the frames move in a run of so many steps."""
-    t1 = round(T1 * steps) - 1 if settings.t1 is None else settings.t1
-    t0 = min(t1, round(T0 * steps)) - 1 if settings.t0 is None else settings.t0
-    return Motion(settings.motion or MOTION, t1, t0)
+    with fault_of("t1" if settings.t0 is None else "t0"):
+        return frames_task(task, recipe, nodes, Motion.of(nodes, settings.motion, settings.t1, settings.t0), first)
 
 
 def save_clip(run: MethodRun, settings: VideoSettings, items: Sequence[Item], outdir: Path) -> Path:

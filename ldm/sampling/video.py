@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ldm.models.diffusion.schedule import ImageNoise, Node
 from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.unet3d import apart, together
 from ldm.profiling.cost import Macs
-from ldm.sampling.engine import Recipe
+from ldm.sampling.engine import Recipe, Task
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Condition, Network, Start
 
@@ -38,6 +38,15 @@ class Motion:
     strength: tuple[float, float] = (12.0, 12.0)
     t1: int = 47
     t0: int = 44
+
+    @staticmethod
+    def of(
+        steps: int, strength: tuple[float, float] | None = None, t1: int | None = None, t0: int | None = None
+    ) -> Motion:
+        """In a run of so many steps; None = as published, t1 and t0 in proportion to the published 50 steps."""
+        t1 = round(0.96 * steps) - 1 if t1 is None else t1
+        t0 = min(t1, round(0.9 * steps)) - 1 if t0 is None else t0
+        return Motion(strength or Motion.strength, t1, t0)
 
     def first_node(self, nodes: int) -> int:
         """Where all frames begin, of a run of so many nodes.
@@ -163,21 +172,27 @@ class OneVideo(Network):
 
 
 class MovedFrames(Start):
-    """The first frame's latents, moved for each of the others; an item's inputs say which "frame" it is.
+    """The first frame's latents, moved for each of the others; an item says which frame it is, see `frame_of`.
 
     Batches are of one video; the first frame is computed with each, for the others to attend to.
 
     Args:
         motion: see there.
         strength: share of the steps in which all frames are sampled.
-        first: the item of the first frame.
+        first: the item of the first frame; None = the first of each batch, which has all frames of a video.
         recipe: how all is sampled.
         condition: of the frames.
         network: of a single frame.
     """
 
     def __init__(
-        self, motion: Motion, strength: float, first: Item, recipe: Recipe, condition: Condition, network: Network = OWN
+        self,
+        motion: Motion,
+        strength: float,
+        first: Item | None,
+        recipe: Recipe,
+        condition: Condition,
+        network: Network = OWN,
     ) -> None:
         self.motion, self.strength, self.first, self.recipe = motion, strength, first, recipe
         self.condition, self.network = condition, network
@@ -187,14 +202,30 @@ class MovedFrames(Start):
         return {"motion": [*motion.strength], "t1": motion.t1, "t0": motion.t0}
 
     def along(self, items: Sequence[Item]) -> Sequence[Item]:
-        return items if items[0].inputs["frame"] == 0 else [self.first, *items]
+        return items if frame_of(items[0]) == 0 else [self.first, *items]
 
     def latents(self, model: LatentDiffusion, items: Sequence[Item], x_T: Tensor, node: Node) -> Tensor:
-        noise, used = ImageNoise([self.first.seed]).node, self.motion.t1 + 1  # by the nodes of all frames
+        one = self.first or items[0]
+        noise, used = ImageNoise([one.seed]).node, self.motion.t1 + 1  # by the nodes of all frames
         rule = self.recipe.rule(model.alphas_cumprod, lambda i, x: noise(used + i, x))
-        cond, guidance = self.condition.encode(model, [self.first]), self.recipe.guidance
+        cond, guidance = self.condition.encode(model, [one]), self.recipe.guidance
         uncond = None if guidance.scale == 1.0 else self.condition.unconditional(model, cond)
-        denoiser = model.denoiser(cond, uncond, guidance, network=self.network.of(model, [self.first]))
+        denoiser = model.denoiser(cond, uncond, guidance, network=self.network.of(model, [one]))
         first = first_frame(denoiser, rule, x_T[:1], self.motion)
-        numbers = [item.inputs["frame"] for item in items]
-        return frames_of(first, x_T, numbers, rule.nodes, model.alphas_cumprod, self.motion)
+        return frames_of(first, x_T, [*map(frame_of, items)], rule.nodes, model.alphas_cumprod, self.motion)
+
+
+def frame_of(item: Item) -> int:
+    """Its "frame", or else which of its prompt's images it is."""
+    return item.inputs.get("frame", item.sample)
+
+
+def frames_task(task: Task, recipe: Recipe, nodes: int, motion: Motion, first: Item | None = None) -> Task:
+    """The task of single images with the frames of videos in their place; nodes: of a whole run of the recipe.
+
+    Raises:
+        ValueError: the motion is not in it.
+    """
+    share = (nodes - motion.first_node(nodes)) / nodes
+    start = MovedFrames(motion, share, first, recipe, task.condition, task.network)
+    return replace(task, start=start, network=Frames(task.network))

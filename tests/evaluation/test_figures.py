@@ -15,6 +15,7 @@ SMALLEST = {
     "times": ["--samplers", "ddim:3", "--repeats", "2"],
     "fewer-steps": ["--step-counts", "2"],
     "timeline": ["--plans", "uniform:2"],
+    "tasks": ["--commands", "txt2img.py --prompt owl --steps 2 --n_samples 1 --skip_grid", "--plans", "off", "0"],
 }
 
 
@@ -38,7 +39,7 @@ def test_every_kind_draws_any_model(kind, tiny, tmp_path):
     assert "<svg" in (tmp_path / f"{kind}.svg").read_text(encoding="utf-8")
     record = json.loads((tmp_path / f"{kind}.json").read_text(encoding="utf-8"))
     assert record["weights"] in record["caption"] and record["values"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{kind}.json", f"{kind}.png", f"{kind}.svg"]
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == [f"{kind}.json", f"{kind}.png", f"{kind}.svg"]
 
 
 def test_the_model_that_ships_needs_no_flag_and_gives_the_same_figure_twice(tmp_path):
@@ -71,6 +72,8 @@ def test_all_draws_what_is_not_left_out(tiny, tmp_path):
         (["samplers", "--samplers", "ddim"], "--samplers: expected SAMPLER:STEPS"),
         (["samplers", "--samplers", "magic:5"], "--samplers: expected SAMPLER:STEPS"),
         (["timeline", "--plans", "online:0.1"], "--plans: online:0.1 decides during the run"),
+        (["tasks", "--commands", "none.py"], "--commands: none.py: no such file in scripts/; expected one such as "),
+        (["tasks", "--commands", "txt2img.py --steps x"], "--commands: txt2img.py --steps x --plan off: txt2img.py: "),
         (["timeline", "--plans", "nothing"], "--plans: unknown plan 'nothing'"),
         (["norms", "--ckpt", "missing.ckpt"], "--ckpt: missing.ckpt: no such file"),
     ],

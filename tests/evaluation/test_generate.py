@@ -19,11 +19,15 @@ from PIL import Image
 from evaluation.generate import main
 from evaluation.protocols.protocol import PROTOCOL_DIR, Method, load_protocol
 from evaluation.runs.generate import ModelFiles, compute, plan_of, recipe_of
+from ldm.checkpoint import save_weights
 from ldm.io.errors import SettingError
 from ldm.io.files import json_sha256, read_yaml
+from ldm.modules.diffusionmodules.controlnet import ControlNet
 from tests.helpers.coco import LONG, captions, write_coco, write_protocol
+from tests.helpers.goldens import recipe_weights
 from tests.helpers.processes import Child
 from tests.helpers.tiny_models import tiny_transformer, write_model
+from tests.helpers.tiny_unet import TEXT_UNET
 
 IMAGES, BATCH = 40, 8
 
@@ -112,6 +116,45 @@ def test_the_folder_proves_itself(runs, whole, tmp_path, capfd):
     capfd.readouterr()
     line = refused(capfd, main(["--verify", "--out", str(tmp_path / "part")]))
     assert re.fullmatch(r"--verify: .*/part: unfinished: no manifest.jsonl, 24 of 40 images missing", line)
+
+
+def test_images_that_follow_edges_and_the_frames_of_videos(runs, tmp_path, capfd):
+    """By protocols like another one: each image gets the edges of its own real image, each video begins anew."""
+    params = {key: value for key, value in TEXT_UNET.items() if key != "out_channels"} | {"legacy": False}
+    network = ControlNet(**params, hint_channels=3, hint_widths=(8, 16))
+    save_weights(tmp_path / "control.safetensors", recipe_weights(network, seed=2, gain=1.0).state_dict())
+    coco = write_coco(tmp_path / "coco")
+    for name in (entry["file_name"] for entry in captions(24)["images"][:12]):
+        image = Image.new("RGB", (24, 20))
+        image.paste((255, 255, 255), (8, 6, 16, 12))
+        image.save(coco / "val2017" / name)
+    same = yaml.safe_load(runs.protocol.read_text()) | {"select": {"count": 6}}
+    tasks = {
+        "edges": {"control": "edges", "defaults": {"control_model": [str(tmp_path / "control.safetensors")]}},
+        "frames": {"video": True, "repeats": 3, "sampling": {"steps": 8}},
+        "none": {"control": "edges", "defaults": {"control_model": [str(tmp_path / "none.safetensors")]}},
+    }
+    for name, task in {"plain": {}, **tasks}.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(same | task))
+    made = {}
+    for name in ("plain", "edges", "frames"):
+        arguments = runs.arguments(tmp_path / name, "--data", str(coco))
+        assert main(["--protocol", str(tmp_path / f"{name}.yaml"), *arguments[2:]]) == 0
+        made[name] = [
+            np.asarray(Image.open(file), np.int64) for file in sorted((tmp_path / name / "samples").iterdir())
+        ]
+    images = [note["image_id"] for note in map(json.loads, (tmp_path / "edges/prompts.jsonl").read_text().splitlines())]
+    drawn = [(900 - number) // 7 < 12 for number in images]  # whether its real image has edges
+    differ = [np.abs(a - b).max() > 1 for a, b in zip(made["plain"], made["edges"], strict=True)]
+    assert any(drawn) and not all(drawn) and all(d for d, real in zip(differ, drawn, strict=True) if real)
+    card = json.loads((tmp_path / "edges/run.json").read_text())
+    assert card["protocol"]["control"] == "edges" and card["method"]["control"][0]["control"]["kind"] == "edges"
+    videos = np.array(made["frames"]).reshape(6, 3, -1)
+    assert (videos[0] != videos[1]).any() and (videos[:, 0] != videos[:, 1]).any()
+    assert json.loads((tmp_path / "frames/run.json").read_text())["batch"] == 3
+    capfd.readouterr()
+    line = refused(capfd, main(["--protocol", str(tmp_path / "none.yaml"), *runs.arguments(tmp_path / "n")[2:]]))
+    assert line == f"--protocol: needs {tmp_path}/none.safetensors, which is not there"
 
 
 def test_a_image_belongs_to_its_caption_not_to_its_place(runs, whole, tmp_path):
