@@ -72,7 +72,7 @@ def test_imports_go_down(file):
 
 def test_the_walk_sees_imports():
     assert f"{D}/loop.py" in imported(f"{D}/sampler.py")
-    assert f"{DM}/features.py" in imported(f"{D}/denoiser.py")
+    assert f"{DM}/util.py" in imported(f"{D}/denoiser.py")
     assert f"{D}/ddpm/__init__.py" in imported(f"{S}/engine.py")
 
 

@@ -26,7 +26,7 @@ from ldm.io.files import read_json, read_lines
 from ldm.io.images import fit, from_pil, open_image, open_labels, open_mask, pad
 from ldm.modules.encoders.boxes import Box, box_tokens
 from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
-from ldm.modules.encoders.reading import AS_PUBLISHED, Reading
+from ldm.modules.encoders.tokenizer import AS_PUBLISHED, Reading
 from ldm.sampling.engine import Sizes, Task
 from ldm.sampling.framed import FramedText, FramedTextAndMaskedImage, Framing
 from ldm.sampling.generate import Item, make_items

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.meta import meta_unet, once_for_a_config
+from ldm.modules.diffusionmodules.openaimodel import meta_unet, once_for_a_config
 from ldm.modules.diffusionmodules.util import PartedConvolution
 
 

@@ -22,8 +22,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm.models.diffusion.propagation.plan import METHODS, AnyPlan, Compute, Forecast, Plan
 from ldm.modules.diffusionmodules.controlnet import ControlNet
-from ldm.modules.diffusionmodules.features import Features
-from ldm.modules.diffusionmodules.meta import meta_unet, on_meta, once_for_a_config
+from ldm.modules.diffusionmodules.openaimodel import meta_unet, on_meta, once_for_a_config
+from ldm.modules.diffusionmodules.util import Features
 
 TEXT_TOKENS = 77  # of CLIP, and of our text encoders unless a config says otherwise
 

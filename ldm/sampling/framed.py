@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddpm import StableDiffusionXL, StableDiffusionXLInpaint
 from ldm.models.diffusion.denoiser import Conditioning
-from ldm.modules.encoders.reading import AS_PUBLISHED, Reading
+from ldm.modules.encoders.tokenizer import AS_PUBLISHED, Reading
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Text
 

@@ -22,7 +22,7 @@ from ldm.models.diffusion.schedule import Node, diffuse
 from ldm.modules.attention_control import AttentionControl
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
-from ldm.modules.encoders.reading import AS_PUBLISHED, Reading, read
+from ldm.modules.encoders.tokenizer import AS_PUBLISHED, Reading, read
 from ldm.profiling.cost import Macs
 from ldm.sampling.generate import Item
 

@@ -16,8 +16,8 @@ from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.motion import moved, noised_again
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import ImageNoise, Node
-from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.unet3d import apart, together
+from ldm.modules.diffusionmodules.util import Features
 from ldm.profiling.cost import Macs
 from ldm.sampling.engine import Recipe, Task
 from ldm.sampling.generate import Item

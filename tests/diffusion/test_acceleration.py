@@ -15,7 +15,7 @@ from ldm.models.diffusion.loop import Rule, State, denoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.online import OnlinePlan
 from ldm.models.diffusion.propagation.plan import AXES, METHODS, QUANTITIES, Compute, Plan
-from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.util import Features
 from tests.helpers.toy import EXACT, OF_NOISE, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
 GUIDANCE = {

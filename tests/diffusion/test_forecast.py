@@ -15,7 +15,7 @@ from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import AXES, METHODS, QUANTITIES, Forecast, Plan
 from ldm.models.diffusion.propagation.predict import Forecaster, History
 from ldm.models.diffusion.schedule import Node, eps_weight, predict_x0
-from ldm.modules.diffusionmodules.features import Features, weighted_sum
+from ldm.modules.diffusionmodules.util import Features, weighted_sum
 from tests.helpers.toy import EXACT, OF_NOISE, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
 UNEVEN = [0.0, 1.0, 3.0, 4.0, 8.0, 13.0]

@@ -22,8 +22,8 @@ from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode, first_process
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.plan import Plan
-from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.util import Features
 from ldm.profiling.cost import decoder_bytes, decoders_that_fit, free_bytes, kept_bytes, peak_bytes, sampling_bytes
 from ldm.sampling.generate import read_manifest
 from tests.helpers.scripts import load_script

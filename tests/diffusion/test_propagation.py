@@ -18,7 +18,7 @@ from ldm.models.diffusion.loop import Edit, State, denoise, prior_noise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import Node, ddim_nodes, ddim_timesteps
-from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.util import Features
 from tests.helpers.goldens import assert_golden, from_recipe, load_case
 from tests.helpers.paths import GOLDENS
 

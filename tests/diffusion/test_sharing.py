@@ -16,7 +16,7 @@ from ldm.models.diffusion.loop import Edit, State, inpainting, prior_noise
 from ldm.models.diffusion.parallel import BatchBackoff, Compiled, WarmUp
 from ldm.models.diffusion.propagation.online import OnlinePlan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
-from ldm.modules.diffusionmodules.features import Features, PartWeights
+from ldm.modules.diffusionmodules.util import Features, PartWeights
 from ldm.profiling.cost import decoder_bytes, peak_bytes, shared_bytes
 from ldm.profiling.workload import random_network
 from tests.helpers.tiny_unet import unet_config

@@ -15,8 +15,14 @@ from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import ddim_nodes, ddim_timesteps
 from ldm.models.diffusion.solvers.registry import SOLVERS, solver
-from ldm.modules.diffusionmodules.features import Features, PartWeights, SharedPart
-from ldm.modules.diffusionmodules.util import convolve_part, has_parts, make_beta_schedule
+from ldm.modules.diffusionmodules.util import (
+    Features,
+    PartWeights,
+    SharedPart,
+    convolve_part,
+    has_parts,
+    make_beta_schedule,
+)
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 CHANNELS = 3

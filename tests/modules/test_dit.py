@@ -20,7 +20,7 @@ from ldm.models.diffusion.schedule import Node
 from ldm.models.diffusion.solvers.ancestral import log_variance
 from ldm.models.diffusion.solvers.registry import solver
 from ldm.modules.diffusionmodules.dit import DiT, position_embedding
-from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.util import Features
 from ldm.profiling.cost import unet_macs
 from tests.helpers.goldens import assert_golden, from_recipe, load_case, recipe_weights
 from tests.helpers.paths import GOLDENS

@@ -12,8 +12,7 @@ from ldm.modules.encoders.modules import (
     FrozenOpenCLIPEmbedder,
     FrozenOpenCLIPEmbedder2,
 )
-from ldm.modules.encoders.reading import Reading, parse_weights, read, weighted
-from ldm.modules.encoders.tokenizer import train_tokenizer
+from ldm.modules.encoders.tokenizer import Reading, parse_weights, read, train_tokenizer, weighted
 from tests.helpers.clip_vocabulary import write_vocabulary
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.tiny_clip import TINY_OPEN, TINY_TEXT

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from ldm.modules.diffusionmodules.util import Features
 from ldm.modules.packed import PackedParts, convolution_shapes, pack_layers
 from ldm.profiling.cost import count_macs
 from tests.helpers.goldens import recipe_weights

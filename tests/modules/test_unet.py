@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from ldm.modules.attention import CrossAttention
-from ldm.modules.diffusionmodules.features import Features
 from ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
-from ldm.modules.diffusionmodules.util import GroupNorm32
+from ldm.modules.diffusionmodules.util import Features, GroupNorm32
 from tests.helpers.goldens import assert_golden, from_recipe, load_case, recipe_weights
 from tests.helpers.paths import GOLDENS
 from tests.helpers.tiny_unet import TEXT_UNET

@@ -16,7 +16,7 @@ from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import diffuse
 from ldm.models.diffusion.solvers.registry import SOLVERS
-from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.util import Features
 from ldm.sampling.engine import Recipe
 from ldm.sampling.task import ImageStart, mean_latents
 from tests.helpers.scripts import Script, check_resume

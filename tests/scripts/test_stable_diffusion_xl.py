@@ -17,7 +17,7 @@ from ldm.io.images import to_pil
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
-from ldm.modules.encoders.reading import Reading
+from ldm.modules.encoders.tokenizer import Reading
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task
 from ldm.sampling.framed import FramedText, Framing
 from ldm.sampling.generate import prompt_items

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
 from ldm.modules.diffusionmodules.controlnet import ControlNet
-from ldm.modules.diffusionmodules.features import Features, PartWeights
+from ldm.modules.diffusionmodules.util import Features, PartWeights
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from ldm.models.diffusion.propagation.plan import METHODS, POLYNOMIALS, Compute,
 from ldm.models.diffusion.schedule import Node, predict_x0
 from ldm.modules.attention import Context, ProjectedContext
 from ldm.modules.attention_control import AttentionControl
-from ldm.modules.diffusionmodules.features import Features, PartWeights, weighted_sum
+from ldm.modules.diffusionmodules.util import Features, PartWeights, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)

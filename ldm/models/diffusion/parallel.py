@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning, Denoiser, Past, Prediction, Wrapper
-from ldm.modules.diffusionmodules.features import Features, PartWeights
+from ldm.modules.diffusionmodules.util import Features, PartWeights
 
 T = TypeVar("T")
 

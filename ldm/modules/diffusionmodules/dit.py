@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.features import Features, PartWeights
-from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import Features, PartWeights, timestep_embedding, zero_module
 
 TIME_WIDTH = 256  # of the sinusoidal embedding
 EPS = 1e-6  # of the layer normalisations

@@ -1,18 +1,20 @@
-"""The UNet of latent diffusion, split into an encoder and a decoder."""
+"""The UNet of latent diffusion, split into an encoder and a decoder; the same without data, to follow its shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import pairwise
+from functools import lru_cache, partial, wraps
+from itertools import chain, pairwise
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm.modules.attention import BasicTransformerBlock, Context, ProjectedContext
 from ldm.modules.diffusionmodules.classifier import EncoderUNetModel
-from ldm.modules.diffusionmodules.features import Features, PartWeights
 from ldm.modules.diffusionmodules.unet_layers import (
     CONVOLUTIONS,
     Attention,
@@ -32,8 +34,9 @@ from ldm.modules.diffusionmodules.unet_layers import (
     residual,
     unet_levels,
 )
-from ldm.modules.diffusionmodules.util import normalization, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import Features, PartWeights, normalization, timestep_embedding, zero_module
 from ldm.modules.token_merging import check_ratio
+from ldm.util import instantiate_from_config
 
 __all__ = [
     "AttentionBlock",
@@ -448,3 +451,61 @@ class UNetModel(nn.Module):
                 f"got {None if context is None else tuple(context.shape)}"
             )
         return context.to(self.dtype)
+
+
+# A UNet without data, whose shapes can be followed and counted without computing anything
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+
+
+def once_for_a_config(
+    find: Callable[Concatenate[nn.Module | Mapping[str, Any], Sequence[int], Given], Found],
+) -> Callable[Concatenate[nn.Module | Mapping[str, Any], Sequence[int], Given], Found]:
+    """A function of a UNet without data, or of its config, and of the size of its latents.
+
+    For a config it is computed once in a process, however often the network is built; a network is looked at anew.
+    """
+
+    @lru_cache
+    def find_once(config: str, size: tuple[int, ...], *rest: Any, **named: Any) -> Found:
+        return find(OmegaConf.create(config), size, *rest, **named)
+
+    @wraps(find)
+    def found(
+        unet: nn.Module | Mapping[str, Any], size: Sequence[int], *rest: Given.args, **named: Given.kwargs
+    ) -> Found:
+        if isinstance(unet, nn.Module):
+            return find(unet, size, *rest, **named)
+        return find_once(OmegaConf.to_yaml(OmegaConf.create(unet), sort_keys=True), (*size,), *rest, **named)
+
+    return found
+
+
+def meta_unet(
+    unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int, context_length: int | None, tome: float
+) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    """The UNet without data, an x for it, and the other arguments of its `encode`; to be called on the meta device."""
+    unet = instantiate_from_config(unet) if isinstance(unet, Mapping) else on_meta(unet)
+    inputs = {"timesteps": torch.zeros(batch), "context": None, "y": None, "tome": tome}
+    if context_length is not None:
+        inputs["context"] = torch.zeros(batch, context_length, unet.context_dim)
+    if unet.num_classes is not None:
+        inputs["y"] = _label(unet, batch)
+    return unet, torch.zeros(batch, unet.in_channels, *size), inputs
+
+
+def _label(unet: nn.Module, batch: int) -> Tensor:
+    if isinstance(unet.num_classes, int):
+        return torch.zeros(batch, dtype=torch.long)
+    return torch.zeros(batch, unet.adm_in_channels or 1)
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of the module without its data."""
+    tensors = chain(module.parameters(), module.buffers())
+    memo = {}
+    for tensor in tensors:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
-from ldm.modules.diffusionmodules.features import Features, PartWeights
 from ldm.modules.diffusionmodules.unet_layers import Downsample, ResBlock, Upsample, embedding
-from ldm.modules.diffusionmodules.util import normalization, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import Features, PartWeights, normalization, timestep_embedding, zero_module
 from ldm.modules.token_merging import check_ratio
 
 HEADS_IN = 8  # of the temporal transformer after the first convolution, whatever its width

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.attention import Context, SpatialTransformer
-from ldm.modules.diffusionmodules.features import PartWeights, SharedPart
 from ldm.modules.diffusionmodules.util import (
+    PartWeights,
+    SharedPart,
     checkpoint,
     convolve_part,
     has_parts,

@@ -1,10 +1,11 @@
-"""Beta schedules, the forward process, the timestep embedding, normalisation and activation checkpointing."""
+"""What the networks share: beta schedules, the forward process, layers, what an encoder leaves for its decoder."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from ldm.compatibility import (  # noqa: F401  (published names of this module)
     scale_module,
 )
 from ldm.util import instantiate_from_config
+
+# Beta schedules, and the forward process: how a clean tensor becomes noise
 
 
 def _cosine_betas(n_timestep: int, cosine_s: float) -> np.ndarray:
@@ -85,6 +88,52 @@ def with_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return 1.0 - abar / np.append(1.0, abar[:-1])
 
 
+def at(values: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    """values[t], (B,), shaped to multiply x, (B, ...)."""
+    return values[t].view(-1, *[1] * (x.ndim - 1))
+
+
+class ForwardProcess(nn.Module):
+    """Gaussian noising in steps of variance beta, its levels as float32 buffers under their published names.
+
+    Args:
+        betas: (T,), float64, each in 0..1.
+
+    Source: DDPM (arXiv 2006.11239), section 2.
+    """
+
+    def __init__(self, betas: np.ndarray):
+        super().__init__()
+        self.num_timesteps = len(betas)
+        abar = np.cumprod(1.0 - betas)
+        for name, values in {
+            "betas": betas,
+            "alphas_cumprod": abar,
+            "alphas_cumprod_prev": np.append(1.0, abar[:-1]),
+            "sqrt_alphas_cumprod": np.sqrt(abar),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - abar),
+            "log_one_minus_alphas_cumprod": np.log(1.0 - abar),
+            "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / abar),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / abar - 1),
+        }.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+
+    @property
+    def device(self) -> torch.device:
+        return self.betas.device
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; t: (B,) integers, x_start: (B, ...)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return (
+            at(self.sqrt_alphas_cumprod, t, x_start) * x_start
+            + at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        )
+
+
+# Layers
+
+
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
     """Sinusoidal embedding [cos | sin] of timesteps.
 
@@ -133,6 +182,42 @@ def normalization(channels: int, eps: float = 1e-5) -> GroupNorm32:
     return GroupNorm32(32, channels, eps=eps)
 
 
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set all parameters to zero, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def checkpoint(function: Callable[..., Tensor], *inputs: Any, enabled: bool) -> Tensor:
+    """function(*inputs); if enabled, its activations are dropped and computed again in the backward pass."""
+    if enabled and torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
+
+
+class HybridConditioner(nn.Module):
+    """Two conditioners of a hybrid model, whose outputs become `c_concat` and `c_crossattn`.
+
+    Args:
+        c_concat_config, c_crossattn_config: `target` and `params` of each.
+    """
+
+    def __init__(self, c_concat_config: Mapping[str, Any], c_crossattn_config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.concat_conditioner = instantiate_from_config(c_concat_config)
+        self.crossattn_conditioner = instantiate_from_config(c_crossattn_config)
+
+    def forward(self, c_concat: Any, c_crossattn: Any) -> dict[str, list[Any]]:
+        return {
+            "c_concat": [self.concat_conditioner(c_concat)],
+            "c_crossattn": [self.crossattn_conditioner(c_crossattn)],
+        }
+
+
+# Convolutions of some of the input channels
+
+
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 SMALL_WEIGHT = 4 * 2**20  # bytes; of larger ones no copies are kept, to save memory
 
@@ -171,80 +256,122 @@ def convolve_part(conv: nn.Module, x: Tensor, start: int, weight: Tensor | None 
     return function(x, weight, None if start else conv.bias, conv.stride, conv.padding)
 
 
-def zero_module(module: nn.Module) -> nn.Module:
-    """Set all parameters to zero, so that a residual branch starts as the identity."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
+# What an encoder leaves for its decoder
 
 
-def checkpoint(function: Callable[..., Tensor], *inputs: Any, enabled: bool) -> Tensor:
-    """function(*inputs); if enabled, its activations are dropped and computed again in the backward pass."""
-    if enabled and torch.is_grad_enabled():
-        return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)
-    return function(*inputs)
+PartWeights = tuple[Tensor | None, Tensor | None]  # of a block's first convolution and its residual; None = its own
 
 
-class HybridConditioner(nn.Module):
-    """Two conditioners of a hybrid model, whose outputs become `c_concat` and `c_crossattn`.
+@dataclass(frozen=True, eq=False)
+class SharedPart:
+    """The part of an output block that depends on the key timestep's features alone, for the decoders of several nodes.
 
-    Args:
-        c_concat_config, c_crossattn_config: `target` and `params` of each.
+    rest:     channels of the skip that are normalised in one group with channels of the node, (B, C_r, H, W).
+    conv:     the first convolution of the other channels, (B, C_out, H', W').
+    residual: the residual connection of them, (B, C_out, H', W').
+    weights:  of the two layers for the channels before those, see `UNetModel.part_weights`.
     """
 
-    def __init__(self, c_concat_config: Mapping[str, Any], c_crossattn_config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.concat_conditioner = instantiate_from_config(c_concat_config)
-        self.crossattn_conditioner = instantiate_from_config(c_crossattn_config)
+    rest: Tensor
+    conv: Tensor
+    residual: Tensor
+    weights: PartWeights = (None, None)
 
-    def forward(self, c_concat: Any, c_crossattn: Any) -> dict[str, list[Any]]:
-        return {
-            "c_concat": [self.concat_conditioner(c_concat)],
-            "c_crossattn": [self.crossattn_conditioner(c_crossattn)],
-        }
+    def __len__(self) -> int:
+        """The batch size of the features."""
+        return len(self.conv)
 
-
-# The forward process: how a clean tensor becomes noise
-
-
-def at(values: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """values[t], (B,), shaped to multiply x, (B, ...)."""
-    return values[t].view(-1, *[1] * (x.ndim - 1))
+    def images(self, chosen: slice) -> SharedPart:
+        """Of some of the batch; a view."""
+        return SharedPart(self.rest[chosen], self.conv[chosen], self.residual[chosen], self.weights)
 
 
-class ForwardProcess(nn.Module):
-    """Gaussian noising in steps of variance beta, its levels as float32 buffers under their published names.
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Where a decoder stands: what it has computed, and the skips that its remaining blocks will take.
 
-    Args:
-        betas: (T,), float64, each in 0..1.
+    Fresh from the encoder, `hidden` is the output of the middle block and there is a skip for every output block.
+    With fewer skips, `hidden` is what goes into the block that takes the last of them.
 
-    Source: DDPM (arXiv 2006.11239), section 2.
+    hidden: (B, C, h, w).
+    skips:  outputs of the outermost input blocks, first to last, each (B, C_i, H_i, W_i).
+    shared: what the network has computed of them for several nodes, see `UNetModel.share`: for each skip that of the
+        block that takes it. () = nothing.
+    alone:  what the encoder left before something was added to it that is computed anew at every node; None = nothing.
     """
 
-    def __init__(self, betas: np.ndarray):
-        super().__init__()
-        self.num_timesteps = len(betas)
-        abar = np.cumprod(1.0 - betas)
-        for name, values in {
-            "betas": betas,
-            "alphas_cumprod": abar,
-            "alphas_cumprod_prev": np.append(1.0, abar[:-1]),
-            "sqrt_alphas_cumprod": np.sqrt(abar),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - abar),
-            "log_one_minus_alphas_cumprod": np.log(1.0 - abar),
-            "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / abar),
-            "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / abar - 1),
-        }.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+    hidden: Tensor
+    skips: tuple[Tensor, ...]
+    shared: tuple[SharedPart, ...] = ()
+    alone: Features | None = None
+
+    def __len__(self) -> int:
+        """The batch size."""
+        return len(self.hidden)
 
     @property
-    def device(self) -> torch.device:
-        return self.betas.device
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The features themselves, without what is computed of them."""
+        return self.hidden, *self.skips
 
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; t: (B,) integers, x_start: (B, ...)."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        return (
-            at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-            + at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Features:
+        """The inverse of `tensors`, with nothing shared."""
+        hidden, *skips = tensors
+        return Features(hidden, tuple(skips))
+
+    @staticmethod
+    def cat(parts: Sequence[Features]) -> Features:
+        """Join batches in the order given; one alone is not copied. Keeps the memory format.
+
+        Raises:
+            ValueError: there is nothing to join, or the parts have different numbers of skips.
+        """
+        if not parts:
+            raise ValueError("parts must be at least one; got none")
+        if len(parts) == 1:
+            return parts[0]
+        return Features.of([torch.cat(same) for same in zip(*(part.tensors for part in parts), strict=True)])
+
+    @staticmethod
+    def for_nodes(parts: Sequence[Features]) -> Features:
+        """What `decode` takes for a batch of nodes: shared features once, if all nodes have the same; else `cat`."""
+        first = parts[0]
+        return first if first.shared and all(part is first for part in parts) else Features.cat(parts)
+
+    def images(self, chosen: slice) -> Features:
+        """Some of the batch; a view."""
+        hidden, *skips = (tensor[chosen] for tensor in self.tensors)
+        return Features(hidden, tuple(skips), tuple(part.images(chosen) for part in self.shared))
+
+    def chunk(self, n: int) -> list[Features]:
+        """Views of n equal batches, the inverse of `cat`."""
+        return [Features.of(same) for same in zip(*(tensor.chunk(n) for tensor in self.tensors), strict=True)]
+
+    def without_skips(self) -> Features:
+        return Features(self.hidden, ())
+
+    def with_outer(self, skips: Sequence[Tensor]) -> Features:
+        """With the outermost skips replaced by these."""
+        return Features(self.hidden, (*skips, *self.skips[len(skips) :]))
+
+    def plus(self, residuals: Sequence[Tensor]) -> Features:
+        """With these added to the skips, first to last, and the last of them to the hidden features."""
+        *outer, inner = residuals
+        skips = tuple(skip + more for skip, more in zip(self.skips, outer, strict=True))
+        return Features(self.hidden + inner, skips)
+
+    @staticmethod
+    def combine(parts: Sequence[Features], weights: Sequence[float]) -> Features:
+        """The weighted sum of features of the same shapes."""
+        return Features.of(
+            [weighted_sum(same, weights) for same in zip(*(part.tensors for part in parts), strict=True)]
         )
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Of tensors of the same shape; none is changed."""
+    out = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        out.add_(tensor, alpha=weight)
+    return out

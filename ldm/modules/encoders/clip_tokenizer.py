@@ -14,8 +14,17 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from ldm.io.files import find_file, read_bytes
-from ldm.modules.encoders.reading import Rows, Span, rows_of
-from ldm.modules.encoders.tokenizer import Words, add_token, check_ids, cut, with_all_vectors, words_of
+from ldm.modules.encoders.tokenizer import (
+    Rows,
+    Span,
+    Words,
+    add_token,
+    check_ids,
+    cut,
+    rows_of,
+    with_all_vectors,
+    words_of,
+)
 
 try:
     import ftfy

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import timestep_embedding
-from ldm.modules.encoders.reading import AS_PUBLISHED, Reading, Rows, Span, read
+from ldm.modules.encoders.tokenizer import AS_PUBLISHED, Reading, Rows, Span, read
 from ldm.util import instantiate_from_config
 
 TEXT = "txt"  # the input key of text encoders; all others are numbers

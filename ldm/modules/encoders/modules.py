@@ -17,13 +17,15 @@ from ldm.modules.diffusionmodules.upscaling import CLIPEmbeddingNoiseAugmentatio
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder, FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.general import ConcatTimestepEmbedderND, GeneralConditioner
 from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2, FrozenOpenCLIPImageEmbedder
-from ldm.modules.encoders.reading import Rows, Span, rows_of
 from ldm.modules.encoders.tokenizer import (
+    Rows,
+    Span,
     Words,
     add_token,
     check_ids,
     cut,
     load_tokenizer,
+    rows_of,
     tokenize,
     with_all_vectors,
     words_of,

@@ -29,8 +29,14 @@ from ldm.models.diffusion.denoiser import (
     Thresholded,
 )
 from ldm.modules.attention_control import AttentionControl
-from ldm.modules.diffusionmodules.features import Features, PartWeights
-from ldm.modules.diffusionmodules.util import ForwardProcess, at, make_beta_schedule, with_zero_terminal_snr
+from ldm.modules.diffusionmodules.util import (
+    Features,
+    ForwardProcess,
+    PartWeights,
+    at,
+    make_beta_schedule,
+    with_zero_terminal_snr,
+)
 from ldm.modules.distributions.distributions import (
     DiagonalGaussianDistribution,
     discretized_log_likelihood,

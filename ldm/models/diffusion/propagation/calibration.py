@@ -22,7 +22,7 @@ from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.plan import LEVELS, ForecastName, Plan, plan_of_level
 from ldm.models.diffusion.schedule import eps_weight
-from ldm.modules.diffusionmodules.features import Features
+from ldm.modules.diffusionmodules.util import Features
 
 Nodes = Annotated[int, Field(ge=1, le=10_000)]  # of a run
 Level = Literal[tuple(LEVELS)]

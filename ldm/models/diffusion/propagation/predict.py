@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Denoiser, Past, Prediction, on_noise
 from ldm.models.diffusion.propagation.plan import METHODS, AnyPlan, Batch, Compute, Forecast, Method, Span
 from ldm.models.diffusion.schedule import Node, log_snr
-from ldm.modules.diffusionmodules.features import Features, weighted_sum
+from ldm.modules.diffusionmodules.util import Features, weighted_sum
 
 
 def _times(axis: str, nodes: Sequence[Node]) -> tuple[tuple[float, ...], Span]:
