@@ -1,14 +1,15 @@
-"""What a run costs in multiply-accumulates (MACs) and in memory, found without computing anything."""
+"""What a run costs in multiply-accumulates (MACs) and in memory, found without computing anything, and in seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
 from ldm.models.diffusion.propagation.plan import METHODS, AnyPlan, Compute, Forecast, Plan
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.openaimodel import meta_unet, on_meta, once_for_a_config
-from ldm.modules.diffusionmodules.util import Features
+from ldm.modules.diffusionmodules.util import Features, PartWeights
+
+T = TypeVar("T")
 
 TEXT_TOKENS = 77  # of CLIP, and of our text encoders unless a config says otherwise
 
@@ -438,3 +442,83 @@ def free_bytes(device: torch.device) -> int | None:
 def decoders_that_fit(free: int | None, each: int, shared: int) -> int | None:
     """How many decoder nodes of `each` bytes, and `shared` for all, go into one batch; None = not known."""
     return None if free is None else max(0, int(SHARE * free) - shared) // each
+
+
+# Seconds: what the first call of a network costs for each shape, and a run that pays for it.
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What call() returns, and its seconds, with those of what it leaves running on a GPU."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    began = clock()
+    result = call()
+    return result, clock() - began
+
+
+class WarmUp:
+    """A `ConditionedNetwork` that computes each shape it meets twice, then no more; it predicts zeros.
+
+    A run of it pays for the first calls of all shapes of the run, in little more time than these take.
+
+    Args:
+        network: what computes.
+        first_calls: seconds that the first call of a shape took beyond the second, by name and shape. What is already
+            there was called before in this process, and is kept.
+        device: of the network.
+    """
+
+    def __init__(self, network: ConditionedNetwork, first_calls: dict[Hashable, float], device: torch.device) -> None:
+        self.network, self.first_calls, self.device = network, first_calls, device
+        self.seconds = 0.0  # spent in the network
+        self.results: dict[Hashable, Any] = {}  # by name and shape
+
+    def project(self, cond: Conditioning) -> Conditioning:
+        return self.network.project(cond)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        return self.network.embed_time(t)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.network.parameters()
+
+    def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float) -> Features:
+        return self._once(("encode", len(x)), lambda: self.network.encode(x, t, cond, tome))
+
+    def refresh(
+        self, features: Features, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float
+    ) -> Features:
+        return self._once(
+            ("refresh", len(x), len(features.skips), blocks),
+            lambda: self.network.refresh(features, x, t, cond, blocks, tome),
+        )
+
+    def part_weights(self) -> Sequence[PartWeights]:
+        return self._once(("part_weights",), self.network.part_weights)
+
+    def share(self, features: Features, weights: Sequence[PartWeights] | None) -> Features:
+        return self._once(("share", len(features)), lambda: self.network.share(features, weights))
+
+    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Features:
+        return self._once(
+            ("advance", len(features), blocks), lambda: self.network.advance(features, t, cond, blocks, tome)
+        )
+
+    def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float) -> Tensor:
+        # Zeros keep the latents finite, whatever the solver.
+        return self._once(
+            ("decode", len(t), len(features.skips), bool(features.shared)),
+            lambda: torch.zeros_like(self.network.decode(features, t, cond, tome)),
+        )
+
+    def _once(self, key: Hashable, call: Callable[[], T]) -> T:
+        if key not in self.results:
+            _, first = timed(call, self.device)
+            self.results[key], again = timed(call, self.device)
+            self.first_calls.setdefault(key, max(0.0, first - again))
+            self.seconds += first + again
+        return self.results[key]

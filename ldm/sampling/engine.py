@@ -17,14 +17,24 @@ from torch import Tensor
 from ldm.io.images import to_pil
 from ldm.io.schema import parse
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.denoiser import ConditionedNetwork, Denoiser, Guidance
+from ldm.models.diffusion.denoiser import BatchBackoff, ConditionedNetwork, Denoiser, Guidance
 from ldm.models.diffusion.loop import Edit, Rule, denoise, prior_noise
-from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode, WarmUp, first_process, timed
+from ldm.models.diffusion.parallel import DistributedDecode, first_process
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute
 from ldm.models.diffusion.schedule import ImageNoise
 from ldm.models.diffusion.solvers.registry import SOLVERS, levels_of, solver
 from ldm.modules.packed import pack
-from ldm.profiling.cost import Kept, Macs, decoder_bytes, kept_bytes, sampling_bytes, shared_bytes, unet_macs
+from ldm.profiling.cost import (
+    Kept,
+    Macs,
+    WarmUp,
+    decoder_bytes,
+    kept_bytes,
+    sampling_bytes,
+    shared_bytes,
+    timed,
+    unet_macs,
+)
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Attention, Condition, Network, Start
 

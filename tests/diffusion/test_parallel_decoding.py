@@ -17,9 +17,9 @@ from torch import Tensor
 from ldm.cli.setup import Processes
 from ldm.io.images import from_pil, read_png
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusion.denoiser import Guidance
+from ldm.models.diffusion.denoiser import BatchBackoff, Guidance
 from ldm.models.diffusion.loop import denoise
-from ldm.models.diffusion.parallel import BatchBackoff, DistributedDecode, first_process
+from ldm.models.diffusion.parallel import DistributedDecode, first_process
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.diffusionmodules.openaimodel import UNetModel

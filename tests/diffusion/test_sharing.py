@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddpm import DiffusionWrapper
-from ldm.models.diffusion.denoiser import Conditioning, Guidance, Wrapper
+from ldm.models.diffusion.denoiser import BatchBackoff, Conditioning, Guidance, Wrapper
 from ldm.models.diffusion.loop import Edit, State, inpainting, prior_noise
-from ldm.models.diffusion.parallel import BatchBackoff, Compiled, WarmUp
+from ldm.models.diffusion.parallel import Compiled
 from ldm.models.diffusion.propagation.online import OnlinePlan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
 from ldm.modules.diffusionmodules.util import Features, PartWeights
-from ldm.profiling.cost import decoder_bytes, peak_bytes, shared_bytes
+from ldm.profiling.cost import WarmUp, decoder_bytes, peak_bytes, shared_bytes
 from ldm.profiling.workload import random_network
 from tests.helpers.tiny_unet import unet_config
 from tests.helpers.toy import EXACT, ToyNetwork, final, toy_denoiser, toy_inputs, toy_network, toy_rule

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from math import sqrt
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from ldm.models.diffusion.schedule import Node, predict_x0
 from ldm.modules.attention import Context, ProjectedContext
 from ldm.modules.attention_control import AttentionControl
 from ldm.modules.diffusionmodules.util import Features, PartWeights, weighted_sum
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,6 +361,53 @@ def thresholded(x0: Tensor, most: float, share: float = 0.95) -> Tensor:
     s = x0.flatten(1).abs().float().quantile(share, dim=1).clamp(1.0, most).to(x0.dtype)
     s = s.view(-1, *[1] * (x0.ndim - 1))
     return x0.clamp(-s, s) / s
+
+
+class BatchBackoff(Wrapper):
+    """A denoiser that decodes in smaller batches when the device runs out of memory; the results stay the same.
+
+    Args:
+        denoiser: decodes.
+        most: nodes in one batch; None = as many as it is given. Halved at every failure, and kept after it.
+
+    Raises:
+        torch.OutOfMemoryError: (in decode and advance) a single node is too much; or encode or refresh fails, which
+            have no batch to halve.
+    """
+
+    def __init__(self, denoiser: Denoiser, most: int | None = None) -> None:
+        super().__init__(denoiser)
+        self.most = most
+
+    def share(self, features: Features) -> Features:
+        try:
+            return super().share(features)
+        except torch.OutOfMemoryError:
+            return features  # sharing saves time only
+
+    def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
+        return self._in_parts(len(ts), lambda part, _: self.inner.advance(features[part], ts[part], blocks))
+
+    def decode(
+        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
+    ) -> list[Prediction]:
+        return self._in_parts(
+            len(ts), lambda part, done: self.inner.decode(features[part], ts[part], done[-1] if done else last)
+        )
+
+    def _in_parts(self, n: int, call: Callable[[slice, list[T]], list[T]]) -> list[T]:
+        """call(part, results so far) for 0..n-1 in parts, in order."""
+        done: list[T] = []
+        while len(done) < n:
+            part = slice(len(done), min(len(done) + (self.most or n), n))
+            try:
+                done += call(part, done)
+            except torch.OutOfMemoryError:
+                if part.stop - part.start == 1:
+                    raise
+                # The next attempt comes after this block, when nothing holds the failed one's tensors any more.
+                self.most = (part.stop - part.start + 1) // 2
+        return done
 
 
 # Classifier-free guidance

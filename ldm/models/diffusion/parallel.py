@@ -1,12 +1,11 @@
-"""How decoders share a device or several: batches that shrink, that are spread, compiled, or warmed up."""
+"""How decoders use several devices, or a compiler."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,56 +14,6 @@ from torch._inductor import config as inductor
 
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning, Denoiser, Past, Prediction, Wrapper
 from ldm.modules.diffusionmodules.util import Features, PartWeights
-
-T = TypeVar("T")
-
-
-class BatchBackoff(Wrapper):
-    """A denoiser that decodes in smaller batches when the device runs out of memory; the results stay the same.
-
-    Args:
-        denoiser: decodes.
-        most: nodes in one batch; None = as many as it is given. Halved at every failure, and kept after it.
-
-    Raises:
-        torch.OutOfMemoryError: (in decode and advance) a single node is too much; or encode or refresh fails, which
-            have no batch to halve.
-    """
-
-    def __init__(self, denoiser: Denoiser, most: int | None = None) -> None:
-        super().__init__(denoiser)
-        self.most = most
-
-    def share(self, features: Features) -> Features:
-        try:
-            return super().share(features)
-        except torch.OutOfMemoryError:
-            return features  # sharing saves time only
-
-    def advance(self, features: Sequence[Features], ts: Sequence[float], blocks: int) -> list[Features]:
-        return self._in_parts(len(ts), lambda part, _: self.inner.advance(features[part], ts[part], blocks))
-
-    def decode(
-        self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
-    ) -> list[Prediction]:
-        return self._in_parts(
-            len(ts), lambda part, done: self.inner.decode(features[part], ts[part], done[-1] if done else last)
-        )
-
-    def _in_parts(self, n: int, call: Callable[[slice, list[T]], list[T]]) -> list[T]:
-        """call(part, results so far) for 0..n-1 in parts, in order."""
-        done: list[T] = []
-        while len(done) < n:
-            part = slice(len(done), min(len(done) + (self.most or n), n))
-            try:
-                done += call(part, done)
-            except torch.OutOfMemoryError:
-                if part.stop - part.start == 1:
-                    raise
-                # The next attempt comes after this block, when nothing holds the failed one's tensors any more.
-                self.most = (part.stop - part.start + 1) // 2
-        return done
-
 
 # The decoders of one image on several devices.
 
@@ -209,83 +158,3 @@ def check_compiler() -> None:
             f"compiling needs a C++ compiler, and there is none of {', '.join(names)}; install one, or "
             f"name it in the environment variable CXX"
         )
-
-
-# What the first call of a network costs for each shape, and a run that pays for it.
-
-
-def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """What call() returns, and its seconds, with those of what it leaves running on a GPU."""
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    began = clock()
-    result = call()
-    return result, clock() - began
-
-
-class WarmUp:
-    """A `ConditionedNetwork` that computes each shape it meets twice, then no more; it predicts zeros.
-
-    A run of it pays for the first calls of all shapes of the run, in little more time than these take.
-
-    Args:
-        network: what computes.
-        first_calls: seconds that the first call of a shape took beyond the second, by name and shape. What is already
-            there was called before in this process, and is kept.
-        device: of the network.
-    """
-
-    def __init__(self, network: ConditionedNetwork, first_calls: dict[Hashable, float], device: torch.device) -> None:
-        self.network, self.first_calls, self.device = network, first_calls, device
-        self.seconds = 0.0  # spent in the network
-        self.results: dict[Hashable, Any] = {}  # by name and shape
-
-    def project(self, cond: Conditioning) -> Conditioning:
-        return self.network.project(cond)
-
-    def embed_time(self, t: Tensor) -> Tensor:
-        return self.network.embed_time(t)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.network.parameters()
-
-    def encode(self, x: Tensor, t: Tensor, cond: Conditioning, tome: float) -> Features:
-        return self._once(("encode", len(x)), lambda: self.network.encode(x, t, cond, tome))
-
-    def refresh(
-        self, features: Features, x: Tensor, t: Tensor, cond: Conditioning, blocks: int, tome: float
-    ) -> Features:
-        return self._once(
-            ("refresh", len(x), len(features.skips), blocks),
-            lambda: self.network.refresh(features, x, t, cond, blocks, tome),
-        )
-
-    def part_weights(self) -> Sequence[PartWeights]:
-        return self._once(("part_weights",), self.network.part_weights)
-
-    def share(self, features: Features, weights: Sequence[PartWeights] | None) -> Features:
-        return self._once(("share", len(features)), lambda: self.network.share(features, weights))
-
-    def advance(self, features: Features, t: Tensor, cond: Conditioning, blocks: int, tome: float) -> Features:
-        return self._once(
-            ("advance", len(features), blocks), lambda: self.network.advance(features, t, cond, blocks, tome)
-        )
-
-    def decode(self, features: Features, t: Tensor, cond: Conditioning, tome: float) -> Tensor:
-        # Zeros keep the latents finite, whatever the solver.
-        return self._once(
-            ("decode", len(t), len(features.skips), bool(features.shared)),
-            lambda: torch.zeros_like(self.network.decode(features, t, cond, tome)),
-        )
-
-    def _once(self, key: Hashable, call: Callable[[], T]) -> T:
-        if key not in self.results:
-            _, first = timed(call, self.device)
-            self.results[key], again = timed(call, self.device)
-            self.first_calls.setdefault(key, max(0.0, first - again))
-            self.seconds += first + again
-        return self.results[key]
