@@ -70,8 +70,8 @@ def retrieval_arguments(p: argparse.ArgumentParser) -> None:
     near.add_argument(
         "--clip_type",
         metavar="NAME[:FOLDER]",
-        help="what embeds prompts and images: ViT-L/14, clip:FOLDER, efficientnet-lite0; it must be what the database "
-        "was made with (default: the model's, or ViT-L/14, with its weights in models/clip/ViT-L-14)",
+        help="what embeds prompts and images: ViT-L/14, clip:FOLDER, emoji, efficientnet-lite0; it must be what the "
+        "database was made with (default: the model's, or ViT-L/14, with its weights in models/clip/ViT-L-14)",
     )
     near.add_argument(
         "--show-neighbors",

@@ -2,6 +2,7 @@
 
     python scripts/prepare_emoji.py --out data/emoji64
     python scripts/prepare_emoji.py --size 128 --out data/emoji128
+    python scripts/prepare_emoji.py --size 128 --out data/emoji128 --images my-pictures
 
 The script downloads the emoji sets with the npm client, which must be on the PATH. A set that was downloaded before is
 not downloaded again. The script puts each image on white at 64 x 64 or 128 x 128 pixels and writes `pictures.npy` and
@@ -16,8 +17,9 @@ import argparse
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.cli.parser import Parser, check_outdir, run_command
 from ldm.io.errors import BadInput, fault_of
@@ -34,6 +36,13 @@ def parser() -> Parser:
     p.add_argument(
         "--cache", type=Path, metavar="DIR", help="folder for the downloaded packages (default: OUT/packages)"
     )
+    p.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="write the images of the dataset in --out, which is made if it is not there, as PNG files: a folder for "
+        "each style, with captions and licence, as scripts/build_database.py reads them",
+    )
     return p
 
 
@@ -41,14 +50,22 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path(f"data/emoji{args.size}")
     if importlib.util.find_spec("resvg_py") is None:  # before anything is fetched
         raise BadInput('the package resvg-py is needed to draw SVG files: pip install -e ".[train]", or ".[eval]"')
-    check_outdir(out, "--out")
-    if args.cache is not None:
-        check_outdir(args.cache, "--cache")
+    for flag, folder in (("--out", out), ("--cache", args.cache), ("--images", args.images)):
+        if folder is not None:
+            check_outdir(folder, flag)
     from ldm.data.emoji_set import dataset, packages
 
-    recipe = packages.RECIPES[args.size]
-    with fault_of("out", (OSError,)):
-        images = dataset.prepare(recipe, out, args.cache or out / "packages", CONCEPTS)["images"]
+    if args.images is None or not (out / "captions.json").is_file():
+        with fault_of("out", (OSError,)):
+            made = dataset.prepare(packages.RECIPES[args.size], out, args.cache or out / "packages", CONCEPTS)
+        report(made["images"], out)
+    if args.images is not None:
+        with fault_of("images"):
+            print(f"{dataset.write_files(out, args.images)} files in {args.images}")
+
+
+def report(images: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Print what the dataset is made of."""
     for key in ("style", "tier", "category", "split"):
         print(f"{key}: " + ", ".join(f"{k} {n}" for k, n in sorted(Counter(i[key] for i in images).items())))
     print(f"{len(images)} images in {out}")

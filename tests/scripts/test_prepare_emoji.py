@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from ldm.data.captions import captions_below
 from ldm.data.emoji import EmojiDataset
 from ldm.data.emoji_set.concepts import Concept, check_listed, colourless, skin_tones
 from ldm.data.emoji_set.dataset import choose_heldout, prepare, split_of, write_images
@@ -16,6 +18,7 @@ from ldm.data.emoji_set.drawings import chars_by_name, codes_by_name, concept_id
 from ldm.data.emoji_set.packages import RECIPES, Package, Recipe, Style
 from ldm.data.emoji_set.phrases import phrase, telling
 from ldm.io.errors import BadInput
+from ldm.io.images import files_below
 from ldm.training.data import CaptionShares, ImageBatches
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
@@ -381,6 +384,11 @@ def test_a_dataset_from_icon_sets(packages, tmp_path):
     assert [tuple(p[64, 64]) for p in pictures] == [(255, 165, 0), (255, 0, 0), (128, 0, 0), (0, 0, 255)]
     data = EmojiDataset(tmp_path / "out", split="heldout_concept", max_tier=4)
     assert data.captions(0) == ["a waving hand, one style"] and data.groups(0) == ["a hand, one style"]
+    assert main(["--size", "128", "--out", str(tmp_path / "out"), "--images", str(tmp_path / "files")]) == 0
+    paths = files_below(tmp_path / "files" / "one")
+    assert [Image.open(path).getpixel((64, 64)) for path in paths] == [(128, 0, 0), (255, 0, 0), (255, 165, 0)]
+    assert captions_below(tmp_path / "files" / "one", paths)[paths[2]] == ["fire, one style"]
+    assert (tmp_path / "files" / "one" / "LICENSE").read_text().startswith("MIT\n")
 
 
 def test_pictures_are_written_as_numpy_saves_them(tmp_path):
@@ -417,7 +425,7 @@ def test_without_the_package_for_svg_nothing_is_fetched(tmp_path, monkeypatch, c
     assert "resvg-py is needed" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", ["--out", "--cache"])
+@pytest.mark.parametrize("flag", ["--out", "--cache", "--images"])
 def test_a_folder_that_can_not_be_is_said_before_anything_is_fetched(tmp_path, monkeypatch, capsys, flag):
     monkeypatch.setenv("PATH", "")  # nothing can be
     (tmp_path / "file").touch()

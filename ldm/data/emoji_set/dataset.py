@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.emoji_set.concepts import Concept, concepts_of, skin_tones
@@ -132,6 +133,29 @@ def write_images(path: Path, images: Sequence[np.ndarray]) -> None:
         for row, drawing in enumerate(images):
             stored[row] = drawing
         stored.flush()
+
+
+def write_files(dataset: Path, out: Path) -> int:
+    """Write the images of a dataset as PNG files, with their names as captions and their terms, as any folder of images
+    has them: a folder for each style; how many.
+
+    Raises:
+        OSError, ValueError: the dataset can't be read.
+    """
+    coco, pixels = read_json(dataset / "captions.json"), np.load(dataset / "pictures.npy", mmap_mode="r")
+    named = {note["image_id"]: note["caption"] for note in reversed(coco["annotations"])}  # the first one is the name
+    terms = {one["id"]: f"{one['name']}\n{one['attribution']}\n{one['url']}\n" for one in coco["licenses"]}
+    lines: dict[Path, list[str]] = {}
+    for image in tqdm(coco["images"], desc="files", leave=False, disable=None):
+        path = out / image["file_name"]
+        if path.parent not in lines:
+            write_file(path.parent / "LICENSE", terms[image["license"]])
+        lines.setdefault(path.parent, []).append(json.dumps({"file_name": path.name, "text": named[image["id"]]}))
+        with atomic_write(path) as temporary:
+            Image.fromarray(pixels[image["id"]]).save(temporary, format="png")
+    for folder, described in lines.items():
+        write_file(folder / "metadata.jsonl", "\n".join(described) + "\n")
+    return len(coco["images"])
 
 
 def prepare(recipe: Recipe, out: Path, cache: Path, concepts_file: Path) -> dict[str, Any]:
