@@ -182,17 +182,20 @@ def _counting(convention: str) -> Iterator[Callable[[], int]]:
 def context_tokens(params: Mapping[str, Any]) -> int | None:
     """Tokens of the context that a model's UNet attends to; None for a UNet without cross-attention.
 
-    A class is one token; of a text there are as many as its encoder reads, whatever the prompt.
+    A class is one token, and so is an embedding of a text; of a text there are as many as its encoder reads, whatever
+    the prompt; of neighbours as many as the model was trained with.
 
     Args:
         params: of the `model` part of a config.
     """
     if params["unet_config"]["params"].get("context_dim") is None:
         return None
+    if "k_nn" in params:  # retrieval-augmented, as published for training
+        return params["k_nn"]
     conditioner = params.get("cond_stage_config")
     if not isinstance(conditioner, Mapping):  # a marker such as __is_first_stage__
         return TEXT_TOKENS
-    if conditioner["target"].rpartition(".")[2] == "ClassEmbedder":
+    if conditioner["target"].rpartition(".")[2] in ("ClassEmbedder", "Identity"):
         return 1
     reads = conditioner.get("params") or {}
     return reads.get("max_length", reads.get("max_seq_len", TEXT_TOKENS))

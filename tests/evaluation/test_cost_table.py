@@ -55,6 +55,8 @@ def test_prints_where_the_paper_differs(capsys):
         ("models/ldm/celeba256/config.yaml", None),
         ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", 77),
         ("models/ldm/layout2img-openimages256/config.yaml", 92),
+        ("configs/retrieval-augmented-diffusion/rdm-imagenet.yaml", 4),
+        ("configs/retrieval-augmented-diffusion/768x768.yaml", 1),
     ],
 )
 def test_tokens_come_from_the_config(config, tokens):

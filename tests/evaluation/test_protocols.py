@@ -30,14 +30,16 @@ HASHES = {  # of what each shipped protocol asks for: another number here is ano
     "coco2017-10k": "e4888c973695",
     "coco2017-10k-videofusion": "4fc785975b35",
     "coco2017-5k": "2e9afe2b7b38",
-    "emoji128": "65774e49d2b7",
-    "emoji128-heldout": "2589682132ac",
+    "emoji128": "99a9a88375c2",
+    "emoji128-all": "65774e49d2b7",
+    "emoji128-heldout": "910a7a4daf82",
     "emoji64": "58412a7a9c68",
     "emoji64-heldout": "db72777dcaaa",
     "emoji64-prompts": "1801f1fcaa5f",
     "imagenet256-50k": "ac3bc32613c3",
     "imagenet256-50k-dit": "ac3bc32613c3",
     "imagenet256-50k-g6": "47bef17e1c6f",
+    "imagenet256-50k-rdm": "028805dbe401",
     "imagenet512-50k-dit": "6f66139f0e80",
 }
 
