@@ -22,16 +22,20 @@ from ldm.cli.arguments import EMOJI64, Files
 from ldm.cli.kinds import BATCH, KINDS, Given, ImageLike, Job, as_files, kind_of, parsed
 from ldm.cli.parser import settings_from
 from ldm.cli.pipeline import check_amount, check_guidance, check_network, truncated_prompts
-from ldm.cli.settings import (
+from ldm.cli.setup import (
     SamplingSettings,
+    Setup,
     check_memory,
     count_nodes,
+    find_device,
     make_plan,
     make_recipe,
+    model_files,
+    read_setup,
     run_facts,
+    uses_autocast,
     with_batches,
 )
-from ldm.cli.setup import Setup, find_device, model_files, read_setup, uses_autocast
 from ldm.cli.tasks import image_items
 from ldm.io.errors import BadInput
 from ldm.io.files import INSTALLED_FILES, PROJECT_ROOT, find_file

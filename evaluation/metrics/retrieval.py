@@ -27,8 +27,7 @@ from evaluation.runs.folder import MANIFEST, SAMPLES
 from evaluation.runs.images import batched, images_by_id, open_images
 from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import EMOJI64
-from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe
-from ldm.cli.setup import ALONE, ModelSettings, make_setup
+from ldm.cli.setup import ALONE, ModelSettings, SamplingSettings, count_nodes, make_recipe, make_setup
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256
@@ -292,7 +291,7 @@ class Settings:
         splits, of tiers 1 to `real_tier`.
     count: number of captions, or as many as there are; 0 = only the real images, without a model.
     seed:  chooses the captions, and names the noise of each image.
-    The other fields: see `ldm.cli.settings.SamplingSettings` and `ModelSettings`.
+    The other fields: see `ldm.cli.setup.SamplingSettings` and `ModelSettings`.
     """
 
     data: str = "data/emoji64"

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from evaluation.plots.drawing import STYLE
 from ldm.cli.arguments import EMOJI64
-from ldm.cli.settings import CPU_POSITIONS, run_facts
-from ldm.cli.setup import ModelSettings, Setup, make_setup
+from ldm.cli.setup import CPU_POSITIONS, ModelSettings, Setup, make_setup, run_facts
 from ldm.cli.tasks import prompts_in
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.ddpm import LatentDiffusion

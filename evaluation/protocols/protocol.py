@@ -117,7 +117,7 @@ class Sampling(Schema):
 
 @dataclass(frozen=True)
 class Method:
-    """How images are sampled: the fields of `ldm.cli.settings.SamplingSettings` of which methods may differ.
+    """How images are sampled: the fields of `ldm.cli.setup.SamplingSettings` of which methods may differ.
 
     `parallel` changes time and memory only.
     """

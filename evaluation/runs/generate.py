@@ -29,8 +29,21 @@ from evaluation.runs.folder import CARD, SAMPLES, RunFolder, prompts_sha256, rea
 from ldm.checkpoint import fingerprint, load_config
 from ldm.checkpoint.published import published_sha256
 from ldm.cli.parser import stated
-from ldm.cli.settings import CPU_POSITIONS, SamplingSettings, check_memory, make_plan, make_recipe
-from ldm.cli.setup import ALONE, CONSTRUCTION, ModelSettings, Setup, find_device, make_setup, read_setup, uses_autocast
+from ldm.cli.setup import (
+    ALONE,
+    CONSTRUCTION,
+    CPU_POSITIONS,
+    ModelSettings,
+    SamplingSettings,
+    Setup,
+    check_memory,
+    find_device,
+    make_plan,
+    make_recipe,
+    make_setup,
+    read_setup,
+    uses_autocast,
+)
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import json_sha256
 from ldm.models.diffusion.ddpm import LatentDiffusion

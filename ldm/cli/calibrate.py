@@ -16,8 +16,15 @@ from tqdm import tqdm
 
 from ldm.cli.arguments import EMOJI64
 from ldm.cli.parser import check_outdir
-from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe, reuse_setting, run_facts
-from ldm.cli.setup import ModelSettings, make_setup
+from ldm.cli.setup import (
+    ModelSettings,
+    SamplingSettings,
+    count_nodes,
+    make_recipe,
+    make_setup,
+    reuse_setting,
+    run_facts,
+)
 from ldm.cli.tasks import prompts_in, text_task
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import atomic_write

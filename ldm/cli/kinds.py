@@ -31,8 +31,7 @@ from ldm.cli.arguments import (
     uncond_class_argument,
 )
 from ldm.cli.parser import Parser, Version
-from ldm.cli.settings import SamplingSettings
-from ldm.cli.setup import Setup, image_size
+from ldm.cli.setup import SamplingSettings, Setup, image_size
 from ldm.cli.tasks import (
     class_task,
     depth_task,

@@ -24,19 +24,24 @@ from tqdm import tqdm
 
 from ldm.checkpoint import CheckpointError, fingerprint
 from ldm.cli.parser import check_outdir
-from ldm.cli.settings import (
+from ldm.cli.setup import (
+    ALONE,
+    Processes,
     SamplingSettings,
+    Setup,
     best_plan,
     check_memory,
     count_nodes,
     make_plan,
     make_recipe,
+    model_files,
+    read_setup,
     reuse_setting,
     run_facts,
     with_batches,
     with_control,
+    without_weights,
 )
-from ldm.cli.setup import ALONE, Processes, Setup, model_files, read_setup, without_weights
 from ldm.cli.tasks import is_framed, is_refiner
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import atomic_write

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ldm.cli.control import controlled_frames
 from ldm.cli.pipeline import MethodRun, OutputSettings, make_images
-from ldm.cli.settings import SamplingSettings, count_nodes, make_recipe
-from ldm.cli.setup import Setup
+from ldm.cli.setup import SamplingSettings, Setup, count_nodes, make_recipe
 from ldm.cli.tasks import image_items, text_task
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.video import check_format, save_video

@@ -108,17 +108,17 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_the_first_step(tm
 def test_an_environment_that_can_not_be_is_refused(monkeypatch, env):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert Processes.from_environment() == Processes(0, 1, 0)
+    assert Processes(*torchrun_ranks()) == Processes(0, 1, 0)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match=rf"^environment variable {name}: expected a whole number in"):
-        Processes.from_environment()
+        Processes(*torchrun_ranks())
 
 
 def test_an_empty_variable_is_one_that_is_not_set(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")
-    assert Processes.from_environment() == Processes(0, 1, 0)
+    assert Processes(*torchrun_ranks()) == Processes(0, 1, 0)
 
 
 @pytest.mark.parametrize(

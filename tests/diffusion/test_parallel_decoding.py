@@ -245,7 +245,7 @@ def test_processes_that_measure_differently_decide_alike():
 
 def test_processes_agree_on_the_batch_and_follow_the_leader():
     def work(rank: int) -> tuple[int, list[object]]:
-        processes = Processes.from_environment()
+        processes = Processes(*torchrun_ranks())
         with processes.joined(torch.device("cpu")):
             least = processes.least(7 - rank)
             if processes.rank > 0:
@@ -256,7 +256,7 @@ def test_processes_agree_on_the_batch_and_follow_the_leader():
 
     followed = (5, [("plain", [1, 2]), ("accelerated", [3])])
     assert in_processes(3, work) == [(5, []), followed, followed]
-    assert Processes.from_environment() == Processes() and Processes().least(4) == 4
+    assert Processes(*torchrun_ranks()) == Processes() and Processes().least(4) == 4
 
 
 @pytest.fixture(scope="module")

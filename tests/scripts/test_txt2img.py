@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.checkpoint import load_config, load_model
-from ldm.cli.settings import best_plan
+from ldm.cli.setup import best_plan
 from ldm.io.images import from_pil, psnr, read_png
 from ldm.models.diffusion.ddpm import DiffusionWrapper
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
