@@ -12,8 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from ldm import cli
-from ldm.cli.parser import Parser, run_command, whole
+from ldm.cli.parser import Parser, cli, run_command, whole
 
 
 def parser() -> Parser:

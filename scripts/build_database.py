@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm import cli
 from ldm.cli.arguments import count
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from, whole
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from, whole
 
 
 def parser() -> Parser:

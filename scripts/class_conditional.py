@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     CLASS_NAMES,
     IMAGENET,
@@ -24,7 +23,7 @@ from ldm.cli.arguments import (
     size_arguments,
     uncond_class_argument,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 
 CIN256 = (ROOT / "configs/latent-diffusion/cin256-v2.yaml", ROOT / "models/ldm/cin256-v2/model.ckpt")
 NOTEBOOK = ["25", "187", "448", "992"]  # the published example

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     model_arguments,
@@ -24,7 +23,7 @@ from ldm.cli.arguments import (
     size_arguments,
     text_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, number, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, number, run_command, settings_from
 
 
 def thresholds(text: str) -> tuple[float, float]:

@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     ROOT,
     model_arguments,
@@ -19,7 +18,7 @@ from ldm.cli.arguments import (
     sampling_arguments,
     start_image_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 
 DEPTH = (
     ROOT / "configs/stable-diffusion/v2-midas-inference.yaml",

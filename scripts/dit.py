@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     CLASS_NAMES,
     IMAGENET,
@@ -24,7 +23,7 @@ from ldm.cli.arguments import (
     sampling_arguments,
     uncond_class_argument,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 
 MODELS = {
     size: (ROOT / f"configs/dit/dit-xl-2-{size}.yaml", ROOT / f"models/dit/dit-xl-2-{size}/model.safetensors")

@@ -12,9 +12,8 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 
-from ldm import cli
 from ldm.cli.installation import Finding, packages
-from ldm.cli.parser import Parser, run_command
+from ldm.cli.parser import Parser, cli, run_command
 from ldm.io.errors import SettingError
 
 

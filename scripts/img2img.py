@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     model_arguments,
@@ -15,7 +14,7 @@ from ldm.cli.arguments import (
     sampling_arguments,
     start_image_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 
 
 def parser() -> Parser:

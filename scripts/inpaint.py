@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     ROOT,
@@ -25,7 +24,7 @@ from ldm.cli.arguments import (
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 from ldm.io.errors import SettingError, blame, some
 
 INPAINTING_BIG = (ROOT / "models/ldm/inpainting_big/config.yaml", ROOT / "models/ldm/inpainting_big/last.ckpt")

@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     MOST,
     ROOT,
@@ -22,7 +21,7 @@ from ldm.cli.arguments import (
     size_arguments,
     text_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from, whole
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from, whole
 from ldm.io.errors import SettingError
 
 RDM768 = (ROOT / "configs/retrieval-augmented-diffusion/768x768.yaml", ROOT / "models/rdm/rdm768x768/model.ckpt")

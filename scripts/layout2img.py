@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     ROOT,
     class_names_argument,
@@ -22,7 +21,7 @@ from ldm.cli.arguments import (
     sampling_arguments,
     size_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 
 LAYOUT = (
     ROOT / "models/ldm/layout2img-openimages256/config.yaml",

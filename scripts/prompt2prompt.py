@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     count_arguments,
@@ -21,7 +20,7 @@ from ldm.cli.arguments import (
     sampling_arguments,
     size_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, number, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, number, run_command, settings_from
 
 share = number(float, 0, 1, "a number in 0..1")
 factor = number(float, -1000, 1000, "a number in -1000..1000")

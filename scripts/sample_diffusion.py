@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ldm import cli
 from ldm.cli.arguments import (
     count_arguments,
     model_arguments,
@@ -17,7 +16,7 @@ from ldm.cli.arguments import (
     sampling_arguments,
     size_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 from ldm.io.errors import BadInput, SettingError, blame
 
 STEPS = 50

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     ROOT,
     count_arguments,
@@ -15,7 +14,7 @@ from ldm.cli.arguments import (
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 
 SYNTHESIS = (
     ROOT / "models/ldm/semantic_synthesis512/config.yaml",

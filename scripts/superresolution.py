@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     ROOT,
     count_arguments,
@@ -21,7 +20,7 @@ from ldm.cli.arguments import (
     propagation_arguments,
     sampling_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 
 BSR_SR = (ROOT / "models/ldm/bsr_sr/config.yaml", ROOT / "models/ldm/bsr_sr/model.ckpt")
 

@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     MOST_STEPS,
@@ -26,7 +25,7 @@ from ldm.cli.arguments import (
     sampling_arguments,
     size_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, number, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, number, run_command, settings_from
 
 VIDEOFUSION = (ROOT / "configs/video/videofusion.yaml", ROOT / "models/video/videofusion/model.safetensors")
 FORMATS = ("gif", "mp4", "frames")

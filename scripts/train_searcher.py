@@ -10,8 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
-from ldm.cli.parser import Parser, number, run_command, whole
+from ldm.cli.parser import Parser, cli, number, run_command, whole
 
 
 def parser() -> Parser:

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
 from ldm.cli.arguments import (
     EMOJI64,
     ROOT,
@@ -20,7 +19,7 @@ from ldm.cli.arguments import (
     size_arguments,
     text_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 
 LAION400M = (ROOT / "configs/latent-diffusion/txt2img-1p4B-eval.yaml", ROOT / "models/ldm/text2img-large/model.ckpt")
 

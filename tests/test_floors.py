@@ -111,6 +111,6 @@ def inner_imports(file: str) -> set[int]:
 
 
 def test_functions_import_what_is_slow_or_optional_and_no_more():
-    """What a script needs beyond `ldm.cli`, so that --help answers at once; the other commands, optional packages."""
+    """What a script needs beyond `cli`, so that --help answers at once; the other commands, optional packages."""
     found = {file: sorted(lines) for file in FILES if (lines := inner_imports(file))}
     assert sum(map(len, found.values())) <= 30, found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evaluation.protocols.protocol import Prompt, Protocol
 from evaluation.runs.images import ImageArray, ImageFolder, captioned_images
-from ldm import cli
+from ldm.cli.parser import cli
 from ldm.cli.setup import Setup
 from ldm.io.errors import fault_of
 from ldm.io.images import to_pil

@@ -10,8 +10,9 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from ldm.io.errors import BadInput, SettingError, blame, did_you_mean
@@ -24,6 +25,18 @@ GO_ON = "stopped; the same command goes on from here"
 MOST_PROCESSES = 65536
 
 Settings = TypeVar("Settings")
+
+
+class _Modules:
+    """The modules of `ldm.cli`, each imported when it is first used: so a script answers --help without PyTorch."""
+
+    def __getattr__(self, name: str) -> ModuleType:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return import_module(f"ldm.cli.{name}")
+
+
+cli = _Modules()
 
 
 class Parser(argparse.ArgumentParser):

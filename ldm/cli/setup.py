@@ -1,5 +1,4 @@
-"""Where a run computes, with which model, and how it samples: all that can be known and checked before the work.
-"""
+"""Where a run computes, with which model, and how it samples: all that can be known and checked before the work."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm.cli.parser import torchrun_ranks
 from ldm.cli.setup import Processes
 from ldm.io.images import from_pil, read_png
 from ldm.models.autoencoder import AutoencoderKL
