@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError, create_model
 
-from ldm.io.schema import first_error
+from ldm.io.files import first_error
 
 ALLOWED_PACKAGES = ("ldm", "torch.nn", "torch.optim")
 # Packages of published configs whose classes are ours under another name; the longest beginning counts.

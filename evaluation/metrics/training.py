@@ -20,8 +20,8 @@ from evaluation.metrics.frechet import distance
 from evaluation.metrics.retrieval import RANKS, choose_queries, hits_at, load_real_images, nearest, standardise
 from evaluation.metrics.statistics import Gaussian, Moments, load_reference, to_numpy
 from ldm.data.emoji import EmojiDataset
+from ldm.io.files import Count
 from ldm.io.images import from_pil, to_pil
-from ldm.io.schema import Count
 from ldm.models.autoencoder import VQModel
 from ldm.modules.losses.lpips import lpips
 from ldm.modules.vectorquantize import perplexity

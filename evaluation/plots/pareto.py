@@ -35,9 +35,8 @@ from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import MOST_STEPS, SPACINGS
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of, one_line
-from ldm.io.files import file_sha256, json_sha256, read_json, write_json
+from ldm.io.files import NotNegative, Schema, Text, file_sha256, json_sha256, parse, read_json, write_json
 from ldm.io.images import from_pil, psnr, to_pil
-from ldm.io.schema import NotNegative, Schema, Text, parse
 from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.propagation.plan import POLYNOMIALS, AnyPlan, ForecastName
 from ldm.sampling.engine import Cost, Recipe

@@ -39,8 +39,19 @@ from typing_extensions import NotRequired, TypedDict
 
 from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, NOISE_ORDERS, ROOT
 from ldm.io.errors import did_you_mean, fault_of, one_line, shown
-from ldm.io.files import parse_json, parse_json_lines, read_text, read_yaml, split_lines
-from ldm.io.schema import Number, Schema, Seed, Share, Text, parse
+from ldm.io.files import (
+    Number,
+    Schema,
+    Seed,
+    Share,
+    Text,
+    parse,
+    parse_json,
+    parse_json_lines,
+    read_text,
+    read_yaml,
+    split_lines,
+)
 
 PROTOCOL_DIR = Path(__file__).parent
 MOST_CAPTIONS = 1000  # of one image

@@ -26,11 +26,15 @@ from pydantic import ConfigDict
 
 from evaluation.protocols.protocol import Amount, Prompt, Side
 from ldm.io.files import (
+    Schema,
+    Seed,
+    Text,
     atomic_write,
     clean,
     file_sha256,
     flat,
     json_sha256,
+    parse,
     parse_json_lines,
     read_bytes,
     read_json,
@@ -38,7 +42,6 @@ from ldm.io.files import (
     write_json,
 )
 from ldm.io.images import opened, png_bytes, read_png
-from ldm.io.schema import Schema, Seed, Text, parse
 from ldm.sampling.generate import Item, Sample, append_line, read_manifest
 
 CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"

@@ -23,8 +23,7 @@ from ldm.checkpoint import diffusion_params, load_config
 from ldm.checkpoint.control import control_params, hint_params, read_control
 from ldm.cli.setup import find_device
 from ldm.io.errors import SettingError, fault_of
-from ldm.io.files import PROJECT_ROOT, parse_json, read_text, write_file
-from ldm.io.schema import NotNegative, Schema, Text, parse
+from ldm.io.files import PROJECT_ROOT, NotNegative, Schema, Text, parse, parse_json, read_text, write_file
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Compute, Plan, check_blocks
 from ldm.modules.diffusionmodules.controlnet import HINT_WIDTHS, ControlNet

@@ -33,7 +33,7 @@ from pydantic import Field, model_validator
 
 from evaluation.protocols.protocol import Method, Protocol, find_file, names_in, reading
 from ldm.cli.arguments import MOST, MOST_STEPS, NOISE_ORDERS, SPACINGS
-from ldm.io.schema import NotNegative, Number, Schema, Share, Text, parse
+from ldm.io.files import NotNegative, Number, Schema, Share, Text, parse
 from ldm.models.diffusion.propagation.plan import ForecastName
 
 TABLE_DIR = Path(__file__).parent

@@ -19,8 +19,7 @@ from ldm.checkpoint.conversion import TRANSFORMER
 from ldm.checkpoint.file import CheckpointError, read_checkpoint
 from ldm.checkpoint.sgm import ENGINE, in_our_form
 from ldm.io.errors import some
-from ldm.io.files import FileError, read_config
-from ldm.io.schema import Number, Schema, parse
+from ldm.io.files import FileError, Number, Schema, parse, read_config
 from ldm.modules.ema import ema_name
 from ldm.util import ConfigError, check_config, instantiate_from_config
 

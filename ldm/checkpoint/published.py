@@ -11,8 +11,7 @@ from pydantic import AfterValidator, Field
 
 from ldm.checkpoint.file import CheckpointError, weight_format
 from ldm.io.errors import shown
-from ldm.io.files import PROJECT_ROOT, FileError, file_sha256, read_yaml
-from ldm.io.schema import AboveZero, Schema, Text, parse
+from ldm.io.files import PROJECT_ROOT, AboveZero, FileError, Schema, Text, file_sha256, parse, read_yaml
 
 MANIFEST = PROJECT_ROOT / "models" / "published.yaml"
 

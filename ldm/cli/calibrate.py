@@ -27,8 +27,7 @@ from ldm.cli.setup import (
 )
 from ldm.cli.tasks import prompts_in, text_task
 from ldm.io.errors import SettingError, fault_of
-from ldm.io.files import atomic_write
-from ldm.io.schema import parse
+from ldm.io.files import atomic_write, parse
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.calibration import Calibration, measure
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan

@@ -9,8 +9,7 @@ from ldm.data.boxes import Boxes, BoxTokens, LabelledBox
 from ldm.data.captions import of_coco
 from ldm.data.folder import drawn
 from ldm.data.images import ImagePaths
-from ldm.io.files import FileError, read_json
-from ldm.io.schema import Share
+from ldm.io.files import FileError, Share, read_json
 
 ROOT = "data/coco"
 

@@ -14,8 +14,8 @@ import torch
 
 from ldm.data.captions import captions_below
 from ldm.data.images import ImagePaths
+from ldm.io.files import Share
 from ldm.io.images import files_below
-from ldm.io.schema import Share
 
 SPLITS = ("all", "train", "validation")
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.data.folder import CaptionedFolder, ImageFolder
-from ldm.io.schema import Count
+from ldm.io.files import Count
 
 FAR, CLOSE = ("a far away ", "very small "), ("zoomed in ", "close up ")
 FACTOR = 8  # pixels of a position of the mask, as published

@@ -16,8 +16,8 @@ from webdataset.shardlists import expand_urls, split_by_node
 from webdataset.utils import pytorch_worker_info
 
 from ldm.data.images import ImagePaths, in_range
+from ldm.io.files import Count
 from ldm.io.images import SUFFIXES, open_image
-from ldm.io.schema import Count
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")  # of addresses; webdataset knows others, of which pipe: runs commands
 

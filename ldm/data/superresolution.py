@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from ldm.data.degradation import SCALE, degradation
 from ldm.data.folder import split_of
 from ldm.data.images import corner, cut, in_range, read_pixels, smallest_side, uniform
+from ldm.io.files import Share
 from ldm.io.images import files_below
-from ldm.io.schema import Share
 
 
 class SuperResolution(Dataset, ABC):

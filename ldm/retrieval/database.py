@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.io.files import PROJECT_ROOT, json_sha256, read_json
+from ldm.io.files import PROJECT_ROOT, Schema, Text, json_sha256, parse, read_json
 from ldm.io.images import fit, open_image
-from ldm.io.schema import Schema, Text, parse
 from ldm.retrieval.part import Part, number_of, parts_in
 
 CARD = "database.json"

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ldm.io.errors import SettingError, fault_of, one_line
-from ldm.io.files import atomic_write, read_json, write_json
-from ldm.io.schema import Count, Schema, Share, Text, parse
+from ldm.io.files import Count, Schema, Share, Text, atomic_write, parse, read_json, write_json
 from ldm.retrieval.database import Database
 from ldm.retrieval.search import ExactSearch, Found, check_queries
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.io.files import parse
 from ldm.io.images import to_pil
-from ldm.io.schema import parse
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import BatchBackoff, ConditionedNetwork, Denoiser, Guidance
 from ldm.models.diffusion.loop import Edit, Rule, denoise, prior_noise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import read_checkpoint
-from ldm.io.schema import AboveZero, Count
+from ldm.io.files import AboveZero, Count
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.modules.losses import LPIPSWithDiscriminator, VQLPIPSWithDiscriminator
 from ldm.training.autoencoder import FirstStageTraining, mean_psnr, reconstructed

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_weights
+from ldm.io.files import AboveZero
 from ldm.io.images import psnr
-from ldm.io.schema import AboveZero
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.modules.losses.reconstruction import ReconstructionLoss
 from ldm.training.datasets import entry_of

@@ -16,8 +16,7 @@ from pydantic import model_validator
 from yaml import YAMLError
 
 from ldm.io.errors import fault_of, shown
-from ldm.io.files import read_config
-from ldm.io.schema import AboveZero, Count, NotNegative, Schema, Seed, Text, check_names, parse
+from ldm.io.files import AboveZero, Count, NotNegative, Schema, Seed, Text, check_names, parse, read_config
 from ldm.training.published import completed
 from ldm.training.watch import GREATEST
 

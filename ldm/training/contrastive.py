@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.io.schema import AboveZero
+from ldm.io.files import AboveZero
 from ldm.modules.encoders.dual import DualEncoder
 from ldm.training.optim import ClippedTraining, adamw
 

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from ldm.checkpoint.control import control_params
 from ldm.data.conditions import as_hint, edges
 from ldm.data.emoji import EmojiDataset
+from ldm.io.files import AboveZero, Count, Seed, Share
 from ldm.io.images import to_pil
-from ldm.io.schema import AboveZero, Count, Seed, Share
 from ldm.models.diffusion.control import Control, Controlled
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.controlnet import HINT_WIDTHS, ControlNet

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.checkpoint import load_config, load_weights
 from ldm.data.emoji import EmojiDataset, without_style
-from ldm.io.schema import Count, Seed, Share
+from ldm.io.files import Count, Seed, Share
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.training.latents import files_sha256, kept
 from ldm.training.order import TrainingBatches

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ldm.io.schema import Count, Seed
+from ldm.io.files import Count, Seed
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training.data import TrainingData
 from ldm.training.latents import EncodedImages

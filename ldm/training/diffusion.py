@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import IterableDataset, default_collate
 
 from ldm.checkpoint import load_weights
-from ldm.io.schema import AboveZero, Count, Share
+from ldm.io.files import AboveZero, Count, Share
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import ConditionedNetwork

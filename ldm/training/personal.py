@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.io.schema import AboveZero, Count, NotNegative, Share
+from ldm.io.files import AboveZero, Count, NotNegative, Share
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.ema import LitEma

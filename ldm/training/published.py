@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.io.errors import shown
-from ldm.io.schema import AboveZero, Count, parse
+from ldm.io.files import AboveZero, Count, parse
 from ldm.util import inside
 
 FIRST_STAGES = ("AutoencoderKL", "VQModel")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from ldm.data.emoji import EmojiDataset
-from ldm.io.schema import Count, Seed, Share
+from ldm.io.files import Count, Seed, Share
 from ldm.modules.efficientnet import EfficientNetFeatures
 from ldm.retrieval.embedders import Emoji, load_dual_encoder
 from ldm.retrieval.search import nearest_others

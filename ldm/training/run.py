@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.io.schema import Text, parse
+from ldm.io.files import Text, parse
 from ldm.training.callbacks import KeptState, Monitor, SampleGrid, StepBar
 from ldm.training.configuration import SEED, check, flat
 from ldm.training.datasets import data_of

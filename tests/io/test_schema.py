@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import ValidationError
 
-from ldm.io.schema import AboveZero, Count, NotNegative, Number, Schema, Seed, Share, Text, check_names, parse
+from ldm.io.files import AboveZero, Count, NotNegative, Number, Schema, Seed, Share, Text, check_names, parse
 
 
 class Part(Schema):

@@ -16,8 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ldm.io.files import atomic_write, read_json
-from ldm.io.schema import Number, Schema, parse
+from ldm.io.files import Number, Schema, atomic_write, parse, read_json
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.plan import LEVELS, ForecastName, Plan, plan_of_level

@@ -32,8 +32,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ldm.checkpoint import fingerprint
 from ldm.io.errors import did_you_mean, shown
-from ldm.io.files import PROJECT_ROOT, read_yaml
-from ldm.io.schema import Number, Schema, Text, parse
+from ldm.io.files import PROJECT_ROOT, Number, Schema, Text, parse, read_yaml
 from ldm.models.diffusion.propagation.calibration import Calibration, Nodes, read_calibration
 from ldm.models.diffusion.propagation.online import OnlinePlan
 from ldm.models.diffusion.propagation.plan import LEVELS, ForecastName, Plan, plan_of_level, with_level
