@@ -15,6 +15,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.modules import x_transformer
 from ldm.modules.diffusionmodules import openaimodel, util
 from ldm.modules.diffusionmodules.util import at
 from ldm.util import mean_flat
@@ -139,6 +140,10 @@ FUNCTIONS = {
         )
     ),
     "ldm.modules.ema.LitEma": lambda f: f(torch.nn.Linear(2, 2), decay=0.9).copy_to(torch.nn.Linear(2, 2)) is None,
+    "ldm.modules.x_transformer.TransformerWrapper": lambda f: (
+        f(num_tokens=9, max_seq_len=4, attn_layers=x_transformer.Encoder(dim=8, depth=1))(T[None] // 100).shape
+        == (1, 2, 9)
+    ),
     "ldm.modules.distributions.distributions.DiagonalGaussianDistribution": lambda f: f(X).mode().shape[1] == 16,
 }
 
