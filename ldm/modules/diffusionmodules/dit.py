@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import Features, PartWeights, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import Features, Unshared, timestep_embedding, zero_module
 
 TIME_WIDTH = 256  # of the sinusoidal embedding
 EPS = 1e-6  # of the layer normalisations
@@ -123,7 +123,7 @@ class _LabelEmbedding(nn.Module):
         return self.embedding_table(y)
 
 
-class DiT(nn.Module):
+class DiT(Unshared):
     """Diffusion transformer for square latents, conditioned on the timestep and a class.
 
     Args:
@@ -257,16 +257,6 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, context: None = None, y: Tensor | None = None) -> Tensor:
         """`encode` and `decode` at the same timesteps: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         return self.decode(self.encode(x, timesteps, context, y), timesteps, context, y)
-
-    def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
-        """The features as they are: every part of a block depends on the timestep."""
-        return features
-
-    def part_weights(self) -> tuple[PartWeights, ...]:
-        return ()
-
-    def shared_from(self) -> dict[str, int]:
-        return {}
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Embedding of timesteps alone, (B,) -> (B, hidden_size)."""

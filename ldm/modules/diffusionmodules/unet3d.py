@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.unet_layers import Downsample, ResBlock, Upsample, embedding
-from ldm.modules.diffusionmodules.util import Features, PartWeights, normalization, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import Features, Unshared, normalization, timestep_embedding, zero_module
 from ldm.modules.token_merging import check_ratio
 
 HEADS_IN = 8  # of the temporal transformer after the first convolution, whatever its width
@@ -100,7 +100,7 @@ def _run(layers: nn.Module, h: Tensor, given: Given) -> Tensor:
     return h
 
 
-class VideoUNet(nn.Module):
+class VideoUNet(Unshared):
     """UNet of videos, conditioned on the timestep and a text.
 
     Args:
@@ -244,16 +244,6 @@ class VideoUNet(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: None = None) -> Tensor:
         """`encode` and `decode` at the same timesteps."""
         return self.decode(self.encode(x, timesteps, context, y), timesteps, context, y)
-
-    def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
-        """The features as they are."""
-        return features
-
-    def part_weights(self) -> tuple[PartWeights, ...]:
-        return ()
-
-    def shared_from(self) -> dict[str, int]:
-        return {}
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Embedding of timesteps, (B,) -> (B, D)."""

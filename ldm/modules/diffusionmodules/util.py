@@ -375,3 +375,17 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         out.add_(tensor, alpha=weight)
     return out
+
+
+class Unshared(nn.Module):
+    """A split network that computes nothing once for the decoders of several nodes; see `UNetModel.share`."""
+
+    def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
+        """The features as they are."""
+        return features
+
+    def part_weights(self) -> tuple[PartWeights, ...]:
+        return ()
+
+    def shared_from(self) -> dict[str, int]:
+        return {}
