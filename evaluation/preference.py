@@ -1,6 +1,6 @@
-"""Scores of human preference for SAMPLES, by the published models ImageReward and HPS v2.1.
+"""Scores of human preference for SAMPLES, by the published models ImageReward and PickScore.
 
-Their packages are installed separately and download their own weights.
+Their weights must be on this machine; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ def parser() -> MeasureParser:
     p.add_samples()
     p.add_prompts()
     p.add_argument("--model", choices=PREFERENCES, default=PREFERENCES[0], help="the model that scores the images")
+    p.add_argument(
+        "--weights",
+        metavar="PATH",
+        help="its published weights: ImageReward.pt, with vocab.txt of bert-base-uncased beside it, or the folder of "
+        "PickScore_v1",
+    )
     p.add_output()
     return p
 

@@ -57,6 +57,8 @@ def parser() -> Parser:
         help="weights of the network for Fréchet distances (default: for inception-2015 those of torch.hub)",
     )
     files.add_argument("--clip", metavar="DIR", help="folder of CLIP ViT-B/32, for the CLIP-score")
+    files.add_argument("--image-reward", metavar="FILE", help="ImageReward.pt, with vocab.txt beside it, for table15")
+    files.add_argument("--pick-score", metavar="DIR", help="folder of PickScore_v1, for table15")
     files.add_argument(
         "--runs",
         default="outputs/tables",
@@ -79,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
 
     with fault_of("TABLE"):
         spec = load_table(args.table)
-    with flags_named({"table": "TABLE", "gflops_only": "--gflops-only"}):
+    flags = {name: f"--{name.replace('_', '-')}" for name in ("gflops_only", "image_reward", "pick_score")}
+    with flags_named({"table": "TABLE", **flags}):
         table = build.build_table(
             spec,
             args.world,

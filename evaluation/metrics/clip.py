@@ -62,6 +62,12 @@ class ClipModel(nn.Module, ABC):
         Raises ValueError: the vocabulary is missing."""
         return F.normalize(self.text_features(self.tokenizer(texts).to(next(self.parameters()).device)))
 
+    @torch.no_grad()
+    def agreement(self, prepared: Tensor, texts: Sequence[str]) -> Tensor:
+        """How well images, see `embed_images`, and as many texts agree: cosines at the model's own scale, (B,). That of
+        PickScore is a score of preference (arXiv 2305.01569)."""
+        return self.model.logit_scale.exp() * (self.embed_images(prepared) * self.embed_texts(texts)).sum(1)
+
     @abstractmethod
     def image_features(self, pixels: Tensor) -> Tensor:
         """Prepared images (B, 3, size, size) -> (B, D)."""

@@ -16,7 +16,7 @@ from ldm.io.errors import BadInput, flags_named
 EXTRACTORS = ("inception-2015", "efficientnet-lite0", "dinov2", "clip")
 RECIPES = ("clean", "tf1-bilinear", "torch-bilinear", "torch-antialias", "clip-crop")
 VARIANTS = ("hessel-b32", "cos100-l14", "cos100-g14", "hessel", "cos100")
-PREFERENCES = ("image-reward", "hps-v2.1")
+PREFERENCES = ("image-reward", "pick-score")
 T = TypeVar("T")
 PROTOCOL = "protocol:"  # before the name of a protocol, whose real images are the reference
 

@@ -10,13 +10,14 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from evaluation.metrics import adm, clip_score, frechet, retrieval
+from evaluation.metrics import adm, clip_score, frechet, preference, retrieval
 from evaluation.metrics.extractors import EXTRACTORS, RECIPES, load_extractor, network_fields
+from evaluation.metrics.preference import MODELS
 from evaluation.metrics.result import Result, ResultError, read_result
 from evaluation.metrics.statistics import load_reference
 from evaluation.protocols.protocol import Prompt, Protocol, chosen_prompts
@@ -306,6 +307,7 @@ class Sources:
 
     config, ckpt: the model's files. data: the folder of the protocol's data.
     inception:    weights of the network of Fréchet distances. clip: folder of the CLIP model.
+    image_reward, pick_score: see `evaluation.metrics.preference.MODELS`.
     device:       name of a device.
     """
 
@@ -314,6 +316,8 @@ class Sources:
     ckpt: str | None = None
     inception: str | None = None
     clip: str | None = None
+    image_reward: str | None = None
+    pick_score: str | None = None
     device: str = "auto"
 
 
@@ -348,6 +352,7 @@ def measures_of(protocol: Protocol, data: Path, columns: Sequence[str], sources:
     found = []
     if any(name in columns for name in ("fid", *ADM)):
         found.append(distance_measure(protocol, data, sources, cache, suite=any(name in columns for name in ADM)))
+    found += [preference_measure(model, sources) for model in MODELS if model.replace("-", "_") in columns]
     if "clip_score" in columns:
         scored = "clip_score" in protocol.metrics
         found.append(score_measure(protocol, sources) if scored else retrieval_measure(protocol, data))
@@ -404,6 +409,18 @@ def score_measure(protocol: Protocol, sources: Sources) -> Measure:
         return clip_score.compute(run / "samples", variant=variant, weights=model, batch_size=BATCH)
 
     return Measure("clip_score", {"clip_score": name}, depends, 1, compute)
+
+
+def preference_measure(model: str, sources: Sources) -> Measure:
+    """A model's mean score of preference; its column is called as its field of the sources."""
+    name = model.replace("-", "_")
+    try:
+        scorer = preference.load_scorer(model, getattr(sources, name))
+    except SettingError as error:
+        raise SettingError(name, error.problem) from error
+    depends = {"measure": name, "features_sha256": file_sha256(scorer.file)}
+    compute = partial(preference.compute, model=model, weights=scorer)
+    return Measure(name, {name: name}, depends, 1, lambda run: compute(run / "samples"))
 
 
 def retrieval_measure(protocol: Protocol, data: Path) -> Measure:

@@ -62,6 +62,8 @@ class Column:
 COLUMNS = {
     "fid": Column("FID", 2, "quality"),
     "clip_score": Column("CLIP-score", 3, "quality"),
+    "image_reward": Column("ImageReward", 3, "quality"),
+    "pick_score": Column("PickScore", 3, "quality"),
     "sfid": Column("sFID", 2, "quality"),
     "inception_score": Column("IS", 2, "quality"),
     "precision": Column("precision", 3, "quality"),

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import adm, clip_score, fid, paired, preference
-from evaluation.metrics.preference import PACKAGES
+from evaluation import adm, clip_score, fid, paired
 from evaluation.runs.images import ImageFolder, image_warnings
 from tests.helpers.measures import N, assert_one_line, draw, fid_of, load_json
 
@@ -146,10 +145,3 @@ def test_bad_flags_are_one_line(call, capsys, monkeypatch, module, arguments, wh
             monkeypatch.setitem(sys.modules, package, None)
     assert call(module, *arguments, network="--device" not in arguments) == 2
     assert_one_line(capsys.readouterr().err, why)
-
-
-def test_plug_ins_that_are_not_installed_say_so(call, capsys, monkeypatch, sets):
-    for name, package in PACKAGES.items():
-        monkeypatch.setitem(sys.modules, package, None)
-        assert preference.main([str(sets / "plain"), "--model", name]) == 2
-        assert_one_line(capsys.readouterr().err, f"--model: {name} needs the package {package}, which is not installed")

@@ -8,7 +8,7 @@ from evaluation.metrics import adm as adm_suite
 from evaluation.metrics import clip_score as clip_measure
 from evaluation.metrics import command, frechet, statistics
 from evaluation.metrics.clip_score import VARIANTS
-from evaluation.metrics.preference import PACKAGES
+from evaluation.metrics.preference import MODELS
 from evaluation.runs.images import ImageFolder
 from ldm.io.errors import SettingError
 
@@ -43,4 +43,4 @@ def test_a_measure_names_the_argument_that_it_can_not_use(sets, lite0, tmp_path)
 
 def test_the_flags_offer_what_there_is():
     """Written twice, so that --help need not wait for PyTorch."""
-    assert command.VARIANTS == tuple(VARIANTS) and command.PREFERENCES == tuple(PACKAGES)
+    assert command.VARIANTS == tuple(VARIANTS) and command.PREFERENCES == tuple(MODELS)
