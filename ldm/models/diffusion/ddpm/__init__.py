@@ -1,15 +1,22 @@
 """Diffusion models under their published names: the network with its condition, and what surrounds it."""
 
 from ldm.compatibility import disabled_train
-from ldm.models.diffusion.ddpm.latent import DDPM, ConditionLike, DiffusionWrapper, LatentDiffusion, Layout2ImgDiffusion
-from ldm.models.diffusion.ddpm.retrieval import MinimalRETRODiffusion
-from ldm.models.diffusion.ddpm.stable_diffusion_2 import (
+from ldm.models.diffusion.ddpm.latent import (
+    DDPM,
+    ConditionLike,
+    DiffusionWrapper,
+    LatentDiffusion,
+    Layout2ImgDiffusion,
+    MinimalRETRODiffusion,
+)
+from ldm.models.diffusion.ddpm.stable_diffusion import (
     ImageEmbeddingConditionedLatentDiffusion,
     LatentDepth2ImageDiffusion,
     LatentInpaintDiffusion,
     LatentUpscaleDiffusion,
+    StableDiffusionXL,
+    StableDiffusionXLInpaint,
 )
-from ldm.models.diffusion.ddpm.stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLInpaint
 
 __all__ = [
     "ConditionLike",

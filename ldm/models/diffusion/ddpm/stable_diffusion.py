@@ -1,4 +1,7 @@
-"""The models of Stable Diffusion 2 that see more than a text: a mask, depth, low resolution, an image's embedding."""
+"""Stable Diffusion 2's models that see more than a text (a mask, depth, low resolution, an image's embedding), and XL.
+
+Stable Diffusion XL has two text encoders, and a vector that says how the image is framed (arXiv 2307.01952).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm.latent import LatentDiffusion
 from ldm.models.diffusion.denoiser import Conditioning
@@ -156,3 +159,57 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         if self.training:
             y = y * (torch.rand(len(y), 1, device=y.device) >= self.embedding_dropout)
         return Conditioning(context, y=y)
+
+
+SCORE = "aesthetic_score"
+
+
+class StableDiffusionXL(LatentDiffusion):
+    """The base model, and the refiner, which finishes the images of a base model.
+
+    The conditioner is called `conditioner`, as in the published files.
+
+    Args:
+        cond_stage_config: a `GeneralConditioner`.
+        disable_first_stage_autocast: compute the first stage in float32 even where the rest runs in a lower precision:
+            in float16 the published first stage overflows.
+        rest: see `LatentDiffusion`.
+    """
+
+    def __init__(self, disable_first_stage_autocast: bool = True, **rest: Any):
+        super().__init__(**rest)
+        self.disable_first_stage_autocast = disable_first_stage_autocast
+
+    @property
+    def cond_stage_model(self) -> nn.Module:
+        return self.conditioner
+
+    def _add_conditioner(self, conditioner: nn.Module | None) -> None:
+        self.conditioner = conditioner
+
+    @property
+    def refines(self) -> bool:
+        """Whether this is the refiner: it knows how much people like an image, and not how large it is to be."""
+        return SCORE in self.conditioner.numbers
+
+    @torch.no_grad()
+    def get_learned_conditioning(self, c: Mapping[str, Any]) -> Conditioning:
+        """The condition of prompts ("txt") and numbers, see `GeneralConditioner.forward`."""
+        context, vector = self.conditioner(c)
+        return Conditioning(context, y=vector)
+
+    def encode_first_stage(self, x: Tensor) -> Any:
+        with self._first_stage_precision(x):
+            return super().encode_first_stage(x)
+
+    def _decoded(self, z: Tensor, force_not_quantize: bool, tile: int | None = None) -> Tensor:
+        with self._first_stage_precision(z):
+            return super()._decoded(z.float() if self.disable_first_stage_autocast else z, force_not_quantize, tile)
+
+    def _first_stage_precision(self, like: Tensor) -> torch.autocast:
+        kept = torch.is_autocast_enabled(like.device.type) and not self.disable_first_stage_autocast
+        return torch.autocast(like.device.type, enabled=kept)
+
+
+class StableDiffusionXLInpaint(StableDiffusionXL, LatentInpaintDiffusion):
+    """Paints the masked part of an image; the network sees the mask and what is around it."""
