@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from evaluation.metrics import ModelError
 from ldm.io.errors import one_line
 from ldm.io.files import read_json
-from ldm.modules.encoders.clip import from_folder
-from ldm.modules.encoders.clip_image import MEAN, STD
+from ldm.modules.encoders.clip import MEAN, STD, from_folder
 from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
 from ldm.modules.encoders.openclip import OpenCLIP, Vision
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 
-from ldm.modules.encoders.clip_image import MEAN, STD
+from ldm.modules.encoders.clip import MEAN, STD
 
 TOKENS = 35  # of a text; what is longer is cut
 HEAD = (0, 2, 4, 6, 7)  # the linear layers among those of the published head; the others drop out in training

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.modules.encoders.clip_image import clip_pixels
+from ldm.modules.encoders.clip import clip_pixels
 from ldm.modules.encoders.modules import (
     FrozenCLIPEmbedder,
     FrozenClipImageEmbedder,

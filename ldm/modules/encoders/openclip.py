@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.encoders.clip_image import clip_pixels
+from ldm.modules.encoders.clip import clip_pixels
 from ldm.modules.encoders.clip_tokenizer import ClipConditioner, ClipTokenizer
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
