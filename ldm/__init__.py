@@ -10,6 +10,7 @@ docs/python.md has more. Importing the package imports nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,9 @@ def load(
     device: str | torch.device = "auto",
     weights: str = "auto",
     precision: str | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
+    embedding: str | Path | Sequence[str | Path] = (),
+    delta: str | Path | Sequence[str | Path] = (),
 ) -> Model:
     """A model to make images with; see `ldm.api.Model`.
 
@@ -37,6 +41,8 @@ def load(
         device: auto, cpu, cuda, cuda:N or mps; or a torch.device.
         weights: "ema" or "raw", the averaged or the last weights of the UNet; "auto" = averaged if there are any.
         precision: "full" or "autocast" (the device's lower precision); None = autocast on cuda, else full.
+        lora, embedding, delta: files that change a model that reads text, as the scripts take them
+            (docs/personalization.md); "FILE:0.8" is a LoRA with the weight 0.8.
 
     Raises:
         FileNotFoundError: a file is not here; for a published model it is said where to get it.
@@ -44,4 +50,4 @@ def load(
     """
     from ldm.api import load_by_name
 
-    return load_by_name(name, config, ckpt, device, weights, precision)
+    return load_by_name(name, config, ckpt, device, weights, precision, lora, embedding, delta)

@@ -6,11 +6,13 @@ defaults (docs/scripts.md).
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +20,31 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint.published import load_manifest
-from ldm.cli.arguments import EMOJI64, Files
+from ldm.cli.arguments import EMOJI64, Files, weighted_file
 from ldm.cli.kinds import BATCH, KINDS, Given, ImageLike, Job, as_files, kind_of, parsed
 from ldm.cli.parser import settings_from
-from ldm.cli.pipeline import check_amount, check_guidance, check_network, truncated_prompts
+from ldm.cli.pipeline import check_amount, check_guidance, check_texts, choose_methods, load_engines, truncated_prompts
 from ldm.cli.setup import (
+    ALONE,
+    ModelSettings,
     SamplingSettings,
     Setup,
     check_memory,
     count_nodes,
-    find_device,
-    make_plan,
     make_recipe,
-    model_files,
-    read_setup,
+    make_setup,
     run_facts,
-    uses_autocast,
     with_batches,
 )
 from ldm.cli.tasks import image_items
-from ldm.io.errors import BadInput
+from ldm.io.errors import BadInput, fault_of
 from ldm.io.files import INSTALLED_FILES, PROJECT_ROOT, find_file
 from ldm.io.images import to_pil
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.engine import Engine
 from ldm.sampling.generate import Item
 
+FileLike = str | Path
 WEIGHTS = ("model.safetensors", "model.ckpt", "last.ckpt")
 
 
@@ -61,8 +62,12 @@ class Model:
     def __init__(self, setup: Setup) -> None:
         self.kind = kind_of(setup.config.model)
         self.setup, self.config, self.sizes = setup, setup.config, setup.sizes
-        self.network: LatentDiffusion = setup.load()
-        self._packed_for: tuple[int, ...] | None = None
+        # The model's network, and a refiner's, with the size of the latents that its layers are packed for.
+        self._networks: dict[Path, tuple[LatentDiffusion, tuple[int, ...] | None]] = {setup.ckpt: (setup.load(), None)}
+
+    @property
+    def network(self) -> LatentDiffusion:
+        return self._networks[self.setup.ckpt][0]
 
     def __repr__(self) -> str:
         return f"<ldm model {self.setup.ckpt} ({self.kind}) on {self.setup.device}>"
@@ -88,8 +93,8 @@ class Model:
             samples: images of each subject.
             seed: fixes each image's noise, together with what it shows and the number of its sample.
             batch_size: images at a time.
-            settings: arguments of the kind's script under the same names: plan, steps, sampler, eta, scale, parallel,
-                propagate, noise_weight, H, W, strength, ...
+            settings: arguments of the kind's scripts under the same names: plan, steps, sampler, eta, scale, parallel,
+                propagate, noise_weight, H, W, tile, strength, prompt_weights, refiner, control, ...
 
         Returns:
             RGB images: those of the first subject, then those of the second, ...
@@ -121,33 +126,39 @@ class Model:
             sampling = settings_from(args, SamplingSettings)
             with tempfile.TemporaryDirectory() as folder:
                 given = Given(subjects, as_files(image, Path(folder)), as_files(mask, Path(folder)), args.H, args.W)
-                job = kind.make(given, self.setup, sampling, **{name: getattr(args, name) for name in kind.own})
+                more = [settings_from(args, settings) for settings in kind.settings]
+                job = kind.make(given, self.setup, sampling, *more, **{name: getattr(args, name) for name in kind.own})
             items = image_items(job.subjects, args.n_samples, args.seed, args.seed_by_position)
             check_amount(len(items), job.size, args.batch_size)
+            check_texts(items, job.task)
             batch = min(args.batch_size, len(items))
-            engine = self._engine(job, batch)
+            engine = self._engine(job, batch, args.tile)
             batch = 1 if engine.plan.measures else batch  # as in the scripts, for the same last digits
             if cut := truncated_prompts(items, job.task, self.network):
                 warnings.warn(cut, stacklevel=3)
             return Run(engine, items, batch)
 
-    def _engine(self, job: Job, batch: int) -> Engine:
+    def _engine(self, job: Job, batch: int, tile: int | None) -> Engine:
         setup = self.setup
         recipe = make_recipe(job.sampling, job.size, setup.config)
         check_guidance(recipe, job.task)
         nodes = count_nodes(recipe, setup, job.task.start.strength)
         facts = recipe.facts(job.task.start.strength)
-        plan = make_plan(job.sampling, nodes, run_facts(setup, recipe.solver_name, facts))
-        latents = tuple(self.sizes.whole(side) for side in job.size)
-        if self._packed_for not in (None, latents):
-            self.network, self._packed_for = setup.load(), None
-        check_network(self.network, recipe, plan)
-        engine = Engine(self.network, self.sizes, recipe, plan, job.task, autocast=setup.autocast)
-        if self._packed_for is None:
-            engine.pack()
-            self._packed_for = latents
+        facts = run_facts(setup, recipe.solver_name, facts)
+        methods = choose_methods(setup, job.sampling, recipe, nodes, facts, False, job.task.network.anew)
+        load = partial(self._load, tuple(self.sizes.whole(side) for side in job.size))
+        (engine,) = load_engines(setup, methods, job.task, tile, job.refiner, load).values()
         check_memory(engine, batch, setup.device)
         return with_batches(engine, job.sampling.parallel, batch, setup.device)
+
+    def _load(self, size: tuple[int, ...], setup: Setup) -> LatentDiffusion:
+        """The setup's network to be packed for this size; loaded if it is not yet, or is packed for another."""
+        network, packed_for = self._networks.pop(setup.ckpt, (None, size))
+        if network is None or packed_for not in (None, size):
+            network = None  # gives its memory back before the other is loaded
+            network = setup.load()
+        self._networks[setup.ckpt] = network, size if setup.device.type == "cpu" else None
+        return network
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,9 @@ def load_by_name(
     device: str | torch.device,
     weights: str,
     precision: str | None,
+    lora: FileLike | Sequence[FileLike],
+    embedding: FileLike | Sequence[FileLike],
+    delta: FileLike | Sequence[FileLike],
 ) -> Model:
     """See `ldm.load`."""
     files = [Path(path) for path in (config, ckpt) if path is not None]
@@ -201,10 +215,17 @@ def load_by_name(
         for path in files:
             if not path.exists():
                 raise FileNotFoundError(f"{path}: no such file")
-        config_path, weights_path = model_files(config, ckpt) if name is None else named_files(str(name))
-        place = find_device(str(device))
-        autocast = uses_autocast(precision, place)
-        return Model(read_setup(config_path, weights_path, place, weights=weights, autocast=autocast))
+        config, ckpt = (config, ckpt) if name is None else named_files(str(name))
+        adapters = {"embedding": listed(embedding), "delta": listed(delta)}
+        with fault_of("lora", (argparse.ArgumentTypeError,)):
+            adapters["lora"] = [weighted_file(file) for file in listed(lora)]
+        settings = ModelSettings(config, ckpt, weights, device=str(device), precision=precision, **adapters)
+        return Model(make_setup(settings, processes=ALONE))
+
+
+def listed(files: FileLike | Sequence[FileLike]) -> list[str]:
+    """One file or several, as a command line has them."""
+    return [str(file) for file in ([files] if isinstance(files, str | Path) else files)]
 
 
 def named_files(name: str) -> Files:

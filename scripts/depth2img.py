@@ -28,7 +28,7 @@ DEPTH = (
 
 def parser() -> Parser:
     p = Parser(prog="depth2img.py", description=__doc__)
-    start_image_arguments(p, strength=0.9)
+    start_image_arguments(p, strength=0.9, framed=False)
     sampling_arguments(p, scale=9.0)
     propagation_arguments(p)
     model_arguments(p, DEPTH, adapters=True)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     cli.pipeline.make_images(
         model,
         cli.tasks.text_items(settings_from(args, cli.tasks.TextSettings), shown, reference),
-        cli.tasks.depth_task(model, image, args.strength, args.negative_prompt),
+        cli.tasks.depth_task(model, image, args.strength, settings_from(args, cli.tasks.PromptSettings)),
         tuple(image.shape[1:]),
         settings_from(args, cli.pipeline.SamplingSettings),
         settings_from(args, cli.pipeline.OutputSettings),

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     cli.pipeline.make_images(
         model,
         cli.tasks.text_items(settings_from(args, cli.tasks.TextSettings), shown, reference),
-        cli.tasks.image_task(model, image, args.strength, args.negative_prompt),
+        cli.tasks.image_task(model, image, args.strength, settings_from(args, cli.tasks.PromptSettings)),
         tuple(image.shape[1:]),
         settings_from(args, cli.pipeline.SamplingSettings),
         settings_from(args, cli.pipeline.OutputSettings),

@@ -19,8 +19,8 @@ from ldm.cli.arguments import (
     ROOT,
     count_arguments,
     model_arguments,
-    negative_argument,
     output_arguments,
+    prompt_arguments,
     propagation_arguments,
     sampling_arguments,
 )
@@ -41,7 +41,7 @@ def parser() -> Parser:
         help="folder with images NAME.png and masks NAME_mask.png, all of one size; white = the part to inpaint",
     )
     what.add_argument("--prompt", help="what the masked parts show, for a model that reads text")
-    negative_argument(what)
+    prompt_arguments(what)
     count_arguments(what, 1, 4, "results for each image")
     sampling_arguments(p)
     propagation_arguments(p)
@@ -64,10 +64,11 @@ def run(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     sampling = settings_from(args, cli.pipeline.SamplingSettings)
-    text = args.prompt is not None
+    text, prompts = args.prompt is not None, settings_from(args, cli.tasks.PromptSettings)
     if not text:
-        if args.negative_prompt:
-            raise SettingError("negative_prompt", "only with --prompt")
+        for name, value in vars(prompts).items():
+            if value != getattr(cli.tasks.AS_USUAL, name):
+                raise SettingError(name, "only with --prompt")
         if args.scale not in (None, 1.0):
             raise SettingError("scale", "there is guidance only with --prompt")
         sampling = replace(sampling, scale=1.0)
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     cli.pipeline.make_images(
         model,
         cli.tasks.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
-        cli.tasks.inpainting_task(model, given.images, given.masks, text, args.negative_prompt),
+        cli.tasks.inpainting_task(model, given.images, given.masks, text, prompts),
         tuple(given.images.shape[-2:]),
         sampling,
         settings_from(args, cli.pipeline.OutputSettings),

@@ -29,7 +29,7 @@ RDM768 = (ROOT / "configs/retrieval-augmented-diffusion/768x768.yaml", ROOT / "m
 
 def parser() -> Parser:
     p = Parser(prog="knn2img.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = text_arguments(p, negative=False, batch=3)
+    what = text_arguments(p, reading=False, batch=3)
     what.add_argument(
         "--query-image",
         nargs="+",

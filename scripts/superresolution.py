@@ -14,9 +14,9 @@ from ldm.cli.arguments import (
     ROOT,
     count_arguments,
     model_arguments,
-    negative_argument,
     noise_level_argument,
     output_arguments,
+    prompt_arguments,
     propagation_arguments,
     sampling_arguments,
 )
@@ -36,7 +36,7 @@ def parser() -> Parser:
         help="small images of one size; each side becomes f times as long (4 times with both models)",
     )
     what.add_argument("--prompt", help="what the images show, for the x4 upscaler (default: the empty text)")
-    negative_argument(what)
+    prompt_arguments(what, framed=False)
     noise_level_argument(what)
     count_arguments(what, 1, 1, "results for each image")
     sampling_arguments(p, None, None, unknown="see above")
@@ -50,9 +50,10 @@ def run(args: argparse.Namespace) -> None:
     subjects, images = cli.tasks.small_images(args.images)
     model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), BSR_SR)
     sampling = settings_from(args, cli.pipeline.SamplingSettings)
-    settings = cli.tasks.upscaling_settings(model, sampling, args.prompt, args.negative_prompt, args.noise_level)
+    prompts = settings_from(args, cli.tasks.PromptSettings)
+    settings = cli.tasks.upscaling_settings(model, sampling, args.prompt, prompts, args.noise_level)
     task, size = cli.tasks.upscaling_task(model, images, settings)
-    text = {} if settings.prompt is None else {"prompt": settings.prompt}
+    text = {"prompt": args.prompt or ""} if settings.reads else {}
     cli.pipeline.make_images(
         model,
         cli.tasks.image_items(

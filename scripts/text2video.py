@@ -18,10 +18,10 @@ from ldm.cli.arguments import (
     count,
     finite,
     model_arguments,
-    negative_argument,
     noise_arguments,
     output_arguments,
     plan_arguments,
+    prompt_arguments,
     sampling_arguments,
     size_arguments,
 )
@@ -56,7 +56,7 @@ def video_arguments(p: argparse.ArgumentParser) -> None:
     """What the video shows, and how it moves."""
     what = p.add_argument_group("what to make")
     what.add_argument("--prompt", required=True, help="text that describes the video")
-    negative_argument(what)
+    prompt_arguments(what, framed=False)
     what.add_argument(
         "--model",
         choices=("zero", "videofusion"),
@@ -79,7 +79,7 @@ def video_arguments(p: argparse.ArgumentParser) -> None:
         type=motion,
         metavar="X,Y",
         help="how far each frame moves to the left and up, in 512ths of the image; negative: to the right and "
-        "down, written --motion=-12,-12 (default: 12,12)",
+        "down (default: 12,12)",
     )
     for name, default, meaning in (
         ("--t1", 47, "all frames are sampled from here on"),
@@ -111,7 +111,7 @@ def video_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = settings_from(args, cli.video.VideoSettings)
+    settings = settings_from(args, cli.video.VideoSettings, prompts=settings_from(args, cli.tasks.PromptSettings))
     sampling = settings_from(args, cli.pipeline.SamplingSettings)
     cli.video.check_video(settings, sampling)
     default = VIDEOFUSION if args.model == "videofusion" else EMOJI64

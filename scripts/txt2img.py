@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from ldm.cli.arguments import (
     EMOJI64,
     ROOT,
-    framing_arguments,
     model_arguments,
     output_arguments,
     propagation_arguments,
-    reading_arguments,
     refiner_arguments,
     sampling_arguments,
     size_arguments,
@@ -26,10 +24,7 @@ LAION400M = (ROOT / "configs/latent-diffusion/txt2img-1p4B-eval.yaml", ROOT / "m
 
 def parser() -> Parser:
     p = Parser(prog="txt2img.py", description=__doc__)
-    what = text_arguments(p)
-    size_arguments(what)
-    reading_arguments(what)
-    framing_arguments(what)
+    size_arguments(text_arguments(p))
     sampling_arguments(p)
     propagation_arguments(p)
     of_model = model_arguments(p, EMOJI64, adapters=True)
@@ -47,13 +42,11 @@ def run(args: argparse.Namespace) -> None:
     model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), LAION400M if args.laion400m else EMOJI64)
     shown = cli.tasks.shipped_prompts(model.ckpt) if args.compare else []
     items = cli.tasks.text_items(settings_from(args, cli.tasks.TextSettings), shown)
-    reading = cli.tasks.Reading(args.prompt_weights, args.prompt_chunks)
-    cli.tasks.check_prompts(items, args.negative_prompt, reading)
     size = cli.setup.image_size(model.sizes, args.H, args.W)
     cli.pipeline.make_images(
         model,
         items,
-        cli.tasks.text_task(model, size, args.negative_prompt, settings_from(args, cli.tasks.FramingSettings), reading),
+        cli.tasks.text_task(model, size, settings_from(args, cli.tasks.PromptSettings)),
         size,
         settings_from(args, cli.pipeline.SamplingSettings),
         settings_from(args, cli.pipeline.OutputSettings),

@@ -98,11 +98,17 @@ CASES = {
             "W": 96,
         },
     ),
+    "weights, chunks and tiles": (
+        "text",
+        "txt2img",
+        ["--prompt", "a (red:1.4) heart", "--prompt-weights", "--prompt-chunks", "2", "--tile", "32", "--n_samples=1"],
+        {"subjects": "a (red:1.4) heart", "prompt_weights": True, "prompt_chunks": 2, "tile": 32},
+    ),
     "image to image": (
         "text",
         "img2img",
-        ["--prompt", HEART, "--init-img", "a.png", "--n_samples", "2"],
-        {"subjects": HEART, "image": "a.png", "samples": 2},
+        ["--prompt", "a (red:2) heart", "--prompt-weights", "--init-img", "a.png", "--n_samples", "2"],
+        {"subjects": "a (red:2) heart", "prompt_weights": True, "image": "a.png", "samples": 2},
     ),
     "masked": (
         "text",
@@ -253,7 +259,8 @@ def test_defaults_are_those_of_the_script(kind):
         for argument, value in ours.items()
         if argument in script and script[argument] != value
     }
-    assert not differ.keys() - {"n_samples", "batch_size", {"inpainting": "scale", "nothing": "steps"}.get(kind)}
+    set_afterwards = {"inpainting": "scale", "nothing": "steps", "text": "noise_order"}
+    assert not differ.keys() - {"n_samples", "batch_size", set_afterwards.get(kind)}
 
 
 def test_images_in_memory_are_read_as_files_are(models):
@@ -312,6 +319,8 @@ def test_sizes_follow_each_other_and_batches_change_nothing(models):
         ({"subjects": HEART, "steps": True}, TypeError, "^steps must be a text, a number"),
         ({"subjects": HEART, "image": "none.png"}, FileNotFoundError, "none.png"),
         ({"subjects": HEART, "tome": 2}, ValueError, "^tome: expected a number in 0..0.75"),
+        ({"subjects": "(a:1,3)", "prompt_weights": True}, ValueError, "^prompt: ':1,3' at character 3 is no weight"),
+        ({"subjects": HEART, "crop": (0, 0)}, ValueError, "^crop: only for a model that is told how the image is"),
     ],
 )
 def test_what_is_not_taken_is_said(models, told, error, why):
@@ -348,6 +357,8 @@ def test_a_prompt_that_is_not_read_to_its_end_is_said(models):
         ({"name": "n" * 5000}, ValueError, "File name too long"),
         ({"config": "n" * 5000}, ValueError, "File name too long"),
         ({"name": "emoji64", "device": "cuda:99"}, ValueError, "^device: cuda:99 is not there"),
+        ({"name": "emoji64", "lora": "none.safetensors"}, ValueError, "^lora: none.safetensors: no such file"),
+        ({"name": "emoji64", "lora": "a:9999"}, ValueError, "^lora: expected a number in -1000..1000; got '9999'"),
     ],
 )
 def test_models_that_are_not_there(given, error, why):

@@ -69,7 +69,7 @@ def test_the_measures_of_the_readme_run(tmp_path, monkeypatch):
 def test_the_code_blocks_run(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = blocks_of("docs/python.md")
-    assert len(blocks) == text.count("```") // 2 == 7
+    assert len(blocks) == text.count("```") // 2 == 8
     assert len(blocks[0].strip().splitlines()) == 5
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -78,5 +78,5 @@ def test_the_code_blocks_run(tmp_path, monkeypatch):
         exec(compile(block, f"docs/python.md, block {number + 1}", "exec"), names)
     assert Image.open("heart.png").size == (64, 64)
     assert names["pixels"].shape == (1, 3, 64, 64) and names["eps"].shape == (1, 24, 8, 8)
-    plain, published, ours, edited = (names[name][0].tobytes() for name in ("plain", "published", "ours", "images"))
-    assert len({plain, published, ours, edited}) == 4
+    made = [names[name][0] for name in ("plain", "published", "ours", "images", "green")]
+    assert len({image.tobytes() for image in made}) == 5 and names["large"][0].size == (128, 128)

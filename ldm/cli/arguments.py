@@ -71,14 +71,25 @@ def two(kind: Callable[[str], int]) -> Callable[[str], tuple[int, int]]:
     return parse
 
 
+def thresholds(text: str) -> tuple[float, float]:
+    """An argparse type: two numbers of at least 0, LOW,HIGH."""
+    low, comma, high = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"must be LOW,HIGH, two numbers such as 100,200; got {text!r}")
+    one = number(float, 0, sys.float_info.max, "a number >= 0")
+    return one(low), one(high)
+
+
 def timesteps(text: str) -> tuple[int, ...]:
     """An argparse type: training timesteps, T,T,..."""
     one = whole(0, MOST_STEPS)
     return tuple(map(one, text.split(",")))
 
 
-def text_arguments(p: argparse.ArgumentParser, negative: bool = True, batch: int = 4) -> argparse._ArgumentGroup:
-    """Prompts, and how many images of each; `negative`: whether guidance can lead away from a text."""
+def text_arguments(
+    p: argparse.ArgumentParser, reading: bool = True, framed: bool = True, batch: int = 4
+) -> argparse._ArgumentGroup:
+    """Prompts, and how many images of each; `reading`: with `prompt_arguments`."""
     what = p.add_argument_group("what to make")
     text = what.add_mutually_exclusive_group()
     text.add_argument(
@@ -87,8 +98,8 @@ def text_arguments(p: argparse.ArgumentParser, negative: bool = True, batch: int
         f"prompts.txt in the folder of the model's weights, if that file exists)",
     )
     text.add_argument("--from-file", metavar="FILE", help="text file with one prompt per line")
-    if negative:
-        negative_argument(what)
+    if reading:
+        prompt_arguments(what, framed)
     what.add_argument("--repeat", type=count, default=1, metavar="N", help="use each prompt N times")
     what.add_argument(
         "--n_samples",
@@ -112,7 +123,7 @@ def text_arguments(p: argparse.ArgumentParser, negative: bool = True, batch: int
     return what
 
 
-def negative_argument(group: argparse._ArgumentGroup) -> None:
+def negative_argument(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--negative_prompt",
         default="",
@@ -121,9 +132,9 @@ def negative_argument(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def start_image_arguments(p: argparse.ArgumentParser, strength: float) -> None:
+def start_image_arguments(p: argparse.ArgumentParser, strength: float, framed: bool = True) -> None:
     """Prompts, the image to start from, how much of it is changed, and the size of the results."""
-    what = text_arguments(p)
+    what = text_arguments(p, framed=framed)
     what.add_argument(
         "--init-img", required=True, metavar="FILE", help="the image to start from; transparent parts become white"
     )
@@ -168,8 +179,9 @@ def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's")
     group.add_argument("--W", "--width", type=side, help=f"width in pixels (default: {default})")
 
 
-def reading_arguments(group: argparse._ArgumentGroup) -> None:
-    """How prompts are read."""
+def prompt_arguments(group: argparse._ActionsContainer, framed: bool = True) -> None:
+    """What is said beside the prompts, and how both are read; `framed`: the model may be SDXL."""
+    negative_argument(group)
     group.add_argument(
         "--prompt-weights",
         action="store_true",
@@ -184,9 +196,13 @@ def reading_arguments(group: argparse._ArgumentGroup) -> None:
         help="read up to N times as many tokens as the text encoder takes, which is called N times; the rest of a "
         "longer prompt is left out (default: %(default)s)",
     )
+    if framed:
+        framing_arguments(group)
+    else:
+        group.set_defaults(original_size=None, crop=None)
 
 
-def framing_arguments(group: argparse._ArgumentGroup) -> None:
+def framing_arguments(group: argparse._ActionsContainer) -> None:
     """What SDXL is told of the picture beside the text."""
     group.add_argument(
         "--original-size",
@@ -204,7 +220,7 @@ def framing_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def refiner_arguments(group: argparse._ArgumentGroup) -> None:
+def refiner_arguments(group: argparse._ActionsContainer) -> None:
     """The model that runs the last steps."""
     group.add_argument(
         "--refiner",
@@ -217,6 +233,62 @@ def refiner_arguments(group: argparse._ArgumentGroup) -> None:
         type=number(float, 0.001, 0.999, "a number in 0.001..0.999"),
         metavar="X",
         help="the share of the steps that it runs, the last ones (default: 0.2)",
+    )
+
+
+def control_arguments(control: argparse._ActionsContainer, required: bool = False) -> None:
+    """What the images follow, and by which networks; --image is the one that it is made of."""
+    control.add_argument(
+        "--control",
+        action="append",
+        required=required,
+        default=None if required else [],
+        metavar="KIND",
+        help="edges (Canny), scribble (HED) or depth (MiDaS) of --image; or FILE, a picture of the size of the results "
+        "that shows the edges, the depth or what else the control network was trained with; may be given several times",
+    )
+    control.add_argument(
+        "--control-model",
+        action="append",
+        required=required,
+        default=None if required else [],
+        metavar="FILE",
+        help="the control network of each --control: a file that has it alone or beside its base model, or a folder of "
+        "the diffusers library",
+    )
+    control.add_argument(
+        "--control-weight",
+        action="append",
+        default=[],
+        type=scale_value,
+        metavar="X",
+        help="how much each control network counts (default: 1)",
+    )
+    control.add_argument("--hed", metavar="FILE", help="weights of HED, for --control scribble")
+    control.add_argument(
+        "--midas",
+        metavar="FILE",
+        help="weights of MiDaS, or of a depth-to-image model that has them, for --control depth",
+    )
+    control.add_argument(
+        "--canny",
+        type=thresholds,
+        default=(100.0, 200.0),
+        metavar="LOW,HIGH",
+        help="thresholds of the edges (default: 100,200)",
+    )
+    control.add_argument(
+        "--guess",
+        action="store_true",
+        help="guess mode: control counts less the further out in the network it is added, and not for the "
+        "unconditional prediction; for an empty prompt",
+    )
+    control.add_argument(
+        "--control-at",
+        choices=("key", "every"),
+        default="key",
+        help="run control networks at key timesteps, or at every step, where their part of the features is then new "
+        "(default: %(default)s)",
     )
 
 
@@ -603,12 +675,16 @@ def output_arguments(
     else:
         p.set_defaults(grid=False, columns=0)
     out.add_argument("--skip_save", dest="save", action="store_false", help="save no single images")
-    out.add_argument(
+    tile_argument(out)
+    out.add_argument("--again", action="store_true", help="make images again that already exist, to measure their time")
+    return out
+
+
+def tile_argument(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--tile",
         type=whole(1, LARGEST_SIDE),
         metavar="PIXELS",
         help="decode the latents in tiles of so many pixels a side: less memory for large images, more time; changes "
         "rounding errors only (default: whole images)",
     )
-    out.add_argument("--again", action="store_true", help="make images again that already exist, to measure their time")
-    return out

@@ -41,10 +41,10 @@ class ControlSettings:
     control_at: "key" = at key timesteps, "every" = at every step.
     """
 
-    control: Sequence[str]
-    control_model: Sequence[str]
+    control: Sequence[str] = ()
+    control_model: Sequence[str] = ()
     control_weight: Sequence[float] = ()
-    image: str | None = None
+    image: str | Path | None = None
     hed: str | None = None
     midas: str | None = None
     canny: tuple[float, float] = conditions.THRESHOLDS
@@ -54,18 +54,19 @@ class ControlSettings:
 
 def check_control(settings: ControlSettings) -> None:
     """Raise SettingError unless each control has its network, its weight, and what its picture is made of."""
-    count = len(settings.control)
+    if (count := len(settings.control)) == 0:
+        raise SettingError("control", "needed: what the images are to follow")
     for name, given in (("control_model", settings.control_model), ("control_weight", settings.control_weight)):
         if len(given) != count and (given or name == "control_model"):
-            raise SettingError(name, f"expected one for each --control, {count}; got {len(given)}")
+            raise SettingError(name, f"expected one for each control, {count}; got {len(given)}")
     made = [kind for kind in settings.control if kind in KINDS]
     if made and settings.image is None:
-        raise SettingError("image", f"needed for --control {made[0]}: the image that it is made of")
+        raise SettingError("image", f"needed for control {made[0]}: the image that it is made of")
     if not made and settings.image is not None:
-        raise SettingError("image", f"only for --control {', '.join(KINDS)}; the pictures given are files")
+        raise SettingError("image", f"only for control {', '.join(KINDS)}; the pictures given are files")
     for kind, name, what in (("scribble", "hed", "HED"), ("depth", "midas", "MiDaS")):
         if kind in made and getattr(settings, name) is None:
-            raise SettingError(name, f"needed for --control {kind}: the weights of {what}")
+            raise SettingError(name, f"needed for control {kind}: the weights of {what}")
     if settings.canny[0] > settings.canny[1]:
         raise SettingError("canny", f"expected LOW <= HIGH; got {settings.canny[0]:g},{settings.canny[1]:g}")
 
@@ -185,7 +186,7 @@ def given_picture(file: str, size: Size) -> tuple[Image.Image, dict[str, str]]:
         if (shown.height, shown.width) != size:
             raise ValueError(
                 f"{file}: {shown.width} x {shown.height} pixels; expected {size[1]} x {size[0]}, the size of the "
-                f"results (see --H and --W)"
+                f"results (see H and W)"
             )
         return shown, file_reference(file, "picture")
 

@@ -11,7 +11,7 @@ from ldm.io.errors import SettingError, fault_of, some
 from ldm.retrieval.benchmark import benchmark
 from ldm.retrieval.build import BuildSettings, build
 from ldm.retrieval.database import PUBLISHED, Database, open_database
-from ldm.retrieval.index import train_index
+from ldm.retrieval.index import check_index, train_index
 
 SEARCHERS = Path("data/rdm/searchers")
 SHOWN = 3  # of images that are left out, how many are named
@@ -50,6 +50,7 @@ def train_searcher(name: str, target: str | None, kind: str, recall: float, knn:
     database = find_database(name)
     out = SEARCHERS / database.folder.name if target is None else Path(target)
     check_outdir(out, "--target_path")
+    check_index(len(database), kind, knn)
     print(f"{database.folder}: {len(database)} rows of width {database.width}")
     with fault_of("database"):  # a part that is damaged inside
         for number, trial in enumerate(train_index(database, kind, out, recall, knn)):
@@ -63,7 +64,9 @@ def benchmark_search(folder: str, rows: int, width: int, knn: int, kind: str | N
     """Print how fast searches are on random embeddings, which lie in the folder for that time."""
     if not Path(folder).is_dir():
         raise SettingError("dir", f"{folder}: no such directory")
-    if knn > rows:
+    if kind is not None:
+        check_index(rows, kind, knn)
+    elif knn > rows:
         raise SettingError("knn", f"expected 1..{rows}, the rows of the database; got {knn}")
     with fault_of("dir", (OSError,)), tempfile.TemporaryDirectory(dir=folder) as place:
         for line in benchmark(Path(place), rows, width, knn, kind):

@@ -270,7 +270,8 @@ def third_stage(
 
 def upscaling(settings: CascadeSettings, setup: Setup) -> tasks.UpscalingSettings:
     """Of the third stage."""
-    return tasks.upscaling_settings(setup, settings.sampling(3), "", settings.negative_prompt, settings.noise_levels[1])
+    prompts = tasks.PromptSettings(settings.negative_prompt)
+    return tasks.upscaling_settings(setup, settings.sampling(3), "", prompts, settings.noise_levels[1])
 
 
 def run(

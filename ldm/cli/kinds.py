@@ -10,7 +10,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,24 @@ from PIL import Image
 from ldm.cli import tasks
 from ldm.cli.arguments import (
     class_names_argument,
+    control_arguments,
     count_arguments,
-    negative_argument,
     noise_level_argument,
+    prompt_arguments,
     propagation_arguments,
+    refiner_arguments,
     sampling_arguments,
     size_arguments,
     strength_argument,
+    tile_argument,
     uncond_class_argument,
 )
+from ldm.cli.control import ControlSettings, check_control, controlled, read_image, result_size
 from ldm.cli.parser import Parser, Version
+from ldm.cli.pipeline import Refiner, RefinerSettings, make_refiner
 from ldm.cli.setup import SamplingSettings, Setup, image_size
 from ldm.cli.tasks import (
+    PromptSettings,
     class_task,
     depth_task,
     file_reference,
@@ -232,55 +238,100 @@ def kept_by_files(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Job:
-    """What a call is to make: subjects, task, height and width, and how the images are sampled."""
+    """What a call is to make: subjects, task, height and width, how the images are sampled, and what refines them."""
 
     subjects: Sequence[dict[str, Any]]
     task: Task
     size: tuple[int, int]
     sampling: SamplingSettings
+    refiner: Refiner | None = None
 
 
 @dataclass(frozen=True)
 class Kind:
-    """arguments: adds the kind's own to a parser. make: the job of a call. own: arguments that `make` takes by name."""
+    """What Python takes for a kind of model.
+
+    arguments: adds the kind's own to a parser.
+    make: the job of a call, from what is given, the setup, the `SamplingSettings`, and `settings`.
+    settings: dataclasses of further arguments.
+    own: arguments that `make` takes by name.
+    """
 
     arguments: Callable[[Parser], object]
     make: Callable[..., Job]
+    settings: tuple[Callable[..., Any], ...] = ()
     own: tuple[str, ...] = ()
 
 
-def text(given: Given, setup: Setup, sampling: SamplingSettings, negative_prompt: str, strength: float | None) -> Job:
+def text(
+    given: Given,
+    setup: Setup,
+    sampling: SamplingSettings,
+    prompts: PromptSettings,
+    control: ControlSettings,
+    refiner: RefinerSettings,
+    strength: float | None,
+) -> Job:
+    """From a text alone; from an image; what is masked of an image; or under control, see `given_task`."""
     given.only(subjects=True, images=True, masks=True)
+    follows = any(value not in ([], getattr(ControlSettings(), name)) for name, value in vars(control).items())
+    of_text = not (given.images or given.masks or follows)
+    if not of_text and refiner != RefinerSettings():
+        raise ValueError("a refiner goes with a text alone")
+    if strength is not None and (of_text or follows or given.masks):
+        raise ValueError("strength needs an image to begin with, which is not for control, and no mask")
+    if given.masks and follows:
+        raise ValueError("mask does not go with control")
+    noise_order = sampling.noise_order or ("after" if follows else "before")  # as in the scripts
+    sampling = replace(sampling, noise_order=noise_order)
     if given.masks:
-        if strength is not None:
-            raise ValueError("strength does not go with mask: what is masked is made anew")
-        return text_inpainting(given, setup, sampling, negative_prompt)
+        return text_inpainting(given, setup, sampling, prompts)
     subjects = [{"prompt": prompt} for prompt in given.prompts()]
+    if follows:
+        size, task = under_control(given, setup, control, prompts)
+        return Job(subjects, task, size, sampling)
     if given.images:
         image, reference = given.start(setup)
-        task = image_task(setup, image, 0.75 if strength is None else strength, negative_prompt)
+        task = image_task(setup, image, 0.75 if strength is None else strength, prompts)
         return Job([subject | reference for subject in subjects], task, tuple(image.shape[1:]), sampling)
-    if strength is not None:
-        raise ValueError("strength needs an image to begin with")
     size = given.size(setup)
-    return Job(subjects, text_task(setup, size, negative_prompt), size, sampling)
+    return Job(subjects, text_task(setup, size, prompts), size, sampling, make_refiner(refiner, setup))
+
+
+def under_control(
+    given: Given, setup: Setup, settings: ControlSettings, prompts: PromptSettings
+) -> tuple[tuple[int, int], Task]:
+    """Height and width of the results, and the task; the image is what pictures are made of."""
+    if len(given.images) > 1:
+        raise ValueError(f"image must be one image here; got {len(given.images)}")
+    settings = replace(settings, image=given.images[0].path if given.images else None)
+    check_control(settings)
+    image = read_image(settings)
+    size = result_size(setup, image, given.height, given.width)
+    task = text_task(setup, size, prompts)
+    return size, replace(task, network=controlled(setup, settings, image, size))
 
 
 def text_inpainting_arguments(p: Parser) -> None:
-    negative_argument(p)
+    prompt_arguments(p)
     sampling_arguments(p)
     propagation_arguments(p, compare=False)
 
 
 def text_arguments(p: Parser) -> None:
-    text_inpainting_arguments(p)
+    prompt_arguments(p)
+    sampling_arguments(p)
+    propagation_arguments(p, order=None, compare=False)  # it depends on what else is given
     strength_argument(p, None)
+    refiner_arguments(p)
+    control_arguments(p)
+    p.set_defaults(image=None)
 
 
-def text_inpainting(given: Given, setup: Setup, sampling: SamplingSettings, negative_prompt: str) -> Job:
+def text_inpainting(given: Given, setup: Setup, sampling: SamplingSettings, prompts: PromptSettings) -> Job:
     given.only(subjects=True, images=True, masks=True)
     subjects, images, masks = given.masked()
-    task = inpainting_task(setup, images, masks, True, negative_prompt)
+    task = inpainting_task(setup, images, masks, True, prompts)
     return Job(with_prompts(subjects, given.prompts(len(subjects))), task, tuple(images.shape[-2:]), sampling)
 
 
@@ -300,37 +351,37 @@ def inpainting(given: Given, setup: Setup, sampling: SamplingSettings) -> Job:
 
 
 def depth_arguments(p: Parser) -> None:
-    negative_argument(p)
+    prompt_arguments(p, framed=False)
     sampling_arguments(p, scale=9.0)
     propagation_arguments(p, compare=False)
     strength_argument(p, 0.9)
 
 
-def depth(given: Given, setup: Setup, sampling: SamplingSettings, negative_prompt: str, strength: float) -> Job:
+def depth(given: Given, setup: Setup, sampling: SamplingSettings, prompts: PromptSettings, strength: float) -> Job:
     given.only(subjects=True, images=True)
     image, reference = given.start(setup)
     subjects = [{"prompt": prompt} | reference for prompt in given.prompts()]
-    return Job(subjects, depth_task(setup, image, strength, negative_prompt), tuple(image.shape[1:]), sampling)
+    return Job(subjects, depth_task(setup, image, strength, prompts), tuple(image.shape[1:]), sampling)
 
 
 def upscaling_arguments(p: Parser) -> None:
-    negative_argument(p)
+    prompt_arguments(p, framed=False)
     sampling_arguments(p, None, None)
     propagation_arguments(p, compare=False)
     noise_level_argument(p)
 
 
 def upscaling(
-    given: Given, setup: Setup, sampling: SamplingSettings, negative_prompt: str, noise_level: int | None
+    given: Given, setup: Setup, sampling: SamplingSettings, prompts: PromptSettings, noise_level: int | None
 ) -> Job:
     given.only(subjects=True, images=True)
     images = given.stacked()
-    settings = upscaling_settings(setup, sampling, given.subjects, negative_prompt, noise_level)
+    settings = upscaling_settings(setup, sampling, given.subjects, prompts, noise_level)
     task, size = upscaling_task(setup, images, settings)
     subjects = [file.reference("image") for file in given.images]
-    if settings.prompt is not None:
-        prompts = [""] * len(subjects) if given.subjects is None else given.prompts(len(subjects))
-        subjects = with_prompts(subjects, prompts)
+    if settings.reads:
+        texts = [""] * len(subjects) if given.subjects is None else given.prompts(len(subjects))
+        subjects = with_prompts(subjects, texts)
     return Job(subjects, task, size, settings.sampling)
 
 
@@ -386,14 +437,14 @@ def labels(given: Given, setup: Setup, sampling: SamplingSettings) -> Job:
 
 
 KINDS = {
-    "text": Kind(text_arguments, text, ("negative_prompt", "strength")),
-    "inpainting from text": Kind(text_inpainting_arguments, text_inpainting, ("negative_prompt",)),
+    "text": Kind(text_arguments, text, (PromptSettings, ControlSettings, RefinerSettings), ("strength",)),
+    "inpainting from text": Kind(text_inpainting_arguments, text_inpainting, (PromptSettings,)),
     "inpainting": Kind(unguided_arguments, inpainting),
-    "depth": Kind(depth_arguments, depth, ("negative_prompt", "strength")),
-    "upscaling": Kind(upscaling_arguments, upscaling, ("negative_prompt", "noise_level")),
-    "classes": Kind(class_arguments, classes, ("class_names", "uncond_class")),
+    "depth": Kind(depth_arguments, depth, (PromptSettings,), ("strength",)),
+    "upscaling": Kind(upscaling_arguments, upscaling, (PromptSettings,), ("noise_level",)),
+    "classes": Kind(class_arguments, classes, own=("class_names", "uncond_class")),
     "nothing": Kind(unconditional_arguments, unconditional),
-    "boxes": Kind(box_arguments, boxes, ("class_names",)),
+    "boxes": Kind(box_arguments, boxes, own=("class_names",)),
     "labels": Kind(unguided_arguments, labels),
 }
 
@@ -411,6 +462,7 @@ def parsed(kind: Kind, given: dict[str, Any]) -> argparse.Namespace:
     parser = Parser(add_help=False)
     count_arguments(parser, 1, BATCH, "")
     size_arguments(parser)
+    tile_argument(parser)
     kind.arguments(parser)
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
@@ -444,4 +496,6 @@ def _words(name: str, value: Any, action: argparse.Action) -> list[str]:
         raise TypeError(f"{name} must be a text, a number, or a list of them; got {value!r}")
     if value is None:
         return []
+    if isinstance(action, argparse._AppendAction):
+        return [f"{flag}={one}" for one in (value if isinstance(value, (list, tuple)) else [value])]
     return [f"{flag}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"]

@@ -23,6 +23,7 @@ LONGEST_WORD, LONGEST_MESSAGE = 200, 2000  # characters of an error message
 MEMORY = "can't allocate memory"  # what PyTorch says where the machine has not enough of it
 GO_ON = "stopped; the same command goes on from here"
 MOST_PROCESSES = 65536
+NEGATIVE = re.compile(r"-\.?\d[\d.,e+-]*$")  # values, not flags: -1, -1e-3, -12,-12
 
 Settings = TypeVar("Settings")
 
@@ -47,6 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, intermixed: bool = False, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
+        self._negative_number_matcher = NEGATIVE
         self.intermixed = intermixed
         self.add_argument("--version", action=Version, nargs=0, help="print the versions and exit")
 

@@ -106,6 +106,7 @@ def make_images(
     """
     check_outdir(Path(output.outdir))
     check_amount(len(items), size, batch, output.compare)
+    check_texts(items, task)
     output = without_large_grid(output, len(items), size)
     recipe = make_recipe(sampling, size, setup.config)
     check_guidance(recipe, task, setup.processes)
@@ -118,11 +119,7 @@ def make_images(
         settings = weights_of(setup) | ({} if refiner is None else {"refiner": weights_of(refiner.setup)})
     facts = run_facts(setup, recipe.solver_name, recipe.facts(task.start.strength))
     methods = choose_methods(setup, sampling, recipe, nodes, facts, output.compare, task.network.anew)
-    if refiner is not None:
-        refiner.check(plan for _, plan in methods.values())
-    engines = load_engines(setup, methods, task, output.tile)
-    if refiner is not None:
-        engines = refiner.finishing(engines)
+    engines = load_engines(setup, methods, task, output.tile, refiner)
     check_memory([*engines.values()][-1], min(batch, len(items)), setup.device)
     if setup.processes.leads and (cut := truncated_prompts(items, task, next(iter(engines.values())).model)):
         print(cut)
@@ -144,6 +141,19 @@ def make_images(
 
 
 # What is checked before the model is loaded
+
+
+def texts_of(items: Sequence[Item], task: Task) -> dict[str, list[str]]:
+    """What the model is to read, by the name of the setting."""
+    given = {"prompt": [item.inputs for item in items], "negative_prompt": [task.condition.settings()]}
+    return {name: [inputs[name] for inputs in places if name in inputs] for name, places in given.items()}
+
+
+def check_texts(items: Sequence[Item], task: Task) -> None:
+    """Raise SettingError for a text that can't be read."""
+    for name, texts in texts_of(items, task).items():
+        with fault_of(name):
+            task.condition.check(texts)
 
 
 def sheet_fits(count: int, size: tuple[int, int]) -> bool:
@@ -223,9 +233,7 @@ def truncated_prompts(items: Sequence[Item], task: Task, model: LatentDiffusion)
 
     That is the ends of long ones, and words such as <new1> that it was not given.
     """
-    texts = [*(item.inputs for item in items), task.condition.settings()]
-    prompts = {text[name] for text in texts for name in ("prompt", "negative_prompt") if name in text}
-    said = []
+    prompts, said = {text for texts in texts_of(items, task).values() for text in texts}, []
     if unknown := unknown_words(model, [*prompts]):
         said.append(
             f"{', '.join(unknown)}: no word of this model, which reads the letters; --embedding or --delta brings it"
@@ -290,9 +298,18 @@ def compared(name: str, recipe: Recipe, plan: AnyPlan, facts: RunFacts) -> tuple
     return {**methods, best_name: (replace(recipe, noise_weight=0.0), best)}, ""
 
 
-def load_engines(setup: Setup, methods: Methods, task: Task, tile: int | None = None) -> dict[str, Engine]:
-    """The methods of the run by name, on one model."""
-    model = setup.load()
+def load_engines(
+    setup: Setup,
+    methods: Methods,
+    task: Task,
+    tile: int | None = None,
+    refiner: Refiner | None = None,
+    load: Callable[[Setup], LatentDiffusion] = Setup.load,
+) -> dict[str, Engine]:
+    """The methods of the run by name, on one model; with a refiner behind each, if there is one."""
+    if refiner is not None:
+        refiner.check(plan for _, plan in methods.values())
+    model = load(setup)
     for recipe, plan in methods.values():
         check_network(model, recipe, plan)
         check_together(recipe, plan, task, setup.processes)
@@ -301,6 +318,8 @@ def load_engines(setup: Setup, methods: Methods, task: Task, tile: int | None = 
     )
     with fault_of("config"):
         engines = {label: build(*method) for label, method in methods.items()}
+    if refiner is not None:
+        engines = refiner.finishing(engines, load)
     engines[next(iter(engines))].pack()  # they share the model
     return engines
 
@@ -343,18 +362,16 @@ class Refiner:
         if not all(isinstance(plan, Plan) for plan in plans):
             raise SettingError("plan", "a plan that decides during a run, or measures, does not go with a refiner")
 
-    def finishing(self, engines: Mapping[str, Engine]) -> dict[str, Engine]:
-        """The engines with the refiner behind each.
+    def finishing(self, engines: Mapping[str, Engine], load: Callable[[Setup], LatentDiffusion]) -> dict[str, Engine]:
+        """The engines with the refiner behind each; `load` gives its model.
 
         Raises:
             SettingError: the files do not make a model, or it does not go with the number of steps.
         """
         with _named("refiner"):
-            model = self.setup.load()
+            model = load(self.setup)
         with fault_of("refiner_share"):
-            refined = {label: Refined(engine, model, self.share) for label, engine in engines.items()}
-        next(iter(refined.values())).refiner.pack()  # they share the model
-        return refined
+            return {label: Refined(engine, model, self.share) for label, engine in engines.items()}
 
 
 def make_refiner(settings: RefinerSettings, base: Setup) -> Refiner | None:

@@ -25,7 +25,7 @@ from ldm.io.files import read_json, read_lines
 from ldm.io.images import fit, from_pil, open_image, open_labels, open_mask, pad
 from ldm.modules.encoders.boxes import Box, box_tokens
 from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
-from ldm.modules.encoders.tokenizer import AS_PUBLISHED, Reading
+from ldm.modules.encoders.tokenizer import Reading
 from ldm.sampling.engine import Sizes, Task
 from ldm.sampling.framed import FramedText, FramedTextAndMaskedImage, Framing
 from ldm.sampling.generate import Item, make_items
@@ -139,57 +139,49 @@ def image_items(
 
 
 @dataclass(frozen=True)
-class FramingSettings:
-    """What a model of SDXL is told of the picture, see `Framing`; None = what is usual.
+class PromptSettings:
+    """What a model that reads text is told beside the prompt, and how it reads both; see `prompt_arguments`.
 
-    original_size, crop: height and width, top and left, in pixels.
+    prompt_weights, prompt_chunks: see `Reading`.
+    original_size, crop: of the picture, for SDXL, see `Framing`; height and width, top and left, in pixels; None = what
+        is usual.
     """
 
+    negative_prompt: str = ""
+    prompt_weights: bool = False
+    prompt_chunks: int = 1
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
 
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What each condition from text takes."""
+        return {"negative": self.negative_prompt, "reading": Reading(self.prompt_weights, self.prompt_chunks)}
 
-def text_task(
-    setup: Setup,
-    size: Size,
-    negative: str = "",
-    framing: FramingSettings = FramingSettings(),
-    reading: Reading = AS_PUBLISHED,
-) -> Task:
-    """Text to image; arguments and errors as for `text_condition`; a refiner is refused, too."""
-    if is_refiner(setup):
-        raise SettingError(
-            "config", "a refiner finishes images of a base model; expected the base model, and this one as its refiner"
-        )
-    return Task(text_condition(setup, size, negative, framing, reading))
+    def unframed(self) -> PromptSettings:
+        """These, for a model that is not told how an image is framed.
+
+        Raises:
+            SettingError: they say it.
+        """
+        for name in ("original_size", "crop"):
+            if getattr(self, name) is not None:
+                raise SettingError(name, "only for a model that is told how the image is framed, such as SDXL")
+        return self
 
 
-def text_condition(
-    setup: Setup,
-    size: Size,
-    negative: str = "",
-    framing: FramingSettings = FramingSettings(),
-    reading: Reading = AS_PUBLISHED,
-) -> Text:
-    """Text for images of this size; `negative` is what guidance leads away from, `reading` how texts are read.
+AS_USUAL = PromptSettings()
+
+
+def text_condition(setup: Setup, size: Size, prompts: PromptSettings = AS_USUAL) -> Text:
+    """Text for images of this size.
 
     Raises:
         SettingError: a framing for a model that is not told any.
     """
     if is_framed(setup):
-        return FramedText(framing_of(size, framing), negative, reading)
-    for name, value in vars(framing).items():
-        if value is not None:
-            raise SettingError(name, "only for a model that is told how the image is framed, such as SDXL")
-    return Text(negative, reading)
-
-
-def check_prompts(items: Sequence[Item], negative: str, reading: Reading) -> None:
-    """Raise SettingError for a prompt that can't be read in this way."""
-    for name, prompts in (("prompt", [item.inputs["prompt"] for item in items]), ("negative_prompt", [negative])):
-        with fault_of(name):
-            for prompt in dict.fromkeys(prompts):
-                reading.spans(prompt)
+        return FramedText(framing_of(size, prompts), **prompts.texts)
+    return Text(**prompts.unframed().texts)
 
 
 def is_framed(setup: Setup) -> bool:
@@ -204,9 +196,18 @@ def is_refiner(setup: Setup) -> bool:
     return any(entry["input_key"] == "aesthetic_score" for entry in embedders)
 
 
-def framing_of(size: Size, framing: FramingSettings = FramingSettings()) -> Framing:
+def framing_of(size: Size, prompts: PromptSettings) -> Framing:
     """Of images of this size: by default not cropped."""
-    return Framing(size, framing.original_size or size, framing.crop or (0, 0))
+    return Framing(size, prompts.original_size or size, prompts.crop or (0, 0))
+
+
+def text_task(setup: Setup, size: Size, prompts: PromptSettings = AS_USUAL) -> Task:
+    """Text to image; arguments and errors as for `text_condition`; a refiner is refused, too."""
+    if is_refiner(setup):
+        raise SettingError(
+            "config", "a refiner finishes images of a base model; expected the base model, and this one as its refiner"
+        )
+    return Task(text_condition(setup, size, prompts))
 
 
 def unconditional_task() -> Task:
@@ -285,15 +286,16 @@ def resized_start(image: Image.Image, sizes: Sizes, height: int | None, width: i
     return from_pil(fit(image, *image_size(sizes, height, width, own)))
 
 
-def image_task(setup: Setup, image: Tensor, strength: float, negative: str = "") -> Task:
+def image_task(setup: Setup, image: Tensor, strength: float, prompts: PromptSettings = AS_USUAL) -> Task:
     """Text and an image to start from, (3, H, W) in [-1, 1], in the size of the results."""
-    return Task(text_condition(setup, tuple(image.shape[1:]), negative), ImageStart(image, strength))
+    return Task(text_condition(setup, tuple(image.shape[1:]), prompts), ImageStart(image, strength))
 
 
-def depth_task(setup: Setup, image: Tensor, strength: float, negative: str = "") -> Task:
+def depth_task(setup: Setup, image: Tensor, strength: float, prompts: PromptSettings = AS_USUAL) -> Task:
     """Text and the depth of an image, (3, H, W) in [-1, 1], in the size of the results."""
     height, width = (side // setup.sizes.factor for side in image.shape[1:])
-    return Task(Depth(image, (height, width), negative), ImageStart(image, strength) if strength < 1 else Start())
+    condition = Depth(image, (height, width), **prompts.unframed().texts)
+    return Task(condition, ImageStart(image, strength) if strength < 1 else Start())
 
 
 def file_reference(path: str | Path, role: str) -> dict[str, str]:
@@ -362,7 +364,9 @@ def masked_images(folder: Path) -> MaskedImages:
     return MaskedImages(subjects, stacked(images.items()), stacked(masks.items()), left_out)
 
 
-def inpainting_task(setup: Setup, images: Tensor, masks: Tensor, text: bool, negative: str = "") -> Task:
+def inpainting_task(
+    setup: Setup, images: Tensor, masks: Tensor, text: bool, prompts: PromptSettings = AS_USUAL
+) -> Task:
     """Masked parts made anew, from text or without.
 
     Sides that the model can't make are filled up by repeating the edge, which is cut off in the end.
@@ -381,13 +385,13 @@ def inpainting_task(setup: Setup, images: Tensor, masks: Tensor, text: bool, neg
     whole = [setup.sizes.whole(side) for side in size]
     images, masks = pad(images, *whole), pad(masks, *whole)
     if text and not sees_both:
-        return Task(text_condition(setup, size, negative), LatentInpaint(images, masks))
+        return Task(text_condition(setup, size, prompts), LatentInpaint(images, masks))
     if not text:
         condition = MaskedImage(images, masks)
     elif is_framed(setup):
-        condition = FramedTextAndMaskedImage(images, masks, framing_of(size), negative)
+        condition = FramedTextAndMaskedImage(images, masks, framing_of(size, prompts), **prompts.texts)
     else:
-        condition = TextAndMaskedImage(images, masks, negative)
+        condition = TextAndMaskedImage(images, masks, **prompts.unframed().texts)
     return Task(condition, KeepOutsideMask(images, masks))
 
 
@@ -398,12 +402,12 @@ def inpainting_task(setup: Setup, images: Tensor, masks: Tensor, text: bool, neg
 class UpscalingSettings:
     """What an upscaler that reads text is told, and how its images are sampled.
 
-    prompt: None = the upscaler reads no text.
+    reads: whether it reads text at all.
     """
 
     sampling: SamplingSettings
-    prompt: str | None = None
-    negative: str = ""
+    reads: bool = False
+    prompts: PromptSettings = AS_USUAL
     noise_level: int = 0
 
 
@@ -419,7 +423,11 @@ def small_images(paths: Sequence[str | Path]) -> tuple[list[dict[str, str]], Ten
 
 
 def upscaling_settings(
-    setup: Setup, sampling: SamplingSettings, prompt: Any = None, negative: str = "", noise_level: int | None = None
+    setup: Setup,
+    sampling: SamplingSettings,
+    prompt: Any = None,
+    prompts: PromptSettings = AS_USUAL,
+    noise_level: int | None = None,
 ) -> UpscalingSettings:
     """Settings with what was not given filled in, as published for the kind of upscaler.
 
@@ -438,10 +446,11 @@ def upscaling_settings(
 
     if setup.config.model.params.get("conditioning_key") == "hybrid-adm":
         return UpscalingSettings(
-            filled(75, 0.0, 9.0), "" if prompt is None else prompt, negative, 20 if noise_level is None else noise_level
+            filled(75, 0.0, 9.0), True, prompts.unframed(), 20 if noise_level is None else noise_level
         )
-    given = {"prompt": prompt, "negative_prompt": negative, "noise_level": noise_level}
-    for name, value in {**given, "scale": None if sampling.scale == 1.0 else sampling.scale}.items():
+    given = {name: value for name, value in vars(prompts).items() if value != getattr(AS_USUAL, name)}
+    given |= {"prompt": prompt, "noise_level": noise_level, "scale": None if sampling.scale == 1.0 else sampling.scale}
+    for name, value in given.items():
         if value not in (None, ""):
             raise SettingError(name, "only for an upscaler that reads text, such as x4-upscaling")
     return UpscalingSettings(filled(100, 1.0, 1.0))
@@ -457,11 +466,11 @@ def upscaling_task(setup: Setup, images: Tensor, settings: UpscalingSettings) ->
     sizes, factor = setup.sizes, setup.sizes.factor
     height, width = (side * factor for side in images.shape[-2:])
     images = pad(images, sizes.whole(height) // factor, sizes.whole(width) // factor)
-    if settings.prompt is None:
+    if not settings.reads:
         return Task(ImageConcat(images)), (height, width)
     if settings.noise_level >= (levels := noise_levels(setup)):
         raise SettingError("noise_level", f"expected 0..{levels - 1} for this model; got {settings.noise_level}")
-    return Task(LowResolution(images, settings.noise_level, settings.negative)), (height, width)
+    return Task(LowResolution(images, settings.noise_level, **settings.prompts.texts)), (height, width)
 
 
 def noise_levels(setup: Setup) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm.cli.control import controlled_frames
 from ldm.cli.pipeline import MethodRun, OutputSettings, make_images
 from ldm.cli.setup import SamplingSettings, Setup, count_nodes, make_recipe
-from ldm.cli.tasks import image_items, text_task
+from ldm.cli.tasks import AS_USUAL, PromptSettings, image_items, text_task
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.video import check_format, save_video
 from ldm.modules.diffusionmodules.unet3d import VideoUNet
@@ -44,7 +44,7 @@ class VideoSettings:
     format: str = "gif"
     seed: int = 42
     seed_by_position: bool = False
-    negative_prompt: str = ""
+    prompts: PromptSettings = AS_USUAL
     control: Sequence[str] = ()
     control_model: str | None = None
 
@@ -101,7 +101,7 @@ def frame_items(settings: VideoSettings) -> list[Item]:
 
 def video_task(setup: Setup, settings: VideoSettings, size: Size, sampling: SamplingSettings, first: Item) -> Task:
     """Text to the frames of a video."""
-    task = text_task(setup, size, settings.negative_prompt)
+    task = text_task(setup, size, settings.prompts)
     if settings.model == "videofusion":
         if not setup.config.model.params.unet_config.target.endswith(f".{VideoUNet.__name__}"):
             raise SettingError("config", "not a model of videos; expected one such as configs/video/videofusion.yaml")

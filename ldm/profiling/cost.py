@@ -248,7 +248,7 @@ def control_macs(
     """
     with torch.device("meta"), torch.no_grad():
         control, count = on_meta(control), partial(count_macs, convention=convention)
-        hint = torch.zeros(batch, control.hint_channels, *(control.reduction * n for n in size))
+        hint = _hint(control, batch, size)
         x, t, context = torch.zeros(batch, control.in_channels, *size), torch.zeros(batch), None
         once, read = count(lambda: control.read(hint)), control.read(hint)
         if context_length is not None:
@@ -259,6 +259,11 @@ def control_macs(
             context = control.project(context)
         _, (*outer, whole) = _by_block(lambda: control.encode(x, read, t, context), control.zero_convs, convention)
         return Macs(whole + again, 0, (0, *(n + again for n in outer)), once=once - again)
+
+
+def _hint(control: ControlNet, batch: int, size: Sequence[int]) -> Tensor:
+    """A picture for each of a batch of latents of this height and width."""
+    return torch.zeros(batch, control.hint_channels, *(control.reduction * n for n in size))
 
 
 def _by_block(call: Callable[[], Any], blocks: Iterable[nn.Module], convention: str) -> tuple[Any, list[int]]:
@@ -328,21 +333,35 @@ def sampling_bytes(
     context_length: int | None = None,
     tome: float = 0.0,
     tile: int | None = None,
+    controls: Sequence[ControlNet] = (),
 ) -> int:
     """What sampling some images needs at least: for one prediction, or for decoding the latents, whichever is more.
 
     Args:
-        unet, first_stage: are left as they are.
+        unet, first_stage, controls: are left as they are.
         size: channels, height and width of the latents.
         images: at a time.
         predictions: of one node, twice as many as images with guidance.
         context_length, tome: as for `unet_macs`.
         tile: see `decode_tiled`; None = images are decoded whole.
+        controls: control networks that run beside the encoder, each with a picture.
     """
     with torch.device("meta"), torch.no_grad():
         unet, x, inputs = meta_unet(unet, size[1:], predictions, context_length, tome)
         latents, first_stage = torch.zeros(images, *size), on_meta(first_stage)
-        predicting = peak_bytes(lambda: unet.decode(unet.encode(x, **inputs), **inputs))
+        hints = [(control, _hint(control, images, size[1:])) for control in map(on_meta, controls)]
+
+        def encode(reads: Iterable[tuple[ControlNet, Tensor]]) -> Features:
+            features, both = unet.encode(x, **inputs), (predictions // images, 1, 1, 1)
+            for control, read in reads:
+                features = features.plus(control.encode(x, read.repeat(both), inputs["timesteps"], inputs["context"]))
+            return features
+
+        def predict() -> Tensor:
+            reads = [(control, control.read(hint)) for control, hint in hints]  # kept for all steps
+            return unet.decode(encode(reads), **inputs)
+
+        predicting = peak_bytes(predict)
         return max(predicting, peak_bytes(lambda: first_stage.decode(latents, tile=tile)))
 
 

@@ -81,12 +81,9 @@ def train_index(database: Database, kind: str, out: Path, recall: float, k: int)
         recall: share of the k true neighbours that it must find.
 
     Raises:
-        SettingError: faiss is missing, too few rows, or the recall is not reached.
+        SettingError: see `check_index`; or the recall is not reached.
     """
-    with fault_of("kind"):
-        check_installed()
-    if not k < len(database):
-        raise SettingError("knn", f"expected fewer than the database has rows, {len(database)}; got {k}")
+    check_index(len(database), kind, k)
     index = empty_index(database, kind)
     for chunk, _ in database.chunks():
         index.add(unit(chunk))
@@ -107,6 +104,16 @@ def train_index(database: Database, kind: str, out: Path, recall: float, k: int)
         write_json(out / CARD, card.model_dump())
 
 
+def check_index(rows: int, kind: str, k: int) -> None:
+    """Raise SettingError for what no index is made of: faiss is missing, or a database has too few rows."""
+    with fault_of("kind"):
+        check_installed()
+    if kind == "ivf-pq" and rows < LEAST * 256:
+        raise SettingError("kind", f"ivf-pq needs {LEAST * 256} rows at least; the database has {rows}: take flat")
+    if not k < rows:
+        raise SettingError("knn", f"expected fewer than the database has rows, {rows}; got {k}")
+
+
 def empty_index(database: Database, kind: str) -> Any:
     """An index of that kind, trained on rows of the database, without any."""
     rows, width = len(database), database.width
@@ -117,8 +124,6 @@ def empty_index(database: Database, kind: str) -> Any:
     if kind == "ivf":
         index = faiss.IndexIVFFlat(flat, width, clusters, faiss.METRIC_INNER_PRODUCT)
     else:
-        if rows < LEAST * 256:
-            raise SettingError("kind", f"ivf-pq needs {LEAST * 256} rows at least; the database has {rows}: take flat")
         pieces = max(n for n in range(1, width // 4 + 1) if width % n == 0)
         index = faiss.IndexIVFPQ(flat, width, clusters, pieces, 8, faiss.METRIC_INNER_PRODUCT)
     sample = spread(rows, max(PER_CLUSTER * clusters, LEAST * 256))

@@ -46,6 +46,7 @@ class ControlledBy(Network):
 
     def __init__(self, pictures: Sequence[Picture], guess: bool = False, anew: bool = False) -> None:
         self.pictures, self.guess, self.anew = pictures, guess, anew
+        self.controls = [picture.network for picture in pictures]
 
     def settings(self) -> dict[str, Any]:
         control = [picture.facts | {"weight": picture.weight} for picture in self.pictures]

@@ -306,7 +306,16 @@ class Engine:
         """What so many images at a time need at least, in the precision of the weights."""
         predictions = images * (1 if self.recipe.scale == 1.0 else 2)
         networks = self.model.model.diffusion_model, self.model.first_stage_model
-        return sampling_bytes(*networks, self.shape, images, predictions, self._tokens, self.recipe.tome, self.tile)
+        return sampling_bytes(
+            *networks,
+            self.shape,
+            images,
+            predictions,
+            self._tokens,
+            self.recipe.tome,
+            self.tile,
+            self.task.network.controls,
+        )
 
     def decoder_bytes(self, batch: int) -> int:
         """What one decoder node of `batch` predictions needs; see `ldm.profiling.cost`."""

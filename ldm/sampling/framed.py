@@ -98,13 +98,15 @@ class FramedTextAndMaskedImage(FramedText):
 
     Args:
         images, masks: see `ldm.sampling.hybrid.TextAndMaskedImage`.
-        framing, negative: see `FramedText`.
+        framing, negative, reading: see `FramedText`.
     """
 
     kind, key = "a model of SDXL for inpainting", "hybrid-adm"
 
-    def __init__(self, images: Tensor, masks: Tensor, framing: Framing, negative: str = ""):
-        super().__init__(framing, negative)
+    def __init__(
+        self, images: Tensor, masks: Tensor, framing: Framing, negative: str = "", reading: Reading = AS_PUBLISHED
+    ):
+        super().__init__(framing, negative, reading)
         self.images, self.masks = images, masks
 
     def encode(self, model: StableDiffusionXLInpaint, items: Sequence[Item]) -> Conditioning:

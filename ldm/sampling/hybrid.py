@@ -17,6 +17,7 @@ from ldm.models.diffusion.ddpm import (
 )
 from ldm.models.diffusion.denoiser import Conditioning
 from ldm.models.diffusion.schedule import ImageNoise
+from ldm.modules.encoders.tokenizer import AS_PUBLISHED, Reading
 from ldm.sampling.generate import Item
 from ldm.sampling.task import Text
 
@@ -46,13 +47,13 @@ class Depth(Hybrid):
     Args:
         image: (3, H, W) in [-1, 1].
         size: height and width of the latents.
-        negative: see `Text`.
+        negative, reading: see `Text`.
     """
 
     kind, model_class = "a depth-to-image model", LatentDepth2ImageDiffusion
 
-    def __init__(self, image: Tensor, size: tuple[int, int], negative: str = ""):
-        super().__init__(negative)
+    def __init__(self, image: Tensor, size: tuple[int, int], negative: str = "", reading: Reading = AS_PUBLISHED):
+        super().__init__(negative, reading)
         self.image, self.size = image, size
 
     def encode(self, model: LatentDepth2ImageDiffusion, items: Sequence[Item]) -> Conditioning:
@@ -68,13 +69,13 @@ class TextAndMaskedImage(Hybrid):
     Args:
         images: one for each prompt_index, (N, 3, H, W) in [-1, 1]; what is masked is not seen.
         masks: 1 = to be painted, 0 = stays; (N, 1, H, W).
-        negative: see `Text`.
+        negative, reading: see `Text`.
     """
 
     kind, model_class = "a model for inpainting from text", LatentInpaintDiffusion
 
-    def __init__(self, images: Tensor, masks: Tensor, negative: str = ""):
-        super().__init__(negative)
+    def __init__(self, images: Tensor, masks: Tensor, negative: str = "", reading: Reading = AS_PUBLISHED):
+        super().__init__(negative, reading)
         self.images, self.masks = images, masks
 
     def encode(self, model: LatentInpaintDiffusion, items: Sequence[Item]) -> Conditioning:
@@ -89,13 +90,13 @@ class LowResolution(Hybrid):
     Args:
         images: one for each prompt_index, (N, 3, h, w) in [-1, 1], as high and wide as the latents.
         noise_level: 0..max_noise_level-1 of the model's low-scale model; 0 = almost none.
-        negative: see `Text`.
+        negative, reading: see `Text`.
     """
 
     kind, key, model_class = "an upscaler that reads text", "hybrid-adm", LatentUpscaleDiffusion
 
-    def __init__(self, images: Tensor, noise_level: int, negative: str = ""):
-        super().__init__(negative)
+    def __init__(self, images: Tensor, noise_level: int, negative: str = "", reading: Reading = AS_PUBLISHED):
+        super().__init__(negative, reading)
         self.images, self.noise_level = images, noise_level
 
     def settings(self) -> dict[str, Any]:

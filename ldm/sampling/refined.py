@@ -87,6 +87,19 @@ class Refined(Engine):
         other.refiner = self.refiner.with_plan(plan_after(plan, self.stop))
         return other
 
+    def pack(self) -> None:
+        super().pack()
+        self.refiner.pack()
+
+    def sampling_bytes(self, images: int) -> int:
+        return max(super().sampling_bytes(images), self.refiner.sampling_bytes(images))
+
+    def decoder_bytes(self, batch: int) -> int:
+        return max(super().decoder_bytes(batch), self.refiner.decoder_bytes(batch))
+
+    def shared_bytes(self) -> int:
+        return max(super().shared_bytes(), self.refiner.shared_bytes())
+
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"refiner_share": self.share}
 

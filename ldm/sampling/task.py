@@ -20,6 +20,7 @@ from ldm.models.diffusion.loop import Edit
 from ldm.models.diffusion.sampler import mask_edits
 from ldm.models.diffusion.schedule import Node, diffuse
 from ldm.modules.attention_control import AttentionControl
+from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
 from ldm.modules.encoders.tokenizer import AS_PUBLISHED, Reading, read
@@ -83,6 +84,9 @@ class Condition:
         """How many of the texts are longer than what reads them takes."""
         return prompts_cut(model, texts)
 
+    def check(self, texts: Sequence[str]) -> None:
+        """Raise ValueError for a text that can't be read."""
+
     def _need(self, fits: bool, otherwise: str) -> None:
         if not fits:
             raise ValueError(f"not {self.kind}: {otherwise}")
@@ -121,6 +125,10 @@ class Text(Condition):
             return super().cut(model, texts)
         rows = model.cond_stage_model.rows
         return sum(rows(self.reading.spans(text), self.reading.chunks).left_out > 0 for text in texts)
+
+    def check(self, texts: Sequence[str]) -> None:
+        for text in dict.fromkeys(texts):
+            self.reading.spans(text)
 
     def tokens(self, model: LatentDiffusion) -> int:
         super().tokens(model)
@@ -310,9 +318,11 @@ class Network:
     """The model's own network, and what every other offers.
 
     anew: something beside the encoder is to run at every node, see `Plan.control`.
+    controls: control networks beside the encoder.
     """
 
     anew: bool = False
+    controls: Sequence[ControlNet] = ()
 
     def settings(self) -> dict[str, Any]:
         """What images depend on beside the items, as JSON values."""

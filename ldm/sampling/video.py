@@ -101,7 +101,7 @@ class Frames(Network):
     """
 
     def __init__(self, network: Network = OWN) -> None:
-        self.network, self.anew = network, network.anew
+        self.network, self.anew, self.controls = network, network.anew, network.controls
 
     def settings(self) -> dict[str, Any]:
         return self.network.settings()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import ldm
 from ldm.checkpoint import CheckpointError, load_model, save_weights
 from ldm.checkpoint.delta import apply_deltas, save_delta
 from ldm.checkpoint.embeddings import add_embeddings, read_embeddings, save_embeddings
@@ -187,6 +189,9 @@ def test_files_are_used_and_recorded(script, files, tmp_path, capsys):
     assert "lora" not in plain and [one[0] for one in both["embedding"]] == ["e.safetensors"]
     (used,) = both["lora"]
     assert used[0] == "l.safetensors" and used[2] == 3.0 and len(used[1]) == 16
+    given = {"embedding": tmp_path / "e.safetensors", "lora": [f"{tmp_path / 'l.safetensors'}:3"]}
+    (image,) = ldm.load(config=files[1], ckpt=files[3], **given).images("a <thing>", steps=2, plan="off")
+    assert (np.asarray(image) == shown[2]).all()
 
 
 def test_words_of_a_delta_can_be_edited(files, tmp_path):

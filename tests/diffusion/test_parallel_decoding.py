@@ -18,11 +18,14 @@ from ldm.cli.parser import torchrun_ranks
 from ldm.cli.setup import Processes
 from ldm.io.images import from_pil, read_png
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusion.denoiser import BatchBackoff, Guidance
+from ldm.models.diffusion.control import Control, Controlled
+from ldm.models.diffusion.ddpm import DiffusionWrapper
+from ldm.models.diffusion.denoiser import BatchBackoff, Conditioning, Guidance
 from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.parallel import DistributedDecode, first_process
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.plan import Plan
+from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.util import Features
 from ldm.profiling.cost import decoder_bytes, decoders_that_fit, free_bytes, kept_bytes, peak_bytes, sampling_bytes
@@ -87,6 +90,23 @@ def test_the_estimate_of_sampling_is_what_networks_really_hold():
     decoding = peak_bytes(lambda: first_stage.decode(x))
     for images, predictions, real in ((1, 8, predicting), (8, 1, decoding)):
         assert sampling_bytes(unet, first_stage, (4, 8, 8), images, predictions, 7) == real
+
+
+def test_the_estimate_of_sampling_counts_control_networks():
+    network = DiffusionWrapper(unet_config(**UNET), "crossattn")
+    unet, first_stage = network.diffusion_model, AutoencoderKL(FIRST_STAGE, 4).requires_grad_(False)
+    encoder = {key: value for key, value in UNET.items() if key != "out_channels"}
+    control = ControlNet(**encoder, hint_channels=3, hint_widths=(8, 16)).requires_grad_(False)
+    t, context, x = torch.full((8,), 500.0), torch.randn(8, 7, 16), torch.randn(8, 4, 8, 8)
+    hint = torch.zeros(4, 3, 16, 16)
+
+    def predict():
+        controlled, cond = Controlled(network, [Control.of(control, hint)]), Conditioning(context)
+        return controlled.decode(controlled.encode(x, t, cond), t, cond)
+
+    real = peak_bytes(predict)
+    alone, counted = (sampling_bytes(unet, first_stage, (4, 8, 8), 4, 8, 7, controls=one) for one in ((), [control]))
+    assert alone < counted == pytest.approx(real, rel=0.03)
 
 
 def test_what_is_counted_as_kept_is_what_a_real_run_keeps():

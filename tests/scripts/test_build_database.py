@@ -171,7 +171,8 @@ def test_an_index_is_made_and_tells_its_recall(make, tmp_path, capsys):
     assert main(["-d", database, *target, "--kind", "flat", "-k", "3"]) == 0
     assert "flat, recall@3 1.0000 against the exact search" in capsys.readouterr().out
     assert main(["-d", database, *target, "-k", "6"]) == 2
-    assert "--knn: expected fewer than the database has rows, 6; got 6" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert "--knn: expected fewer than the database has rows, 6; got 6" in output.err and output.out == ""
     assert main(["-d", "nowhere", *target]) == 2
     assert "--database: nowhere: no such folder" in capsys.readouterr().err
     assert main(["-d", database, *target, "-k", "3", "--kind", "ivf-pq"]) == 2
@@ -185,4 +186,11 @@ def test_the_benchmark_measures(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "400 rows of width 16" in printed and "x reading" in printed and "ivf, one query" in printed
     assert not [*tmp_path.iterdir()]
-    assert main([*arguments, "--knn", "401"]) == 2 and main([*arguments, "--dir", "nowhere"]) == 2
+    for more, why in (
+        (["--knn", "400"], "--knn: expected fewer than the database has rows, 400; got 400"),
+        (["--kind", "ivf-pq"], "--kind: ivf-pq needs 9984 rows at least; the database has 400"),
+        (["--dir", "nowhere"], "--dir: nowhere: no such directory"),
+    ):
+        assert main([*arguments, *more]) == 2
+        output = capsys.readouterr()
+        assert why in output.err and output.out == ""  # before the work

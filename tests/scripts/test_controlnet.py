@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ldm
 from ldm.checkpoint import save_weights
 from ldm.cli.control import ControlSettings, made_of
 from ldm.data.conditions import edges
@@ -84,6 +85,31 @@ def test_pictures_are_followed_plain_and_with_plans(script, folder, capsys):
     assert script(*edge, "--plan=off", "--guess") == [] and "(0 made, 1 found)" in capsys.readouterr().out
 
 
+def test_from_python(script, folder):
+    """The same image as the script's; also of an image in memory, and after one without control."""
+    (entry,) = script(*control(folder), *control(folder, f"{folder}/edges.png"), "--plan=0,2", "--guess")
+    model = ldm.load(config=folder / "config.yaml", ckpt=folder / "model.safetensors")
+    network = f"{folder}/control.safetensors"
+    follow = {"control": ["edges", f"{folder}/edges.png"], "control_model": [network, network], "guess": True}
+    told = {"steps": 4, "plan": "0,2", "parallel": 1}
+    plain, image = (
+        np.asarray(model.images("an owl", **told, **more)[0])
+        for more in ({}, follow | {"image": Image.open(folder / "image.png")})
+    )
+    assert np.array_equal(image, script.pixels(entry)) and (plain != image).any()
+    for given, why in (
+        ({"guess": True}, "^control: needed"),
+        ({"control": "edges", "control_model": network}, "^image: needed for control edges"),
+        (
+            {"control": "edges", "control_model": network, "mask": folder / "image.png"},
+            "^mask does not go with control",
+        ),
+        ({"control": "edges", "control_model": network, "strength": 0.5}, "^strength needs an image to begin with"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            model.images("an owl", **given)
+
+
 @pytest.mark.parametrize("kind, name", [("scribble", "hed"), ("depth", "midas")])
 def test_a_picture_is_told_by_the_network_that_makes_it(folder, tmp_path, kind, name):
     told = []
@@ -98,10 +124,10 @@ def test_bad_input_is_refused_in_one_line(script, folder, capsys):
     edge, file = control(folder), f"{folder}/edges.png"
     for given, message in (
         (["--control", "edges"], "the following arguments are required: --control-model"),
-        (edge[:4], "--image: needed for --control edges: the image that it is made of"),
-        ([*control(folder, file), f"--image={folder}/image.png"], "--image: only for --control edges, scribble, depth"),
-        ([*edge, "--control", file], "--control-model: expected one for each --control, 2; got 1"),
-        ([*edge, "--control-weight=1", "--control-weight=1"], "--control-weight: expected one for each --control, 1"),
+        (edge[:4], "--image: needed for control edges: the image that it is made of"),
+        ([*control(folder, file), f"--image={folder}/image.png"], "--image: only for control edges, scribble, depth"),
+        ([*edge, "--control", file], "--control-model: expected one for each control, 2; got 1"),
+        ([*edge, "--control-weight=1", "--control-weight=1"], "--control-weight: expected one for each control, 1"),
         (
             control(folder, "egdes"),
             "--control: expected edges, scribble, depth or the file of a picture; got egdes; did",
@@ -115,8 +141,8 @@ def test_bad_input_is_refused_in_one_line(script, folder, capsys):
         (control(folder, "edges", "none"), f"--control-model: {folder}/none.safetensors: no such file"),
         ([*control(folder), "--canny=5"], "--canny: must be LOW,HIGH, two numbers such as 100,200; got '5'"),
         ([*control(folder), "--canny=200,100"], "--canny: expected LOW <= HIGH; got 200,100"),
-        ([*control(folder)[2:], "--control=scribble"], "--hed: needed for --control scribble: the weights of HED"),
-        ([*control(folder)[2:], "--control=depth"], "--midas: needed for --control depth: the weights of MiDaS"),
+        ([*control(folder)[2:], "--control=scribble"], "--hed: needed for control scribble: the weights of HED"),
+        ([*control(folder)[2:], "--control=depth"], "--midas: needed for control depth: the weights of MiDaS"),
         ([*edge, "--control-at=every", "--plan=deepcache:2"], "--control-at: control networks run at every step only"),
         ([*edge, "--control-at=every", "--plan=online:0.1"], "--control-at: every needs key timesteps that are known"),
         ([*edge, "--control-at=every", "--guidance-reuse"], "--control-at: every does not go with guidance_reuse"),

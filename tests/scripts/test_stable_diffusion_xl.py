@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+import ldm
 from ldm.checkpoint import load_config, load_model, save_weights
 from ldm.io.images import to_pil
 from ldm.models.diffusion.propagation.load import load_plan
@@ -233,6 +234,9 @@ def test_the_laws_hold_with_a_refiner(model, refiner):
     same(serial.with_plan(plain.plan).latents(items), plain.latents(items))
     base = engine(model, load_plan("off", 8))
     assert base.unit != Refined(base, last, 0.4).refiner.unit == plain.refiner.unit
+    both = (base.decoder_bytes(2), plain.refiner.decoder_bytes(2))
+    assert plain.decoder_bytes(2) == max(both) > min(both)
+    assert plain.sampling_bytes(1) == max(base.sampling_bytes(1), plain.refiner.sampling_bytes(1))
     assert (plain.latents(items) - base.latents(items)).abs().max() > 1e-2
     assert (plain.latents(items) - serial.latents(items)).abs().max() > 1e-3
     (_, cost), whole = plain.sampled(items), plain.unit.whole * 5 + plain.refiner.unit.whole * 3
@@ -251,6 +255,11 @@ def test_a_script_with_a_refiner(base, refiner, tmp_path):
     (entry,) = script("--plan", "0,1", "--refiner-share", "0.5")
     assert entry["refiner_share"] == 0.5 and entry["refiner"]["ckpt"].endswith("model.safetensors")
     assert entry["refiner"]["weights"] != entry["weights"] and entry["keys"] == [0, 1, 2]
+    model, told = ldm.load(config=base[1], ckpt=base[3]), {"steps": 4, "sampler": "euler-trailing", "plan": "0,1"}
+    told |= {"refiner": refiner[3], "refiner_config": refiner[1], "refiner_share": 0.5}
+    assert (np.asarray(model.images("a cat", **told)[0]) == script.pixels(entry)).all()
+    with pytest.raises(ValueError, match="a refiner goes with a text alone"):
+        model.images("a cat", image=script.out / entry["file"], **told)
 
 
 @pytest.mark.parametrize(

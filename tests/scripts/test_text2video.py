@@ -12,7 +12,7 @@ from ldm.checkpoint import save_weights
 from ldm.io import video
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from tests.helpers.goldens import recipe_weights
-from tests.helpers.scripts import Script
+from tests.helpers.scripts import Script, load_script
 from tests.helpers.tiny_models import write_model
 from tests.helpers.tiny_unet import TEXT_UNET
 
@@ -68,6 +68,11 @@ def test_frames_follow_a_picture_each_and_make_an_mp4(script, folder):
     reader = video.imageio_ffmpeg.read_frames(str(path))
     facts, frames = next(reader), sum(1 for _ in reader)
     assert facts["size"] == (16, 16) and facts["fps"] == 4 and frames == 3
+
+
+def test_numbers_below_zero_need_no_equals_sign():
+    args = load_script("text2video").parser().parse_args(["--prompt", "-", "--motion", "-12,-.5", "--scale", "-1e1"])
+    assert (args.motion, args.scale) == ((-12, -0.5), -10)
 
 
 def test_bad_input_is_refused_in_one_line(script, folder, capsys, monkeypatch):

@@ -191,7 +191,9 @@ def check_ids(name: str, ids: Tensor, count: int) -> None:
 STEP = 1.1  # the weight of one pair of brackets
 MOST_WEIGHT = 10.0
 PARTS = re.compile(
-    r"\\(?P<literal>[()\[\]\\])|:\s*(?P<weight>[+-]?(\d+\.?\d*|\.\d+))\s*\)|(?P<bracket>[()\[\]])|.", re.S
+    r"\\(?P<literal>[()\[\]\\:])|:\s*(?P<weight>[+-]?(\d+\.?\d*|\.\d+))\s*\)|(?P<bracket>[()\[\]])"
+    r"|(?P<almost>[:\uff1a]\s*([+-]?[.,\d][^()\[\]\\]*)?(?=[)\]]))|.",  # a weight but for a comma, the bracket, ...
+    re.S,
 )
 CLOSING = {")": "(", "]": "["}
 
@@ -248,15 +250,20 @@ def parse_weights(prompt: str) -> list[Span]:
     r"""The parts of a prompt with their weights, in order; weights of nested brackets are multiplied.
 
     (text) is 1.1, [text] 1 / 1.1, (text:1.3) the number, 0..10, as is the product. With a backslash before it, a
-    bracket is text: \(.
+    bracket or a colon is text: \(.
 
     Raises:
-        ValueError: a bracket without its partner, or a weight out of range.
+        ValueError: a bracket without its partner or without text, a weight out of range, or what only looks like one.
     """
     spans: list[Span] = []
     opened: list[tuple[str, int, int]] = []  # bracket, its place in the prompt, the spans before it
     for part in PARTS.finditer(prompt):
         bracket = part["bracket"] or (")" if part["weight"] else None)
+        if part["almost"] and opened:
+            raise ValueError(
+                f"{part[0]!r} at character {part.start() + 1} is no weight, in {prompt!r}; expected a number in round "
+                f"brackets, (word:1.3), or \\: for the colon itself"
+            )
         if bracket is None:
             spans.append(Span(part["literal"] or part[0], 1.0))
         elif bracket in "([":
@@ -264,7 +271,9 @@ def parse_weights(prompt: str) -> list[Span]:
         else:
             if not opened or opened[-1][0] != CLOSING[bracket]:
                 raise ValueError(_unbalanced(prompt, part.end() - 1))
-            first = opened.pop()[2]
+            _, place, first = opened.pop()
+            if first == len(spans):
+                raise ValueError(f"brackets without text at character {place + 1}, in {prompt!r}")
             factor = _factor(part["weight"], bracket)
             spans[first:] = [Span(text, weight * factor) for text, weight in spans[first:]]
     if opened:
