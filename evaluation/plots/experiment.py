@@ -25,8 +25,9 @@ from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.sampling.engine import Engine, Recipe, Task, num_nodes, usual_scale
+from ldm.sampling.framed import text_for
 from ldm.sampling.generate import Item, make_items
-from ldm.sampling.task import Classes, Condition, Text
+from ldm.sampling.task import Classes, Condition
 
 BATCH = 8  # images per batch
 CALIBRATED = re.compile(r"(\w+:)?auto:")  # plans that need a calibration
@@ -91,7 +92,9 @@ class Experiment:
         if self.model.model.conditioning_key is None:
             return Task(Condition())
         # As in the published class-conditional models: the last of 1001 classes is the unconditional one.
-        return Task(Classes(self.classes - 1 if self.classes == 1001 else None) if self.classes else Text())
+        if self.classes:
+            return Task(Classes(self.classes - 1 if self.classes == 1001 else None))
+        return Task(text_for(self.model, (self.setup.sizes.default,) * 2))
 
     @cached_property
     def guidance(self) -> float:

@@ -51,8 +51,9 @@ from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, check_blocks
 from ldm.modules.encoders.modules import ClassLabels
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+from ldm.sampling.framed import text_for
 from ldm.sampling.generate import Item, fill
-from ldm.sampling.task import Classes, Labels, Network, Text, prompts_cut
+from ldm.sampling.task import Classes, Labels, Network, prompts_cut
 from ldm.sampling.video import Motion, frames_task
 
 BATCH = 16
@@ -238,7 +239,8 @@ def task_of(request: Request, model: LatentDiffusion, setup: Setup) -> Task:
     protocol = request.protocol
     if protocol.data["kind"] != "classes":
         network = controlled(protocol, request.prompts, request.data, setup) if protocol.control else Network()
-        task, nodes = Task(Text(), network=network), num_nodes(request.recipe, model.num_timesteps)
+        nodes = num_nodes(request.recipe, model.num_timesteps)
+        task = Task(text_for(model, (protocol.size, protocol.size)), network=network)
         return frames_task(task, request.recipe, nodes, Motion.of(nodes)) if protocol.video else task
     # Where a model has one class more than the data, that class stands for none.
     classes, known = protocol.data["classes"], getattr(model.cond_stage_model, "n_classes", None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.ddpm import StableDiffusionXL, StableDiffusionXLInpaint
+from ldm.models.diffusion.ddpm import LatentDiffusion, StableDiffusionXL, StableDiffusionXLInpaint
 from ldm.models.diffusion.denoiser import Conditioning
 from ldm.modules.encoders.tokenizer import AS_PUBLISHED, Reading
 from ldm.sampling.generate import Item
@@ -91,6 +91,11 @@ class FramedText(Text):
             context, pooled = torch.zeros_like(context), torch.zeros_like(pooled)
         numbers = self.framing.numbers(model.conditioner.numbers, len(prompts), model.device, score)
         return Conditioning(context, y=model.conditioner.vector(pooled, numbers))
+
+
+def text_for(model: LatentDiffusion, size: tuple[int, int]) -> Text:
+    """The condition from a text that the model takes, for images of this height and width that are not cropped."""
+    return FramedText(Framing(size, size)) if isinstance(model, StableDiffusionXL) else Text()
 
 
 class FramedTextAndMaskedImage(FramedText):

@@ -28,6 +28,7 @@ from tests.helpers.coco import captions, write_coco, write_protocol
 HASHES = {  # of what each shipped protocol asks for: another number here is another protocol
     "coco2014-30k": "305fa56e3666",
     "coco2017-10k": "e4888c973695",
+    "coco2017-10k-sdxl": "3bff2029c72f",
     "coco2017-10k-videofusion": "4fc785975b35",
     "coco2017-5k": "2e9afe2b7b38",
     "emoji128": "99a9a88375c2",
