@@ -303,7 +303,7 @@ def test_sizes_follow_each_other_and_batches_change_nothing(models):
         (
             {"subjects": HEART, "image": "in/bird.png", "mask": "in/bird_mask.png", "strength": 0.5},
             ValueError,
-            "with mask",
+            "strength needs an image to begin with, which is not for control, and no mask",
         ),
         (
             {"subjects": HEART, "image": "in/bird.png", "mask": "map.png"},
