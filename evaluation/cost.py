@@ -13,8 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.cli.arguments import count, side, step_count
-from ldm.cli.parser import Parser, run_command
+from ldm.cli.parser import Parser, count, run_command, side, step_count
 from ldm.io.errors import flags_named
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.arguments import EMOJI64, SAMPLERS, count, finite, model_arguments, seed_argument, step_count
-from ldm.cli.parser import Parser, check_outdir, run_command, settings_from
+from ldm.cli.arguments import EMOJI64, SAMPLERS, model_arguments, seed_argument
+from ldm.cli.parser import Parser, check_outdir, count, finite, run_command, settings_from, step_count
 from ldm.io.errors import BadInput
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"

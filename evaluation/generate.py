@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluation.protocols.protocol import Method, Protocol, load_protocol, protocol_names
-from ldm.cli.arguments import MOST, count, model_arguments, node_arguments, propagation_arguments
-from ldm.cli.parser import GO_ON, Parser, check_outdir, number, run_command, settings_from, whole
+from ldm.cli.arguments import model_arguments, node_arguments, propagation_arguments
+from ldm.cli.parser import GO_ON, MOST, Parser, check_outdir, count, number, run_command, settings_from, whole
 from ldm.io.errors import BadInput, fault_of, flags_named
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from evaluation.metrics.command import MeasureParser
-from ldm.cli.arguments import EMOJI64, MOST, count, finite, step_count
-from ldm.cli.parser import check_output, number, run_command, settings_from, whole
+from ldm.cli.arguments import EMOJI64
+from ldm.cli.parser import MOST, check_output, count, finite, number, run_command, settings_from, step_count, whole
 from ldm.io.errors import BadInput, blame
 from ldm.io.files import write_json
 

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from evaluation.table.spec import WORLDS, load_table, table_names
-from ldm.cli.arguments import MOST, count
-from ldm.cli.parser import GO_ON, Parser, run_command, settings_from, whole
+from ldm.cli.parser import GO_ON, MOST, Parser, count, run_command, settings_from, whole
 from ldm.io.errors import fault_of, flags_named
 
 TIMED = 5

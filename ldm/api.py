@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint.published import load_manifest
-from ldm.cli.arguments import EMOJI64, Files, weighted_file
+from ldm.cli.arguments import EMOJI64, Files
 from ldm.cli.kinds import BATCH, KINDS, Given, ImageLike, Job, as_files, kind_of, parsed
-from ldm.cli.parser import settings_from
+from ldm.cli.parser import settings_from, weighted_file
 from ldm.cli.pipeline import check_amount, check_guidance, check_texts, choose_methods, load_engines, truncated_prompts
 from ldm.cli.setup import (
     ALONE,

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from ldm.cli.arguments import EMOJI64, count, side, step_count
-from ldm.cli.parser import Parser, check_output, run_command, whole
+from ldm.cli.arguments import EMOJI64
+from ldm.cli.parser import Parser, check_output, count, run_command, side, step_count, whole
 from ldm.io.errors import fault_of
 from ldm.io.files import atomic_write
 

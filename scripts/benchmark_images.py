@@ -23,8 +23,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm.cli.arguments import count
-from ldm.cli.parser import Parser, check_output, run_command
+from ldm.cli.parser import Parser, check_output, count, run_command
 from ldm.io.errors import BadInput
 from ldm.io.files import atomic_write, parse_json_lines, read_text
 

@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli.arguments import count
-from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from, whole
+from ldm.cli.parser import GO_ON, Parser, cli, count, run_command, settings_from, whole
 
 
 def parser() -> Parser:

@@ -18,8 +18,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.cli.arguments import EMOJI64, count, model_arguments, sampling_arguments, seed_argument
-from ldm.cli.parser import Parser, check_output, cli, number, run_command, settings_from
+from ldm.cli.arguments import EMOJI64, model_arguments, sampling_arguments, seed_argument
+from ldm.cli.parser import Parser, check_output, cli, count, number, run_command, settings_from
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.propagation.plan import LEVELS
 

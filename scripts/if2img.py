@@ -12,8 +12,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.cli.arguments import count, negative_argument, scale_value, seed_argument, step_count
-from ldm.cli.parser import GO_ON, Parser, cli, number, run_command, settings_from
+from ldm.cli.arguments import negative_argument, seed_argument
+from ldm.cli.parser import GO_ON, Parser, cli, count, number, run_command, scale_value, settings_from, step_count
 
 PUBLISHED_PLANS = ["if-stage1", "if-stage2", "if-stage3"]
 

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 
 from ldm.cli.arguments import (
-    MOST,
     ROOT,
     model_arguments,
     output_arguments,
@@ -21,7 +20,7 @@ from ldm.cli.arguments import (
     size_arguments,
     text_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from, whole
+from ldm.cli.parser import GO_ON, MOST, Parser, cli, run_command, settings_from, whole
 from ldm.io.errors import SettingError
 
 RDM768 = (ROOT / "configs/retrieval-augmented-diffusion/768x768.yaml", ROOT / "models/rdm/rdm768x768/model.ckpt")

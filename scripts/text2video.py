@@ -13,10 +13,7 @@ from collections.abc import Sequence
 
 from ldm.cli.arguments import (
     EMOJI64,
-    MOST_STEPS,
     ROOT,
-    count,
-    finite,
     model_arguments,
     noise_arguments,
     output_arguments,
@@ -25,7 +22,7 @@ from ldm.cli.arguments import (
     sampling_arguments,
     size_arguments,
 )
-from ldm.cli.parser import GO_ON, Parser, cli, number, run_command, settings_from
+from ldm.cli.parser import GO_ON, MOST_STEPS, Parser, cli, count, finite, number, run_command, settings_from
 
 VIDEOFUSION = (ROOT / "configs/video/videofusion.yaml", ROOT / "models/video/videofusion/model.safetensors")
 FORMATS = ("gif", "mp4", "frames")

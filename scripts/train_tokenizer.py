@@ -9,8 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.cli.arguments import count
-from ldm.cli.parser import Parser, run_command
+from ldm.cli.parser import Parser, count, run_command
 from ldm.io.errors import fault_of
 from ldm.io.files import atomic_write, read_json
 

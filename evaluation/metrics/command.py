@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from evaluation.metrics.result import Result
-from ldm.cli.arguments import MOST, count
-from ldm.cli.parser import Parser, check_output, run_command, whole
+from ldm.cli.parser import MOST, Parser, check_output, count, run_command, whole
 from ldm.io.errors import BadInput, flags_named
 
 # The names of registries in modules that need PyTorch; a test holds that they are the same.

@@ -32,7 +32,8 @@ from evaluation.plots.drawing import MARKERS, Drawing, new_figure
 from evaluation.plots.experiment import BATCH, Experiment
 from evaluation.protocols.protocol import reading
 from ldm.checkpoint import fingerprint
-from ldm.cli.arguments import MOST_STEPS, SPACINGS
+from ldm.cli.arguments import SPACINGS
+from ldm.cli.parser import MOST_STEPS
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of, one_line
 from ldm.io.files import NotNegative, Schema, Text, file_sha256, json_sha256, parse, read_json, write_json

@@ -37,7 +37,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, NOISE_ORDERS, ROOT
+from ldm.cli.arguments import NOISE_ORDERS, ROOT
+from ldm.cli.parser import LARGEST_SIDE, MOST, MOST_STEPS
 from ldm.io.errors import did_you_mean, fault_of, one_line, shown
 from ldm.io.files import (
     Number,

@@ -32,7 +32,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from evaluation.protocols.protocol import Method, Protocol, find_file, names_in, reading
-from ldm.cli.arguments import MOST, MOST_STEPS, NOISE_ORDERS, SPACINGS
+from ldm.cli.arguments import NOISE_ORDERS, SPACINGS
+from ldm.cli.parser import MOST, MOST_STEPS
 from ldm.io.files import NotNegative, Number, Schema, Share, Text, parse
 from ldm.models.diffusion.propagation.plan import ForecastName
 

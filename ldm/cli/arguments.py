@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli.parser import number, whole
+from ldm.cli.parser import (
+    LARGEST_SIDE,
+    MOST,
+    count,
+    finite,
+    interval,
+    number,
+    parallel,
+    scale_value,
+    side,
+    step_count,
+    thresholds,
+    timesteps,
+    two,
+    weighted_file,
+    whole,
+)
 from ldm.io.files import PROJECT_ROOT
 from ldm.models.diffusion.propagation.plan import POLYNOMIALS
 
@@ -34,56 +50,6 @@ USUAL_SPACINGS = {
     "karras": ("dpm++2m-karras",),
     "trailing": ("euler-trailing",),
 }
-
-MOST = 1_000_000  # images of one run, and whatever else is counted
-MOST_STEPS = 10_000  # of a solver; no training has more timesteps
-LARGEST_SIDE = 2**14  # pixels of an image, or positions of a latent
-
-count = whole(1, MOST)
-step_count = whole(1, MOST_STEPS)
-side = whole(1, LARGEST_SIDE)
-scale_value = number(float, -1000, 1000, "a number in -1000..1000")
-finite = number(float, -sys.float_info.max, sys.float_info.max, "a finite number")
-
-
-def parallel(text: str) -> int | None:
-    """An argparse type: a whole number, or None for auto."""
-    return None if text == "auto" else whole(1, MOST, "auto or a whole number")(text)
-
-
-def interval(text: str) -> tuple[float, float]:
-    """An argparse type: two timesteps, LOW,HIGH."""
-    low, comma, high = text.partition(",")
-    if not comma:
-        raise argparse.ArgumentTypeError(f"must be LOW,HIGH, two timesteps such as 200,800; got {text!r}")
-    return finite(low), finite(high)
-
-
-def two(kind: Callable[[str], int]) -> Callable[[str], tuple[int, int]]:
-    """An argparse type: two of a kind, A,B."""
-
-    def parse(text: str) -> tuple[int, int]:
-        first, comma, second = text.partition(",")
-        if not comma:
-            raise argparse.ArgumentTypeError(f"expected two numbers such as 1024,768; got {text!r}")
-        return kind(first), kind(second)
-
-    return parse
-
-
-def thresholds(text: str) -> tuple[float, float]:
-    """An argparse type: two numbers of at least 0, LOW,HIGH."""
-    low, comma, high = text.partition(",")
-    if not comma:
-        raise argparse.ArgumentTypeError(f"must be LOW,HIGH, two numbers such as 100,200; got {text!r}")
-    one = number(float, 0, sys.float_info.max, "a number >= 0")
-    return one(low), one(high)
-
-
-def timesteps(text: str) -> tuple[int, ...]:
-    """An argparse type: training timesteps, T,T,..."""
-    one = whole(0, MOST_STEPS)
-    return tuple(map(one, text.split(",")))
 
 
 def text_arguments(
@@ -550,16 +516,6 @@ def prior_noise_arguments(group: argparse._ArgumentGroup, below: float | None, o
         default=order,
         help=f"inject before the prediction, after it, or after the solver's update (default: {order or unknown})",
     )
-
-
-def weighted_file(text: str) -> tuple[str, float]:
-    """An argparse type: FILE or FILE:WEIGHT."""
-    path, colon, weight = text.rpartition(":")
-    try:
-        float(weight)
-    except ValueError:
-        path = ""
-    return (path, scale_value(weight)) if path else (text, 1.0)
 
 
 def adapter_arguments(group: argparse._ArgumentGroup) -> None:

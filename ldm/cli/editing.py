@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.cli.arguments import MOST
+from ldm.cli.parser import MOST
 from ldm.cli.setup import SamplingSettings, Setup, conditioner
 from ldm.io.errors import SettingError, fault_of
 from ldm.modules.encoders.tokenizer import Words

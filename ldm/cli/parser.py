@@ -113,6 +113,9 @@ def settings_from(args: argparse.Namespace, kind: Callable[..., Settings], **oth
     return kind(**{name: getattr(args, name) for name in names}, **others)
 
 
+# Types of arguments
+
+
 def number(kind: type, low: float, high: float, accepted: str) -> Callable[[str], Any]:
     """An argparse type: a number in low..high, `accepted` in words."""
 
@@ -131,6 +134,70 @@ def number(kind: type, low: float, high: float, accepted: str) -> Callable[[str]
 def whole(low: int, high: int, accepted: str = "a whole number") -> Callable[[str], Any]:
     """An argparse type: a whole number in low..high. What is counted has a limit, so that no count takes all memory."""
     return number(int, low, high, f"{accepted} in {low}..{high}")
+
+
+MOST = 1_000_000  # images of one run, and whatever else is counted
+MOST_STEPS = 10_000  # of a solver; no training has more timesteps
+LARGEST_SIDE = 2**14  # pixels of an image, or positions of a latent
+
+count = whole(1, MOST)
+step_count = whole(1, MOST_STEPS)
+side = whole(1, LARGEST_SIDE)
+scale_value = number(float, -1000, 1000, "a number in -1000..1000")
+finite = number(float, -sys.float_info.max, sys.float_info.max, "a finite number")
+
+
+def parallel(text: str) -> int | None:
+    """An argparse type: a whole number, or None for auto."""
+    return None if text == "auto" else whole(1, MOST, "auto or a whole number")(text)
+
+
+def interval(text: str) -> tuple[float, float]:
+    """An argparse type: two timesteps, LOW,HIGH."""
+    low, comma, high = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"must be LOW,HIGH, two timesteps such as 200,800; got {text!r}")
+    return finite(low), finite(high)
+
+
+def two(kind: Callable[[str], int]) -> Callable[[str], tuple[int, int]]:
+    """An argparse type: two of a kind, A,B."""
+
+    def parse(text: str) -> tuple[int, int]:
+        first, comma, second = text.partition(",")
+        if not comma:
+            raise argparse.ArgumentTypeError(f"expected two numbers such as 1024,768; got {text!r}")
+        return kind(first), kind(second)
+
+    return parse
+
+
+def thresholds(text: str) -> tuple[float, float]:
+    """An argparse type: two numbers of at least 0, LOW,HIGH."""
+    low, comma, high = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"must be LOW,HIGH, two numbers such as 100,200; got {text!r}")
+    one = number(float, 0, sys.float_info.max, "a number >= 0")
+    return one(low), one(high)
+
+
+def timesteps(text: str) -> tuple[int, ...]:
+    """An argparse type: training timesteps, T,T,..."""
+    one = whole(0, MOST_STEPS)
+    return tuple(map(one, text.split(",")))
+
+
+def weighted_file(text: str) -> tuple[str, float]:
+    """An argparse type: FILE or FILE:WEIGHT."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        float(weight)
+    except ValueError:
+        path = ""
+    return (path, scale_value(weight)) if path else (text, 1.0)
+
+
+# Numbers in the environment
 
 
 def stated(env: Mapping[str, str], name: str, default: int, low: int, high: int = MOST_PROCESSES) -> int:
@@ -154,6 +221,9 @@ def torchrun_ranks() -> tuple[int, int, int]:
     size = stated(os.environ, "WORLD_SIZE", 1, 1)
     rank, local = (stated(os.environ, name, 0, 0, size - 1) for name in ("RANK", "LOCAL_RANK"))
     return rank, size, local
+
+
+# The run of a command
 
 
 def readable(message: str) -> str:

@@ -13,8 +13,18 @@ from PIL import Image
 import ldm
 from evaluation import fid
 from evaluation.runs.generate import launched
-from ldm.cli.arguments import LARGEST_SIDE, MOST, MOST_STEPS, count, parallel, side, step_count
-from ldm.cli.parser import Parser, command, torchrun_ranks
+from ldm.cli.parser import (
+    LARGEST_SIDE,
+    MOST,
+    MOST_STEPS,
+    Parser,
+    command,
+    count,
+    parallel,
+    side,
+    step_count,
+    torchrun_ranks,
+)
 from ldm.cli.pipeline import BATCH_PIXELS, SHEET_PIXELS, check_amount, sheet_fits
 from ldm.cli.setup import Processes
 from ldm.cli.tasks import image_items, resized_start
