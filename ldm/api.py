@@ -23,7 +23,7 @@ from ldm.checkpoint.published import load_manifest
 from ldm.cli.arguments import EMOJI64, Files
 from ldm.cli.kinds import BATCH, KINDS, Given, ImageLike, Job, as_files, kind_of, parsed
 from ldm.cli.parser import settings_from, weighted_file
-from ldm.cli.pipeline import check_amount, check_guidance, check_texts, choose_methods, load_engines, truncated_prompts
+from ldm.cli.pipeline import check_amount, check_guidance, choose_methods, load_engines
 from ldm.cli.setup import (
     ALONE,
     ModelSettings,
@@ -36,7 +36,7 @@ from ldm.cli.setup import (
     run_facts,
     with_batches,
 )
-from ldm.cli.tasks import image_items
+from ldm.cli.tasks import check_texts, image_items, truncated_prompts
 from ldm.io.errors import BadInput, fault_of
 from ldm.io.files import INSTALLED_FILES, PROJECT_ROOT, find_file
 from ldm.io.images import to_pil

@@ -42,7 +42,7 @@ from ldm.cli.setup import (
     with_control,
     without_weights,
 )
-from ldm.cli.tasks import is_framed, is_refiner
+from ldm.cli.tasks import check_texts, is_framed, is_refiner, truncated_prompts
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import atomic_write
 from ldm.io.images import find_png, from_pil, grid, psnr, save_png, side_by_side
@@ -54,7 +54,6 @@ from ldm.profiling.plan_table import plan_table
 from ldm.sampling.engine import Engine, Recipe, Task
 from ldm.sampling.generate import Item, Sample, digest, generate
 from ldm.sampling.refined import Refined
-from ldm.sampling.task import unknown_words
 
 BATCH_PIXELS = 2**26  # 256 images of 512 x 512 pixels at a time
 SHEET_PIXELS = 80_000_000  # Pillow doubts larger files
@@ -143,19 +142,6 @@ def make_images(
 # What is checked before the model is loaded
 
 
-def texts_of(items: Sequence[Item], task: Task) -> dict[str, list[str]]:
-    """What the model is to read, by the name of the setting."""
-    given = {"prompt": [item.inputs for item in items], "negative_prompt": [task.condition.settings()]}
-    return {name: [inputs[name] for inputs in places if name in inputs] for name, places in given.items()}
-
-
-def check_texts(items: Sequence[Item], task: Task) -> None:
-    """Raise SettingError for a text that can't be read."""
-    for name, texts in texts_of(items, task).items():
-        with fault_of(name):
-            task.condition.check(texts)
-
-
 def sheet_fits(count: int, size: tuple[int, int]) -> bool:
     """Whether one file shows so many images of this height and width."""
     return count * math.prod(size) <= SHEET_PIXELS
@@ -226,24 +212,6 @@ def check_network(model: LatentDiffusion, recipe: Recipe, plan: AnyPlan) -> None
         unet.check_merging(recipe.tome)
     with fault_of("plan"):
         check_blocks(plan, len(unet.output_blocks))
-
-
-def truncated_prompts(items: Sequence[Item], task: Task, model: LatentDiffusion) -> str | None:
-    """What the model does not read of the texts, the negative prompt among them; None if it reads all.
-
-    That is the ends of long ones, and words such as <new1> that it was not given.
-    """
-    prompts, said = {text for texts in texts_of(items, task).values() for text in texts}, []
-    if unknown := unknown_words(model, [*prompts]):
-        said.append(
-            f"{', '.join(unknown)}: no word of this model, which reads the letters; --embedding or --delta brings it"
-        )
-    if cut := task.condition.cut(model, [*prompts]):
-        said.append(
-            f"{cut} of {len(prompts)} prompts longer than the text encoder reads: what is past its last token is left "
-            f"out"
-        )
-    return "; ".join(said) or None
 
 
 def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:

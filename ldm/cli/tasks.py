@@ -24,6 +24,7 @@ from ldm.cli.setup import SamplingSettings, Setup, conditioner, image_size, with
 from ldm.io.errors import SettingError, fault_of, shown
 from ldm.io.files import read_json, read_lines
 from ldm.io.images import fit, from_pil, open_image, open_labels, open_mask, pad
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.boxes import Box, box_tokens
 from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
 from ldm.modules.encoders.tokenizer import Reading
@@ -44,6 +45,7 @@ from ldm.sampling.task import (
     SemanticMap,
     Start,
     Text,
+    unknown_words,
 )
 
 Named = tuple[str, Tensor]  # an image or a map, for messages with the name of its file
@@ -213,6 +215,37 @@ def text_task(setup: Setup, size: Size, prompts: PromptSettings = AS_USUAL) -> T
 
 def unconditional_task() -> Task:
     return Task(Condition())
+
+
+def texts_of(items: Sequence[Item], task: Task) -> dict[str, list[str]]:
+    """What the model is to read, by the name of the setting."""
+    given = {"prompt": [item.inputs for item in items], "negative_prompt": [task.condition.settings()]}
+    return {name: [inputs[name] for inputs in places if name in inputs] for name, places in given.items()}
+
+
+def check_texts(items: Sequence[Item], task: Task) -> None:
+    """Raise SettingError for a text that can't be read."""
+    for name, texts in texts_of(items, task).items():
+        with fault_of(name):
+            task.condition.check(texts)
+
+
+def truncated_prompts(items: Sequence[Item], task: Task, model: LatentDiffusion) -> str | None:
+    """What the model does not read of the texts, the negative prompt among them; None if it reads all.
+
+    That is the ends of long ones, and words such as <new1> that it was not given.
+    """
+    prompts, said = {text for texts in texts_of(items, task).values() for text in texts}, []
+    if unknown := unknown_words(model, [*prompts]):
+        said.append(
+            f"{', '.join(unknown)}: no word of this model, which reads the letters; --embedding or --delta brings it"
+        )
+    if cut := task.condition.cut(model, [*prompts]):
+        said.append(
+            f"{cut} of {len(prompts)} prompts longer than the text encoder reads: what is past its last token is left "
+            f"out"
+        )
+    return "; ".join(said) or None
 
 
 # Classes
