@@ -55,7 +55,10 @@ def add_embeddings(encoder: nn.Module, path: str | Path) -> list[str]:
     try:
         width = encoder.token_table.embedding_dim
     except (AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the model's conditioner, {type(encoder).__name__}, takes no tokens") from error
+        kind = type(encoder).__name__
+        raise CheckpointError(
+            f"{path}: {kind} takes no new tokens; expected one text encoder, as of SD 1 or 2"
+        ) from error
     for name, vectors in found.items():
         if vectors.shape[1] != width:
             raise CheckpointError(

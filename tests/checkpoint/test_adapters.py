@@ -187,6 +187,13 @@ def test_files_are_used_and_recorded(script, files, tmp_path, capsys):
     shown = [script.pixels(one) for one in (plain, word, both)]
     assert (shown[0] != shown[1]).any() and (shown[1] != shown[2]).any()
     assert "lora" not in plain and [one[0] for one in both["embedding"]] == ["e.safetensors"]
+    adapted = [*prompt, *use, "--lora", f"{tmp_path / 'l.safetensors'}:3", "--noise-weight", "0", "--steps", "5"]
+    made = []
+    for plan, parallel in (("off", "1"), ("0,1,2,3,4", "1"), ("0", "1"), ("0", "5")):
+        script(*adapted, "--plan", plan, "--parallel", parallel, "--again")
+        made.append(script.pixels(script.entries()[-1]))
+    assert np.abs(made[1] - made[0]).max() <= 1, "all nodes key nodes: the plain run"
+    assert np.abs(made[3] - made[2]).max() <= 1 < np.abs(made[2] - made[0]).max(), "parallel: the serial run"
     (used,) = both["lora"]
     assert used[0] == "l.safetensors" and used[2] == 3.0 and len(used[1]) == 16
     given = {"embedding": tmp_path / "e.safetensors", "lora": [f"{tmp_path / 'l.safetensors'}:3"]}

@@ -170,6 +170,22 @@ def test_prompts_are_not_edited(base, tmp_path, capsys):
     assert line.startswith("--config: prompts are not edited with the conditioner GeneralConditioner")
 
 
+def test_new_tokens_are_refused(base, tmp_path, capsys):
+    """Those for both text encoders, and those for one."""
+    script = Script("txt2img", tmp_path, *base, *STEPS)
+    for name, content, why in (
+        (
+            "both",
+            {"clip_g": torch.zeros(1, 8), "clip_l": torch.zeros(1, 8)},
+            "vectors for the two text encoders of SDXL",
+        ),
+        ("one", {"<x>": torch.zeros(1, 8)}, "GeneralConditioner takes no new tokens; expected one text encoder"),
+    ):
+        save_weights(tmp_path / f"{name}.safetensors", content)
+        refusal = script.refusal(capsys, "--embedding", str(tmp_path / f"{name}.safetensors"))
+        assert refusal.startswith(f"--embedding: {tmp_path}/{name}.safetensors: {why}")
+
+
 def test_a_folder_is_not_described_by_another_model_s_config(base, tmp_path, capsys):
     other, _ = write_model(tmp_path)
     out = str(tmp_path / "out")
