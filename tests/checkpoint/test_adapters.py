@@ -143,7 +143,9 @@ def test_embeddings_in_every_layout(model, tmp_path):
         ids = encoder.tokens(f"a {name}, in mycatalogue")[0].tolist()
         assert [one for one in ids if one >= rows] == [*range(rows, rows + count)]
         assert torch.equal(encoder.token_table.weight[rows : rows + count], read_embeddings(tmp_path / file)[name])
-        assert encoder.words(f"a {name}").ids[2:-1] == tuple(range(rows, rows + count))
+        words = encoder.words(f"a {name}")
+        assert words.ids[2:-1] == tuple(range(rows, rows + count))
+        assert len(words.words) == 2 and words.of(name) == tuple(range(2, 2 + count))  # one word, whatever its vectors
         rows += count
     with torch.no_grad():
         assert encoder(["a mycat in mydog"]).isfinite().all()

@@ -156,7 +156,7 @@ class ClipTokenizer:
         Raises:
             ValueError: see `__call__`.
         """
-        return words_of(self.bpe, self._read(text))
+        return words_of(self.bpe, clean(text), self.added)
 
     def rows(self, spans: Sequence[Span], chunks: int) -> Rows:
         """Parts of a text as several rows of token ids, see `rows_of`."""

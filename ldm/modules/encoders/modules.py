@@ -231,7 +231,7 @@ class BERTEmbedder(TransformerEmbedder):
         Raises:
             ValueError: there is no tokenizer.
         """
-        return words_of(self._tokenizer(), with_all_vectors(" ".join(text.lower().split()), self.added))
+        return words_of(self._tokenizer(), " ".join(text.lower().split()), self.added)
 
     @property
     def token_table(self) -> nn.Embedding:

@@ -123,13 +123,19 @@ class Words:
         return tuple(i for own, places in pairs if word.lower() in (own, own.strip(punctuation)) for i in places)
 
 
-def words_of(tokenizer: Tokenizer, text: str) -> Words:
-    """The words of a text with their tokens; what stands between two spaces is a word."""
-    encoding = tokenizer.encode(text)
-    words, places = tuple(text.split(" ")), [[] for _ in range(text.count(" ") + 1)]
+def words_of(tokenizer: Tokenizer, text: str, added: Mapping[str, int]) -> Words:
+    """The words of a text with their tokens; what stands between two spaces is a word.
+
+    added: new tokens, and of how many each is made; these all belong to its word.
+    """
+    words = tuple(text.split(" "))
+    spoken = [with_all_vectors(word, added) for word in words]
+    owner = [i for i, one in enumerate(spoken) for _ in one.split(" ")]  # the word of each part
+    read, places = " ".join(spoken), [[] for _ in words]
+    encoding = tokenizer.encode(read)
     for i, (special, (start, end)) in enumerate(zip(encoding.special_tokens_mask, encoding.offsets, strict=True)):
         if not special and end > start:
-            places[text.count(" ", 0, start)].append(i)
+            places[owner[read.count(" ", 0, start)]].append(i)
     return Words(
         tuple(one for one, real in zip(encoding.ids, encoding.attention_mask, strict=True) if real),
         len(encoding.ids),
