@@ -71,6 +71,8 @@ class Personalization(DiffusionTraining):
     ) -> None:
         if what not in TRAINED:
             raise ValueError(f"what must be one of {', '.join(TRAINED)}; got {what!r}")
+        if model.predicts_variance:
+            raise ValueError("model: not one whose network predicts a variance, which these losses do not train")
         if rest.get("compile"):
             raise ValueError("compile: not with the losses of this training; leave it out")
         if what == "tokens" and not new_tokens:

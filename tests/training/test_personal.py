@@ -141,6 +141,11 @@ def test_bad_settings(home, tmp_path, capsys):
         ("textual-inversion", ["training.params.new_tokens={tree: tree}"], "'tree' is a token of this model already"),
         ("lora", ["training.params.compile=true"], "compile: not with the losses of this training"),
         ("lora", ["data.params.train.params.root=nowhere"], "nowhere"),
+        (
+            "lora",
+            ["model.params.unet_config.params.out_channels=8"],
+            "model: not one whose network predicts a variance",
+        ),
     ):
         argv = [base[0], base[1], str(PERSONAL / f"{name}.yaml"), *base[2:], *more]
         assert main(argv) == 2
