@@ -3,6 +3,7 @@
     python scripts/prepare_emoji.py --out data/emoji64
     python scripts/prepare_emoji.py --size 128 --out data/emoji128
     python scripts/prepare_emoji.py --size 128 --out data/emoji128 --images my-pictures
+    python scripts/prepare_emoji.py --out data/emoji64 --images data/giraffe --only giraffe
 
 The script downloads the emoji sets with the npm client, which must be on the PATH. A set that was downloaded before is
 not downloaded again. The script puts each image on white at 64 x 64 or 128 x 128 pixels and writes `pictures.npy` and
@@ -43,6 +44,11 @@ def parser() -> Parser:
         help="write the images of the dataset in --out, which is made if it is not there, as PNG files: a folder for "
         "each style, with captions and licence, as scripts/build_database.py reads them",
     )
+    p.add_argument(
+        "--only",
+        metavar="WHAT",
+        help="with --images: those of a split (train, heldout_pair, heldout_concept) or of a concept (giraffe)",
+    )
     return p
 
 
@@ -50,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path(f"data/emoji{args.size}")
     if importlib.util.find_spec("resvg_py") is None:  # before anything is fetched
         raise BadInput('the package resvg-py is needed to draw SVG files: pip install -e ".[train]", or ".[eval]"')
+    if args.only is not None and args.images is None:
+        raise BadInput("--only: goes with --images, the folder of the files that it is about")
     for flag, folder in (("--out", out), ("--cache", args.cache), ("--images", args.images)):
         if folder is not None:
             check_outdir(folder, flag)
@@ -61,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         report(made["images"], out)
     if args.images is not None:
         with fault_of("images"):
-            print(f"{dataset.write_files(out, args.images)} files in {args.images}")
+            print(f"{dataset.write_files(out, args.images, args.only)} files in {args.images}")
 
 
 def report(images: Sequence[Mapping[str, Any]], out: Path) -> None:

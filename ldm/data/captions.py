@@ -1,4 +1,5 @@
-"""The captions of a folder of images: in metadata.jsonl, in captions.json, or in a text file beside each image."""
+"""The captions of a folder of images: in metadata.jsonl there or in its subfolders, in captions.json, in the manifest
+of a run of ours, or in a text file beside each image."""
 
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ from ldm.io.files import FileError, parse_json_lines, read_json, read_lines, rea
 
 def captions_below(root: Path, paths: Sequence[Path]) -> dict[Path, list[str]]:
     """The captions of each image file."""
-    lines, mapping = root / "metadata.jsonl", root / "captions.json"
-    if lines.is_file():
-        return of_lines(root, lines)
+    described = [folder / "metadata.jsonl" for folder in sorted({root, *(path.parent for path in paths)})]
+    if found := [of_lines(file.parent, file, ("file_name", "text")) for file in described if file.is_file()]:
+        return {path: captions for each in found for path, captions in each.items()}
+    mapping, manifest = root / "captions.json", root / "manifest.jsonl"
+    if manifest.is_file():
+        return of_lines(root, manifest, ("file", "prompt"))
     if mapping.is_file():
         return of_mapping(root, mapping)
     texts = {path: path.with_suffix(".txt") for path in paths}
@@ -24,12 +28,14 @@ def captions_below(root: Path, paths: Sequence[Path]) -> dict[Path, list[str]]:
     }
 
 
-def of_lines(root: Path, file: Path) -> dict[Path, list[str]]:
+def of_lines(root: Path, file: Path, names: tuple[str, str]) -> dict[Path, list[str]]:
+    """`names`: of the entries of a line that hold path and caption."""
+    path, text = names
     found: dict[Path, list[str]] = {}
     for number, entry in ((at + 1, entry) for at, entry in parse_json_lines(read_text(file))):
-        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or "text" not in entry:
-            raise FileError(f'{file}: line {number}: expected {{"file_name": PATH, "text": CAPTION}}')
-        found.setdefault(root / entry["file_name"], []).extend(as_captions(entry["text"], f"{file}: line {number}"))
+        if not isinstance(entry, dict) or not isinstance(entry.get(path), str) or text not in entry:
+            raise FileError(f'{file}: line {number}: expected {{"{path}": PATH, "{text}": CAPTION}}')
+        found.setdefault(root / entry[path], []).extend(as_captions(entry[text], f"{file}: line {number}"))
     return found
 
 

@@ -87,6 +87,7 @@ class CaptionedFolder(ImageFolder):
 
     - `metadata.jsonl`: a line for each image: {"file_name": PATH, "text": CAPTION or a list of captions}.
     - `captions.json`: {PATH: CAPTION or a list of captions}, or COCO's format.
+    - `manifest.jsonl` of a run that made the images: their prompts.
     - otherwise `NAME.txt` beside each image has its captions, one a line.
 
     At each access one of an image's captions is drawn.

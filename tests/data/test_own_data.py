@@ -68,6 +68,7 @@ COCO = {
 }
 CAPTIONS = {
     "metadata.jsonl": '{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": ["two", "three"]}\n',
+    "manifest.jsonl": '{"file": "a.png", "prompt": "one"}\n{"file": "b.png", "prompt": ["two", "three"]}\n',
     "captions.json": json.dumps({"a.png": "one", "b.png": ["two", "three"]}),
     "coco": json.dumps(COCO),
     "b.txt": "two\n\nthree\n",

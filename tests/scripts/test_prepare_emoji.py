@@ -360,7 +360,7 @@ def packages(tmp_path):
     return Recipe(128, tuple(styles), True, heldout, (sets["google"], sets["openmoji"], sets["lib"])), cache
 
 
-def test_a_dataset_from_icon_sets(packages, tmp_path):
+def test_a_dataset_from_icon_sets(packages, tmp_path, capsys):
     pytest.importorskip("resvg_py")
     recipe, cache = packages
     captions = prepare(recipe, tmp_path / "out", cache, tmp_path / "concepts.yaml")
@@ -389,6 +389,17 @@ def test_a_dataset_from_icon_sets(packages, tmp_path):
     assert [Image.open(path).getpixel((64, 64)) for path in paths] == [(128, 0, 0), (255, 0, 0), (255, 165, 0)]
     assert captions_below(tmp_path / "files" / "one", paths)[paths[2]] == ["fire, one style"]
     assert (tmp_path / "files" / "one" / "LICENSE").read_text().startswith("MIT\n")
+    only = ["--out", str(tmp_path / "out"), "--images", str(tmp_path / "fire"), "--only"]
+    assert main([*only, "fire"]) == 0
+    found = captions_below(tmp_path / "fire", files_below(tmp_path / "fire"))
+    assert [*found.values()] == [["fire, one style"], ["fire, two style"]]
+    capsys.readouterr()
+    assert main([*only, "fires"]) == 2
+    assert (
+        "--only: 'fires' is no split or concept in" in (said := capsys.readouterr().err)
+        and "did you mean fire?" in said
+    )
+    assert main(["--only", "fire"]) == 2 and "--only: goes with --images" in capsys.readouterr().err
 
 
 def test_pictures_are_written_as_numpy_saves_them(tmp_path):

@@ -16,6 +16,7 @@ from ldm.data.emoji_set.concepts import Concept, concepts_of, skin_tones
 from ldm.data.emoji_set.drawings import codes_by_name, draw, read_chars, sources
 from ldm.data.emoji_set.packages import Recipe, Style, fetch
 from ldm.data.emoji_set.phrases import full_caption
+from ldm.io.errors import SettingError, did_you_mean
 from ldm.io.files import atomic_write, read_json, read_yaml, write_file
 
 
@@ -135,18 +136,24 @@ def write_images(path: Path, images: Sequence[np.ndarray]) -> None:
         stored.flush()
 
 
-def write_files(dataset: Path, out: Path) -> int:
+def write_files(dataset: Path, out: Path, only: str | None = None) -> int:
     """Write the images of a dataset as PNG files, with their names as captions and their terms, as any folder of images
     has them: a folder for each style; how many.
 
+    only: those of a split or of a concept; None = all.
+
     Raises:
-        OSError, ValueError: the dataset can't be read.
+        OSError, ValueError: the dataset can't be read. SettingError: it has no such split or concept.
     """
     coco, pixels = read_json(dataset / "captions.json"), np.load(dataset / "pictures.npy", mmap_mode="r")
     named = {note["image_id"]: note["caption"] for note in reversed(coco["annotations"])}  # the first one is the name
     terms = {one["id"]: f"{one['name']}\n{one['attribution']}\n{one['url']}\n" for one in coco["licenses"]}
+    chosen = [image for image in coco["images"] if only in (None, image["split"], image["name"])]
+    if not chosen:
+        names = {image["name"] for image in coco["images"]}
+        raise SettingError("only", f"{only!r} is no split or concept in {dataset}{did_you_mean(only, names)}")
     lines: dict[Path, list[str]] = {}
-    for image in tqdm(coco["images"], desc="files", leave=False, disable=None):
+    for image in tqdm(chosen, desc="files", leave=False, disable=None):
         path = out / image["file_name"]
         if path.parent not in lines:
             write_file(path.parent / "LICENSE", terms[image["license"]])
@@ -155,7 +162,7 @@ def write_files(dataset: Path, out: Path) -> int:
             Image.fromarray(pixels[image["id"]]).save(temporary, format="png")
     for folder, described in lines.items():
         write_file(folder / "metadata.jsonl", "\n".join(described) + "\n")
-    return len(coco["images"])
+    return len(chosen)
 
 
 def prepare(recipe: Recipe, out: Path, cache: Path, concepts_file: Path) -> dict[str, Any]:
