@@ -38,6 +38,7 @@ PROJECT_FILES = (
     "models/**/config.yaml",
     "models/ldm/cin256-v2/classes.txt",
     "models/first_stage_models/emoji128-kl-f8/model.safetensors",
+    "models/control/emoji64-edges/model.safetensors",
     "models/rdm/emoji-encoder/model.safetensors",
     *(f"models/ldm/emoji*/**/{files}" for files in ("*.json", "*.yaml", "*.txt", "model.safetensors")),
 )

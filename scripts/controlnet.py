@@ -2,8 +2,9 @@
 propagation (Faster Diffusion).
 
 With --control edges, scribble or depth the picture is made of --image; a FILE is taken as it is. Give --control several
-times, with a --control-model each, and their effects add up. Control networks run at key timesteps, where the UNet's
-encoder runs, unless --control-at says otherwise.
+times, with a --control-model each, and their effects add up. The control network of emoji64's edges ships, so for that
+model --control edges needs no --control-model. Control networks run at key timesteps, where the UNet's encoder runs,
+unless --control-at says otherwise.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ def parser() -> Parser:
     )
     control = p.add_argument_group("what the images follow")
     control_arguments(control, required=True)
-    control.add_argument("--image", metavar="FILE", help="the image that edges, scribble or depth are made of")
+    control.add_argument(
+        "--image",
+        metavar="FILE",
+        help="the image that edges, scribble or depth are made of; or a folder of images with captions, which are the "
+        "prompts",
+    )
     sampling_arguments(p)
     propagation_arguments(p, order="after")
     model_arguments(p, EMOJI64, adapters=True)
@@ -44,14 +50,15 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     settings = settings_from(args, cli.control.ControlSettings)
     cli.control.check_control(settings)
-    image = cli.control.read_image(settings)
+    source = cli.control.read_source(settings.image)
     model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64)
-    size = cli.control.result_size(model, image, args.H, args.W)
+    size = cli.control.result_size(model, source, args.H, args.W)
     shown = cli.tasks.shipped_prompts(model.ckpt) if args.compare else []
-    network = cli.control.controlled(model, settings, image, size)
+    items = cli.control.controlled_items(source, settings_from(args, cli.tasks.TextSettings), shown)
+    network = cli.control.controlled(model, settings, source, size)
     made = cli.pipeline.make_images(
         model,
-        cli.tasks.text_items(settings_from(args, cli.tasks.TextSettings), shown),
+        items,
         replace(cli.tasks.text_task(model, size, settings_from(args, cli.tasks.PromptSettings)), network=network),
         size,
         settings_from(args, cli.pipeline.SamplingSettings),
@@ -59,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         args.batch_size,
         keep="edges" in args.control,
     )
-    for line in cli.control.edges_followed(network, made):
+    for line in cli.control.edges_followed(network, items, made):
         print(line)
 
 

@@ -31,6 +31,7 @@ Files = tuple[Path, Path]  # a model's config and weights
 
 ROOT = PROJECT_ROOT
 EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/emoji64/model.safetensors")
+EMOJI64_EDGES = ROOT / "models/control/emoji64-edges/model.safetensors"  # its control network
 PROMPT, SHOWN = "a red heart, noto style", 8
 NOISE_WEIGHT = 0.003
 IMAGENET = 1000  # classes; where a model has one more, that one is their absence
@@ -216,11 +217,10 @@ def control_arguments(control: argparse._ActionsContainer, required: bool = Fals
     control.add_argument(
         "--control-model",
         action="append",
-        required=required,
-        default=None if required else [],
+        default=[],
         metavar="FILE",
         help="the control network of each --control: a file that has it alone or beside its base model, or a folder of "
-        "the diffusers library",
+        "the diffusers library (default: that of emoji64's edges)",
     )
     control.add_argument(
         "--control-weight",

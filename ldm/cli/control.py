@@ -1,4 +1,4 @@
-"""What a run under control is given: pictures to follow, made of an image or as files, and control networks."""
+"""What a run under control is given: pictures to follow, made of images or as files, and control networks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
@@ -15,14 +16,18 @@ from PIL import Image
 from ldm.checkpoint import CheckpointError, fingerprint
 from ldm.checkpoint.control import control_file, load_control
 from ldm.checkpoint.detectors import load_hed, load_midas
+from ldm.cli.arguments import EMOJI64, EMOJI64_EDGES
 from ldm.cli.pipeline import MethodRun
 from ldm.cli.setup import CONSTRUCTION, Setup, image_size
-from ldm.cli.tasks import file_reference
+from ldm.cli.tasks import TextSettings, file_reference, image_items, text_items
 from ldm.data import conditions
+from ldm.data.captions import captions_below
 from ldm.io.errors import SettingError, did_you_mean, fault_of
-from ldm.io.images import fit, open_image, opened
+from ldm.io.files import json_sha256, same_place
+from ldm.io.images import files_below, fit, open_image, opened
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.sampling.control import ControlledBy, Picture
+from ldm.sampling.generate import Item
 
 KINDS = ("edges", "scribble", "depth")  # of pictures that are made of an image
 Size = tuple[int, int]  # height and width, in pixels
@@ -33,8 +38,8 @@ class ControlSettings:
     """See `scripts/controlnet.py`.
 
     control: what each control network follows: one of KINDS, or a file.
-    control_model, control_weight: files of the networks, and how much each counts; no weights = 1 each.
-    image: that the pictures are made of; None = they are all files.
+    control_model, control_weight: files of the networks, and how much each counts; none = those that ship, 1 each.
+    image: that the pictures are made of, or a folder with a captioned image for each prompt; None = they are all files.
     hed, midas: weights of the networks that make scribbles and depth.
     canny: low and high threshold of the gradient.
     guess: see `ControlledBy`.
@@ -57,7 +62,7 @@ def check_control(settings: ControlSettings) -> None:
     if (count := len(settings.control)) == 0:
         raise SettingError("control", "needed: what the images are to follow")
     for name, given in (("control_model", settings.control_model), ("control_weight", settings.control_weight)):
-        if len(given) != count and (given or name == "control_model"):
+        if len(given) not in (0, count):
             raise SettingError(name, f"expected one for each control, {count}; got {len(given)}")
     made = [kind for kind in settings.control if kind in KINDS]
     if made and settings.image is None:
@@ -71,54 +76,129 @@ def check_control(settings: ControlSettings) -> None:
         raise SettingError("canny", f"expected LOW <= HIGH; got {settings.canny[0]:g},{settings.canny[1]:g}")
 
 
-def read_image(settings: ControlSettings) -> Image.Image | None:
-    """The image that pictures are made of."""
+@dataclass(frozen=True)
+class Source:
+    """What pictures are made of.
+
+    images: one for all results, or one for each prompt.
+    facts: what tells them, as JSON values.
+    subjects: of a folder the caption of each image, which is its prompt, and what tells the image; none = a file.
+    """
+
+    images: Sequence[Image.Image]
+    facts: dict[str, Any]
+    subjects: Sequence[dict[str, str]] = ()
+
+
+def read_source(path: str | Path | None) -> Source | None:
+    """The image of a file, or the images of a folder with their captions; None = none is given.
+
+    Raises:
+        SettingError: it can't be read, or an image in the folder has no caption.
+    """
     with fault_of("image"):
-        return None if settings.image is None else open_image(settings.image)
+        if path is None:
+            return None
+        if not Path(path).is_dir():
+            return Source([open_image(path)], file_reference(path, "image"))
+        files = files_below(Path(path))
+        captions = captions_below(Path(path), files)
+        if missing := [file for file in files if not captions.get(file)]:
+            raise ValueError(
+                f"{missing[0]}: no caption; expected one in {missing[0].with_suffix('.txt').name} beside it"
+            )
+        subjects = [{"prompt": captions[file][0]} | file_reference(file, "image") for file in files]
+        facts = {"image": Path(path).name, "image_sha256": json_sha256(subjects)[:16]}
+        return Source([open_image(file) for file in files], facts, subjects)
 
 
-def result_size(setup: Setup, image: Image.Image | None, height: int | None, width: int | None) -> Size:
-    """Of the images to be made: as given, or the image's shape near the size of the model's training, as published."""
-    if image is None or (height and width):
+def controlled_items(source: Source | None, text: TextSettings, shown: Sequence[str]) -> list[Item]:
+    """The images to make: of each prompt, or of each image of a folder.
+
+    Raises:
+        SettingError: see `text_items`; or there are prompts beside a folder's captions.
+    """
+    if source is None or not source.subjects:
+        return text_items(text, shown)
+    for name, given in (("prompt", text.prompt), ("from_file", text.from_file), ("repeat", text.repeat > 1)):
+        if given:
+            raise SettingError(name, "not with a folder as --image: each of its images has one prompt, its caption")
+    return image_items(
+        source.subjects, text.n_iter, text.seed, text.seed_by_position, share_start=1 if text.fixed_code else None
+    )
+
+
+def result_size(setup: Setup, source: Source | None, height: int | None, width: int | None) -> Size:
+    """Of the images to be made: as given, or the shape of the (first) image near the size of the model's training."""
+    if source is None or (height and width):
         return image_size(setup.sizes, height, width)
-    usual = conditions.resized(image, setup.sizes.default, setup.sizes.multiple)
+    usual = conditions.resized(source.images[0], setup.sizes.default, setup.sizes.multiple)
     return image_size(setup.sizes, height, width, (usual.height, usual.width))
 
 
-def controlled(setup: Setup, settings: ControlSettings, image: Image.Image | None, size: Size) -> ControlledBy:
-    """The model's network with its control networks, each with its picture.
+def controlled(setup: Setup, settings: ControlSettings, source: Source | None, size: Size) -> ControlledBy:
+    """The model's network with its control networks, each with its pictures.
 
     Raises:
         SettingError: a file can't be read, a picture has another size, or a network is for another model.
     """
-    if image is not None:
-        usual = conditions.resized(image, setup.sizes.default, setup.sizes.multiple)
-        image = usual if (usual.height, usual.width) == size else fit(image, *size)
-    pictures = [picture(settings, kind, image, size) for kind in settings.control]
+    images = [fitted(setup, image, size) for image in source.images] if source else []
+    pictures = []  # of each control, and what tells them
+    for kind in settings.control:
+        if kind in KINDS:
+            pictures.append(([drawn(settings, kind, image) for image in images], made_of(settings, kind, source)))
+        else:
+            given, reference = given_picture(kind, size)
+            pictures.append(([given], reference))
     weights = settings.control_weight or [1.0] * len(pictures)
-    loaded = [network(setup, file) for file in settings.control_model]
+    loaded = [network(setup, file) for file in settings.control_model or shipped(setup, settings.control)]
     followed = [
-        Picture(one, conditions.as_hint(shown)[None], weight, {"control": facts} | {"control_model": name})
+        Picture(one, hints(shown), weight, {"control": facts} | {"control_model": name})
         for (shown, facts), (one, name), weight in zip(pictures, loaded, weights, strict=True)
     ]
     return ControlledBy(followed, settings.guess, settings.control_at == "every")
 
 
-def edges_followed(network: ControlledBy, runs: Sequence[MethodRun]) -> list[str]:
+def fitted(setup: Setup, image: Image.Image, size: Size) -> Image.Image:
+    """The image in the size of the results, resized as published where that gives this size."""
+    usual = conditions.resized(image, setup.sizes.default, setup.sizes.multiple)
+    return usual if (usual.height, usual.width) == size else fit(image, *size)
+
+
+def shipped(setup: Setup, kinds: Sequence[str]) -> list[Path]:
+    """The control networks that ship: of edges, for the model that ships. Raises SettingError: others are asked for."""
+    if not same_place(setup.ckpt, EMOJI64[1]) or {*kinds} != {"edges"}:
+        raise SettingError("control_model", "needed, one for each control; only that of emoji64's edges ships")
+    return [EMOJI64_EDGES] * len(kinds)
+
+
+def hints(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Pictures as control networks read them, (N, 3, H, W)."""
+    return torch.stack([conditions.as_hint(picture) for picture in pictures])
+
+
+def edges_followed(network: ControlledBy, items: Sequence[Item], runs: Sequence[MethodRun]) -> list[str]:
     """For each method, how well its images follow the edges that they were given; nothing if they were given none."""
+    prompts = [prompt for prompt, _ in sorted((item.prompt_index, item.sample) for item in items)]  # as images of a run
     lines = []
-    for followed in network.pictures:
-        if followed.facts["control"].get("kind") == "edges":
-            low, high = followed.facts["control"]["canny"]
-            given = followed.hints[0, 0].numpy()
+    for picture in network.pictures:
+        if picture.facts["control"].get("kind") == "edges":
+            given = [hint[0].numpy() for hint in picture.of(prompts)]
             for run in runs:
-                scores = [conditions.edge_scores(given, conditions.edges(image, low, high)) for image in run.images]
-                precision, recall, both = (sum(part) / len(scores) for part in zip(*scores, strict=True))
-                lines.append(
-                    f"{run.label}: edges followed, within a pixel: F-score {both:.2f}, precision {precision:.2f}, "
-                    f"recall {recall:.2f}"
-                )
+                found = [conditions.edges(image, *picture.facts["control"]["canny"]) for image in run.images]
+                scores = [conditions.edge_scores(*pair) for pair in zip(given, found, strict=True)]
+                lines.append(f"{run.label}: edges followed, within a pixel: {in_words(np.array(scores))}")
     return lines
+
+
+def in_words(scores: np.ndarray) -> str:
+    """The means of `edge_scores` of images, (N, 3), with the 95 % interval of several F-scores."""
+    precision, recall, both = scores.mean(0)
+    interval = ""
+    if len(scores) > 1:
+        margin = 1.96 * scores[:, 2].std(ddof=1) / len(scores) ** 0.5
+        interval = f" (95 % interval {both - margin:.3f} to {both + margin:.3f})"
+    return f"F-score {both:.3f}{interval}, precision {precision:.3f}, recall {recall:.3f}"
 
 
 def controlled_frames(setup: Setup, files: Sequence[str], model: str, size: Size) -> ControlledBy:
@@ -129,12 +209,11 @@ def controlled_frames(setup: Setup, files: Sequence[str], model: str, size: Size
     """
     pictures = [given_picture(file, size) for file in files]
     loaded, name = network(setup, model)
-    hints = torch.stack([conditions.as_hint(shown) for shown, _ in pictures])  # (F, 3, H, W)
     facts = {"control": [reference for _, reference in pictures], "control_model": name}
-    return ControlledBy([Picture(loaded, hints, 1.0, facts)])
+    return ControlledBy([Picture(loaded, hints([shown for shown, _ in pictures]), 1.0, facts)])
 
 
-def network(setup: Setup, file: str) -> tuple[ControlNet, str]:
+def network(setup: Setup, file: str | Path) -> tuple[ControlNet, str]:
     """A control network on the run's device, and what tells it: the hash of its file."""
     unet = OmegaConf.to_container(setup.config.model.params.unet_config.params)
     with fault_of("control_model", (CheckpointError, *CONSTRUCTION)):
@@ -147,11 +226,6 @@ def network(setup: Setup, file: str) -> tuple[ControlNet, str]:
         return loaded, fingerprint(control_file(file))[:16]
 
 
-def picture(settings: ControlSettings, kind: str, image: Image.Image | None, size: Size) -> tuple[Image.Image, Any]:
-    """What one control network follows, and what tells it, as JSON values."""
-    return (drawn(settings, kind, image), made_of(settings, kind)) if kind in KINDS else given_picture(kind, size)
-
-
 def drawn(settings: ControlSettings, kind: str, image: Image.Image) -> Image.Image:
     """The picture of one of KINDS that is made of an image."""
     makers: dict[str, Callable[[], Image.Image]] = {
@@ -162,9 +236,9 @@ def drawn(settings: ControlSettings, kind: str, image: Image.Image) -> Image.Ima
     return makers[kind]()
 
 
-def made_of(settings: ControlSettings, kind: str) -> dict[str, Any]:
-    """What tells a picture of one of KINDS, as JSON values: the image, and what finds the edges or the depth in it."""
-    facts = {"kind": kind} | file_reference(settings.image, "image")
+def made_of(settings: ControlSettings, kind: str, source: Source) -> dict[str, Any]:
+    """What tells the pictures of one of KINDS, as JSON values: the images, and what finds edges or depth in them."""
+    facts = {"kind": kind} | source.facts
     if kind == "edges":
         return facts | {"canny": [*settings.canny]}
     name = "hed" if kind == "scribble" else "midas"

@@ -33,7 +33,7 @@ from ldm.cli.arguments import (
     tile_argument,
     uncond_class_argument,
 )
-from ldm.cli.control import ControlSettings, check_control, controlled, read_image, result_size
+from ldm.cli.control import ControlSettings, check_control, controlled, read_source, result_size
 from ldm.cli.parser import Parser, Version
 from ldm.cli.pipeline import Refiner, RefinerSettings, make_refiner
 from ldm.cli.setup import SamplingSettings, Setup, image_size
@@ -306,10 +306,10 @@ def under_control(
         raise ValueError(f"image must be one image here; got {len(given.images)}")
     settings = replace(settings, image=given.images[0].path if given.images else None)
     check_control(settings)
-    image = read_image(settings)
-    size = result_size(setup, image, given.height, given.width)
+    source = read_source(settings.image)
+    size = result_size(setup, source, given.height, given.width)
     task = text_task(setup, size, prompts)
-    return size, replace(task, network=controlled(setup, settings, image, size))
+    return size, replace(task, network=controlled(setup, settings, source, size))
 
 
 def text_inpainting_arguments(p: Parser) -> None:

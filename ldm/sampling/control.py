@@ -33,6 +33,10 @@ class Picture:
     weight: float
     facts: dict[str, Any]
 
+    def of(self, prompts: Sequence[int]) -> Tensor:
+        """Those of images of these prompt_indices, (B, 3, H, W)."""
+        return self.hints[[prompt if len(self.hints) > 1 else 0 for prompt in prompts]]
+
 
 class ControlledBy(Network):
     """The model's network, and control networks that read a picture each; see `Controlled`.
@@ -58,8 +62,8 @@ class ControlledBy(Network):
         return Controlled(model.model, controls, self.guess, self.anew)
 
     def _control(self, picture: Picture, items: Sequence[Item]) -> Control:
-        network, several = picture.network, len(picture.hints) > 1
-        hints = picture.hints[[item.prompt_index if several else 0 for item in items]]  # (B, 3, H, W)
+        network = picture.network
+        hints = picture.of([item.prompt_index for item in items])  # (B, 3, H, W)
         weights = guess_weights(picture.weight, network.residuals) if self.guess else picture.weight
         return Control.of(network, hints.to(network.input_hint_block[0].weight.device), weights)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -79,16 +80,20 @@ class ControlTraining(DiffusionTraining):
 
 
 class CaptionedEdges(Dataset):
-    """Images with one of their captions, drawn at each access, and their edges as a control network reads them."""
+    """Images with one of their captions, drawn at each access, and their edges as a control network reads them.
 
-    def __init__(self, dataset: EmojiDataset, count: int, shares: CaptionShares):
-        self.dataset, self.count, self.shares = dataset, count, shares
+    flip: the share that is mirrored: the edges, not the caption alone, then say what is drawn.
+    """
+
+    def __init__(self, dataset: EmojiDataset, count: int, shares: CaptionShares, flip: float = 0.0):
+        self.dataset, self.count, self.shares, self.flip = dataset, count, shares, flip
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> dict[str, Tensor | str]:
         image = self.dataset[i]  # (3, H, W)
+        image = image.flip(-1) if torch.rand(()) < self.flip else image
         caption = self.shares.draw(self.dataset.captions(i), self.dataset.groups(i))
         return {"image": image, "caption": caption, "hint": as_hint(edges(to_pil(image[None])[0]))}
 
@@ -97,8 +102,9 @@ class EmojiEdgesData(TrainingData):
     """Images, captions and edges for a control network, validated on held-out pairs of concept and style.
 
     Args:
-        root, batch_size, max_tier, name_share, max_val, seed: see
-            `ldm.training.data.EmojiLatentsData`.
+        root, batch_size, name_share, max_val, seed: see `ldm.training.data.EmojiLatentsData`.
+        max_tier: of the training images; validated are those of tiers 1 and 2.
+        flip: the share of the training images that is mirrored.
     """
 
     def __init__(
@@ -108,14 +114,15 @@ class EmojiEdgesData(TrainingData):
         max_tier: int = 2,
         name_share: Share = 0.7,
         max_val: Count = 128,
+        flip: Share = 0.0,
         seed: Seed = 23,
     ):
         super().__init__(batch_size, seed)
-        self.root, self.max_tier, self.max_val = root, max_tier, max_val
+        self.root, self.max_tier, self.max_val, self.flip = root, max_tier, max_val, flip
         self.shares = CaptionShares(name_share)
 
     def setup(self, stage: str) -> None:
         train = EmojiDataset(self.root, split="train", max_tier=self.max_tier)
-        held_out = EmojiDataset(self.root, split="heldout_pair", max_tier=self.max_tier)
-        self.train = CaptionedEdges(train, len(train), self.shares)
+        held_out = EmojiDataset(self.root, split="heldout_pair", max_tier=min(2, self.max_tier))
+        self.train = CaptionedEdges(train, len(train), self.shares, self.flip)
         self.val = CaptionedEdges(held_out, min(self.max_val, len(held_out)), CaptionShares())

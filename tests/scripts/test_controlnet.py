@@ -11,7 +11,7 @@ from PIL import Image
 
 import ldm
 from ldm.checkpoint import save_weights
-from ldm.cli.control import ControlSettings, made_of
+from ldm.cli.control import ControlSettings, made_of, read_source
 from ldm.data.conditions import edges
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from tests.helpers.goldens import recipe_weights
@@ -37,6 +37,12 @@ def folder(tmp_path_factory):
     edges(image).save(folder / "edges.png")
     edges(image).resize((32, 16)).save(folder / "wide.png")
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(folder / "clear.png")
+    for name, drawn, caption in (("a", image, "an owl"), ("b", image.transpose(Image.Transpose.ROTATE_90), "a fox")):
+        (folder / "several").mkdir(exist_ok=True)
+        drawn.save(folder / f"several/{name}.png")
+        (folder / f"several/{name}.txt").write_text(caption)
+    (folder / "untold").mkdir()
+    image.save(folder / "untold/a.png")
     return folder
 
 
@@ -63,7 +69,7 @@ def control(folder, kind="edges", name="control"):
 def test_pictures_are_followed_plain_and_with_plans(script, folder, capsys):
     edge = control(folder)
     (plain,) = script(*edge, "--plan=off")
-    assert re.search(r"pictures: edges followed, within a pixel: F-score 0\.\d\d, precision", capsys.readouterr().out)
+    assert re.search(r"pictures: edges followed, within a pixel: F-score 0\.\d{3}, precision", capsys.readouterr().out)
     assert plain["control"][0].items() >= {"weight": 1.0}.items()
     assert plain["control"][0]["control"].items() >= {"kind": "edges", "image": "image.png"}.items()
     (same,) = script(*control(folder, f"{folder}/edges.png"), "--plan=off")
@@ -110,20 +116,44 @@ def test_from_python(script, folder):
             model.images("an owl", **given)
 
 
+def test_each_image_of_a_folder_is_followed_by_the_image_of_its_caption(script, folder, capsys):
+    edge = [*control(folder)[:-1], f"--image={folder}/several"]
+    (alone,) = script(*control(folder), "--plan=off")
+    script.common.remove("--prompt=an owl")
+    script.common[script.common.index("--n_samples=1")] = "--n_samples=2"
+    owl, fox = script(*edge, "--plan=off")
+    assert [one["prompt"] for one in (owl, fox)] == ["an owl", "a fox"] and owl["image"] == "a.png"
+    assert np.abs(script.pixels(owl) - script.pixels(alone)).max() <= 1  # in a batch with other edges
+    assert re.search(r"F-score 0\.\d+ \(95 % interval", capsys.readouterr().out)
+    (other,) = script(
+        *control(folder)[:-1], f"--image={folder}/several/b.png", "--prompt=a fox", "--n_samples=1", "--plan=off"
+    )
+    assert np.abs(script.pixels(fox) - script.pixels(other)).max() <= 1
+    for given, message in (
+        ([*edge, "--prompt=an owl"], "--prompt: not with a folder as --image: each of its images has one prompt, its"),
+        ([*edge, "--repeat=2"], "--repeat: not with a folder as --image"),
+        (
+            [*edge[:-1], f"--image={folder}/untold"],
+            f"--image: {folder}/untold/a.png: no caption; expected one in a.txt",
+        ),
+    ):
+        assert script.refusal(capsys, *given).startswith(message)
+
+
 @pytest.mark.parametrize("kind, name", [("scribble", "hed"), ("depth", "midas")])
 def test_a_picture_is_told_by_the_network_that_makes_it(folder, tmp_path, kind, name):
     told = []
     for content in (b"one", b"two"):
         (tmp_path / "weights.safetensors").write_bytes(content)
-        paths = {"image": f"{folder}/image.png", name: str(tmp_path / "weights.safetensors")}
-        told.append(made_of(ControlSettings([kind], ["x"], **paths), kind))
+        settings = ControlSettings([kind], ["x"], **{name: str(tmp_path / "weights.safetensors")})
+        told.append(made_of(settings, kind, read_source(f"{folder}/image.png")))
     assert told[0][name] == "weights.safetensors" and told[0] != told[1]
 
 
 def test_bad_input_is_refused_in_one_line(script, folder, capsys):
     edge, file = control(folder), f"{folder}/edges.png"
     for given, message in (
-        (["--control", "edges"], "the following arguments are required: --control-model"),
+        (edge[:2] + edge[4:], "--control-model: needed, one for each control; only that of emoji64's edges ships"),
         (edge[:4], "--image: needed for control edges: the image that it is made of"),
         ([*control(folder, file), f"--image={folder}/image.png"], "--image: only for control edges, scribble, depth"),
         ([*edge, "--control", file], "--control-model: expected one for each control, 2; got 1"),
