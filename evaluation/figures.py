@@ -75,6 +75,19 @@ KINDS = {
         5,
         {"samplers": (("ddim", 50), ("plms", 50), ("dpm-solver++", 20), ("unipc", 20))},
     ),
+    "databases": Kind(
+        "retrieval",
+        "of retrieval-augmented models: images by several databases, and by the text alone",
+        6,
+        {"steps": 50, "databases": ("artbench-surrealism",), "knn": 4},
+    ),
+    "neighbours": Kind(
+        "retrieval",
+        "of retrieval-augmented models: quality by number of neighbours and size of the database",
+        1000,
+        {"steps": 50, "databases": ("artbench-surrealism",), "knns": (1, 2, 4, 8, 16), "sizes": (100, 1000, 10000)},
+        keeps=True,
+    ),
     "prior-noise": Kind("images", "prior noise, and the frequencies of the images (figure 6)", 8),
     "tasks": Kind(
         "tasks",
@@ -96,6 +109,8 @@ KINDS = {
         {"samplers": (("ddim", 50), ("dpm-solver", 20), ("dpm-solver++", 20)), "repeats": 5},
     ),
 }
+
+OF_ALL = [name for name, kind in KINDS.items() if "databases" not in kind.options]
 
 
 def sampler_and_steps(text: str) -> tuple[str, int]:
@@ -124,6 +139,10 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "plan and outdir (default: a task each)",
     ),
     "plans": (str, "PLAN", "plans, as --plan of txt2img.py (default: {shown})"),
+    "databases": (str, "DIR", "databases of scripts/build_database.py (default: {shown})"),
+    "knn": (count, "K", "neighbours that an image is made of (default: %(default)s)"),
+    "knns": (count, "K", "numbers of neighbours (default: {shown})"),
+    "sizes": (count, "N", "numbers of images in the database (default: {shown})"),
     "rows": (str, "YAML", "the methods to compare (default: evaluation/plots/pareto.yaml)"),
     "data": (
         str,
@@ -176,9 +195,9 @@ def parser() -> Parser:
         shared_arguments(one)
         for option, default in kind.options.items():
             add_option(one, option, default)
-    every = kinds.add_parser("all", help="all kinds of figures, with their defaults")
+    every = kinds.add_parser("all", help="all kinds of figures that need no database, with their defaults")
     every.add_argument("--count", type=count, metavar="N", help="number of images (default: that of each kind)")
-    every.add_argument("--without", nargs="+", choices=[*KINDS], default=[], metavar="KIND", help="kinds to leave out")
+    every.add_argument("--without", nargs="+", choices=OF_ALL, default=[], metavar="KIND", help="kinds to leave out")
     shared_arguments(every)
     add_option(every, "steps", 50)
     return p
@@ -193,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_outdir(out, "--out")
     setup, prompts = experiment_inputs(settings_from(args, ModelSettings), args.prompts)
-    names = [name for name in KINDS if name not in args.without] if args.kind == "all" else [args.kind]
+    names = [name for name in OF_ALL if name not in args.without] if args.kind == "all" else [args.kind]
     for name, kind in ((name, KINDS[name]) for name in names):
         number = 1 if kind.count is None else args.count or kind.count
         experiment = Experiment(setup, prompts, number, args.seed, args.scale)

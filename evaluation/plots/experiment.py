@@ -12,10 +12,11 @@ from typing import Any
 
 import matplotlib
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaluation.plots.drawing import STYLE
 from ldm.cli.arguments import EMOJI64
+from ldm.cli.neighbours import RetrievalSettings, Retrieved, retrieve
 from ldm.cli.setup import CPU_POSITIONS, ModelSettings, Setup, make_setup, run_facts
 from ldm.cli.tasks import prompts_in
 from ldm.io.errors import SettingError, fault_of
@@ -30,6 +31,7 @@ from ldm.sampling.generate import Item, make_items
 from ldm.sampling.task import Classes, Condition
 
 BATCH = 8  # images per batch
+RETRIEVAL = {"database": "databases", "clip_type": "config"}  # what the settings of a retrieval are called here
 CALIBRATED = re.compile(r"(\w+:)?auto:")  # plans that need a calibration
 
 
@@ -91,10 +93,20 @@ class Experiment:
         """The kind of conditioning that the model takes."""
         if self.model.model.conditioning_key is None:
             return Task(Condition())
+        if isinstance(self.model.cond_stage_model, nn.Identity | nn.Flatten):  # retrieval-augmented: the texts alone
+            return self.retrieved(RetrievalSettings()).task
         # As in the published class-conditional models: the last of 1001 classes is the unconditional one.
         if self.classes:
             return Task(Classes(self.classes - 1 if self.classes == 1001 else None))
         return Task(text_for(self.model, (self.setup.sizes.default,) * 2))
+
+    def retrieved(self, settings: RetrievalSettings) -> Retrieved:
+        """What a retrieval-augmented model makes the items of.
+        Raises SettingError: `databases`, `knn` or `config` (its embedder) can't be used."""
+        try:
+            return retrieve(self.setup, self.items, [], settings)
+        except SettingError as error:
+            raise SettingError(RETRIEVAL.get(error.setting, error.setting), error.problem) from error
 
     @cached_property
     def guidance(self) -> float:
@@ -137,28 +149,37 @@ class Experiment:
         return found, remark
 
     def engine(
-        self, sampler: str, steps: int, plan: str | AnyPlan = "off", noise_weight: float = 0.0, **fields: Any
+        self,
+        sampler: str,
+        steps: int,
+        plan: str | AnyPlan = "off",
+        noise_weight: float = 0.0,
+        task: Task | None = None,
+        **fields: Any,
     ) -> Engine:
-        """An engine that samples the items by this method; `fields`: others of `Recipe`. Raises SettingError: `steps`:
-        no such sampler or plan for this number of steps; `config`: the model does not take the items' conditioning."""
+        """An engine that samples items by this method; `task`: another than theirs; `fields`: others of `Recipe`.
+
+        Raises SettingError: `steps`: no such sampler, or plan for so many steps; `config`: the model does not take
+        the items' conditioning."""
         recipe = self.recipe(sampler, steps, noise_weight=noise_weight, **fields)
         with fault_of("steps"):
             plan = self.plan(plan, sampler, steps, spacing=recipe.spacing) if isinstance(plan, str) else plan
         with fault_of("config"):
-            return Engine(self.model, self.setup.sizes, recipe, plan, self.task, self.setup.autocast)
+            return Engine(self.model, self.setup.sizes, recipe, plan, task or self.task, self.setup.autocast)
 
-    def latents(self, engine: Engine) -> Tensor:
-        """The sampled latents of all items, (N, C, h, w)."""
+    def latents(self, engine: Engine, items: Sequence[Item] | None = None) -> Tensor:
+        """The sampled latents of all items, or of others, (N, C, h, w)."""
+        items = self.items if items is None else items
         with fault_of("ckpt"):
-            return torch.cat([engine.latents(self.items[k : k + BATCH]) for k in range(0, self.count, BATCH)])
+            return torch.cat([engine.latents(items[k : k + BATCH]) for k in range(0, len(items), BATCH)])
 
     def decode(self, engine: Engine, latents: Tensor) -> Tensor:
         """Latents (N, C, h, w) -> images (N, 3, H, W) in [-1, 1], on the CPU."""
         return torch.cat([engine.decode(part).float().clamp(-1, 1).cpu() for part in latents.split(BATCH)])
 
-    def images(self, engine: Engine) -> Tensor:
-        """The sampled images of all items, (N, 3, H, W) in [-1, 1]."""
-        return self.decode(engine, self.latents(engine))
+    def images(self, engine: Engine, items: Sequence[Item] | None = None) -> Tensor:
+        """The sampled images of all items, or of others, (N, 3, H, W) in [-1, 1]."""
+        return self.decode(engine, self.latents(engine, items))
 
     @property
     def labels(self) -> list[str]:

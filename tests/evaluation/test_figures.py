@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from evaluation.figures import KINDS, main
+from evaluation.figures import KINDS, OF_ALL, main
 from tests.helpers.tiny_models import WORDS, write_model
 
 SMALLEST = {
@@ -32,7 +32,7 @@ def smallest(kind: str) -> list[str]:
     return [kind, *steps, *(["--count", "1"] if KINDS[kind].count else []), *SMALLEST.get(kind, [])]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "pareto"])  # has test_figures_pareto.py
+@pytest.mark.parametrize("kind", [kind for kind in OF_ALL if kind != "pareto"])  # has test_figures_pareto.py
 def test_every_kind_draws_any_model(kind, tiny, tmp_path):
     assert main([*smallest(kind), *tiny, "--out", str(tmp_path)]) == 0
     assert Image.open(tmp_path / f"{kind}.png").width > 300
@@ -53,7 +53,7 @@ def test_the_model_that_ships_needs_no_flag_and_gives_the_same_figure_twice(tmp_
 
 
 def test_all_draws_what_is_not_left_out(tiny, tmp_path):
-    left_out = [kind for kind in KINDS if kind not in ("norms", "timeline")]
+    left_out = [kind for kind in OF_ALL if kind not in ("norms", "timeline")]
     assert main(["all", "--steps", "2", "--count", "1", "--without", *left_out, *tiny, "--out", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["norms.json", "timeline.json"]
 
