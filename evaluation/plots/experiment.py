@@ -26,9 +26,8 @@ from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.sampling.engine import Engine, Recipe, Task, num_nodes, usual_scale
-from ldm.sampling.framed import text_for
 from ldm.sampling.generate import Item, make_items
-from ldm.sampling.task import Classes, Condition
+from ldm.sampling.task import Classes, Condition, text_for
 
 BATCH = 8  # images per batch
 RETRIEVAL = {"database": "databases", "clip_type": "config"}  # what the settings of a retrieval are called here

@@ -51,9 +51,8 @@ from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, check_blocks
 from ldm.modules.encoders.modules import ClassLabels
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
-from ldm.sampling.framed import text_for
 from ldm.sampling.generate import Item, fill
-from ldm.sampling.task import Classes, Labels, Network, prompts_cut
+from ldm.sampling.task import Classes, Labels, Network, prompts_cut, text_for
 from ldm.sampling.video import Motion, frames_task
 
 BATCH = 16

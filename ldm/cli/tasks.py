@@ -29,12 +29,14 @@ from ldm.modules.encoders.boxes import Box, box_tokens
 from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels, SpatialRescaler
 from ldm.modules.encoders.tokenizer import Reading
 from ldm.sampling.engine import Sizes, Task
-from ldm.sampling.framed import FramedText, FramedTextAndMaskedImage, Framing
 from ldm.sampling.generate import Item, make_items
 from ldm.sampling.hybrid import Depth, LowResolution, TextAndMaskedImage
 from ldm.sampling.task import (
     Classes,
     Condition,
+    FramedText,
+    FramedTextAndMaskedImage,
+    Framing,
     ImageConcat,
     ImageStart,
     KeepOutsideMask,

@@ -20,9 +20,9 @@ from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
 from ldm.modules.encoders.tokenizer import Reading
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task
-from ldm.sampling.framed import FramedText, Framing
 from ldm.sampling.generate import prompt_items
 from ldm.sampling.refined import Refined, plan_after
+from ldm.sampling.task import FramedText, Framing
 from ldm.util import _renamed
 from tests.helpers.paths import GOLDENS, ROOT
 from tests.helpers.scripts import Script, load_script
