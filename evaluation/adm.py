@@ -10,66 +10,57 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from evaluation.metrics.command import MeasureParser, measure_flags, publish, reference_of
+from evaluation.metrics.command import MeasureParser, publish, reference_of
 from ldm.cli.parser import check_output, run_command
-from ldm.io.errors import BadInput, blame, fault_of, flags_named
+from ldm.io.errors import BadInput, blame, fault_of
 from ldm.io.files import same_place
 
 
 def parser() -> MeasureParser:
     p = MeasureParser("adm.py", __doc__)
     p.add_reference("npz file or folder")
-    p.add_samples()
+    p.add("samples")
     p.add_argument("--save-statistics", metavar="NPZ", help="file for the statistics of the reference")
-    p.add_bootstrap(
-        "95 %% intervals: for FID and Inception Score by resampling the samples N times, for precision and recall by "
-        "Wilson's formula"
-    )
+    how = "resampling the samples N times, for precision and recall by Wilson's formula"
+    p.add("--bootstrap", help=f"also compute 95 %% intervals: for FID and Inception Score by {how}")
     p.add_extractor()
-    p.add_run()
-    p.add_output()
+    p.add("--batch-size", "--device", "--out")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
     check_output(args.out)
     check_statistics(args.save_statistics, args.reference)
-    from evaluation.metrics import adm, extractors, statistics
+    from evaluation.metrics import frechet
 
-    with flags_named(measure_flags(args)):
-        source = reference_of(args, statistics.protocol_reference)
-        with fault_of("samples"):
-            samples = adm.suite_samples(args.samples)
-        with fault_of("extractor"):
-            extractor = extractors.load_extractor(args.extractor, args.weights, args.resize, args.device)
-        with fault_of("reference"):
-            real = adm.suite_reference(source, extractor, args.batch_size)
-        result = adm.compute(samples, real, extractor=extractor, batch_size=args.batch_size, bootstrap=args.bootstrap)
-    publish(result, args.out)
+    source = reference_of(args)
+    with fault_of("samples"):
+        samples = frechet.open_samples(args.samples)
+        frechet.check_neighbours(len(samples.names))
+    extractor = frechet.named_extractor(args.extractor, args.weights, args.resize, args.device)
+    size = {"batch_size": args.batch_size}
+    with fault_of("reference"):
+        real = frechet.load_reference(source, extractor, keep=True, spatial=True, **size)
+    publish(frechet.compute(samples, real, extractor=extractor, suite=True, bootstrap=args.bootstrap, **size), args.out)
     if args.save_statistics:  # last, so that a full disk costs no value
         with blame("--save-statistics", (OSError,)):
-            about = real.about | extractors.network_fields(extractor) | {"doubts": [*real.warnings]}
-            statistics.save_statistics(args.save_statistics, real.gaussian, about, real.spatial)
+            about = real.about | frechet.network_fields(extractor) | {"doubts": [*real.warnings]}
+            frechet.save_statistics(args.save_statistics, real.gaussian, about, real.spatial)
 
 
 def check_statistics(path: str | None, reference: str) -> None:
     """Raise BadInput, before the work, if the reference's statistics can't be written there."""
-    if path is None:
-        return
     check_output(path, "--save-statistics")
-    if Path(path).suffix != ".npz":
+    if path is not None and Path(path).suffix != ".npz":
         raise BadInput(f"--save-statistics: expected a name that ends in .npz; got {path}")
-    if same_place(path, reference):
+    if path is not None and same_place(path, reference):
         raise BadInput(f"--save-statistics: {path} is REFERENCE itself; expected another file")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,39 +8,24 @@ hessel, cos100: the same formulas with any CLIP model.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 
-from evaluation.metrics.command import RECIPES, VARIANTS, MeasureParser, arguments
-from evaluation.metrics.result import Result
+from evaluation.metrics.command import RECIPES, VARIANTS, MeasureParser
 
 
 def parser() -> MeasureParser:
-    p = MeasureParser("clip_score.py", __doc__)
-    p.add_samples()
-    p.add_prompts()
+    p = MeasureParser("clip_score.py", __doc__, "clip_score")
+    p.add("samples", "--prompts")
     p.add_argument("--variant", choices=VARIANTS, default=VARIANTS[0], help="the formula and the CLIP model, see above")
-    p.add_argument(
-        "--weights", metavar="DIR", required=True, help="folder of the CLIP model, of transformers or open_clip"
-    )
+    weights = "folder of the CLIP model, of transformers or open_clip"
+    p.add_argument("--weights", metavar="DIR", required=True, help=weights)
     p.add_argument("--vocabulary", metavar="PATH", help="CLIP's vocabulary (default: in the folder, or installed)")
     p.add_argument("--resize", choices=RECIPES, default="clip-crop", help="how images are resized for the model")
-    p.add_run()
-    p.add_output()
+    p.add("--batch-size", "--device", "--out")
     return p
 
 
-def compute(args: argparse.Namespace) -> Result:
-    from evaluation.metrics import clip_score
-
-    return clip_score.compute(**arguments(args))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return parser().run(compute, argv)
-
+main = parser().main
 
 if __name__ == "__main__":
     sys.exit(main())

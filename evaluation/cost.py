@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from ldm.cli.parser import Parser, count, run_command, side, step_count
 from ldm.io.errors import flags_named
@@ -20,30 +20,16 @@ from ldm.io.errors import flags_named
 def parser() -> Parser:
     p = Parser(prog="cost.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", required=True, metavar="YAML", help="the model's config")
-    p.add_argument(
-        "--plan",
-        nargs="+",
-        default=["off", "faster-diffusion"],
-        metavar="PLAN",
-        help="plans, as the sampling scripts take them (default: off faster-diffusion)",
-    )
-    p.add_argument(
-        "--steps",
-        nargs="+",
-        type=step_count,
-        default=[50],
-        metavar="N",
-        help="number of predictions of the network in a run (default: 50)",
-    )
+    plans = ["off", "faster-diffusion"]
+    text = f"plans, as the sampling scripts take them (default: {' '.join(plans)})"
+    p.add_argument("--plan", nargs="+", default=plans, metavar="PLAN", help=text)
+    text = "number of predictions of the network in a run (default: 50)"
+    p.add_argument("--steps", nargs="+", type=step_count, default=[50], metavar="N", help=text)
     p.add_argument("--size", nargs=2, type=side, metavar=("H", "W"), help="size of the latents (default: the config's)")
-    p.add_argument(
-        "--batch", type=count, default=2, help="batch size of the network; with guidance an image needs 2 (default: 2)"
-    )
-    p.add_argument(
-        "--tokens",
-        type=count,
-        help="tokens of the context, for a UNet with cross-attention (default: those of the config's text encoder)",
-    )
+    text = "batch size of the network; with guidance an image needs 2 (default: 2)"
+    p.add_argument("--batch", type=count, default=2, help=text)
+    text = "tokens of the context, for a UNet with cross-attention (default: those of the config's text encoder)"
+    p.add_argument("--tokens", type=count, help=text)
     return p
 
 
@@ -54,10 +40,7 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(report(args.config, args.plan, args.steps, args.size, args.batch, args.tokens)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

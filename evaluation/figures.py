@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,21 @@ TASKS = (
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of figure: the function `draw_NAME` of a module of evaluation.plots.
-
-    summary: for the help.
-    count:   default number of images; None = the figure has one image, or none.
-    options: the other keyword arguments of the function, with their defaults; each has its flag in `OPTIONS`.
-    keeps:   the function also gets `cache`, a folder beside the figure for intermediate results.
-    """
+    """A kind of figure: the function `draw_NAME` of a module of evaluation.plots."""
 
     module: str
-    summary: str
-    count: int | None
+    summary: str  # for the help
+    count: int | None  # default number of images; None = the figure has one image, or none
+    # The other keyword arguments of the function, with their defaults; each has its flag in `OPTIONS`.
     options: Mapping[str, Any] = field(default_factory=lambda: {"steps": 50})
-    keeps: bool = False
+    keeps: bool = False  # the function also gets `cache`, a folder beside the figure for intermediate results
 
 
+SOLVERS = (("ddim", 50), ("dpm-solver", 20), ("dpm-solver++", 20))
+PLANS = ("off", "faster-diffusion", "uniform:6", "pro", "deepcache:3")
+FEWER = {"steps": 50, "step_counts": (50, 25, 20, 10, 5)}
+SAMPLED = {"samplers": (("ddim", 50), ("plms", 50), ("dpm-solver++", 20), ("unipc", 20))}
+COMPARED = {"steps": 50, "rows": str(ROWS), "data": None}
 KINDS = {
     "evolution": Kind("features", "change of each block's features from step to step (eq. 2, figure 3a)", 8),
     "norms": Kind("features", "size of each block's features, and its deviation during a run (figures 3b, 3c)", 8),
@@ -56,24 +57,7 @@ KINDS = {
     "expected": Kind("images", "the image expected on the way: what is decided when", 8),
     "variants": Kind("images", "propagation of encoder, decoder, both or neither (figure 16)", 4),
     "fewer-steps": Kind(
-        "images",
-        "fewer steps, with and without propagation and prior noise (figures 7, 13, 14)",
-        4,
-        {"steps": 50, "step_counts": (50, 25, 20, 10, 5)},
-    ),
-    "placement": Kind("placement", "number and placement of the key timesteps (table 5, figure 9)", 16),
-    "pareto": Kind(
-        "pareto",
-        "error against both costs, for plans and for fewer steps",
-        16,
-        {"steps": 50, "rows": str(ROWS), "data": None},
-        keeps=True,
-    ),
-    "samplers": Kind(
-        "images",
-        "plain and accelerated images of several samplers (figures 18 to 24)",
-        5,
-        {"samplers": (("ddim", 50), ("plms", 50), ("dpm-solver++", 20), ("unipc", 20))},
+        "images", "fewer steps, with and without propagation and prior noise (figures 7, 13, 14)", 4, FEWER
     ),
     "databases": Kind(
         "retrieval",
@@ -88,6 +72,9 @@ KINDS = {
         {"steps": 50, "databases": ("artbench-surrealism",), "knns": (1, 2, 4, 8, 16), "sizes": (100, 1000, 10000)},
         keeps=True,
     ),
+    "placement": Kind("images", "number and placement of the key timesteps (table 5, figure 9)", 16),
+    "pareto": Kind("pareto", "error against both costs, for plans and for fewer steps", 16, COMPARED, keeps=True),
+    "samplers": Kind("images", "plain and accelerated images of several samplers (figures 18 to 24)", 5, SAMPLED),
     "prior-noise": Kind("images", "prior noise, and the frequencies of the images (figure 6)", 8),
     "tasks": Kind(
         "tasks",
@@ -96,17 +83,12 @@ KINDS = {
         {"commands": TASKS, "plans": ("off", "faster-diffusion", "deepcache:3")},
         keeps=True,
     ),
-    "timeline": Kind(
-        "timeline",
-        "which parts of the UNet run at which step",
-        None,
-        {"steps": 50, "plans": ("off", "faster-diffusion", "uniform:6", "pro", "deepcache:3")},
-    ),
+    "timeline": Kind("timeline", "which parts of the UNet run at which step", None, {"steps": 50, "plans": PLANS}),
     "times": Kind(
-        "times",
+        "timeline",
         "seconds per image of plain, serial and parallel runs (figure 5)",
         4,
-        {"samplers": (("ddim", 50), ("dpm-solver", 20), ("dpm-solver++", 20)), "repeats": 5},
+        {"samplers": SOLVERS, "repeats": 5},
     ),
 }
 
@@ -121,35 +103,29 @@ def sampler_and_steps(text: str) -> tuple[str, int]:
     return name, step_count(steps)
 
 
+STEPS = "sampling steps; for fewer-steps and pareto: of the run that the others are compared with"
+COMMANDS = (
+    "command lines of sampling scripts, each in quotes: the script's name and its arguments, without model, seed, plan "
+    "and outdir (default: a task each)"
+)
+DATA = (
+    "dataset of scripts/prepare_emoji.py: its captions replace --prompts, and the sampled images are also compared "
+    "with its images (default: none; the images are compared with those of the plain run only)"
+)
 # Of the flag of each option: type of a value, metavar and help.
 OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
-    "steps": (
-        step_count,
-        "N",
-        "sampling steps; for fewer-steps and pareto: of the run that the others are compared with "
-        "(default: %(default)s)",
-    ),
+    "steps": (step_count, "N", f"{STEPS} (default: %(default)s)"),
     "step_counts": (step_count, "N", "numbers of steps (default: {shown})"),
     "samplers": (sampler_and_steps, "SAMPLER:STEPS", "samplers and their numbers of steps (default: {shown})"),
     "repeats": (count, "N", "timed runs of each method (default: %(default)s)"),
-    "commands": (
-        str,
-        "COMMAND",
-        "command lines of sampling scripts, each in quotes: the script's name and its arguments, without model, seed, "
-        "plan and outdir (default: a task each)",
-    ),
+    "commands": (str, "COMMAND", COMMANDS),
     "plans": (str, "PLAN", "plans, as --plan of txt2img.py (default: {shown})"),
     "databases": (str, "DIR", "databases of scripts/build_database.py (default: {shown})"),
     "knn": (count, "K", "neighbours that an image is made of (default: %(default)s)"),
     "knns": (count, "K", "numbers of neighbours (default: {shown})"),
     "sizes": (count, "N", "numbers of images in the database (default: {shown})"),
     "rows": (str, "YAML", "the methods to compare (default: evaluation/plots/pareto.yaml)"),
-    "data": (
-        str,
-        "DIR",
-        "dataset of scripts/prepare_emoji.py: its captions replace --prompts, and the sampled images are also "
-        "compared with its images (default: none; the images are compared with those of the plain run only)",
-    ),
+    "data": (str, "DIR", DATA),
 }
 
 
@@ -165,18 +141,10 @@ def add_option(p: argparse.ArgumentParser, name: str, default: Any) -> None:
 
 def shared_arguments(p: argparse.ArgumentParser) -> None:
     """The arguments of every kind of figure."""
-    p.add_argument(
-        "--out",
-        default="outputs/figures",
-        metavar="DIR",
-        help="folder for KIND.svg, KIND.png and KIND.json (default: %(default)s)",
-    )
-    p.add_argument(
-        "--prompts",
-        default=str(PROMPTS),
-        metavar="FILE",
-        help="prompts, one per line, for a model with a text encoder (default: the prompts of emoji64)",
-    )
+    text = "folder for KIND.svg, KIND.png and KIND.json (default: %(default)s)"
+    p.add_argument("--out", default="outputs/figures", metavar="DIR", help=text)
+    text = "prompts, one per line, for a model with a text encoder (default: the prompts of emoji64)"
+    p.add_argument("--prompts", default=str(PROMPTS), metavar="FILE", help=text)
     p.add_argument("--scale", type=finite, help="guidance scale, 1 = none (default: the model's, or 7.5)")
     seed_argument(p)
     model_arguments(p, EMOJI64)
@@ -189,9 +157,8 @@ def parser() -> Parser:
     for name, kind in KINDS.items():
         one = kinds.add_parser(name, help=kind.summary, description=f"Draw the {name} figure: {kind.summary}.")
         if kind.count is not None:
-            one.add_argument(
-                "--count", type=count, default=kind.count, metavar="N", help="number of images (default: %(default)s)"
-            )
+            text = "number of images (default: %(default)s)"
+            one.add_argument("--count", type=count, default=kind.count, metavar="N", help=text)
         shared_arguments(one)
         for option, default in kind.options.items():
             add_option(one, option, default)
@@ -222,10 +189,7 @@ def run(args: argparse.Namespace) -> None:
         print(", ".join(make_figure(name, kind.module, experiment, out, options)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

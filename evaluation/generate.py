@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,34 +32,36 @@ def parser() -> Parser:
     p = Parser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
     what.add_argument("--protocol", metavar="NAME", help=f"the protocol: {', '.join(protocol_names())}; or FILE.yaml")
-    what.add_argument(
-        "--data", metavar="DIR", help="folder with the data of the protocol (default: the one that it names)"
-    )
-    what.add_argument(
-        "--count",
-        type=count,
-        metavar="N",
-        help="use only the first N prompts of the protocol; this is another protocol, with another hash",
-    )
+    text = "folder with the data of the protocol (default: the one that it names)"
+    what.add_argument("--data", metavar="DIR", help=text)
+    text = "use only the first N prompts of the protocol; this is another protocol, with another hash"
+    what.add_argument("--count", type=count, metavar="N", help=text)
     how = p.add_argument_group("how to sample (default: as the protocol says)")
     how.add_argument("--sampler", help="name of the solver")
     node_arguments(how, ("--steps",), None, "(default: the protocol's)")
-    how.add_argument(
-        "--eta",
-        type=number(float, 0, 1, "a number in 0..1"),
-        metavar="ETA",
-        help="noise of the ddim sampler: 0 = deterministic, 1 = ancestral sampling",
-    )
+    text = "noise of the ddim sampler: 0 = deterministic, 1 = ancestral sampling"
+    how.add_argument("--eta", type=number(float, 0, 1, "a number in 0..1"), metavar="ETA", help=text)
     propagation_arguments(p, "off", below=None, order=None, compare=False)
     model_arguments(p, note="default: the protocol's")
-    process_arguments(p)
+    where = p.add_argument_group("one machine or many")
+    usual = "(default: as torchrun or SLURM says, or 1)"
+    for flag, text in {
+        "--devices": f"number of processes on each machine, one device each {usual}",
+        "--num_nodes": f"number of machines {usual}",
+    }.items():
+        where.add_argument(flag, type=whole(1, MOST_DEVICES), metavar="N", help=text)
+    text = "auto = ddp if there are several processes (default: auto)"
+    where.add_argument("--strategy", choices=("auto", "ddp"), default="auto", help=text)
+    text = "make only part K of N parts, for machines that are not connected"
+    where.add_argument("--shard", type=shard, default=(0, 1), metavar="K/N", help=text)
+    text = (
+        "images at a time on a GPU (default: as in the folder, or 16); on a CPU the size of the latents determines it"
+    )
+    where.add_argument("--batch_size", type=count, metavar="N", help=text)
     out = p.add_argument_group("output")
     out.add_argument("--out", "--outdir", metavar="DIR", help="folder of the run")
-    out.add_argument(
-        "--npz",
-        action="store_true",
-        help="when all images are made, also write them to samples.npz, the format of the ADM suite",
-    )
+    text = "when all images are made, also write them to samples.npz, the format of the ADM suite"
+    out.add_argument("--npz", action="store_true", help=text)
     out.add_argument("--verify", action="store_true", help="make no images; read the whole folder and check it")
     return p
 
@@ -72,42 +74,6 @@ def shard(text: str) -> tuple[int, int]:
     return int(part) - 1, int(parts)
 
 
-def process_arguments(p: argparse.ArgumentParser) -> None:
-    where = p.add_argument_group("one machine or many")
-    where.add_argument(
-        "--devices",
-        type=whole(1, MOST_DEVICES),
-        metavar="N",
-        help="number of processes on each machine, one device each (default: as torchrun or SLURM says, or 1)",
-    )
-    where.add_argument(
-        "--num_nodes",
-        type=whole(1, MOST_DEVICES),
-        metavar="N",
-        help="number of machines (default: as torchrun or SLURM says, or 1)",
-    )
-    where.add_argument(
-        "--strategy",
-        choices=("auto", "ddp"),
-        default="auto",
-        help="auto = ddp if there are several processes (default: auto)",
-    )
-    where.add_argument(
-        "--shard",
-        type=shard,
-        default=(0, 1),
-        metavar="K/N",
-        help="make only part K of N parts, for machines that are not connected",
-    )
-    where.add_argument(
-        "--batch_size",
-        type=count,
-        metavar="N",
-        help="images at a time on a GPU (default: as in the folder, or 16); on a CPU the size of the latents "
-        "determines it",
-    )
-
-
 def asked(args: argparse.Namespace) -> tuple[Protocol, Method]:
     """What to make, and how."""
     if args.protocol is None:
@@ -118,7 +84,7 @@ def asked(args: argparse.Namespace) -> tuple[Protocol, Method]:
 
 
 def verify(outdir: Path) -> None:
-    from evaluation.runs.folder import RunFolder, some
+    from evaluation.runs.generate import RunFolder, some
 
     with fault_of("verify"):
         folder = RunFolder(outdir)
@@ -138,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         return verify(Path(args.out))
     protocol, method = asked(args)
 
-    from evaluation.runs import generate
+    from evaluation.runs import generate, processes
 
     # What is quick to check comes before other processes start, and before what is slow to load.
     with flags_named({"count": "--protocol"}) if args.count is None else nullcontext():
@@ -146,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     check_outdir(Path(args.out), "--out")
     files = generate.model_files(settings_from(args, generate.ModelSettings), protocol)
     request = generate.prepare(protocol, method, files, prompts, args.data)
-    process = generate.join(args.device, args.devices, args.num_nodes, args.strategy, args.shard)
+    process = processes.join(args.device, args.devices, args.num_nodes, args.strategy, args.shard)
     began = time.perf_counter()
     done = generate.make(request, Path(args.out), process, args.batch_size)
     report(done, str(process), process.rank == 0, args.npz, time.perf_counter() - began)
@@ -167,10 +133,7 @@ def report(done: Run, process: str, first: bool, npz: bool, seconds: float) -> N
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv, GO_ON)
-
+main = partial(run_command, parser(), run, stopped=GO_ON)
 
 if __name__ == "__main__":
     sys.exit(main())

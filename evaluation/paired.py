@@ -7,39 +7,23 @@ changes the images, not how good they are. For their quality, use evaluation/fid
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 
-from evaluation.metrics.command import MeasureParser, arguments
-from evaluation.metrics.result import Result
+from evaluation.metrics.command import MeasureParser
 
 
 def parser() -> MeasureParser:
-    p = MeasureParser("paired.py", __doc__)
+    p = MeasureParser("paired.py", __doc__, "paired")
     p.add_argument("plain", metavar="PLAIN", help="images of the plain run: a folder, or an npz or npy file")
     p.add_argument("accelerated", metavar="ACCELERATED", help="images of the accelerated run, in the same form")
-    p.add_argument(
-        "--lpips",
-        action="store_true",
-        help="also compute the perceptual distance LPIPS (AlexNet); needs torchvision and the weights of AlexNet",
-    )
+    lpips = "the perceptual distance LPIPS (AlexNet); needs torchvision and the weights of AlexNet"
+    p.add_argument("--lpips", action="store_true", help=f"also compute {lpips}")
     p.add_extractor()
-    p.add_run()
-    p.add_output()
+    p.add("--batch-size", "--device", "--out")
     return p
 
 
-def compute(args: argparse.Namespace) -> Result:
-    from evaluation.metrics import paired
-
-    return paired.compute(**arguments(args))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return parser().run(compute, argv, plain="PLAIN", accelerated="ACCELERATED", packages="packages")
-
+main = parser().main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,39 +5,22 @@ Their weights must be on this machine; nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 
-from evaluation.metrics.command import PREFERENCES, MeasureParser, arguments
-from evaluation.metrics.result import Result
+from evaluation.metrics.command import PREFERENCES, MeasureParser
 
 
 def parser() -> MeasureParser:
-    p = MeasureParser("preference.py", __doc__)
-    p.add_samples()
-    p.add_prompts()
+    p = MeasureParser("preference.py", __doc__, "preference")
+    p.add("samples", "--prompts")
     p.add_argument("--model", choices=PREFERENCES, default=PREFERENCES[0], help="the model that scores the images")
-    p.add_argument(
-        "--weights",
-        metavar="PATH",
-        help="its published weights: ImageReward.pt, with vocab.txt of bert-base-uncased beside it, or the folder of "
-        "PickScore_v1",
-    )
-    p.add_output()
+    text = "ImageReward.pt, with vocab.txt of bert-base-uncased beside it, or the folder of PickScore_v1"
+    p.add_argument("--weights", metavar="PATH", help=f"its published weights: {text}")
+    p.add("--out")
     return p
 
 
-def compute(args: argparse.Namespace) -> Result:
-    from evaluation.metrics import preference
-
-    return preference.compute(**arguments(args))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return parser().run(compute, argv)
-
+main = parser().main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from evaluation.metrics.command import MeasureParser
 from ldm.cli.arguments import EMOJI64
-from ldm.cli.parser import MOST, check_output, count, finite, number, run_command, settings_from, step_count, whole
+from ldm.cli.parser import MOST, check_output, finite, number, run_command, settings_from, step_count, whole
 from ldm.io.errors import BadInput, blame
 from ldm.io.files import write_json
 
@@ -25,46 +25,27 @@ COLUMNS = 20  # of the grid of images
 def parser() -> MeasureParser:
     p = MeasureParser("recognition.py", __doc__)
     p.add_argument("--data", default="data/emoji64", metavar="DIR", help="dataset of scripts/prepare_emoji.py")
-    p.add_argument(
-        "--count",
-        type=whole(0, MOST),
-        default=200,
-        metavar="N",
-        help="number of captions, at most those of the split; 0 = measure only the real images, without a model",
-    )
+    text = "number of captions, at most those of the split; 0 = measure only the real images, without a model"
+    p.add_argument("--count", type=whole(0, MOST), default=200, metavar="N", help=text)
     p.add_argument("--split", choices=SPLITS, default="train", help="split of the captions")
     tiers = {"type": int, "choices": (1, 2, 3)}
-    p.add_argument(
-        "--max-tier", **tiers, default=1, help="use captions of tiers 1 to this; tier 1 has the most concrete concepts"
-    )
-    p.add_argument(
-        "--real-tier",
-        **tiers,
-        default=2,
-        help="use real images of tiers 1 to this, at least --max-tier; more real images make the task harder",
-    )
+    text = "use captions of tiers 1 to this; tier 1 has the most concrete concepts"
+    p.add_argument("--max-tier", **tiers, default=1, help=text)
+    text = "use real images of tiers 1 to this, at least --max-tier; more real images make the task harder"
+    p.add_argument("--real-tier", **tiers, default=2, help=text)
     p.add_argument("--config", default=str(EMOJI64[0]), metavar="YAML", help="the model's config (default: emoji64's)")
     p.add_argument("--ckpt", default=str(EMOJI64[1]), metavar="FILE", help="the model's weights (default: emoji64's)")
     p.add_argument("--steps", type=step_count, default=25, metavar="N", help="sampling steps")
     p.add_argument("--scale", type=finite, metavar="X", help="guidance scale, 1 = none (default: the model's, or 7.5)")
-    p.add_argument(
-        "--plan", default="off", help="encoder propagation, as --plan of txt2img.py; without prior noise injection"
-    )
+    text = "encoder propagation, as --plan of txt2img.py; without prior noise injection"
+    p.add_argument("--plan", default="off", help=text)
     p.add_argument("--sampler", default="ddim", help="name of the solver")
-    p.add_argument(
-        "--batch-size", type=count, default=50, metavar="N", help="images per batch; changes speed and memory only"
-    )
-    p.add_argument(
-        "--seed",
-        type=number(int, 0, 2**32 - 1, "0..2^32-1"),
-        default=0,
-        metavar="N",
-        help="seed of the choice of captions and of the noise of the images",
-    )
-    p.add_output()
-    p.add_argument(
-        "--images", "--pictures", metavar="PNG", help=f"file for the sampled images as a grid, {COLUMNS} in a row"
-    )
+    p.add("--batch-size")
+    seed, text = number(int, 0, 2**32 - 1, "0..2^32-1"), "seed of the choice of captions and of the noise of the images"
+    p.add_argument("--seed", type=seed, default=0, metavar="N", help=text)
+    p.add("--out")
+    text = f"file for the sampled images as a grid, {COLUMNS} in a row"
+    p.add_argument("--images", "--pictures", metavar="PNG", help=text)
     return p
 
 
@@ -74,12 +55,12 @@ def run(args: argparse.Namespace) -> None:
     if args.images and not args.count:
         raise BadInput("--images: with --count 0 no images are sampled")
     from evaluation.metrics.retrieval import Settings, recognise
+    from ldm.io.images import grid, save_png
 
-    found = recognise(settings_from(args, Settings))
+    report, images = recognise(settings_from(args, Settings))
     if args.images:
         with blame("--images", (OSError, ValueError)):
-            found.save_images(args.images, COLUMNS)
-    report = found.report()
+            save_png(args.images, grid(images, COLUMNS), report["settings"])
     if args.out is not None:
         with blame("--out", (OSError,)):
             write_json(args.out, report)
@@ -92,10 +73,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:13} n {result['n']:5}  {'  '.join(shown)}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from evaluation.metrics.command import shown
 from evaluation.metrics.result import ResultError, comparable, read_result
-from ldm.cli.parser import Parser, command
+from ldm.cli.parser import Parser, run_command
 from ldm.io.errors import blame
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     p = Parser(prog="results.py", description=__doc__)
     p.add_argument("results", nargs="+", metavar="JSON", help="files that the measures wrote with --out")
     return p
@@ -24,18 +24,13 @@ def run(args: argparse.Namespace) -> None:
         comparable(results)
     # Where only some results state their prompts, their protocols differ and they have been refused.
     if any(result.protocol.get("prompts") is None for result in results.values()):
-        print(
-            "warning: it is not known which prompts the images were made from; check that they are the same",
-            file=sys.stderr,
-        )
+        unknown = "it is not known which prompts the images were made from; check that they are the same"
+        print(f"warning: {unknown}", file=sys.stderr)
     for path, result in results.items():
         print(f"{path}  " + "  ".join(f"{name} {shown(value)}" for name, value in result.values.items()))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return command("results.py", lambda: run(parser().parse_args(argv)))
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

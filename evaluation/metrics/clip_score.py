@@ -9,12 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.metrics import ModelError
-from evaluation.metrics.captions import prompts_of
-from evaluation.metrics.clip import ClipModel, load_clip
-from evaluation.metrics.extractors import find_recipe, resized
+from evaluation.metrics.extractors import ClipModel, ModelError, find_recipe, load_clip, resized
 from evaluation.metrics.result import Result, mean_values
-from evaluation.runs.images import Images, Source, batched, image_warnings, open_samples
+from evaluation.runs.images import Images, Source, batched, image_warnings, open_samples, prompts_of
 from ldm.cli.setup import find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256, json_sha256
@@ -24,18 +21,13 @@ PREFIX = "A photo depicts "
 
 @dataclass(frozen=True)
 class Variant:
-    """scale * cos(image, prefix + prompt).
-
-    clamped: cosines below 0 count as 0.
-    model:   where the weights are published; None = any model.
-    shape:   pixels, patch size, width and layers of its vision encoder, by which another model is told; None = any.
-    """
+    """scale * cos(image, prefix + prompt)."""
 
     scale: float
-    clamped: bool
+    clamped: bool  # cosines below 0 count as 0
     prefix: str = ""
-    model: str | None = None
-    shape: tuple[int, int, int, int] | None = None
+    model: str | None = None  # where the weights are published; None = any model
+    shape: tuple[int, int, int, int] | None = None  # pixels, patch size, width, layers, by which another model is told
 
 
 VARIANTS = {
@@ -64,10 +56,10 @@ def compute(
         samples: see `Source`.
         variant: one of VARIANTS.
         weights: folder of the CLIP model, of transformers or open_clip, or what `load_variant` loaded.
-        prompts: a prompt per image, or a file of them, see `prompts_of`; None = those stored in the images.
+        prompts: see `prompts_of`.
         vocabulary, device: of a model that is not loaded yet: CLIP's vocabulary (None = the folder's, or an installed
             one); auto, cpu, cuda, cuda:N or mps.
-        resize: how images are resized for the model, one of `evaluation.metrics.extractors.RECIPES`.
+        resize: how images are resized for the model, one of RECIPES.
         batch_size: images per batch; changes speed and memory only.
 
     Raises SettingError: an argument can't be used; it names the argument.
@@ -86,22 +78,14 @@ def compute(
     with fault_of("samples"):
         each = measure(images, texts, model, kind, recipe, batch_size)
     name = f"clip_score_{variant}"
-    protocol = {
-        "measure": name,
-        "features_sha256": file_sha256(model.weights),
-        "resize": resize,
-        "size": model.size,
-        "n": len(each),
-        "prompts": made.get("protocol_sha256"),
-        "captions_sha256": json_sha256({"captions": prompts}),
-        "tokens_sha256": json_sha256({"tokens": tokens}),
-    }
+    protocol = {"measure": name, "features_sha256": file_sha256(model.weights), "resize": resize, "size": model.size}
+    protocol |= {"n": len(each), "prompts": made.get("protocol_sha256")}
+    texts = {"captions": prompts, "tokens": tokens}
+    protocol |= {f"{what}_sha256": json_sha256({what: of}) for what, of in texts.items()}
     warnings = image_warnings(images)
     if cut:
-        warnings.append(
-            f"{cut} of {len(prompts)} captions are longer than CLIP reads ({model.tokenizer.max_length} tokens) and "
-            f"lost their ends"
-        )
+        longer = f"longer than CLIP reads ({model.tokenizer.max_length} tokens) and lost their ends"
+        warnings.append(f"{cut} of {len(prompts)} captions are {longer}")
     return Result(mean_values(name, each, prompts) | {"captions_cut": cut}, protocol, made, warnings)
 
 
@@ -121,11 +105,9 @@ def load_variant(
     with fault_of("weights"):
         model = load_clip(weights, vocabulary)
         if kind.shape not in (None, found := (model.size, *model.shape)):
-            names = "pixels, patch size, width, layers"
-            raise ModelError(
-                f"{variant} is defined with {kind.model} ({names} {kind.shape}); "
-                f"{weights} has {found}; for another model use hessel or cos100"
-            )
+            model_of = f"{kind.model} (pixels, patch size, width, layers {kind.shape})"
+            other = f"{weights} has {found}; for another model use hessel or cos100"
+            raise ModelError(f"{variant} is defined with {model_of}; {other}")
     return model.to(place)
 
 

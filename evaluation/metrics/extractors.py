@@ -1,9 +1,14 @@
-"""Feature extractors: pretrained networks by name, and how images are resized for them."""
+"""Pretrained networks for measures, by name, and how images are resized for them.
+
+A feature extractor makes features of images; CLIP's two encoders make unit vectors of images and of texts. CLIP comes
+from a folder on this machine. Source: CLIP (arXiv 2103.00020), OpenCLIP (arXiv 2212.07143).
+"""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,44 +16,195 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluation.metrics import ModelError
-from evaluation.metrics.clip import load_clip
 from evaluation.metrics.inception import Inception
+from evaluation.runs.images import reading
 from ldm.checkpoint.download import DownloadError, fetch
 from ldm.cli.setup import find_device
-from ldm.io.errors import SettingError, one_line
-from ldm.io.files import file_sha256
+from ldm.io.errors import SettingError, fault_of, one_line
+from ldm.io.files import file_sha256, read_json
 from ldm.io.images import to_pil
 from ldm.modules.efficientnet import efficientnet_lite0, feature_maps
-from ldm.modules.encoders.clip import from_folder
+from ldm.modules.encoders.clip import MEAN, STD, from_folder
+from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
+from ldm.modules.encoders.openclip import OpenCLIP, Vision
 
 INSTALL = 'install it with: pip install -e ".[eval]"'
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 SPATIAL_CHANNELS = 7  # of a map of features, as the ADM suite takes them
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of red, green, blue
+
+
+class ModelError(ValueError):
+    """A model that a measure needs can't be had."""
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1], shifted and scaled as a network was trained with, given for 0..1."""
+    mean, std = (torch.tensor(v).view(3, 1, 1).to(images) for v in (mean, std))
+    return ((images + 1) / 2 - mean) / std
+
+
+# CLIP
+
+OPEN_CONFIG = "open_clip_config.json"
+OPEN_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+EXPECTED = (
+    "expected a folder with config.json and model.safetensors of a CLIP model (such as "
+    "openai/clip-vit-base-patch32), or with open_clip_config.json and open_clip_model.safetensors (or "
+    "open_clip_pytorch_model.bin)"
+)
+
+
+class ClipModel(nn.Module, ABC):
+    """Images and texts to unit vectors."""
+
+    weights: Path  # the file of the weights
+    size: int  # side of the vision encoder's input in pixels
+    shape: tuple[int, int, int]  # its patch size, width and layers
+
+    def __init__(self, tokenizer: ClipTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def embed_images(self, prepared: Tensor) -> Tensor:
+        """Images (B, 3, size, size) in [-1, 1] -> (B, D), unit length."""
+        return F.normalize(self.image_features(normalised(prepared, MEAN, STD)))
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """B texts -> (B, D), unit length; what is too long loses its end, see `ClipTokenizer.cut`.
+        Raises ValueError: the vocabulary is missing."""
+        return F.normalize(self.text_features(self.tokenizer(texts).to(next(self.parameters()).device)))
+
+    @torch.no_grad()
+    def agreement(self, prepared: Tensor, texts: Sequence[str]) -> Tensor:
+        """How well images, see `embed_images`, and as many texts agree: cosines at the model's own scale, (B,). That of
+        PickScore is a score of preference (arXiv 2305.01569)."""
+        return self.model.logit_scale.exp() * (self.embed_images(prepared) * self.embed_texts(texts)).sum(1)
+
+    @abstractmethod
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Prepared images (B, 3, size, size) -> (B, D)."""
+
+    @abstractmethod
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L) -> (B, D)."""
+
+
+class TransformersClip(ClipModel):
+    """A CLIPModel of the transformers library."""
+
+    def __init__(self, folder: Path, vocabulary: Path | None) -> None:
+        super().__init__(ClipTokenizer(vocabulary))
+        self.model = from_folder("CLIPModel", folder)
+        config = self.model.config.vision_config
+        self.weights, self.size = folder / "model.safetensors", config.image_size
+        self.shape = config.patch_size, config.hidden_size, config.num_hidden_layers
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        return self.model.text_projection(self.model.text_model(input_ids=tokens).pooler_output)
+
+
+class OpenClip(ClipModel):
+    """A vision transformer with CLIP's text encoder, as the open_clip library stores it."""
+
+    def __init__(self, folder: Path, vocabulary: Path | None) -> None:
+        settings = open_clip_settings(folder / OPEN_CONFIG)
+        super().__init__(ClipTokenizer(vocabulary, settings["text_cfg"]["context_length"], padding=0))
+        self.weights = next((folder / name for name in OPEN_WEIGHTS if (folder / name).is_file()), None)
+        if self.weights is None:
+            raise ModelError(f"{folder}: none of {', '.join(OPEN_WEIGHTS)} is there")
+        vision = settings["vision_cfg"]
+        self.size, self.shape = vision["image_size"], (vision["patch_size"], vision["width"], vision["layers"])
+        with reading(folder / OPEN_CONFIG, "no such model can be built", ModelError):
+            self.model = OpenCLIP("both", **settings)
+        with reading(self.weights, f"not the weights of its {OPEN_CONFIG}", ModelError):
+            self.model.load_state_dict(read_tensors(self.weights))
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        return self.model.visual(pixels)
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        return self.model.embed_text(tokens)
+
+
+def read_tensors(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file, which can't execute code."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def open_clip_settings(path: Path) -> dict[str, Any]:
+    """The arguments of `OpenCLIP` that a configuration of open_clip asks for.
+    Raises ModelError: not such a file, or a model that has more than a vision transformer and CLIP's text encoder."""
+    with reading(path, "not a configuration of open_clip", ModelError):
+        config = read_json(path)["model_cfg"]
+        text, vision = dict(config["text_cfg"]), dict(config["vision_cfg"])
+    vision_keys = {*inspect.signature(Vision).parameters} - {"embed_dim", "quick_gelu"}
+    text_keys, whole = (
+        {"context_length", "vocab_size", "width", "heads", "layers"},
+        {"embed_dim", "text_cfg", "vision_cfg"},
+    )
+    unknown = ({*vision} - vision_keys) | ({*text} - text_keys) | ({*config} - whole - {"quick_gelu"})
+    needed = {"image_size", "patch_size", "width", "layers"}
+    lacking = (text_keys - {*text}) | (needed - {*vision}) | (whole - {*config})
+    if unknown or lacking:
+        names = (", ".join(sorted(keys)) or "none" for keys in (unknown, lacking))
+        raise ModelError(
+            f"{path}: only plain vision transformers with CLIP's text encoder are known here; "
+            "unknown: {}; missing: {}".format(*names)
+        )
+    return {**{key: config[key] for key in whole}, "quick_gelu": bool(config.get("quick_gelu"))}
+
+
+def load_clip(folder: str | Path | None, vocabulary: str | Path | None = None) -> ClipModel:
+    """The model in a folder, in eval mode; nothing is fetched.
+
+    Args:
+        folder: of the transformers or the open_clip library, told apart by its files.
+        vocabulary: see `find_vocabulary`; None = the folder's merges.txt, or that of an installed package.
+
+    Raises ModelError: no such folder, or not such a model.
+    """
+    files = {OPEN_CONFIG: OpenClip, "config.json": TransformersClip}
+    kind = next((kind for name, kind in files.items() if folder and (Path(folder) / name).is_file()), None)
+    if kind is None:
+        raise ModelError(f"clip: {f'{folder}: no such model' if folder else 'no weights are named'}; {EXPECTED}")
+    folder = Path(folder)
+    if vocabulary is None and (folder / "merges.txt").is_file():
+        vocabulary = folder / "merges.txt"
+    try:
+        return kind(folder, vocabulary).eval().requires_grad_(False)
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"clip: {one_line(error)}") from error
+
+
+# Feature extractors
 
 
 class Features(NamedTuple):
-    """Features of B images.
+    """Features of B images."""
 
-    pooled:  (B, D); Fréchet distances are of these.
-    spatial: (B, S), a few channels of a map of features, position after position; None = the network has none.
-    logits:  (B, classes); None = the network has no classifier.
-    """
-
-    pooled: Tensor
-    spatial: Tensor | None = None
-    logits: Tensor | None = None
+    pooled: Tensor  # (B, D); Fréchet distances are of these
+    spatial: Tensor | None = None  # (B, S), a few channels of a map of features, position after position; None = no map
+    logits: Tensor | None = None  # (B, classes); None = the network has no classifier
 
 
 class Extractor(nn.Module, ABC):
-    """Images -> features. A network has its own `load`, `extract`, and constants: its name, how images are resized for
-    it usually, and the side of its input in pixels.
+    """Images -> features.
 
     Args:
         weights: file or folder of the network's weights; None = those of the network's package or cache.
@@ -59,7 +215,7 @@ class Extractor(nn.Module, ABC):
 
     name: str
     usual_resize: str
-    size: int
+    size: int  # side of the input in pixels
 
     def __init__(self, weights: str | Path | None = None, resize: str | None = None) -> None:
         super().__init__()
@@ -112,10 +268,8 @@ class EfficientNetLite0(Extractor):
             network, own = efficientnet_lite0()
         except ModuleNotFoundError as error:
             raise ModelError(f"the package of module {error.name} is missing; {INSTALL}") from error
-        weights = weights or own
-        network = fill(network, weights, self.name)
-        # Half the time of the default layout on a CPU.
-        return network.to(memory_format=torch.channels_last), weights
+        # Channels last: half the time of the default layout on a CPU.
+        return fill(network, weights or own, self.name).to(memory_format=torch.channels_last), weights or own
 
     @torch.no_grad()
     def extract(self, prepared: Tensor) -> Features:
@@ -144,10 +298,9 @@ class Inception2015(Extractor):
             try:
                 fetch(INCEPTION_URL, cached)
             except (DownloadError, OSError) as error:
-                raise ModelError(
-                    f"{self.name}: its weights can't be downloaded: {one_line(error)}; fetch {name} "
-                    f"from {INCEPTION_URL} elsewhere, and name the file or put it at {cached}"
-                ) from error
+                problem = f"{self.name}: its weights can't be downloaded: {one_line(error)}"
+                remedy = f"fetch {name} from {INCEPTION_URL} elsewhere, and name the file or put it at {cached}"
+                raise ModelError(f"{problem}; {remedy}") from error
         expected = name.removesuffix(".pth").rpartition("-")[2]
         if not file_sha256(cached).startswith(expected):
             raise ModelError(f"{cached}: damaged: its SHA-256 does not begin with {expected}; delete it")
@@ -169,10 +322,8 @@ class DinoV2(Extractor):
     def load(self, weights: Path | None) -> tuple[nn.Module, Path]:
         file = Path(weights or "") / "model.safetensors"
         if weights is None or not file.is_file():
-            raise ModelError(
-                f"{self.name}: {weights or 'no weights are named'}: expected a folder with config.json "
-                f"and model.safetensors of facebook/dinov2-large"
-            )
+            expected = "expected a folder with config.json and model.safetensors of facebook/dinov2-large"
+            raise ModelError(f"{self.name}: {weights or 'no weights are named'}: {expected}")
         try:
             return from_folder("Dinov2Model", weights), file
         except ValueError as error:
@@ -180,12 +331,11 @@ class DinoV2(Extractor):
 
     @torch.no_grad()
     def extract(self, prepared: Tensor) -> Features:
-        mean, std = (torch.tensor(v).view(3, 1, 1).to(prepared) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return Features(self.network(pixel_values=((prepared + 1) / 2 - mean) / std).pooler_output)
+        return Features(self.network(pixel_values=normalised(prepared, *IMAGENET)).pooler_output)
 
 
 class Clip(Extractor):
-    """CLIP's embedding of an image, made unit length. Raises ModelError: see `evaluation.metrics.clip.load_clip`."""
+    """CLIP's embedding of an image, made unit length. Raises ModelError: see `load_clip`."""
 
     name, usual_resize = "clip", "clean"
 
@@ -205,14 +355,11 @@ def spatial_features(maps: Tensor) -> Tensor:
 
 
 def fill(network: nn.Module, weights: Path, name: str) -> nn.Module:
-    """The network with the weights of a file, which can't execute code.
-    Raises ModelError: no such file, or not the weights of this network."""
+    """The network with the weights of a file. Raises ModelError: no such file, or not the weights of this network."""
     if not weights.is_file():
         raise ModelError(f"{name}: {weights}: no such file; expected its weights")
-    try:
-        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as error:  # a file that is damaged or another network's can fail in any way
-        raise ModelError(f"{weights}: not the weights of {name}: {one_line(error)[:200]}") from error
+    with reading(weights, f"not the weights of {name}", ModelError):
+        network.load_state_dict(read_tensors(weights))
     return network
 
 
@@ -243,14 +390,16 @@ def load_extractor(
     return EXTRACTORS[extractor](weights, resize).to(place)
 
 
+def named_extractor(extractor: Extractor | str, weights: str | Path | None, *how: Any) -> Extractor:
+    """What `load_extractor` returns; what it raises is a SettingError, of `weights` if they are given."""
+    with fault_of("weights" if weights else "extractor"):
+        return load_extractor(extractor, weights, *how)
+
+
 def network_fields(extractor: Extractor) -> dict[str, Any]:
     """The network and the resize, for the protocol of a result."""
-    return {
-        "extractor": extractor.name,
-        "features_sha256": extractor.sha256,
-        "resize": extractor.resize,
-        "size": extractor.size,
-    }
+    of = {"extractor": extractor.name, "features_sha256": extractor.sha256}
+    return of | {"resize": extractor.resize, "size": extractor.size}
 
 
 # Resizing. The recipe changes a Fréchet distance by as much as a model does, so every result names it.

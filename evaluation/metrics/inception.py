@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Size = int | tuple[int, int]
-Layer = tuple[str, int, Size]  # name, channels, kernel
+WIDE, HIGH, BOTH = (1, 7), (7, 1), ((1, 3), (3, 1))  # kernels; BOTH: two layers side by side
+Kernel = int | tuple[int, int]
+# A chain of layers: its name, and channels and kernel of each. Of several, the names of the layers end in _1, _2, ...
+Branch = tuple[str, tuple[int, ...], tuple[Kernel | tuple[Kernel, Kernel], ...]]
 CLASSES = 1008
-SIDE = 299
 
 
 class InceptionOutput(NamedTuple):
@@ -32,7 +33,7 @@ class InceptionOutput(NamedTuple):
 class Conv(nn.Module):
     """Convolution, normalisation, ReLU; with stride 1 the size stays, with stride 2 nothing is padded."""
 
-    def __init__(self, inside: int, outside: int, kernel: Size, stride: int = 1, padded: bool = True) -> None:
+    def __init__(self, inside: int, outside: int, kernel: Kernel, stride: int = 1, padded: bool = True) -> None:
         super().__init__()
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = (height // 2, width // 2) if stride == 1 and padded else 0
@@ -44,34 +45,23 @@ class Conv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side; the last one pools.
+    """Branches side by side, of an input of `inside` channels; the last one pools, by the mean (the padding does not
+    count) or the maximum. `pool`: channels of the convolution after it; 0 = none, and the block halves the size."""
 
-    Args:
-        inside: channels of the input.
-        branches: each a chain of layers. A chain may end in a tuple of layers, which all see what comes before.
-        pool: channels of the convolution after pooling; 0 = none, and the block halves the size.
-        pool_mean: pool by the mean (the padding does not count) or the maximum.
-    """
-
-    def __init__(
-        self,
-        inside: int,
-        branches: Sequence[Sequence[Layer | tuple[Layer, ...]]],
-        pool: int = 0,
-        pool_mean: bool = True,
-    ) -> None:
+    def __init__(self, inside: int, *branches: Branch, pool: int = 0, mean: bool = True) -> None:
         super().__init__()
-        self.chains: list[list[tuple[str, ...]]] = []
-        self.halves, self.pool_mean = not pool, pool_mean
-        for branch in branches:
+        self.chains: list[list[list[str]]] = []
+        self.halves, self.mean = not pool, mean
+        for name, channels, kernels in branches:
             width, chain = inside, []
-            for place, step in enumerate(branch):
-                layers = step if isinstance(step[0], tuple) else (step,)
-                stride = 2 if self.halves and place == len(branch) - 1 else 1
-                for name, channels, kernel in layers:
-                    self.add_module(name, Conv(width, channels, kernel, stride))
-                chain.append(tuple(name for name, _, _ in layers))
-                width = sum(channels for _, channels, _ in layers)
+            for place, (outside, kernel) in enumerate(zip(channels, kernels, strict=True), 1):
+                stem = f"{name}_{place}" if len(channels) > 1 else name
+                layers = {f"{stem}a": kernel[0], f"{stem}b": kernel[1]} if kernel == BOTH else {stem: kernel}
+                for layer, size in layers.items():
+                    stride = 2 if self.halves and place == len(channels) else 1
+                    self.add_module(layer, Conv(width, outside, size, stride))
+                chain.append([*layers])
+                width = outside * len(layers)
             self.chains.append(chain)
         if pool:
             self.branch_pool = Conv(inside, pool, 1)
@@ -79,7 +69,7 @@ class Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([*(self.follow(chain, x) for chain in self.chains), self.pooled(x)], dim=1)
 
-    def follow(self, chain: Sequence[tuple[str, ...]], x: Tensor) -> Tensor:
+    def follow(self, chain: Sequence[Sequence[str]], x: Tensor) -> Tensor:
         for names in chain:
             x = torch.cat([self.get_submodule(name)(x) for name in names], dim=1)
         return x
@@ -87,59 +77,30 @@ class Mixed(nn.Module):
     def pooled(self, x: Tensor) -> Tensor:
         if self.halves:
             return F.max_pool2d(x, 3, stride=2)
-        if self.pool_mean:
+        if self.mean:
             return self.branch_pool(F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False))
         return self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))
 
 
+THREES: Branch = "branch3x3dbl", (64, 96, 96), (1, 3, 3)
+
+
 def at_35(inside: int, pool: int) -> Mixed:
     """A block at 35 x 35."""
-    return Mixed(
-        inside,
-        [
-            [("branch1x1", 64, 1)],
-            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-        ],
-        pool,
-    )
+    return Mixed(inside, ("branch1x1", (64,), (1,)), ("branch5x5", (48, 64), (1, 5)), THREES, pool=pool)
 
 
 def at_17(c: int) -> Mixed:
     """A block at 17 x 17 with c channels between its long filters."""
-    return Mixed(
-        768,
-        [
-            [("branch1x1", 192, 1)],
-            [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-            [
-                ("branch7x7dbl_1", c, 1),
-                ("branch7x7dbl_2", c, (7, 1)),
-                ("branch7x7dbl_3", c, (1, 7)),
-                ("branch7x7dbl_4", c, (7, 1)),
-                ("branch7x7dbl_5", 192, (1, 7)),
-            ],
-        ],
-        192,
-    )
+    once = "branch7x7", (c, c, 192), (1, WIDE, HIGH)
+    twice = "branch7x7dbl", (c, c, c, c, 192), (1, HIGH, WIDE, HIGH, WIDE)
+    return Mixed(768, ("branch1x1", (192,), (1,)), once, twice, pool=192)
 
 
-def at_8(inside: int, pool_mean: bool) -> Mixed:
+def at_8(inside: int, mean: bool) -> Mixed:
     """A block at 8 x 8."""
-
-    def both(name: str) -> tuple[Layer, Layer]:
-        return (f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))
-
-    return Mixed(
-        inside,
-        [
-            [("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), both("branch3x3_2")],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), both("branch3x3dbl_3")],
-        ],
-        192,
-        pool_mean,
-    )
+    once, twice = ("branch3x3", (384, 384), (1, BOTH)), ("branch3x3dbl", (448, 384, 384), (1, 3, BOTH))
+    return Mixed(inside, ("branch1x1", (320,), (1,)), once, twice, pool=192, mean=mean)
 
 
 class Inception(nn.Module):
@@ -153,28 +114,12 @@ class Inception(nn.Module):
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, padded=False)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = at_35(192, 32), at_35(256, 64), at_35(288, 64)
-        self.Mixed_6a = Mixed(
-            288,
-            [
-                [("branch3x3", 384, 3)],
-                [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-            ],
-        )
+        self.Mixed_6a = Mixed(288, ("branch3x3", (384,), (3,)), THREES)
         self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(at_17, (128, 160, 160, 192))
-        self.Mixed_7a = Mixed(
-            768,
-            [
-                [("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3)],
-                [
-                    ("branch7x7x3_1", 192, 1),
-                    ("branch7x7x3_2", 192, (1, 7)),
-                    ("branch7x7x3_3", 192, (7, 1)),
-                    ("branch7x7x3_4", 192, 3),
-                ],
-            ],
-        )
+        long = "branch7x7x3", (192, 192, 192, 192), (1, WIDE, HIGH, 3)
+        self.Mixed_7a = Mixed(768, ("branch3x3", (192, 320), (1, 3)), long)
         # The published network pools by the maximum in its last block only.
-        self.Mixed_7b, self.Mixed_7c = at_8(1280, pool_mean=True), at_8(2048, pool_mean=False)
+        self.Mixed_7b, self.Mixed_7c = at_8(1280, mean=True), at_8(2048, mean=False)
         self.fc = nn.Linear(2048, CLASSES)
 
     def forward(self, x: Tensor) -> InceptionOutput:

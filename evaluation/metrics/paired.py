@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.metrics import ModelError
-from evaluation.metrics.extractors import Extractor, load_extractor, network_fields
-from evaluation.metrics.frechet import distance, few_images_warnings
+from evaluation.metrics.extractors import Extractor, ModelError, named_extractor, network_fields
+from evaluation.metrics.frechet import Moments, distance, few_images_warnings, to_numpy, total
 from evaluation.metrics.result import Result, mean_values
-from evaluation.metrics.statistics import Moments, to_numpy, total
 from evaluation.runs.images import ImageError, ImageFolder, Images, Source, batched, image_warnings, open_samples
 from ldm.io.errors import fault_of, one_line
 from ldm.io.files import file_sha256, flat
@@ -65,8 +63,7 @@ def compute(
         if side < least or len(plain.names) < 2:
             got = f"{len(plain.names)} with a side of {side}"
             raise ImageError(f"expected at least 2 pairs of images of at least {least} x {least} pixels; got {got}")
-    with fault_of("extractor"):
-        network = load_extractor(extractor, weights, resize, device)
+    network = named_extractor(extractor, weights, resize, device)
     with fault_of("packages"):
         measures: dict[str, Measure] = {"psnr": psnr, "ssim": load_ssim()}
     with fault_of("lpips"):
@@ -74,19 +71,11 @@ def compute(
     with fault_of("accelerated"):
         values, width = all_values(plain, accelerated, network, measures, batch_size)
     made, n = accelerated.provenance, len(plain.names)
-    protocol = {
-        "measure": "paired",
-        **network_fields(network),
-        "n": n,
-        "plain": {"sha256": plain.sha256()},
-        "prompts": made.get("protocol_sha256"),
-    }
+    protocol = {"measure": "paired", **network_fields(network), "n": n, "plain": {"sha256": plain.sha256()}}
+    protocol["prompts"] = made.get("protocol_sha256")
     if lpips:
-        protocol["lpips"] = {
-            "network": "alexnet",
-            "sha256": file_sha256(Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS),
-            "torchmetrics": version("torchmetrics"),
-        }
+        sha256 = file_sha256(Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS)
+        protocol["lpips"] = {"network": "alexnet", "sha256": sha256, "torchmetrics": version("torchmetrics")}
     warnings = [*image_warnings(plain), *image_warnings(accelerated), *few_images_warnings(n, width, "fid_vs_plain")]
     return Result(values, protocol, {**made, "plain": plain.provenance}, warnings)
 
@@ -94,16 +83,10 @@ def compute(
 def all_values(
     plain: Images, accelerated: Images, extractor: Extractor, measures: Mapping[str, Measure], batch_size: int
 ) -> tuple[dict[str, Any], int]:
-    """The values of the pairs by name, and the number of features of the network.
-
-    Args:
-        plain, accelerated: in the same order.
-        measures: of pairs of images, by name.
-
-    Raises ImageError: an image can't be read, or the images of a pair differ in size.
-    """
+    """The values of the pairs, which are in the same order, by name; and the number of features of the network.
+    Raises ImageError: an image can't be read, or the images of a pair differ in size."""
     each: dict[str, list[np.ndarray]] = {}
-    moments: tuple[list[Moments], list[Moments]] = ([], [])
+    moments: list[tuple[Moments, ...]] = []
     pairs = zip(plain, accelerated, plain.names, accelerated.names, strict=True)
     for part in batched(pairs, len(plain.names), batch_size, "pairs", "pair"):
         for a, b, name, other in part:
@@ -116,9 +99,8 @@ def all_values(
         found |= {"feature_distance": (one - other).norm(dim=1), "feature_cosine": F.cosine_similarity(one, other)}
         for name, values in found.items():
             each.setdefault(name, []).append(to_numpy(values))
-        for parts, features in zip(moments, (one, other), strict=True):
-            parts.append(Moments.from_features(features.numpy()))
-    of_plain, of_accelerated = (total(parts).gaussian() for parts in moments)
+        moments.append(tuple(Moments.from_features(features.numpy()) for features in (one, other)))
+    of_plain, of_accelerated = (total(parts).gaussian() for parts in zip(*moments, strict=True))
     result: dict[str, Any] = {"fid_vs_plain": distance(of_accelerated, of_plain)}
     for name, parts in each.items():
         values = np.concatenate(parts)
@@ -141,15 +123,11 @@ def check_alike(plain: Mapping[str, Any], accelerated: Mapping[str, Any]) -> Non
         return flat({name: made.get(name, method.get(name)) or {} for name in ALIKE})
 
     ours, theirs = facts(plain), facts(accelerated)
-    differ = [
-        f"{name} ({ours[name]} there, {theirs[name]} here)"
-        for name in sorted(ours.keys() & theirs.keys())
-        if ours[name] != theirs[name]
-    ]
-    if differ:
+    names = sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name])
+    if names:
+        differ = "; ".join(f"{name} ({ours[name]} there, {theirs[name]} here)" for name in names)
         raise ImageError(
-            f"differs from the plain run in {'; '.join(differ)}; expected runs that differ in sampler, steps or plan "
-            f"only"
+            f"differs from the plain run in {differ}; expected runs that differ in sampler, steps or plan only"
         )
 
 
@@ -162,48 +140,41 @@ def paired(plain: Images, accelerated: Images) -> tuple[Images, Images]:
     Raises ImageError: a folder and an array, whose orders differ; runs from different noise; images without a partner,
     or several of the same noise and inputs.
     """
-    if isinstance(plain, ImageFolder) and isinstance(accelerated, ImageFolder):
+    sides = plain, accelerated
+    folders = [isinstance(side, ImageFolder) for side in sides]
+    if all(folders):
         return paired_files(plain, accelerated)
-    if isinstance(plain, ImageFolder) or isinstance(accelerated, ImageFolder):
-        raise ImageError(
-            f"can't pair {plain.path} with {accelerated.path}: a folder is in the order of its names, an array is not; "
-            f"expected two folders or two arrays"
-        )
+    if any(folders):
+        why = "a folder is in the order of its names, an array is not; expected two folders or two arrays"
+        raise ImageError(f"can't pair {plain.path} with {accelerated.path}: {why}")
     if len(plain.names) != len(accelerated.names):
-        raise ImageError(
-            f"{plain.path} has {len(plain.names)} images, {accelerated.path} has {len(accelerated.names)}; they are "
-            f"paired by position, so expected the same number"
-        )
-    return plain, accelerated
+        there, here = (f"{side.path} has {len(side.names)}" for side in sides)
+        raise ImageError(f"{there} images, {here}; they are paired by position, so expected the same number")
+    return sides
 
 
-def paired_files(plain: ImageFolder, accelerated: ImageFolder) -> tuple[ImageFolder, ImageFolder]:
+def paired_files(*folders: ImageFolder) -> tuple[ImageFolder, ...]:
     """The images of two folders in the same order; see `paired`."""
-    folders = (plain, accelerated)
-    keys = [folder.keys() for folder in folders]
+    keys, names = [folder.keys() for folder in folders], [list(folder.names) for folder in folders]
     if set(keys[0]).isdisjoint(keys[1]):
-        if all(stored != list(folder.names) for stored, folder in zip(keys, folders, strict=True)):
+        if all(stored != of for stored, of in zip(keys, names, strict=True)):
             raise ImageError(
-                f"different noise or inputs: no image of {plain.path} has a partner in {accelerated.path}; "
+                f"different noise or inputs: no image of {folders[0].path} has a partner in {folders[1].path}; "
                 f"[noise, start, inputs] is {min(keys[0])} there and {min(keys[1])} here"
             )
-        keys = [list(folder.names) for folder in folders]
+        keys = names
     positions = [{key: i for i, key in enumerate(of)} for of in keys]
     for folder, of, position in zip(folders, keys, positions, strict=True):
-        if len(position) < len(of):
-            raise ImageError(
-                f"{folder.path}: {len(of) - len(position)} images share noise and inputs with another; are there "
-                f"several runs in the folder?"
-            )
+        if twice := len(of) - len(position):
+            shared = f"{twice} images share noise and inputs with another"
+            raise ImageError(f"{folder.path}: {shared}; are there several runs in the folder?")
     for folder, ours, theirs in zip(folders, positions, reversed(positions), strict=True):
         if alone := [folder.names[i] for key, i in ours.items() if key not in theirs]:
-            raise ImageError(
-                f"mismatched sets: {len(alone)} images of {folder.path} have no partner, such as "
-                f"{', '.join(alone[:SHOWN])}"
-            )
-    shared = sorted(positions[0])
+            some = f"{len(alone)} images of {folder.path} have no partner, such as {', '.join(alone[:SHOWN])}"
+            raise ImageError(f"mismatched sets: {some}")
+    order = sorted(positions[0])
     return tuple(
-        folder.subset([position[key] for key in shared]) for folder, position in zip(folders, positions, strict=True)
+        folder.subset([position[key] for key in order]) for folder, position in zip(folders, positions, strict=True)
     )
 
 
@@ -216,10 +187,9 @@ def load_ssim() -> Measure:
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
     except Exception as error:  # a missing package; or a torchvision that does not fit PyTorch, which it imports
-        raise ModelError(
-            f"SSIM needs torchmetrics, which can't be imported here: {one_line(error)[:160]}; "
-            f'pip install -e ".[eval]", and no torchvision rather than one that does not fit PyTorch'
-        ) from error
+        problem = f"SSIM needs torchmetrics, which can't be imported here: {one_line(error)[:160]}"
+        remedy = 'pip install -e ".[eval]", and no torchvision rather than one that does not fit PyTorch'
+        raise ModelError(f"{problem}; {remedy}") from error
 
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         a, b = ((x.double() + 1) / 2 for x in (a, b))  # SSIM depends on brightness, so 0..1

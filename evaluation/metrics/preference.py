@@ -9,15 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evaluation.metrics import ModelError
-from evaluation.metrics.captions import prompts_of
-from evaluation.metrics.clip import load_clip
-from evaluation.metrics.extractors import resized
+from evaluation.metrics.extractors import ModelError, load_clip, resized
 from evaluation.metrics.image_reward import ImageReward
 from evaluation.metrics.result import Result, mean_values
-from evaluation.runs.images import Source, batched, image_warnings, open_samples
+from evaluation.runs.images import Source, batched, image_warnings, open_samples, prompts_of, reading
 from ldm.checkpoint import read_checkpoint
-from ldm.io.errors import SettingError, fault_of, one_line
+from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256, json_sha256
 
 BATCH = 16
@@ -29,12 +26,11 @@ MODELS = {
 
 
 class Scorer(NamedTuple):
-    """A model: images (B, 3, size, size) in [-1, 1] and B texts -> scores (B,); size is the side of its images in
-    pixels, file that of its weights."""
+    """A model of preference."""
 
-    score: Callable[[Tensor, Sequence[str]], Tensor]
-    size: int
-    file: Path
+    score: Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, size, size) in [-1, 1], B texts -> scores (B,)
+    size: int  # side of its images in pixels
+    file: Path  # of its weights
 
 
 def compute(
@@ -49,7 +45,7 @@ def compute(
     Args:
         samples: see `Source`.
         model: one of MODELS; weights: what that says, or what `load_scorer` loaded.
-        prompts: a prompt per image, or a file of them, see `prompts_of`; None = those stored in the images.
+        prompts: see `prompts_of`.
 
     Raises SettingError: an argument can't be used; it names the argument.
     """
@@ -66,13 +62,8 @@ def compute(
             each.append(scorer.score(prepared, [prompt for _, prompt in pairs]))
     found = torch.cat(each).double().numpy()
     name = model.replace("-", "_")
-    protocol = {
-        "measure": name,
-        "features_sha256": file_sha256(scorer.file),
-        "n": len(found),
-        "prompts": made.get("protocol_sha256"),
-        "captions_sha256": json_sha256({"captions": prompts}),
-    }
+    protocol = {"measure": name, "features_sha256": file_sha256(scorer.file), "n": len(found)}
+    protocol |= {"prompts": made.get("protocol_sha256"), "captions_sha256": json_sha256({"captions": prompts})}
     return Result(mean_values(name, found, prompts), protocol, made, image_warnings(images))
 
 
@@ -87,8 +78,6 @@ def load_scorer(name: str, weights: str | Path | None) -> Scorer:
         if name == "pick-score":
             clip = load_clip(weights)
             return Scorer(clip.agreement, clip.size, clip.weights)
-        try:
+        with reading(weights, f"not {MODELS[name]}", ModelError):  # or a vocabulary that is none
             model = ImageReward(read_checkpoint(weights), Path(weights).with_name("vocab.txt"))
-        except Exception as error:  # weights of another network, and vocabularies that are none, can fail in any way
-            raise ModelError(f"{weights}: not {MODELS[name]}: {one_line(error)[:200]}") from error
         return Scorer(model, model.size, Path(weights))

@@ -8,7 +8,7 @@ is what a comparison is about; it is kept beside the protocol.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,13 @@ class ResultError(ValueError):
 
 @dataclass(frozen=True)
 class Result:
-    """What a measure found.
+    """What a measure found, as JSON values."""
 
-    values:   name -> number, or a list of two for an interval. Names are explicit: fid_real, fid_vs_plain, ...
-    protocol: what values of different samples must have in common to be compared, JSON values.
-    samples:  how the measured images were made, JSON values: plan, seeds, weights, ...; None = not known.
-    warnings: what to bear in mind, in words.
-    settings: those that change no value, such as how often samples were resampled for an interval; JSON values.
-    """
-
-    values: Mapping[str, Any]
-    protocol: Mapping[str, Any]
-    samples: Mapping[str, Any]
-    warnings: Sequence[str] = field(default_factory=list)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any]  # name (fid_real, fid_vs_plain, ...) -> number, or a list of two for an interval
+    protocol: Mapping[str, Any]  # what values of different samples must have in common to be compared
+    samples: Mapping[str, Any]  # how the images were made: plan, seeds, weights, ...; None = not known
+    warnings: Sequence[str] = field(default_factory=list)  # what to bear in mind, in words
+    settings: Mapping[str, Any] = field(default_factory=dict)  # those that change no value, such as of resampling
 
     @property
     def protocol_sha256(self) -> str:
@@ -72,18 +65,13 @@ def comparable(results: Mapping[str, Result]) -> None:
     """Check that results, by name, may stand in one table.
     Raises ResultError: their protocols differ; it names the fields, and what each result has there."""
     protocols = {name: flat(result.protocol) for name, result in results.items()}
-    fields = dict.fromkeys(key for protocol in protocols.values() for key in protocol)
-    differ = [
-        key
-        for key in fields
-        if len({json.dumps(protocol.get(key), sort_keys=True) for protocol in protocols.values()}) > 1
-    ]
+    differ = []
+    for key in dict.fromkeys(key for protocol in protocols.values() for key in protocol):
+        found = {name: protocol.get(key) for name, protocol in protocols.items()}
+        if len({json.dumps(value, sort_keys=True) for value in found.values()}) > 1:
+            differ.append(f"{key} ({', '.join(f'{name}: {value}' for name, value in found.items())})")
     if differ:
-        parts = (
-            f"{key} ({', '.join(f'{name}: {protocol.get(key)}' for name, protocol in protocols.items())})"
-            for key in differ
-        )
-        raise ResultError(f"different protocols can't be compared; they differ in {'; '.join(parts)}")
+        raise ResultError(f"different protocols can't be compared; they differ in {'; '.join(differ)}")
 
 
 # 95 % intervals
@@ -92,17 +80,11 @@ def comparable(results: Mapping[str, Result]) -> None:
 NORMAL = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 
 
-def resamples(n: int, count: int, seed: int) -> Iterator[np.ndarray]:
-    """`count` draws of n out of n images with replacement, (n,) indices; the same for the same n and seed."""
-    random = np.random.default_rng(seed)
-    for _ in range(count):
-        yield random.integers(0, n, n)
-
-
 def bootstrap(features: np.ndarray, measure: Callable[[np.ndarray], float], count: int, seed: int = 0) -> np.ndarray:
-    """The measure on resampled images, (count,). Two sets of the same N are resampled alike, so that paired differences
-    may be taken. `features`: (N, D). Source: Efron (1979)."""
-    return np.array([measure(features[chosen]) for chosen in resamples(len(features), count, seed)])
+    """The measure on `count` draws of N out of N images with replacement, (count,). Two sets of the same N are drawn
+    alike, so that paired differences may be taken. `features`: (N, D). Source: Efron (1979)."""
+    random, n = np.random.default_rng(seed), len(features)
+    return np.array([measure(features[random.integers(0, n, n)]) for _ in range(count)])
 
 
 def normal_interval(value: float, resampled: np.ndarray) -> list[float]:
@@ -113,17 +95,13 @@ def normal_interval(value: float, resampled: np.ndarray) -> list[float]:
 
 
 def mean_interval(values: np.ndarray, groups: Sequence[Any] | None = None) -> list[float]:
-    """The interval of the mean of values (N,), N > 1. Values, or groups of them, are independent of each other.
-
-    Args:
-        groups: of each value, such as the prompt of an image; at least two different ones.
-
-    Source: the cluster-robust variance of Liang and Zeger (1986); without groups it is the usual one.
-    """
+    """The interval of the mean of values (N,), N > 1. Values are independent of each other, or their groups are, of
+    which there are at least two, such as prompts of images.
+    Source: the cluster-robust variance of Liang and Zeger (1986); without groups it is the usual one."""
     middle = float(np.mean(values))
-    sums = (
-        values - middle if groups is None else np.bincount(np.unique(groups, return_inverse=True)[1], values - middle)
-    )
+    sums = values - middle
+    if groups is not None:
+        sums = np.bincount(np.unique(groups, return_inverse=True)[1], sums)
     half = NORMAL * (len(sums) / (len(sums) - 1) * float(np.square(sums).sum())) ** 0.5 / len(values)
     return [middle - half, middle + half]
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from evaluation.metrics.extractors import Extractor, load_extractor, network_fields
 from evaluation.metrics.result import Result, share_interval
-from evaluation.runs.folder import MANIFEST, SAMPLES
+from evaluation.runs.generate import MANIFEST, SAMPLES
 from evaluation.runs.images import batched, images_by_id, open_images
 from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import EMOJI64
@@ -31,7 +31,7 @@ from ldm.cli.setup import ALONE, ModelSettings, SamplingSettings, count_nodes, m
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256
-from ldm.io.images import from_pil, grid, open_image, save_png, to_pil
+from ldm.io.images import from_pil, open_image, to_pil
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.sampling.engine import Engine, Task
 from ldm.sampling.generate import generate, prompt_items, read_manifest
@@ -74,9 +74,8 @@ def compute(run: str | Path, real: RealImages, *, rank: int = 5) -> Result:
         "real_tier": real.tier,
         "n": len(lines),
         "real": sha256,
-        "prompts": made.get("protocol_sha256"),
-        **network_fields(real.extractor),
     }
+    protocol |= {"prompts": made.get("protocol_sha256"), **network_fields(real.extractor)}
     return Result({f"R@{rank}": found["share"], f"R@{rank}_interval": found["interval"]}, protocol, made)
 
 
@@ -85,43 +84,33 @@ def compute(run: str | Path, real: RealImages, *, rank: int = 5) -> Result:
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images among which the nearest ones are found.
+    """Real images among which the nearest ones are found."""
 
-    data:      the folder of their dataset; tier: they are those of tiers 1 to this.
-    entries:   the M images' entries in the dataset (concept, name, style, category, ...).
-    features:  (M, D), as the network gives them.
-    extractor: the network.
-    batch_size: images per batch.
-    """
-
-    data: Path
-    tier: int
-    entries: Sequence[Mapping[str, Any]]
-    features: Tensor
+    data: Path  # the folder of their dataset
+    tier: int  # they are those of tiers 1 to this
+    entries: Sequence[Mapping[str, Any]]  # the M images' entries in the dataset (concept, name, style, category, ...)
+    features: Tensor  # (M, D), as the network gives them
     extractor: Extractor
     batch_size: int
 
     def retrieve(self, images: Sequence[Image.Image], entries: Sequence[Mapping[str, Any]], label: str) -> Retrieval:
         """Find the real images nearest to each of N images; `entries`: what each should show."""
         stacked = torch.stack([from_pil(image) for image in images])  # (N, 3, H, W)
-        features = features_of(stacked, self.extractor, self.batch_size, label)
-        return self._retrieve(standardise(features, self.features), entries)
+        return self._retrieve(features_of(stacked, self.extractor, self.batch_size, label), entries)
 
     def retrieve_each(self) -> Retrieval:
         """Find the real images nearest to each real image, itself left out."""
-        return self._retrieve(standardise(self.features, self.features), self.entries, range(len(self.entries)))
+        return self._retrieve(self.features, self.entries, range(len(self.entries)))
 
     def _retrieve(
         self, features: Tensor, entries: Sequence[Mapping[str, Any]], left_out: Sequence[int] | None = None
     ) -> Retrieval:
-        real = standardise(self.features, self.features)
-        found = nearest(features, real, max(RANKS), left_out).numpy()  # (N, max(RANKS))
-        concepts, shown = [entry["concept"] for entry in entries], self._each("concept")[found]
-        hits = {rank: hits_at(rank, shown, concepts).tolist() for rank in RANKS}
-        return Retrieval(entries, hits, self._each("name")[found].tolist())
-
-    def _each(self, field: str) -> np.ndarray:
-        return np.array([entry[field] for entry in self.entries])
+        asked, real = (standardise(of, self.features) for of in (features, self.features))
+        found = nearest(asked, real, max(RANKS), left_out).numpy()  # (N, max(RANKS))
+        concepts, names = (np.array([entry[field] for entry in self.entries])[found] for field in ("concept", "name"))
+        wanted = [entry["concept"] for entry in entries]
+        hits = {rank: hits_at(rank, concepts, wanted).tolist() for rank in RANKS}
+        return Retrieval(entries, hits, names.tolist())
 
 
 def load_real_images(
@@ -148,16 +137,11 @@ def load_real_images(
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The real images nearest to each of N images.
+    """The real images nearest to each of N images."""
 
-    entries: what each image should show.
-    hits:    rank -> N booleans: whether one of the `rank` nearest shows the same concept.
-    found:   the names of the nearest real images of each image.
-    """
-
-    entries: Sequence[Mapping[str, Any]]
-    hits: Mapping[int, Sequence[bool]]
-    found: Sequence[Sequence[str]]
+    entries: Sequence[Mapping[str, Any]]  # what each image should show
+    hits: Mapping[int, Sequence[bool]]  # rank -> N booleans: whether one of the `rank` nearest shows the same concept
+    found: Sequence[Sequence[str]]  # the names of the nearest real images of each image
 
     def summary(self) -> dict[str, Any]:
         """The shares of hits, in all and by category, as JSON values."""
@@ -165,24 +149,17 @@ class Retrieval:
         for entry, hit in zip(self.entries, self.hits[max(RANKS)], strict=True):
             by_category.setdefault(entry["category"], []).append(hit)
         categories = {name: {"n": len(hits)} | share(hits) for name, hits in sorted(by_category.items())}
-        return {
-            "n": len(self.entries),
-            **{f"R@{rank}": share(hits) for rank, hits in self.hits.items()},
-            f"R@{max(RANKS)} by category": categories,
-        }
+        shares = {f"R@{rank}": share(hits) for rank, hits in self.hits.items()}
+        return {"n": len(self.entries), **shares, f"R@{max(RANKS)} by category": categories}
 
     def each(self, captions: Sequence[str]) -> list[dict[str, Any]]:
         """The result of each image, which was sampled with that caption, as JSON values."""
-        return [
-            {
-                "caption": caption,
-                "concept": entry["concept"],
-                "category": entry["category"],
-                **{f"R@{rank}": hits[i] for rank, hits in self.hits.items()},
-                "found": self.found[i],
-            }
-            for i, (caption, entry) in enumerate(zip(captions, self.entries, strict=True))
-        ]
+        found = []
+        for i, (caption, entry) in enumerate(zip(captions, self.entries, strict=True)):
+            hits = {f"R@{rank}": hits[i] for rank, hits in self.hits.items()}
+            named = {name: entry[name] for name in ("concept", "category")}
+            found.append({"caption": caption, **named, **hits, "found": self.found[i]})
+        return found
 
 
 def features_of(images: Tensor, extractor: Extractor, batch_size: int, label: str) -> Tensor:
@@ -203,14 +180,9 @@ def standardise(features: Tensor, reference: Tensor) -> Tensor:
 
 
 def nearest(features: Tensor, real: Tensor, k: int, left_out: Sequence[int] | None = None) -> Tensor:
-    """Indices (N, k) of the real images of highest cosine similarity, the most similar first.
-
-    Args:
-        features: (N, D). real: (M, D).
-        left_out: for each row of features, the index of a real image that does not count.
-
-    Raises ValueError: there are fewer than k real images to find.
-    """
+    """Indices (N, k) of the real images (M, D) of highest cosine similarity to features (N, D), the most similar first.
+    `left_out`: for each of the N, the index of a real image that does not count.
+    Raises ValueError: there are fewer than k real images to find."""
     found = len(real) - (left_out is not None)
     if not 1 <= k <= found:
         raise ValueError(f"k must be 1..{found}, the real images that can be found; got {k}")
@@ -236,24 +208,18 @@ def share(hits: Sequence[bool]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Queries:
-    """Captions that images are sampled with, and the real images that they belong to.
+    """Captions that images are sampled with, and the real images that they belong to."""
 
-    captions: N names with their styles.
-    entries:  the entries of those images in the dataset.
-    images:   (N, 3, H, W) in [-1, 1].
-    """
-
-    captions: Sequence[str]
-    entries: Sequence[Mapping[str, Any]]
-    images: Tensor
+    captions: Sequence[str]  # N names with their styles
+    entries: Sequence[Mapping[str, Any]]  # of those images in the dataset
+    images: Tensor  # (N, 3, H, W) in [-1, 1]
 
 
 def choose_queries(data: EmojiDataset, count: int, seed: int) -> Queries:
     """`count` captions at random, or all if there are fewer, see `spread`."""
     chosen = spread(data.images, count, seed)
-    return Queries(
-        [data.captions(i)[0] for i in chosen], [data.images[i] for i in chosen], data.batch(np.array(chosen))
-    )
+    captions, entries = [data.captions(i)[0] for i in chosen], [data.images[i] for i in chosen]
+    return Queries(captions, entries, data.batch(np.array(chosen)))
 
 
 def spread(entries: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[int]:
@@ -284,15 +250,8 @@ OF_DATA = ("data", "split", "max_tier", "real_tier", "count", "seed")  # setting
 
 @dataclass(frozen=True)
 class Settings:
-    """What is sampled, and what it is compared with.
-
-    data:  folder of a dataset of scripts/prepare_emoji.py.
-    split, max_tier: the captions are those of this split, of tiers 1 to max_tier; the real images are those of all
-        splits, of tiers 1 to `real_tier`.
-    count: number of captions, or as many as there are; 0 = only the real images, without a model.
-    seed:  chooses the captions, and names the noise of each image.
-    The other fields: see `ldm.cli.setup.SamplingSettings` and `ModelSettings`.
-    """
+    """What is sampled, and what it is compared with, as the flags of evaluation/recognition.py say; see also
+    `ldm.cli.setup.SamplingSettings` and `ModelSettings`."""
 
     data: str = "data/emoji64"
     split: str = "train"
@@ -309,42 +268,9 @@ class Settings:
     batch_size: int = 50
 
 
-@dataclass(frozen=True)
-class Recognition:
-    """What was found.
-
-    settings:  everything that the results depend on, as JSON values; seconds: by what they were spent on.
-    retrieval: of the sets of images, by name.
-    real:      number of real images, and of their concepts.
-    images:    the sampled ones, with their captions.
-    """
-
-    settings: Mapping[str, Any]
-    seconds: Mapping[str, float]
-    retrieval: Mapping[str, Retrieval]
-    real: tuple[int, int]
-    captions: Sequence[str] = ()
-    images: Sequence[Image.Image] = ()
-
-    def report(self) -> dict[str, Any]:
-        """Everything but the images, as JSON values."""
-        pictures, concepts = self.real
-        return {
-            "definition": DEFINITION,
-            "settings": self.settings,
-            "seconds": self.seconds,
-            "real_set": {"pictures": pictures, "concepts": concepts},
-            "results": {name: found.summary() for name, found in self.retrieval.items()},
-            "pictures": self.retrieval["generated"].each(self.captions) if self.images else [],
-        }
-
-    def save_images(self, path: str | Path, columns: int) -> None:
-        """Write the sampled images as a grid, a PNG file with the settings in it."""
-        save_png(path, grid(self.images, columns), self.settings)
-
-
-def recognise(settings: Settings) -> Recognition:
-    """Sample an image for each caption, and measure which of them are recognised.
+def recognise(settings: Settings) -> tuple[dict[str, Any], list[Image.Image]]:
+    """Sample an image for each caption, and measure which of them are recognised: everything that was found and all
+    that it depends on, as JSON values; and the sampled images.
     Raises SettingError: a setting can't be used; `extractor`: the feature network is not installed."""
     seconds: dict[str, float] = {}
     last = time.perf_counter()
@@ -359,25 +285,30 @@ def recognise(settings: Settings) -> Recognition:
     engine = load_engine(settings, data[0].shape[-1]) if settings.count else None
     about = all_settings(settings, extractor, engine)
     spent_on("loading")
-    real = load_real_images(settings.data, tier=settings.real_tier, extractor=extractor, batch_size=settings.batch_size)
-    size = len(real.entries), len({entry["concept"] for entry in real.entries})
-    found = {"real": real.retrieve_each()}
+    size = settings.batch_size
+    real = load_real_images(settings.data, tier=settings.real_tier, extractor=extractor, batch_size=size)
+    found, images, captions = {"real": real.retrieve_each()}, [], []
     spent_on("real")
-    if engine is None:
-        return Recognition(about, seconds, found, size)
-    queries = choose_queries(data, settings.count, settings.seed)
-    with fault_of("ckpt", (ValueError,)):
-        images = sample(engine, queries.captions, settings.seed, settings.batch_size)
-        spent_on("generating")
-        copies = reconstruct(engine, queries.images, settings.batch_size)
-        spent_on("reconstructing")
-    found = {
-        "generated": real.retrieve(images, queries.entries, "generated"),
-        "reconstructed": real.retrieve(copies, queries.entries, "reconstructed"),
-        **found,
+    if engine is not None:
+        queries = choose_queries(data, settings.count, settings.seed)
+        captions, entries = queries.captions, queries.entries
+        with fault_of("ckpt", (ValueError,)):
+            images = sample(engine, captions, settings.seed, size)
+            spent_on("generating")
+            copies = reconstruct(engine, queries.images, size)
+            spent_on("reconstructing")
+        of_model = {"generated": images, "reconstructed": copies}
+        found = {name: real.retrieve(made, entries, name) for name, made in of_model.items()} | found
+        spent_on("judging")
+    report = {
+        "definition": DEFINITION,
+        "settings": about,
+        "seconds": seconds,
+        "real_set": {"pictures": len(real.entries), "concepts": len({entry["concept"] for entry in real.entries})},
+        "results": {name: retrieval.summary() for name, retrieval in found.items()},
+        "pictures": found["generated"].each(captions) if images else [],
     }
-    spent_on("judging")
-    return Recognition(about, seconds, found, size, queries.captions, images)
+    return report, images
 
 
 def sample(engine: Engine, captions: Sequence[str], seed: int, batch_size: int) -> list[Image.Image]:
@@ -402,17 +333,16 @@ def reconstruct(engine: Engine, images: Tensor, batch_size: int) -> list[Image.I
 def load_captions(settings: Settings) -> EmojiDataset:
     """The captions to choose from, with their images.
     Raises SettingError: `real_tier`: below max_tier; `data`: no such dataset, or too few images in it."""
-    if settings.real_tier < settings.max_tier:
-        tiers = f"{settings.max_tier}, the tier of the captions, so that each concept has real images"
-        raise SettingError("real_tier", f"must be at least {tiers}; got {settings.real_tier}")
+    tier = settings.max_tier
+    if settings.real_tier < tier:
+        least = f"at least {tier}, the tier of the captions, so that each concept has real images"
+        raise SettingError("real_tier", f"must be {least}; got {settings.real_tier}")
     with fault_of("data"):
-        data = EmojiDataset(settings.data, settings.split, settings.max_tier)
+        data = EmojiDataset(settings.data, settings.split, tier)
         total = sum(len(EmojiDataset(settings.data, split, settings.real_tier)) for split in SPLITS)
         if not len(data) or total <= max(RANKS):
-            raise ValueError(
-                f"tiers 1 to {settings.max_tier} of {settings.data} have {len(data)} images in {settings.split}, the "
-                f"real set has {total}; needed are 1 and {max(RANKS) + 1}"
-            )
+            there = f"tiers 1 to {tier} of {settings.data} have {len(data)} images in {settings.split}"
+            raise ValueError(f"{there}, the real set has {total}; needed are 1 and {max(RANKS) + 1}")
     return data
 
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from evaluation.metrics.extractors import Extractor, load_extractor
-from evaluation.metrics.frechet import distance
+from evaluation.metrics.frechet import Gaussian, distance, gaussian_of, load_reference, to_numpy
 from evaluation.metrics.retrieval import RANKS, choose_queries, hits_at, load_real_images, nearest, standardise
-from evaluation.metrics.statistics import Gaussian, Moments, load_reference, to_numpy
 from ldm.data.emoji import EmojiDataset
 from ldm.io.files import Count
 from ldm.io.images import from_pil, to_pil
@@ -43,11 +42,13 @@ def of_all_processes(module: pl.LightningModule, rows: Tensor, count: int | None
 
 
 def frechet(features: Tensor, real: Gaussian) -> float:
-    return distance(Moments.from_features(to_numpy(features)).gaussian(), real)
+    return distance(gaussian_of(to_numpy(features)), real)
 
 
-def gaussian_of(features: Tensor) -> Gaussian:
-    return Moments.from_features(to_numpy(features)).gaussian()
+def check_module(callback: pl.Callback, module: pl.LightningModule, kind: type, what: str) -> None:
+    """Raise ValueError unless the module is of the kind that the callback measures."""
+    if not isinstance(module, kind):
+        raise ValueError(f"{type(callback).__name__} is for trainings of {what}; got {type(module).__name__}")
 
 
 class FirstStageMeasures(pl.Callback):
@@ -59,8 +60,7 @@ class FirstStageMeasures(pl.Callback):
         perceptual_weights: see `ldm.modules.losses.lpips.lpips`; where its weights are not, LPIPS is left out, which is
             said.
 
-    Raises:
-        ValueError: the network can't be had.
+    Raises ValueError: the network can't be had.
     """
 
     def __init__(self, extractor: str = OFFLINE, weights: str | None = None, perceptual_weights: str | None = None):
@@ -72,8 +72,7 @@ class FirstStageMeasures(pl.Callback):
         self.said = f"val/rfid: {self.extractor.recipe}{missing}"
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        if not isinstance(module, FirstStageTraining):
-            raise ValueError(f"{type(self).__name__} is for trainings of first stages; got {type(module).__name__}")
+        check_module(self, module, FirstStageTraining, "first stages")
         if trainer.is_global_zero:
             print(self.said)
 
@@ -97,7 +96,7 @@ class FirstStageMeasures(pl.Callback):
         if trainer.sanity_checking:
             return
         real, made = (of_all_processes(module, torch.cat(rows)) for rows in (self.real, self.made))
-        module.log("val/rfid", frechet(made, gaussian_of(real)), sync_dist=True)
+        module.log("val/rfid", frechet(made, gaussian_of(to_numpy(real))), sync_dist=True)
         if self.distances:
             module.log("val/lpips", torch.cat(self.distances).mean(), sync_dist=True)
         if self.codes:
@@ -120,8 +119,7 @@ class SampleMeasures(pl.Callback):
         reference: a folder, npz or npy file of images, or of their statistics; None = the validation's images.
         extractor, weights: the network, see `evaluation.metrics.extractors.load_extractor`.
 
-    Raises:
-        ValueError: the network or the reference can't be had.
+    Raises ValueError: the network or the reference can't be had.
     """
 
     def __init__(
@@ -144,8 +142,7 @@ class SampleMeasures(pl.Callback):
         self.measured = state["measured"]
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        if not isinstance(module, DiffusionTraining):
-            raise ValueError(f"{type(self).__name__} is for trainings of diffusion models; got {type(module).__name__}")
+        check_module(self, module, DiffusionTraining, "diffusion models")
         if trainer.is_global_zero:
             print(f"val/fid: {self.count} samples, every {self.every} steps; {self.extractor.recipe}")
             print("val/fid can be compared with values of the same number of samples only")
@@ -155,7 +152,7 @@ class SampleMeasures(pl.Callback):
         if trainer.sanity_checking or (fit and trainer.global_step // self.every <= self.measured // self.every):
             return
         if self.real is None:
-            self.real = gaussian_of(self.real_features(trainer, module))
+            self.real = gaussian_of(to_numpy(self.real_features(trainer, module)))
         samples = (module.samples(*given) for given in self.given(trainer, module))
         made = torch.cat([features_of(images, self.extractor, module.device) for images in samples])
         module.log_dict(self.values(of_all_processes(module, made, self.count)), sync_dist=True)
@@ -170,11 +167,7 @@ class SampleMeasures(pl.Callback):
         return -(-self.count // trainer.world_size)
 
     def batches(self, trainer: pl.Trainer, module: DiffusionTraining) -> Iterator[dict[str, Any]]:
-        """The first images of the validation, in batches.
-
-        Raises:
-            ValueError: it has fewer.
-        """
+        """The first images of the validation, in batches. Raises ValueError: it has fewer."""
         left = self.own(trainer)
         for batch in trainer.val_dataloaders:
             some = {key: value[: min(left, self.batch_size)] for key, value in batch.items()}
@@ -212,8 +205,7 @@ class CaptionMeasures(SampleMeasures):
         seed: of the captions.
         rest: see `SampleMeasures`.
 
-    Raises:
-        ValueError: there is no such dataset.
+    Raises ValueError: there is no such dataset.
     """
 
     def __init__(self, data: str, split: str = "train", tier: int = 2, seed: int = 0, **rest: Any):
@@ -221,7 +213,7 @@ class CaptionMeasures(SampleMeasures):
         self.images = load_real_images(data, tier=tier, extractor=self.extractor)
         self.queries = choose_queries(EmojiDataset(data, split, tier), self.count, seed)
         self.count = len(self.queries.captions)
-        self.real = gaussian_of(self.images.features)
+        self.real = gaussian_of(to_numpy(self.images.features))
 
     def given(self, trainer: pl.Trainer, module: DiffusionTraining) -> Iterator[tuple[dict[str, Any], Tensor]]:
         model, captions = module.model, self.queries.captions

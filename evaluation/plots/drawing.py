@@ -40,21 +40,14 @@ CELL = 0.95  # inches, of a small image
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure.
-
-    caption:  its caption without the end, which names the model, the images and the seed.
-    values:   the numbers that are drawn, as JSON values.
-    sampled:  images were sampled for it.
-    settings: what it depends on, beside its experiment, as JSON values.
-    table:    the numbers as a Markdown table, for a figure that has one.
-    """
+    """A finished figure."""
 
     figure: Figure
-    caption: str
-    values: Mapping[str, Any]
-    sampled: bool = True
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    table: str = ""
+    caption: str  # without the end, which names the model, the images and the seed
+    values: Mapping[str, Any]  # the numbers that are drawn, as JSON values
+    sampled: bool = True  # images were sampled for it
+    settings: Mapping[str, Any] = field(default_factory=dict)  # it depends on, beside its experiment, as JSON values
+    table: str = ""  # the numbers as a Markdown table, for a figure that has one
 
     def save(self, out: Path, caption: str, settings: Mapping[str, Any]) -> list[str]:
         """Write out.svg, out.png, out.json and, if there is a table, out.md; returns the files' names.
@@ -67,9 +60,9 @@ class Drawing:
         no_maths(self.figure)
         keep_apart(self.figure.findobj(Annotation))
         record = {"caption": caption, **settings, **self.settings, "values": self.values}
-        texts = {"json": json.dumps(record, indent=1, default=_rounded)} | (
-            {"md": f"{caption}\n\n{self.table}"} if self.table else {}
-        )
+        texts = {"json": json.dumps(record, indent=1, default=_rounded)}
+        if self.table:
+            texts["md"] = f"{caption}\n\n{self.table}"
         for suffix in ("svg", "png"):
             with matplotlib.rc_context(STYLE), atomic_write(f"{out}.{suffix}") as part:
                 self.figure.savefig(part, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None)
@@ -90,8 +83,7 @@ def show_image(axes: Axes, image: Tensor) -> None:
     """Draw an image, (3, H, W) in [-1, 1], with sharp pixels and without ticks and frame."""
     axes.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="none")
     axes.grid(False)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -109,6 +101,11 @@ def image_grid(
     for axes, label in zip(grid[:, 0], labels, strict=bool(labels)):
         wrapped = "\n".join(textwrap.fill(line, 17) for line in label.split("\n"))
         axes.set_ylabel(wrapped, rotation=0, ha="right", va="center", fontsize=7)
+
+
+def note(axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
+    """Write a text beside a point; `offset` in points."""
+    axes.annotate(text, place, xytext=offset, textcoords="offset points", **style)
 
 
 def no_maths(figure: Figure) -> None:

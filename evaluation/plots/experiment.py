@@ -36,20 +36,13 @@ CALIBRATED = re.compile(r"(\w+:)?auto:")  # plans that need a calibration
 
 @dataclass(frozen=True)
 class Experiment:
-    """A model and the images that a figure samples with it.
+    """A model and the images that a figure samples with it."""
 
-    setup:    the model's files and sizes, and how it runs.
-    prompts:  texts; models without a text encoder sample classes, or without a condition.
-    count:    number of images: one for each of the first prompts, or for classes spread evenly over all classes.
-    seed:     of their noise.
-    scale:    guidance scale; None = the model's default.
-    """
-
-    setup: Setup
-    prompts: Sequence[str]
-    count: int
-    seed: int
-    scale: float | None
+    setup: Setup  # the model's files and sizes, and how it runs
+    prompts: Sequence[str]  # texts; models without a text encoder sample classes, or without a condition
+    count: int  # of images: one for each of the first prompts, or for classes spread evenly over all classes
+    seed: int  # of their noise
+    scale: float | None  # of the guidance; None = the model's default
 
     @cached_property
     def model(self) -> LatentDiffusion:
@@ -193,14 +186,9 @@ class Experiment:
     def caption(self, sampled: bool = True) -> str:
         """The end of a figure's caption: its settings in words."""
         text = f"Model {self.setup.ckpt.parent.name}, weights {self.facts.facts['weights']}"
-        if not sampled:
-            return f"{text}."
-        return (
-            f"{text}; {self.count} image{'s' * (self.count != 1)}, seed {self.seed}, guidance scale {self.guidance:g}."
-        )
-
-
-# One figure
+        images = f"{self.count} image{'s' * (self.count != 1)}"
+        how = f"; {images}, seed {self.seed}, guidance scale {self.guidance:g}"
+        return f"{text}{how if sampled else ''}."
 
 
 def experiment_inputs(model: ModelSettings, prompts: str) -> tuple[Setup, list[str]]:

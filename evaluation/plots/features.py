@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from evaluation.plots.drawing import CELL, COLOURS, MARKERS, Drawing, image_grid, new_figure, thin_out
+from evaluation.plots.drawing import CELL, COLOURS, MARKERS, Drawing, image_grid, new_figure, note, thin_out
 from evaluation.plots.experiment import Experiment
 from ldm.io.errors import fault_of
 from ldm.models.diffusion.denoiser import Denoiser
@@ -77,16 +77,11 @@ def frobenius(output: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Evolution:
-    """How the outputs of every block, by name, develop during a run.
+    """How the outputs of every block, by name, develop during a run."""
 
-    norm:     `frobenius` at every node, (nodes, B).
-    absolute: `change` at every node but the first, (nodes - 1, B), as in eq. 2; it grows with the output's size.
-    relative: the same, divided by the output's mean square.
-    """
-
-    norm: dict[str, np.ndarray]
-    absolute: dict[str, np.ndarray]
-    relative: dict[str, np.ndarray]
+    norm: dict[str, np.ndarray]  # `frobenius` at every node, (nodes, B)
+    absolute: dict[str, np.ndarray]  # `change` at all nodes but the first, (nodes - 1, B), eq. 2; grows with the output
+    relative: dict[str, np.ndarray]  # the same, divided by the output's mean square
 
 
 def evolution(run: Iterator[Outputs]) -> Evolution:
@@ -130,8 +125,7 @@ def draw_evolution(experiment: Experiment, *, steps: int) -> Drawing:
     ):
         for axes, sides in zip(line, ("EB", "D"), strict=True):
             curves(axes, values, {name: style for name, style in styles.items() if name[0] in sides}, nodes)
-        line[0].set_yscale("log")
-        line[0].set_ylabel(label)
+        line[0].set(yscale="log", ylabel=label)
     for k, title in enumerate(("encoder (E) and middle (B)", "decoder (D)")):
         grid[0][k].set_title(title)
         grid[0][k].legend(ncols=2)
@@ -143,14 +137,9 @@ def draw_evolution(experiment: Experiment, *, steps: int) -> Drawing:
         "relative. A resolution has the same colour in both columns. Lines: mean over the "
         f"images; bands: {BAND[0]}th to {BAND[1]}th percentile.",
         {
-            name: {
-                "mean": values.mean(1),
-                "max": values.mean(1).max(),
-                "variance": values.mean(1).var(),
-                "relative": found.relative[name].mean(1),
-                "norm": found.norm[name].mean(1),
-            }
-            for name, values in found.absolute.items()
+            name: {"mean": mean, "max": mean.max(), "variance": mean.var()}
+            | {"relative": found.relative[name].mean(1), "norm": found.norm[name].mean(1)}
+            for name, mean in ((name, values.mean(1)) for name, values in found.absolute.items())
         },
     )
 
@@ -192,18 +181,11 @@ def draw_norms(experiment: Experiment, *, steps: int) -> Drawing:
     figure = new_figure(9, 3.2)
     boxes, deviation, relative = figure.subplots(1, 3, width_ratios=[1.3, 1, 1])
     colours = [colour_of(name) for name in found]
-    drawn = boxes.boxplot(
-        [*found.values()],
-        tick_labels=[*found],
-        patch_artist=True,
-        medianprops={"color": "black"},
-        flierprops={"markersize": 3},
-    )
+    style = {"patch_artist": True, "medianprops": {"color": "black"}, "flierprops": {"markersize": 3}}
+    drawn = boxes.boxplot([*found.values()], tick_labels=[*found], **style)
     for box, colour in zip(drawn["boxes"], colours, strict=True):
         box.set_facecolor(colour)
-    boxes.set_yscale("log")
-    boxes.set_ylabel("Frobenius norm of the channels' mean")
-    boxes.set_title("over the steps of a run")
+    boxes.set(yscale="log", ylabel="Frobenius norm of the channels' mean", title="over the steps of a run")
     points(deviation, {name: values.std() for name, values in found.items()})
     deviation.set_ylabel("its standard deviation over the steps")
     shares = {name: 100 * values.std() / values.mean() for name, values in found.items()}
@@ -229,9 +211,7 @@ def points(axes: Axes, heights: Mapping[str, float]) -> None:
     """Draw the heights as points on a logarithmic axis, on which a bar would have no lower end."""
     for name, height in heights.items():
         axes.plot(name, height, "o", color=colour_of(name), markeredgecolor="black", markeredgewidth=0.6)
-        axes.annotate(
-            f"{height:.2g}", (name, height), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=6.5
-        )
+        note(axes, f"{height:.2g}", (name, height), (0, 6), ha="center", fontsize=6.5)
     axes.set_yscale("log")
     axes.margins(x=0.1, y=0.1)
 

@@ -24,10 +24,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.metrics.frechet import distance
+from evaluation.metrics.frechet import Moments, distance
 from evaluation.metrics.paired import load_ssim
 from evaluation.metrics.retrieval import Queries, RealImages, choose_queries, features_of, load_real_images
-from evaluation.metrics.statistics import Moments
 from evaluation.plots.drawing import MARKERS, Drawing, new_figure
 from evaluation.plots.experiment import BATCH, Experiment
 from evaluation.protocols.protocol import reading

@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from evaluation.metrics import adm
+from evaluation.metrics import frechet
 from evaluation.metrics.extractors import load_extractor
 from evaluation.plots.drawing import CELL, COLOURS, MARKERS, Drawing, image_grid, new_figure
 from evaluation.plots.experiment import Experiment
@@ -85,11 +85,12 @@ def draw_neighbours(
     conditions = {(k, size): neighbours_of(database, rows, k, size) for k, size in asked}
     network = load_extractor("efficientnet-lite0")
     with fault_of("databases"):
-        reference = adm.suite_reference(database.card.folder, network)
+        reference = frechet.load_reference(database.card.folder, network, keep=True, spatial=True)
     found = {}
     for one, condition in conditions.items():
         samples = sampled(experiment, steps, rows, condition, cache)
-        found[one] = adm.compute(samples, reference, extractor=network, bootstrap=RESAMPLES).values
+        how = {"extractor": network, "suite": True, "bootstrap": RESAMPLES}
+        found[one] = frechet.compute(samples, reference, **how).values
     figure = new_figure(7, 4.6)
     grid = figure.subplots(2, 2, sharey="row")
     for axes, label, at in (

@@ -1,25 +1,7 @@
 """Protocols: what every method has to make alike, so that their results can be compared.
 
-evaluation/protocols/NAME.yaml:
-
-    like:       another protocol, of which this one has all that it does not say itself
-    about:      what is known of it, and what is our reading
-    data:       where the prompts come from, by `kind`:
-                captions (COCO's annotations): file; optional: pictures (the real images), where: {field: value or list}
-                prompts (a prompt per line, or JSON lines): file
-                classes: classes, how many there are
-    select:     count (default: all), per_image (default: 1), captions: drawn or first, seed; see `choose`
-    repeats:    images of each prompt (default: 1)
-    seed:       of the images' noise (default: 0)
-    size:       height and width in pixels
-    guidance:   the guidance scale, 1 = none
-    sampling:   sampler, steps, eta: what a method has unless it says otherwise
-    control:    edges or scribble, which a control network reads: those of the image that a prompt is a caption of
-    video:      true: the images of a prompt are the frames of a video by Text2Video-Zero (default: false)
-    metrics:    the variants that are reported: lists of EXTRACTOR/RESIZE for fid or adm, of names for clip_score;
-                reference: a file of published statistics
-    defaults:   config and ckpt of the model, data (a folder), noise_below, noise_order; `ADDED`: lists of files beside
-                the model's own
+evaluation/protocols/NAME.yaml has the fields of `Protocol`; `like` names another protocol, of which it has all that it
+does not say itself.
 
 `Protocol.asked` is what images of different methods must have in common to be compared. The sampler and its steps
 are not in it, since they are what comparisons are about; nor are metrics, since each result names its own.
@@ -70,39 +52,39 @@ strictly = with_config(ConfigDict(strict=True, extra="forbid"))
 @strictly
 class Captions(TypedDict):
     kind: Literal["captions"]
-    file: Text
-    pictures: NotRequired[Text]
-    where: NotRequired[dict[Text, Plain | list[Plain]]]
+    file: Text  # COCO's annotations
+    pictures: NotRequired[Text]  # the real images
+    where: NotRequired[dict[Text, Plain | list[Plain]]]  # of the images, fields and their value, or list of values
 
 
 @strictly
 class Prompts(TypedDict):
     kind: Literal["prompts"]
-    file: Text
+    file: Text  # a prompt per line, or JSON lines
 
 
 @strictly
 class Classes(TypedDict):
     kind: Literal["classes"]
-    classes: Amount
+    classes: Amount  # how many there are
 
 
 @strictly
 class Metrics(TypedDict, total=False):
-    fid: Networks
+    fid: Networks  # EXTRACTOR/RESIZE
     adm: Networks
     clip_score: Names
-    reference: Text
+    reference: Text  # a file of published statistics
 
 
 @strictly
 class Defaults(TypedDict, total=False):
     config: Text
     ckpt: Text
-    data: Text
+    data: Text  # a folder
     noise_below: Number
     noise_order: Literal[NOISE_ORDERS]
-    control_model: Names
+    control_model: Names  # this and the following: files beside the model's own, `ADDED`
     hed: Names
     lora: Names
     embedding: Names
@@ -110,29 +92,25 @@ class Defaults(TypedDict, total=False):
 
 
 class Select(Schema):
-    """Which prompts of the data are taken: how many (None = all), how many captions of one image at most, and which of
-    them (`drawn` at random by the seed, or the `first` by id)."""
+    """Which prompts of the data are taken, see `choose`."""
 
-    count: Amount | None = None
-    per_image: Annotated[int, Field(ge=1, le=MOST_CAPTIONS)] = 1
-    captions: Literal["drawn", "first"] = "drawn"
+    count: Amount | None = None  # None = all
+    per_image: Annotated[int, Field(ge=1, le=MOST_CAPTIONS)] = 1  # most captions of an image
+    captions: Literal["drawn", "first"] = "drawn"  # at random by the seed, or by id
     seed: Seed = 0
 
 
 class Sampling(Schema):
-    """The solver, its steps, and eta (None = the solver's own)."""
+    """What a method has unless it says otherwise."""
 
     sampler: Text = "ddim"
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 50
-    eta: Share | None = None
+    eta: Share | None = None  # None = the solver's own
 
 
 @dataclass(frozen=True)
 class Method:
-    """How images are sampled: the fields of `ldm.cli.setup.SamplingSettings` of which methods may differ.
-
-    `parallel` changes time and memory only.
-    """
+    """How images are sampled: the fields of `ldm.cli.setup.SamplingSettings` of which methods may differ."""
 
     sampler: str = "ddim"
     steps: int = 50
@@ -146,24 +124,24 @@ class Method:
     noise_order: str = "before"
     spacing: str | None = None
     timesteps_at: tuple[int, ...] | None = None
-    parallel: int | None = None
+    parallel: int | None = None  # changes time and memory only
 
 
 class Protocol(Schema):
-    """The content of a protocol file; see above."""
+    """The content of a protocol file."""
 
-    data: Annotated[Captions | Prompts | Classes, Field(discriminator="kind")]
-    size: Side
-    guidance: Number
+    data: Annotated[Captions | Prompts | Classes, Field(discriminator="kind")]  # where the prompts come from
+    size: Side  # height and width in pixels
+    guidance: Number  # the guidance scale, 1 = none
     select: Select = Select()
     sampling: Sampling = Sampling()
-    repeats: Amount = 1
-    seed: Seed = 0
-    control: Literal["edges", "scribble"] | None = None
-    video: bool = False
-    metrics: Metrics = {}
+    repeats: Amount = 1  # images of each prompt
+    seed: Seed = 0  # of the images' noise
+    control: Literal["edges", "scribble"] | None = None  # a control network reads those of the image with the caption
+    video: bool = False  # the images of a prompt are the frames of a video by Text2Video-Zero
+    metrics: Metrics = {}  # the variants that are reported
     defaults: Defaults = {}
-    about: str = ""
+    about: str = ""  # what is known of it, and what is our reading
     name: str = ""
 
     def method(self, **given: Any) -> Method:
@@ -196,14 +174,9 @@ class Protocol(Schema):
 
     def asked(self) -> dict[str, Any]:
         """What images that can be compared have in common, as JSON values; see above."""
-        return {
-            "data": dict(self.data),
-            "select": dict(self.select),
-            "repeats": self.repeats,
-            "seed": self.seed,
-            "size": self.size,
-            "guidance": float(self.guidance),
-        } | {name: value for name in ("control", "video") if (value := getattr(self, name))}
+        found = {"data": dict(self.data), "select": dict(self.select), "repeats": self.repeats, "seed": self.seed}
+        found |= {"size": self.size, "guidance": float(self.guidance)}
+        return found | {name: value for name in ("control", "video") if (value := getattr(self, name))}
 
 
 def protocol_names() -> tuple[str, ...]:
@@ -235,9 +208,8 @@ def find_file(kind: str, name: str, folder: Path, names: tuple[str, ...]) -> Pat
     Raises ValueError: neither; `kind` says of what."""
     path = folder / f"{name}.yaml" if name in names else Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(
-            f"unknown {kind} {name!r}; accepted: {', '.join(names)}, or FILE.yaml{did_you_mean(name, names)}"
-        )
+        accepted = f"{', '.join(names)}, or FILE.yaml{did_you_mean(name, names)}"
+        raise ValueError(f"unknown {kind} {name!r}; accepted: {accepted}")
     return path
 
 
@@ -261,16 +233,11 @@ def reading(kind: str, path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt.
+    """One prompt."""
 
-    id:     tells it from all others of its data; with the protocol's seed it names the noise.
-    image:  the image that it is a caption of: prompts of one image share this number.
-    inputs: what the model is conditioned on, see `ldm.sampling.generate.Item`.
-    """
-
-    id: int
-    image: int
-    inputs: Mapping[str, Any]
+    id: int  # tells it from all others of its data; with the protocol's seed it names the noise
+    image: int  # the image that it is a caption of: prompts of one image share this number
+    inputs: Mapping[str, Any]  # what the model is conditioned on, see `ldm.sampling.generate.Item`
 
     def line(self) -> dict[str, Any]:
         """As JSON values."""
@@ -287,15 +254,8 @@ def chosen_prompts(protocol: Protocol, data: str | Path | None = None) -> list[P
 
 
 def read_prompts(protocol: Protocol, folder: Path) -> list[Prompt]:
-    """All prompts of the protocol's data.
-
-    Args:
-        folder: the folder of its data.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not what it should be.
-    """
+    """All prompts of the protocol's data, in this folder.
+    Raises FileNotFoundError: there is no such file. ValueError: the file is not what it should be."""
     data = protocol.data
     if data["kind"] == "classes":
         return [Prompt(number, number, {"class": number}) for number in range(data["classes"])]
@@ -336,13 +296,9 @@ class CocoNote(TypedDict):
 
 
 @described
-class CocoImages(TypedDict):
+class Coco(TypedDict):
     images: list[CocoImage]
-
-
-@described
-class CocoNotes(TypedDict):
-    annotations: list[CocoNote]
+    annotations: NotRequired[list[CocoNote]]
 
 
 @described
@@ -354,7 +310,7 @@ class Line(TypedDict):
 
 def coco_images(content: Any, *fields: str) -> dict[int, Mapping[str, Any]]:
     """The images in COCO's annotations, by id. Raises ValueError: there are none, or one lacks some of the fields."""
-    images = parse(CocoImages, content)["images"]
+    images = parse(Coco, content)["images"]
     for number, image in enumerate(images):
         if missing := [name for name in fields if name not in image]:
             raise ValueError(f"images.{number}.{missing[0]} is missing")
@@ -364,9 +320,10 @@ def coco_images(content: Any, *fields: str) -> dict[int, Mapping[str, Any]]:
 def coco_prompts(content: Any, where: Mapping[str, Any]) -> Iterator[Prompt]:
     """The captions in COCO's annotations of images that fit `where`."""
     images = coco_images(content, *where)
-    for number, note in enumerate(parse(CocoNotes, content)["annotations"]):
-        image = note["image_id"]
-        if image not in images:
+    if "annotations" not in content:
+        raise ValueError("annotations is missing")
+    for number, note in enumerate(content["annotations"]):
+        if (image := note["image_id"]) not in images:
             raise ValueError(f"annotations.{number} is of image {image}, which is not among the images")
         if fits(images[image], where):
             yield Prompt(note["id"], image, {"prompt": " ".join(note["caption"].split()), "image_id": image})
@@ -399,26 +356,19 @@ def choose(prompts: Sequence[Prompt], select: Select) -> list[Prompt]:
     for prompt in prompts:
         by_image.setdefault(prompt.image, []).append(prompt)
 
-    def turn(prompt: Prompt) -> tuple[str, int]:
-        drawn = select.captions == "drawn"
-        return place_of(select.seed, prompt.image, prompt.id) if drawn else "", prompt.id
+    def place(*numbers: int) -> str:
+        return hashlib.sha256("/".join(map(str, numbers)).encode()).hexdigest()
 
-    for captions in by_image.values():
-        captions.sort(key=turn)
-    order = sorted(by_image, key=lambda image: (place_of(select.seed, image), image))
-    rounds = [
-        by_image[image][turn] for turn in range(select.per_image) for image in order if turn < len(by_image[image])
-    ]
+    def turn(prompt: Prompt) -> tuple[str, int]:
+        return place(select.seed, prompt.image, prompt.id) if select.captions == "drawn" else "", prompt.id
+
+    images = sorted(by_image, key=lambda image: (place(select.seed, image), image))
+    queues = [sorted(by_image[image], key=turn) for image in images]
+    rounds = [queue[turn] for turn in range(select.per_image) for queue in queues if turn < len(queue)]
     count = len(rounds) if select.count is None else select.count
     if not rounds:
         raise ValueError("there are no prompts to choose from")
     if count > len(rounds):
-        raise ValueError(
-            f"{count} prompts are asked for, at most {select.per_image} of an image; there are "
-            f"{len(rounds)} such (of {len(prompts)} prompts of {len(by_image)} images)"
-        )
+        there = f"{len(rounds)} such (of {len(prompts)} prompts of {len(by_image)} images)"
+        raise ValueError(f"{count} prompts are asked for, at most {select.per_image} of an image; there are {there}")
     return rounds[:count]
-
-
-def place_of(*numbers: int) -> str:
-    return hashlib.sha256("/".join(map(str, numbers)).encode()).hexdigest()

@@ -3,32 +3,44 @@
     run = generate.compute(load_protocol("emoji64"), Method(plan="faster-diffusion"), out="outputs/fast")
 
 An image depends on the protocol, its prompt, the number of its repeat, the model and the method: not on the number of
-processes, nor on where a run was stopped.
+processes, nor on where a run was stopped. The folder of a run has
+
+    run.json          the run card: protocol, method, weights, versions
+    prompts.jsonl     the prompts, in order
+    samples/          ID-REPEAT.png
+    journal/          a file for each process: a line for each image, with its SHA-256, written before the image
+    manifest.jsonl    a line for each image, in order, with its SHA-256; written when all images are there
+
+Any number of processes write into it without talking to each other: each makes its own share, and the one that finds
+all images there writes the manifest.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from pydantic import ConfigDict
 from tqdm import tqdm
 
-from evaluation.protocols.protocol import Method, Prompt, Protocol, chosen_prompts
+from evaluation.protocols.protocol import Amount, Method, Prompt, Protocol, Side, chosen_prompts
 from evaluation.runs.control import controlled
-from evaluation.runs.folder import CARD, SAMPLES, RunFolder, prompts_sha256, read_card
+from evaluation.runs.images import reading
 from ldm.checkpoint import fingerprint, load_config
 from ldm.checkpoint.published import published_sha256
-from ldm.cli.parser import stated
 from ldm.cli.setup import (
     ALONE,
     CONSTRUCTION,
@@ -45,13 +57,28 @@ from ldm.cli.setup import (
     uses_autocast,
 )
 from ldm.io.errors import SettingError, fault_of
-from ldm.io.files import json_sha256
+from ldm.io.files import (
+    Schema,
+    Seed,
+    atomic_write,
+    clean,
+    file_sha256,
+    flat,
+    json_sha256,
+    parse,
+    parse_json_lines,
+    read_bytes,
+    read_json,
+    write_file,
+    write_json,
+)
+from ldm.io.images import opened, png_bytes, read_png
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, check_blocks
 from ldm.modules.encoders.modules import ClassLabels
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
-from ldm.sampling.generate import Item, fill
+from ldm.sampling.generate import Item, Sample, append_line, fill, read_manifest
 from ldm.sampling.task import Classes, Labels, Network, prompts_cut, text_for
 from ldm.sampling.video import Motion, frames_task
 
@@ -60,18 +87,22 @@ BATCH = 16
 # do not depend on them. Larger batches gain nothing there, nor do threads where there can be processes.
 CPU_BATCH, CPU_LATENTS, CPU_THREADS = 8, 512, 1  # most images, most positions of their latents
 PACKAGES = ("faster-diffusion-ldm", "torch", "numpy", "pillow", "tokenizers")
+CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"
+NPZ = "samples.npz"
+MAY_DIFFER = ("name", "metrics", "versions")  # in run cards of one run
+SHOWN = 5  # of what differs or is wrong, how much a message names
+Card = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model, what they say being read when it is asked for, once; `weights` as for `load_model`;
-    precision: full or autocast, None = autocast on a GPU; added: the files beside its own, see `ADDED`."""
+    """The files of a model, what they say being read when it is asked for, once."""
 
     config: Path
     ckpt: Path
-    weights: str = "auto"
-    precision: str | None = None
-    added: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    weights: str = "auto"  # as for `load_model`
+    precision: str | None = None  # full or autocast; None = autocast on a GPU
+    added: Mapping[str, Sequence[Path]] = field(default_factory=dict)  # files beside its own, see `ADDED`
 
     @cached_property
     def content(self) -> Any:
@@ -110,30 +141,22 @@ class ModelFiles:
 
 
 def model_files(settings: ModelSettings, protocol: Protocol) -> ModelFiles:
-    """The model that the settings name, or else the protocol's.
-
-    Raises:
-        SettingError, BadInput: see `make_setup`.
-    """
+    """The model that the settings name, or else the protocol's. Raises SettingError, BadInput: see `make_setup`."""
     setup = make_setup(settings, protocol.model(), ALONE)
     return ModelFiles(setup.config_path, setup.ckpt, settings.weights, settings.precision, protocol.added())
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made: all that is known before the model is loaded; `prepare` makes it.
-
-    recipe, plan: the method for this model; decoder batches of the plan are chosen when it runs.
-    data: the folder of the protocol's data.
-    """
+    """What is to be made: all that is known before the model is loaded; `prepare` makes it."""
 
     protocol: Protocol
     prompts: Sequence[Prompt]
     method: Method
     model: ModelFiles
-    recipe: Recipe
-    plan: AnyPlan
-    data: Path
+    recipe: Recipe  # the method for this model, as the plan
+    plan: AnyPlan  # its decoder batches are chosen when it runs
+    data: Path  # the folder of the protocol's data
 
     @cached_property
     def asked(self) -> dict[str, Any]:
@@ -150,16 +173,27 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Process:
+    """Process `rank` of 0..world_size-1."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.rank}-of-{self.world_size}"
+
+
+@dataclass(frozen=True)
 class Run:
-    """A run after this process has made its share: how many images were made now, found, and, of those made, took the
-    place of a damaged file; whether all images of the run are there; and what to bear in mind, in words."""
+    """A run after this process has made its share."""
 
     folder: RunFolder
-    made: int
+    made: int  # images, now
     found: int
-    replaced: int
-    complete: bool
-    notes: Sequence[str] = ()
+    replaced: int  # of those made, how many took the place of a damaged file
+    complete: bool  # all images of the run are there
+    notes: Sequence[str] = ()  # what to bear in mind, in words
 
     @property
     def images(self) -> Path:
@@ -207,9 +241,8 @@ def prepare(
     """What is to be made; the weights need not be there. Raises SettingError: see `compute`."""
     sizes = model.sizes
     if protocol.size % sizes.multiple:
-        raise SettingError(
-            "protocol", f"its images have {protocol.size} px; this model's must be a multiple of {sizes.multiple}"
-        )
+        fitting = f"this model's must be a multiple of {sizes.multiple}"
+        raise SettingError("protocol", f"its images have {protocol.size} px; {fitting}")
     recipe, timesteps = recipe_of(protocol, method), model.content.model.params.get("timesteps", 1000)
     plan = plan_of(recipe, method, model.ckpt, timesteps, video=protocol.video)
     return Request(protocol, prompts, method, model, recipe, plan, protocol.folder(data))
@@ -341,116 +374,262 @@ def run_card(request: Request, engine: Engine, device: torch.device, batch: int)
     """All that the images depend on, and what they were made with, as JSON values."""
     protocol, files = request.protocol, request.model
     texts = [prompt.inputs["prompt"] for prompt in request.prompts if "prompt" in prompt.inputs]
-    return {
-        "name": protocol.name,
-        "protocol_sha256": json_sha256(request.asked),
-        "protocol": request.asked,
-        "pictures": len(request.prompts) * protocol.repeats,
-        "seeds": [protocol.seed],
-        "plan": request.method.plan,
-        "method": engine.settings(),
-        "ckpt": f"{files.ckpt.parent.name}/{files.ckpt.name}",
-        **files.sha256,
-        **{name: [fingerprint(path)[:16] for path in paths] for name, paths in files.added.items()},
-        "averaged": files.weights,
-        "captions_cut": prompts_cut(engine.model, texts),
-        "device": device.type,
-        "batch": batch,
-        "parallel": engine.plan.parallel,
-        "metrics": dict(protocol.metrics),
-        "versions": versions(device),
-    }
+    card = {"name": protocol.name, "protocol_sha256": json_sha256(request.asked), "protocol": request.asked}
+    card |= {"pictures": len(request.prompts) * protocol.repeats, "seeds": [protocol.seed], "plan": request.method.plan}
+    card |= {"method": engine.settings(), "ckpt": f"{files.ckpt.parent.name}/{files.ckpt.name}", **files.sha256}
+    card |= {name: [fingerprint(path)[:16] for path in paths] for name, paths in files.added.items()}
+    card |= {"averaged": files.weights, "captions_cut": prompts_cut(engine.model, texts), "device": device.type}
+    card |= {"batch": batch, "parallel": engine.plan.parallel, "metrics": dict(protocol.metrics)}
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}}
+    return card | {"versions": versions | {"machine": machine}}
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+# The folder of a run
+
+
+class FolderError(ValueError):
+    """A folder that is not what it should be."""
+
+
+class Asked(Schema):
+    """What is needed of a run card's protocol; there is more."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompts_sha256: str
+    seed: Seed
+    repeats: Amount
+    size: Side
+
+
+class CardFields(Schema):
+    """What is needed of a run card, for the run to be continued; there is more."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    protocol: Asked
+    protocol_sha256: str
+    plan: str
+    method: dict[str, Any]
+    weights: str
+    batch: Amount
+
+
+def make_items(lines: Sequence[Mapping[str, Any]], seed: int, repeats: int) -> list[Item]:
+    """The images of a run. Noise comes from (seed, prompt's id, repeat), wherever the prompt stands in the list."""
+    return [
+        Item(index, repeat, line, (seed, line["id"], repeat), (seed, line["id"], repeat))
+        for index, line in enumerate(lines)
+        for repeat in range(repeats)
+    ]
+
+
+def file_name(item: Item) -> str:
+    return f"{SAMPLES}/{item.inputs['id']:08d}-{item.sample:03d}.png"
+
+
+def json_lines(entries: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
+
+
+def prompt_lines(prompts: Sequence[Prompt]) -> bytes:
+    """The content of prompts.jsonl."""
+    return json_lines(prompt.line() for prompt in prompts)
+
+
+def prompts_sha256(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256(prompt_lines(prompts)).hexdigest()
+
+
+def decisive(card: Card) -> dict[str, Any]:
+    """What the images depend on."""
+    return {name: value for name, value in card.items() if name not in MAY_DIFFER}
+
+
+def differences(there: Card, given: Card) -> list[str]:
+    """The fields in which two run cards are of different runs, with both values."""
+    a, b = (
+        {key: json.dumps(value, ensure_ascii=False) for key, value in flat(decisive(card)).items()}
+        for card in (there, given)
+    )
+    both = ((key, a.get(key, "nothing"), b.get(key, "nothing")) for key in dict.fromkeys([*a, *b]))
+    return [f"{key} ({one} there, {other} given)" for key, one, other in both if one != other]
+
+
+def some(names: Sequence[str]) -> str:
+    return "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The run card of a folder. Raises FolderError: there is none, or it was changed."""
+    path = folder / CARD
+    with reading(path, "not a run card", FolderError):
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return found | {"machine": gpu or platform.machine()}
+            card = read_json(path)
+        except OSError as error:
+            raise FolderError(f"{path}: {error.strerror}; expected the folder of a run") from error
+        parse(CardFields, card)
+        if json_sha256(card["protocol"]) != card["protocol_sha256"]:
+            raise FolderError(f"{path}: its protocol is not the one that its hash names; the file was changed")
+        return card
 
 
-# The processes of a run, on one machine or many. Lightning Fabric starts them, or takes those that torchrun or SLURM
-# started. They meet once, at the beginning, and exchange nothing.
+class RunFolder:
+    """The folder of a run, for one of its processes; a `Store` for `ldm.sampling.generate.fill`.
+    Raises FolderError: no run card, or not one of ours; other prompts than the card's."""
 
+    def __init__(self, path: Path, process: str = "0-of-1") -> None:
+        self.path = path
+        self.journal = path / JOURNAL / f"{process}.jsonl"
+        self.card = read_card(path)
+        try:
+            content = read_bytes(path / PROMPTS)
+        except OSError as error:
+            raise FolderError(f"{path / PROMPTS}: {error.strerror}") from error
+        if self.card["protocol"]["prompts_sha256"] != hashlib.sha256(content).hexdigest():
+            raise FolderError(f"{path / PROMPTS}: not the prompts of {CARD}; the file was changed")
+        lines = [line for _, line in parse_json_lines(content.decode())]
+        self._refused: set[str] = set()
+        self.items = make_items(lines, self.card["protocol"]["seed"], self.card["protocol"]["repeats"])
+        self.names = [file_name(item) for item in self.items]
+        self.settings = {"protocol": self.card["protocol_sha256"], "run": json_sha256(decisive(self.card))}
+        self.settings |= {name: self.card[name] for name in ("weights", "plan")} | self.card["method"]
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+    @staticmethod
+    def open(path: Path, card: Card, prompts: Sequence[Prompt], process: str = "0-of-1") -> RunFolder:
+        """Begin a run, or go on with it. Raises FolderError: another run is there; the message names the fields that
+        differ. Or images without a run card."""
+        if not (path / CARD).is_file():
+            if (path / SAMPLES).exists():
+                strange = f"{path} has {SAMPLES}/ but no {CARD}: images that are not from an evaluation"
+                raise FolderError(f"{strange}; choose another folder")
+            write_file(path / PROMPTS, prompt_lines(prompts))
+            write_json(path / CARD, card, keep=True)
+        if differ := differences(read_card(path), card):
+            raise FolderError(f"{path} holds another run; different: {some(differ)}; choose another folder")
+        (path / JOURNAL).mkdir(exist_ok=True)
+        found = RunFolder(path, process)
+        found._clean()
+        return found
 
+    # Store
 
-@dataclass(frozen=True)
-class Process:
-    """Process `rank` of 0..world_size-1."""
+    def find(self, item: Item) -> Sample | None:
+        name = file_name(item)
+        path = self.path / name
+        if self._proven(name):
+            return Sample(item, None, path, False, {})
+        self._refused |= {name} if path.exists() else set()
+        return None
 
-    rank: int
-    world_size: int
-    device: torch.device
+    def save(self, item: Item, image: Image.Image, run: Mapping[str, Any]) -> Sample:
+        name = file_name(item)
+        path = self.path / name
+        # How long it took is not in the file: the same image must be the same bytes.
+        content = png_bytes(image, item.settings() | self.settings)
+        self._list(name, hashlib.sha256(content).hexdigest(), run)
+        write_file(path, content)
+        return Sample(item, image, path, True, run, name in self._refused)
 
-    def __str__(self) -> str:
-        return f"{self.rank}-of-{self.world_size}"
+    def _proven(self, name: str) -> str | None:
+        """The hash of an image, if a process listed it when it made the image; else None."""
+        if name not in self._listed or not (self.path / name).is_file():
+            return None
+        sha256 = file_sha256(self.path / name)
+        return sha256 if sha256 in self._listed[name] else None
 
+    @cached_property
+    def _listed(self) -> dict[str, set[str]]:
+        """For each file the hashes that processes have listed so far."""
+        listed: dict[str, set[str]] = {}
+        for journal in sorted((self.path / JOURNAL).glob("*.jsonl")):
+            for entry in read_manifest(journal):
+                listed.setdefault(entry["file"], set()).add(str(entry.get("sha256")))
+        return listed
 
-def launched(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """Processes on each machine, and machines, as torchrun or SLURM started them; None = they did not.
-    Raises BadInput: an environment variable that can't be right."""
-    if "TORCHELASTIC_RUN_ID" in env:
-        local = stated(env, "LOCAL_WORLD_SIZE", 1, 1)
-        return local, stated(env, "WORLD_SIZE", local, local) // local
-    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        nodes = stated(env, "SLURM_NNODES", 1, 1)
-        tasks = stated(env, "SLURM_NTASKS", nodes, nodes)
-        return stated(env, "SLURM_NTASKS_PER_NODE", tasks // nodes, 1), nodes
-    return None
+    def _list(self, name: str, sha256: str, run: Mapping[str, Any]) -> None:
+        append_line(self.journal, {"file": name, "sha256": sha256, **run})
+        self._listed.setdefault(name, set()).add(sha256)
 
+    # The whole run
 
-def join(
-    device: str = "auto",
-    devices: int | None = None,
-    num_nodes: int | None = None,
-    strategy: str = "auto",
-    part: tuple[int, int] = (0, 1),
-) -> Process:
-    """Take this process's place among those of the run.
+    def finish(self) -> bool:
+        """Write the manifest if every image is there; returns whether it is."""
+        self.__dict__.pop("_listed", None)  # the other processes' lines of the meantime
+        hashes = [self._proven(name) for name in self.names] if {*self.names} <= self._listed.keys() else [None]
+        if None in hashes:
+            return False
+        images = zip(self.names, hashes, self.items, strict=True)
+        content = json_lines({"file": name, "sha256": sha256, **item.settings()} for name, sha256, item in images)
+        if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_bytes() != content:
+            write_file(self.path / MANIFEST, content)
+        self._clean()
+        return True
 
-    May start the other processes of this machine, which run the same command line.
+    def _clean(self) -> None:
+        """Delete what killed processes left."""
+        for folder in (self.path, self.path / SAMPLES):
+            clean(folder)
 
-    Args:
-        device: name of a device.
-        devices, num_nodes: processes on each machine, and machines; None = as torchrun or SLURM says, or 1.
-        strategy: auto (Fabric only for several processes) or ddp.
-        part: which part of how many of the run these processes make, (0..parts-1, parts).
+    def unfinished(self) -> str:
+        """How far a run is that is not finished, in words."""
+        proven = {name for name in self.names if self._proven(name)}
+        others = [name for name in self.names if name not in proven and (self.path / name).exists()]
+        again = f"; not as they were made: {some(others)}; the part that made them makes them again"
+        return f"{len(proven)} of {len(self.items)} images there{again if others else ''}"
 
-    Raises:
-        SettingError: no such device, more processes than cores, or one device for several processes.
-        BadInput: environment variables of torchrun or SLURM that can't be right.
-    """
-    found = find_device(device)
-    cores = os.cpu_count() or 1
-    if found.type == "cpu" and (devices or 1) > cores:
-        raise SettingError("devices", f"this machine has {cores} cores; got {devices}")
-    stated_devices, stated_nodes = launched(os.environ) or (1, 1)
-    each, nodes = devices or stated_devices, num_nodes or stated_nodes
-    if each * nodes == 1 and strategy == "auto":
-        return Process(*part, found)
-    if found.index is not None and device not in ("auto", "cuda"):
-        raise SettingError("device", f"{device} is one device; with --devices {each} expected auto, cpu or cuda")
-    # Ranks and addresses in the environment are read by Fabric, and checked by nobody.
-    suspect = "devices" if devices else "environment variables of torchrun or SLURM"
-    with fault_of(suspect, (ValueError, RuntimeError, TypeError, LookupError)):
-        fabric = launch(found.type, each, nodes)
-    rank, world_size = part[0] * fabric.world_size + fabric.global_rank, part[1] * fabric.world_size
-    return Process(rank, world_size, fabric.device)
+    def faults(self) -> list[str]:
+        """What is wrong with the folder, everything read again: nothing if each image is there, whole and once."""
+        if not (self.path / MANIFEST).is_file():
+            missing = sum(not (self.path / name).is_file() for name in self.names)
+            return [f"unfinished: no {MANIFEST}, {missing} of {len(self.items)} images missing"]
+        lines = read_manifest(self.path / MANIFEST)
+        listed = {line.get("file"): line.get("sha256") for line in lines}
+        same = [line.get("file") for line in lines] == self.names
+        faults = [] if same else [f"{MANIFEST}: not a line for each image"]
+        for item, name in zip(self.items, self.names, strict=True):
+            path = self.path / name
+            if not path.is_file():
+                faults.append(f"{name}: missing")
+            elif file_sha256(path) != listed.get(name):
+                faults.append(f"{name}: not the file that {MANIFEST} lists")
+            elif (found := read_png(path)) is None or found[1] != item.settings() | self.settings:
+                faults.append(f"{name}: not a whole image of this run")
+        if (self.path / NPZ).exists() and not self._npz_is_whole():
+            faults.append(f"{NPZ}: not all images of this run; delete it, --npz writes it anew")
+        there = (path for path in (self.path / SAMPLES).iterdir() if not (path.is_dir() and path.name.startswith(".")))
+        strays = {f"{SAMPLES}/{path.name}" for path in there} - {*self.names}
+        return faults + [f"{stray}: no image of this run" for stray in sorted(strays)]
 
+    def write_npz(self) -> Path:
+        """All images as `arr_0`, (N, H, W, 3) uint8, in the order of the manifest; one in memory at a time."""
+        path = self.path / NPZ
+        if self._npz_is_whole():
+            return path
+        side = self.card["protocol"]["size"]
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.items), side, side, 3)}
+        entry = zipfile.ZipInfo("arr_0.npy")
+        with atomic_write(path) as temporary:
+            with zipfile.ZipFile(temporary, "w") as archive, archive.open(entry, "w", force_zip64=True) as stream:
+                np.lib.format.write_array_header_1_0(stream, header)
+                for name in self.names:
+                    with opened(self.path / name) as image:
+                        stream.write(np.asarray(image).tobytes())
+            self._list(self._npz_of(), file_sha256(temporary), {})
+        return path
 
-def launch(accelerator: str, devices: int, num_nodes: int) -> Fabric:
-    """The processes, started. Fabric is slow to import, and one process needs none."""
-    import lightning_fabric
+    def _npz_of(self) -> str:
+        """The name of this array in the journals."""
+        return f"{NPZ} of {file_sha256(self.path / MANIFEST)}"
 
-    # Gloo, since nothing is exchanged: NCCL would keep a GPU's memory for it.
-    strategy = lightning_fabric.strategies.DDPStrategy(process_group_backend="gloo")
-    fabric = lightning_fabric.Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
-    fabric.launch()
-    return fabric
+    def _npz_is_whole(self) -> bool:
+        path = self.path / NPZ
+        return path.is_file() and file_sha256(path) in self._listed.get(self._npz_of(), ())

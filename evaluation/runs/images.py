@@ -1,11 +1,13 @@
-"""The images that are measured: a folder of files or an array in a file, one image in memory at a time."""
+"""The images that are measured: a folder of files or an array in a file, one image in memory at a time; how they were
+made, and the prompts that they were made from; the real images of a protocol."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import typing
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -19,10 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.protocols.protocol import Protocol, coco_images, fits
+from evaluation.protocols.protocol import Protocol, coco_images, fits, load_protocol
 from ldm.io.arrays import Header, open_array
-from ldm.io.errors import one_line, some
-from ldm.io.files import FileError, file_sha256, parse_json, read_json
+from ldm.io.errors import fault_of, one_line, some
+from ldm.io.files import FileError, file_sha256, parse_json, parse_json_lines, read_json, read_lines, read_text
 from ldm.io.images import MOST_PIXELS, SUFFIXES, from_pil, open_image, opened
 
 ARRAY = "arr_0"  # the images' name in the files of the ADM suite
@@ -30,7 +32,7 @@ RUN_CARD = "run.json"
 BESIDE = (".json", ".jsonl", ".npz", ".npy")  # what may stand beside images: how they were made, or their array
 PLAN = ("keys", "noise_weight", "noise_below", "noise_order")
 SHOWN = 3  # of many bad images, how many a message names
-
+LONGEST = 400  # characters of another library's message
 
 T = TypeVar("T")
 
@@ -40,74 +42,72 @@ class ImageError(ValueError):
 
 
 @contextmanager
-def reading(path: str | Path, problem: str) -> Iterator[None]:
-    """Whatever is raised inside becomes an ImageError that names the file: a damaged file can fail in any way."""
+def reading(path: str | Path, problem: str, kind: type[ValueError] = ImageError) -> Iterator[None]:
+    """Whatever is raised inside becomes an error of this kind that names the file: a damaged file can fail in any
+    way."""
     try:
         yield
-    except ImageError:
+    except kind:
         raise
     except Exception as error:
-        raise ImageError(f"{path}: {problem}: {one_line(error)}") from error
+        raise kind(f"{path}: {problem}: {one_line(error)[:LONGEST]}") from error
 
 
-class Images(typing.Protocol):
-    """N images in a fixed order.
+class Images(ABC):
+    """N images in a fixed order."""
 
-    path:       where they are.
-    names:      of each image.
-    provenance: how they were made, as far as it is known: plan, seeds, weights, ... as JSON values.
-                Raises ImageError for a damaged run card.
-    """
+    path: Path  # where they are
+    names: Sequence[str]  # of each image
+    files: Sequence[Path] = ()  # of each image; none for an array
+    left_out: Sequence[str] = ()  # other files in a folder, neither images by their endings nor telling of images
 
-    path: Path
-    names: Sequence[str]
-    provenance: Mapping[str, Any]
-
+    @abstractmethod
     def __iter__(self) -> Iterator[Tensor]:
         """Each image (3, H, W) in [-1, 1]. Raises ImageError: one can't be read."""
 
+    @abstractmethod
     def check(self, one_size: bool) -> None:
-        """Check, without decoding all, that the images can be measured: errors come before hours of work.
+        """Check, without decoding all, that the images can be measured: errors come before hours of work. Raises
+        ImageError: damaged images; or with `one_size`, as a model's have, several sizes."""
 
-        Args:
-            one_size: images of several sizes are an error, as they are of a model's images.
-
-        Raises ImageError: damaged images, or several sizes.
-        """
-
+    @abstractmethod
     def sha256(self) -> str:
         """SHA-256 of the content of all images, whatever they are called."""
+
+    @abstractmethod
+    def subset(self, order: Sequence[int]) -> Images:
+        """Some of the images, in this order."""
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """How the images were made, as far as it is known: plan, seeds, weights, ... as JSON values.
+        Raises ImageError: a damaged run card."""
+        for card in (self.path / RUN_CARD, self.path.parent / RUN_CARD):
+            if card.is_file():
+                with reading(card, "not a run card"):
+                    return {"plan": None, "seeds": None, "weights": None, **read_json(card), "stated_by": RUN_CARD}
+        return common_settings([settings_of(file) for file in self.files])
 
 
 # A folder of images, an npz file (arr_0) or npy file of images uint8 (N, H, W, 3), or opened images.
 Source = str | Path | Images
 
 
-class ImageFolder:
-    """All images in a folder and its subfolders, by name.
-
-    left_out: other files there, which are neither images by their endings nor tell of images.
-
-    Raises ImageError: no such folder, or no images in it.
-    """
+class ImageFolder(Images):
+    """All images in a folder and its subfolders, by name. Raises ImageError: no such folder, or no images in it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise ImageError(f"{path}: no such folder; expected one with images, or an npz file")
+        files = ((file, file.relative_to(self.path)) for file in sorted(self.path.rglob("*")) if not file.is_dir())
         # What begins with a dot is an image that is being written, or a folder of some tool's copies.
-        found = sorted(
-            file
-            for file in self.path.rglob("*")
-            if not file.is_dir() and not any(part.startswith(".") for part in file.relative_to(self.path).parts)
-        )
-        self.files = [file for file in found if file.suffix.lower() in SUFFIXES]
-        if not self.files:
+        names = {str(name): file for file, name in files if not any(part.startswith(".") for part in name.parts)}
+        found = {name: file for name, file in names.items() if file.suffix.lower() in SUFFIXES}
+        if not found:
             raise ImageError(f"{path}: an empty folder: no {', '.join(SUFFIXES)} files in it")
-        self.names = [str(file.relative_to(self.path)) for file in self.files]
-        self.left_out = [
-            str(file.relative_to(self.path)) for file in found if file.suffix.lower() not in (*SUFFIXES, *BESIDE)
-        ]
+        self.names, self.files = [*found], [*found.values()]
+        self.left_out = [name for name in names if Path(name).suffix.lower() not in (*SUFFIXES, *BESIDE)]
 
     def __iter__(self) -> Iterator[Tensor]:
         for file in self.files:
@@ -127,10 +127,8 @@ class ImageFolder:
                 damaged.append(name)
         if damaged:
             more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
-            raise ImageError(
-                f"{self.path}: {len(damaged)} of {len(self.files)} files are no images, or damaged: "
-                f"{', '.join(damaged[:SHOWN])}{more}"
-            )
+            what = f"{len(damaged)} of {len(self.files)} files are no images, or damaged"
+            raise ImageError(f"{self.path}: {what}: {', '.join(damaged[:SHOWN])}{more}")
         if one_size and len(sizes) > 1:
             found = ", ".join(f"{w} x {h} ({name})" for (w, h), name in list(sizes.items())[:SHOWN])
             raise ImageError(f"{self.path}: images of {len(sizes)} sizes, expected one: {found}")
@@ -147,17 +145,10 @@ class ImageFolder:
         return [json.dumps([s["seed"], s["start"], next(iter(s.values()))]) for s in settings]
 
     def subset(self, order: Sequence[int]) -> ImageFolder:
-        """Some of the images, in this order."""
-        part = ImageFolder(self.path)
+        part = copy(self)
+        part.__dict__.pop("provenance", None)
         part.files, part.names = ([of[i] for i in order] for of in (self.files, self.names))
         return part
-
-    @cached_property
-    def provenance(self) -> dict[str, Any]:
-        for folder in (self.path, self.path.parent):
-            if (folder / RUN_CARD).is_file():
-                return read_run_card(folder / RUN_CARD)
-        return common_settings([settings_of(file) for file in self.files])
 
 
 def whole_image(file: Path) -> tuple[int, int]:
@@ -172,7 +163,7 @@ def whole_image(file: Path) -> tuple[int, int]:
     return size
 
 
-class ImageArray:
+class ImageArray(Images):
     """Images in an array uint8 (N, H, W, 3): `arr_0` of an npz file, read piece by piece, or an npy file. Raises
     ImageError: no such file, or no such array in it."""
 
@@ -186,12 +177,11 @@ class ImageArray:
     def names(self) -> list[str]:
         return [str(row) for row in self.rows]
 
-    def subset(self, rows: Sequence[int]) -> ImageArray:
-        """Some of the images, in this order. Raises ImageError: none."""
-        if not rows:
+    def subset(self, order: Sequence[int]) -> ImageArray:
+        if not order:
             raise ImageError(f"{self.path}: none of its {self.shape[0]} images is asked for")
         part = copy(self)
-        part.rows = rows
+        part.rows = order
         return part
 
     @contextmanager
@@ -231,11 +221,6 @@ class ImageArray:
             digest.update(levels)
         return digest.hexdigest()
 
-    @cached_property
-    def provenance(self) -> dict[str, Any]:
-        card = self.path.parent / RUN_CARD
-        return read_run_card(card) if card.is_file() else common_settings([])
-
 
 def open_images(path: str | Path) -> Images:
     """A folder, or an npz or npy file. Raises ImageError: see `ImageFolder` and `ImageArray`."""
@@ -244,10 +229,7 @@ def open_images(path: str | Path) -> Images:
 
 def open_samples(samples: Source, one_size: bool = True) -> Images:
     """Images that can be measured: a path is opened and checked, so that errors come before the work; images are
-    returned as they are.
-
-    Raises ImageError: see `open_images` and `Images`.
-    """
+    returned as they are. Raises ImageError: see `open_images` and `Images`."""
     if not isinstance(samples, str | Path):
         return samples
     images = open_images(samples)
@@ -265,13 +247,9 @@ def batched(items: Iterable[T], total: int, size: int, label: str, unit: str = "
 
 def left_out_warnings(images: Images) -> list[str]:
     """A warning, if there are files beside the images of a folder."""
-    left = images.left_out if isinstance(images, ImageFolder) else []
-    if not left:
-        return []
-    return [
-        f"{images.path}: {len(left)} of {len(left) + len(images.names)} files are left out, since their names do not "
-        f"end in {', '.join(SUFFIXES)}{some(left, SHOWN)}"
-    ]
+    left, total = images.left_out, len(images.left_out) + len(images.names)
+    what = f"{len(left)} of {total} files are left out, since their names do not end in {', '.join(SUFFIXES)}"
+    return [f"{images.path}: {what}{some(left, SHOWN)}"] if left else []
 
 
 # How images were made
@@ -284,12 +262,6 @@ def image_warnings(images: Images) -> list[str]:
         return left_out_warnings(images)
     what = f"{len(images.names)} images of a run of {expected}"
     return [*left_out_warnings(images), f"{images.path}: {what}: it is not finished, or not all of it is here"]
-
-
-def read_run_card(path: Path) -> dict[str, Any]:
-    with reading(path, "not a run card"):
-        card = read_json(path)
-        return {"plan": None, "seeds": None, "weights": None, **card, "stated_by": RUN_CARD}
 
 
 def settings_of(file: Path) -> dict[str, Any] | None:
@@ -306,32 +278,110 @@ def common_settings(settings: Sequence[Mapping[str, Any] | None]) -> dict[str, A
     """What all images have in common; of seeds, which every image has its own, the number they come from."""
     if not settings or None in settings:
         return {"plan": None, "seeds": None, "weights": None, "stated_by": None}
-    own = ("prompt_index", "sample", "seed", "start")
-    same = {
-        key: value
-        for key, value in settings[0].items()
-        if key not in own and all(other.get(key, ...) == value for other in settings)
-    }
-    return {
-        "plan": {key: same.pop(key) for key in PLAN if key in same} or None,
-        "seeds": sorted({s["seed"][0] for s in settings if s.get("seed")}) or None,
-        "weights": same.pop("weights", None),
-        **same,
-        "stated_by": "settings in the images",
-    }
+    same = {key: value for key, value in settings[0].items() if key not in ("prompt_index", "sample", "seed", "start")}
+    same = {key: value for key, value in same.items() if all(other.get(key, ...) == value for other in settings)}
+    plan = {key: same.pop(key) for key in PLAN if key in same} or None
+    seeds = sorted({s["seed"][0] for s in settings if s.get("seed")}) or None
+    weights = same.pop("weights", None)
+    return {"plan": plan, "seeds": seeds, "weights": weights, **same, "stated_by": "settings in the images"}
+
+
+# The prompts that images were made from
+
+FILE_KEYS, TEXT_KEYS = ("file", "file_name", "image"), ("prompt", "caption", "text")
+
+
+def prompts_of(images: Images, prompts: str | Path | Sequence[str] | None) -> list[str]:
+    """The prompt of each image, in their order.
+
+    Args:
+        prompts: a prompt per image, in their order; or a file: text with a prompt per line in the order of the images;
+            JSON lines with a file and a prompt each (such as manifest.jsonl); a JSON object file -> prompt. Its file
+            names are paths in the images' folder, or names that fit one image only. None = what is stored in the
+            images.
+
+    Raises ImageError: no such file, images without a prompt, a file named twice, a name that fits several images, or
+    another number of prompts than of images.
+    """
+    if prompts is None:
+        stored = [(settings_of(file) or {}).get("prompt") for file in images.files]
+        if not stored or None in stored:
+            raise ImageError(f"{images.path}: images that don't state their prompt; name a file with the prompts")
+        return stored
+    where, expected = "", "as many"
+    if isinstance(prompts, str | Path):
+        path = Path(prompts)
+        with reading(path, "not prompts"):
+            if path.suffix == ".json":
+                return matched(from_json(read_json(path, unrepeated)), images, path)
+            if path.suffix == ".jsonl":
+                return matched(from_json([entry for _, entry in parse_json_lines(read_text(path))]), images, path)
+            prompts = [line.strip() for line in read_lines(path) if line.strip()]
+        where, expected = f"{path}: has ", "one line for each"
+    if len(prompts) != len(images.names):
+        n = len(images.names)
+        raise ImageError(f"{where}{len(prompts)} prompts for {n} images in {images.path}; expected {expected}")
+    return list(prompts)
+
+
+def matched(named: Mapping[str, str], images: Images, path: Path) -> list[str]:
+    """The prompt of each image from those of files, by path or else by name, since a folder may have been moved."""
+    others: dict[str, list[str]] = {}
+    for file in named.keys() - {*images.names}:
+        others.setdefault(Path(file).name, []).append(file)
+    alike = Counter(Path(name).name for name in images.names if name not in named)
+    found = {name: [name] if name in named else others.get(Path(name).name, []) for name in images.names}
+    if missing := [name for name, files in found.items() if not files]:
+        raise ImageError(f"{path}: no prompt for {len(missing)} of {len(images.names)} images, such as {missing[0]}")
+    for name, files in found.items():
+        if name not in named and (len(files) > 1 or alike[Path(name).name] > 1):
+            which = f"{', '.join(sorted(files)[:2])}: by name fits several, such as {name}"
+            raise ImageError(f"{path}: {which}; expected paths in the folder of the images")
+    return [named[files[0]] for files in found.values()]
+
+
+def from_json(content: Any) -> dict[str, str]:
+    """Files -> prompts, from a JSON object or a list of entries."""
+    pairs = ([first(entry, keys) for keys in (FILE_KEYS, TEXT_KEYS)] for entry in content)
+    pairs = content.items() if isinstance(content, dict) else pairs
+    named = unrepeated((Path(file).as_posix(), text) for file, text in pairs)
+    if not all(isinstance(text, str) for text in named.values()):
+        raise ValueError("expected a text for every file")
+    return named
+
+
+def unrepeated(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a mapping, in which no name may stand twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is there twice; expected each once")
+        found[name] = value
+    return found
+
+
+def first(entry: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The entry's value under the first of these keys that it has."""
+    found = next((entry[key] for key in keys if key in entry), None)
+    if found is None:
+        raise ValueError(f"an entry without {' or '.join(keys)}: it has {', '.join(entry)}")
+    return found
 
 
 # The real images of a protocol
 
 
+def protocol_reference(name: str, data: str | Path | None = None) -> Path | Images:
+    """The reference of the protocol of that name, see `reference_images`. `data`: the folder of its data; None = its
+    own. Raises SettingError: `reference`: no such protocol, or its real images are not what they should be."""
+    with fault_of("reference"):
+        protocol = load_protocol(name)
+        return reference_images(protocol, protocol.folder(data))
+
+
 def reference_images(protocol: Protocol, data: Path) -> Path | Images:
-    """The file of published statistics, the folder of all images, or those images that the protocol asks for.
-
-    Args:
-        data: the folder of the protocol's data.
-
-    Raises ImageError: the protocol names none, or its data are not what they should be.
-    """
+    """The file of published statistics, the folder of all images, or those images that the protocol asks for, in the
+    folder of its data. Raises ImageError: the protocol names none, or its data are not what they should be."""
     if "reference" in protocol.metrics:
         return data / protocol.metrics["reference"]
     if "pictures" not in protocol.data:
@@ -348,9 +398,8 @@ def reference_images(protocol: Protocol, data: Path) -> Path | Images:
     images, entries = ImageFolder(path), images_by_id(captions, "file_name", *where)
     wanted = {entry["file_name"] for entry in entries.values() if fits(entry, where)}
     if missing := wanted - {*images.names}:
-        raise ImageError(
-            f"{path}: {len(missing)} images that {captions.name} names are not there, such as {min(missing)}"
-        )
+        what = f"{len(missing)} images that {captions.name} names are not there"
+        raise ImageError(f"{path}: {what}, such as {min(missing)}")
     return images.subset([place for place, name in enumerate(images.names) if name in wanted])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -16,8 +16,7 @@ import torch
 from pydantic import Field
 
 from evaluation.protocols.protocol import Amount, Protocol
-from evaluation.runs.folder import make_items
-from evaluation.runs.generate import Request, load_engine, plan_of, recipe_of
+from evaluation.runs.generate import Request, load_engine, make_items, plan_of, recipe_of
 from evaluation.table.spec import Row
 from ldm.checkpoint import diffusion_params, load_config
 from ldm.checkpoint.control import control_params, hint_params, read_control
@@ -46,17 +45,10 @@ def read_unet(path: str | Path) -> tuple[dict[str, Any], int, int | None]:
     return params["unet_config"], params.get("image_size", 0), context_tokens(params)
 
 
-# A row of a table
-
-
 def gflops(protocol: Protocol, row: Row, config: Path, ckpt: Path) -> float | None:
     """GMACs of the UNet for what a row makes, as the paper counts them; None for a plan that decides during the run.
-
-    Args:
-        ckpt: the model's weights, which need not be there, see `plan_of`.
-
-    Raises SettingError: a sampler, a number of steps, a plan or a config that can't be used.
-    """
+    `ckpt`: the model's weights, which need not be there, see `plan_of`.
+    Raises SettingError: a sampler, a number of steps, a plan or a config that can't be used."""
     method = row.method(protocol)
     plan = plan_of(recipe_of(protocol, method), method, ckpt, video=protocol.video)
     with fault_of("config", NO_CONFIG):
@@ -65,9 +57,9 @@ def gflops(protocol: Protocol, row: Row, config: Path, ckpt: Path) -> float | No
     with fault_of("plan"):
         check_blocks(plan, len(unit.outer) - 1)
     first = method.steps - 1 - Motion.of(method.steps).t0 if protocol.video else 0  # of the first frame, alone
-    return (
-        row.frames * (unit.run(plan) + first * unit.whole / protocol.repeats) / 1e9 if isinstance(plan, Plan) else None
-    )
+    if not isinstance(plan, Plan):
+        return None
+    return row.frames * (unit.run(plan) + first * unit.whole / protocol.repeats) / 1e9
 
 
 @lru_cache
@@ -111,13 +103,21 @@ def report(
     with fault_of("size", NO_CONFIG):
         units = counts(unet, size, batch, tokens)
     yield f"{config}: UNet on {batch} latents of {size[0]} x {size[1]}" + (f", {tokens} tokens" if tokens else "")
-    yield ""
-    yield from node_table(units, runs)
-    yield ""
-    yield from run_table(units, runs, {label: published(unet, size, batch, plan) for label, plan in runs.items()})
-    yield ""
+    yield f"\n{'one evaluation, GMAC':<34}" + "".join(f"{name:>12}" for name in units)
+    for label, macs in node_costs(units, runs.values()).items():
+        yield f"{label:<34}" + "".join(f"{value / 1e9:>12.2f}" for value in macs)
+    names = "".join(f"{name:>12}{'share':>8}" for name in units)
+    yield f"\n{'run, GMAC':<26}{'keys':>5}{names}{'critical path':>15}{'in the paper':>14}"
+    for label, plan in runs.items():
+        whole = {name: (unit.run(plan), unit.plain(plan.num_nodes)) for name, unit in units.items()}
+        cells = "".join(f"{run / 1e9:>12.1f}{run / plain:>8.1%}" for run, plain in whole.values())
+        path = units["exact"].critical_path(plan)
+        paper = published(unet, size, batch, plan)
+        off = paper and whole["paper"][0] / 1e9 / paper - 1
+        differs = f"{paper:>14}  {off:+.2%}" + ("" if abs(off) < AGREES else " DIFFERS") if paper else ""
+        yield f"{label:<26}{len(plan.keys):>5}{cells}{path / 1e9:>15.1f}{differs}"
     yield (
-        "share: of a run with every node in full. Critical path: exact count. Every decoder counts in full, also the "
+        "\nshare: of a run with every node in full. Critical path: exact count. Every decoder counts in full, also the "
         "part that\nis computed once for all nodes with the same features."
     )
 
@@ -134,40 +134,17 @@ def published(unet: Mapping[str, Any], size: Sequence[int], batch: int, plan: Pl
     return PUBLISHED.get((plan.num_nodes, len(plan.keys))) if known else None
 
 
-def node_table(units: Mapping[str, Macs], plans: Mapping[str, Plan]) -> Iterator[str]:
-    """Lines: what one evaluation costs at each kind of node that the plans have, and what of it is computed once."""
-    yield f"{'one evaluation, GMAC':<34}" + "".join(f"{name:>12}" for name in units)
-    lines = {}
-    for plan in plans.values():
+def node_costs(units: Mapping[str, Macs], plans: Iterable[Plan]) -> dict[str, list[int]]:
+    """MACs of one evaluation at each kind of node that the plans have, and of what is computed once, by convention."""
+    found = {}
+    for plan in plans:
         for kind in dict.fromkeys(plan.computes()):
             depth = plan.branch or plan.refresh if kind in (Compute.SHALLOW, Compute.DECODER) else 0
             label = f"{kind.value} node" + (f", {depth} outer blocks" if depth else "")
-            lines.setdefault(label, [unit.node(kind, plan) for unit in units.values()])
+            found.setdefault(label, [unit.node(kind, plan) for unit in units.values()])
     if any(unit.once for unit in units.values()):
-        lines["keys and values of the text, once"] = [unit.once for unit in units.values()]
-    lines["of a decoder, once a key timestep"] = [unit.shared for unit in units.values()]
-    for label, macs in lines.items():
-        yield f"{label:<34}" + "".join(f"{value / 1e9:>12.2f}" for value in macs)
-
-
-def run_table(units: Mapping[str, Macs], plans: Mapping[str, Plan], paper: Mapping[str, int | None]) -> Iterator[str]:
-    """Lines: what whole runs cost, with the paper's number beside where there is one."""
-    yield (
-        f"{'run, GMAC':<26}{'keys':>5}"
-        + "".join(f"{name:>12}{'share':>8}" for name in units)
-        + f"{'critical path':>15}{'in the paper':>14}"
-    )
-    for label, plan in plans.items():
-        cells = "".join(
-            f"{unit.run(plan) / 1e9:>12.1f}{unit.run(plan) / unit.plain(plan.num_nodes):>8.1%}"
-            for unit in units.values()
-        )
-        line = f"{label:<26}{len(plan.keys):>5}{cells}{units['exact'].critical_path(plan) / 1e9:>15.1f}"
-        if paper[label] is None:
-            yield line
-        else:
-            off = units["paper"].run(plan) / 1e9 / paper[label] - 1
-            yield f"{line}{paper[label]:>14}  {off:+.2%}" + ("" if abs(off) < AGREES else " DIFFERS")
+        found["keys and values of the text, once"] = [unit.once for unit in units.values()]
+    return found | {"of a decoder, once a key timestep": [unit.shared for unit in units.values()]}
 
 
 # Seconds and memory of a row
@@ -179,18 +156,16 @@ Seconds = Annotated[list[NotNegative], Field(min_length=1)]
 class Timing(Schema):
     """What was measured, and on what.
 
-    seconds, seconds_unet: of each image: in all, and of the UNet's sampling.
-    memory:  bytes at the peak while images are made. On a GPU what PyTorch allocated; on a CPU what the process has in
-             memory beyond what it had before the model was loaded; None = not known.
-    machine: GPU or processor; threads: of the process.
+    memory: bytes at the peak while images are made. On a GPU what PyTorch allocated; on a CPU what the process has in
+            memory beyond what it had before the model was loaded; None = not known.
     """
 
-    seconds: Seconds
-    seconds_unet: Seconds
+    seconds: Seconds  # of each image
+    seconds_unet: Seconds  # of the UNet's sampling alone
     memory: Annotated[int, Field(ge=0)] | None
     precision: Text
     weights: Text
-    machine: Text
+    machine: Text  # GPU or processor
     threads: Amount
     date: Text
     config: Text | None = None
@@ -220,31 +195,28 @@ def time_images(request: Request, device: str, count: int) -> Timing:
     frames = request.protocol.repeats if request.protocol.video else 1
     items = make_items([prompt.line() for prompt in prompts], request.protocol.seed, frames)
     batches = [items[k : k + frames] for k in range(0, len(items), frames)]
-    before = resident("VmRSS") if STATUS.exists() else 0
+    cuda, linux = place.type == "cuda", STATUS.exists()
+    before = resident("VmRSS") if linux else 0
     engine = load_engine(request, place, batch=frames)
     for _ in range(WARM_UP):
         engine(batches[0])
-    if place.type == "cuda":  # the peak of memory is measured from here on
+    if cuda:  # the peak of memory is measured from here on
         torch.cuda.reset_peak_memory_stats(place)
     elif CLEAR.exists():
         CLEAR.write_text("5")
     costs = [engine(batches[k % len(batches)])[1] for k in range(count)]
-    gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else None
-    if gpu:
-        memory = torch.cuda.max_memory_allocated(place)
-    else:
-        memory = max(0, resident("VmHWM") - before) if STATUS.exists() else None
+    memory = max(0, resident("VmHWM") - before) if linux else None
     settings = engine.settings()
     return Timing(
         seconds=[cost["seconds"] for cost in costs],
         seconds_unet=[cost["seconds_unet"] for cost in costs],
-        memory=memory,
+        memory=torch.cuda.max_memory_allocated(place) if cuda else memory,
         parallel=engine.plan.parallel,
         precision=settings["precision"],
         protocol=request.protocol.asked(),
         method=settings,
         **request.model.sha256,
-        machine=gpu or machine()["processor"],
+        machine=torch.cuda.get_device_name(place) if cuda else machine()["processor"],
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         date=time.strftime("%Y-%m-%d"),

@@ -1,4 +1,4 @@
-"""One row of a table: its images, results and costs, found in files or made.
+"""The rows of a table: their images, results and costs, found in files or made; and what they can be compared with.
 
 Files are named by a hash of what they depend on: a run by protocol, prompts, model and method; a result by the images
 and the measure with its networks and real images. So what is found is the row's own; other numbers are in other files.
@@ -9,56 +9,58 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from evaluation.metrics import adm, clip_score, frechet, preference, retrieval
+from evaluation.metrics import clip_score, frechet, preference, retrieval
 from evaluation.metrics.extractors import EXTRACTORS, RECIPES, load_extractor, network_fields
-from evaluation.metrics.preference import MODELS
-from evaluation.metrics.result import Result, ResultError, read_result
-from evaluation.metrics.statistics import load_reference
-from evaluation.protocols.protocol import Prompt, Protocol, chosen_prompts
-from evaluation.runs.folder import CARD, MANIFEST
-from evaluation.runs.generate import ModelFiles, Process, Request, make, prepare
+from evaluation.metrics.result import Result, ResultError, comparable, read_result
+from evaluation.protocols.protocol import Prompt, Protocol, chosen_prompts, load_protocol
+from evaluation.runs.generate import CARD, MANIFEST, SAMPLES, ModelFiles, Process, Request, make, prepare
 from evaluation.runs.images import open_images, reference_images
-from evaluation.table.cost import Timing, cost_values, gflops, read_timing, timed
-from evaluation.table.spec import COLUMNS, FTC, HOW, Cell, Row
+from evaluation.table.cost import Timing, compare_timings, cost_values, gflops, read_timing, timed
+from evaluation.table.spec import COLUMNS, FTC, HOW, SHORT, Cell, RenderedRow, RenderedTable, Row, Table
+from ldm.checkpoint import fingerprint
+from ldm.checkpoint.published import published_sha256
 from ldm.cli.setup import download_hint, find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256, json_sha256
 
 NOT_RUN = "not run"
 # Arguments of the generation and of the measures, and where tables have them.
-PLACES = {
-    "out": "runs",
-    "samples": "runs",
-    "reference": "data",
-    "variant": "metrics",
-    "weights": "clip",
-    "forecast": "propagate",
-}
-DIGITS = 8  # of the hashes in names
+PLACES = {"out": "runs", "samples": "runs", "reference": "data", "variant": "metrics", "weights": "clip"}
+PLACES |= {"forecast": "propagate"}
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where models, data and networks are; None = as the protocol says, or as is usual."""
+
+    data: str | None = None  # the folder of the protocol's data
+    config: str | None = None  # the model's files
+    ckpt: str | None = None
+    inception: str | None = None  # weights of the network of Fréchet distances
+    clip: str | None = None  # folder of the CLIP model
+    image_reward: str | None = None  # see `evaluation.metrics.preference.MODELS`
+    pick_score: str | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What the rows of one protocol share.
-
-    usual:   the protocol; `named`: its name or file; `count`: how many of its prompts are taken, None = all.
-    columns: of the table.
-    runs:    folder of the runs.
-    """
+    """What the rows of one protocol share."""
 
     usual: Protocol
-    named: str
-    count: int | None
+    named: str  # the protocol's name or file
+    count: int | None  # how many of its prompts are taken; None = all
     model: ModelFiles
-    columns: Sequence[str]
+    columns: Sequence[str]  # of the table
     sources: Sources
-    runs: Path
+    runs: Path  # folder of the runs
 
     @cached_property
     def protocol(self) -> Protocol:
@@ -72,34 +74,45 @@ class Bench:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        need(self.protocol, self.data, self.protocol.data.get("file"))
+        self.need(self.protocol.data.get("file"))
         return chosen_prompts(self.protocol, self.data)
 
     @cached_property
     def measures(self) -> list[Measure]:
-        return measures_of(self.protocol, self.data, self.columns, self.sources, cache=self.runs)
+        """The measures that fill the columns. Raises SettingError: `metrics`: the protocol does not say how to measure;
+        `data`, `inception` or `clip`: what a measure needs is not there, or can't be used."""
+        found = []
+        if {"fid", *ADM} & {*self.columns}:
+            found.append(distance_measure(self, suite=bool({*ADM} & {*self.columns})))
+        models = [model for model in preference.MODELS if model.replace("-", "_") in self.columns]
+        found += [preference_measure(self, model) for model in models]
+        if "clip_score" in self.columns:
+            found.append((score_measure if "clip_score" in self.protocol.metrics else retrieval_measure)(self))
+        return found
 
     def has(self, kind: str) -> bool:
         """Whether there are columns of this kind, see `Column`."""
         return any(COLUMNS[name].kind == kind for name in self.columns)
 
+    def need(self, name: str | None) -> None:
+        """Check that a file or folder of the data is there.
+        Raises SettingError: `data`: it is not there; the message says how to get it."""
+        if name is not None and not (path := self.data / name).exists():
+            how = HOW_TO_GET.get(path.name, "named by the protocol")
+            raise SettingError("data", f"{path} is not there, which {self.protocol.name} needs: {how}")
+
 
 @dataclass(frozen=True)
 class RowResult:
-    """What there is of a row.
-
-    cells:   values by column; results and timing: where they come from.
-    remarks: why cells are empty.
-    done:    there is something of what the row is run for.
-    """
+    """What there is of a row."""
 
     row: Row
     bench: Bench
-    cells: Mapping[str, Cell] = field(default_factory=dict)
-    results: Mapping[str, Result] = field(default_factory=dict)
-    timing: Timing | None = None
-    remarks: Sequence[str] = ()
-    done: bool = False
+    cells: Mapping[str, Cell]  # values by column
+    results: Mapping[str, Result]  # where they come from, as the timing
+    timing: Timing | None
+    remarks: Sequence[str]  # why cells are empty
+    done: bool  # there is something of what the row is run for
 
     @property
     def weights(self) -> str | None:
@@ -121,14 +134,14 @@ class Job:
         try:
             yield
         except SettingError as error:
-            setting, problem = PLACES.get(error.setting, error.setting), error.problem
+            setting, protocol = PLACES.get(error.setting, error.setting), f"protocol {self.bench.protocol.name}"
             if setting in HOW:
-                setting, problem = "table", f"{self.row.name}: {setting}: {problem}"
-            elif setting == "metrics":
-                setting, problem = "table", f"protocol {self.bench.protocol.name}: metrics: {problem}"
-            elif setting == "protocol" or (setting == "count" and self.bench.count is None):
-                setting, problem = "table", f"protocol {self.bench.protocol.name}: {problem}"
-            raise SettingError(setting, problem) from error
+                raise SettingError("table", f"{self.row.name}: {setting}: {error.problem}") from error
+            if setting == "metrics":
+                raise SettingError("table", f"{protocol}: metrics: {error.problem}") from error
+            if setting == "protocol" or (setting == "count" and self.bench.count is None):
+                raise SettingError("table", f"{protocol}: {error.problem}") from error
+            raise SettingError(setting, error.problem) from error
 
     @cached_property
     def request(self) -> Request:
@@ -142,11 +155,8 @@ class Job:
         how = self.row.how()
         if self.row.timesteps_at:  # more than a name holds
             how["timesteps_at"] = len(self.row.timesteps_at)
-        words = "_".join(
-            quote(str(value) if name in ("sampler", "steps", "plan") else f"{name}-{value}", safe=",+")
-            for name, value in how.items()
-        )
-        return self.bench.runs / f"{words}-{self.request.sha256[:DIGITS]}"
+        words = (f"{'' if name in ('sampler', 'steps', 'plan') else f'{name}-'}{value}" for name, value in how.items())
+        return self.bench.runs / f"{'_'.join(quote(word, safe=',+') for word in words)}-{self.request.sha256[:SHORT]}"
 
     @property
     def missing(self) -> str | None:
@@ -168,11 +178,6 @@ class Job:
         """Whether all images of the row are there."""
         return (self.folder / MANIFEST).is_file() and (self.folder / CARD).is_file()
 
-    def result_file(self, measure: Measure) -> Path:
-        """The file of a measure's result; the images must be there."""
-        digest = json_sha256([measure.depends, file_sha256(self.folder / MANIFEST)])[:DIGITS]
-        return self.folder / f"{measure.name}-{digest}.json"
-
     def command(self) -> str:
         """The command line that makes the images, as a shell reads it."""
         bench, model = self.bench, self.bench.model
@@ -184,263 +189,210 @@ class Job:
 
     def check(self) -> None:
         """All that the row needs must be there; found out before hours of work. Raises SettingError: it is not."""
-        ckpt = self.bench.model.ckpt
+        bench, ckpt = self.bench, self.bench.model.ckpt
         with self.faults():
             if not ckpt.exists():
                 why = f"{ckpt}: no such file{download_hint(ckpt)}; --gflops-only needs no weights"
                 raise SettingError("ckpt", why)
-            need(self.bench.protocol, self.bench.data, self.bench.protocol.data.get("file"))
-            measures = self.bench.measures if self.measured else []
-            n = len(self.bench.prompts) * self.bench.protocol.repeats
+            bench.need(bench.protocol.data.get("file"))
+            measures = bench.measures if self.measured else []
+            n = len(bench.prompts) * bench.protocol.repeats
             for measure in measures:
                 if n < measure.least:
-                    columns = ", ".join(name for name in self.bench.columns if name in measure.columns)
+                    columns = ", ".join(name for name in bench.columns if name in measure.columns)
                     raise SettingError("count", f"{columns}: at least {measure.least} images are needed; got {n}")
-            gflops_cell(self, needed=True)
-            self.bench.model.check()
+            self.gflops(needed=True)
+            bench.model.check()
             _ = self.folder
 
+    def find(self) -> RowResult:
+        """The row with all that is there; if it can't be run, a remark says why.
+        Raises SettingError: `runs`: a file that is there is damaged."""
+        results, timing, remarks = {}, None, []
+        try:
+            with self.faults():
+                timing = read_timing(self.timing) if self.bench.has("cost") else None
+                results = self.results() if self.measured and self.finished else {}
+        except SettingError as error:
+            if error.setting == "runs":
+                raise
+            remarks.append(remark(error))
+        return self.result(results, timing, remarks, needed=False)
 
-def find(job: Job) -> RowResult:
-    """The row with all that is there; if it can't be run, a remark says why.
-    Raises SettingError: `runs`: a file that is there is damaged."""
-    results: dict[str, Result] = {}
-    timing, remarks = None, []
-    try:
-        with job.faults():
-            timing = read_timing(job.timing) if job.bench.has("cost") else None
-            results = find_results(job) if job.measured and job.finished else {}
-    except SettingError as error:
-        if error.setting == "runs":
-            raise
-        remarks.append(error.problem if error.setting == "table" else str(error))
-    return row_result(job, results, timing, remarks, needed=False)
+    def make(self, timed_images: int) -> RowResult:
+        """The row; what is missing is made. `timed_images`: how many images are to be timed, at least.
+        Raises SettingError: the row can't be made."""
+        results, timing, device = {}, None, self.bench.sources.device
+        with self.faults(), fault_of("runs", (OSError,)):
+            if self.measured:
+                if not self.finished:
+                    make(self.request, self.folder, Process(0, 1, find_device(device)))
+                results = self.results()
+                for measure in self.bench.measures:
+                    if measure.name not in results:
+                        results[measure.name] = measure.compute(self.folder)
+                        results[measure.name].write(self.result_file(measure))
+            if self.bench.has("cost"):
+                timing = read_timing(self.timing)
+                if timed_images > (len(timing.seconds) if timing else 0):
+                    timing = timed(self.request, device, timed_images, self.timing)
+        return self.result(results, timing, [], needed=True)
+
+    def result_file(self, measure: Measure) -> Path:
+        """The file of a measure's result; the images must be there."""
+        digest = json_sha256([measure.depends, file_sha256(self.folder / MANIFEST)])[:SHORT]
+        return self.folder / f"{measure.name}-{digest}.json"
+
+    def results(self) -> dict[str, Result]:
+        """The results that are there, by measure; the images must be. Raises SettingError: `runs`: a damaged file."""
+        files = {measure.name: self.result_file(measure) for measure in self.bench.measures}
+        with fault_of("runs", (ResultError,)):
+            return {name: read_result(file) for name, file in files.items() if file.is_file()}
+
+    def gflops(self, needed: bool) -> tuple[dict[str, Cell], str]:
+        """The GFLOPs, or why there are none. Raises SettingError: they are needed, and the row can't be run."""
+        if self.row.missing and not self.row.steps:
+            return {}, ""
+        try:
+            with self.faults():
+                macs = gflops(self.bench.protocol, self.row, self.bench.model.config, self.bench.model.ckpt)
+        except SettingError as error:
+            if needed:
+                raise
+            return {}, remark(error)
+        if macs is None:
+            return {}, f"{self.row.plan} decides during a run: its GFLOPs are not known before"
+        return {"gflops": (macs, None)}, ""
+
+    def result(
+        self, results: Mapping[str, Result], timing: Timing | None, remarks: Sequence[str], needed: bool
+    ) -> RowResult:
+        """The row of these results; `needed`: a row that can't be run is an error."""
+        row, columns = self.row, self.bench.columns
+        cells, why = self.gflops(needed) if "gflops" in columns else ({}, "")
+        for measure in self.bench.measures if results else []:
+            values = results[measure.name].values if measure.name in results else {}
+            for column, name in measure.columns.items():
+                if column in columns and values.get(name) is not None:
+                    cells[column] = values[name], values.get(f"{name}_interval")
+        costs = cost_values(timing) if timing else {}
+        cells |= {name: (value, None) for name, value in costs.items() if name in columns}
+        if "ftc" in columns and {*FTC} <= cells.keys() and cells["clip_score"][0]:
+            fid, score, each = (cells[name][0] for name in FTC)
+            cells["ftc"] = (fid * each / score, None)
+        done = bool(results or timing or (cells and (row.costs_only or columns == ["gflops"])))
+        found = list(dict.fromkeys(filter(None, (self.missing or row.costs_only, why, *remarks))))
+        return RowResult(row, self.bench, cells, results, timing, found or ([] if done else [NOT_RUN]), done)
 
 
-def make_row(job: Job, timed_images: int) -> RowResult:
-    """The row; what is missing is made. `timed_images`: how many images are to be timed, at least.
-    Raises SettingError: the row can't be made."""
-    results: dict[str, Result] = {}
-    timing = None
-    with job.faults(), fault_of("runs", (OSError,)):
-        if job.measured:
-            if not job.finished:
-                make(job.request, job.folder, Process(0, 1, find_device(job.bench.sources.device)))
-            results = find_results(job)
-            for measure in job.bench.measures:
-                if measure.name not in results:
-                    results[measure.name] = measure.compute(job.folder)
-                    results[measure.name].write(job.result_file(measure))
-        if job.bench.has("cost"):
-            timing = read_timing(job.timing)
-            if timed_images > (len(timing.seconds) if timing else 0):
-                timing = timed(job.request, job.bench.sources.device, timed_images, job.timing)
-    return row_result(job, results, timing, [], needed=True)
-
-
-def find_results(job: Job) -> dict[str, Result]:
-    """The results that are there, by measure; the images must be there. Raises SettingError: `runs`: a damaged file."""
-    files = {measure.name: job.result_file(measure) for measure in job.bench.measures}
-    with fault_of("runs", (ResultError,)):
-        return {name: read_result(file) for name, file in files.items() if file.is_file()}
-
-
-def gflops_cell(job: Job, needed: bool) -> tuple[dict[str, Cell], str]:
-    """The GFLOPs, or why there are none. Raises SettingError: they are needed, and the row can't be run."""
-    bench = job.bench
-    if job.row.missing and not job.row.steps:
-        return {}, ""
-    try:
-        with job.faults():
-            macs = gflops(bench.protocol, job.row, bench.model.config, bench.model.ckpt)
-    except SettingError as error:
-        if needed:
-            raise
-        return {}, error.problem if error.setting == "table" else str(error)
-    if macs is None:
-        return {}, f"{job.row.plan} decides during a run: its GFLOPs are not known before"
-    return {"gflops": (macs, None)}, ""
-
-
-def row_result(
-    job: Job, results: Mapping[str, Result], timing: Timing | None, remarks: Sequence[str], needed: bool
-) -> RowResult:
-    """The row of these results; `needed`: a row that can't be run is an error."""
-    row, columns = job.row, job.bench.columns
-    cells, why = gflops_cell(job, needed) if "gflops" in columns else ({}, "")
-    for measure in job.bench.measures if results else []:
-        values = results[measure.name].values if measure.name in results else {}
-        for column, name in measure.columns.items():
-            if column in columns and values.get(name) is not None:
-                cells[column] = values[name], values.get(f"{name}_interval")
-    seconds = cost_values(timing) if timing else {}
-    cells |= {name: (seconds[name], None) for name in columns if name in seconds}
-    if "ftc" in columns and {*FTC} <= cells.keys() and cells["clip_score"][0]:
-        fid, score, each = (cells[name][0] for name in FTC)
-        cells["ftc"] = (fid * each / score, None)
-    done = bool(results or timing or (cells and (row.costs_only or columns == ["gflops"])))
-    found = list(dict.fromkeys(filter(None, (job.missing or row.costs_only, why, *remarks))))
-    return RowResult(row, job.bench, cells, results, timing, found or ([] if done else [NOT_RUN]), done)
+def remark(error: SettingError) -> str:
+    return error.problem if error.setting == "table" else str(error)
 
 
 # The measures of a protocol: the columns that they fill, what their results depend on, and how they are computed.
 
-
 PAPERS_NETWORK, PAPERS_SCORE = "inception-2015", "hessel-b32"
 SPELT = {"efficientnet-lite0": "EfficientNet-lite0"}
-OTHER_HEADS = {
-    "fid": "Fréchet distance",
-    "sfid": "spatial Fréchet distance",
-    "inception_score": "class score",
-    "precision": "precision",
-    "recall": "recall",
-}  # names of columns that are measured with another network
+# Names of columns that are measured with another network.
+OTHER_HEADS = {"fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "inception_score": "class score"}
+OTHER_HEADS |= {name: name for name in ("precision", "recall")}
 ADM = ("sfid", "inception_score", "precision", "recall")  # columns that only the ADM suite has
 RESAMPLES = 100  # for intervals of Fréchet distances
 REAL_TIER, RANK = 2, 5
-BATCH = 50
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where models, data and networks are; None = as the protocol says, or as is usual.
-
-    config, ckpt: the model's files. data: the folder of the protocol's data.
-    inception:    weights of the network of Fréchet distances. clip: folder of the CLIP model.
-    image_reward, pick_score: see `evaluation.metrics.preference.MODELS`.
-    device:       name of a device.
-    """
-
-    data: str | None = None
-    config: str | None = None
-    ckpt: str | None = None
-    inception: str | None = None
-    clip: str | None = None
-    image_reward: str | None = None
-    pick_score: str | None = None
-    device: str = "auto"
+COCO, EMOJI = "https://cocodataset.org/#download, unpacked there", "python scripts/prepare_emoji.py --out data/emoji64"
+HOW_TO_GET = {
+    "val2017": f"val2017.zip of {COCO}",
+    "val2014": f"val2014.zip of {COCO}",
+    "captions_val2017.json": f"annotations_trainval2017.zip of {COCO}",
+    "captions_val2014.json": f"annotations_trainval2014.zip of {COCO}",
+    "VIRTUAL_imagenet256_labeled.npz": "the reference batch of ImageNet 256 x 256 that is published with "
+    "github.com/openai/guided-diffusion",
+    "captions.json": f"{EMOJI} makes it",
+    "pictures.npy": f"{EMOJI} makes it",
+}
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure, ready to be computed.
+    """One measure, ready to be computed."""
 
-    name:    names its result's file.
-    columns: column -> name of its value in a result.
-    depends: what results depend on beside the images, JSON values.
-    least:   how many images it needs.
-    compute: folder of a run -> result.
-    """
-
-    name: str
-    columns: Mapping[str, str]
-    depends: Mapping[str, Any]
-    least: int
-    compute: Callable[[Path], Result]
+    name: str  # names its result's file
+    columns: Mapping[str, str]  # column -> name of its value in a result
+    depends: Mapping[str, Any]  # what results depend on beside the images, JSON values
+    least: int  # how many images it needs
+    compute: Callable[[Path], Result]  # folder of a run -> result
 
 
-def measures_of(protocol: Protocol, data: Path, columns: Sequence[str], sources: Sources, cache: Path) -> list[Measure]:
-    """The measures that fill these columns under a protocol.
-
-    Args:
-        data: the folder of the protocol's data.
-        cache: folder that keeps statistics of reference images.
-
-    Raises SettingError: `metrics`: the protocol does not say how to measure; `data`, `inception` or `clip`: what a
-    measure needs is not there, or can't be used.
-    """
-    found = []
-    if any(name in columns for name in ("fid", *ADM)):
-        found.append(distance_measure(protocol, data, sources, cache, suite=any(name in columns for name in ADM)))
-    found += [preference_measure(model, sources) for model in MODELS if model.replace("-", "_") in columns]
-    if "clip_score" in columns:
-        scored = "clip_score" in protocol.metrics
-        found.append(score_measure(protocol, sources) if scored else retrieval_measure(protocol, data))
-    return found
-
-
-def distance_measure(protocol: Protocol, data: Path, sources: Sources, statistics: Path, suite: bool) -> Measure:
+def distance_measure(bench: Bench, suite: bool) -> Measure:
     """The Fréchet distance from the protocol's real images, or with `suite` all of the ADM suite."""
-    name, resize = network_of(protocol)
+    protocol, (name, resize) = bench.protocol, network_of(bench.protocol)
     if not name:
         raise SettingError("metrics", "needs fid or adm, which say the network of Fréchet distances")
     for kind, given, accepted in (("extractor", name, EXTRACTORS), ("resize", resize, RECIPES)):
         if given not in accepted:
             raise SettingError("metrics", f"there is no {kind} {given!r}; accepted: {', '.join(accepted)}")
-    need(protocol, data, protocol.metrics.get("reference", protocol.data.get("pictures")))
+    bench.need(protocol.metrics.get("reference", protocol.data.get("pictures")))
     with fault_of("inception"):
-        extractor = load_extractor(name, sources.inception, resize, sources.device)
+        extractor = load_extractor(name, bench.sources.inception, resize, bench.sources.device)
     with fault_of("data"):
-        source = reference_images(protocol, data)
-        if isinstance(source, Path) and source.suffix == ".npz":
-            sha256 = file_sha256(source)
-        else:
-            sha256 = (open_images(source) if isinstance(source, Path) else source).sha256()
+        source = reference_images(protocol, bench.data)
+        statistics = isinstance(source, Path) and source.suffix == ".npz"
+        images = open_images(source) if isinstance(source, Path) and not statistics else source
+        sha256 = file_sha256(source) if statistics else images.sha256()
 
     @cache
-    def reference() -> Any:
+    def reference() -> frechet.Reference:
+        more = {"keep": True, "spatial": True} if suite else {"cache": bench.runs}
         with fault_of("data"):
-            if suite:
-                return adm.suite_reference(source, extractor, BATCH)
-            return load_reference(source, extractor, batch_size=BATCH, cache=statistics)
+            return frechet.load_reference(source, extractor, batch_size=BATCH, **more)
 
     def compute(run: Path) -> Result:
-        measure = adm.compute if suite else frechet.compute
-        return measure(run / "samples", reference(), extractor=extractor, batch_size=BATCH, bootstrap=RESAMPLES)
+        how = {"extractor": extractor, "batch_size": BATCH, "bootstrap": RESAMPLES}
+        return frechet.compute(run / SAMPLES, reference(), suite=suite, **how)
 
     columns = {"fid": "fid_real"} | ({"sfid": "sfid_real", **{name: name for name in ADM[1:]}} if suite else {})
     depends = network_fields(extractor) | {"reference": sha256}
-    return Measure("adm" if suite else "fid", columns, depends, adm.NEIGHBOURS + 1 if suite else 2, compute)
+    return Measure("adm" if suite else "fid", columns, depends, frechet.NEIGHBOURS + 1 if suite else 2, compute)
 
 
-def score_measure(protocol: Protocol, sources: Sources) -> Measure:
+def score_measure(bench: Bench) -> Measure:
     """The CLIP-score of the protocol's first variant."""
-    variant = protocol.metrics["clip_score"][0]
-    published = clip_score.find_variant(variant).model
-    if sources.clip is None:
-        raise SettingError(
-            "clip", f"needed for CLIP-score: a folder with config.json and weights of {published}, from huggingface.co"
-        )
-    model = clip_score.load_variant(variant, sources.clip, device=sources.device)
-    name = f"clip_score_{variant}"
+    variant = bench.protocol.metrics["clip_score"][0]
+    published, name = clip_score.find_variant(variant).model, f"clip_score_{variant}"
+    if bench.sources.clip is None:
+        needed = f"a folder with config.json and weights of {published}, from huggingface.co"
+        raise SettingError("clip", f"needed for CLIP-score: {needed}")
+    model = clip_score.load_variant(variant, bench.sources.clip, device=bench.sources.device)
     depends = {"measure": name, "features_sha256": file_sha256(model.weights)}
-
-    def compute(run: Path) -> Result:
-        return clip_score.compute(run / "samples", variant=variant, weights=model, batch_size=BATCH)
-
-    return Measure("clip_score", {"clip_score": name}, depends, 1, compute)
+    compute = partial(clip_score.compute, variant=variant, weights=model, batch_size=BATCH)
+    return Measure("clip_score", {"clip_score": name}, depends, 1, lambda run: compute(run / SAMPLES))
 
 
-def preference_measure(model: str, sources: Sources) -> Measure:
+def preference_measure(bench: Bench, model: str) -> Measure:
     """A model's mean score of preference; its column is called as its field of the sources."""
     name = model.replace("-", "_")
     try:
-        scorer = preference.load_scorer(model, getattr(sources, name))
+        scorer = preference.load_scorer(model, getattr(bench.sources, name))
     except SettingError as error:
         raise SettingError(name, error.problem) from error
     depends = {"measure": name, "features_sha256": file_sha256(scorer.file)}
     compute = partial(preference.compute, model=model, weights=scorer)
-    return Measure(name, {name: name}, depends, 1, lambda run: compute(run / "samples"))
+    return Measure(name, {name: name}, depends, 1, lambda run: compute(run / SAMPLES))
 
 
-def retrieval_measure(protocol: Protocol, data: Path) -> Measure:
+def retrieval_measure(bench: Bench) -> Measure:
     """Concept retrieval against the real images of tiers 1 and 2."""
-    if "pictures" not in protocol.data:
+    if "pictures" not in bench.protocol.data:
         raise SettingError("metrics", "needs clip_score, or data with images in which concepts can be found")
-    files = [protocol.data[name] for name in ("pictures", "file")]
+    files = [bench.protocol.data[name] for name in ("pictures", "file")]
     for file in files:
-        need(protocol, data, file)
+        bench.need(file)
     extractor = load_extractor(retrieval.FEATURES, device="cpu")
-
-    @cache
-    def real() -> retrieval.RealImages:
-        return retrieval.load_real_images(data, tier=REAL_TIER, extractor=extractor, batch_size=BATCH)
-
-    def compute(run: Path) -> Result:
-        return retrieval.compute(run, real(), rank=RANK)
-
-    depends = network_fields(extractor) | {"real": file_sha256(*(data / file for file in files)), "tier": REAL_TIER}
-    return Measure("retrieval", {"clip_score": f"R@{RANK}"}, depends, 1, compute)
+    how = {"tier": REAL_TIER, "extractor": extractor, "batch_size": BATCH}
+    real = cache(partial(retrieval.load_real_images, bench.data, **how))
+    depends = network_fields(extractor) | {"real": file_sha256(*(bench.data / file for file in files))}
+    columns, depends = {"clip_score": f"R@{RANK}"}, depends | {"tier": REAL_TIER}
+    return Measure("retrieval", columns, depends, 1, lambda run: retrieval.compute(run, real(), rank=RANK))
 
 
 def network_of(protocol: Protocol) -> tuple[str, str]:
@@ -465,23 +417,214 @@ def heads(protocol: Protocol) -> dict[str, str]:
     return found
 
 
-# The data
-
-HOW_TO_GET = {
-    "val2017": "val2017.zip of https://cocodataset.org/#download, unpacked there",
-    "val2014": "val2014.zip of https://cocodataset.org/#download, unpacked there",
-    "captions_val2017.json": "annotations_trainval2017.zip of https://cocodataset.org/#download, unpacked there",
-    "captions_val2014.json": "annotations_trainval2014.zip of https://cocodataset.org/#download, unpacked there",
-    "VIRTUAL_imagenet256_labeled.npz": "the reference batch of ImageNet 256 x 256 that is published with "
-    "github.com/openai/guided-diffusion",
-    "captions.json": "python scripts/prepare_emoji.py --out data/emoji64 makes it",
-    "pictures.npy": "python scripts/prepare_emoji.py --out data/emoji64 makes it",
-}
+# A whole table
 
 
-def need(protocol: Protocol, data: Path, name: str | None) -> None:
-    """Check that a file or folder of the data is there.
-    Raises SettingError: `data`: it is not there; the message says how to get it."""
-    if name is not None and not (data / name).exists():
-        how = HOW_TO_GET.get((data / name).name, "named by the protocol")
-        raise SettingError("data", f"{data / name} is not there, which {protocol.name} needs: {how}")
+def build_table(
+    table: Table,
+    world: str,
+    runs: str | Path,
+    sources: Sources | None = None,
+    *,
+    numbers: Sequence[int] | None = None,
+    count: int | None = None,
+    timed: int = 0,
+    gflops_only: bool = False,
+    show: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> RenderedTable:
+    """The rows of a table in one world; what is missing is made first.
+
+    Args:
+        runs: folder of the runs. sources: None = what is usual.
+        numbers: only these rows are made, counted from 1; None = all.
+        count: prompts of each row; None = all of the protocol's. timed: images of each row that are timed.
+        gflops_only: only the GFLOPs, which need no weights. show: make nothing.
+        say: told of each row before it is made.
+
+    Raises SettingError: it names an argument, or a field of `sources`, that can't be used.
+    """
+    columns = ["gflops"] if gflops_only else table.columns
+    if columns[0] not in table.columns:
+        raise SettingError("gflops_only", f"{table.name} has no GFLOPs; it has {', '.join(table.columns)}")
+    jobs = jobs_of(table, world, Path(runs), sources or Sources(), count, columns)
+    if numbers and max(numbers) > len(jobs):
+        raise SettingError("rows", f"{table.name} has {len(jobs)} rows in the {world} world; got {max(numbers)}")
+    chosen = [job for number, job in enumerate(jobs, 1) if not job.missing and number in (numbers or [number])]
+    to_make = [] if gflops_only or show else chosen
+    for job in to_make:
+        job.check()
+    rows = []
+    for job in jobs:
+        if job.missing or gflops_only:
+            rows.append(job.result({}, None, [], needed=True))
+        elif job in to_make:
+            if job.measured and not job.finished:
+                say(f"{job.row.name}: {job.command()}")
+            rows.append(job.make(timed))
+        else:
+            rows.append(job.find())
+    check_comparable(rows)
+    can_run = [row for job, row in zip(jobs, rows, strict=True) if not job.missing]
+    if can_run and not any(row.done for row in can_run):
+        reasons = "; ".join(dict.fromkeys(remark for row in rows for remark in row.remarks))
+        raise SettingError("table", f"no row of {table.name} is finished in {runs}: {reasons}")
+    stem = f"{table.name}-{world}{'' if count is None else f'-{count}'}{'-gflops' if gflops_only else ''}"
+    shown = [rendered_row(row, table, world) for row in rows]
+    below = notes(rows, table, world, columns)
+    return RenderedTable(table, world, columns, shown, below, column_heads([row.bench for row in rows]), stem)
+
+
+def jobs_of(
+    table: Table, world: str, runs: Path, sources: Sources, count: int | None, columns: Sequence[str]
+) -> list[Job]:
+    """The rows of a table in one world, for these of its columns; see `build_table`."""
+    with fault_of("runs", (OSError,)):  # a name that no file can have
+        if runs.is_file():
+            raise SettingError("runs", f"{runs} is a file; expected a directory")
+    rows = table.rows_in(world)
+    if not rows:
+        raise SettingError("world", f"{table.name} is not in the {world} world")
+    named = [table.protocol_of(row, world) for row in rows]
+    with fault_of("table"):
+        protocols = {name: load_protocol(name) for name in named}
+    benches = {}
+    for name, protocol in protocols.items():
+        if other := next((of for of, two in protocols.items() if two.name == protocol.name and two != protocol), None):
+            raise SettingError("table", f"{name} and {other} are two protocols of one name; expected each with its own")
+        files = dict(zip(("config", "ckpt"), protocol.model() or (None, None), strict=True))
+        files = {setting: getattr(sources, setting) or file for setting, file in files.items()}
+        if needed := [setting for setting, file in files.items() if file is None]:
+            raise SettingError(needed[0], f"needed: protocol {protocol.name} names no model")
+        folder = runs / f"{protocol.name}{'' if count is None else f'-{count}'}"
+        model = ModelFiles(*map(Path, files.values()), added=protocol.added())
+        benches[name] = Bench(protocol, name, count, model, columns, sources, folder)
+    return [Job(row, benches[name]) for row, name in zip(rows, named, strict=True)]
+
+
+def check_comparable(rows: Sequence[RowResult]) -> None:
+    """Rows of one protocol may stand in one table only if they were measured and timed alike.
+    Raises SettingError: `runs`: they were not."""
+    for bench in {id(row.bench): row.bench for row in rows}.values():
+        own = {row.row.name: row for row in rows if row.bench is bench}
+        compare_timings({name: row.timing for name, row in own.items() if row.timing})
+        with fault_of("runs", (ResultError,)):
+            for measure in {measure for row in own.values() for measure in row.results}:
+                comparable({name: row.results[measure] for name, row in own.items() if measure in row.results})
+
+
+def rendered_row(row: RowResult, table: Table, world: str) -> RenderedRow:
+    about = {"weights": row.weights, "protocol": row.bench.protocol.name if row.cells else None}
+    for result in [*row.results.values()][:1]:
+        about |= {"n": result.protocol["n"], "protocol_sha256": result.samples.get("protocol_sha256")}
+    model = row.bench.model.ckpt.parent.name if row.cells and world != "coco" else ""
+    return RenderedRow(row.row, row.cells, "; ".join(row.remarks), unlike(row, table, world), about, model)
+
+
+# Where our numbers and the paper's are of something else
+
+GPU, PRECISION = "A40", "autocast"  # the paper's seconds and memory, as PyTorch and we name them
+COUNTED = (
+    "GFLOPs, the paper's word, are GMAC of the UNet in its count (fvcore's: one product of attention; norms and "
+    "upsampling by element), two predictions a step where there is guidance; neither first stage nor text "
+    "encoder. All other GMAC of this project are in the exact count; evaluation/cost.py prints both."
+)
+INSTEAD = ", other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score"
+
+
+def unlike(row: RowResult, table: Table, world: str) -> dict[str, str]:
+    """Columns with a number of ours and one of the paper's that are not of the same thing, with the reason."""
+    reasons = reasons_unlike(row.bench, table, world, row.weights, row.timing)
+    return {name: why for name, why in reasons.items() if name in row.cells and name in row.row.paper}
+
+
+def reasons_unlike(
+    bench: Bench, table: Table, world: str, weights: str | None, timing: Timing | None
+) -> dict[str, str]:
+    """Columns in which ours is of something else than the paper's number, with the reason. `weights`: hash of the
+    model's; None = no images and no timing. `timing`: of the row, if there is one."""
+    if world != "coco":
+        return dict.fromkeys(COLUMNS, "another model")
+    config, model = other_model(bench, weights)
+    usual, count, machine = bench.usual.select.count, "", ""
+    if bench.count not in (None, usual):
+        count = f"of {bench.count} prompts, where {bench.protocol.name} has {usual or 'all'}"
+    if timing and not (GPU in timing.machine.split() and timing.precision == PRECISION):
+        how = f"on {timing.machine} in {timing.precision} precision"
+        machine = f"timed {how}, the paper's on an {GPU} in half precision"
+    why = {"quality": model or count, "cost": model or machine, "count": config}
+    other = dict.fromkeys(heads(bench.protocol), "another measure")
+    found = {
+        name: table.apart.get(name) or why.get(column.kind) or other.get(name, "") for name, column in COLUMNS.items()
+    }
+    found["ftc"] = found["ftc"] or next((found[part] for part in FTC if found[part]), "")
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def other_model(bench: Bench, weights: str | None) -> tuple[str, str]:
+    """How config, and config or weights, differ from the protocol's: by content where that is known, else by path."""
+
+    def content(path: Path) -> str | None:
+        return fingerprint(path) if path.exists() else None
+
+    usual, name, model = bench.protocol.model(), bench.protocol.name, bench.model
+    if usual is None or (model.config != usual[0] and content(model.config) != content(usual[0])):
+        return (f"another config than {name}'s",) * 2
+    expected = published_sha256(usual[1]) or content(usual[1])
+    same = weights == expected if weights and expected else model.ckpt == usual[1]
+    return "", "" if same else f"other weights than {name}'s"
+
+
+def notes(rows: Sequence[RowResult], table: Table, world: str, columns: Sequence[str]) -> list[str]:
+    """What the numbers are of, in words."""
+    found = [COUNTED] if "gflops" in columns else []
+    if world == "emoji":
+        found.append(other_world([row.bench for row in rows]))
+    else:  # why there is no difference from the paper's number, for each reason
+        names, reasons = column_heads([row.bench for row in rows]), {}
+        differ = [unlike(row, table, world) for row in rows]
+        for column in columns:
+            for why in dict.fromkeys(whys[column] for whys in differ if column in whys):
+                reasons.setdefault(why, []).append(names[column])
+        found += [f"No difference from the paper in {', '.join(of)}: {why}." for why, of in reasons.items()]
+    for result in (result for row in rows for result in row.results.values()):
+        found += [measured(result), *(f"Warning: {warning}." for warning in result.warnings)]
+    found += [timed_how(row.timing) for row in rows if row.timing]
+    return list(dict.fromkeys(found))
+
+
+def other_world(benches: Sequence[Bench]) -> str:
+    """What the emoji world's numbers are of; where only one measure is another the heads say it."""
+    names = ", ".join(dict.fromkeys(bench.protocol.name for bench in benches))
+    measures = INSTEAD if any({"fid", "clip_score"} <= heads(bench.protocol).keys() for bench in benches) else ""
+    return (
+        f"World emoji: another model{measures}; a row that begins with its name was run with it in the place of "
+        f"the paper's, at the guidance of {names}."
+    )
+
+
+def column_heads(benches: Sequence[Bench]) -> dict[str, str]:
+    """The names of columns; of one that is another measure in some row, all its names."""
+    others = [heads(bench.protocol) for bench in benches]
+    return {
+        name: " or ".join(dict.fromkeys(other.get(name, column.head) for other in others))
+        for name, column in COLUMNS.items()
+    }
+
+
+def measured(result: Result) -> str:
+    by = ", ".join(result.protocol[name] for name in ("measure", "extractor", "resize") if name in result.protocol)
+    made, n = result.samples, result.protocol["n"]
+    model = f"{made.get('ckpt')} ({made.get('weights', '')[:SHORT]})"
+    protocol = f"{made.get('name')} ({(made.get('protocol_sha256') or '')[:SHORT]})"
+    intervals = any(name.endswith("_interval") for name in result.values)
+    end = "; parentheses: 95 % intervals." if intervals else "."
+    return f"{by}: N = {n} images of {model}, protocol {protocol}{end}"
+
+
+def timed_how(timing: Timing) -> str:
+    return (
+        f"Seconds: median of {len(timing.seconds)} images, one at a time, after two untimed; "
+        f"{timing.machine}, threads: {timing.threads}, {timing.precision} precision, {timing.date}, "
+        f"weights {timing.weights[:SHORT]}."
+    )

@@ -83,13 +83,15 @@ class Parser(argparse.ArgumentParser):
         return [parser for parsers in below for parser in parsers]
 
     def flag(self, setting: str) -> str:
-        """The flag of a setting, else the flag of its name, or its own name where there is none."""
+        """The flag of a setting or what the help calls it, else the flag of its name, or its own name."""
         same = (f"--{setting}", f"--{setting.replace('_', '-')}")
         named = next((flag for flag in same if flag in self.flags()), setting)
         for action in self._actions:
             if action.dest == setting and action.option_strings:
                 long = [flag for flag in action.option_strings if flag.startswith("--")]
                 return next((flag for flag in long if flag in same), (long or action.option_strings)[0])
+            if action.dest == setting and isinstance(action.metavar, str):
+                return action.metavar
         return next((flag for flag in (p.flag(setting) for p in self._subparsers_below()) if flag != setting), named)
 
 
@@ -244,7 +246,7 @@ def _cut(text: str, limit: int) -> str:
 def run_command(
     parser: Parser,
     run: Callable[[argparse.Namespace], int | None],
-    argv: Sequence[str] | None,
+    argv: Sequence[str] | None = None,
     stopped: str = "stopped",
 ) -> int:
     """Parse a command line and do its work; errors name arguments by their flags.

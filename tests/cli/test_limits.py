@@ -12,7 +12,7 @@ from PIL import Image
 
 import ldm
 from evaluation import fid
-from evaluation.runs.generate import launched
+from evaluation.runs.processes import launched
 from ldm.cli.parser import (
     LARGEST_SIDE,
     MOST,

@@ -9,7 +9,7 @@ import pytest
 
 from evaluation import adm
 from evaluation.metrics.extractors import network_fields
-from evaluation.metrics.statistics import extract, save_statistics
+from evaluation.metrics.frechet import extract, save_statistics
 from evaluation.runs.images import ImageFolder
 from tests.helpers.measures import N, assert_one_line, disk_with_room_for, draw, fid_of, load_json
 

@@ -19,8 +19,7 @@ def test_clip_score_end_to_end(call, sets, clip_folder, tmp_path, capsys):
     found = load_json(tmp_path / "a.json")
     assert found["values"]["captions_cut"] == 1 and found["protocol"]["resize"] == "clip-crop"
 
-    from evaluation.metrics.clip import load_clip
-    from evaluation.metrics.extractors import resized
+    from evaluation.metrics.extractors import load_clip, resized
     from ldm.io.images import from_pil
 
     model = load_clip(clip_folder)

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from evaluation.metrics.captions import prompts_of
 from evaluation.protocols.protocol import (
     Prompt,
     Select,
@@ -21,7 +20,7 @@ from evaluation.protocols.protocol import (
     protocol_names,
     read_prompts,
 )
-from evaluation.runs.images import ImageError, ImageFolder
+from evaluation.runs.images import ImageError, ImageFolder, prompts_of
 from ldm.io.files import json_sha256
 from tests.helpers.coco import captions, write_coco, write_protocol
 
@@ -29,12 +28,17 @@ HASHES = {  # of what each shipped protocol asks for: another number here is ano
     "coco2014-30k": "305fa56e3666",
     "coco2017-10k": "e4888c973695",
     "coco2017-10k-sdxl": "3bff2029c72f",
+    "coco2017-10k-edges": "0d10a0db0e76",
+    "coco2017-10k-frames": "4b530bccbb04",
+    "coco2017-10k-scribble": "f73b6bb48146",
     "coco2017-10k-videofusion": "4fc785975b35",
     "coco2017-5k": "2e9afe2b7b38",
     "emoji128": "99a9a88375c2",
     "emoji128-all": "65774e49d2b7",
     "emoji128-heldout": "910a7a4daf82",
     "emoji64": "58412a7a9c68",
+    "emoji64-edges": "aaf8c4152696",
+    "emoji64-frames": "60c6600ea71a",
     "emoji64-heldout": "db72777dcaaa",
     "emoji64-prompts": "1801f1fcaa5f",
     "imagenet256-50k": "ac3bc32613c3",

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-import evaluation.runs.folder
+import evaluation.runs.generate
 from evaluation.protocols.protocol import Prompt
-from evaluation.runs.folder import FolderError, RunFolder, prompts_sha256
+from evaluation.runs.generate import FolderError, RunFolder, prompts_sha256
 from evaluation.runs.images import ImageFolder
 from ldm.io.files import UNFINISHED, json_sha256
 from ldm.io.images import read_png
@@ -105,9 +105,9 @@ def killed_at(path: Path, number: int, log: Path) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
             write(path, content)
 
-        append_line, write = evaluation.runs.folder.append_line, Path.write_bytes
+        append_line, write = evaluation.runs.generate.append_line, Path.write_bytes
         os.replace, os.link, shutil.rmtree = counted(os.replace), counted(os.link), counted(shutil.rmtree)
-        Path.write_bytes, evaluation.runs.folder.append_line = half, torn
+        Path.write_bytes, evaluation.runs.generate.append_line = half, torn
         return 0 if run(path) else 1
 
     return Child(work, log).end() == -signal.SIGKILL

@@ -17,14 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from evaluation import tables
-from evaluation.metrics.clip import load_clip
-from evaluation.metrics.extractors import load_extractor, resized
+from evaluation.metrics.extractors import load_clip, load_extractor, resized
 from evaluation.metrics.inception import Inception
 from evaluation.protocols.protocol import load_protocol
 from evaluation.table import row as table_row
-from evaluation.table.build import jobs_of, other_world, reasons_unlike
 from evaluation.table.cost import Timing
-from evaluation.table.row import Job, Sources
+from evaluation.table.row import Job, Sources, jobs_of, other_world, reasons_unlike
 from evaluation.table.spec import COLUMNS, load_table
 from ldm.checkpoint import fingerprint, save_weights
 from ldm.io.images import from_pil, open_image

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from evaluation import fid
-from evaluation.metrics.statistics import Gaussian, Moments
+from evaluation.metrics.frechet import Gaussian, Moments
 
 N = 22
 

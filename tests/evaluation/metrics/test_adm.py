@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.metrics.adm import inception_score, precision_recall, squared_distances
+from evaluation.metrics.frechet import inception_score, precision_recall, squared_distances
 from evaluation.runs.images import ImageError
 
 

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from evaluation.metrics.captions import prompts_of
-from evaluation.runs.images import ImageError, ImageFolder
+from evaluation.runs.images import ImageError, ImageFolder, prompts_of
 from tests.helpers.measures import N
 
 

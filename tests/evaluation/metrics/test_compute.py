@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from evaluation.metrics import adm as adm_suite
 from evaluation.metrics import clip_score as clip_measure
-from evaluation.metrics import command, frechet, statistics
+from evaluation.metrics import command, frechet
 from evaluation.metrics.clip_score import VARIANTS
 from evaluation.metrics.preference import MODELS
 from evaluation.runs.images import ImageFolder
@@ -17,10 +16,10 @@ def test_a_measure_is_a_function(sets, lite0, tmp_path):
     """Of paths, of images in memory or opened, and of a reference that is loaded once."""
     result = frechet.compute(sets / "plain", sets / "real", extractor=lite0, kid=True)
     assert result.values.keys() == {"fid_real", "kid_real", "kid_real_std"} and result.samples["seeds"] == [7]
-    real = statistics.load_reference(sets / "real", lite0)
+    real = frechet.load_reference(sets / "real", lite0)
     opened = frechet.compute(ImageFolder(sets / "plain"), real, extractor=lite0)
     assert opened.values["fid_real"] == result.values["fid_real"]
-    suite = adm_suite.compute(sets / "plain", ImageFolder(sets / "real"), extractor=lite0)
+    suite = frechet.compute(sets / "plain", ImageFolder(sets / "real"), extractor=lite0, suite=True)
     assert suite.values["fid_real"] == pytest.approx(result.values["fid_real"], rel=1e-9)
 
 
@@ -30,7 +29,7 @@ def test_a_measure_names_the_argument_that_it_can_not_use(sets, lite0, tmp_path)
         "^samples: nowhere: no such folder": lambda: frechet.compute("nowhere", real, extractor=lite0),
         "^reference: nowhere: no such folder": lambda: frechet.compute(plain, "nowhere", extractor=lite0),
         "^extractor: dinov2: no weights are named": lambda: frechet.compute(plain, real, extractor="dinov2"),
-        "^extractor: 'x' is not one of": lambda: adm_suite.compute(plain, real, extractor="x"),
+        "^extractor: 'x' is not one of": lambda: frechet.compute(plain, real, extractor="x", suite=True),
         "^device: cuda:77 is not there": lambda: frechet.compute(plain, real, extractor="dinov2", device="cuda:77"),
         "^resize: 'x' is not one of clean": lambda: frechet.compute(plain, real, extractor="clip", resize="x"),
         "^variant: 'x' is not one of hessel-b32": lambda: clip_measure.compute(plain, variant="x", weights="w"),

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from evaluation.metrics import ModelError, command, extractors
-from evaluation.metrics.clip import load_clip
+from evaluation.metrics import command, extractors
 from evaluation.metrics.extractors import (
     EXTRACTORS,
     RECIPES,
     Inception2015,
+    ModelError,
+    load_clip,
     load_extractor,
     network_fields,
     resized,

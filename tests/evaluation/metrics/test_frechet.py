@@ -11,9 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evaluation.metrics.adm import inception_score, precision_recall
-from evaluation.metrics.frechet import clip_distance, distance, few_images_warnings, fid_infinity, kernel_distance
-from evaluation.metrics.statistics import Gaussian
+from evaluation.metrics.frechet import (
+    Gaussian,
+    clip_distance,
+    distance,
+    few_images_warnings,
+    fid_infinity,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from evaluation.runs.images import ImageError
 from tests.helpers.measures import gaussian, golden_features
 from tests.helpers.paths import GOLDENS

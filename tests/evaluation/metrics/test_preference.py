@@ -9,8 +9,8 @@ import torch
 
 from evaluation import preference
 from evaluation.metrics.image_reward import ImageReward
-from evaluation.protocols.protocol import load_protocol
-from evaluation.table.row import Sources, measures_of
+from evaluation.table.row import Sources, jobs_of
+from evaluation.table.spec import load_table
 from ldm.checkpoint import save_weights
 from ldm.io.errors import SettingError
 from tests.helpers.goldens import recipe_tensor
@@ -62,4 +62,4 @@ def test_other_weights_are_refused(sets, weights, tmp_path, capsys):
         assert preference.main([str(sets / "plain"), *given]) == 2
         assert_one_line(capsys.readouterr().err, why)
     with pytest.raises(SettingError, match="pick_score: pick-score needs the folder of "):
-        measures_of(load_protocol("coco2017-10k"), tmp_path, ["pick_score"], Sources(), tmp_path)
+        _ = jobs_of(load_table("table15"), "coco", tmp_path, Sources(), None, ["pick_score"])[0].bench.measures

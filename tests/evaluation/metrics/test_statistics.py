@@ -10,9 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.metrics import statistics
-from evaluation.metrics.frechet import distance
-from evaluation.metrics.statistics import Moments, cached_statistics, extract, load_statistics, save_statistics, total
+from evaluation.metrics import frechet
+from evaluation.metrics.frechet import (
+    Moments,
+    cached_statistics,
+    distance,
+    extract,
+    load_statistics,
+    save_statistics,
+    total,
+)
 from evaluation.runs.images import ImageError, ImageFolder
 from tests.helpers.measures import N, gaussian, golden_features
 
@@ -46,13 +53,13 @@ def test_statistics_that_do_not_say_what_they_are_of_are_inceptions(tmp_path):
     np.savez(tmp_path / "both.npz", mu=np.zeros(4), sigma=np.eye(4), arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     alone, both = str(tmp_path / "s.npz"), str(tmp_path / "both.npz")
     for path in (alone, both):
-        found = statistics.load_reference(path, Network())
+        found = frechet.load_reference(path, Network())
         assert found.about["statistics"] == "in the file" and found.warnings == ()
     Network.resize = "clean"
-    assert statistics.load_reference(alone, Network()).warnings == (
+    assert frechet.load_reference(alone, Network()).warnings == (
         "reference: a file that does not state its resize; taken for clean",
     )
-    assert statistics.stored_statistics(both, Network(), False, has_images=True) is None
+    assert frechet.stored_statistics(both, Network(), False, has_images=True) is None
 
 
 @pytest.mark.parametrize(
@@ -161,7 +168,7 @@ def test_a_covariance_in_single_precision_is_one(tmp_path):
 
 
 def test_a_damaged_cache_is_none(tmp_path):
-    from evaluation.metrics.statistics import cache_file
+    from evaluation.metrics.frechet import cache_file
 
     about = {"extractor": "e"}
     assert cached_statistics(tmp_path, about) is None

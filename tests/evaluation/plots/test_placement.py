@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from evaluation.plots import placement
-from evaluation.plots.placement import SERIES, STRATEGIES, chart, standard_error
+from evaluation.plots.images import SERIES, STRATEGIES, chart, draw_placement, standard_error
 
 
 def points_of(specs, error: float) -> dict[str, dict[str, float]]:
@@ -38,7 +37,7 @@ def test_placement_draws_each_series_at_its_numbers_and_names_table_5():
 
 
 def test_series_of_placement_differ_in_what_is_propagated(experiment):
-    made = placement.draw_placement(experiment, steps=10)
+    made = draw_placement(experiment, steps=10)
     held, quadratic = (made.values[f"every n-th step, {how}"] for how in ("held", "quadratic"))
     assert held["uniform:4"]["keys"] == quadratic["uniform:4"]["keys"] == 3
     assert held["uniform:4"]["mean"] == np.mean(held["uniform:4"]["mse"]) != quadratic["uniform:4"]["mean"] > 0

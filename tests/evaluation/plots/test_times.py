@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from evaluation.plots.times import measure
+from evaluation.plots.timeline import measure
 
 
 def test_methods_take_turns_after_one_untimed_run_of_each():
