@@ -3,7 +3,7 @@
 The score has several variants. cos is the cosine of the CLIP embeddings of an image and its prompt.
 hessel-b32: 2.5 max(cos, 0) with the prefix "A photo depicts" and ViT-B/32 (arXiv 2104.08718); the paper reports it.
 cos100-l14, cos100-g14: 100 cos with ViT-L/14 of OpenAI or ViT-g/14 of LAION.
-hessel, cos100: the same formulas with any CLIP model.
+hessel, cos100: the same formulas with any CLIP model, or with --weights models/rdm/emoji-encoder, which knows emoji.
 """
 
 from __future__ import annotations

@@ -71,6 +71,10 @@ def run(args: argparse.Namespace) -> None:
             if isinstance(value, dict) and "share" in value
         )
         print(f"{name:13} n {result['n']:5}  {'  '.join(shown)}")
+    if (score := report["results"].get("generated", {}).get("score")) is not None:
+        print(
+            f"score         {score['mean']} by models/rdm/emoji-encoder; correlation with R@5: {score['correlation']}"
+        )
 
 
 main = partial(run_command, parser(), run)

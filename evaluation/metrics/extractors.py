@@ -30,7 +30,10 @@ from ldm.io.images import to_pil
 from ldm.modules.efficientnet import efficientnet_lite0, feature_maps
 from ldm.modules.encoders.clip import MEAN, STD, from_folder
 from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
+from ldm.modules.encoders.dual import DualEncoder
 from ldm.modules.encoders.openclip import OpenCLIP, Vision
+from ldm.modules.encoders.tokenizer import tokenize
+from ldm.retrieval.embedders import load_embedder
 
 INSTALL = 'install it with: pip install -e ".[eval]"'
 INCEPTION_URL = (
@@ -57,7 +60,7 @@ OPEN_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetens
 EXPECTED = (
     "expected a folder with config.json and model.safetensors of a CLIP model (such as "
     "openai/clip-vit-base-patch32), or with open_clip_config.json and open_clip_model.safetensors (or "
-    "open_clip_pytorch_model.bin)"
+    "open_clip_pytorch_model.bin), or models/rdm/emoji-encoder"
 )
 
 
@@ -67,15 +70,16 @@ class ClipModel(nn.Module, ABC):
     weights: Path  # the file of the weights
     size: int  # side of the vision encoder's input in pixels
     shape: tuple[int, int, int]  # its patch size, width and layers
+    mean, std = MEAN, STD  # of the images, as it was trained with
 
-    def __init__(self, tokenizer: ClipTokenizer) -> None:
+    def __init__(self, tokenizer: ClipTokenizer | DualTokenizer) -> None:
         super().__init__()
         self.tokenizer = tokenizer
 
     @torch.no_grad()
     def embed_images(self, prepared: Tensor) -> Tensor:
         """Images (B, 3, size, size) in [-1, 1] -> (B, D), unit length."""
-        return F.normalize(self.image_features(normalised(prepared, MEAN, STD)))
+        return F.normalize(self.image_features(normalised(prepared, self.mean, self.std)))
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -138,6 +142,37 @@ class OpenClip(ClipModel):
         return self.model.embed_text(tokens)
 
 
+class DualTokenizer:
+    """The tokens of a `DualEncoder`, as `ClipTokenizer` gives those of CLIP."""
+
+    def __init__(self, encoder: DualEncoder) -> None:
+        self.encoder, self.max_length = encoder, len(encoder.pos_emb)
+
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        return self.encoder.cut(texts)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return tokenize(self.encoder.tokenizer, texts)
+
+
+class DualClip(ClipModel):
+    """A `DualEncoder` on the features of EfficientNet-lite0, such as models/rdm/emoji-encoder."""
+
+    mean = std = (0.5, 0.5, 0.5)  # EfficientNet's features are of images in [-1, 1]
+
+    def __init__(self, folder: Path, vocabulary: Path | None) -> None:
+        embedder = load_embedder(f"emoji:{folder}")
+        super().__init__(DualTokenizer(embedder.encoder))
+        self.encoder, self.features = embedder.encoder, embedder.features.network
+        self.weights, self.size, self.shape = embedder.weights_file, embedder.side, (1, embedder.encoder.width, 0)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        return self.encoder.images(self.features(pixels))
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        return self.encoder.of_tokens(tokens)
+
+
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a file, which can't execute code."""
     if path.suffix == ".safetensors":
@@ -172,12 +207,12 @@ def load_clip(folder: str | Path | None, vocabulary: str | Path | None = None) -
     """The model in a folder, in eval mode; nothing is fetched.
 
     Args:
-        folder: of the transformers or the open_clip library, told apart by its files.
+        folder: of the transformers or the open_clip library, or of a `DualEncoder`, told apart by its files.
         vocabulary: see `find_vocabulary`; None = the folder's merges.txt, or that of an installed package.
 
     Raises ModelError: no such folder, or not such a model.
     """
-    files = {OPEN_CONFIG: OpenClip, "config.json": TransformersClip}
+    files = {OPEN_CONFIG: OpenClip, "config.json": TransformersClip, "config.yaml": DualClip}
     kind = next((kind for name, kind in files.items() if folder and (Path(folder) / name).is_file()), None)
     if kind is None:
         raise ModelError(f"clip: {f'{folder}: no such model' if folder else 'no weights are named'}; {EXPECTED}")

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from evaluation import clip_score
+from evaluation.metrics.clip_score import compute
 from evaluation.metrics.result import ResultError, comparable, read_result
+from ldm.io.images import open_image
+from ldm.retrieval.embedders import load_embedder
 from tests.helpers.measures import N, assert_one_line, draw, load_json
+from tests.helpers.paths import ROOT
 
 
 def test_clip_score_end_to_end(call, sets, clip_folder, tmp_path, capsys):
@@ -49,3 +54,19 @@ def test_a_variant_takes_its_own_model_only(call, sets, clip_folder, capsys):
         "--weights: hessel-b32 is defined with openai/clip-vit-base-patch32 "
         r".*\(224, 32, 768, 12\)\); .* has \(28, 14, 32, 2\); for another",
     )
+
+
+def test_the_encoder_that_ships_knows_what_an_emoji_shows(tmp_path):
+    """Its score is 100 times the cosine of its embeddings."""
+    (tmp_path / "images").mkdir()
+    file = ROOT / "docs" / "examples" / "inpaint" / "face.png"
+    (tmp_path / "images" / "face.png").write_bytes(file.read_bytes())
+    embedder = load_embedder("emoji")
+    seen = embedder.images(embedder.prepared(open_image(file).resize((128, 128), Image.Resampling.BICUBIC))[None])
+    found = []
+    for text in ("a smiling face", "a red car"):
+        weights = ROOT / "models" / "rdm" / "emoji-encoder"
+        result = compute(tmp_path / "images", variant="cos100", weights=weights, prompts=[text], resize="clip-crop")
+        found.append(result.values["clip_score_cos100"])
+        assert found[-1] == pytest.approx(100 * float((seen * embedder.texts([text])).sum()), abs=0.1)
+    assert found[0] > found[1] + 10

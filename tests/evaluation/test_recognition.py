@@ -49,13 +49,13 @@ def test_run_reports_all_three_and_does_not_depend_on_the_batch(call, tmp_path, 
     sheet = tmp_path / "grid.png"
     assert call("--count", "6", "--out", str(tmp_path / "a.json"), "--images", str(sheet)) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["generated", "reconstructed", "real"]
+    assert [line.split()[0] for line in printed] == ["generated", "reconstructed", "real", "score"]
     assert call("--count", "6", "--batch-size", "4", "--out", str(tmp_path / "b.json")) == 0
 
     one, other = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert one["real_set"] == {"pictures": 20, "concepts": 4}
     assert [one["results"][name]["n"] for name in ("generated", "reconstructed", "real")] == [6, 6, 20]
-    assert one["results"] == other["results"]
+    assert one["results"] == other["results"] and -100 < one["results"]["generated"]["score"]["mean"] < 100
     assert one["settings"]["sampling"]["steps"] == 4 and one["settings"]["sampling"]["scale"] == 3.0
     assert {*one["settings"]["sha256"]} == {"pictures", "captions", "features", "config", "ckpt"}
     assert {*one["results"]["real"]["R@5 by category"]} == {"even", "odd"}

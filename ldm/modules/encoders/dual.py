@@ -54,7 +54,10 @@ class DualEncoder(nn.Module):
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """B texts -> (B, width), of length 1."""
-        tokens = tokenize(self.tokenizer, texts).to(self.pos_emb.device)  # (B, L)
+        return self.of_tokens(tokenize(self.tokenizer, texts).to(self.pos_emb.device))
+
+    def of_tokens(self, tokens: Tensor) -> Tensor:
+        """Texts as their tokens (B, L) -> (B, width), of length 1."""
         padding = tokens == self.tokenizer.token_to_id("[PAD]")
         x = self.transformer(self.token_emb(tokens) + self.pos_emb, src_key_padding_mask=padding)  # (B, L, n_embed)
         kept = (~padding)[..., None].float()
