@@ -163,13 +163,20 @@ def unmade(build: Callable[[], Module]) -> Module:
 
 
 def load_model(
-    config_path: str | Path, ckpt_path: str | Path, device: str | torch.device = "cpu", weights: str = "auto"
+    config_path: str | Path,
+    ckpt_path: str | Path,
+    device: str | torch.device = "cpu",
+    weights: str = "auto",
+    free: int | None = None,
 ) -> nn.Module:
     """The model of a config (a `LatentDiffusion`), filled from a checkpoint, ready to sample from.
 
     It is in evaluation mode, without gradients and without a moving average. Its weights may be mapped from the file
     (docs/loading.md), so replace such a file, as `save_weights` does, rather than write into it. Its attribute
     `weights_file` is ckpt_path; plans find its calibrations by it.
+
+    Args:
+        free: bytes of the device's memory that the weights may take; None = any.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: see `unmade_model` and `load_weights`.
@@ -181,9 +188,21 @@ def load_model(
             f"{ckpt_path}: a DiT as published, without its first stage; scripts/convert.py --to ldm --vae FILE adds it"
         )
     model = unmade_model(config_path)
+    need = new_bytes(model, state, torch.device(device))
+    if free is not None and need > free:
+        raise CheckpointError(f"{ckpt_path}: its weights take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     log.info("%s", fill(model, state, Path(ckpt_path), used, assign=True))
     model.weights_file = Path(ckpt_path)
     return model.eval().requires_grad_(False).to(device)
+
+
+def new_bytes(model: nn.Module, state: Mapping[str, Tensor], device: torch.device) -> int:
+    """What the weights of a model take beside the file, which on a CPU is mapped where it has their precision."""
+    return sum(
+        value.nbytes
+        for name, value in model.state_dict().items()
+        if name in state and (device.type != "cpu" or state[name].dtype != value.dtype)
+    )
 
 
 # Fill a module with the weights of a file, and report every key that does not match.

@@ -196,7 +196,7 @@ class Setup:
             SettingError: the files do not make a model.
         """
         with fault_of("config", CONSTRUCTION), fault_of("ckpt", (CheckpointError,)):
-            model = load_model(self.config_path, self.ckpt, self.device, self.weights)
+            model = load_model(self.config_path, self.ckpt, self.device, self.weights, free_bytes(self.device))
         if self.delta:
             with fault_of("delta", (CheckpointError, OSError)):
                 apply_deltas(model, self.delta)

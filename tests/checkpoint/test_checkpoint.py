@@ -435,6 +435,14 @@ def test_a_schedule_in_half_precision_is_left_to_the_config(tmp_path, config):
     assert not torch.allclose(halved["alphas_cumprod"].float(), STATE["alphas_cumprod"], rtol=1e-6, atol=0)
 
 
+def test_weights_that_do_not_fit_into_memory_are_refused(tmp_path, config):
+    """Of a file in the precision of the model nothing is copied; another one is cast."""
+    halved = {key: value.half() if value.is_floating_point() else value for key, value in STATE.items()}
+    load_model(config, write(tmp_path / "whole.safetensors", STATE), free=0)
+    with pytest.raises(CheckpointError, match=r"half.safetensors: its weights take 0.0 GB, 0.0 GB are free"):
+        load_model(config, write(tmp_path / "half.safetensors", halved), free=1000)
+
+
 def test_what_the_file_leaves_out_and_nothing_reads_is_zero(tmp_path, monkeypatch):
     class Text(nn.Module):
         def __init__(self):

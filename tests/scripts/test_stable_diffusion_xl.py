@@ -73,6 +73,21 @@ def test_a_script_takes_it_by_its_config(base, model, tmp_path):
     assert np.abs(script.pixels(entry) - np.asarray(to_pil(image)[0]).astype(int)).max() <= 1
 
 
+def test_calibrated_plans(tmp_path, capsys):
+    """A model with two text encoders is calibrated as any other."""
+    files = tiny_xl(tmp_path / "m")
+    how = [*files, "--steps", "3", "--sampler", "euler-trailing", "--scale", "5"]
+    levels = ["--keys", "2", "--level", "encoder", "skip"]
+    assert load_script("calibrate_plan").main([*how, *levels, "--n_samples", "1"]) == 0
+    assert "calibration: " in capsys.readouterr().out
+    script = Script("txt2img", tmp_path, *how, "--prompt", "a cat", "--n_samples", "1", "--skip_grid")
+    plain, held, skipped = (
+        script("--noise-weight", "0", "--plan", plan)[0] for plan in ("off", "auto:2", "skip:auto:2")
+    )
+    assert [len(one["keys"]) for one in (plain, held, skipped)] == [3, 2, 2]
+    assert plain["unet_macs"] > held["unet_macs"] > skipped["unet_macs"]
+
+
 def test_what_guidance_leads_away_from(model):
     """Of the base zeros in the place of the empty text; a negative prompt, and the refiner's empty text, are read."""
     items, framing = prompt_items(["a cat"], 2, 1), Framing((64, 64), (16, 24))
