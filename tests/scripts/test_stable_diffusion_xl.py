@@ -84,7 +84,7 @@ def test_calibrated_plans(tmp_path, capsys):
     plain, held, skipped = (
         script("--noise-weight", "0", "--plan", plan)[0] for plan in ("off", "auto:2", "skip:auto:2")
     )
-    assert [len(one["keys"]) for one in (plain, held, skipped)] == [3, 2, 2]
+    assert len(held["keys"]) == len(skipped["keys"]) == 2
     assert plain["unet_macs"] > held["unet_macs"] > skipped["unet_macs"]
 
 
