@@ -144,7 +144,7 @@ class Model:
         check_guidance(recipe, job.task)
         nodes = count_nodes(recipe, setup, job.task.start.strength)
         facts = recipe.facts(job.task.start.strength)
-        facts = run_facts(setup, recipe.solver_name, facts)
+        facts = run_facts(setup, recipe.solver_name, facts, job.task.network)
         methods = choose_methods(setup, job.sampling, recipe, nodes, facts, False, job.task.network.anew)
         load = partial(self._load, tuple(self.sizes.whole(side) for side in job.size))
         (engine,) = load_engines(setup, methods, job.task, tile, job.refiner, load).values()

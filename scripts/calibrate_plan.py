@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from ldm.cli.arguments import EMOJI64, model_arguments, sampling_arguments, seed_argument
 from ldm.cli.parser import Parser, check_output, cli, count, number, run_command, settings_from
 from ldm.io.errors import SettingError, fault_of
-from ldm.models.diffusion.propagation.plan import LEVELS
+from ldm.models.diffusion.propagation.plan import MEASURED
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
 
@@ -47,7 +47,7 @@ def parser() -> Parser:
     what.add_argument(
         "--level",
         nargs="+",
-        choices=tuple(LEVELS),
+        choices=MEASURED,
         default=["encoder"],
         help="what runs at the other steps, one or more: encoder = the decoder, deepcache = the outermost blocks, "
         "skip = nothing; for each of them whole runs are made (default: encoder)",

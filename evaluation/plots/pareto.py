@@ -1,18 +1,19 @@
 """Error against cost, for plans and for fewer steps.
 
 Each row of the YAML file samples all images by one method, from the same noise as the other rows. The error is the
-distance from the plain run of the row's sampler, or from a finer run (latents, PSNR, SSIM); with a dataset, also
-feature distances, the Fréchet distance from real images, and concept retrieval. The costs are the UNet's MACs, and
-those on the critical path (what must run in sequence if decoders that share features run in parallel), relative to the
-plain run.
+distance from the plain run of the row's sampler, or from a finer run: latents, PSNR, SSIM, and LPIPS where its weights
+are, else features of EfficientNet-lite0. With a dataset and many images also the Fréchet distance from real images and
+concept retrieval. The costs are the UNet's MACs, and those on the critical path (what must run in sequence if decoders
+that share features run at the same time), relative to the plain run.
 """
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import cycle, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,9 +25,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.metrics.frechet import Moments, distance
-from evaluation.metrics.paired import load_ssim
-from evaluation.metrics.retrieval import Queries, RealImages, choose_queries, features_of, load_real_images
+from evaluation.metrics.extractors import load_extractor
+from evaluation.metrics.frechet import FeatureSet, Moments, distance, distance_interval
+from evaluation.metrics.paired import LPIPS_WEIGHTS, Measure, load_lpips, load_ssim
+from evaluation.metrics.retrieval import Queries, RealImages, choose_queries, features_of, load_real_images, share
 from evaluation.plots.drawing import MARKERS, Drawing, new_figure
 from evaluation.plots.experiment import BATCH, Experiment
 from evaluation.protocols.protocol import reading
@@ -34,12 +36,13 @@ from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import SPACINGS
 from ldm.cli.parser import MOST_STEPS
 from ldm.data.emoji import EmojiDataset
+from ldm.io.arrays import load_array
 from ldm.io.errors import SettingError, fault_of, one_line
-from ldm.io.files import NotNegative, Schema, Text, file_sha256, json_sha256, parse, read_json, write_json
+from ldm.io.files import NotNegative, Schema, Text, atomic_write, file_sha256, json_sha256, parse, read_json, write_json
 from ldm.io.images import from_pil, psnr, to_pil
 from ldm.models.diffusion.loop import State
 from ldm.models.diffusion.propagation.plan import POLYNOMIALS, AnyPlan, ForecastName
-from ldm.sampling.engine import Cost, Recipe
+from ldm.sampling.engine import Cost, Engine, Recipe
 from ldm.sampling.generate import Item, digest, prompt_items
 
 # Okabe and Ito's colours without the yellow, which is faint on paper.
@@ -48,29 +51,32 @@ COSTS = {"macs_share": "MACs of the UNet", "critical_share": "MACs on the critic
 COLUMNS = {
     "MACs": ("macs_share", "{:.0%}"),
     "critical path": ("critical_share", "{:.0%}"),
-    "latents' MSE": ("mse_latents", "{:.5f}"),
+    "latents' MSE": ("mse_latents", "{:.6f}"),
+    "MSE to own plain run": ("mse_plain", "{:.6f}"),
     "PSNR": ("psnr", "{:.1f}"),
     "SSIM": ("ssim", "{:.3f}"),
-    "feature distance": ("feature_distance", "{:.1f}"),
+    "LPIPS": ("lpips", "{:.4f}"),
+    "EfficientNet-lite0 distance": ("feature_distance", "{:.2f}"),
     "Fréchet distance": ("fid_real", "{:.1f}"),
     "R@5": ("R@5", "{:.2f}"),
 }
+MANY = 1000  # images, from which on a Fréchet distance and retrieval are measured
+MOST_VALUES = 2**31  # of kept latents
+RESAMPLES = 20  # for the interval of a Fréchet distance
 
 
 def draw_pareto(experiment: Experiment, *, steps: int, rows: str, data: str | None, cache: Path) -> Drawing:
-    """Draw the rows of a YAML file, see `read_rows`. `steps`: of the plain runs. `data`, `cache`: see `Comparison` and
-    `compare`."""
-    if data and experiment.count < 2:
-        raise SettingError(
-            "count", f"a Fréchet distance from a dataset needs at least 2 images; got {experiment.count}"
-        )
+    """Draw the rows of a YAML file, see `read_rows`. `steps`: of the plain runs. `data`, `cache`: see `Comparison`."""
     with fault_of("rows"):
         methods, reference = read_rows(rows, steps)
         how = {row: (row.plan, row.sampler, row.steps, row.propagate, row.spacing) for row in methods}
         plans, remark = experiment.plans(how)
-    comparison = Comparison(experiment, data, steps, reference)
+    comparison = Comparison(experiment, data, steps, reference, cache)
     measured_from = f"{reference} steps of DDIM" if reference else "the plain run"
-    values = compare(comparison, plans, cache)
+    few = f" The Fréchet distance and retrieval are left out: they need {MANY} images." * (
+        bool(data) and experiment.count < MANY
+    )
+    values = compare(comparison, plans)
     figure = new_figure(8, 9)
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
     for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
@@ -81,8 +87,9 @@ def draw_pareto(experiment: Experiment, *, steps: int, rows: str, data: str | No
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     caption = (
         f"Error, to {measured_from}, against the cost of a run; mean over the images. The plain run is that of the "
-        f"same sampler with {steps} steps. Lines join the rows of a family that no cheaper row of it equals."
-        f"{' The prompts are captions of the dataset.' if data else ''}{remark}"
+        f"same sampler with {steps} steps. Lines join the rows of a family that no cheaper row of it equals; no others "
+        f"have labels."
+        f"{' The prompts are captions of the dataset.' if data else ''}{few}{remark}"
     )
     return Drawing(figure, caption, {"rows": values}, settings=comparison.settings, table="\n".join(table(values)))
 
@@ -93,33 +100,37 @@ def table(rows: Mapping[str, Values]) -> Iterator[str]:
     yield "| " + " | ".join(["method", *columns]) + " |"
     yield "|---" * (len(columns) + 1) + "|"
     for name, values in rows.items():
-        cells = ("" if values.get(key) is None else form.format(values[key]) for key, form in columns.values())
+        cells = (cell(values, key, form) for key, form in columns.values())
         yield "| " + " | ".join([name, *cells]) + " |"
 
 
+def cell(values: Values, key: str, form: str) -> str:
+    """A value, with its 95 % interval if it has one."""
+    if values.get(key) is None:
+        return ""
+    interval = values.get(f"{key}_interval")
+    return form.format(values[key]) + (f" ({' to '.join(map(form.format, interval))})" if interval else "")
+
+
 def plot(axes: Axes, rows: Sequence[Values], cost: str) -> None:
-    """Draw the error against one of COSTS: a marker per row that has an error, a line along each family's front."""
+    """Draw the error against one of COSTS: a marker per row that has an error, a line along each family's front, with
+    the labels of the rows there."""
     families = dict.fromkeys(values["family"] for values in rows)
     for family, colour, marker in zip(families, cycle(COLOURS), cycle(MARKERS), strict=False):
-        points = [
-            (100 * values[cost], values["mse_latents"], values["label"].format(**values))
+        labels = {
+            (100 * values[cost], values["mse_latents"]): values["label"].format(**values)
             for values in rows
-            if values["family"] == family and values["mse_latents"] > 0
-        ]  # a logarithmic axis has no 0
-        axes.plot(
-            [x for x, *_ in points],
-            [y for _, y, _ in points],
-            marker,
-            color=colour,
-            label=family,
-            markersize=4.5,
-            zorder=4,
-        )  # above the labels
-        axes.plot(*zip(*front([point[:2] for point in points]), strict=True), color=colour, linewidth=0.8)
-        for x, y, label in points:
+            if values["family"] == family and values["mse_latents"]
+        }  # a logarithmic axis has no 0
+        # Markers stand above the labels.
+        look = {"color": colour, "label": family, "markersize": 4.5, "zorder": 4}
+        axes.plot([x for x, _ in labels], [y for _, y in labels], marker, **look)
+        best = front([*labels])
+        axes.plot(*zip(*best, strict=True), color=colour, linewidth=0.8)
+        for point in best:
             axes.annotate(
-                label,
-                (x, y),
+                labels[point],
+                point,
                 xytext=(5, 0),
                 textcoords="offset points",
                 va="center",
@@ -160,6 +171,7 @@ class Row(Schema):
     sampler: Text = "ddim"
     plan: Text = "off"
     propagate: ForecastName | None = None
+    eta: NotNegative = 0.0
     noise_weight: NotNegative = 0.0
     guidance_reuse: bool | Literal[POLYNOMIALS] = False
     spacing: Literal[SPACINGS] | None = None
@@ -175,7 +187,7 @@ class Row(Schema):
 
     def __str__(self) -> str:
         parts = [" ".join([self.sampler, str(self.steps)] + [self.spacing] * (self.spacing is not None))]
-        parts += [self.plan] * (self.plan != "off")
+        parts += [f"eta {self.eta:g}"] * (self.eta > 0) + [self.plan] * (self.plan != "off")
         parts += [self.propagate] * (self.propagate is not None) + ["guidance reused"] * (self.guidance_reuse is True)
         parts += [f"guidance {self.guidance_reuse}"] * isinstance(self.guidance_reuse, str)
         return ", ".join(parts + [f"prior noise {self.noise_weight}"] * (self.noise_weight > 0))
@@ -233,12 +245,15 @@ class Comparison:
            experiment's items, and no comparison with real images.
     steps: of the plain runs, which cost 100 %.
     reference: steps of the DDIM run whose distance is the error; None = the plain run of the row's sampler.
+    cache: folder of what is measured, and of the latents of plain runs. A file is named by the hash of everything that
+        its content depends on.
     """
 
     experiment: Experiment
     data: str | None
     steps: int
-    reference: int | None = None
+    reference: int | None
+    cache: Path
 
     @cached_property
     def queries(self) -> Queries:
@@ -279,68 +294,132 @@ class Comparison:
 
     def sample(self, row: Row, plan: AnyPlan) -> Sampled:
         """The images of a row."""
-        fields = {"guidance_reuse": row.guidance_reuse, "spacing": row.spacing}
-        engine = self.experiment.engine(row.sampler, row.steps, plan, row.noise_weight, **fields)
-        parts = [engine.sampled(self.items[k : k + BATCH]) for k in range(0, len(self.items), BATCH)]
-        latents = torch.cat([part for part, _ in parts])
+        engine, path = self.engine(row, plan), self.file(row, plan, "npz")
+        if plan.plain and (kept := read_latents(path)) is not None:
+            latents, cost = kept
+        else:
+            parts = [engine.sampled(self.items[k : k + BATCH]) for k in range(0, len(self.items), BATCH)]
+            latents = torch.cat([part for part, _ in parts]).cpu()
+            cost = Cost.mean([cost for part, cost in parts for _ in part])
+            if plan.plain:  # others are measured from it
+                write_latents(path, latents, cost)
         images = torch.stack([from_pil(image) for image in to_pil(self.experiment.decode(engine, latents))])
-        return Sampled(latents, images, Cost.mean([cost for part, cost in parts for _ in part]))
+        return Sampled(latents, images, cost)
 
-    def plain(self, sampler: str, spacing: str | None, steps: int) -> Sampled:
-        """The images of a plain run."""
-        row = Row(family="plain", steps=steps, sampler=sampler, spacing=spacing)
-        return self.sample(row, self.experiment.plan("off", sampler, steps, spacing=spacing))
+    def engine(self, row: Row, plan: AnyPlan) -> Engine:
+        fields = {"eta": row.eta, "guidance_reuse": row.guidance_reuse, "spacing": row.spacing}
+        return self.experiment.engine(row.sampler, row.steps, plan, row.noise_weight, **fields)
 
-    def values(self, row: Row, plan: AnyPlan, plain: Sampled, reference: Sampled) -> Values:
-        """All values of a row; `plain`: the plain run of its sampler; `reference`: what its error is measured from."""
-        found = self.sample(row, plan)
-        ratio = psnr(found.images, reference.images).numpy()
+    def file(self, row: Row, plan: AnyPlan, suffix: str) -> Path:
+        return self.cache / f"{json_sha256(depends_on(self, row, plan))[:24]}.{suffix}"
+
+    @cached_property
+    def plain(self) -> Callable[..., Sampled]:
+        """The images of a plain run, each made once: sampler, spacing, steps and eta -> images."""
+
+        @cache
+        def run(sampler: str, spacing: str | None, steps: int, eta: float) -> Sampled:
+            row = Row(family="plain", steps=steps, sampler=sampler, spacing=spacing, eta=eta)
+            return self.sample(row, self.experiment.plan("off", sampler, steps, spacing=spacing))
+
+        return run
+
+    def values(self, row: Row, plan: AnyPlan) -> Values:
+        """All values of a row.
+
+        Fresh noise is that of the plain run at each of its steps. So a run with eta is measured from it alone, and has
+        no error with another number of steps.
+        """
+        own, found = self.plain(row.sampler, row.spacing, self.steps, row.eta), self.sample(row, plan)
         values: Values = {
             "macs": found.cost.macs,
             "critical": found.cost.critical,
-            "macs_share": found.cost.macs / plain.cost.macs,
-            "critical_share": found.cost.critical / plain.cost.critical,
-            "mse_latents": float((found.latents - reference.latents).square().mean()),
+            "macs_share": found.cost.macs / own.cost.macs,
+            "critical_share": found.cost.critical / own.cost.critical,
+            "mse_latents": None,
+        }
+        if not row.eta:
+            reference = self.plain("ddim", None, self.reference, 0.0) if self.reference else own
+            values |= self.distances(found, reference)
+        elif row.steps == self.steps:
+            values |= self.distances(found, own)
+        if self.reference and row.steps == self.steps:
+            values["mse_plain"] = mse(found, own)
+        return values | (self.of_many(found, str(row)) if self.data and self.experiment.count >= MANY else {})
+
+    def distances(self, found: Sampled, reference: Sampled) -> Values:
+        """How far the images are from those of another run."""
+        ratio = psnr(found.images, reference.images).numpy()
+        name, distance_of = self.perceptual
+        pairs = zip(found.images.split(BATCH), reference.images.split(BATCH), strict=True)
+        return {
+            "mse_latents": mse(found, reference),
             "psnr": float(np.mean(ratio)) if np.isfinite(ratio).all() else None,
             "ssim": float(load_ssim()(found.images, reference.images).mean()),
+            name: float(torch.cat([distance_of(*pair) for pair in pairs]).mean()),
         }
-        if not self.data:
-            return values
+
+    @cached_property
+    def perceptual(self) -> tuple[str, Measure]:
+        """The name and measure of a perceptual distance: LPIPS where its weights are."""
+        with fault_of("packages"):
+            if (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS).is_file():
+                return "lpips", load_lpips(torch.device("cpu"))
+            network = load_extractor("efficientnet-lite0", device="cpu")
+        return "feature_distance", lambda a, b: (network(a) - network(b)).norm(dim=1)
+
+    def of_many(self, found: Sampled, label: str) -> Values:
+        """Of the images as a set: the Fréchet distance from the real images, and retrieval, with intervals."""
         real = self.real
-        ours, theirs = (features_of(some.images, real.extractor, BATCH, str(row)) for some in (found, reference))
-        moments = (Moments.from_features(features.double().numpy()) for features in (ours, real.features))
-        retrieved = real.retrieve(to_pil(found.images), self.queries.entries, str(row))
-        return values | {
-            "feature_distance": float((ours - theirs).norm(dim=1).mean()),
-            "fid_real": distance(*(part.gaussian() for part in moments)),
-            "R@5": float(np.mean(retrieved.hits[5])),
+        features = features_of(found.images, real.extractor, BATCH, label).double().numpy()
+        samples = FeatureSet(Moments.from_features(features), pooled=features)
+        truth = Moments.from_features(real.features.double().numpy()).gaussian()
+        fid = distance(samples.moments.gaussian(), truth)
+        retrieved = share(real.retrieve(to_pil(found.images), self.queries.entries, label).hits[5])
+        return {
+            "fid_real": fid,
+            "fid_real_interval": distance_interval(fid, samples, truth, RESAMPLES, self.experiment.seed),
+            "R@5": retrieved["share"],
+            "R@5_interval": retrieved["interval"],
         }
 
 
-def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -> dict[str, Values]:
-    """The values of all rows, by their names.
+def mse(one: Sampled, other: Sampled) -> float:
+    """Mean squared difference of the latents."""
+    return float((one.latents - other.latents).square().mean())
 
-    Args:
-        plans: of the rows.
-        cache: folder of the measured rows. A file is named by the hash of everything that its values depend on.
+
+def write_latents(path: Path, latents: Tensor, cost: Cost) -> None:
+    """Keep a run's latents and cost in an npz file. Raises SettingError: `out`: it can't be written."""
+    with fault_of("out", (OSError,)), atomic_write(path) as part, part.open("wb") as stream:
+        np.savez(stream, latents=latents.numpy(), cost=np.array([cost.macs, cost.critical]))
+
+
+def read_latents(path: Path) -> tuple[Tensor, Cost] | None:
+    """What `write_latents` kept; None if there is no file, or a damaged one."""
+    try:
+        latents, cost = (load_array(path, name, MOST_VALUES) for name in ("latents", "cost"))
+        return torch.from_numpy(latents), Cost(*map(int, cost))
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan]) -> dict[str, Values]:
+    """The values of all rows, by their names; plans: of the rows.
 
     Raises SettingError: `rows`: a row can't be sampled; `data`, `count`: see `Comparison`; `out`: the cache can't be
     written.
     """
     with fault_of("packages"):
         load_ssim()
-    plain = lru_cache(maxsize=None)(comparison.plain)
     rows = {}
     for row, plan in tqdm(plans.items(), desc="rows", unit="row", disable=None):
         try:
-            about = depends_on(comparison, row, plan)
-            path = cache / f"{json_sha256(about)[:24]}.json"
+            path = comparison.file(row, plan, "json")
             if (values := cached(path)) is None:
-                at_all_steps = plain(row.sampler, row.spacing, comparison.steps)
-                fine = plain("ddim", None, comparison.reference) if comparison.reference else at_all_steps
-                values = comparison.values(row, plan, at_all_steps, fine)
+                values = comparison.values(row, plan)
                 with fault_of("out", (OSError,)):
-                    write_json(path, {"of": about, "values": values})
+                    write_json(path, {"of": depends_on(comparison, row, plan), "values": values})
         except SettingError:
             raise
         except ValueError as error:
@@ -352,7 +431,7 @@ def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan], cache: Path) -
 def depends_on(comparison: Comparison, row: Row, plan: AnyPlan) -> dict[str, Any]:
     """Everything that a row's values depend on, as JSON values."""
     experiment = comparison.experiment
-    method = row.model_dump(include={"sampler", "steps", "spacing", "noise_weight", "guidance_reuse"})
+    method = row.model_dump(include={"sampler", "steps", "spacing", "eta", "noise_weight", "guidance_reuse"})
     recipes = [experiment.recipe(row.sampler, steps, spacing=row.spacing) for steps in (row.steps, comparison.steps)]
     method["rules"] = [rule_digest(recipe, experiment.timesteps) for recipe in recipes]
     return experiment.settings() | comparison.settings | {"row": method | {"plan": plan.settings()}}

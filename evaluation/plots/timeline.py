@@ -67,7 +67,7 @@ def bars(axes: Axes, plans: Mapping[str, Plan]) -> None:
 def shares(plan: Plan) -> list[tuple[float, float]]:
     """The share of the encoder and of the decoder that runs at each step, 0..1."""
     shallow = plan.branch / BLOCKS
-    of = {Compute.FULL: (1.0, 1.0), Compute.DECODER: (plan.refresh / BLOCKS, 1.0)}
+    of = {Compute.FULL: (1.0, 1.0), Compute.GATED: (1.0, 1.0), Compute.DECODER: (plan.refresh / BLOCKS, 1.0)}
     of |= {Compute.SHALLOW: (shallow, shallow), Compute.SKIPPED: (0.0, 0.0)}
     return [of[work] for work in plan.computes()]
 

@@ -48,8 +48,9 @@ from ldm.io.files import atomic_write
 from ldm.io.images import find_png, from_pil, grid, psnr, save_png, side_by_side
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
-from ldm.models.diffusion.propagation.plan import AnyPlan, Plan, check_blocks
+from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan, check_blocks
 from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.modules.attention import attends
 from ldm.profiling.plan_table import plan_table
 from ldm.sampling.engine import Engine, Recipe, Task
 from ldm.sampling.generate import Item, Sample, digest, generate
@@ -116,7 +117,7 @@ def make_images(
         return []
     with fault_of("ckpt", (CheckpointError,)):
         settings = weights_of(setup) | ({} if refiner is None else {"refiner": weights_of(refiner.setup)})
-    facts = run_facts(setup, recipe.solver_name, recipe.facts(task.start.strength))
+    facts = run_facts(setup, recipe.solver_name, recipe.facts(task.start.strength), task.network)
     methods = choose_methods(setup, sampling, recipe, nodes, facts, output.compare, task.network.anew)
     engines = load_engines(setup, methods, task, output.tile, refiner)
     check_memory([*engines.values()][-1], min(batch, len(items)), setup.device)
@@ -212,6 +213,8 @@ def check_network(model: LatentDiffusion, recipe: Recipe, plan: AnyPlan) -> None
         unet.check_merging(recipe.tome)
     with fault_of("plan"):
         check_blocks(plan, len(unet.output_blocks))
+        if Compute.GATED in plan.levels and not attends(unet):
+            raise ValueError("tgate needs cross-attention as in Stable Diffusion, which this model's network lacks")
 
 
 def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:

@@ -38,10 +38,11 @@ from ldm.io.images import MOST_PIXELS
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, level_of, load_plan
-from ldm.models.diffusion.propagation.plan import LEVELS, AnyPlan, Compute, Plan, with_few_sizes
+from ldm.models.diffusion.propagation.plan import LEVELS, MEASURED, AnyPlan, Compute, Plan, with_few_sizes
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.profiling.cost import decoders_that_fit, free_bytes
 from ldm.sampling.engine import Engine, Recipe, Sizes, num_nodes, usual_scale
+from ldm.sampling.task import Network
 from ldm.util import instantiate_from_config
 
 # A config that does not build a model may fail in any way that a constructor can.
@@ -411,6 +412,7 @@ def _published() -> Sequence[Published]:
 
 # How it samples: solver, steps, guidance, plan, decoder batches
 
+MODELS_OWN = Network()
 CPU_POSITIONS = 16384  # latent positions in one decoder batch of an evaluation on a CPU; last digits depend on it
 # The same of the scripts: as many predictions as gain by sharing a batch, 48 of 8 x 8 latents. More take memory only.
 FAST_POSITIONS = 3072
@@ -472,7 +474,7 @@ def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mappi
     weight = settings.noise_weight
     if weight is None:
         with fault_of("plan"):  # it makes up for features that are held
-            weight = 0.0 if settings.plan == "off" or level_of(settings.plan) == "skip" else NOISE_WEIGHT
+            weight = 0.0 if settings.plan == "off" or level_of(settings.plan) in ("skip", "tgate") else NOISE_WEIGHT
     recipe = Recipe(
         *size,
         sampler,
@@ -526,10 +528,14 @@ def count_nodes(recipe: Recipe, setup: Setup, strength: float = 1.0) -> int:
         return num_nodes(recipe, timesteps, strength)
 
 
-def run_facts(setup: Setup, sampler: str, more: Mapping[str, Any] = MappingProxyType({})) -> RunFacts:
-    """What plans and calibrations may have been made for; more: see `Recipe.facts`."""
-    weights = fingerprint(setup.ckpt)[:16]
-    return RunFacts({"sampler": sampler, "weights": weights, **more}, calibrations_of(setup.ckpt))
+def run_facts(
+    setup: Setup, sampler: str, more: Mapping[str, Any] = MappingProxyType({}), network: Network = MODELS_OWN
+) -> RunFacts:
+    """What plans and calibrations may have been made for; more: see `Recipe.facts`; network: of the task."""
+    weights, files = fingerprint(setup.ckpt)[:16], setup.adapters()
+    additions = [" ".join([name, *map(str, file)]) for name in ("lora", "delta") for file in files.get(name, [])]
+    facts = {"sampler": sampler, "weights": weights, "additions": ", ".join([*additions, *network.settings()]) or None}
+    return RunFacts(facts | dict(more), calibrations_of(setup.ckpt))
 
 
 def reuse_setting(reuse: bool | str) -> str:
@@ -582,6 +588,8 @@ def best_plan(plan: AnyPlan, nodes: int, run: RunFacts) -> tuple[str, AnyPlan | 
     if not isinstance(plan, Plan) or len(plan.levels) > 1 or plan.waits or plan.branch > 1:
         return "calibration is for plans of one level, and this plan has several or decides during the run", None
     (level,) = (name for name, compute in LEVELS.items() if compute in plan.levels)
+    if level not in MEASURED:
+        return f"calibration measures the levels {', '.join(MEASURED)}, and this plan has {level}", None
     name = f"{'' if level == 'encoder' else f'{level}:'}auto:{len(plan.keys)}"
     try:
         best = load_plan(name, nodes, nodes, run=run)

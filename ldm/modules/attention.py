@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.compatibility import Normalize  # noqa: F401  (published name of this module)
 from ldm.modules.attention_control import AttentionControl
-from ldm.modules.diffusionmodules.util import checkpoint, normalization, zero_module
+from ldm.modules.diffusionmodules.util import checkpoint, normalization, weighted_sum, zero_module
 from ldm.modules.token_merging import Merging
 
 
@@ -54,6 +54,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         inner_dim = heads * dim_head
         self.heads = heads
+        self.cross = context_dim is not None
         self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
         self.to_k = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
         self.to_v = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
@@ -84,6 +85,8 @@ class CrossAttention(nn.Module):
         seen:    without a context, the tokens that are attended to in the place of x, (B / n, N', query_dim): each row
             by n rows of x.
         """
+        if isinstance(context, ProjectedContext) and (kept := context.output_of(self)) is not None:
+            return kept
         q = self._split(self.to_q(x))  # (B, heads, N, dim_head)
         if isinstance(context, ProjectedContext):
             k, v = context.of(self)  # (B, heads, L, dim_head)
@@ -97,7 +100,10 @@ class CrossAttention(nn.Module):
         else:
             maps = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, N, L)
             attended = control.edited(self, maps, cross) @ v
-        return self.to_out(attended.transpose(1, 2).flatten(2))
+        out = self.to_out(attended.transpose(1, 2).flatten(2))
+        if isinstance(context, ProjectedContext) and context.record is not None:
+            context.record[self] = out
+        return out
 
 
 MemoryEfficientCrossAttention = CrossAttention  # published as another kernel for the same result
@@ -157,6 +163,11 @@ class BasicTransformerBlock(nn.Module):
             x = x + merging.unmerge(self.attn1(tokens, seen=first_frames(tokens, context)))
         x = x + self.attn2(self.norm2(x), context, control)
         return x + self.ff(self.norm3(x))
+
+
+def attends(network: nn.Module) -> bool:
+    """Whether a network has layers of cross-attention, whose outputs can be kept."""
+    return any(isinstance(m, BasicTransformerBlock) and m.attn2.cross for m in network.modules())
 
 
 class SpatialTransformer(nn.Module):
@@ -227,6 +238,38 @@ def to_map(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class AttentionOutputs:
+    """What layers of cross-attention gave at one node, to be given again at others.
+
+    layers: by layer, (batch, N, D).
+    """
+
+    layers: Mapping[nn.Module, Tensor]
+
+    def __len__(self) -> int:
+        """The batch size; 0 without layers."""
+        return max(map(len, self.layers.values()), default=0)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.layers.values())
+
+    def of_images(self, batch: int | None) -> AttentionOutputs:
+        """For so many images: where there are twice as many, the mean of unconditional and conditional halves.
+
+        Source: T-GATE (arXiv 2404.02747), section 3.
+        """
+        means = {layer: sum(out.chunk(2)) / 2 for layer, out in self.layers.items() if len(out) == 2 * (batch or 0)}
+        return AttentionOutputs({**self.layers, **means})
+
+    @staticmethod
+    def combine(parts: Sequence[AttentionOutputs], weights: Sequence[float]) -> AttentionOutputs:
+        """The weighted sum of outputs of the same layers."""
+        layers = parts[-1].layers
+        return AttentionOutputs({layer: weighted_sum([p.layers[layer] for p in parts], weights) for layer in layers})
+
+
+@dataclass(frozen=True, eq=False)
 class ProjectedContext:
     """What the attention layers of one network make of a context, computed once for all steps of a run.
 
@@ -236,6 +279,8 @@ class ProjectedContext:
     control:     what images take of each other's attention; None = nothing.
     frames:      how many images in a row are one video: in self-attention they all attend to the first of them
         (cross-frame attention of Text2Video-Zero, arXiv 2303.13439).
+    outputs:     what layers give in the place of attending; None = all attend.
+    record:      where layers put what they give; None = nowhere.
     """
 
     keys_values: Mapping[nn.Module, tuple[Tensor, Tensor]]
@@ -243,6 +288,8 @@ class ProjectedContext:
     copies: int = 1
     control: AttentionControl | None = None
     frames: int = 1
+    outputs: AttentionOutputs | None = None
+    record: dict[nn.Module, Tensor] | None = None
 
     def __len__(self) -> int:
         return self.batch * self.copies
@@ -259,6 +306,11 @@ class ProjectedContext:
         """Of some images of a batch that is not repeated."""
         chosen = {layer: (k[which], v[which]) for layer, (k, v) in self.keys_values.items()}
         return replace(self, keys_values=chosen, batch=len(range(self.batch)[which]))
+
+    def output_of(self, layer: nn.Module) -> Tensor | None:
+        """What the layer is to give without attending, (copies*B, N, D); None = it attends."""
+        kept = None if self.outputs is None else self.outputs.layers.get(layer)
+        return kept if kept is None or self.copies == 1 else kept.repeat(self.copies, 1, 1)
 
     def of(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, (copies*B, heads, L, dim_head).

@@ -12,16 +12,17 @@ import torch
 
 from ldm.checkpoint import diffusion_params
 from ldm.checkpoint.conversion import ConversionError
-from ldm.io.errors import fault_of
+from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.parallel import Compiled, check_compiler
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
-from ldm.profiling.cost import Macs, context_tokens, unet_macs
-from ldm.profiling.timing import Seconds, alternate, machine, matrix_product, peak_memory, seconds_of, shares
+from ldm.profiling.cost import Macs, context_tokens, timed, unet_macs
+from ldm.profiling.timing import CPU, Seconds, alternate, machine, matrix_product, peak_memory, shares
 from ldm.profiling.workload import Workload, random_network
 
 MATRIX, PEER = "matrix product", "diffusers"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILED = ", compiled"  # after the name of a row
 
 
@@ -38,6 +39,7 @@ class Benchmark:
     compiled: also time every row compiled by PyTorch.
     repeats: timed rounds.
     threads: of the CPU; None = PyTorch's.
+    device, dtype: where, and in which of DTYPES.
     """
 
     config: str
@@ -49,6 +51,13 @@ class Benchmark:
     compiled: bool
     repeats: int
     threads: int | None = None
+    device: torch.device = CPU
+    dtype: str = "fp32"
+
+    @property
+    def packed(self) -> bool:
+        """Whether layers are packed, and diffusers can be timed on the same weights."""
+        return self.device.type == "cpu" and self.dtype == "fp32"
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -99,7 +108,9 @@ def run_benchmark(benchmark: Benchmark, batches: Sequence[int]) -> Iterator[dict
     Raises:
         SettingError: a setting can't be used, or a library that is needed is not here.
     """
-    plans = benchmark.plans
+    plans, _ = benchmark.plans, benchmark.latent_size  # which reads the config
+    if benchmark.peer and not benchmark.packed:
+        raise SettingError("against", "diffusers is timed in fp32 on a CPU only")
     if benchmark.compiled:
         with fault_of("compile"):
             check_compiler()
@@ -116,12 +127,7 @@ def _measured(benchmark: Benchmark, batches: Sequence[int], plans: Mapping[str, 
 
 def circumstances(benchmark: Benchmark) -> dict[str, Any]:
     """What timings depend on, as JSON values."""
-    about = machine() | {
-        "config": benchmark.config,
-        "size": list(benchmark.latent_size),
-        "steps": benchmark.steps,
-        "repeats": benchmark.repeats,
-    }
+    about = machine(benchmark.device) | {"steps": benchmark.steps, "repeats": benchmark.repeats}
     if benchmark.peer:
         about["diffusers"] = _baseline().diffusers.__version__
     return about
@@ -130,37 +136,53 @@ def circumstances(benchmark: Benchmark) -> dict[str, Any]:
 def measure(benchmark: Benchmark, batch: int, plans: Mapping[str, Plan]) -> dict[str, Any]:
     """All rows for one batch size, with what belongs to them."""
     params = diffusion_params(benchmark.config)
-    size, network = benchmark.latent_size, random_network(params)
+    size, device, dtype = benchmark.latent_size, benchmark.device, DTYPES[benchmark.dtype]
+    network = random_network(params, device, dtype)
     tokens = context_tokens(params)
     tokens = tokens and (benchmark.tokens or tokens)
     peer = peer_of(params, network) if benchmark.peer else None
-    pack(network.diffusion_model, size, tokens)
+    if benchmark.packed:
+        pack(network.diffusion_model, size, tokens)
     workload = Workload.of(params, network, size, batch, tokens, benchmark.steps)
     unit = unet_macs(network.diffusion_model, size, 2, tokens)
 
-    product, operations = matrix_product()
+    product, operations = matrix_product(device, dtype)
     calls = {MATRIX: product} | {name: partial(workload.run, plan) for name, plan in plans.items()}
-    result: dict[str, Any] = {"batch": batch}
+    result: dict[str, Any] = {"config": benchmark.config, "size": [*size], "dtype": benchmark.dtype, "batch": batch}
     if benchmark.compiled:
         more = compiled_calls(workload, plans)
         calls |= more
         plans = {**plans, **{name + COMPILED: plan for name, plan in plans.items()}}
-        result["compile_seconds"] = sum(map(seconds_of, more.values()))
+        result["compile_seconds"] = sum(timed(call, device)[1] for call in more.values())
     if peer is not None:
         others, facts = against(peer, workload, benchmark.compiled)
         calls, result = calls | others, result | facts
-    peaks = {name: peak_memory(call) for name, call in calls.items()}
-    taken = alternate(calls, benchmark.repeats)
+    peaks = peaks_of(calls, device)
+    result["out_of_memory"] = [name for name, peak in peaks.items() if peak is None]
+    taken = alternate(
+        {name: calls[name] for name, peak in peaks.items() if peak is not None}, benchmark.repeats, device
+    )
     rate = operations / taken.pop(MATRIX).median
     rows = [make_row(name, batch, plans.get(name), taken, unit, peaks[name], benchmark.steps) for name in taken]
-    single = Workload(params, network, workload.x, workload.context, 1)
+    single = replace(workload, steps=1)
     plain = 2 * batch * unit.plain(benchmark.steps) / taken["off"].median if "off" in taken else None
     return result | {
         "matmul_flops": rate,
         "plain_flops": plain,
-        "shares": shares(partial(single.run, load_plan("off", 1))),
+        "shares": shares(partial(single.run, load_plan("off", 1)), device),
         "rows": [asdict(row) for row in rows],
     }
+
+
+def peaks_of(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, int | None]:
+    """The peak memory of each call; None = there is not enough."""
+    peaks: dict[str, int | None] = {}
+    for name, call in calls.items():
+        try:
+            peaks[name] = peak_memory(call, device)
+        except torch.OutOfMemoryError:
+            peaks[name] = None
+    return peaks
 
 
 def compiled_calls(workload: Workload, plans: Mapping[str, Plan]) -> dict[str, Callable[[], Any]]:
@@ -189,7 +211,7 @@ def against(
     facts: dict[str, Any] = {"peer": peer.setting, "difference": float(difference)}
     if compiled:
         calls[PEER + COMPILED] = partial(peer.compiled().run, workload)
-        facts["peer_compile_seconds"] = seconds_of(calls[PEER + COMPILED])
+        facts["peer_compile_seconds"] = timed(calls[PEER + COMPILED], CPU)[1]
     return calls, facts
 
 

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
 from ldm.models.diffusion.propagation.plan import METHODS, AnyPlan, Compute, Forecast, Plan
+from ldm.modules.attention import AttentionOutputs, ProjectedContext
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.openaimodel import meta_unet, on_meta, once_for_a_config
 from ldm.modules.diffusionmodules.util import Features, PartWeights
@@ -46,6 +47,8 @@ class Macs:
     once:   what is computed once for all steps of a run: keys and values of the context.
     shared: of `decode`, what depends on the key timestep's features alone.
     control: of `encode`, what control networks compute.
+    gated:  all but cross-attention; of half of an even batch, which is the prediction that is left without guidance.
+        None = there is no cross-attention.
     """
 
     encode: int
@@ -55,6 +58,7 @@ class Macs:
     once: int = 0
     shared: int = 0
     control: int = 0
+    gated: int | None = None
 
     @property
     def whole(self) -> int:
@@ -69,6 +73,8 @@ class Macs:
         """One prediction at a node of a plan."""
         if compute is Compute.SKIPPED:
             return 0
+        if compute is Compute.GATED:
+            return self.gated
         if compute is Compute.SHALLOW:
             return self.outer[plan.branch] + self.last[plan.branch]
         if compute is Compute.FULL:
@@ -87,6 +93,7 @@ class Macs:
             outer=tuple(a + b for a, b in zip(self.outer, control.outer, strict=True)),
             once=self.once + control.once,
             control=self.control + control.encode,
+            gated=None if self.gated is None else self.gated + control.gated,
         )
 
     def run(self, plan: AnyPlan, computes: Sequence[Compute] | None = None, images: Sequence[int] | None = None) -> int:
@@ -231,7 +238,11 @@ def unet_macs(
         features, (*outer, encode) = _by_block(lambda: unet.encode(x, **inputs), unet.input_blocks, convention)
         _, (*before, decode) = _by_block(lambda: unet.decode(features, **inputs), unet.output_blocks, convention)
         last = (time + decode - done for done in reversed([time, *before]))
-        return Macs(encode, decode, (0, *outer), tuple(last), once, count(lambda: unet.share(features)))
+        shared = count(lambda: unet.share(features))
+        _, x, inputs = meta_unet(unet, size, batch if batch % 2 else batch // 2, context_length, tome)
+        kept = attention_outputs(unet, x, inputs)
+        gated = count(lambda: predict_gated(unet, x, inputs, kept)) if kept.layers else None
+        return Macs(encode, decode, (0, *outer), tuple(last), once, shared, gated=gated)
 
 
 def control_macs(
@@ -258,7 +269,26 @@ def control_macs(
             once += count(lambda: control.project(context))
             context = control.project(context)
         _, (*outer, whole) = _by_block(lambda: control.encode(x, read, t, context), control.zero_convs, convention)
-        return Macs(whole + again, 0, (0, *(n + again for n in outer)), once=once - again)
+        # An upper bound without cross-attention, which is left out there too.
+        gated = whole + again
+        return Macs(whole + again, 0, (0, *(n + again for n in outer)), once=once - again, gated=gated)
+
+
+def attention_outputs(unet: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> AttentionOutputs:
+    """What the layers of cross-attention give in one prediction; without layers where there is none."""
+    layers: dict[nn.Module, Tensor] = {}
+    if (context := inputs["context"]) is not None:
+        projected = context if isinstance(context, ProjectedContext) else unet.project(context)
+        inputs = {**inputs, "context": replace(projected, record=layers)}
+        unet.decode(unet.encode(x, **inputs), **inputs)
+    return AttentionOutputs(layers)
+
+
+def predict_gated(unet: nn.Module, x: Tensor, inputs: Mapping[str, Any], outputs: AttentionOutputs) -> Tensor:
+    """A prediction in which the layers of cross-attention give these outputs."""
+    context = ProjectedContext({}, len(x), outputs=outputs)
+    inputs = {**inputs, "context": context}
+    return unet.decode(unet.encode(x, **inputs), **inputs)
 
 
 def _hint(control: ControlNet, batch: int, size: Sequence[int]) -> Tensor:
@@ -395,12 +425,14 @@ class Kept:
     inner:    [b]: where the decoder stands before its last b blocks.
     output:   of the prediction itself.
     shared:   what decoders that take the same features have in common.
+    attention: of the layers of cross-attention.
     """
 
     features: int
     inner: tuple[int, ...]
     output: int
     shared: int
+    attention: int = 0
 
     def added(self, plan: Plan, images: int = 1) -> int:
         """What a plan keeps for one image beyond what a plain run keeps.
@@ -414,6 +446,8 @@ class Kept:
             more += images * self.shared if forecast.name == "hold" and not (plan.waits or plan.branch) else 0
         if Compute.SHALLOW in plan.levels:
             more += images * values * self.inner[plan.branch]
+        if Compute.GATED in plan.levels:
+            more += images * values * self.attention
         return more + (values * self.output if Compute.SKIPPED in plan.levels else 0)
 
 
@@ -435,6 +469,7 @@ def kept_bytes(
             tuple(_bytes([at.hidden]) for at in reversed(inner)),
             _bytes([unet.decode(features, **inputs)]),
             _bytes([t for part in shared for t in part if id(t.untyped_storage()) not in own]),
+            _bytes(attention_outputs(unet, x, inputs).tensors),
         )
 
 

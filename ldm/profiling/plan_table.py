@@ -9,7 +9,19 @@ from ldm.models.diffusion.propagation.load import FORMS, load_plan, plan_names
 from ldm.models.diffusion.propagation.plan import AXES, GRAMMAR, METHODS, QUANTITIES, AnyPlan, Compute
 from ldm.profiling.cost import Kept, Macs
 
-RULES = ("off", "uniform:2", "uniform:4", "pro", "deepcache:3", "deepcache:5", "skip:2", "skip:3", "skip:6")
+RULES = (
+    "off",
+    "uniform:2",
+    "uniform:4",
+    "pro",
+    "deepcache:3",
+    "deepcache:5",
+    "skip:2",
+    "skip:3",
+    "skip:6",
+    "tgate:10",
+    "tgate:25",
+)
 
 
 def spans(nodes: Sequence[int]) -> str:
@@ -37,10 +49,12 @@ def plan_table(unit: Macs, kept: Kept, nodes: int, more: Sequence[str] = (), ima
     yield f"{'plan':<24}{costs}  {'between key timesteps':<32}key timesteps of {nodes}"
     plans = {name: load_plan(name, nodes) for name in (*RULES, *more, *plan_names())}
     for name, plan in plans.items():
-        if max(plan.branch, plan.refresh) >= len(unit.outer):
+        if max(plan.branch, plan.refresh) >= len(unit.outer) or (Compute.GATED in plan.levels and unit.gated is None):
             continue
+        each = [1 if compute is Compute.GATED else images for compute in plan.computes()]
+        macs, critical = (cost(plan, images=each) / (images * plain) for cost in (unit.run, unit.critical_path))
         yield (
-            f"{name:<24}{unit.run(plan) / plain:>7.1%}{unit.critical_path(plan) / plain:>15.1%}"
+            f"{name:<24}{macs:>7.1%}{critical:>15.1%}"
             f"{kept.added(plan, images) / 1e6:>9.2f}  {between(plan):<32}"
             f"{spans(plan.keys)}"
         )
@@ -55,6 +69,11 @@ def plan_table(unit: Macs, kept: Kept, nodes: int, more: Sequence[str] = (), ima
 
 def between(plan: AnyPlan) -> str:
     """What runs at nodes that are no key nodes, and how the rest is forecast: `decoder, hold`."""
-    kinds = {Compute.DECODER: "decoder", Compute.SHALLOW: f"{plan.branch} outer", Compute.SKIPPED: "nothing"}
+    kinds = {
+        Compute.DECODER: "decoder",
+        Compute.SHALLOW: f"{plan.branch} outer",
+        Compute.SKIPPED: "nothing",
+        Compute.GATED: "no cross-attention",
+    }
     levels = [name for kind, name in kinds.items() if kind in plan.levels]
     return ", ".join([*levels, plan.propagate] if levels else ["-"])

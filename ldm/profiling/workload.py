@@ -15,6 +15,7 @@ from ldm.models.diffusion.loop import denoise
 from ldm.models.diffusion.propagation.plan import AnyPlan
 from ldm.models.diffusion.solvers.registry import solver
 from ldm.modules.diffusionmodules.util import make_beta_schedule
+from ldm.profiling.timing import CPU
 
 SCALE = 7.5
 
@@ -27,6 +28,7 @@ class Workload:
     network: with random weights.
     x: starting latents, (B, C, H, W).
     context: [unconditional | conditional] tokens, (2B, L, D); None for a network that takes none.
+    y: the vectors of SDXL, (2B, D); None for a network that takes none.
     """
 
     params: Mapping[str, Any]
@@ -34,6 +36,7 @@ class Workload:
     x: Tensor
     context: Tensor | None
     steps: int
+    y: Tensor | None = None
 
     @staticmethod
     def of(
@@ -45,10 +48,15 @@ class Workload:
         steps: int,
     ) -> Workload:
         unet, generator = network.diffusion_model, torch.Generator().manual_seed(0)
-        x = torch.randn(batch, unet.in_channels, *size, generator=generator)
-        width = unet.context_dim
-        context = None if width is None else torch.randn(2 * batch, tokens, width, generator=generator)
-        return Workload(params, network, x, context, steps)
+        place = {"device": unet.time_embed[0].weight.device, "dtype": unet.dtype}
+
+        def draw(*shape: int | None) -> Tensor | None:
+            return None if None in shape else torch.randn(shape, generator=generator)
+
+        x, context = draw(batch, unet.in_channels, *size), draw(2 * batch, tokens, unet.context_dim)
+        y = draw(2 * batch, unet.adm_in_channels)
+        context, y = (part if part is None else part.to(**place) for part in (context, y))
+        return Workload(params, network, x.to(place["device"]), context, steps, y)
 
     @property
     def abar(self) -> Tensor:
@@ -64,8 +72,10 @@ class Workload:
     @property
     def denoiser(self) -> Denoiser:
         parameterization = self.params.get("parameterization", "eps")
-        both = Conditional(self.network, self.network.project(Conditioning(self.context)), parameterization)
-        return Guided(both, Guidance(SCALE))
+        cond = self.network.project(Conditioning(self.context, y=self.y))
+        halves = (cond, cond.images(slice(len(self.x), None)))
+        both, alone = (Conditional(self.network, half, parameterization) for half in halves)
+        return Guided(both, Guidance(SCALE), alone)
 
     def run(self, plan: AnyPlan) -> Tensor:
         """The latents at the end."""
@@ -74,7 +84,9 @@ class Workload:
         return state.x
 
 
-def random_network(params: Mapping[str, Any]) -> DiffusionWrapper:
+def random_network(
+    params: Mapping[str, Any], device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> DiffusionWrapper:
     """The network of a config, its weights drawn so that features keep their size.
 
     Raises:
@@ -82,15 +94,15 @@ def random_network(params: Mapping[str, Any]) -> DiffusionWrapper:
     """
     takes_tokens = params["unet_config"]["params"].get("context_dim") is not None
     key = params.get("conditioning_key") or ("crossattn" if takes_tokens else None)
-    if key not in (None, "crossattn"):
+    if key not in (None, "crossattn", "crossattn-adm"):
         raise ValueError(
-            f"only networks that take latents, or latents and tokens, can be measured; this one's "
-            f"conditioning_key is {key}"
+            f"only networks that take latents, or latents and tokens, can be measured, with or without a vector; this "
+            f"one's conditioning_key is {key}"
         )
     with torch.device("meta"):
         network = DiffusionWrapper(params["unet_config"], key)
-    network = network.to_empty(device="cpu").eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
+    network = network.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
     for name, p in network.named_parameters():
         if p.ndim > 1:
             p.normal_(0, p[0].numel() ** -0.5, generator=generator)

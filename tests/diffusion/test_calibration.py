@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint import fingerprint
+from ldm.cli.arguments import EMOJI64 as EMOJI64_FILES
 from ldm.cli.calibrate import even, usable
+from ldm.cli.setup import ModelSettings, make_setup, run_facts
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.loop import State, denoise
@@ -28,6 +30,7 @@ from ldm.models.diffusion.propagation.predict import Forecaster
 from ldm.models.diffusion.propagation.search import NodeErrors, best_keys, exchange
 from ldm.models.diffusion.schedule import Node
 from ldm.sampling.engine import Recipe
+from ldm.sampling.video import OneVideo
 from tests.helpers import golden_sampler
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
@@ -176,6 +179,11 @@ def test_auto_plans_come_from_the_table_beside_the_weights(tmp_path):
         ({"sampler": "plms", "weights": "abc"}, 10, "for plms with 10 nodes; there is none"),
         ({"sampler": "ddim", "weights": "abc"}, 20, "for ddim with 20 nodes; there is one for 10"),
         ({"sampler": "ddim", "weights": "b"}, 10, "made for weights abc; this run's is b"),
+        (
+            {"sampler": "ddim", "weights": "abc", "additions": "lora a.pt 12 1.0, control"},
+            10,
+            "made for additions none; this run's is lora a.pt 12 1.0, control",
+        ),
     ):
         with pytest.raises(ValueError, match=why):
             load_plan("auto:5", nodes, run=RunFacts(facts, tmp_path))
@@ -208,6 +216,19 @@ def test_a_calibration_is_for_the_run_that_was_measured(tmp_path, run, strength,
     (tmp_path / "ddim-10-other.json").unlink()
     with pytest.raises(ValueError, match=re.escape(f"calibration ddim-10.json was {why}")):
         load_plan("auto:5", 10, run=RunFacts(facts | run.facts(strength), tmp_path))
+
+
+def test_a_calibration_is_for_the_network_without_a_lora_or_control(tmp_path):
+    (tmp_path / "style.safetensors").write_bytes(b"changes")
+    lora, made = ((str(tmp_path / "style.safetensors"), 0.5),), Recipe(64, 64, steps=50, scale=2.0).facts()
+    bare, changed = (make_setup(ModelSettings(lora=files), EMOJI64_FILES) for files in ((), lora))
+    assert len(load_plan("auto:9", 50, run=run_facts(bare, "ddim", made)).keys) == 9
+    for run, what in (
+        (run_facts(changed, "ddim", made), r"lora style.safetensors \w+ 0.5"),
+        (run_facts(bare, "ddim", made, OneVideo(4)), "frames"),
+    ):
+        with pytest.raises(ValueError, match=f"made for additions none; this run's is {what}; scripts/calibrate_plan"):
+            load_plan("auto:9", 50, run=run)
 
 
 def test_published_samplers_refuse_a_calibration_of_other_timesteps(tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evaluation.figures import main
+from evaluation.plots import pareto
 from tests.helpers.tiny_data import write_data
 from tests.helpers.tiny_models import WORDS, write_model
 
@@ -75,10 +77,27 @@ def test_errors_may_be_those_to_a_finer_run(tmp_path):
     )
     assert draw(arguments, tmp_path, rows) == 0
     plain, fine, *placed = read(tmp_path)
+    assert plain["mse_plain"] == 0 and "mse_plain" not in fine, "a run of other steps"
     assert fine["mse_latents"] == 0 < plain["mse_latents"] and fine["macs_share"] == pytest.approx(2, rel=0.01)
     assert placed[0]["mse_latents"] != placed[1]["mse_latents"]
     text = (tmp_path / "pareto.md").read_text()
     assert "to 20 steps of DDIM" in text and "| unipc 10 quad |" in text
+
+
+def test_fresh_noise_is_compared_with_the_plain_run_that_shares_it(tmp_path):
+    arguments = [*write_tiny(tmp_path), "--count", "1", "--steps", "4"]
+    rows = "reference: 8\nrows:\n- {family: noise, eta: 1, steps: [4, 2]}\n- {family: noise, eta: 1, plan: '0,2'}\n"
+    assert draw(arguments, tmp_path, rows) == 0
+    plain, fewer, plan = read(tmp_path)
+    assert plain["mse_latents"] == plain["mse_plain"] == 0 < plan["mse_latents"] == plan["mse_plain"]
+    assert fewer["mse_latents"] is None and "| ddim 2, eta 1 |" in (tmp_path / "pareto.md").read_text()
+    kept = [*(tmp_path / "pareto-rows").glob("*.npz")]
+    assert len(kept) == 2, "the plain runs"
+    for file in kept:
+        file.write_bytes(b"damaged")
+    for file in (tmp_path / "pareto-rows").glob("*.json"):
+        file.unlink()
+    assert draw(arguments, tmp_path, rows) == 0 and read(tmp_path) == [plain, fewer, plan]
 
 
 def write_tiny(folder: Path) -> list[str]:
@@ -115,7 +134,7 @@ def finished(tmp_path_factory) -> tuple[list[str], Path]:
 
 def marked(folder: Path, to: Path) -> None:
     """Copy the rows that a run has measured, each with an error of 123 instead of its own."""
-    for file in (folder / "pareto-rows").iterdir():
+    for file in (folder / "pareto-rows").glob("*.json"):
         content = json.loads(file.read_text())
         (to / "pareto-rows").mkdir(exist_ok=True)
         (to / "pareto-rows" / file.name).write_text(
@@ -185,26 +204,29 @@ def test_a_stopped_run_goes_on(finished, tmp_path, capsys):
     assert draw(arguments, tmp_path, rows) == 2
     error = capsys.readouterr().err
     assert error.startswith("figures.py: error: --rows: ddim 4, deepcache:2:99: ") and error.count("\n") == 1
-    assert len([*(tmp_path / "pareto-rows").iterdir()]) == 1 and not (tmp_path / "pareto.json").exists()
+    assert len([*(tmp_path / "pareto-rows").glob("*.json")]) == 1 and not (tmp_path / "pareto.json").exists()
 
 
-def test_a_dataset_gives_prompts_and_real_images(tmp_path, capsys):
+def test_a_dataset_gives_prompts_and_real_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pareto, "MANY", 3)
+    monkeypatch.setattr(pareto, "RESAMPLES", 2)
     data = write_data(tmp_path, side=64)
     arguments = ["--data", str(data), "--steps", "2", "--count"]
     rows = "rows:\n- {family: fewer, steps: 1}\n"
     assert draw([*arguments, "3"], tmp_path, rows) == 0
     (few,) = read(tmp_path)
-    assert few["fid_real"] > 0 and few["feature_distance"] > 0 and 0 <= few["R@5"] <= 1
-    assert "Fréchet distance" in (tmp_path / "pareto.md").read_text()
+    low, high = few["fid_real_interval"]
+    assert 0 < low < few["fid_real"] < high and few["feature_distance"] > 0
+    assert 0 <= few["R@5_interval"][0] <= few["R@5"] <= few["R@5_interval"][1] <= 1
+    assert re.search(r"\| [\d.]+ \([\d.]+ to [\d.]+\) \| \d", (tmp_path / "pareto.md").read_text())
     np.save(data / "pictures.npy", 255 - np.load(data / "pictures.npy"))
     assert draw([*arguments, "3"], tmp_path, rows) == 0
     (other,) = read(tmp_path)
     assert other["fid_real"] != few["fid_real"] and other["mse_latents"] == few["mse_latents"]
     capsys.readouterr()
-    for count, why in (
-        ("20", "has 19 captions; got 20"),
-        ("1", "a Fréchet distance from a dataset needs at least 2 images; got 1"),
-    ):
-        assert draw([*arguments, count], tmp_path, rows) == 2
-        assert (error := capsys.readouterr().err).startswith("figures.py: error: --count: ")
-        assert why in error and error.count("\n") == 1
+    assert draw([*arguments, "20"], tmp_path, rows) == 2
+    assert (error := capsys.readouterr().err).startswith("figures.py: error: --count: ")
+    assert "has 19 captions; got 20" in error and error.count("\n") == 1
+    assert draw([*arguments, "1"], tmp_path, rows) == 0
+    text = (tmp_path / "pareto.md").read_text()
+    assert "retrieval are left out: they need 3 images" in text and "R@5" not in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from omegaconf import OmegaConf
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
-from ldm.profiling.benchmark import read_row
+from ldm.profiling.benchmark import peaks_of, read_row
 from ldm.profiling.cost import shared_bytes, unet_macs
-from ldm.profiling.timing import Seconds, alternate, peak_memory, shares
+from ldm.profiling.timing import CPU, Seconds, alternate, peak_memory, shares
 from ldm.profiling.workload import Workload, random_network
 from tests.helpers.paths import EMOJI64
 from tests.helpers.scripts import load_script
@@ -95,19 +96,46 @@ def test_rows_are_plans_with_their_propagation_and_batch():
     assert len(calibrated.keys) == 9 and (calibrated.parallel, calibrated.propagate) == (3, "quadratic")
 
 
+def write_config(path: Path, **changes: Any) -> None:
+    """A tiny model; changes of its network."""
+    rest = {
+        "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
+        "cond_stage_config": "__is_unconditional__",
+    }
+    params = network_params(image_size=16, attention_resolutions=[1, 2], **changes) | rest
+    if "adm_in_channels" in changes:
+        params["conditioning_key"] = "crossattn-adm"
+    model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
+    OmegaConf.save(OmegaConf.create({"model": model}), path)
+
+
+def test_a_table_for_each_model_and_precision(tmp_path, capsys):
+    """With what a GPU is asked for, on a CPU: two networks, one of which takes a vector, as SDXL does."""
+    write_config(tmp_path / "one.yaml")
+    write_config(tmp_path / "xl.yaml", num_classes="sequential", adm_in_channels=24)
+    out, configs = tmp_path / "gpu.json", [str(tmp_path / name) for name in ("one.yaml", "xl.yaml")]
+    args = ["--device", "cpu", "--tokens", "5", "--steps", "2", "--rows", "off", "tgate:1", "--repeats", "1"]
+    assert main([*args, "--config", *configs, "--dtype", "fp32", "bf16", "--json", str(out)]) == 0
+    results, printed = json.loads(out.read_text())["results"], capsys.readouterr().out
+    assert [(r["config"], r["dtype"]) for r in results] == [(c, d) for c in configs for d in ("fp32", "bf16")]
+    assert "xl.yaml, latents 16 x 16, bf16" in printed and "bf16 matrix product" in printed
+    peaks = [result["rows"][0]["peak"] for result in results]
+    assert peaks[1] < 0.8 * peaks[0] and peaks[3] < 0.8 * peaks[2], "features take half the memory"
+    assert all(r["rows"][1]["macs"] < r["rows"][0]["macs"] and r["out_of_memory"] == [] for r in results)
+
+
+def test_a_row_without_memory_is_told():
+    def too_much() -> None:
+        raise torch.OutOfMemoryError
+
+    assert peaks_of({"much": too_much, "little": lambda: torch.zeros(10)}, CPU) == {"much": None, "little": 40}
+
+
 @pytest.mark.parametrize("against", [[], ["--against", "diffusers"]], ids=["alone", "against diffusers"])
 def test_prints_a_table_and_writes_json(tmp_path, capsys, against):
     if against:
         pytest.importorskip("diffusers")
-    model = {
-        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
-        "params": PARAMS
-        | {
-            "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
-            "cond_stage_config": "__is_unconditional__",
-        },
-    }
-    OmegaConf.save(OmegaConf.create({"model": model}), tmp_path / "c.yaml")
+    write_config(tmp_path / "c.yaml")
     args = [
         "--config",
         str(tmp_path / "c.yaml"),
@@ -150,6 +178,8 @@ def test_prints_a_table_and_writes_json(tmp_path, capsys, against):
         (["--config", "none.yaml"], "--config: none.yaml: no such file"),
         (["--json", f"{__file__}/out.json"], "--json: can't write"),
         (["--json", "n" * 5000], "--json: "),
+        (["--device", "cuda:99"], "--device: cuda:99 is not there; on this machine: auto, "),
+        (["--dtype", "bf16", "--against", "diffusers"], "--against: diffusers is timed in fp32 on a CPU only"),
         (["--size", "7", "7", "--steps", "1"], "--size: x must have height and width that are multiples"),
     ],
 )

@@ -7,16 +7,17 @@ solvers or edits. Guidance wraps a denoiser and is one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from math import sqrt
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.models.diffusion.propagation.plan import METHODS, POLYNOMIALS, Compute, lagrange
 from ldm.models.diffusion.schedule import Node, predict_x0
-from ldm.modules.attention import Context, ProjectedContext
+from ldm.modules.attention import AttentionOutputs, Context, ProjectedContext
 from ldm.modules.attention_control import AttentionControl
 from ldm.modules.diffusionmodules.util import Features, PartWeights, weighted_sum
 
@@ -76,6 +77,12 @@ class Denoiser(Protocol):
 
         last: the prediction of the node before; None or `Past` if the first node is a key node.
         """
+
+    def recording(self, outputs: dict[nn.Module, Tensor]) -> Denoiser:
+        """The same denoiser; its layers of cross-attention put there what they give, for one node."""
+
+    def gated(self, outputs: AttentionOutputs) -> Denoiser:
+        """The denoiser for nodes whose layers of cross-attention give these outputs; it predicts without guidance."""
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
         """The noise in x, (B, C, H, W), that the prediction at `node` stands for.
@@ -281,6 +288,20 @@ class Conditional:
         out = self.network.decode(Features.for_nodes(features), t, self.cond.at(ts), self.tome)  # (n*B, C, H, W)
         return [Prediction(part) for part in out.chunk(len(ts))]
 
+    def recording(self, outputs: dict[nn.Module, Tensor]) -> Conditional:
+        return self._attending(record=outputs)
+
+    def gated(self, outputs: AttentionOutputs) -> Conditional:
+        return self._attending(outputs=outputs.of_images(self.batch))
+
+    def _attending(self, **changes: Any) -> Conditional:
+        """With changes of the projected context. Raises ValueError: there is no cross-attention."""
+        if not isinstance(self.cond.context, ProjectedContext):
+            raise ValueError("outputs of cross-attention can be kept of networks that have it; this one has none")
+        other = copy(self)
+        other.cond = replace(self.cond, context=replace(self.cond.context, **changes))
+        return other
+
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
         out = prediction.out if self.variance else prediction.out[:, : x.shape[1]]
         return on_noise(self._to_eps, out, x, node.abar)
@@ -327,6 +348,17 @@ class Wrapper:
         self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
     ) -> list[Prediction]:
         return self.inner.decode(features, ts, last)
+
+    def recording(self, outputs: dict[nn.Module, Tensor]) -> Denoiser:
+        return self._around(self.inner.recording(outputs))
+
+    def gated(self, outputs: AttentionOutputs) -> Denoiser:
+        return self._around(self.inner.gated(outputs))
+
+    def _around(self, denoiser: Denoiser) -> Denoiser:
+        other = copy(self)
+        other.inner = denoiser
+        return other
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
         return self.inner.to_eps(prediction, x, node)
@@ -469,7 +501,8 @@ class Guidance:
         counts, guided = [], False
         for compute, t in zip(computes, ts, strict=True):
             guided = self.scale != 1 and self.at(t) if compute is Compute.FULL else guided
-            counts.append(2 if guided and (compute is Compute.FULL or not self.reuse) else 1)
+            twice = compute is Compute.FULL or not (self.reuse or compute is Compute.GATED)
+            counts.append(2 if guided and twice else 1)
         return counts
 
 
@@ -547,6 +580,16 @@ class Guided:
             raise ValueError(
                 "reuse of the guidance offset needs decoder nodes only; the plan has shallow or refreshed nodes"
             )
+
+    def recording(self, outputs: dict[nn.Module, Tensor]) -> Guided:
+        alone = self.conditional and self.conditional.recording(outputs)
+        return Guided(self.both.recording(outputs), self.guidance, alone)
+
+    def gated(self, outputs: AttentionOutputs) -> Conditional:
+        """The conditional prediction alone."""
+        if self.conditional is None:
+            raise ValueError("conditional must be given for nodes without cross-attention; got None")
+        return self.conditional.gated(outputs)
 
     def to_eps(self, prediction: Prediction, x: Tensor, node: Node) -> Tensor:
         return self.both.to_eps(prediction, x, node)

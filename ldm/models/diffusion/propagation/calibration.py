@@ -19,12 +19,12 @@ from torch import Tensor
 from ldm.io.files import Number, Schema, atomic_write, parse, read_json
 from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
-from ldm.models.diffusion.propagation.plan import LEVELS, ForecastName, Plan, plan_of_level
+from ldm.models.diffusion.propagation.plan import MEASURED, ForecastName, Plan, plan_of_level
 from ldm.models.diffusion.schedule import eps_weight
 from ldm.modules.diffusionmodules.util import Features
 
 Nodes = Annotated[int, Field(ge=1, le=10_000)]  # of a run
-Level = Literal[tuple(LEVELS)]
+Level = Literal[MEASURED]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 DECODERS = 8  # decoder steps in one batch of the measurement
 
@@ -131,7 +131,7 @@ def read_calibration(path: str | Path) -> Calibration:
 
 @torch.no_grad()
 def measure(model: Denoiser, rule: Rule, x: Tensor) -> dict[str, list[np.ndarray]]:
-    """For each level of LEVELS the products of `NodeErrors`, along the plain run from x, (B, C, H, W).
+    """For each level of MEASURED the products of `NodeErrors`, along the plain run from x, (B, C, H, W).
 
     Keeps the features of all nodes. Weighs a wrong prediction by how far one deterministic step follows it.
     """
@@ -148,7 +148,7 @@ def measure(model: Denoiser, rule: Rule, x: Tensor) -> dict[str, list[np.ndarray
         return [model.to_eps(prediction, xs[j], nodes[j]) for prediction in predictions]
 
     eps = [decoded([f], j)[0] for j, f in enumerate(features)]
-    products: dict[str, list[np.ndarray]] = {level: [] for level in LEVELS}
+    products: dict[str, list[np.ndarray]] = {level: [] for level in MEASURED}
     for j, node in enumerate(nodes):
         tried = {
             "encoder": decoded(features[:j], j),

@@ -35,7 +35,7 @@ from ldm.io.errors import did_you_mean, shown
 from ldm.io.files import PROJECT_ROOT, Number, Schema, Text, parse, read_yaml
 from ldm.models.diffusion.propagation.calibration import Calibration, Nodes, read_calibration
 from ldm.models.diffusion.propagation.online import OnlinePlan
-from ldm.models.diffusion.propagation.plan import LEVELS, ForecastName, Plan, plan_of_level, with_level
+from ldm.models.diffusion.propagation.plan import LEVELS, MEASURED, ForecastName, Plan, plan_of_level, with_level
 
 PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
 FORMS = (
@@ -44,6 +44,8 @@ FORMS = (
     "pro",
     "skip:KEYS",
     "deepcache:KEYS[:BRANCH]",
+    "tgate:M",
+    "tgate:KEYS",
     "encoder:KEYS",
     "PLAN+LEVEL:STEPS",
     "online:[time:]X",
@@ -82,8 +84,10 @@ class RunFacts:
         return RunFacts({"sampler": sampler, **more}, weights_file and calibrations_of(weights_file), weights_file)
 
     def check(self, made_for: Mapping[str, Any], what: str) -> None:
-        """Raise ValueError if what was made for another run."""
+        """Raise ValueError if what was made for another run. What was made for some weights and names no additions to
+        them, such as a LoRA or a control network, was made without."""
         facts = dict(self.facts)
+        made_for = {**({"additions": None} if "weights" in made_for else {}), **made_for}
         if "weights" in made_for.keys() - facts.keys() and self.weights_file is not None:
             facts["weights"] = fingerprint(self.weights_file)[:16]
         for name, wanted in made_for.items():
@@ -113,7 +117,8 @@ def load_plan(
             `uniform:N` (every N-th node), `pro` (gaps that grow by one: 0, 2, 5, 9, ...), `0,1,2,5` or `0-3,5`, or the
             path of a .yaml file in the format above; the same after a level, `skip:KEYS`, `deepcache:KEYS[:BRANCH]` or
             `encoder:KEYS`, where N stands for `uniform:N` (at the other nodes nothing; only the outermost BRANCH
-            blocks, by default 1, and with 0 nothing; the decoder); `online:X` or `online:time:X` (decided on the way,
+            blocks, by default 1, and with 0 nothing; the decoder), and `tgate:KEYS`, where M stands for the first M
+            nodes (all but cross-attention); `online:X` or `online:time:X` (decided on the way,
             at a relative change of X of the latent or of the embedded timestep); `auto:K` or `auto:80%`, also after a
             level (the best K key nodes, or as many as 80 % of the plain run's MACs allow, by the model's calibration;
             0.8 is the same). After any of these but `online`, `+LEVEL:NODES` sets nodes apart at another level, or
@@ -189,12 +194,15 @@ def _leveled(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
     level, of, branch = match.groups()
     if branch and level != "deepcache":
         raise ValueError(f"only deepcache takes a number of blocks, as in deepcache:3:1; got {spec!r}")
-    keys = _every(int(of), num_nodes) if re.fullmatch(NUMBER, of) else _keyed(of, num_nodes, run).keys
+    if not re.fullmatch(NUMBER, of):
+        keys = _keyed(of, num_nodes, run).keys
+    else:
+        keys = _first(int(of), num_nodes) if level == "tgate" else _every(int(of), num_nodes)
     return plan_of_level(num_nodes, keys, level, int(branch or 1))
 
 
 def _auto(spec: str, num_nodes: int, propagate: str | None, run: RunFacts) -> Plan | None:
-    match = re.fullmatch(rf"(?:({'|'.join(LEVELS)}):)?auto:(.*)", spec)
+    match = re.fullmatch(rf"(?:({'|'.join(MEASURED)}):)?auto:(.*)", spec)
     if match is None:
         return None
     level, size = match[1] or "encoder", match[2]
@@ -284,6 +292,12 @@ def _every(n: int, num_nodes: int) -> tuple[int, ...]:
     if n < 1:
         raise ValueError(f"a uniform plan needs N >= 1, a key timestep at every N-th step; got {n}")
     return tuple(range(0, num_nodes, n))
+
+
+def _first(m: int, num_nodes: int) -> tuple[int, ...]:
+    if m < 1:
+        raise ValueError(f"tgate:M needs M >= 1, the number of first steps that run in full; got {m}")
+    return tuple(range(min(m, num_nodes)))
 
 
 def _expand(entries: Iterable[int | str], num_nodes: int) -> tuple[int, ...]:

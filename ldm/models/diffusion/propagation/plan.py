@@ -30,12 +30,14 @@ class Compute(Enum):
     DECODER = "decoder"  # the decoder, on the encoder's features of earlier key nodes
     SHALLOW = "shallow"  # the outermost blocks of both, on the inner decoder's output of earlier nodes
     SKIPPED = "skipped"  # nothing; the prediction is made of those of earlier nodes
+    GATED = "gated"  # all but cross-attention, whose outputs are those of earlier key nodes; without guidance
 
 
 # What runs at nodes that are no key nodes, and how the rest is forecast unless it is said: as published, or what did
 # best in our measurements (docs/acceleration.md).
-LEVELS = {"encoder": Compute.DECODER, "deepcache": Compute.SHALLOW, "skip": Compute.SKIPPED}
-USUAL = {"encoder": "hold", "deepcache": "hold", "skip": "quadratic:logsnr:eps"}
+LEVELS = {"encoder": Compute.DECODER, "deepcache": Compute.SHALLOW, "skip": Compute.SKIPPED, "tgate": Compute.GATED}
+USUAL = {"encoder": "hold", "deepcache": "hold", "skip": "quadratic:logsnr:eps", "tgate": "hold"}
+MEASURED = ("encoder", "deepcache", "skip")  # levels whose errors a calibration measures
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ class Plan:
     shallow:   nodes where only the outermost `branch` blocks of encoder and decoder run (DeepCache,
         arXiv 2312.00858).
     branch:    input blocks that run at a shallow node, and as many output blocks.
-    skipped:   nodes where nothing runs. At the nodes that are neither key, shallow nor skipped the whole decoder runs
-        (Faster Diffusion, arXiv 2312.09608).
+    skipped:   nodes where nothing runs. At the nodes of no other kind the whole decoder runs (Faster Diffusion,
+        arXiv 2312.09608).
+    gated:     nodes where all runs but cross-attention, for one prediction without guidance (T-GATE, arXiv 2404.02747).
     propagate: how what does not run is forecast from what ran before, see `Forecast`: at decoder nodes the encoder's
-        features, at shallow ones the inner decoder's, at skipped ones the prediction. 'hold' = those of the last node
-        that computed them (both papers); 'zeros' = no features (table 14 of the first, to show that they are needed).
+        features, at shallow ones the inner decoder's, at skipped ones the prediction, at gated ones the outputs of
+        cross-attention. 'hold' = those of the last node that computed them (the papers); 'zeros' = no features (table
+        14 of the first, to show that they are needed).
     refresh:   input blocks that run anew at every decoder node, for the outermost skips; their decoders wait for the
         latent before them, so none share a batch. 0 = the paper.
     sizes:     how many decoder steps a batch may have beside 1, see `with_few_sizes`; () = any number up to `parallel`.
@@ -82,6 +86,7 @@ class Plan:
     sizes: tuple[int, ...] = ()
     skipped: tuple[int, ...] = ()
     control: bool = False
+    gated: tuple[int, ...] = ()
     per_image: ClassVar[bool] = False
     measures: ClassVar[bool] = False
 
@@ -92,7 +97,8 @@ class Plan:
     def _check_nodes(self) -> None:
         if not self.keys or self.keys[0] != 0:
             raise ValueError(f"keys must start with node 0, which has no earlier features; got {self.keys}")
-        for name, nodes in (("keys", self.keys), ("shallow", self.shallow), ("skipped", self.skipped)):
+        kinds = {"keys": self.keys, "shallow": self.shallow, "skipped": self.skipped, "gated": self.gated}
+        for name, nodes in kinds.items():
             if any(b <= a for a, b in pairwise(nodes)):
                 raise ValueError(f"{name} must increase strictly; got {nodes}")
         if self.keys[-1] >= self.num_nodes:
@@ -102,9 +108,13 @@ class Plan:
         for name, nodes, kinds, others in (
             ("shallow", self.shallow, "key", {*self.keys}),
             ("skipped", self.skipped, "key or shallow", {*self.keys, *self.shallow}),
+            ("gated", self.gated, "key, shallow or skipped", {*self.keys, *self.shallow, *self.skipped}),
         ):
             if wrong := [i for i in nodes if i in others or not 0 < i < self.num_nodes]:
                 raise ValueError(f"{name} nodes must be 1..{self.num_nodes - 1} and no {kinds} nodes; got {wrong}")
+        after = {i + 1 for i in self.gated} - {*self.gated, *self.keys, self.num_nodes}
+        if after:  # what it would take is of predictions with guidance
+            raise ValueError(f"after a step at the level tgate comes another or a key step; got {min(after)}")
 
     def _check_batches(self) -> None:
         if self.parallel < 1:
@@ -132,7 +142,7 @@ class Plan:
     @property
     def levels(self) -> frozenset[Compute]:
         """What runs at nodes that are no key nodes."""
-        kinds = {Compute.SHALLOW: len(self.shallow), Compute.SKIPPED: len(self.skipped)}
+        kinds = {Compute.SHALLOW: len(self.shallow), Compute.SKIPPED: len(self.skipped), Compute.GATED: len(self.gated)}
         kinds[Compute.DECODER] = self.num_nodes - len(self.keys) - sum(kinds.values())
         return frozenset(kind for kind, count in kinds.items() if count)
 
@@ -151,8 +161,10 @@ class Plan:
             | dict.fromkeys(self.keys, Compute.FULL)
             | dict.fromkeys(self.shallow, Compute.SHALLOW)
             | dict.fromkeys(self.skipped, Compute.SKIPPED)
+            | dict.fromkeys(self.gated, Compute.GATED)
         )
-        most = 1 if self.waits else self.parallel
+        # Outputs of cross-attention are kept of one node.
+        most = 1 if self.waits or self.gated else self.parallel
         i = nodes.start
         while i < nodes.stop:
             stop = i + 1
@@ -176,6 +188,7 @@ class Plan:
                 ("shallow", [*self.shallow]),
                 ("branch", self.branch),
                 (skipped, [*self.skipped]),
+                ("gated", [*self.gated]),
                 ("refresh", self.refresh),
                 ("control_at_every_node", self.control),
             )
@@ -191,6 +204,8 @@ def plan_of_level(
     others = tuple(sorted({*range(num_nodes)} - {*keys}))
     if not others or level == "encoder":
         return Plan(num_nodes, keys, propagate=propagate)
+    if level == "tgate":
+        return Plan(num_nodes, keys, propagate=propagate, gated=others)
     if level == "skip" or not branch:
         return Plan(num_nodes, keys, propagate=propagate, skipped=others)
     return Plan(num_nodes, keys, propagate=propagate, shallow=others, branch=branch)
@@ -207,13 +222,13 @@ def with_level(plan: Plan, level: str, nodes: Iterable[int], branch: int = 1) ->
         raise ValueError(
             f"steps at the level {level} must be {int(level != 'full')}..{plan.num_nodes - 1}; got {outside[0]}"
         )
-    at = {"full": plan.keys, "deepcache": plan.shallow, "skip": plan.skipped}
+    at = {"full": plan.keys, "deepcache": plan.shallow, "skip": plan.skipped, "tgate": plan.gated}
     at = {name: tuple(sorted({*old} | nodes if name == level else {*old} - nodes)) for name, old in at.items()}
     others = {*plan.shallow} - nodes
     if level == "deepcache" and others and branch != plan.branch:
         raise ValueError(f"all deepcache steps run the same number of blocks; got {plan.branch} and {branch}")
     branch = branch if level == "deepcache" else plan.branch if others else 0
-    return replace(plan, keys=at["full"], shallow=at["deepcache"], skipped=at["skip"], branch=branch)
+    return replace(plan, keys=at["full"], shallow=at["deepcache"], skipped=at["skip"], gated=at["tgate"], branch=branch)
 
 
 def check_forecast(forecast: Forecast, levels: frozenset[Compute]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Denoiser, Past, Prediction, on_noise
 from ldm.models.diffusion.propagation.plan import METHODS, AnyPlan, Batch, Compute, Forecast, Method, Span
 from ldm.models.diffusion.schedule import Node, log_snr
+from ldm.modules.attention import AttentionOutputs
 from ldm.modules.diffusionmodules.util import Features, weighted_sum
 
 
@@ -69,11 +70,16 @@ class Sized(Protocol):
     def __len__(self) -> int: ...
 
 
+class Tensors(Protocol):
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+
 T = TypeVar("T", bound=Sized)
 
 
-def relative_error(guess: Features | Tensor, value: Features | Tensor) -> float:
-    """|guess - value| / |value|; of features the root mean square over their tensors."""
+def relative_error(guess: Tensors | Tensor, value: Tensors | Tensor) -> float:
+    """|guess - value| / |value|; of several the root mean square over their tensors."""
     pairs = [(guess, value)] if isinstance(value, Tensor) else zip(guess.tensors, value.tensors, strict=True)
     squares = [_sum_of_squares(a - b) / max(_sum_of_squares(b), 1e-30) for a, b in pairs]
     return sqrt(sum(squares) / len(squares))
@@ -138,6 +144,7 @@ class Cache:
     outputs:  predictions of key nodes, in the quantity that is forecast; to be held, of all nodes where some of the
         network ran. Predictions that are themselves made of forecasts would spoil an extrapolation: they are too close
         to each other for their errors.
+    attention: what cross-attention gave at key nodes, if the plan has gated nodes (T-GATE, arXiv 2404.02747).
     quantity: one of TO_EPS, or '' = as the network predicts; None = nothing is forecast, and no prediction kept.
     key_x:    the latents of the last key node, (B, C, H, W).
     last:     the prediction of the node before, for guidance that is used again.
@@ -146,6 +153,7 @@ class Cache:
     features: History[Features]
     inner: History[Features]
     outputs: History[Tensor]
+    attention: History[AttentionOutputs]
     quantity: str | None
     key_x: Tensor
     last: Prediction | Past | None = None
@@ -164,6 +172,7 @@ class Cache:
             History(of[Compute.DECODER], Features.combine),
             History(of[Compute.SHALLOW], Features.combine),
             History(of[Compute.SKIPPED], weighted_sum),
+            History(of[Compute.GATED], AttentionOutputs.combine),
             forecast.quantity if Compute.SKIPPED in plan.levels else None,
             x,
         )
@@ -209,6 +218,7 @@ def forecast_error(plan: AnyPlan, before: Cache, after: Cache, i: int) -> float:
         Compute.DECODER: (before.features, after.features),
         Compute.SHALLOW: (before.inner, after.inner),
         Compute.SKIPPED: (before.outputs, after.outputs),
+        Compute.GATED: (before.attention, after.attention),
     }
     return max(relative_error(past.at(i), now.last) for level, (past, now) in levels.items() if level in plan.levels)
 
@@ -225,6 +235,11 @@ def predict(
     if batch.compute is Compute.SKIPPED:
         return [None] * len(ts), cache
     i = batch.nodes.start
+    if batch.compute is Compute.GATED:
+        gated = model.gated(cache.attention.at(i))
+        return gated.decode([gated.encode(x, ts[0])], ts), cache
+    if record := batch.compute is Compute.FULL and Compute.GATED in plan.levels:
+        model = model.recording(kept := {})
     if batch.compute is Compute.FULL:  # a key node: the encoder runs
         cache = cache.at_key(i, model.encode(x, ts[0]), x)
     if batch.compute is Compute.SHALLOW:
@@ -232,6 +247,8 @@ def predict(
     else:
         features, cache = _decoder_features(model, plan, batch, x, ts, cache)
     predictions = model.decode(features, ts, cache.last)
+    if record:
+        cache = replace(cache, attention=cache.attention.key(i, AttentionOutputs(kept)))
     return predictions, replace(cache, last=predictions[-1])
 
 
