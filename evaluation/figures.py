@@ -29,6 +29,8 @@ ROWS = Path(__file__).with_name("plots") / "pareto.yaml"
 TASKS = (
     "prompt2prompt.py --prompt 'a red heart, noto style' --edit 'a blue heart, noto style' "
     "--edit 'a red apple, noto style' --edit 'a red heart, openmoji style'",
+    "controlnet.py --prompt 'a pig face, fluent flat style' --control edges --image docs/examples/inpaint/face.png "
+    "--n_samples 3",
     "text2video.py --prompt 'a cat face, noto style' --motion 32,0 --t0 16 --t1 22 --format frames",
 )
 

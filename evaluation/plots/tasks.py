@@ -23,7 +23,8 @@ from ldm.io.images import SUFFIXES, from_pil, open_image, psnr
 from ldm.sampling.generate import digest, read_manifest
 
 SCRIPTS = PROJECT_ROOT / "scripts"
-MOST = 8  # images of a run that are shown
+MOST = 4  # images of a run that are shown
+SIDE = 0.6 * CELL
 
 
 def draw_tasks(experiment: Experiment, *, commands: Sequence[str], plans: Sequence[str], cache: Path) -> Drawing:
@@ -32,32 +33,38 @@ def draw_tasks(experiment: Experiment, *, commands: Sequence[str], plans: Sequen
     runs = {command: {plan: images(experiment, command, plan, cache) for plan in plans} for command in commands}
     given = {command: [from_pil(open_image(file)) for file in files_in(command)] for command in commands}
     columns = max(len(given[command]) + len(one) for command, made in runs.items() for one, _ in made.values())
-    height = 0.3 + CELL * len(plans)
-    figure = new_figure(1.5 + CELL * columns, 0.4 + height * len(runs))
+    figure = new_figure(1.5 + SIDE * columns, 0.4 + (0.4 + SIDE * len(plans)) * len(runs))
     parts = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
     drawn = zip(parts, runs.items(), strict=True)
-    values = {command: draw(part, command, given[command], made) for part, (command, made) in drawn}
+    values = {command: draw(part, command, given[command], made, columns) for part, (command, made) in drawn}
     return Drawing(
         figure,
         "Left: the images that a command names, if any; then what it makes with each plan. Numbers: mean PSNR to the "
-        "first row, and MACs of the UNet for an image.",
+        f"first row, and MACs of the UNet for an image. Seed {experiment.seed}.",
         values,
+        sampled=False,
+        settings={"seed": experiment.seed, "guidance": experiment.scale},
     )
 
 
 def draw(
-    part: SubFigure, command: str, given: Sequence[Tensor], made: Mapping[str, tuple[Sequence[Tensor], float]]
+    part: SubFigure,
+    command: str,
+    given: Sequence[Tensor],
+    made: Mapping[str, tuple[Sequence[Tensor], float]],
+    columns: int,
 ) -> dict[str, Any]:
-    """Draw the images of a command by plan, and what one costs in MACs; returns the numbers."""
+    """Draw the images of a command by plan, and what one costs in MACs, in a grid so wide; returns the numbers."""
     (plain, _), *_ = made.values()
     rows, labels, values = [], [], {}
     for plan, (shown, macs) in made.items():
         values[plan] = {"psnr": psnr(torch.stack(shown), torch.stack(plain)).mean(), "macs": macs}
-        distance = "" if shown is plain else f"{values[plan]['psnr']:.1f} dB, "
-        labels.append(f"{plan}\n{distance}{macs / 1e9:.3g} GMAC")
-        rows.append([*(given if shown is plain else [torch.ones_like(image) for image in given]), *shown])
-    image_grid(part, rows, [""] * len(rows[0]), labels)
-    part.suptitle(textwrap.fill(command, 110), fontsize=6.5)
+        distance = "" if shown is plain else f"\n{values[plan]['psnr']:.1f} dB"
+        labels.append(f"{plan}{distance}\n{macs / 1e9:.3g} GMAC")
+        row = [*(given if shown is plain else [torch.ones_like(image) for image in given]), *shown]
+        rows.append(row + [torch.ones_like(row[0])] * (columns - len(row)))
+    image_grid(part, rows, [""] * columns, labels)
+    part.suptitle(textwrap.fill(command, 20 * columns), fontsize=6.5)
     return values
 
 
