@@ -534,8 +534,10 @@ def run_facts(
     """What plans and calibrations may have been made for; more: see `Recipe.facts`; network: of the task."""
     weights, files = fingerprint(setup.ckpt)[:16], setup.adapters()
     additions = [" ".join([name, *map(str, file)]) for name in ("lora", "delta") for file in files.get(name, [])]
-    facts = {"sampler": sampler, "weights": weights, "additions": ", ".join([*additions, *network.settings()]) or None}
-    return RunFacts(facts | dict(more), calibrations_of(setup.ckpt))
+    facts = {"sampler": sampler, "weights": weights, **more}
+    if additions := [*additions, *network.settings()]:
+        facts["additions"] = ", ".join(additions)
+    return RunFacts(facts, calibrations_of(setup.ckpt))
 
 
 def reuse_setting(reuse: bool | str) -> str:

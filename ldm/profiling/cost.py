@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
 from ldm.models.diffusion.propagation.plan import METHODS, AnyPlan, Compute, Forecast, Plan
-from ldm.modules.attention import AttentionOutputs, ProjectedContext
+from ldm.modules.attention import AttentionOutputs, Context, ProjectedContext
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.openaimodel import meta_unet, on_meta, once_for_a_config
 from ldm.modules.diffusionmodules.util import Features, PartWeights
@@ -239,9 +239,8 @@ def unet_macs(
         _, (*before, decode) = _by_block(lambda: unet.decode(features, **inputs), unet.output_blocks, convention)
         last = (time + decode - done for done in reversed([time, *before]))
         shared = count(lambda: unet.share(features))
-        _, x, inputs = meta_unet(unet, size, batch if batch % 2 else batch // 2, context_length, tome)
-        kept = attention_outputs(unet, x, inputs)
-        gated = count(lambda: predict_gated(unet, x, inputs, kept)) if kept.layers else None
+        _, x, inputs = meta_unet(unet, size, alone(batch), context_length, tome)
+        gated = count_gated(predict_of(unet, x, inputs), projected(unet, inputs["context"]), count)
         return Macs(encode, decode, (0, *outer), tuple(last), once, shared, gated=gated)
 
 
@@ -269,26 +268,52 @@ def control_macs(
             once += count(lambda: control.project(context))
             context = control.project(context)
         _, (*outer, whole) = _by_block(lambda: control.encode(x, read, t, context), control.zero_convs, convention)
-        # An upper bound without cross-attention, which is left out there too.
-        gated = whole + again
+        half = slice(alone(batch))
+        gated = count_gated(
+            lambda context: control.encode(x[half], read[half], t[half], context),
+            None if context is None else projected(control, context).images(half),
+            count,
+        )
         return Macs(whole + again, 0, (0, *(n + again for n in outer)), once=once - again, gated=gated)
 
 
-def attention_outputs(unet: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> AttentionOutputs:
-    """What the layers of cross-attention give in one prediction; without layers where there is none."""
+def alone(batch: int) -> int:
+    """Of a batch how much is left without guidance: half of an even one."""
+    return batch if batch % 2 else batch // 2
+
+
+def projected(network: nn.Module, context: Context | None) -> ProjectedContext | None:
+    return context if context is None or isinstance(context, ProjectedContext) else network.project(context)
+
+
+def predict_of(unet: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Callable[[ProjectedContext], Tensor]:
+    """One prediction, as a function of the context."""
+
+    def predict(context: ProjectedContext) -> Tensor:
+        given = {**inputs, "context": context}
+        return unet.decode(unet.encode(x, **given), **given)
+
+    return predict
+
+
+def attention_outputs(predict: Callable[[ProjectedContext], Any], context: ProjectedContext | None) -> AttentionOutputs:
+    """What the layers of cross-attention give while predict(context) runs; without layers where there are none."""
     layers: dict[nn.Module, Tensor] = {}
-    if (context := inputs["context"]) is not None:
-        projected = context if isinstance(context, ProjectedContext) else unet.project(context)
-        inputs = {**inputs, "context": replace(projected, record=layers)}
-        unet.decode(unet.encode(x, **inputs), **inputs)
+    if context is not None:
+        predict(replace(context, record=layers))
     return AttentionOutputs(layers)
 
 
-def predict_gated(unet: nn.Module, x: Tensor, inputs: Mapping[str, Any], outputs: AttentionOutputs) -> Tensor:
-    """A prediction in which the layers of cross-attention give these outputs."""
-    context = ProjectedContext({}, len(x), outputs=outputs)
-    inputs = {**inputs, "context": context}
-    return unet.decode(unet.encode(x, **inputs), **inputs)
+def count_gated(
+    predict: Callable[[ProjectedContext], Any],
+    context: ProjectedContext | None,
+    count: Callable[[Callable[[], Any]], int],
+) -> int | None:
+    """What predict(context) costs without cross-attention; None where there is none."""
+    kept = attention_outputs(predict, context)
+    if not kept.layers:
+        return None
+    return count(lambda: predict(ProjectedContext({}, len(context), outputs=kept)))
 
 
 def _hint(control: ControlNet, batch: int, size: Sequence[int]) -> Tensor:
@@ -469,7 +494,7 @@ def kept_bytes(
             tuple(_bytes([at.hidden]) for at in reversed(inner)),
             _bytes([unet.decode(features, **inputs)]),
             _bytes([t for part in shared for t in part if id(t.untyped_storage()) not in own]),
-            _bytes(attention_outputs(unet, x, inputs).tensors),
+            _bytes(attention_outputs(predict_of(unet, x, inputs), projected(unet, inputs["context"])).tensors),
         )
 
 

@@ -18,7 +18,7 @@ from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Compute, Plan
 from ldm.modules.attention import AttentionOutputs, BasicTransformerBlock
-from ldm.profiling.cost import attention_outputs, count_macs, kept_bytes, unet_macs
+from ldm.profiling.cost import count_macs, kept_bytes, unet_macs
 from ldm.profiling.workload import random_network
 from tests.helpers.tiny_unet import unet_config
 from tests.helpers.toy import any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
@@ -175,7 +175,3 @@ def test_steps_can_be_set_apart_and_are_told():
     assert plan.settings()["gated"] == [6]
     with pytest.raises(ValueError, match="gated nodes must be 1..3"):
         Plan(4, (0, 1), gated=(1, 2, 3))
-
-
-def test_of_a_network_on_no_device_the_outputs_are_counted():
-    assert attention_outputs(network().diffusion_model, torch.zeros(1), {"context": None}).tensors == ()

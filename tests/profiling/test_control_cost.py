@@ -27,6 +27,7 @@ def network():
 def test_the_whole_network_costs_what_was_counted(network):
     macs = control_macs(network, (64, 64), 2, 77)
     assert macs.encode + macs.once == 283_291_975_680
+    assert macs.gated < macs.encode / 2, "one prediction without guidance and cross-attention"
     assert macs.outer[1] > 0 and macs.outer[-1] < macs.encode and len(macs.outer) == network.residuals
 
 

@@ -84,8 +84,8 @@ class RunFacts:
         return RunFacts({"sampler": sampler, **more}, weights_file and calibrations_of(weights_file), weights_file)
 
     def check(self, made_for: Mapping[str, Any], what: str) -> None:
-        """Raise ValueError if what was made for another run. What was made for some weights and names no additions to
-        them, such as a LoRA or a control network, was made without."""
+        """Raise ValueError if what was made for another run. What was made for some weights was made for them alone,
+        without additions such as a LoRA or a control network."""
         facts = dict(self.facts)
         made_for = {**({"additions": None} if "weights" in made_for else {}), **made_for}
         if "weights" in made_for.keys() - facts.keys() and self.weights_file is not None:
