@@ -22,6 +22,7 @@ from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import inputs_seed, prompt_items, read_manifest
 from ldm.sampling.task import Text
+from tests.files_entered import MOST, files_entered
 from tests.helpers.paths import ROOT, SCRIPTS
 from tests.helpers.processes import quick_help
 from tests.helpers.scripts import load_script
@@ -88,6 +89,12 @@ def test_prompts_that_are_cut_are_counted(call, capsys, arguments, said):
     assert call("--n_samples", "1", "--steps", "1", *arguments) == 0
     output = capsys.readouterr().out
     assert (said in output) if said else ("longer" not in output)
+
+
+def test_a_run_enters_few_files(call):
+    code, entered = files_entered(lambda: call("--prompt", "a dog face", "--n_samples", "1", "--steps", "2"))
+    assert code == 0 and "ldm/models/diffusion/loop.py" in entered
+    assert len(entered) <= MOST["txt2img"], entered
 
 
 def test_pictures_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
