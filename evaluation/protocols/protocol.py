@@ -67,6 +67,9 @@ class Prompts(TypedDict):
 class Classes(TypedDict):
     kind: Literal["classes"]
     classes: Amount  # how many there are
+    file: NotRequired[Text]  # as of captions; here for the real images alone
+    pictures: NotRequired[Text]
+    where: NotRequired[dict[Text, Plain | list[Plain]]]
 
 
 @strictly

@@ -183,9 +183,10 @@ def test_classes_are_the_subgroups(folder, tmp_path):
     assert torch.equal(kept.val.latents, encoded.val.latents)
 
 
-def test_the_model_of_texts_is_the_one_that_is_trained():
-    trained = OmegaConf.load(ROOT / "configs" / "latent-diffusion" / "emoji128.yaml").model
-    shipped = OmegaConf.load(ROOT / "models" / "ldm" / "emoji128" / "config.yaml").model
+@pytest.mark.parametrize("name", ["emoji128", "emoji128-class"])
+def test_the_model_that_ships_is_the_one_that_is_trained(name):
+    trained = OmegaConf.load(ROOT / "configs" / "latent-diffusion" / f"{name}.yaml").model
+    shipped = OmegaConf.load(ROOT / "models" / "ldm" / name / "config.yaml").model
     del trained.params.unet_config.params.dropout, trained.params.first_stage_config.params.ckpt_path
     assert shipped == trained
 
