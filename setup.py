@@ -91,6 +91,7 @@ setup(
         "video": VIDEO,
         "eval": EVAL,
         "retrieval": RETRIEVAL,
+        "benchmark": ["diffusers"],
         "test": [
             *(*TRAIN, *TEXT, *EVAL, *RETRIEVAL, *VIDEO),
             *("diffusers", "pytest>=8", "pytest-xdist", "hypothesis", "ruff", "setuptools"),

@@ -26,7 +26,7 @@ from itertools import chain, product
 from typing import Any
 
 from ldm.cli.arguments import EMOJI64
-from ldm.cli.parser import Parser, check_output, cli, count, run_command, side, step_count, whole
+from ldm.cli.parser import Parser, check_output, cli, count, profiling, run_command, side, step_count, whole
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import atomic_write
 
@@ -121,8 +121,7 @@ def row_line(row: Mapping[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.profiling import benchmark
-
+    benchmark = profiling.benchmark
     check_output(args.json, "--json")
     device = cli.setup.find_device(args.device)
     if device.type not in USUAL:

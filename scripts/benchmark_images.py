@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm.cli.parser import Parser, check_output, count, run_command
+from ldm.cli.parser import Parser, check_output, count, profiling, run_command
 from ldm.io.errors import BadInput
 from ldm.io.files import atomic_write, parse_json_lines, read_text
 
@@ -112,10 +112,8 @@ def table(images: int, times: Mapping[str, Times]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.profiling.timing import machine
-
     check_output(args.json, "--json")
-    about = machine()
+    about = profiling.timing.machine()
     print(
         f"{about['processor']}, {about['instructions']}, {about['threads']} threads, torch {about['torch']}; seconds "
         f"per image, medians of {args.repeats} processes; further: median of {args.further} batches"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.cli.parser import Parser, run_command
+from ldm.cli.parser import Parser, profiling, run_command
 from ldm.io.errors import BadInput, SettingError, fault_of
 
 STATUS = Path("/proc/self/status")
@@ -64,14 +64,12 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput("this system: peak memory is read from /proc/self/status, which only Linux has")
     if not Path(args.dir).is_dir():
         raise SettingError("dir", f"{args.dir}: no such directory")
-    from ldm.profiling.loading import measure_loading
-
     print("case              file GB   load s   + read s   before GB   peak GB   weights GB   peak / weights")
     missed = False
     for name in args.case:
         case = CASES[name]
         with fault_of("config"):
-            got = measure_loading(args.config, case.suffix, case.dtype, args.dir)
+            got = profiling.loading.measure_loading(args.config, case.suffix, case.dtype, args.dir)
         ratio = got.peak / got.weights
         print(
             f"{name:16}{got.file / 1e9:9.2f}{got.seconds:9.2f}{got.seconds_read:11.2f}{got.before / 1e9:12.2f}"

@@ -29,15 +29,18 @@ Settings = TypeVar("Settings")
 
 
 class _Modules:
-    """The modules of `ldm.cli`, each imported when it is first used: so a script answers --help without PyTorch."""
+    """The modules of a package, each imported when it is first used: so a script answers --help without PyTorch."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
 
     def __getattr__(self, name: str) -> ModuleType:
         if name.startswith("_"):
             raise AttributeError(name)
-        return import_module(f"ldm.cli.{name}")
+        return import_module(f"{self._package}.{name}")
 
 
-cli = _Modules()
+cli, profiling = _Modules("ldm.cli"), _Modules("ldm.profiling")
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,273 @@
+"""Networks at their published sizes, each beside the same of the diffusers library, on the same random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint import diffusion_params
+from ldm.checkpoint.conversion import unet_config, unet_to_diffusers, unet_to_ldm, video_to_ldm
+from ldm.checkpoint.deepfloyd import NETWORK, network_params, to_original
+from ldm.io.files import find_file
+from ldm.modules.diffusionmodules.dit import position_embedding
+from ldm.modules.packed import pack
+from ldm.profiling.timing import alternate, seconds_of
+from ldm.util import instantiate_from_config
+
+TIMESTEP = 500
+TOKENS = 77
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A network as both libraries have it.
+
+    ours: its config, `target` and `params`.
+    kind, settings: its class in diffusers, and the arguments of that.
+    renamed: weights under diffusers' names -> under ours.
+    size: of the latents: height and width, or frames, height and width.
+    given: makes what the two networks take beside latents and timestep, for a number of latents.
+    adapted: changes diffusers' network to what is published.
+    """
+
+    ours: Mapping[str, Any]
+    kind: str
+    settings: Mapping[str, Any]
+    renamed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    size: Sequence[int]
+    given: Callable[[nn.Module, int], tuple[dict[str, Any], dict[str, Any]]]
+    adapted: Callable[[nn.Module], None] = lambda peer: None
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """Ours and diffusers'; they share what has the same layout in both."""
+        torch.manual_seed(0)
+        peer = getattr(diffusers, self.kind)(**self.settings).eval().requires_grad_(False)
+        self.adapted(peer)
+        with torch.device("meta"):
+            network = instantiate_from_config(self.ours).eval()
+        network.load_state_dict(self.renamed(peer.state_dict()), assign=True)
+        return network.requires_grad_(False), peer
+
+
+# What networks take, ours and diffusers'
+
+
+def text(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A text, of which ours makes keys and values once for a run."""
+    context = torch.randn(batch, TOKENS, network.context_dim)
+    return {"context": network.project(context)}, {"encoder_hidden_states": context}
+
+
+def states(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """States of T5, of which ours makes context and embedding once for a run."""
+    given = torch.randn(batch, TOKENS, network.encoder_dim)
+    context, y = network.condition(given)
+    return {"context": network.project(context), "y": y}, {"encoder_hidden_states": given}
+
+
+def label(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    y = torch.arange(batch)
+    return {"y": y}, {"class_labels": y}
+
+
+# The networks
+
+
+def unet(params: Mapping[str, Any]) -> Twin:
+    """A UNet of Stable Diffusion; `params`: of the model, here and below."""
+    with torch.device("meta"):
+        state = instantiate_from_config(params["unet_config"]).state_dict()
+    settings = unet_config(params, params["unet_config"]["params"], unet_to_diffusers(state))
+    size = (params["image_size"],) * 2
+    return Twin(params["unet_config"], settings.pop("_class_name"), settings, unet_to_ldm, size, text)
+
+
+def video(params: Mapping[str, Any], frames: int = 16) -> Twin:
+    """A UNet of VideoFusion."""
+    ours = params["unet_config"]["params"]
+    attended = len(ours["channel_mult"]) - 1
+    settings = {
+        "block_out_channels": [ours["model_channels"] * m for m in ours["channel_mult"]],
+        "layers_per_block": ours["num_res_blocks"],
+        "cross_attention_dim": ours["context_dim"],
+        "attention_head_dim": ours["num_head_channels"],
+        "down_block_types": ["CrossAttnDownBlock3D"] * attended + ["DownBlock3D"],
+        "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * attended,
+    }
+    size = (frames, *(params["image_size"],) * 2)
+    return Twin(params["unet_config"], "UNet3DConditionModel", settings, video_to_ldm, size, text)
+
+
+def pixels(width: int, **changes: Any) -> Twin:
+    """The first stage of DeepFloyd-IF, whose first level has `width` channels."""
+    settings = {
+        "sample_size": 64,
+        "in_channels": 3,
+        "out_channels": 6,
+        "block_out_channels": [width * m for m in (1, 2, 3, 4)],
+        "layers_per_block": 3,
+        "down_block_types": ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3,
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
+        "cross_attention_dim": 4 * width,
+        "attention_head_dim": 64,
+        "encoder_hid_dim": 4096,
+        "encoder_hid_dim_type": "text_proj",
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 64,
+        "cross_attention_norm": "group_norm",
+        "resnet_time_scale_shift": "scale_shift",
+        "act_fn": "gelu",
+    } | changes
+    params = network_params(settings)
+    renamed = partial(to_original, network=params)
+    size = (settings["sample_size"],) * 2
+    return Twin({"target": NETWORK, "params": params}, "UNet2DConditionModel", settings, renamed, size, states)
+
+
+BLOCK = {
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+ENDS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "transformer_blocks.0.norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+
+
+def transformer(params: Mapping[str, Any]) -> Twin:
+    """A DiT."""
+    p = params["unet_config"]["params"]
+    width, side, patch, depth = p["hidden_size"], p["input_size"], p["patch_size"], p["depth"]
+    names = ENDS | {f"transformer_blocks.{i}.{a}": f"blocks.{i}.{b}" for i in range(depth) for a, b in BLOCK.items()}
+
+    def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kinds = [(a, b, kind) for a, b in names.items() for kind in ("weight", "bias")]
+        found = {f"{b}.{kind}": state[f"{a}.{kind}"] for a, b, kind in kinds if f"{a}.{kind}" in state}
+        for i in range(depth):
+            for kind in ("weight", "bias"):
+                parts = [state[f"transformer_blocks.{i}.attn1.to_{part}.{kind}"] for part in "qkv"]
+                found[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+        return found | {"pos_embed": position_embedding(side // patch, width)}
+
+    def adapted(peer: nn.Module) -> None:
+        """One embedding for all blocks, with the published frequencies; diffusers has others, and a copy in each."""
+        embedding = peer.transformer_blocks[0].norm1.emb
+        embedding.time_proj.downscale_freq_shift = 0
+        for block in peer.transformer_blocks:
+            block.norm1.emb = embedding
+
+    settings = {
+        "sample_size": side,
+        "patch_size": patch,
+        "in_channels": p["in_channels"],
+        "out_channels": 2 * p["in_channels"],
+        "num_layers": depth,
+        "num_attention_heads": p["num_heads"],
+        "attention_head_dim": width // p["num_heads"],
+        "num_embeds_ada_norm": p["num_classes"],
+        "norm_eps": 1e-6,
+    }
+    return Twin(params["unet_config"], "DiTTransformer2DModel", settings, renamed, (side, side), label, adapted)
+
+
+def published(make: Callable[[Mapping[str, Any]], Twin], config: str) -> Twin:
+    """The network of one of our configs."""
+    return make(diffusion_params(find_file(config)))
+
+
+# A network is added here: its name, and what makes its twin. The widths of IF-I-L and IF-I-M are those that give their
+# published numbers of weights.
+NETWORKS: dict[str, Callable[[], Twin]] = {
+    "sd-v1": partial(published, unet, "configs/stable-diffusion/v1-inference.yaml"),
+    "dit-xl-2-256": partial(published, transformer, "configs/dit/dit-xl-2-256.yaml"),
+    "dit-xl-2-512": partial(published, transformer, "configs/dit/dit-xl-2-512.yaml"),
+    "if-i-m": partial(pixels, 192),
+    "if-i-l": partial(pixels, 320),
+    "if-i-xl": partial(pixels, 704),
+    "videofusion": partial(published, video, "configs/video/videofusion.yaml"),
+}
+
+
+# Times
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prediction by both libraries.
+
+    weights: their number. size: of the latents.
+    ours, theirs: seconds, medians. setting: how diffusers is fastest.
+    difference: the largest of the two predictions, as a share of the largest value.
+    """
+
+    name: str
+    weights: int
+    size: Sequence[int]
+    ours: float
+    theirs: float
+    setting: str
+    difference: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.theirs
+
+
+@torch.inference_mode()
+def compare(
+    name: str, twin: Twin, repeats: int, batch: int = 2, size: Sequence[int] | None = None, packed: bool = True
+) -> Comparison:
+    """Time a prediction of both libraries in turn, after one of each that is not timed.
+
+    Args:
+        repeats: timed predictions of each.
+        batch: latents, 2 for a guided prediction of one image.
+        size: height and width of the latents; None = the network's.
+        packed: our layers are packed, as in every run on a CPU, and have weights of their own.
+
+    Raises:
+        ValueError: a size that the network does not take.
+    """
+    network, peer = twin.networks()
+    shape = (*twin.size[:-2], *(size or twin.size[-2:]))
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    x, t = torch.randn(batch, network.in_channels, *shape), torch.full((batch,), TIMESTEP)
+    given, extra = twin.given(network, batch)
+    if packed:
+        pack(network, shape[-2:], None if network.context_dim is None else TOKENS)
+    calls = {
+        "ours": lambda: network.decode(network.encode(x, t, **given), t, **given),
+        "theirs": lambda: peer(x, t, **extra).sample,
+    }
+    ours, theirs = (call() for call in calls.values())
+    setting = fastest_format(peer, calls["theirs"])
+    taken = alternate(calls, repeats)
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    seconds = {which: taken[which].median for which in calls}
+    return Comparison(name, weights, shape, **seconds, setting=setting, difference=difference)
+
+
+def fastest_format(peer: nn.Module, call: Callable[[], Any]) -> str:
+    """Leave diffusers' network in the memory format in which a second call is the fastest; that format's name."""
+    seconds, flat = {}, all(parameter.ndim < 5 for parameter in peer.parameters())
+    for name, memory in FORMATS.items() if flat else [("contiguous", FORMATS["contiguous"])]:
+        peer.to(memory_format=memory)
+        call()
+        seconds[name] = seconds_of(call)
+    best = min(seconds, key=seconds.get)
+    peer.to(memory_format=FORMATS[best])
+    return best

@@ -1,0 +1,81 @@
+"""Time one prediction of networks at their published sizes against the diffusers library, with random weights.
+
+    python scripts/benchmark_networks.py sd-v1 dit-xl-2-256 --repeats 5
+    python scripts/benchmark_networks.py if-i-xl --unpacked          # 17 GB of weights, once
+
+A prediction is that of one plain step with guidance: two latents. The two libraries take turns in one process, after
+predictions that are not timed, and a ratio below 1 means that ours is faster. diffusers computes in the memory format
+in which it is faster. What a run computes once for all steps (keys and values of the text) is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ldm.cli.parser import Parser, check_output, count, profiling, run_command, side
+from ldm.io.errors import BadInput, SettingError, fault_of
+from ldm.io.files import write_file
+
+ROW = "{:<16}{:>10}  {:<14}{:>9}{:>14}{:>8}{:>12}"
+
+
+def parser() -> Parser:
+    p = Parser(prog="benchmark_networks.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("networks", nargs="+", metavar="NETWORK", help="names; a wrong one lists all")
+    p.add_argument("--size", nargs=2, type=side, metavar=("H", "W"), help="of the latents (default: the network's)")
+    p.add_argument("--batch", type=count, default=2, metavar="N", help="latents (default: 2, one image with guidance)")
+    p.add_argument("--repeats", type=count, default=3, metavar="N", help="timed predictions of each (default: 3)")
+    p.add_argument(
+        "--unpacked",
+        action="store_true",
+        help="our layers stay as PyTorch's, and compute on the weights of diffusers' network: half the memory, but "
+        "slower than in a run",
+    )
+    p.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+    return p
+
+
+def line(found: Any) -> str:
+    """The row of a network."""
+    size, weights = " x ".join(map(str, found.size)), f"{found.weights / 1e6:.1f}"
+    seconds, ratio = (f"{found.ours:.3f}", f"{found.theirs:.3f}"), f"{found.ratio:.2f}"
+    return f"{ROW.format(found.name, weights, size, *seconds, ratio, f'{found.difference:.1e}')}  {found.setting}"
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        networks = profiling.networks
+    except ImportError as error:
+        raise BadInput(f'packages: this needs {error.name}; pip install -e ".[benchmark]"') from error
+    if unknown := [name for name in args.networks if name not in networks.NETWORKS]:
+        raise SettingError("networks", f"expected {', '.join(networks.NETWORKS)}; got {unknown[0]!r}")
+    check_output(args.json, "--json")
+    about = profiling.timing.machine()
+    print(
+        f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; float32, medians of {args.repeats}"
+    )
+    print(ROW.format("network", "M weights", "latents", "ours, s", "diffusers, s", "ratio", "difference"))
+    results = []
+    for name in args.networks:
+        with fault_of("size"):
+            twin = networks.NETWORKS[name]()
+            found = networks.compare(name, twin, args.repeats, args.batch, args.size, not args.unpacked)
+        results.append(asdict(found) | {"ratio": found.ratio})
+        print(line(found), flush=True)
+    if args.json:
+        with fault_of("json", (OSError,)):
+            write_file(args.json, json.dumps(about | {"results": results}, indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""scripts/benchmark_networks.py: both libraries have the same networks, at sizes where only that matters."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.helpers.scripts import load_script
+from tests.helpers.tiny_unet import network_params
+
+networks = pytest.importorskip("ldm.profiling.networks", reason="needs diffusers")
+main = load_script("benchmark_networks").main
+
+VIDEO = {"model_channels": 64, "num_res_blocks": 1, "channel_mult": [1, 1], "context_dim": 24, "num_head_channels": 16}
+DIT = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_classes": 10}
+
+
+def params(module: str, **unet: object) -> dict:
+    target = f"ldm.modules.diffusionmodules.{module}"
+    return {"image_size": 8, "unet_config": {"target": target, "params": {"in_channels": 4, **unet}}}
+
+
+def dit() -> networks.Twin:
+    return networks.transformer(params("dit.DiT", **DIT, encoder_blocks=2))
+
+
+SMALL = {"layers_per_block": 1, "attention_head_dim": 16, "encoder_hid_dim": 32, "addition_embed_type_num_heads": 4}
+TINY = {
+    "unet": lambda: networks.unet(network_params(attention_resolutions=[1, 2], num_res_blocks=2)),
+    "video": lambda: networks.video(params("unet3d.VideoUNet", **VIDEO, out_channels=4), 2),
+    "pixels": lambda: networks.pixels(32, sample_size=8, **SMALL),
+    "transformer": dit,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", TINY)
+def test_both_libraries_predict_the_same(kind):
+    found = networks.compare(kind, TINY[kind](), 1)
+    assert found.difference < 1e-5 and found.ratio == found.ours / found.theirs
+
+
+def test_every_network_is_made_of_its_config():
+    sizes = {name: twin().size for name, twin in networks.NETWORKS.items() if not name.startswith("if")}
+    assert sizes["dit-xl-2-512"] == (64, 64) and sizes["videofusion"] == (16, 32, 32)
+
+
+def test_prints_a_row_and_writes_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(networks.NETWORKS, "tiny", dit)
+    assert main(["tiny", "--repeats", "1", "--unpacked", "--json", str(tmp_path / "out.json")]) == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"]) and row["size"] == [8, 8]
+    assert "tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["vqgan"], "networks: expected sd-v1, dit-xl-2-256"),
+        (["dit", "--size", "16", "16"], "--size: x must have shape ('B', 4, 8, 8) for this network"),
+        (["dit", "--json", f"{__file__}/out.json"], "--json: can't write"),
+    ],
+)
+def test_bad_input(capsys, monkeypatch, arguments, why):
+    monkeypatch.setitem(networks.NETWORKS, "dit", dit)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert why in error and error.count("\n") == 1
