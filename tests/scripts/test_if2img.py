@@ -13,8 +13,9 @@ import yaml
 from PIL import Image
 
 from ldm.checkpoint import save_weights
-from ldm.checkpoint.deepfloyd import network_params, to_original
+from ldm.checkpoint.deepfloyd import find_stage, load_stage, network_params, to_original
 from ldm.cli.deepfloyd import END, digest_of_files, published_timesteps
+from ldm.profiling.timing import peak_memory
 from ldm.sampling.generate import read_manifest
 from tests.helpers.deepfloyd import FIRST, SECOND, recipe_state
 from tests.helpers.goldens import load_case
@@ -63,6 +64,15 @@ class Cascade:
 @pytest.fixture
 def cascade(files, tmp_path) -> Cascade:
     return Cascade(files, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout, copies", [("stage1", 1), ("stage2", 0)])
+def test_a_stage_is_in_memory_once_while_it_is_loaded(files, layout, copies):
+    """Beside the mapping of the file, safetensors are copied once; a PyTorch file is used in place."""
+    stage, cpu = find_stage(Path(files[layout])), torch.device("cpu")
+    weights = sum(parameter.nbytes for parameter in load_stage(stage, cpu).parameters())
+    beside = peak_memory(lambda: load_stage(stage, cpu)) - stage.weights.stat().st_size
+    assert beside <= (copies + 0.1) * weights
 
 
 def test_three_stages_end_to_end(cascade, capsys):
