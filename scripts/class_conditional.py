@@ -11,37 +11,24 @@ import sys
 from collections.abc import Sequence
 
 from ldm.cli.arguments import (
-    CLASS_NAMES,
-    IMAGENET,
     ROOT,
-    class_names_argument,
-    count_arguments,
+    classes_arguments,
     model_arguments,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
     size_arguments,
-    uncond_class_argument,
 )
 from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 
 CIN256 = (ROOT / "configs/latent-diffusion/cin256-v2.yaml", ROOT / "models/ldm/cin256-v2/model.ckpt")
-NOTEBOOK = ["25", "187", "448", "992"]  # the published example
+NOTEBOOK = ("25", "187", "448", "992")  # the published example
 
 
 def parser() -> Parser:
     p = Parser(prog="class_conditional.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
-    what.add_argument(
-        "--classes",
-        nargs="+",
-        default=NOTEBOOK,
-        metavar="CLASS",
-        help=f"numbers or names of classes (default: {' '.join(NOTEBOOK)})",
-    )
-    class_names_argument(what, f"{CLASS_NAMES.relative_to(ROOT)} for models of {IMAGENET} or {IMAGENET + 1} classes")
-    count_arguments(what, 4, 4, "images of each class")
-    uncond_class_argument(what)
+    classes_arguments(what, NOTEBOOK, 4)
     size_arguments(what)
     sampling_arguments(p, 250, scale=1.5)
     propagation_arguments(p, "ldm250", 150.0, "update")

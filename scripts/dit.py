@@ -12,16 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from ldm.cli.arguments import (
-    CLASS_NAMES,
-    IMAGENET,
     ROOT,
-    class_names_argument,
-    count_arguments,
+    classes_arguments,
     model_arguments,
     output_arguments,
     propagation_arguments,
     sampling_arguments,
-    uncond_class_argument,
 )
 from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 
@@ -29,22 +25,13 @@ MODELS = {
     size: (ROOT / f"configs/dit/dit-xl-2-{size}.yaml", ROOT / f"models/dit/dit-xl-2-{size}/model.safetensors")
     for size in (256, 512)
 }
-PUBLISHED = ["207", "360", "387", "974", "88", "979", "417", "279"]  # the published example
+PUBLISHED = ("207", "360", "387", "974", "88", "979", "417", "279")  # the published example
 
 
 def parser() -> Parser:
     p = Parser(prog="dit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
-    what.add_argument(
-        "--classes",
-        nargs="+",
-        default=PUBLISHED,
-        metavar="CLASS",
-        help=f"numbers or names of classes (default: {' '.join(PUBLISHED)})",
-    )
-    class_names_argument(what, f"{CLASS_NAMES.relative_to(ROOT)} for models of {IMAGENET} or {IMAGENET + 1} classes")
-    count_arguments(what, 1, 4, "images of each class")
-    uncond_class_argument(what)
+    classes_arguments(what, PUBLISHED, 1)
     what.add_argument(
         "--image-size",
         type=int,

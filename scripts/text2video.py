@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from ldm.cli.arguments import (
     EMOJI64,
     ROOT,
+    list_plans_argument,
     model_arguments,
     noise_arguments,
     output_arguments,
@@ -24,7 +25,7 @@ from ldm.cli.arguments import (
 )
 from ldm.cli.parser import GO_ON, MOST_STEPS, Parser, cli, count, finite, number, run_command, settings_from
 
-VIDEOFUSION = (ROOT / "configs/video/videofusion.yaml", ROOT / "models/video/videofusion/model.safetensors")
+VIDEOFUSION = (ROOT / "configs/video/videofusion.yaml", ROOT / "models/video/videofusion")
 FORMATS = ("gif", "mp4", "frames")
 step = number(int, 0, MOST_STEPS, "a whole number >= 0")
 
@@ -41,9 +42,11 @@ def parser() -> Parser:
     p = Parser(prog="text2video.py", description=__doc__)
     video_arguments(p)
     sampling_arguments(p)
-    plan_arguments(p.add_argument_group("encoder propagation, in the steps of all frames"), "faster-diffusion")
+    fast = p.add_argument_group("encoder propagation, in the steps of all frames")
+    plan_arguments(fast, "faster-diffusion")
+    list_plans_argument(fast)
     # As published without prior noise; nothing here compares methods.
-    p.set_defaults(tome=0.0, noise_weight=0.0, noise_below=500.0, noise_order="before", compare=False, list_plans=False)
+    p.set_defaults(tome=0.0, noise_weight=0.0, noise_below=500.0, noise_order="before", compare=False)
     model_arguments(p, EMOJI64)
     output_arguments(p, "outputs/text2video-samples", grid=False)
     return p

@@ -141,7 +141,8 @@ class Protocol(Schema):
     repeats: Amount = 1  # images of each prompt
     seed: Seed = 0  # of the images' noise
     control: Literal["edges", "scribble"] | None = None  # a control network reads those of the image with the caption
-    video: bool = False  # the images of a prompt are the frames of a video by Text2Video-Zero
+    # The images of a prompt are the frames of a video: by Text2Video-Zero, or whole, by a network of videos.
+    video: bool | Literal["whole"] = False
     metrics: Metrics = {}  # the variants that are reported
     defaults: Defaults = {}
     about: str = ""  # what is known of it, and what is our reading

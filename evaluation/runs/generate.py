@@ -76,11 +76,10 @@ from ldm.io.images import opened, png_bytes, read_png
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, check_blocks
-from ldm.modules.encoders.modules import ClassLabels
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import Item, Sample, append_line, fill, read_manifest
-from ldm.sampling.task import Classes, Labels, Network, prompts_cut, text_for
-from ldm.sampling.video import Motion, frames_task
+from ldm.sampling.task import Network, class_condition, prompts_cut, text_for
+from ldm.sampling.video import Motion, frames_task, whole_videos
 
 BATCH = 16
 # Last digits depend on how much is computed at a time, and by how many threads: on a CPU both are fixed, so that files
@@ -244,7 +243,7 @@ def prepare(
         fitting = f"this model's must be a multiple of {sizes.multiple}"
         raise SettingError("protocol", f"its images have {protocol.size} px; {fitting}")
     recipe, timesteps = recipe_of(protocol, method), model.content.model.params.get("timesteps", 1000)
-    plan = plan_of(recipe, method, model.ckpt, timesteps, video=protocol.video)
+    plan = plan_of(recipe, method, model.ckpt, timesteps, video=protocol.video is True)
     return Request(protocol, prompts, method, model, recipe, plan, protocol.folder(data))
 
 
@@ -273,13 +272,15 @@ def task_of(request: Request, model: LatentDiffusion, setup: Setup) -> Task:
         network = controlled(protocol, request.prompts, request.data, setup) if protocol.control else Network()
         nodes = num_nodes(request.recipe, model.num_timesteps)
         task = Task(text_for(model, (protocol.size, protocol.size)), network=network)
+        if protocol.video == "whole":
+            return whole_videos(task, model.model.diffusion_model, protocol.repeats)
         return frames_task(task, request.recipe, nodes, Motion.of(nodes)) if protocol.video else task
     # Where a model has one class more than the data, that class stands for none.
     classes, known = protocol.data["classes"], getattr(model.cond_stage_model, "n_classes", None)
     if known is not None and known < classes:
         raise SettingError("config", f"this model has {known} classes; {protocol.name} asks for {classes}")
-    condition = Labels if isinstance(model.cond_stage_model, ClassLabels) else Classes
-    return Task(condition(classes if known == classes + 1 and protocol.guidance != 1 else None))
+    absent = classes if known == classes + 1 and protocol.guidance != 1 else None
+    return Task(class_condition(model.cond_stage_model, absent))
 
 
 # The run

@@ -46,20 +46,22 @@ def read_unet(path: str | Path) -> tuple[dict[str, Any], int, int | None]:
 
 
 def gflops(protocol: Protocol, row: Row, config: Path, ckpt: Path) -> float | None:
-    """GMACs of the UNet for what a row makes, as the paper counts them; None for a plan that decides during the run.
-    `ckpt`: the model's weights, which need not be there, see `plan_of`.
+    """GMACs of the UNet for what a row makes (an image, a frame, or a whole video), as the paper counts them;
+    None for a plan that decides during the run. `ckpt`: the model's weights, which need not be there, see `plan_of`.
     Raises SettingError: a sampler, a number of steps, a plan or a config that can't be used."""
     method = row.method(protocol)
-    plan = plan_of(recipe_of(protocol, method), method, ckpt, video=protocol.video)
+    plan = plan_of(recipe_of(protocol, method), method, ckpt, video=protocol.video is True)
     with fault_of("config", NO_CONFIG):
         control = protocol.added().get("control_model")
         unit = unit_of(config, protocol.size, 1 if protocol.guidance == 1 else 2, method.tome, control)
     with fault_of("plan"):
         check_blocks(plan, len(unit.outer) - 1)
-    first = method.steps - 1 - Motion.of(method.steps).t0 if protocol.video else 0  # of the first frame, alone
     if not isinstance(plan, Plan):
         return None
-    return row.frames * (unit.run(plan) + first * unit.whole / protocol.repeats) / 1e9
+    if protocol.video == "whole":
+        return protocol.repeats * unit.run(plan) / 1e9
+    first = method.steps - 1 - Motion.of(method.steps).t0 if protocol.video else 0  # of the first frame, alone
+    return (unit.run(plan) + first * unit.whole / protocol.repeats) / 1e9
 
 
 @lru_cache

@@ -83,7 +83,6 @@ class Row(Schema):
     paper: dict[ColumnName, Number | int] = {}  # the paper's numbers
     missing: Text | None = None  # why it can't be run: the paper's numbers stand alone; with steps, beside the GFLOPs
     costs_only: Text | None = None  # why only its cost can be measured
-    frames: Annotated[int, Field(ge=1, le=MOST)] = 1  # of the GFLOPs: how many a model of videos makes
 
     @property
     def name(self) -> str:

@@ -34,6 +34,7 @@ class Facts:
     labels:      number of classes, or length of the vector, that the network is conditioned on beside the timestep.
     first_stage: "KL, 4 channels, factor 8" or "VQ, 8192 codes of 3 channels, factor 4".
     conditioner: one of CONDITIONERS, or several joined by " and ".
+    video:       the network has layers between the frames of a video.
     """
 
     channels: int | None = None
@@ -44,6 +45,7 @@ class Facts:
     labels: int | None = None
     first_stage: str | None = None
     conditioner: str | None = None
+    video: bool | None = None
 
 
 NAMES = {
@@ -55,6 +57,7 @@ NAMES = {
     "labels": "labels of the network",
     "first_stage": "first stage",
     "conditioner": "conditioner",
+    "video": "layers between frames",
 }
 
 
@@ -77,15 +80,17 @@ def facts_of_config(config: Mapping[str, Any]) -> Facts:
         first_stage = _first_stage_of_config(first) if "ddconfig" in first else None
         if "hidden_size" in unet:
             return Facts(**_transformer_of_config(unet), first_stage=first_stage)
-        spatial = unet.get("use_spatial_transformer", False)
+        video = params["unet_config"]["target"].endswith(".VideoUNet") or None
+        spatial = video or unet.get("use_spatial_transformer", False)
         return Facts(
             unet["in_channels"],
             unet["model_channels"],
             unet["context_dim"] if spatial else None,
-            bool(unet.get("use_linear_in_transformer", False)) if spatial else None,
+            bool(video or unet.get("use_linear_in_transformer", False)) if spatial else None,
             labels=unet.get("adm_in_channels") or unet.get("num_classes"),
             first_stage=first_stage,
             conditioner=_conditioner_of_config(params["cond_stage_config"]),
+            video=video,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not the config of a model of this family: {config.get('target')} lacks {error}") from error
@@ -132,7 +137,10 @@ def facts_of_weights(state: Mapping[str, Tensor]) -> Facts:
         (
             key.removesuffix("attn2.to_k.weight")
             for key in state
-            if key.startswith(UNET) and key.endswith("transformer_blocks.0.attn2.to_k.weight")
+            if key.startswith(UNET)
+            and key.endswith("transformer_blocks.0.attn2.to_k.weight")
+            # which of a network of videos is between frames, without a context
+            and not key.startswith(f"{UNET}input_blocks.0.")
         ),
         None,
     )
@@ -150,7 +158,8 @@ def facts_of_weights(state: Mapping[str, Tensor]) -> Facts:
         None,
     )
     first_stage = _first_stage_of_weights(state, "first_stage_model.")
-    return Facts(channels, width, context, linear, None, labels, first_stage, conditioner)
+    video = any(key.startswith(UNET) and ".temopral_conv." in key for key in state) or None
+    return Facts(channels, width, context, linear, None, labels, first_stage, conditioner, video)
 
 
 def _facts_of_transformer(state: Mapping[str, Tensor]) -> Facts:

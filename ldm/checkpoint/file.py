@@ -14,7 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint import conversion_xl
-from ldm.checkpoint.conversion import PARTS, TEXT_ACTIVATIONS, ConversionError, is_video, to_ldm, video_to_ldm
+from ldm.checkpoint.conversion import (
+    OPENCLIP,
+    PARTS,
+    TEXT_ACTIVATIONS,
+    UNET,
+    ConversionError,
+    is_video,
+    to_ldm,
+    video_to_ldm,
+)
 from ldm.io.errors import one_line, some
 from ldm.io.files import FileError, atomic_write, file_sha256, kind, parse_json, read_json
 from ldm.modules.ema import ema_name
@@ -28,6 +37,13 @@ PART_FILES = {
         **dict.fromkeys(("text_encoder", "text_encoder_2"), {".safetensors": "model", ".bin": "pytorch_model"}),
     }.items()
 }
+# The files of ModelScope's text to video, and what stands before the names of each: those of the first stage have it.
+MODELSCOPE = {
+    "text2video_pytorch_model.pth": UNET,
+    "VQGAN_autoencoder.pth": "",
+    "open_clip_pytorch_model.bin": OPENCLIP,
+}
+UNUSED = ("visual.", "loss.", "model_ema.")  # in them: the encoder of images, and a training's own
 # How the weights of a run of main.py begin, of a diffusion model or a first stage; published ones never do.
 TRAINED = ("model.model.", "model.encoder.")
 CONDITIONER = "cond_stage_model."
@@ -38,7 +54,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of a .safetensors file, or of a .ckpt / .pt / .pth one, see `state_dict_in`.
 
     A folder of the diffusers library (Stable Diffusion 1, 2 or XL) is converted to the names of the published file, see
-    `ldm.checkpoint.conversion` and `conversion_xl`.
+    `ldm.checkpoint.conversion` and `conversion_xl`; the files in a folder of ModelScope's text to video become one.
 
     The format is detected from the content, not from the name. Tensors are memory-mapped where the format allows it.
     No code in the file is run.
@@ -115,6 +131,13 @@ def _strange_kind(value: Tensor) -> str | None:
 
 def _read_folder(path: Path) -> dict[str, Tensor]:
     files = part_files(path)
+    if files.keys() == MODELSCOPE.keys():
+        return {
+            MODELSCOPE[name] + key: value
+            for name, file in files.items()
+            for key, value in read_checkpoint(file).items()
+            if not key.startswith(UNUSED)
+        }
     if SECOND in files:
         try:
             return conversion_xl.to_ldm({part: read_checkpoint(file) for part, file in files.items()})
@@ -138,11 +161,16 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
 
 
 def part_files(path: Path) -> dict[str, Path]:
-    """The weights of each part of a diffusers folder; one with a second text encoder is of SDXL.
+    """The weights of each part of a diffusers folder, in which a second text encoder is SDXL's; or ModelScope's files.
 
     Raises:
         CheckpointError: a part is not there.
     """
+    network, *others = MODELSCOPE
+    if (path / network).is_file():
+        if missing := [name for name in others if not (path / name).is_file()]:
+            raise CheckpointError(f"{path}: has {network} of ModelScope's text to video, but not {', '.join(missing)}")
+        return {name: path / name for name in MODELSCOPE}
     files = {}
     parts = [*PARTS, SECOND] if (path / SECOND).is_dir() else [*PARTS]
     if SECOND in parts and not (path / "text_encoder").exists():
@@ -153,7 +181,8 @@ def part_files(path: Path) -> dict[str, Path]:
         if not found:
             raise CheckpointError(
                 f"{path}: a folder without {part}/{names[0]} (or {', '.join(names[1:])}); a "
-                f"diffusers folder needs {'/, '.join(parts)}/, anything else is a file"
+                f"diffusers folder needs {'/, '.join(parts)}/, anything else is a file; scripts/if2img.py takes the "
+                f"folders of DeepFloyd-IF"
             )
         files[part] = found[0]
     return files

@@ -267,6 +267,20 @@ def class_names_argument(group: argparse._ArgumentGroup, default: str = "none") 
     )
 
 
+def classes_arguments(group: argparse._ArgumentGroup, published: Sequence[str], samples: int) -> None:
+    """Classes of ImageNet, or of another model, and how many images of each; the defaults are those of an example."""
+    group.add_argument(
+        "--classes",
+        nargs="+",
+        default=[*published],
+        metavar="CLASS",
+        help=f"numbers or names of classes (default: {' '.join(published)})",
+    )
+    class_names_argument(group, f"{CLASS_NAMES.relative_to(ROOT)} for models of {IMAGENET} or {IMAGENET + 1} classes")
+    count_arguments(group, samples, 4, "images of each class")
+    uncond_class_argument(group)
+
+
 def count_arguments(
     group: argparse._ArgumentGroup, samples: int, batch: int, what: str, flags: Sequence[str] = ("--n_samples",)
 ) -> None:
@@ -446,13 +460,17 @@ def propagation_arguments(
     if not compare:
         p.set_defaults(compare=False, list_plans=False)
         return
-    fast.add_argument("--list-plans", action="store_true", help="print the named plans and their cost; make no images")
+    list_plans_argument(fast)
     fast.add_argument(
         "--compare",
         action="store_true",
         help="make each image without encoder propagation, with --plan, and with the best calibrated plan of the same "
         "cost; save them side by side and print time, MACs and PSNR of each method",
     )
+
+
+def list_plans_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--list-plans", action="store_true", help="print the named plans and their cost; make no images")
 
 
 def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:

@@ -366,6 +366,8 @@ def download_hint(ckpt: Path) -> str:
     models = list(_published())
     if names := [model.name for model in models if same_place(model.file(), ckpt)]:
         return f"; python scripts/download_models.py {names[0]} fetches it"
+    if names := [model.name for model in models if same_place(model.file().parent, ckpt)]:
+        return f"; python scripts/download_models.py {' '.join(names)} fetches its files"
     beside = [model for model in models if same_place(model.file().parent, ckpt.parent)]
     if len(beside) != 1:
         return ""

@@ -32,7 +32,6 @@ from ldm.sampling.engine import Sizes, Task
 from ldm.sampling.generate import Item, make_items
 from ldm.sampling.hybrid import Depth, LowResolution, TextAndMaskedImage
 from ldm.sampling.task import (
-    Classes,
     Condition,
     FramedText,
     FramedTextAndMaskedImage,
@@ -40,13 +39,13 @@ from ldm.sampling.task import (
     ImageConcat,
     ImageStart,
     KeepOutsideMask,
-    Labels,
     LatentInpaint,
     Layout,
     MaskedImage,
     SemanticMap,
     Start,
     Text,
+    class_condition,
     unknown_words,
 )
 
@@ -272,8 +271,8 @@ def class_task(
     names = class_names(names_file, CLASS_NAMES if known in (IMAGENET, IMAGENET + 1) else None)
     with fault_of("classes"):
         subjects = [{"class": find_class(text, names, known)} for text in classes]
-    condition = Labels if isinstance(embedder, ClassLabels) else Classes
-    return subjects, Task(condition(unconditional_class(known, uncond) if guided else None))
+    absent = unconditional_class(known, uncond) if guided else None
+    return subjects, Task(class_condition(embedder, absent))
 
 
 def class_conditioner(setup: Setup) -> ClassEmbedder | ClassLabels:

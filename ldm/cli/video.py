@@ -8,14 +8,13 @@ from pathlib import Path
 
 from ldm.cli.control import controlled_frames
 from ldm.cli.pipeline import MethodRun, OutputSettings, make_images
-from ldm.cli.setup import SamplingSettings, Setup, count_nodes, make_recipe
+from ldm.cli.setup import SamplingSettings, Setup, count_nodes, make_recipe, without_weights
 from ldm.cli.tasks import AS_USUAL, PromptSettings, image_items, text_task
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.video import check_format, save_video
-from ldm.modules.diffusionmodules.unet3d import VideoUNet
 from ldm.sampling.engine import Task, predicts_once
 from ldm.sampling.generate import Item, digest
-from ldm.sampling.video import Motion, OneVideo, frames_task
+from ldm.sampling.video import Motion, frames_task, whole_videos
 
 Size = tuple[int, int]  # height and width, in pixels
 FRAMES = {"zero": 8, "videofusion": 16}  # as published
@@ -103,9 +102,9 @@ def video_task(setup: Setup, settings: VideoSettings, size: Size, sampling: Samp
     """Text to the frames of a video."""
     task = text_task(setup, size, settings.prompts)
     if settings.model == "videofusion":
-        if not setup.config.model.params.unet_config.target.endswith(f".{VideoUNet.__name__}"):
-            raise SettingError("config", "not a model of videos; expected one such as configs/video/videofusion.yaml")
-        return replace(task, network=OneVideo(settings.count))
+        network = without_weights(setup.config.model.params.unet_config)
+        with fault_of("config"):
+            return whole_videos(task, network, settings.count)
     if settings.control:
         task = replace(task, network=controlled_frames(setup, settings.control, settings.control_model, size))
     recipe = make_recipe(sampling, size, setup.config)

@@ -197,6 +197,11 @@ class Labels(Classes):
         super().tokens(model)
 
 
+def class_condition(conditioner: nn.Module, absent: int | None) -> Classes:
+    """`Classes` or `Labels`, as a model's conditioner needs it; `absent`: see there."""
+    return (Labels if isinstance(conditioner, ClassLabels) else Classes)(absent)
+
+
 class Layout(Condition):
     """Classes and where they are, as token ids: layout to image.
 

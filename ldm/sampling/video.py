@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.models.diffusion.control import CrossFrame, WrappedNetwork
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -16,7 +16,7 @@ from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.motion import moved, noised_again
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.models.diffusion.schedule import ImageNoise, Node
-from ldm.modules.diffusionmodules.unet3d import apart, together
+from ldm.modules.diffusionmodules.unet3d import VideoUNet, apart, together
 from ldm.modules.diffusionmodules.util import Features
 from ldm.profiling.cost import Macs
 from ldm.sampling.engine import Recipe, Task
@@ -169,6 +169,17 @@ class OneVideo(Network):
 
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionedNetwork:
         return WholeVideos(model.model, self.frames)
+
+
+def whole_videos(task: Task, network: nn.Module, frames: int) -> Task:
+    """The task of single images with each batch as the frames of one video, by a network of videos.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(network, VideoUNet):
+        raise ValueError("not a model of videos; expected one such as configs/video/videofusion.yaml")
+    return replace(task, network=OneVideo(frames))
 
 
 class MovedFrames(Start):

@@ -19,12 +19,14 @@ from ldm.checkpoint.diagnosis import differences, facts_of_config, facts_of_weig
 from ldm.checkpoint.file import stated_prediction
 from ldm.checkpoint.published import load_manifest
 from ldm.cli.examine import computes, prediction, published
+from ldm.util import instantiate_from_config
 from tests.helpers.paths import GOLDENS, ROOT
 from tests.helpers.scripts import load_script
 
 MODELS = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
 EMOJI64 = ROOT / "models" / "ldm" / "emoji64"
 FILES = ["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")]
+VIDEOFUSION = "video/videofusion.yaml"
 main = load_script("doctor").main
 
 
@@ -50,6 +52,19 @@ def test_facts_of_stable_diffusion():
     assert two == replace(one, context=1024, linear=True, conditioner="OpenCLIP")
     assert inpainting == replace(one, channels=9) and unclip == replace(two, labels=2048)
     assert [str(d) for d in differences(one, two)][0] == "context width: 768 in the config, 1024 in the checkpoint"
+
+
+def test_facts_of_a_model_of_videos():
+    """Like Stable Diffusion 2 but for the layers between frames, whose transformers have no context."""
+    two, video = (
+        OmegaConf.load(ROOT / "configs" / file).model for file in ("stable-diffusion/v2-inference.yaml", VIDEOFUSION)
+    )
+    facts = facts_of_config(video)
+    assert facts == replace(facts_of_config(two), video=True)
+    with torch.device("meta"):
+        state = instantiate_from_config(video.params.unet_config).state_dict()
+    weights = facts_of_weights({f"model.diffusion_model.{key}": value for key, value in state.items()})
+    assert weights == replace(facts, first_stage=None, conditioner=None)
 
 
 def test_a_config_of_something_else():

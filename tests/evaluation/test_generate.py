@@ -157,6 +157,26 @@ def test_images_that_follow_edges_and_the_frames_of_videos(runs, tmp_path, capfd
     assert line == f"--protocol: needs {tmp_path}/none.safetensors, which is not there"
 
 
+def test_videos_of_a_model_of_videos(runs, tmp_path, capfd):
+    """All frames are one batch, each with noise of its own; a model of images is refused."""
+    unet = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2], "num_head_channels": 16}
+    target = "ldm.modules.diffusionmodules.unet3d.VideoUNet"
+    params = unet | {"in_channels": 4, "out_channels": 4, "context_dim": 16}
+    config, ckpt = write_model(tmp_path, unet_config={"target": target, "params": params})
+    same = yaml.safe_load(runs.protocol.read_text())
+    asked = {"select": {"count": 2}, "video": "whole", "repeats": 3, "sampling": {"steps": 3}}
+    (tmp_path / "videos.yaml").write_text(yaml.safe_dump(same | asked))
+    protocol = ["--protocol", str(tmp_path / "videos.yaml"), "--data", str(runs.coco), "--plan", "0,2"]
+    model = ["--config", str(config), "--ckpt", str(ckpt)]
+    assert main([*protocol, *model, "--out", str(tmp_path / "a")]) == 0
+    made = np.array([np.asarray(Image.open(file)) for file in sorted((tmp_path / "a/samples").iterdir())])
+    assert len(made) == 6 and len(np.unique(made, axis=0)) == 6
+    assert json.loads((tmp_path / "a/run.json").read_text())["batch"] == 3
+    capfd.readouterr()
+    line = refused(capfd, main([*protocol, *runs.model, "--out", str(tmp_path / "b")]))
+    assert line == "--config: not a model of videos; expected one such as configs/video/videofusion.yaml"
+
+
 def test_a_image_belongs_to_its_caption_not_to_its_place(runs, whole, tmp_path):
     """Fewer of the protocol's prompts, in other batches: the same images, to the last digit."""
     assert runs(tmp_path / "few", "--count", "11") == 0

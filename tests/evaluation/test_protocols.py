@@ -31,7 +31,7 @@ HASHES = {  # of what each shipped protocol asks for: another number here is ano
     "coco2017-10k-frames": "4b530bccbb04",
     "coco2017-10k-scribble": "f73b6bb48146",
     "coco2017-10k-sdxl": "3bff2029c72f",
-    "coco2017-10k-videofusion": "4fc785975b35",
+    "coco2017-10k-videofusion": "72c01b87d570",
     "coco2017-5k": "2e9afe2b7b38",
     "emoji128": "99a9a88375c2",
     "emoji128-all": "65774e49d2b7",

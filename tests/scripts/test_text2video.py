@@ -6,11 +6,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ldm.checkpoint import save_weights
+from ldm.checkpoint import CheckpointError, read_checkpoint, save_weights
+from ldm.checkpoint.file import check_weights
 from ldm.io import video
 from ldm.modules.diffusionmodules.controlnet import ControlNet
+from ldm.profiling.timing import peak_memory
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.scripts import Script, load_script
 from tests.helpers.tiny_models import write_model
@@ -139,12 +142,42 @@ def test_frames_of_a_model_of_videos(fusion, capsys):
     assert np.abs(fusion.pixels(made[1]) - shown[1]).max() <= 1
 
 
+def test_plans_are_listed_with_what_they_cost_a_frame(fusion, capsys):
+    assert fusion.main([*fusion.common, "--list-plans"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"off", "faster-diffusion", "deepcache:3"} <= {*listed} and not fusion.out.exists()
+
+
 def test_parallel_decoding_of_videos_is_serial(fusion):
     shown = []
     for number in ("1", "4"):
         fusion("--plan", "0", "--again", "--parallel", number)
         shown.append([fusion.pixels(entry) for entry in fusion.entries()])
     assert all(np.abs(a - b).max() <= 1 for a, b in zip(*shown, strict=True))
+
+
+def test_the_files_of_modelscope_are_one_checkpoint(videofusion, tmp_path):
+    """Three files, the first stage under the names of the model that it was taken from, OpenCLIP with its images."""
+    state = read_checkpoint(videofusion[1].removeprefix("--ckpt="))
+    network, first_stage = "model.diffusion_model.", "first_stage_model."
+    text = {f"cond_stage_model.model.{name}": torch.ones(2) for name in ("token_embedding.weight", "ln_final.bias")}
+    files = {
+        "text2video_pytorch_model.pth": {k.removeprefix(network): v for k, v in state.items() if k.startswith(network)},
+        "VQGAN_autoencoder.pth": {"state_dict": {k: v for k, v in state.items() if k.startswith(first_stage)}},
+        "open_clip_pytorch_model.bin": {k.removeprefix("cond_stage_model.model."): v for k, v in text.items()}
+        | {"visual.conv1.weight": torch.ones(2)},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+    joined = read_checkpoint(tmp_path)
+    expected = {key: value for key, value in state.items() if key.startswith((network, first_stage))} | text
+    assert joined.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in joined.items())
+    held = sum(value.nbytes for value in expected.values())
+    assert peak_memory(lambda: read_checkpoint(tmp_path)) < 1.1 * held, "the files are mapped, which counts, not copied"
+    (tmp_path / "VQGAN_autoencoder.pth").unlink()
+    with pytest.raises(CheckpointError, match="text to video, but not VQGAN_autoencoder.pth"):
+        check_weights(tmp_path)
 
 
 @pytest.mark.parametrize(

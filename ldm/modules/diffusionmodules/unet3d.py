@@ -86,18 +86,21 @@ class Given:
     frames: int
 
 
-def _run(layers: nn.Module, h: Tensor, given: Given) -> Tensor:
-    """(B * F, C, H, W) through the layers of a block."""
-    for layer in layers if isinstance(layers, nn.ModuleList) else [layers]:
-        if isinstance(layer, VideoResBlock):
-            h = layer.temopral_conv(layer(h, given.emb), given.frames)
-        elif isinstance(layer, SpatialTransformer):
-            h = layer(h, given.context)
-        elif isinstance(layer, TemporalTransformer):
-            h = layer(h, given.frames)
-        else:
-            h = layer(h)
-    return h
+class _Block(nn.ModuleList):
+    """Layers one after the other, each with what it takes of `Given`."""
+
+    def forward(self, h: Tensor, given: Given) -> Tensor:
+        """(B * F, C, H, W)."""
+        for layer in self:
+            if isinstance(layer, VideoResBlock):
+                h = layer.temopral_conv(layer(h, given.emb), given.frames)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, given.context)
+            elif isinstance(layer, TemporalTransformer):
+                h = layer(h, given.frames)
+            else:
+                h = layer(h)
+        return h
 
 
 class VideoUNet(Unshared):
@@ -141,19 +144,19 @@ class VideoUNet(Unshared):
         self.time_embed = embedding(model_channels, width)
         conv_in = nn.Conv2d(in_channels, model_channels, 3, padding=1)
         first = TemporalTransformer(model_channels, HEADS_IN, num_head_channels)
-        self.input_blocks = nn.ModuleList([nn.ModuleList([conv_in, first])])
+        self.input_blocks = nn.ModuleList([_Block([conv_in, first])])
         widths, last = [model_channels], len(channel_mult) - 1
         for level, mult in enumerate(channel_mult):
             channels = mult * model_channels
             for _ in range(num_res_blocks):
                 attended = attention(channels) if level < last else []
-                self.input_blocks.append(nn.ModuleList([res(widths[-1], out_channels=channels), *attended]))
+                self.input_blocks.append(_Block([res(widths[-1], out_channels=channels), *attended]))
                 widths.append(channels)
             if level < last:
                 self.input_blocks.append(Downsample(channels, use_conv=True))
                 widths.append(channels)
         middle = widths[-1]
-        self.middle_block = nn.ModuleList([res(middle), *attention(middle), res(middle)])
+        self.middle_block = _Block([res(middle), *attention(middle), res(middle)])
         self.output_blocks, h = nn.ModuleList(), middle
         for level in reversed(range(len(channel_mult))):
             channels = channel_mult[level] * model_channels
@@ -161,7 +164,7 @@ class VideoUNet(Unshared):
                 layers = [res(h + widths.pop(), out_channels=channels), *(attention(channels) if level < last else [])]
                 if i == num_res_blocks and level > 0:
                     layers.append(Upsample(channels, use_conv=True))
-                self.output_blocks.append(nn.ModuleList(layers))
+                self.output_blocks.append(_Block(layers))
                 h = channels
         self.out = nn.Sequential(normalization(h), nn.SiLU(), zero_module(nn.Conv2d(h, out_channels, 3, padding=1)))
 
@@ -191,9 +194,7 @@ class VideoUNet(Unshared):
         """
         skips = self.encode_outer(x, timesteps, context, y, len(self.input_blocks), tome)
         given = self._given(timesteps, context, len(x), skips[0].shape[1])
-        middle = skips[-1].flatten(0, 1)
-        for layer in self.middle_block:
-            middle = _run(layer, middle, given)
+        middle = self.middle_block(skips[-1].flatten(0, 1), given)
         return Features(middle.unflatten(0, (-1, given.frames)), skips)
 
     def encode_outer(
@@ -206,7 +207,7 @@ class VideoUNet(Unshared):
         given = self._given(timesteps, context, len(x), x.shape[2])
         h, skips = together(x.to(self.dtype)), []
         for block in self.input_blocks[:blocks]:
-            h = _run(block, h, given)
+            h = block(h, given) if isinstance(block, _Block) else block(h)  # the latter halves the resolution
             skips.append(h.unflatten(0, (-1, given.frames)))
         return tuple(skips)
 
@@ -223,7 +224,7 @@ class VideoUNet(Unshared):
         h, frames = features.hidden.flatten(0, 1), features.hidden.shape[1]
         given = self._given(timesteps, context, len(features), frames)
         for i in reversed(range(blocks, len(features.skips))):
-            h = _run(self.output_blocks[-1 - i], torch.cat([h, features.skips[i].flatten(0, 1)], dim=1), given)
+            h = self.output_blocks[-1 - i](torch.cat([h, features.skips[i].flatten(0, 1)], dim=1), given)
         return Features(h.unflatten(0, (-1, frames)), features.skips[:blocks])
 
     def decode(
