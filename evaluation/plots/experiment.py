@@ -24,10 +24,10 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import NonFiniteLatents
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import AnyPlan
-from ldm.modules.encoders.modules import ClassEmbedder
+from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels
 from ldm.sampling.engine import Engine, Recipe, Task, num_nodes, usual_scale
 from ldm.sampling.generate import Item, make_items
-from ldm.sampling.task import Classes, Condition, text_for
+from ldm.sampling.task import Condition, class_condition, text_for
 
 BATCH = 8  # images per batch
 RETRIEVAL = {"database": "databases", "clip_type": "config"}  # what the settings of a retrieval are called here
@@ -63,7 +63,7 @@ class Experiment:
     def classes(self) -> int | None:
         """Number of classes of a class-conditional model."""
         conditioner = self.model.cond_stage_model
-        return conditioner.n_classes if isinstance(conditioner, ClassEmbedder) else None
+        return conditioner.n_classes if isinstance(conditioner, ClassEmbedder | ClassLabels) else None
 
     @cached_property
     def items(self) -> list[Item]:
@@ -87,10 +87,11 @@ class Experiment:
             return Task(Condition())
         if isinstance(self.model.cond_stage_model, nn.Identity | nn.Flatten):  # retrieval-augmented: the texts alone
             return self.retrieved(RetrievalSettings()).task
+        if not self.classes:
+            return Task(text_for(self.model, (self.setup.sizes.default,) * 2))
         # As in the published class-conditional models: the last of 1001 classes is the unconditional one.
-        if self.classes:
-            return Task(Classes(self.classes - 1 if self.classes == 1001 else None))
-        return Task(text_for(self.model, (self.setup.sizes.default,) * 2))
+        absent = self.classes - 1 if self.classes == 1001 else None
+        return Task(class_condition(self.model.cond_stage_model, absent))
 
     def retrieved(self, settings: RetrievalSettings) -> Retrieved:
         """What a retrieval-augmented model makes the items of.

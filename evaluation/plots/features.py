@@ -1,7 +1,8 @@
-"""Figures of the features of a UNet's blocks during a run: their size, how they change from step to step, as colours.
+"""Figures of the features of a network's blocks during a run: size, change from step to step, colours.
 
-As in the paper, a block is all layers of one resolution: E8 is the encoder's block at resolution 8, including the layer
-that leads to the next resolution; B is the middle block; D8 is the decoder's block at resolution 8.
+As in the paper, a block of a UNet is all layers of one resolution: E8 is the encoder's block at resolution 8, including
+the layer that leads to the next resolution; B is the middle block; D8 is the decoder's block at resolution 8. Of a
+diffusion transformer, E0 is the first block, and D18 the nineteenth, if it is one of the decoder's.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaluation.plots.drawing import CELL, COLOURS, MARKERS, Drawing, image_grid, new_figure, note, thin_out
 from evaluation.plots.experiment import Experiment
@@ -23,6 +25,7 @@ from ldm.models.diffusion.denoiser import Denoiser
 from ldm.models.diffusion.loop import Rule, denoise
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
+from ldm.modules.diffusionmodules.dit import DiT
 
 Outputs = dict[str, Tensor]  # name -> (B, C, h, w), in the order of the computation
 
@@ -43,6 +46,9 @@ def plain_outputs(model: Denoiser, rule: Rule, x: Tensor) -> Iterator[Outputs]:
 @torch.no_grad()
 def block_outputs(model: Denoiser, x: Tensor, t: float) -> Outputs:
     """The blocks' outputs of one prediction from x, (B, C, H, W), for the batch that the denoiser makes of it."""
+    transformer = next((part for part in model.network.modules() if isinstance(part, DiT)), None)
+    if transformer is not None:
+        return token_maps(model, transformer, x, t)
     features = model.encode(x, t)
     sizes = [skip.shape[-1] for skip in features.skips]
     outputs = {f"E{size}": features.skips[i] for i, size in encoder_ends(sizes)}
@@ -50,6 +56,24 @@ def block_outputs(model: Denoiser, x: Tensor, t: float) -> Outputs:
     for remaining, size in decoder_ends(sizes):
         (features,) = model.advance([features], [t], remaining)
         outputs[f"D{size}"] = features.hidden
+    return outputs
+
+
+def token_maps(model: Denoiser, transformer: DiT, x: Tensor, t: float) -> Outputs:
+    """The same of a diffusion transformer: each token stands where the patch is that it was made of."""
+    outputs: Outputs = {}
+    side = transformer.input_size // transformer.patch_size
+
+    def keep(block: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> None:
+        part = "E" if len(outputs) < transformer.encoder_blocks else "D"
+        outputs[f"{part}{len(outputs)}"] = tokens.unflatten(1, (side, side)).movedim(-1, 1)
+
+    hooks = [block.register_forward_hook(keep) for block in transformer.blocks]
+    try:
+        model.decode([model.encode(x, t)], [t])
+    finally:
+        for hook in hooks:
+            hook.remove()
     return outputs
 
 
@@ -126,15 +150,17 @@ def draw_evolution(experiment: Experiment, *, steps: int) -> Drawing:
         for axes, sides in zip(line, ("EB", "D"), strict=True):
             curves(axes, values, {name: style for name, style in styles.items() if name[0] in sides}, nodes)
         line[0].set(yscale="log", ylabel=label)
-    for k, title in enumerate(("encoder (E) and middle (B)", "decoder (D)")):
+    unet = "B" in styles
+    for k, title in enumerate(("encoder (E) and middle (B)" if unet else "encoder (E)", "decoder (D)")):
         grid[0][k].set_title(title)
-        grid[0][k].legend(ncols=2)
+        grid[0][k].legend(ncols=2 if unet else 4)
         grid[2][k].set_xlabel(f"DDIM step of 0..{nodes - 1}, noisiest first")
     return Drawing(
         figure,
-        f"The UNet's blocks during a plain run of {nodes} DDIM steps, conditional prediction. Top: Frobenius norm of "
+        f"The {'UNet' if unet else 'transformer'}'s blocks during a plain run of {nodes} DDIM steps, conditional "
+        "prediction. Top: Frobenius norm of "
         "the output's mean over channels. Middle: mean squared change from step to step (eq. 2). Bottom: the same, "
-        "relative. A resolution has the same colour in both columns. Lines: mean over the "
+        f"relative. {'A resolution has the same colour in both columns. ' if unet else ''}Lines: mean over the "
         f"images; bands: {BAND[0]}th to {BAND[1]}th percentile.",
         {
             name: {"mean": mean, "max": mean.max(), "variance": mean.var()}
@@ -145,7 +171,13 @@ def draw_evolution(experiment: Experiment, *, steps: int) -> Drawing:
 
 
 def line_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The style of each block's curve, finest resolution first: E8 and D8 share one; the middle block is black."""
+    """The style of each block's curve, finest resolution first: E8 and D8 share one; the middle block is black.
+
+    Those of a transformer, which has no resolutions, go from dark to bright.
+    """
+    if "B" not in names:
+        shades = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+        return {name: {"color": shade} for name, shade in zip(names, shades, strict=True)}
     sizes = sorted({int(name[1:]) for name in names if name != "B"}, reverse=True)
     # Networks may have more resolutions than there are colours.
     by_size = {
@@ -178,7 +210,7 @@ def draw_norms(experiment: Experiment, *, steps: int) -> Drawing:
     with fault_of("steps"):
         norms = evolution(plain_outputs(*engine.plain_run(experiment.items))).norm
     found = {name: values.mean(1) for name, values in norms.items()}
-    figure = new_figure(9, 3.2)
+    figure = new_figure(max(9, 0.75 * len(found)), 3.2)
     boxes, deviation, relative = figure.subplots(1, 3, width_ratios=[1.3, 1, 1])
     colours = [colour_of(name) for name in found]
     style = {"patch_artist": True, "medianprops": {"color": "black"}, "flierprops": {"markersize": 3}}
@@ -195,15 +227,15 @@ def draw_norms(experiment: Experiment, *, steps: int) -> Drawing:
     return Drawing(
         figure,
         "Frobenius norm of the mean over channels of each block's output, mean over the images, at the "
-        f"{len(found['B'])} steps of a plain DDIM run. Boxes: quartiles "
-        "over the steps; whiskers: 1.5 times the interquartile range. Blue: encoder; green: middle; orange: "
-        "decoder.",
+        f"{engine.plan.num_nodes} steps of a plain DDIM run. Boxes: quartiles "
+        "over the steps; whiskers: 1.5 times the interquartile range. Blue: encoder; "
+        f"{'green: middle; ' if 'B' in found else ''}orange: decoder.",
         {name: {"norm": values, "deviation": values.std(), "percent": shares[name]} for name, values in found.items()},
     )
 
 
 def colour_of(name: str) -> str:
-    """The colour of a block: by its part of the UNet (E, B or D)."""
+    """The colour of a block: by its part of the network (E, B or D)."""
     return {"E": COLOURS[0], "B": COLOURS[2], "D": COLOURS[4]}[name[0]]
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from evaluation.figures import KINDS, OF_ALL, main
-from tests.helpers.tiny_models import WORDS, write_model
+from tests.helpers.tiny_models import WORDS, tiny_transformer, write_model
 
 SMALLEST = {
     "samplers": ["--samplers", "dpm-solver++:3"],
@@ -50,6 +50,15 @@ def test_the_model_that_ships_needs_no_flag_and_gives_the_same_figure_twice(tmp_
         assert one == two
     values = json.loads((tmp_path / "a" / "evolution.json").read_text(encoding="utf-8"))["values"]
     assert [*values] == ["E8", "E4", "E2", "B", "D2", "D4", "D8"]
+
+
+def test_the_blocks_of_a_transformer(tmp_path):
+    model = tiny_transformer(tmp_path / "model", "configs/dit/dit-xl-2-256.yaml")
+    for kind in ("evolution", "norms", "maps"):
+        assert main([*smallest(kind), *model, "--out", str(tmp_path)]) == 0
+        record = json.loads((tmp_path / f"{kind}.json").read_text(encoding="utf-8"))
+        assert [*record["values"].get("variance_shown", record["values"])] == ["E0", "E1", "D2"]
+        assert "UNet" not in record["caption"]
 
 
 def test_all_draws_what_is_not_left_out(tiny, tmp_path):

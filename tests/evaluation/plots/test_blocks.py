@@ -21,6 +21,7 @@ from evaluation.plots.features import (
 from ldm.models.diffusion.denoiser import Conditional, Conditioning
 from ldm.models.diffusion.loop import State, denoise
 from ldm.models.diffusion.propagation.load import load_plan
+from ldm.modules.diffusionmodules.dit import DiT
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.toy import toy_denoiser, toy_inputs, toy_network, toy_rule
@@ -102,6 +103,28 @@ def test_block_outputs_are_what_the_modules_put_out():
     for name, module in zip(outputs, ("in2", "in3", "mid", "out1", "out3"), strict=True):
         torch.testing.assert_close(outputs[name], seen[module], rtol=0, atol=1e-6)
         assert (outputs[name] - block_outputs(model, x, 500.0)[name]).abs().max() > 1e-3
+
+
+def test_tokens_of_a_transformer_are_maps_of_the_places_that_they_are_of():
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            network = DiT(8, 2, 4, 32, 3, 4, num_classes=2, encoder_blocks=2)
+            self.transformer = recipe_weights(network, seed=1)
+
+        def encode(self, x, t, cond, tome):
+            return self.transformer.encode(x, t, y=cond.y)
+
+        def decode(self, features, t, cond, tome):
+            return self.transformer.decode(features, t, y=cond.y)
+
+    network, x, y = Network(), torch.rand(2, 4, 8, 8), torch.tensor([0, 1])
+    outputs = block_outputs(Conditional(network, Conditioning(y=y)), x, 5.0)
+    assert [*outputs] == ["E0", "E1", "D2"]
+    tokens = network.transformer.encode(x, torch.tensor([5.0, 5.0]), y=y).hidden  # (B, T, D), row by row
+    assert outputs["E1"].shape == (2, 32, 4, 4)
+    torch.testing.assert_close(outputs["E1"][:, :, 1, 3], tokens[:, 7], rtol=0, atol=0)
+    assert not any(block._forward_hooks for block in network.transformer.blocks)
 
 
 def test_the_run_is_the_plain_run_and_its_conditional_half():
