@@ -57,7 +57,7 @@ def test_prints_a_row_and_writes_json(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, why",
     [
-        (["vqgan"], "networks: expected sd-v1, dit-xl-2-256"),
+        (["vqgan"], "NETWORK: expected sd-v1, dit-xl-2-256"),
         (["dit", "--size", "16", "16"], "--size: x must have shape ('B', 4, 8, 8) for this network"),
         (["dit", "--json", f"{__file__}/out.json"], "--json: can't write"),
     ],
