@@ -17,7 +17,7 @@ from ldm.checkpoint.deepfloyd import NETWORK, network_params, to_original
 from ldm.io.files import find_file
 from ldm.modules.diffusionmodules.dit import position_embedding
 from ldm.modules.packed import pack
-from ldm.profiling.timing import alternate, seconds_of
+from ldm.profiling.timing import alternate
 from ldm.util import instantiate_from_config
 
 TIMESTEP = 500
@@ -267,7 +267,7 @@ def fastest_format(peer: nn.Module, call: Callable[[], Any]) -> str:
     for name, memory in FORMATS.items() if flat else [("contiguous", FORMATS["contiguous"])]:
         peer.to(memory_format=memory)
         call()
-        seconds[name] = seconds_of(call)
+        seconds[name] = alternate({name: call}, 1)[name].median
     best = min(seconds, key=seconds.get)
     peer.to(memory_format=FORMATS[best])
     return best
