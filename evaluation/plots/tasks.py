@@ -33,7 +33,7 @@ def draw_tasks(experiment: Experiment, *, commands: Sequence[str], plans: Sequen
     runs = {command: {plan: images(experiment, command, plan, cache) for plan in plans} for command in commands}
     given = {command: [from_pil(open_image(file)) for file in files_in(command)] for command in commands}
     columns = max(len(given[command]) + len(one) for command, made in runs.items() for one, _ in made.values())
-    figure = new_figure(1.5 + SIDE * columns, 0.4 + (0.4 + SIDE * len(plans)) * len(runs))
+    figure = new_figure(max(3.5, 1.5 + SIDE * columns), 0.4 + (0.4 + SIDE * len(plans)) * len(runs))
     parts = figure.subfigures(len(runs), 1, squeeze=False)[:, 0]
     drawn = zip(parts, runs.items(), strict=True)
     values = {command: draw(part, command, given[command], made, columns) for part, (command, made) in drawn}

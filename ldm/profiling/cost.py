@@ -282,7 +282,7 @@ def alone(batch: int) -> int:
     return batch if batch % 2 else batch // 2
 
 
-def projected(network: nn.Module, context: Context | None) -> ProjectedContext | None:
+def projected(network: nn.Module, context: Context | None) -> Context | None:
     return context if context is None or isinstance(context, ProjectedContext) else network.project(context)
 
 
@@ -296,10 +296,11 @@ def predict_of(unet: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Callabl
     return predict
 
 
-def attention_outputs(predict: Callable[[ProjectedContext], Any], context: ProjectedContext | None) -> AttentionOutputs:
-    """What the layers of cross-attention give while predict(context) runs; without layers where there are none."""
+def attention_outputs(predict: Callable[[ProjectedContext], Any], context: Context | None) -> AttentionOutputs:
+    """What the layers of cross-attention give while predict(context) runs; without layers where there are none, or
+    where the context is not projected (a network of videos)."""
     layers: dict[nn.Module, Tensor] = {}
-    if context is not None:
+    if isinstance(context, ProjectedContext):
         predict(replace(context, record=layers))
     return AttentionOutputs(layers)
 
