@@ -94,7 +94,7 @@ KINDS = {
     ),
 }
 
-OF_ALL = [name for name, kind in KINDS.items() if "databases" not in kind.options]
+OF_ALL = [name for name, kind in KINDS.items() if not {"databases", "commands"} & kind.options.keys()]
 
 
 def sampler_and_steps(text: str) -> tuple[str, int]:
@@ -164,7 +164,9 @@ def parser() -> Parser:
         shared_arguments(one)
         for option, default in kind.options.items():
             add_option(one, option, default)
-    every = kinds.add_parser("all", help="all kinds of figures that need no database, with their defaults")
+    every = kinds.add_parser(
+        "all", help="all kinds of figures that need no database and no commands, with their defaults"
+    )
     every.add_argument("--count", type=count, metavar="N", help="number of images (default: that of each kind)")
     every.add_argument("--without", nargs="+", choices=OF_ALL, default=[], metavar="KIND", help="kinds to leave out")
     shared_arguments(every)

@@ -32,7 +32,9 @@ def smallest(kind: str) -> list[str]:
     return [kind, *steps, *(["--count", "1"] if KINDS[kind].count else []), *SMALLEST.get(kind, [])]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OF_ALL if kind != "pareto"])  # has test_figures_pareto.py
+@pytest.mark.parametrize(
+    "kind", [*(kind for kind in OF_ALL if kind != "pareto"), "tasks"]
+)  # has test_figures_pareto.py
 def test_every_kind_draws_any_model(kind, tiny, tmp_path):
     assert main([*smallest(kind), *tiny, "--out", str(tmp_path)]) == 0
     assert Image.open(tmp_path / f"{kind}.png").width > 300
