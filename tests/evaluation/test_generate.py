@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from evaluation.generate import main
 from evaluation.protocols.protocol import PROTOCOL_DIR, Method, load_protocol
 from evaluation.runs.generate import ModelFiles, compute, plan_of, recipe_of
-from ldm.checkpoint import save_weights
+from ldm.checkpoint import read_checkpoint, save_weights
 from ldm.io.errors import SettingError
 from ldm.io.files import json_sha256, read_yaml
 from ldm.modules.diffusionmodules.controlnet import ControlNet
@@ -119,10 +120,16 @@ def test_the_folder_proves_itself(runs, whole, tmp_path, capfd):
 
 
 def test_images_that_follow_edges_and_the_frames_of_videos(runs, tmp_path, capfd):
-    """By protocols like another one: each image gets the edges of its own real image, each video begins anew."""
+    """By protocols like another one: each image gets the edges of its own real image, each video begins anew; and a
+    LoRA changes the model."""
     params = {key: value for key, value in TEXT_UNET.items() if key != "out_channels"} | {"legacy": False}
     network = ControlNet(**params, hint_channels=3, hint_widths=(8, 16))
     save_weights(tmp_path / "control.safetensors", recipe_weights(network, seed=2, gain=1.0).state_dict())
+    key = "middle_block.1.transformer_blocks.0.attn2.to_v"
+    outs, ins = read_checkpoint(runs.model[3])[f"model.diffusion_model.{key}.weight"].shape
+    lora = {"down": torch.ones(1, ins), "up": torch.ones(outs, 1)}
+    key = f"lora_unet_{key.replace('.', '_')}"
+    save_weights(tmp_path / "lora.safetensors", {f"{key}.lora_{end}.weight": part for end, part in lora.items()})
     coco = write_coco(tmp_path / "coco")
     for name in (entry["file_name"] for entry in captions(24)["images"][:12]):
         image = Image.new("RGB", (24, 20))
@@ -132,12 +139,13 @@ def test_images_that_follow_edges_and_the_frames_of_videos(runs, tmp_path, capfd
     tasks = {
         "edges": {"control": "edges", "defaults": {"control_model": [str(tmp_path / "control.safetensors")]}},
         "frames": {"video": True, "repeats": 3, "sampling": {"steps": 8}},
+        "lora": {"defaults": {"lora": [str(tmp_path / "lora.safetensors")]}},
         "none": {"control": "edges", "defaults": {"control_model": [str(tmp_path / "none.safetensors")]}},
     }
     for name, task in {"plain": {}, **tasks}.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(same | task))
     made = {}
-    for name in ("plain", "edges", "frames"):
+    for name in ("plain", "edges", "frames", "lora"):
         arguments = runs.arguments(tmp_path / name, "--data", str(coco))
         assert main(["--protocol", str(tmp_path / f"{name}.yaml"), *arguments[2:]]) == 0
         made[name] = [
@@ -152,6 +160,8 @@ def test_images_that_follow_edges_and_the_frames_of_videos(runs, tmp_path, capfd
     videos = np.array(made["frames"]).reshape(6, 3, -1)
     assert (videos[0] != videos[1]).any() and (videos[:, 0] != videos[:, 1]).any()
     assert json.loads((tmp_path / "frames/run.json").read_text())["batch"] == 3
+    assert np.abs(np.array(made["lora"]) - np.array(made["plain"])).max() > 1
+    assert len(json.loads((tmp_path / "lora/run.json").read_text())["lora"]) == 1
     capfd.readouterr()
     line = refused(capfd, main(["--protocol", str(tmp_path / "none.yaml"), *runs.arguments(tmp_path / "n")[2:]]))
     assert line == f"--protocol: needs {tmp_path}/none.safetensors, which is not there"
