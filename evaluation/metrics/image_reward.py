@@ -11,6 +11,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 
+from evaluation.metrics.extractors import normalised
 from ldm.modules.encoders.clip import MEAN, STD
 
 TOKENS = 35  # of a text; what is longer is cut
@@ -44,9 +45,8 @@ class ImageReward(nn.Module):
 
     def __init__(self, state: Mapping[str, Tensor], vocabulary: str | Path) -> None:
         super().__init__()
-        vision, text, head = (
-            part(state, name) for name in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")
-        )
+        names = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")
+        vision, text, head = (part(state, name) for name in names)
         self.tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
         self.tokenizer.enable_truncation(TOKENS)
         self.tokenizer.enable_padding(length=TOKENS)
@@ -63,8 +63,7 @@ class ImageReward(nn.Module):
         """Images (B, 3, size, size) in [-1, 1] and B texts -> scores (B,), about 0 on average."""
         read = self.tokenizer.encode_batch([*texts])
         tokens, there = (torch.tensor([getattr(one, name) for one in read]) for name in ("ids", "attention_mask"))
-        mean, std = (torch.tensor(v).view(3, 1, 1).to(images) for v in (MEAN, STD))
-        seen = self.vision(((images + 1) / 2 - mean) / std).last_hidden_state  # (B, N, D)
+        seen = self.vision(normalised(images, MEAN, STD)).last_hidden_state  # (B, N, D)
         states = self.text(tokens, there, encoder_hidden_states=seen).last_hidden_state  # (B, TOKENS, D')
         return (self.head(states[:, 0])[:, 0] - CENTRE) / SPREAD
 

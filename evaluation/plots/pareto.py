@@ -29,7 +29,7 @@ from evaluation.metrics.extractors import load_extractor
 from evaluation.metrics.frechet import FeatureSet, Moments, distance, distance_interval
 from evaluation.metrics.paired import LPIPS_WEIGHTS, Measure, load_lpips, load_ssim
 from evaluation.metrics.retrieval import Queries, RealImages, choose_queries, features_of, load_real_images, share
-from evaluation.plots.drawing import MARKERS, Drawing, new_figure
+from evaluation.plots.drawing import MARKERS, Drawing, new_figure, note
 from evaluation.plots.experiment import BATCH, Experiment
 from evaluation.protocols.protocol import reading
 from ldm.checkpoint import fingerprint
@@ -73,16 +73,15 @@ def draw_pareto(experiment: Experiment, *, steps: int, rows: str, data: str | No
         plans, remark = experiment.plans(how)
     comparison = Comparison(experiment, data, steps, reference, cache)
     measured_from = f"{reference} steps of DDIM" if reference else "the plain run"
-    few = f" The Fréchet distance and retrieval are left out: they need {MANY} images." * (
-        bool(data) and experiment.count < MANY
-    )
+    few = f" The Fréchet distance and retrieval are left out: they need {MANY} images."
+    few *= bool(data) and experiment.count < MANY
     values = compare(comparison, plans)
     figure = new_figure(8, 9)
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
     for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
         plot(axes, [*values.values()], cost)
-        axes.set_xlabel(f"{label}, % of the plain {steps} steps")
-        axes.set_ylabel(f"latents' mean squared error\nto {measured_from}")
+        axes.set(xlabel=f"{label}, % of the plain {steps} steps")
+        axes.set(ylabel=f"latents' mean squared error\nto {measured_from}")
     panels[0].xaxis.set_tick_params(labelbottom=True)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     caption = (
@@ -127,17 +126,9 @@ def plot(axes: Axes, rows: Sequence[Values], cost: str) -> None:
         axes.plot([x for x, _ in labels], [y for _, y in labels], marker, **look)
         best = front([*labels])
         axes.plot(*zip(*best, strict=True), color=colour, linewidth=0.8)
+        style = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.3}
         for point in best:
-            axes.annotate(
-                labels[point],
-                point,
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=6.5,
-                color=colour,
-                bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.3},
-            )
+            note(axes, labels[point], point, (5, 0), va="center", fontsize=6.5, color=colour, bbox=style)
     axes.set_yscale("log")
     axes.set_xlim(0, 105 * max([1.0, *(values[cost] for values in rows)]))
 
@@ -153,20 +144,14 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 # Methods of sampling, from a YAML file such as evaluation/plots/pareto.yaml: the error and the cost of each.
 
-
 Values = dict[str, Any]  # of a row: its costs and errors, JSON values
 LISTS = ("sampler", "steps", "plan", "propagate", "spacing")  # fields that may be lists: one row for each value
 
 
 class Row(Schema):
-    """A method of sampling.
+    """A method of sampling, see `ldm.sampling.engine.Recipe` and `load_plan`."""
 
-    family: rows of a family are drawn alike.
-    label:  text beside the row's marker; may name fields of the row in braces.
-    The other fields: see `ldm.sampling.engine.Recipe` and `load_plan`.
-    """
-
-    family: Text
+    family: Text  # rows of a family are drawn alike
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
     sampler: Text = "ddim"
     plan: Text = "off"
@@ -175,7 +160,7 @@ class Row(Schema):
     noise_weight: NotNegative = 0.0
     guidance_reuse: bool | Literal[POLYNOMIALS] = False
     spacing: Literal[SPACINGS] | None = None
-    label: str = ""
+    label: str = ""  # text beside the row's marker; may name fields of the row in braces
 
     @model_validator(mode="after")
     def _has_a_label_of_its_fields(self) -> Row:
@@ -214,10 +199,8 @@ def expanded(place: str, entry: dict[str, Any], steps: int) -> list[Row]:
     lists = {name: entry[name] if isinstance(entry[name], list) else [entry[name]] for name in LISTS if name in entry}
     if empty := [name for name, values in lists.items() if not values]:
         raise ValueError(f"{place}: {empty[0]} is an empty list; expected a value or more")
-    return [
-        parse(Row, {"steps": steps} | entry | dict(zip(lists, values, strict=True)), place)
-        for values in product(*lists.values())
-    ]
+    chosen = (dict(zip(lists, values, strict=True)) for values in product(*lists.values()))
+    return [parse(Row, {"steps": steps} | entry | values, place) for values in chosen]
 
 
 # The comparison
@@ -225,16 +208,11 @@ def expanded(place: str, entry: dict[str, Any], steps: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class Sampled:
-    """The images of one method.
+    """The images of one method."""
 
-    latents: (N, C, h, w).
-    images:  (N, 3, H, W) in [-1, 1], with the 256 levels that files have.
-    cost:    of one image.
-    """
-
-    latents: Tensor
-    images: Tensor
-    cost: Cost
+    latents: Tensor  # (N, C, h, w)
+    images: Tensor  # (N, 3, H, W) in [-1, 1], with the 256 levels that files have
+    cost: Cost  # of one image
 
 
 @dataclass(frozen=True)
@@ -243,16 +221,16 @@ class Comparison:
 
     data:  a dataset whose captions are the prompts, and whose images the samples are compared with; None = the
            experiment's items, and no comparison with real images.
-    steps: of the plain runs, which cost 100 %.
-    reference: steps of the DDIM run whose distance is the error; None = the plain run of the row's sampler.
     cache: folder of what is measured, and of the latents of plain runs. A file is named by the hash of everything that
-        its content depends on.
+           its content depends on.
     """
 
     experiment: Experiment
     data: str | None
-    steps: int
-    reference: int | None
+    steps: int  # of the plain runs, which cost 100 %
+    reference: (
+        int | None
+    )  # steps of the DDIM run whose distance is the error; None = the plain run of the row's sampler
     cache: Path
 
     @cached_property
@@ -331,13 +309,9 @@ class Comparison:
         no error with another number of steps.
         """
         own, found = self.plain(row.sampler, row.spacing, self.steps, row.eta), self.sample(row, plan)
-        values: Values = {
-            "macs": found.cost.macs,
-            "critical": found.cost.critical,
-            "macs_share": found.cost.macs / own.cost.macs,
-            "critical_share": found.cost.critical / own.cost.critical,
-            "mse_latents": None,
-        }
+        values: Values = {"macs": found.cost.macs, "critical": found.cost.critical}
+        values |= {f"{name}_share": value / getattr(own.cost, name) for name, value in values.items()}
+        values["mse_latents"] = None
         if not row.eta:
             reference = self.plain("ddim", None, self.reference, 0.0) if self.reference else own
             values |= self.distances(found, reference)
@@ -405,11 +379,8 @@ def read_latents(path: Path) -> tuple[Tensor, Cost] | None:
 
 
 def compare(comparison: Comparison, plans: Mapping[Row, AnyPlan]) -> dict[str, Values]:
-    """The values of all rows, by their names; plans: of the rows.
-
-    Raises SettingError: `rows`: a row can't be sampled; `data`, `count`: see `Comparison`; `out`: the cache can't be
-    written.
-    """
+    """The values of all rows, by their names; plans: of the rows. Raises SettingError: `rows`: a row can't be sampled;
+    `data`, `count`: see `Comparison`; `out`: the cache can't be written."""
     with fault_of("packages"):
         load_ssim()
     rows = {}
