@@ -15,6 +15,7 @@ from PIL import Image
 import ldm
 from ldm.checkpoint import load_config, load_model, save_weights
 from ldm.io.images import to_pil
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.encoders.clip_tokenizer import ClipTokenizer
@@ -24,6 +25,7 @@ from ldm.sampling.generate import prompt_items
 from ldm.sampling.refined import Refined, plan_after
 from ldm.sampling.task import FramedText, Framing
 from ldm.util import _renamed
+from tests.helpers.goldens import load_case, recipe_weights
 from tests.helpers.paths import GOLDENS, ROOT
 from tests.helpers.scripts import Script, load_script
 from tests.helpers.tiny_models import write_model
@@ -86,6 +88,25 @@ def test_calibrated_plans(tmp_path, capsys):
     )
     assert len(held["keys"]) == len(skipped["keys"]) == 2
     assert plain["unet_macs"] > held["unet_macs"] > skipped["unet_macs"]
+
+
+def test_the_first_stage_is_that_of_float32_under_autocast(model, monkeypatch):
+    """Held to the golden numbers of the published first stage; without the config's flag they are missed."""
+    case, golden = load_case("vae_kl_f8_4level")
+    stage = AutoencoderKL(**case["kwargs"]).eval()
+    stored = {name.removeprefix("w."): value for name, value in golden.items() if name.startswith("w.")}
+    monkeypatch.setitem(
+        model._modules, "first_stage_model", recipe_weights(stage, **case["weight_recipe"], stored=stored)
+    )
+    monkeypatch.setattr(model, "scale_factor", 1.0)
+    with torch.no_grad(), torch.autocast("cpu"):
+        encoded, decoded = model.encode_first_stage(golden["x"]), model.decode_first_stage(golden["mode"])
+        monkeypatch.setattr(model, "disable_first_stage_autocast", False)
+        rounded = model.decode_first_stage(golden["mode"])
+    close = partial(torch.testing.assert_close, rtol=case["tolerance"]["rtol"], atol=case["tolerance"]["atol"])
+    close(encoded.mode(), golden["mode"])
+    close(decoded, golden["dec"])
+    assert (rounded - golden["dec"]).abs().max() > 100 * case["tolerance"]["atol"]
 
 
 def test_what_guidance_leads_away_from(model):
