@@ -18,8 +18,9 @@ from ldm.checkpoint.conversion import (
     to_diffusers,
     transformer_to_ldm,
 )
+from ldm.checkpoint.diagnosis import differences, facts_of_config, facts_of_weights
 from ldm.checkpoint.file import PART_FILES, read_checkpoint, save_weights
-from ldm.checkpoint.model import diffusion_params, load_state
+from ldm.checkpoint.model import diffusion_params, load_config, load_state
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import clean, unfinished
 
@@ -76,11 +77,13 @@ def checkpoint_to_folder(
         if Path(out).exists():
             raise SettingError("out", f"{out} exists; expected a folder to make")
     with fault_of("config"):
-        params = diffusion_params(config)
+        params, stated = diffusion_params(config), facts_of_config(load_config(config).model)
     with fault_of("source"):
         state = load_state(source, weights)
         parts = conversion_xl.to_diffusers(state) if conversion_xl.is_xl(state) else to_diffusers(state)
     with fault_of("config", (ValueError, TypeError)):
+        if faults := differences(stated, facts_of_weights(state)):
+            raise ConversionError(f"{config} is not the config of these weights: {faults[0]}")
         configs = configs_of(params, parts, state, config)
     with fault_of("out"):
         write_folder(Path(out), parts, configs)

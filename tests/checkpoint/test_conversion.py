@@ -165,7 +165,9 @@ class Small:
             "parameterization": "eps" if kind == "sd_v1" else "v",
             "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": self.unet_params},
             "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": self.vae_params},
-            "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
+            "cond_stage_config": {
+                "target": f"ldm.modules.encoders.modules.Frozen{'' if kind == 'sd_v1' else 'Open'}CLIPEmbedder"
+            },
         }
         self.unet = recipe_weights(UNetModel(**self.unet_params), seed=3, gain=0.8)
         self.vae = recipe_weights(AutoencoderKL(**self.vae_params), seed=4)
