@@ -50,7 +50,6 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan, check_blocks
 from ldm.models.diffusion.solvers.registry import SOLVERS
-from ldm.modules.attention import attends
 from ldm.profiling.plan_table import plan_table
 from ldm.sampling.engine import Engine, Recipe, Task
 from ldm.sampling.generate import Item, Sample, digest, generate
@@ -213,7 +212,7 @@ def check_network(model: LatentDiffusion, recipe: Recipe, plan: AnyPlan) -> None
         unet.check_merging(recipe.tome)
     with fault_of("plan"):
         check_blocks(plan, len(unet.output_blocks))
-        if Compute.GATED in plan.levels and not attends(unet):
+        if Compute.GATED in plan.levels and not unet.keeps_attention:
             raise ValueError("tgate needs cross-attention as in Stable Diffusion, which this model's network lacks")
 
 

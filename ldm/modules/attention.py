@@ -54,7 +54,6 @@ class CrossAttention(nn.Module):
         super().__init__()
         inner_dim = heads * dim_head
         self.heads = heads
-        self.cross = context_dim is not None
         self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
         self.to_k = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
         self.to_v = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
@@ -163,11 +162,6 @@ class BasicTransformerBlock(nn.Module):
             x = x + merging.unmerge(self.attn1(tokens, seen=first_frames(tokens, context)))
         x = x + self.attn2(self.norm2(x), context, control)
         return x + self.ff(self.norm3(x))
-
-
-def attends(network: nn.Module) -> bool:
-    """Whether a network has layers of cross-attention, whose outputs can be kept."""
-    return any(isinstance(m, BasicTransformerBlock) and m.attn2.cross for m in network.modules())
 
 
 class SpatialTransformer(nn.Module):

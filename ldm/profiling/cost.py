@@ -240,7 +240,8 @@ def unet_macs(
         last = (time + decode - done for done in reversed([time, *before]))
         shared = count(lambda: unet.share(features))
         _, x, inputs = meta_unet(unet, size, alone(batch), context_length, tome)
-        gated = count_gated(predict_of(unet, x, inputs), projected(unet, inputs["context"]), count)
+        context = projected(unet, inputs["context"]) if unet.keeps_attention else None
+        gated = count_gated(predict_of(unet, x, inputs), context, count)
         return Macs(encode, decode, (0, *outer), tuple(last), once, shared, gated=gated)
 
 
@@ -490,12 +491,13 @@ def kept_bytes(
             inner.append(unet.advance(inner[-1], **inputs, blocks=blocks))
         shared = [(part.rest, part.conv, part.residual) for part in unet.share(features).shared]
         own = {id(tensor.untyped_storage()) for tensor in features.tensors}  # `rest` is a view
+        context = projected(unet, inputs["context"]) if unet.keeps_attention else None
         return Kept(
             _bytes(features.tensors),
             tuple(_bytes([at.hidden]) for at in reversed(inner)),
             _bytes([unet.decode(features, **inputs)]),
             _bytes([t for part in shared for t in part if id(t.untyped_storage()) not in own]),
-            _bytes(attention_outputs(predict_of(unet, x, inputs), projected(unet, inputs["context"])).tensors),
+            _bytes(attention_outputs(predict_of(unet, x, inputs), context).tensors),
         )
 
 

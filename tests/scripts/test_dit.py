@@ -70,6 +70,10 @@ def test_what_is_there_is_not_made_again(script, capsys):
     [
         (["--classes", "1001"], "--classes: expected 0..1000, the classes of this model; got 1001"),
         (["--plan", "deepcache:2"], "--plan: 1 blocks are to run anew; this network has 0 on each side"),
+        (
+            ["--plan", "tgate:2"],
+            "--plan: tgate needs cross-attention as in Stable Diffusion, which this model's network lacks",
+        ),
         (["--tome", "0.5"], "--tome: a diffusion transformer merges no tokens; accepted: 0; got 0.5"),
         (["--image-size", "128"], "--image-size: invalid choice: 128"),
     ],

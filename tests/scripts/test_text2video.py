@@ -143,9 +143,10 @@ def test_frames_of_a_model_of_videos(fusion, capsys):
 
 
 def test_plans_are_listed_with_what_they_cost_a_frame(fusion, capsys):
-    assert fusion.main([*fusion.common, "--list-plans"]) == 0
+    assert fusion.main([*fusion.common, "--steps=20", "--list-plans"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert {"off", "faster-diffusion", "deepcache:3"} <= {*listed} and not fusion.out.exists()
+    assert "tgate:10" not in listed
 
 
 def test_parallel_decoding_of_videos_is_serial(fusion):
@@ -186,6 +187,10 @@ def test_the_files_of_modelscope_are_one_checkpoint(videofusion, tmp_path):
         (["--motion", "3,4"], "--motion: not with a model of videos, which makes all frames together"),
         (["--chunk", "2"], "--chunk: not with a model of videos"),
         (["--H", "18"], "--H: must be a multiple of 4 for this model; got 18"),
+        (
+            ["--plan", "tgate:2"],
+            "--plan: tgate needs cross-attention as in Stable Diffusion, which this model's network lacks",
+        ),
     ],
 )
 def test_what_a_model_of_videos_refuses(fusion, capsys, arguments, why):

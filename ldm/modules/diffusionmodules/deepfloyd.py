@@ -175,7 +175,7 @@ class DeepFloydUNet(UNetModel):
         self.num_classes, self.adm_in_channels, self.context_dim = "sequential", width, encoder_channels
         self.encoder_dim = encoder_dim
         self.downsampling, self.finest = 2 ** (len(levels) - 1), levels[0].res_blocks + 1
-        self.merges_tokens = False
+        self.merges_tokens = self.keeps_attention = False
 
         self.time_embed = _embedding(model_channels, width)
         self.encoder_pooling = nn.Sequential(

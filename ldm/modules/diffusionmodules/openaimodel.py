@@ -185,6 +185,7 @@ class UNetModel(nn.Module):
         self.use_fp16 = use_fp16
         self.downsampling = 2 ** (len(levels) - 1)
         self.finest = levels[0].res_blocks + 1  # blocks of the finest level, on each side
+        self.keeps_attention = use_spatial_transformer and context_dim is not None
         self.merges_tokens = use_spatial_transformer and levels[0].attention_blocks > 0 and not levels[0].context_only
 
         self.time_embed = embedding(model_channels, emb_channels)

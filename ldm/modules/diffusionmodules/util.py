@@ -380,6 +380,8 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 class Unshared(nn.Module):
     """A split network that computes nothing once for the decoders of several nodes; see `UNetModel.share`."""
 
+    keeps_attention = False  # whether outputs of its cross-attention can be kept, see `ProjectedContext.record`
+
     def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
         """The features as they are."""
         return features
