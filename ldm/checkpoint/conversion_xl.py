@@ -89,6 +89,20 @@ def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"text_model.{key}": value for key, value in state.items()}
 
 
+def framed_unet_config(params: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The config.json of a UNet that is told how an image is framed; arguments and errors: see `unet_config`, and
+    `configs`."""
+    unet, embedders = params["unet_config"]["params"], params["cond_stage_config"]["params"]["emb_models"]
+    widths = {entry["params"]["outdim"] for entry in embedders if "outdim" in entry["params"]}
+    if len(widths) != 1:
+        raise ConversionError(f"unet: the numbers that frame an image must have one width; got {sorted(widths)}")
+    return unet_config(params, unet, weights) | {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": widths.pop(),
+        "projection_class_embeddings_input_dim": unet["adm_in_channels"],
+    }
+
+
 def configs(params: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
     """The content of the JSON files of a folder: for each part, and for the "scheduler".
 
@@ -99,20 +113,11 @@ def configs(params: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]
     Raises:
         ConversionError: a model that the folder can't describe.
     """
-    unet, dd = params["unet_config"]["params"], params["first_stage_config"]["params"]["ddconfig"]
+    dd = params["first_stage_config"]["params"]["ddconfig"]
     if params.get("parameterization", "eps") == "x0":
         raise ConversionError("scheduler: only eps- and v-prediction have a place there")
-    embedders = params["cond_stage_config"]["params"]["emb_models"]
-    widths = {entry["params"]["outdim"] for entry in embedders if "outdim" in entry["params"]}
-    if len(widths) != 1:
-        raise ConversionError(f"unet: the numbers that frame an image must have one width; got {sorted(widths)}")
-    framing = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": widths.pop(),
-        "projection_class_embeddings_input_dim": unet["adm_in_channels"],
-    }
     described = {
-        "unet": unet_config(params, unet, parts["unet"]) | framing,
+        "unet": framed_unet_config(params, parts["unet"]),
         "vae": vae_config(params, dd) | {"force_upcast": bool(params.get("disable_first_stage_autocast", True))},
         "text_encoder_2": text_config(parts["text_encoder_2"], openclip=True)
         | {

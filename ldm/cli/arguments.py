@@ -10,6 +10,7 @@ from pathlib import Path
 from ldm.cli.parser import (
     LARGEST_SIDE,
     MOST,
+    SMALLEST_TILE,
     count,
     finite,
     interval,
@@ -659,7 +660,7 @@ def output_arguments(
 def tile_argument(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--tile",
-        type=whole(1, LARGEST_SIDE),
+        type=whole(SMALLEST_TILE, LARGEST_SIDE),
         metavar="PIXELS",
         help="decode the latents in tiles of so many pixels a side: less memory for large images, more time; changes "
         "rounding errors only (default: whole images)",

@@ -144,6 +144,7 @@ def whole(low: int, high: int, accepted: str = "a whole number") -> Callable[[st
 MOST = 1_000_000  # images of one run, and whatever else is counted
 MOST_STEPS = 10_000  # of a solver; no training has more timesteps
 LARGEST_SIDE = 2**14  # pixels of an image, or positions of a latent
+SMALLEST_TILE = 16  # pixels; with smaller ones decoding takes forever
 
 count = whole(1, MOST)
 step_count = whole(1, MOST_STEPS)

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import diffusion_params
 from ldm.checkpoint.conversion import unet_config, unet_to_diffusers, unet_to_ldm, video_to_ldm
+from ldm.checkpoint.conversion_xl import VECTOR, framed_unet_config
 from ldm.checkpoint.deepfloyd import NETWORK, network_params, to_original
 from ldm.io.files import find_file
 from ldm.modules.diffusionmodules.dit import position_embedding
+from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.packed import pack
 from ldm.profiling.timing import alternate
 from ldm.util import instantiate_from_config
 
 TIMESTEP = 500
 TOKENS = 77
+NUMBERS, NUMBER_WIDTH = 6, 256  # that frame an image of SDXL
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
 
@@ -72,6 +75,15 @@ def states(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, An
     return {"context": network.project(context), "y": y}, {"encoder_hidden_states": given}
 
 
+def framed_text(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A text with its own vector, and six numbers that frame the image."""
+    own, extra = text(network, batch)
+    pooled = torch.randn(batch, network.adm_in_channels - NUMBERS * NUMBER_WIDTH)
+    numbers = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]).repeat(batch, 1)
+    y = torch.cat([pooled, timestep_embedding(numbers.flatten(), NUMBER_WIDTH).view(batch, -1)], dim=1)
+    return own | {"y": y}, extra | {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": numbers}}
+
+
 def label(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
     y = torch.arange(batch)
     return {"y": y}, {"class_labels": y}
@@ -81,12 +93,14 @@ def label(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any
 
 
 def unet(params: Mapping[str, Any]) -> Twin:
-    """A UNet of Stable Diffusion; `params`: of the model, here and below."""
+    """A UNet of Stable Diffusion, also XL; `params`: of the model, here and below."""
+    ours, framed = params["unet_config"], "adm_in_channels" in params["unet_config"]["params"]
+    more = VECTOR if framed else None
     with torch.device("meta"):
-        state = instantiate_from_config(params["unet_config"]).state_dict()
-    settings = unet_config(params, params["unet_config"]["params"], unet_to_diffusers(state))
-    size = (params["image_size"],) * 2
-    return Twin(params["unet_config"], settings.pop("_class_name"), settings, unet_to_ldm, size, text)
+        weights = unet_to_diffusers(instantiate_from_config(ours).state_dict(), more)
+    settings = framed_unet_config(params, weights) if framed else unet_config(params, ours["params"], weights)
+    renamed, size = partial(unet_to_ldm, more=more), (params["image_size"],) * 2
+    return Twin(ours, settings.pop("_class_name"), settings, renamed, size, framed_text if framed else text)
 
 
 def video(params: Mapping[str, Any], frames: int = 16) -> Twin:
@@ -193,6 +207,7 @@ def published(make: Callable[[Mapping[str, Any]], Twin], config: str) -> Twin:
 # published numbers of weights.
 NETWORKS: dict[str, Callable[[], Twin]] = {
     "sd-v1": partial(published, unet, "configs/stable-diffusion/v1-inference.yaml"),
+    "sd-xl": partial(published, unet, "configs/stable-diffusion/sd_xl_base.yaml"),
     "dit-xl-2-256": partial(published, transformer, "configs/dit/dit-xl-2-256.yaml"),
     "dit-xl-2-512": partial(published, transformer, "configs/dit/dit-xl-2-512.yaml"),
     "if-i-m": partial(pixels, 192),

@@ -26,7 +26,11 @@ def dit() -> networks.Twin:
 
 
 SMALL = {"layers_per_block": 1, "attention_head_dim": 16, "encoder_hid_dim": 32, "addition_embed_type_num_heads": 4}
+XL = {"num_head_channels": 16, "use_linear_in_transformer": True, "transformer_depth": [1, 2]}
+FRAMED = network_params(**XL, num_classes="sequential", adm_in_channels=8 + 6 * 256)
+FRAMED |= {"cond_stage_config": {"params": {"emb_models": [{"params": {"outdim": 256}}]}}}
 TINY = {
+    "framed": lambda: networks.unet(FRAMED),
     "unet": lambda: networks.unet(network_params(attention_resolutions=[1, 2], num_res_blocks=2)),
     "video": lambda: networks.video(params("unet3d.VideoUNet", **VIDEO, out_channels=4), 2),
     "pixels": lambda: networks.pixels(32, sample_size=8, **SMALL),
@@ -43,7 +47,7 @@ def test_both_libraries_predict_the_same(kind):
 
 def test_every_network_is_made_of_its_config():
     sizes = {name: twin().size for name, twin in networks.NETWORKS.items() if not name.startswith("if")}
-    assert sizes["dit-xl-2-512"] == (64, 64) and sizes["videofusion"] == (16, 32, 32)
+    assert sizes["sd-xl"] == (128, 128) and sizes["dit-xl-2-512"] == (64, 64) and sizes["videofusion"] == (16, 32, 32)
 
 
 def test_prints_a_row_and_writes_json(tmp_path, capsys, monkeypatch):
@@ -57,7 +61,7 @@ def test_prints_a_row_and_writes_json(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, why",
     [
-        (["vqgan"], "NETWORK: expected sd-v1, dit-xl-2-256"),
+        (["vqgan"], "NETWORK: expected sd-v1, sd-xl, dit-xl-2-256"),
         (["dit", "--size", "16", "16"], "--size: x must have shape ('B', 4, 8, 8) for this network"),
         (["dit", "--json", f"{__file__}/out.json"], "--json: can't write"),
     ],

@@ -181,6 +181,7 @@ def test_a_published_configuration_that_asks_for_more_is_refused(old, new, why, 
 @pytest.mark.parametrize(
     "arguments, why",
     [
+        (["--tile", "8"], "--tile: expected a whole number in 16..16384; got '8'"),
         (["--H", "100"], "--H: must be a multiple of 32 for this model; got 100"),
         (["--crop", "3"], "--crop: expected two numbers such as 1024,768; got '3'"),
         (["--original-size", "0,5"], "--original-size: .*got '0'"),
