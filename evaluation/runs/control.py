@@ -21,16 +21,12 @@ from ldm.sampling.control import ControlledBy, Picture
 
 @dataclass(frozen=True)
 class Hints:
-    """One for each prompt, made when it is asked for, of the image's centred square; see `Picture`.
-
-    hed:  weights of the network that finds what scribbles are made of.
-    side: in pixels.
-    """
+    """One for each prompt, made when it is asked for, of the image's centred square; see `Picture`."""
 
     images: ImageArray | ImageFolder
     kind: str
-    hed: str | None
-    side: int
+    hed: str | None  # weights of the network that finds what scribbles are made of
+    side: int  # in pixels
 
     def __len__(self) -> int:
         return len(self.images.names)

@@ -193,11 +193,9 @@ def test_gflops_only_needs_no_weights(tmp_path, capfd):
 
 def test_a_table_that_cant_be_run_has_the_published_numbers(tmp_path, capfd):
     assert tables.main(["rdm", "--world", "coco", "--runs", str(tmp_path)]) == 0
-    out = capfd.readouterr().out
-    assert (
-        "| RDM: ImageNet, database ImageNet |  | 5.32 |  |  | 0.740 |  |  | 0.510 |  | not run: no weights here |"
-        in out
-    )
+    paper = "| RDM: ImageNet, database ImageNet |  | 5.32 |  |  | 0.740 |  |  | 0.510 |  |"
+    row = f"{paper} GFLOPs |  |  | not run: no weights here |"
+    assert re.search(re.escape(row).replace("GFLOPs", r"\d+\.\d"), capfd.readouterr().out)
 
 
 # How a table is shown
