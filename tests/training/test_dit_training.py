@@ -11,7 +11,7 @@ from tests.helpers.tiny_data import write_data
 
 NARROW = [
     *["model.params.image_size=8", "model.params.unet_config.params.input_size=8"],
-    *["model.params.unet_config.params.hidden_size=32", "model.params.unet_config.params.num_classes=2"],
+    *["model.params.unet_config.params.hidden_size=36", "model.params.unet_config.params.num_classes=2"],
     *["model.params.unet_config.params.depth=2", "model.params.unet_config.params.encoder_blocks=1"],
     *["model.params.cond_stage_config.params.n_classes=3", "training.params.unconditional=2"],
     *["training.params.sample_steps=2", "data.params.batch_size=4", "data.params.classes=[even,odd]"],
