@@ -15,6 +15,7 @@ NARROW = [
     *["model.params.unet_config.params.depth=2", "model.params.unet_config.params.encoder_blocks=1"],
     *["model.params.cond_stage_config.params.n_classes=3", "training.params.unconditional=2"],
     *["training.params.sample_steps=2", "data.params.batch_size=4", "data.params.classes=[even,odd]"],
+    "data.params.latents=null",  # nothing is kept
     *["lightning.trainer.val_check_interval=2", "lightning.trainer.enable_progress_bar=false"],
 ]
 
