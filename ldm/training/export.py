@@ -45,14 +45,20 @@ def export(
     with fault_of("source"):
         if part is None and (taught := taught_by(Path(source))):
             with fault_of("out"):
-                return write_taught(out, *taught)
+                return write_taught(out, rounded(taught[0], dtype), taught[1])
         state = part_of(Path(source), part) if part else weights_of_run(Path(source), normalize)
-    # The schedule's buffers, which have no dot in their names, stay exact: rounded, they would change every sample.
-    precision = getattr(torch, dtype)
-    state = {k: v.to(precision) if v.is_floating_point() and "." in k else v for k, v in state.items()}
     with fault_of("out"):
-        save_weights(out, state)
+        save_weights(out, rounded(state, dtype))
     return len(state)
+
+
+def rounded(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The weights in that precision; but the schedule's buffers, which have no dot in their names, stay exact.
+
+    Rounded, they would change every sample.
+    """
+    precision = getattr(torch, dtype)
+    return {k: v.to(precision) if v.is_floating_point() and "." in k else v for k, v in state.items()}
 
 
 def taught_by(source: Path) -> tuple[dict[str, Tensor], DictConfig] | None:

@@ -71,7 +71,7 @@ def steering_loss(
     """
     own = F.normalize(table[token], dim=0)
     others = F.normalize(table[[*positives, *negatives]].detach(), dim=1)  # (P + N, D)
-    logits = others @ own / temperature
+    logits = (others * own).sum(1) / temperature  # as a product of matrices autocast would round it
     return logits.logsumexp(0) - logits[: len(positives)].logsumexp(0)
 
 

@@ -178,11 +178,10 @@ def token_names(name: str, count: int) -> list[str]:
 
 
 def with_all_vectors(text: str, added: Mapping[str, int]) -> str:
-    """A text in which each new token stands there with all the tokens that it stands for."""
+    """A text in which each new token, in any case, stands there by its name, with all the tokens that it stands for."""
     for name, count in added.items():
-        if count > 1:
-            pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
-            text = re.sub(pattern, lambda _, n=name, k=count: " ".join(token_names(n, k)), text, flags=re.IGNORECASE)
+        pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
+        text = re.sub(pattern, lambda _, n=name, k=count: " ".join(token_names(n, k)), text, flags=re.IGNORECASE)
     return text
 
 
