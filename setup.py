@@ -39,6 +39,7 @@ PROJECT_FILES = (
     "models/ldm/cin256-v2/classes.txt",
     "models/first_stage_models/emoji128-kl-f8/model.safetensors",
     "models/control/emoji64-edges/model.safetensors",
+    "models/personalization/giraffe/*.safetensors",
     "models/rdm/emoji*/model.safetensors",
     *(f"models/ldm/emoji*/**/{files}" for files in ("*.json", "*.yaml", "*.txt", "model.safetensors")),
 )

@@ -106,17 +106,19 @@ def test_custom_diffusion_trains_keys_values_and_a_word(home, before, tmp_path):
 
 @pytest.mark.parametrize("name", ["textual-inversion", "reversion"])
 def test_a_word_alone(home, before, tmp_path, name):
-    token = "<new1>" if name == "textual-inversion" else "<R>"
+    token, count = ("<new1>", 2) if name == "textual-inversion" else ("<R>", 1)
     words = ["training.params.relations=[red, dog]", "training.params.stop_words=[a]"] if token == "<R>" else []
-    more = [f"training.params.new_tokens={{{token}: tree}}", "training.params.vectors=2", *words]
+    more = [f"training.params.new_tokens={{{token}: tree}}", f"training.params.vectors={count}", *words]
     run = train(home, tmp_path, name, *more)
     assert changed(run, before) <= {"model.cond_stage_model.transformer.token_emb.weight"}
     vectors = read_embeddings(exported(run, "word.safetensors"))
-    assert [*vectors] == [token] and vectors[token].shape == (2, 16)
+    assert [*vectors] == [token] and vectors[token].shape == (count, 16)
     model = load_model(home / "config.yaml", home / "model.safetensors")
     begun = model.cond_stage_model.token_table.weight[model.cond_stage_model.words("tree").ids[1]]
     assert not torch.equal(vectors[token][0], begun) and (vectors[token][0] - begun).abs().max() < 0.1
     add_embeddings(model.cond_stage_model, run / "word.safetensors")
+    first = model.cond_stage_model.words(token).ids[1]
+    assert model.cond_stage_model.tokenize([f"a {token}"])[0, 2 : 2 + count].tolist() == [*range(first, first + count)]
 
 
 def test_a_lora_is_what_was_trained(home, before, tmp_path):
@@ -130,6 +132,8 @@ def test_a_lora_is_what_was_trained(home, before, tmp_path):
     merged = model.get_parameter(f"model.diffusion_model.{layer}.weight")
     assert change.abs().max() > 0
     torch.testing.assert_close(merged, before[f"model.diffusion_model.{layer}.weight"] + change)
+    assert load_script("export_model").main([str(run), "--out", str(run / "half.safetensors"), "--dtype", "fp16"]) == 0
+    assert {value.dtype for value in read_checkpoint(run / "half.safetensors").values()} == {torch.float16}
 
 
 def test_bad_settings(home, tmp_path, capsys):
