@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -51,7 +51,7 @@ from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan, check_blocks
 from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.profiling.plan_table import plan_table
-from ldm.sampling.engine import Engine, Recipe, Task
+from ldm.sampling.engine import Engine, Recipe, Task, num_nodes
 from ldm.sampling.generate import Item, Sample, digest, generate
 from ldm.sampling.refined import Refined
 
@@ -278,7 +278,7 @@ def load_engines(
 ) -> dict[str, Engine]:
     """The methods of the run by name, on one model; with a refiner behind each, if there is one."""
     if refiner is not None:
-        refiner.check(plan for _, plan in methods.values())
+        refiner.check(methods)
     model = load(setup)
     for recipe, plan in methods.values():
         check_network(model, recipe, plan)
@@ -326,11 +326,13 @@ class Refiner:
     setup: Setup
     share: float = SHARE
 
-    @staticmethod
-    def check(plans: Iterable[AnyPlan]) -> None:
-        """Raise SettingError for a plan that a run with a refiner can't have."""
-        if not all(isinstance(plan, Plan) for plan in plans):
-            raise SettingError("plan", "a plan that decides during a run, or measures, does not go with a refiner")
+    def check(self, methods: Methods) -> None:
+        """Raise SettingError for a plan that a run with a refiner can't have, or too few steps for its share."""
+        for recipe, plan in methods.values():
+            if not isinstance(plan, Plan):
+                raise SettingError("plan", "a plan that decides during a run, or measures, does not go with a refiner")
+            with fault_of("refiner_share"):
+                num_nodes(recipe, self.setup.config.model.params.get("timesteps", 1000), self.share)
 
     def finishing(self, engines: Mapping[str, Engine], load: Callable[[Setup], LatentDiffusion]) -> dict[str, Engine]:
         """The engines with the refiner behind each; `load` gives its model.

@@ -234,12 +234,16 @@ def check_texts(items: Sequence[Item], task: Task) -> None:
 def truncated_prompts(items: Sequence[Item], task: Task, model: LatentDiffusion) -> str | None:
     """What the model does not read of the texts, the negative prompt among them; None if it reads all.
 
-    That is the ends of long ones, and words such as <new1> that it was not given.
+    That is the ends of long ones, words such as <new1> that it was not given, and weights that are read as text.
     """
     prompts, said = {text for texts in texts_of(items, task).values() for text in texts}, []
     if unknown := unknown_words(model, [*prompts]):
         said.append(
             f"{', '.join(unknown)}: no word of this model, which reads the letters; --embedding or --delta brings it"
+        )
+    if weighted := sorted(text for text in prompts if isinstance(task.condition, Text) and task.condition.unread(text)):
+        said.append(
+            f"{shown(weighted[0])}: brackets are read as text, since weights are not asked for (prompt-weights)"
         )
     if cut := task.condition.cut(model, [*prompts]):
         said.append(

@@ -141,7 +141,7 @@ class Recipe:
         total = self.total(alphas_cumprod)
         kept = int(strength * total + 1e-9)  # 0.29 of 100 steps is 29
         if kept < 1:
-            raise ValueError(f"strength {strength:g} of {total} steps leaves none")
+            raise ValueError(f"{strength:g} of {total} steps leaves none")
         return solver(self.sampler, alphas_cumprod, self.steps, self.eta, noise, total - kept, **self._where)
 
     def total(self, alphas_cumprod: Tensor) -> int:

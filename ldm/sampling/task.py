@@ -127,6 +127,10 @@ class Text(Condition):
         rows = model.cond_stage_model.rows
         return sum(rows(self.reading.spans(text), self.reading.chunks).left_out > 0 for text in texts)
 
+    def unread(self, text: str) -> bool:
+        """Whether there is a weight in it that is not read as one."""
+        return not self.reading.weights and re.search(r"\([^()]+:\s*\d*\.?\d+\s*\)", text) is not None
+
     def check(self, texts: Sequence[str]) -> None:
         for text in dict.fromkeys(texts):
             self.reading.spans(text)

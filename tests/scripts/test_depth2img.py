@@ -108,7 +108,7 @@ def test_sizes_are_rounded_down_and_compare_shows_both(script, tmp_path, capsys)
     [
         (["--init-img", "nowhere.png"], "--init-img: nowhere.png: no such file; expected an image"),
         (["--strength", "0"], "--strength: expected a number above 0, up to 1; got '0'"),
-        (["--strength", "0.1"], "--strength: strength 0.1 of 4 steps leaves none"),
+        (["--strength", "0.1"], "--strength: 0.1 of 4 steps leaves none"),
         (["--H", "96"], "--H: must be a multiple of 64"),
         (["--H", "x"], "--H.*: expected a whole number in 1..16384; got .x."),
         (

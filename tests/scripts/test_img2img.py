@@ -187,7 +187,7 @@ def test_compare_shows_both(script, tmp_path, capsys):
         (["--init-img", "GOOD", "--strength", "0"], "--strength: expected a number above 0, up to 1; got '0'"),
         (["--init-img", "GOOD", "--strength", "1.01"], "--strength: expected"),
         (["--init-img", "GOOD", "--strength", "nan"], "--strength: expected"),
-        (["--init-img", "GOOD", "--strength", "0.09"], "--strength: strength 0.09 of 10 steps leaves none"),
+        (["--init-img", "GOOD", "--strength", "0.09"], "--strength: 0.09 of 10 steps leaves none"),
         (["--init-img", "GOOD", "--steps", "2000"], "--steps: .*1..1000.*2000"),
         (["--init-img", "GOOD", "--plms", "--ddim_eta", "0.5"], "--ddim_eta: plms has no choice"),
         (["--init-img", "GOOD", "--H", "18"], "--H: must be a multiple of 4"),

@@ -24,7 +24,9 @@ def test_images_say_how_their_prompts_were_read(files, tmp_path, capsys):
     (plain,) = script("--prompt", "a red heart")
     (one,) = script("--prompt", "a (red:1) heart", "--prompt-weights")
     (strong,) = script("--prompt", "a (red:3) heart", "--prompt-weights")
-    capsys.readouterr()
+    assert "brackets" not in capsys.readouterr().out
+    script("--prompt", "a (red:3) heart", "--seed", "7")
+    assert "'a (red:3) heart': brackets are read as text, since weights are not" in capsys.readouterr().out
     (long,) = script("--prompt", "a red heart, noto style " * 5, "--prompt-chunks", "2")
     assert "1 of 1 prompts longer than the text encoder reads" in capsys.readouterr().out
     told = [{name: entry.get(name) for name in ("prompt_weights", "prompt_chunks")} for entry in (plain, one, long)]

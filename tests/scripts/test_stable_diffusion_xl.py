@@ -269,7 +269,7 @@ def test_a_refiner_that_is_the_base_changes_nothing(model, sampler, nodes):
 
 
 def test_a_solver_that_needs_its_past_is_refused_and_a_share_without_a_step(model):
-    with pytest.raises(ValueError, match="strength 0.01 of 8 steps leaves none"):
+    with pytest.raises(ValueError, match="0.01 of 8 steps leaves none"):
         Refined(engine(model, Plan(8, (0,))), model, 0.01)
     with pytest.raises(ValueError, match="a run of plms can't go on there with another model"):
         Refined(engine(model, Plan(9, (0,)), "plms"), model, 0.5)
@@ -323,6 +323,7 @@ def test_a_script_with_a_refiner(base, refiner, tmp_path):
         (["--refiner", "none.safetensors"], "--refiner: none.safetensors: no such file"),
         (["--refiner", "BASE"], "--refiner: .*config.yaml is not the config of a refiner"),
         (["--refiner", "REFINER", "--refiner-share", "1"], "--refiner-share: expected a number in 0.001..0.999"),
+        (["--refiner", "REFINER", "--refiner-share", "0.2"], "--refiner-share: 0.2 of 4 steps leaves none"),
         (["--refiner", "REFINER", "--plan", "online:0.1"], "--plan: a plan that decides during a run"),
         (["REFINER"], "--config: a refiner finishes images of a base model; expected the base model"),
     ],
