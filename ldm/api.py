@@ -21,7 +21,7 @@ from PIL import Image
 
 from ldm.checkpoint.published import load_manifest
 from ldm.cli.arguments import EMOJI64, Files
-from ldm.cli.kinds import BATCH, KINDS, Given, ImageLike, Job, as_files, kind_of, parsed
+from ldm.cli.kinds import BATCH, KINDS, Given, ImageLike, Job, as_files, kind_of, parsed, with_files
 from ldm.cli.parser import settings_from, weighted_file
 from ldm.cli.pipeline import check_amount, check_guidance, choose_methods, load_engines
 from ldm.cli.setup import (
@@ -37,7 +37,7 @@ from ldm.cli.setup import (
     with_batches,
 )
 from ldm.cli.tasks import check_texts, image_items, truncated_prompts
-from ldm.io.errors import BadInput, fault_of
+from ldm.io.errors import BadInput, fault_of, shown
 from ldm.io.files import INSTALLED_FILES, PROJECT_ROOT, find_file
 from ldm.io.images import to_pil
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -122,10 +122,12 @@ class Model:
         """What `images` would make, before it is made; arguments and errors as there."""
         kind = KINDS[self.kind]
         with python_errors():
-            args = parsed(kind, {"n_samples": samples, "seed": seed, "batch_size": batch_size, **settings})
-            sampling = settings_from(args, SamplingSettings)
-            with tempfile.TemporaryDirectory() as folder:
-                given = Given(subjects, as_files(image, Path(folder)), as_files(mask, Path(folder)), args.H, args.W)
+            with tempfile.TemporaryDirectory() as place:
+                folder = Path(place)
+                told = {name: with_files(value, folder) for name, value in settings.items()}
+                args = parsed(kind, {"n_samples": samples, "seed": seed, "batch_size": batch_size, **told})
+                sampling = settings_from(args, SamplingSettings)
+                given = Given(subjects, as_files(image, folder), as_files(mask, folder), args.H, args.W)
                 more = [settings_from(args, settings) for settings in kind.settings]
                 job = kind.make(given, self.setup, sampling, *more, **{name: getattr(args, name) for name in kind.own})
             items = image_items(job.subjects, args.n_samples, args.seed, args.seed_by_position)
@@ -223,9 +225,16 @@ def load_by_name(
         return Model(make_setup(settings, processes=ALONE))
 
 
-def listed(files: FileLike | Sequence[FileLike]) -> list[str]:
-    """One file or several, as a command line has them."""
-    return [str(file) for file in ([files] if isinstance(files, str | Path) else files)]
+def listed(files: FileLike | Sequence[FileLike] | None) -> list[str]:
+    """One file or several, as a command line has them.
+
+    Raises:
+        TypeError: something else.
+    """
+    several = [files] if isinstance(files, str | Path) else () if files is None else files
+    if not isinstance(several, list | tuple) or not all(isinstance(file, str | Path) for file in several):
+        raise TypeError(f"lora, embedding and delta must be a file, or a list of files; got {shown(files)}")
+    return [str(file) for file in several]
 
 
 def named_files(name: str) -> Files:

@@ -357,6 +357,7 @@ def test_a_prompt_that_is_not_read_to_its_end_is_said(models):
         ({"name": "n" * 5000}, ValueError, "File name too long"),
         ({"config": "n" * 5000}, ValueError, "File name too long"),
         ({"name": "emoji64", "device": "cuda:99"}, ValueError, "^device: cuda:99 is not there"),
+        ({"name": "emoji64", "lora": [("a", 0.5)]}, TypeError, r"must be a file, or a list of files; got \[\('a', 0.5"),
         ({"name": "emoji64", "lora": "none.safetensors"}, ValueError, "^lora: none.safetensors: no such file"),
         ({"name": "emoji64", "lora": "a:9999"}, ValueError, "^lora: expected a number in -1000..1000; got '9999'"),
     ],

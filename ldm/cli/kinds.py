@@ -204,6 +204,13 @@ def as_files(images: ImageLike | Sequence[ImageLike] | None, folder: Path) -> li
     return [as_file(image, folder) for image in (images if isinstance(images, list | tuple) else [images])]
 
 
+def with_files(value: Any, folder: Path) -> Any:
+    """An argument's value with files in the place of PIL images, see `as_files`."""
+    if isinstance(value, list | tuple):
+        return [with_files(one, folder) for one in value]
+    return as_file(value, folder).path if isinstance(value, Image.Image) else value
+
+
 def as_file(image: ImageLike, folder: Path) -> File:
     if isinstance(image, str | Path):
         return File(Path(image), None)

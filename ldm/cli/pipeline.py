@@ -113,6 +113,8 @@ def make_images(
     if output.list_plans:
         if setup.processes.leads:
             list_plans(setup, recipe, task, nodes)
+            if refiner is not None:
+                print("all of the base model alone, as if it ran the refiner's steps, too")
         return []
     with fault_of("ckpt", (CheckpointError,)):
         settings = weights_of(setup) | ({} if refiner is None else {"refiner": weights_of(refiner.setup)})

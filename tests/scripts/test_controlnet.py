@@ -96,7 +96,11 @@ def test_from_python(script, folder):
     (entry,) = script(*control(folder), *control(folder, f"{folder}/edges.png"), "--plan=0,2", "--guess")
     model = ldm.load(config=folder / "config.yaml", ckpt=folder / "model.safetensors")
     network = f"{folder}/control.safetensors"
-    follow = {"control": ["edges", f"{folder}/edges.png"], "control_model": [network, network], "guess": True}
+    follow = {
+        "control": ["edges", Image.open(folder / "edges.png")],
+        "control_model": [network, network],
+        "guess": True,
+    }
     told = {"steps": 4, "plan": "0,2", "parallel": 1}
     plain, image = (
         np.asarray(model.images("an owl", **told, **more)[0])
