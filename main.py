@@ -52,6 +52,7 @@ AS_MEANT = (
     r".*does not have many workers",
     r".*smaller than the logging interval",
     r".*LeafSpec.* is deprecated",
+    r"Total length of `list` across ranks is zero",
 )
 
 
@@ -259,7 +260,9 @@ def train(args: argparse.Namespace, name: str, files: list[Path], overrides: lis
     with fault_of(name), debugged(args.debug):
         run.fit(config, logdir, train=args.train, allow=args.allow, resumed=state_of(args.resume))
     if args.train:
-        print(f"for sampling: python scripts/export_model.py {logdir} --out {logdir}/model.safetensors")
+        delta = str((config.training.get("params") or {}).get("what")).startswith("crossattn")
+        file = "delta.bin" if delta else "model.safetensors"
+        print(f"for sampling: python scripts/export_model.py {logdir} --out {logdir}/{file}")
 
 
 @contextmanager

@@ -140,8 +140,10 @@ def save_delta(path: str | Path, weights: Mapping[str, Tensor], tokens: Mapping[
         tokens: their vectors, (1, D).
 
     Raises:
-        ValueError: a token of several vectors, which the layouts have no place for.
+        ValueError: a token of several vectors, which the layouts have no place for; or a file of safetensors.
     """
+    if Path(path).suffix == ".safetensors":
+        raise ValueError(f"{path}: a delta of Custom Diffusion is a .bin (diffusers) or a .ckpt (CompVis)")
     if several := [name for name, vectors in tokens.items() if len(vectors) > 1]:
         raise ValueError(f"a delta keeps one vector for each token; {several[0]} has {len(tokens[several[0]])}")
     flat = {name: vectors[0].clone() for name, vectors in tokens.items()}

@@ -83,8 +83,11 @@ def test_dreambooth_trains_the_whole_network(home, before, tmp_path):
     assert load_model(home / "config.yaml", exported(run, "model.safetensors"))
 
 
-def test_custom_diffusion_trains_keys_values_and_a_word(home, before, tmp_path):
+def test_custom_diffusion_trains_keys_values_and_a_word(home, before, tmp_path, capsys):
     run = train(home, tmp_path, "custom-diffusion", "training.params.new_tokens={<new1>: tree}")
+    assert capsys.readouterr().out.endswith(f"--out {run}/delta.bin\n")
+    assert load_script("export_model").main([str(run), "--out", str(run / "delta.safetensors")]) == 2
+    assert "a delta of Custom Diffusion is a .bin (diffusers) or a .ckpt (CompVis)" in capsys.readouterr().err
     names = changed(run, before) - {"model.cond_stage_model.transformer.token_emb.weight"}
     assert names and all(key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for key in names)
     state = read_state(run / "last.ckpt")["state_dict"]
