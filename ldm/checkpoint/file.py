@@ -28,7 +28,7 @@ from ldm.io.errors import one_line, some
 from ldm.io.files import FileError, atomic_write, file_sha256, kind, parse_json, read_json
 from ldm.modules.ema import ema_name
 
-GROUP = 2**28  # bytes of a safetensors file that are mapped, and released, together
+GROUP = 2**27  # bytes of a safetensors file that are mapped, and released, together
 SECOND = "text_encoder_2"
 PART_FILES = {
     part: [f"{stem}{variant}{suffix}" for suffix, stem in stems.items() for variant in ("", ".fp16")]
