@@ -31,6 +31,7 @@ TASKS = (
     "--edit 'a red apple, noto style' --edit 'a red heart, openmoji style'",
     "controlnet.py --prompt 'a pig face, fluent flat style' --control edges --image docs/examples/inpaint/face.png "
     "--n_samples 3",
+    "txt2img.py --prompt 'a giraffe, noto style' --n_samples 4 --lora models/personalization/giraffe/lora.safetensors",
     "text2video.py --prompt 'a cat face, noto style' --motion 32,0 --t0 16 --t1 22 --format frames",
 )
 

@@ -181,7 +181,7 @@ class ImageArray(Images):
         if not order:
             raise ImageError(f"{self.path}: none of its {self.shape[0]} images is asked for")
         part = copy(self)
-        part.rows = order
+        part.rows = [self.rows[place] for place in order]
         return part
 
     @contextmanager

@@ -18,9 +18,12 @@ import yaml
 from PIL import Image
 
 from evaluation.generate import main
-from evaluation.protocols.protocol import PROTOCOL_DIR, Method, load_protocol
+from evaluation.protocols.protocol import PROTOCOL_DIR, Method, chosen_prompts, load_protocol
+from evaluation.runs.control import Hints
 from evaluation.runs.generate import ModelFiles, compute, plan_of, recipe_of
+from evaluation.runs.images import captioned_images
 from ldm.checkpoint import read_checkpoint, save_weights
+from ldm.data.conditions import as_hint, edges
 from ldm.io.errors import SettingError
 from ldm.io.files import json_sha256, read_yaml
 from ldm.modules.diffusionmodules.controlnet import ControlNet
@@ -117,6 +120,28 @@ def test_the_folder_proves_itself(runs, whole, tmp_path, capfd):
     capfd.readouterr()
     line = refused(capfd, main(["--verify", "--out", str(tmp_path / "part")]))
     assert re.fullmatch(r"--verify: .*/part: unfinished: no manifest.jsonl, 24 of 40 images missing", line)
+
+
+@pytest.mark.parametrize("pictures", ["val2017", "pictures.npy"])
+def test_each_prompt_has_the_edges_of_its_own_image(tmp_path, pictures):
+    """Of a folder and of an array, in any order."""
+    coco = write_coco(tmp_path / "coco", 6)
+    sides = {entry["id"]: 4 + 2 * k for k, entry in enumerate(captions(6)["images"])}
+    drawn = {}
+    for entry in captions(6)["images"]:
+        drawn[entry["id"]] = Image.new("RGB", (16, 16))
+        drawn[entry["id"]].paste((255, 255, 255), (1, 1, sides[entry["id"]], sides[entry["id"]]))
+        drawn[entry["id"]].save((coco / "val2017" / entry["file_name"]).with_suffix(".png"))
+        (coco / "val2017" / entry["file_name"]).unlink()
+    notes = coco / "annotations" / "captions_val2017.json"
+    notes.write_text(notes.read_text().replace(".jpg", ".png"))
+    np.save(coco / "pictures.npy", np.stack([np.asarray(drawn[number]) for number in sorted(drawn)]))
+    protocol = load_protocol(str(write_protocol(tmp_path / "p.yaml", data__pictures=pictures, select__count=6)))
+    prompts = chosen_prompts(protocol, coco)
+    hints = Hints(captioned_images(protocol, coco, [prompt.image for prompt in prompts]), "edges", None, 16)
+    for place in (5, 0, 3):
+        expected = as_hint(edges(drawn[prompts[place].image]))
+        assert expected.any() and torch.equal(hints[[place]][0], expected)
 
 
 def test_images_that_follow_edges_and_the_frames_of_videos(runs, tmp_path, capfd):
