@@ -114,8 +114,8 @@ def cell(values: Values, key: str, form: str) -> str:
 def plot(axes: Axes, rows: Sequence[Values], cost: str) -> None:
     """Draw the error against one of COSTS: a marker per row that has an error, a line along each family's front, with
     the labels of the rows there."""
-    families = dict.fromkeys(values["family"] for values in rows)
-    for family, colour, marker in zip(families, cycle(COLOURS), cycle(MARKERS), strict=False):
+    families = dict.fromkeys(values["family"] for values in rows)  # 8 colours and 7 markers: 56 look different
+    for family, colour, marker in zip(families, cycle(COLOURS), cycle(MARKERS[:7]), strict=False):
         labels = {
             (100 * values[cost], values["mse_latents"]): values["label"].format(**values)
             for values in rows
