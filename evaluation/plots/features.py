@@ -210,7 +210,7 @@ def draw_norms(experiment: Experiment, *, steps: int) -> Drawing:
     with fault_of("steps"):
         norms = evolution(plain_outputs(*engine.plain_run(experiment.items))).norm
     found = {name: values.mean(1) for name, values in norms.items()}
-    figure = new_figure(max(9, 0.75 * len(found)), 3.2)
+    figure = new_figure(max(9, len(found)), 3.2)
     boxes, deviation, relative = figure.subplots(1, 3, width_ratios=[1.3, 1, 1])
     colours = [colour_of(name) for name in found]
     style = {"patch_artist": True, "medianprops": {"color": "black"}, "flierprops": {"markersize": 3}}
