@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,7 @@ def load_engines(
     task: Task,
     tile: int | None = None,
     refiner: Refiner | None = None,
-    load: Callable[[Setup], LatentDiffusion] = Setup.load,
+    load: Callable[[Setup], LatentDiffusion] = methodcaller("load"),
 ) -> dict[str, Engine]:
     """The methods of the run by name, on one model; with a refiner behind each, if there is one."""
     if refiner is not None:
