@@ -497,7 +497,8 @@ def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
         "linear, quadratic, cubic = the polynomial through the last two, three, four; taylor1 to taylor3 (TaylorSeer); "
         "ab2 to ab4 (AB-Cache); chebyshev, spectrum (Spectrum); zeros = nothing, for comparison. AXIS: timestep, "
         "logsnr or step. QUANTITY, with skip: v, eps or x0. For example quadratic:logsnr:eps (default: as the plan "
-        "file says; quadratic:logsnr:eps with skip; otherwise hold)",
+        "file says; quadratic:logsnr:eps with skip, but linear:timestep:x0 if noise is added at every step; otherwise "
+        "hold)",
     )
     group.add_argument(
         "--error-budget",

@@ -226,7 +226,8 @@ def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
         engine = Engine(model, setup.sizes, recipe, Plan(nodes, (0,)), task)
     with fault_of("tome"):
         unit, kept = engine.unit, engine.kept
-    print("\n".join(plan_table(unit, kept, nodes, images=1 if recipe.scale == 1.0 else 2)))
+    facts = RunFacts({"sampler": recipe.solver_name, **recipe.facts()})
+    print("\n".join(plan_table(unit, kept, nodes, images=1 if recipe.scale == 1.0 else 2, run=facts)))
 
 
 # The methods that are compared

@@ -11,10 +11,11 @@ import torch
 
 from ldm.models.diffusion.denoiser import FROM_EPS, TO_EPS, Guidance, Prediction
 from ldm.models.diffusion.loop import State, denoise, prior_noise
-from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import AXES, METHODS, QUANTITIES, Forecast, Plan
 from ldm.models.diffusion.propagation.predict import Forecaster, History
 from ldm.models.diffusion.schedule import Node, eps_weight, predict_x0
+from ldm.models.diffusion.solvers.registry import SOLVERS
 from ldm.modules.diffusionmodules.util import Features, weighted_sum
 from tests.helpers.toy import EXACT, OF_NOISE, any_rule, final, toy_denoiser, toy_inputs, toy_network, toy_rule
 
@@ -311,6 +312,30 @@ def test_a_level_goes_with_any_key_nodes(spec, keys, level):
     assert plan.branch == (2 if level == "shallow" else 0)
 
 
+def adds_noise(name: str, eta: float) -> bool:
+    """Whether a solver can't do without a source of noise."""
+    try:
+        SOLVERS[name].rule((), eta, None)
+    except ValueError as error:
+        return "needs noise" in str(error)
+    except IndexError:  # it looks at its nodes
+        pass
+    return False
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_skipped_steps_forecast_x0_where_noise_is_added(name):
+    """For the noise of one step tells nothing of that of the next."""
+    for eta in (0.0, 1.0)[: 1 + SOLVERS[name].takes_eta]:
+        usual = "linear:timestep:x0" if adds_noise(name, eta) else "quadratic:logsnr:eps"
+        for sampler in (name, f"{name}-trailing", f"{name}-at-01234567"):
+            run = RunFacts({"sampler": sampler, "eta": eta})
+            plans = {spec: load_plan(spec, 9, run=run).propagate for spec in ("skip:3", "skip:3+full:1", "deepcache:3")}
+            assert plans == {"skip:3": usual, "skip:3+full:1": usual, "deepcache:3": "hold"}
+            assert load_plan("skip:3", 9, propagate="quadratic", run=run).propagate == "quadratic"
+            assert load_plan("spectrum", 9, run=run).propagate == "spectrum"
+
+
 def test_plan_files_name_their_level_and_forecaster(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("source: mine\nsteps: {9: [0, 2, 5]}\nlevel: skip\npropagate: linear:step:x0\n")
@@ -319,6 +344,8 @@ def test_plan_files_name_their_level_and_forecaster(tmp_path):
     file.write_text("source: mine\nevery: 3\nlevel: deepcache\nbranch: 2\n")
     assert load_plan(str(file), 9) == load_plan("deepcache:3:2", 9)
     assert load_plan(f"skip:{file}", 9) == load_plan("skip:3", 9), "a level before the file goes first"
+    file.write_text("source: mine\nevery: 3\nlevel: skip\n")
+    assert load_plan(str(file), 9, run=RunFacts({"eta": 0.5})).propagate == "linear:timestep:x0"
     file.write_text("source: mine\nevery: 3\nmade_for: {sampler: ddim}\n")
     assert load_plan(str(file), 9) == load_plan("uniform:3", 9), "a rule is for any number of nodes"
     for line, why in (

@@ -40,6 +40,12 @@ def test_the_list_needs_no_weights(tmp_path, capsys, flags):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_list_knows_of_fresh_noise(tmp_path, capsys):
+    assert load_script("txt2img").main(["--list-plans", "--sampler", "euler-a", "--outdir", str(tmp_path)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skip:3 ")]
+    assert "linear:timestep:x0" in row
+
+
 @pytest.mark.parametrize(
     "flags, why",
     [

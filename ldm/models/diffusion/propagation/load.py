@@ -35,7 +35,16 @@ from ldm.io.errors import did_you_mean, shown
 from ldm.io.files import PROJECT_ROOT, Number, Schema, Text, parse, read_yaml
 from ldm.models.diffusion.propagation.calibration import Calibration, Nodes, read_calibration
 from ldm.models.diffusion.propagation.online import OnlinePlan
-from ldm.models.diffusion.propagation.plan import LEVELS, MEASURED, ForecastName, Plan, plan_of_level, with_level
+from ldm.models.diffusion.propagation.plan import (
+    LEVELS,
+    MEASURED,
+    USUAL,
+    USUAL_WITH_NOISE,
+    ForecastName,
+    Plan,
+    plan_of_level,
+    with_level,
+)
 
 PLAN_DIR = PROJECT_ROOT / "configs" / "plans"
 FORMS = (
@@ -54,6 +63,7 @@ FORMS = (
 )
 NUMBER = r"\d{1,9}"  # of nodes; Python itself refuses to read thousands of digits, and says nothing of plans
 SUFFIXES = (".yaml", ".yml")
+NOISY = ("ddpm", "ddpm-learned", "euler-a")  # solvers that always add noise at every step; others do with an eta
 
 
 def plan_names() -> tuple[str, ...]:
@@ -82,6 +92,12 @@ class RunFacts:
         The model's calibrations lie beside its weights.
         """
         return RunFacts({"sampler": sampler, **more}, weights_file and calibrations_of(weights_file), weights_file)
+
+    def usual_forecast(self, level: str) -> str:
+        """The forecaster of a level of LEVELS, unless it is said."""
+        sampler = f"{self.facts.get('sampler')}-"  # its spacing may follow, see `Spacings.name_of`
+        noisy = self.facts.get("eta") or any(sampler.startswith(f"{name}-") for name in NOISY)
+        return (USUAL_WITH_NOISE if noisy else USUAL)[level]
 
     def check(self, made_for: Mapping[str, Any], what: str) -> None:
         """Raise ValueError if what was made for another run. What was made for some weights was made for them alone,
@@ -125,7 +141,8 @@ def load_plan(
             `full`, as in `skip:6+encoder:1-5+full:49`; `+deepcache:NODES:BRANCH` with so many blocks.
         num_nodes: network evaluations of the run; for DDIM the length of its timestep grid.
         parallel: most decoder steps in one batch.
-        propagate: see `Plan`; None = as the plan's file or calibration says, or what is usual for the level (USUAL).
+        propagate: see `Plan`; None = as the plan's file or calibration says, or what is usual for the level
+            (`RunFacts.usual_forecast`).
         run: what is known of the run, to refuse what was made for another.
 
     Named and file plans hold exactly at the run lengths they list. At other lengths the longest list is
@@ -198,7 +215,7 @@ def _leveled(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
         keys = _keyed(of, num_nodes, run).keys
     else:
         keys = _first(int(of), num_nodes) if level == "tgate" else _every(int(of), num_nodes)
-    return plan_of_level(num_nodes, keys, level, int(branch or 1))
+    return plan_of_level(num_nodes, keys, level, int(branch or 1), propagate=run.usual_forecast(level))
 
 
 def _auto(spec: str, num_nodes: int, propagate: str | None, run: RunFacts) -> Plan | None:
@@ -269,7 +286,7 @@ def _keyed(spec: str, num_nodes: int, run: RunFacts) -> Plan:
         file = _read(path)
         file.check(path, num_nodes, run)
         with _of_file(path):
-            return file.plan(num_nodes)
+            return file.plan(num_nodes, run)
     return Plan(num_nodes, _keys(spec, num_nodes))
 
 
@@ -365,9 +382,10 @@ class _PlanFile(Schema):
             raise ValueError("apart needs steps, with a list for one number of steps")
         return self
 
-    def plan(self, num_nodes: int) -> Plan:
+    def plan(self, num_nodes: int, run: RunFacts) -> Plan:
         """Raises ValueError: keys that are faulty, or nodes set apart in a run of another length."""
-        plan = plan_of_level(num_nodes, self.keys(num_nodes), self.level, self.branch, self.propagate)
+        propagate = self.propagate or run.usual_forecast(self.level)
+        plan = plan_of_level(num_nodes, self.keys(num_nodes), self.level, self.branch, propagate=propagate)
         if self.apart and num_nodes not in self.steps:
             raise ValueError(f"steps set apart are not scaled: it is for {min(self.steps)} steps, not {num_nodes}")
         for level, nodes in self.apart.items():

@@ -37,6 +37,7 @@ class Compute(Enum):
 # best in our measurements (docs/acceleration.md).
 LEVELS = {"encoder": Compute.DECODER, "deepcache": Compute.SHALLOW, "skip": Compute.SKIPPED, "tgate": Compute.GATED}
 USUAL = {"encoder": "hold", "deepcache": "hold", "skip": "quadratic:logsnr:eps", "tgate": "hold"}
+USUAL_WITH_NOISE = USUAL | {"skip": "linear:timestep:x0"}  # in runs whose solver adds noise at every step
 MEASURED = ("encoder", "deepcache", "skip")  # levels whose errors a calibration measures
 
 
@@ -197,10 +198,9 @@ class Plan:
 
 
 def plan_of_level(
-    num_nodes: int, keys: tuple[int, ...], level: str, branch: int = 1, propagate: str | None = None
+    num_nodes: int, keys: tuple[int, ...], level: str, branch: int = 1, *, propagate: str
 ) -> Plan:
-    """The plan of these key nodes with all others at a level; propagate: None = what is usual for it."""
-    propagate = USUAL[level] if propagate is None else propagate
+    """The plan of these key nodes with all others at a level."""
     others = tuple(sorted({*range(num_nodes)} - {*keys}))
     if not others or level == "encoder":
         return Plan(num_nodes, keys, propagate=propagate)
