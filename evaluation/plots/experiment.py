@@ -116,11 +116,17 @@ class Experiment:
         return Recipe(side, side, sampler, steps, scale=self.guidance, **fields)
 
     def plan(
-        self, spec: str, sampler: str, steps: int, propagate: str | None = None, spacing: str | None = None
+        self,
+        spec: str,
+        sampler: str,
+        steps: int,
+        propagate: str | None = None,
+        spacing: str | None = None,
+        eta: float = 0.0,
     ) -> AnyPlan:
         """The plan of that name for a run; `propagate` as for `load_plan`.
         Raises ValueError: see `load_plan` and `Recipe.rule`."""
-        recipe = self.recipe(sampler, steps, spacing=spacing)
+        recipe = self.recipe(sampler, steps, spacing=spacing, eta=eta)
         nodes = num_nodes(recipe, self.timesteps)
         positions = 2 * BATCH * self.setup.config.model.params["image_size"] ** 2
         parallel = nodes if self.setup.device.type != "cpu" else max(1, CPU_POSITIONS // positions)
@@ -156,7 +162,8 @@ class Experiment:
         the items' conditioning."""
         recipe = self.recipe(sampler, steps, noise_weight=noise_weight, **fields)
         with fault_of("steps"):
-            plan = self.plan(plan, sampler, steps, spacing=recipe.spacing) if isinstance(plan, str) else plan
+            if isinstance(plan, str):
+                plan = self.plan(plan, sampler, steps, spacing=recipe.spacing, eta=recipe.eta)
         with fault_of("config"):
             return Engine(self.model, self.setup.sizes, recipe, plan, task or self.task, self.setup.autocast)
 

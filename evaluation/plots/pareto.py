@@ -69,7 +69,7 @@ def draw_pareto(experiment: Experiment, *, steps: int, rows: str, data: str | No
     """Draw the rows of a YAML file, see `read_rows`. `steps`: of the plain runs. `data`, `cache`: see `Comparison`."""
     with fault_of("rows"):
         methods, reference = read_rows(rows, steps)
-        how = {row: (row.plan, row.sampler, row.steps, row.propagate, row.spacing) for row in methods}
+        how = {row: (row.plan, row.sampler, row.steps, row.propagate, row.spacing, row.eta) for row in methods}
         plans, remark = experiment.plans(how)
     comparison = Comparison(experiment, data, steps, reference, cache)
     measured_from = f"{reference} steps of DDIM" if reference else "the plain run"

@@ -385,7 +385,7 @@ def test_steps_can_be_set_apart_at_levels_of_their_own(tmp_path):
         ("skip:3+encoder:9", "key 9 is past the last node 8"),
         (
             "skip:3+encoder:x",
-            r"steps are set apart as \+LEVEL:STEPS, with full, encoder, deepcache, skip .*; got \+enc",
+            r"steps are set apart as \+LEVEL:STEPS, with full, encoder, deepcache, skip, tgate .*; got \+enc",
         ),
         ("skip:3+encoder:1:2", r"or as \+deepcache:STEPS:BRANCH; got \+encoder:1:2"),
         ("skip:0,3+middle:1", "only deepcache takes a number of blocks"),

@@ -86,9 +86,11 @@ def test_errors_may_be_those_to_a_finer_run(tmp_path):
 
 def test_fresh_noise_is_compared_with_the_plain_run_that_shares_it(tmp_path):
     arguments = [*write_tiny(tmp_path), "--count", "1", "--steps", "4"]
-    rows = "reference: 8\nrows:\n- {family: noise, eta: 1, steps: [4, 2]}\n- {family: noise, eta: 1, plan: '0,2'}\n"
+    rows = "reference: 8\nrows:\n- {family: noise, eta: 1, steps: [4, 2]}\n"
+    rows += "- {family: noise, eta: 1, plan: ['0,2', 'skip:2']}\n"
     assert draw(arguments, tmp_path, rows) == 0
-    plain, fewer, plan = read(tmp_path)
+    plain, fewer, plan, skip = read(tmp_path)
+    assert skip["resolved"]["propagate"] == "linear:timestep:x0", "plans know of the noise"
     assert plain["mse_latents"] == plain["mse_plain"] == 0 < plan["mse_latents"] == plan["mse_plain"]
     assert fewer["mse_latents"] is None and "| ddim 2, eta 1 |" in (tmp_path / "pareto.md").read_text()
     kept = [*(tmp_path / "pareto-rows").glob("*.npz")]
@@ -97,7 +99,7 @@ def test_fresh_noise_is_compared_with_the_plain_run_that_shares_it(tmp_path):
         file.write_bytes(b"damaged")
     for file in (tmp_path / "pareto-rows").glob("*.json"):
         file.unlink()
-    assert draw(arguments, tmp_path, rows) == 0 and read(tmp_path) == [plain, fewer, plan]
+    assert draw(arguments, tmp_path, rows) == 0 and read(tmp_path) == [plain, fewer, plan, skip]
 
 
 def write_tiny(folder: Path) -> list[str]:

@@ -197,9 +197,7 @@ class Plan:
         }
 
 
-def plan_of_level(
-    num_nodes: int, keys: tuple[int, ...], level: str, branch: int = 1, *, propagate: str
-) -> Plan:
+def plan_of_level(num_nodes: int, keys: tuple[int, ...], level: str, branch: int = 1, *, propagate: str) -> Plan:
     """The plan of these key nodes with all others at a level."""
     others = tuple(sorted({*range(num_nodes)} - {*keys}))
     if not others or level == "encoder":
