@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import ConditionedNetwork
-from ldm.models.diffusion.propagation.plan import Plan
+from ldm.models.diffusion.propagation.plan import Plan, with_level
 from ldm.models.diffusion.schedule import Node
 from ldm.sampling.engine import Cost, Engine, Ran
 from ldm.sampling.generate import Item
@@ -30,27 +30,17 @@ class HandedOver(Start):
 
 def with_key(plan: Plan, node: int) -> Plan:
     """The plan with a key node at `node`, so that no decoder of a node before it shares a batch with one behind it."""
-    keys = tuple(sorted({*plan.keys, node}))
-    shallow, skipped = (tuple(i for i in nodes if i != node) for nodes in (plan.shallow, plan.skipped))
-    return replace(plan, keys=keys, shallow=shallow, skipped=skipped, branch=plan.branch if shallow else 0)
+    return with_level(plan, "full", [node])
 
 
 def plan_after(plan: Plan, node: int) -> Plan:
     """The plan of the nodes from `node` on, which becomes a key node: the first of another network."""
-
-    def rest(nodes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(i - node for i in nodes if i > node)
-
-    shallow, skipped = rest(plan.shallow), rest(plan.skipped)
-    branch = plan.branch if shallow else 0
-    return replace(
-        plan,
-        num_nodes=plan.num_nodes - node,
-        keys=(0, *rest(plan.keys)),
-        shallow=shallow,
-        skipped=skipped,
-        branch=branch,
-    )
+    plan = with_key(plan, node)
+    rest = {
+        name: tuple(i - node for i in getattr(plan, name) if i >= node)
+        for name in ("keys", "shallow", "skipped", "gated")
+    }
+    return replace(plan, num_nodes=plan.num_nodes - node, branch=plan.branch if rest["shallow"] else 0, **rest)
 
 
 class Refined(Engine):

@@ -302,6 +302,22 @@ def test_plan_after_a_node():
     after = plan_after(plan, 5)
     assert (after.num_nodes, after.keys, after.shallow, after.skipped) == (5, (0, 3), (4,), (1,))
     assert plan_after(replace(plan, shallow=(1,)), 5).branch == 0
+    gated = plan_after(load_plan("tgate:4", 10), 6)
+    assert (gated.num_nodes, gated.keys, gated.gated) == (4, (0,), (1, 2, 3))
+
+
+def test_the_refiner_keeps_cross_attention_of_its_own(model, refiner):
+    """With T-GATE its first step is a key timestep, and its others take what its own layers gave there."""
+    refined = Refined(engine(model, load_plan("tgate:2", 8)), load_model(refiner[1], refiner[3]), 0.4)
+    computes = [*refined.plan.computes()][:5], [*refined.refiner.plan.computes()]
+    assert [[compute.value for compute in part] for part in computes] == [
+        ["full"] * 2 + ["gated"] * 3,
+        ["full"] + ["gated"] * 2,
+    ]
+    (latents, cost), unit, last = refined.sampled(prompt_items(["a cat"], 1, 1)), refined.unit, refined.refiner.unit
+    assert latents.isfinite().all()
+    # With guidance, which only key timesteps have, a prediction costs twice as much.
+    assert cost.macs < unit.whole * (2 * 2 + 3) + last.whole * (2 + 2) + 2 * (unit.once + last.once)
 
 
 def test_a_script_with_a_refiner(base, refiner, tmp_path):
