@@ -21,7 +21,7 @@ from ldm.cli.pipeline import MethodRun
 from ldm.cli.setup import CONSTRUCTION, Setup, image_size
 from ldm.cli.tasks import TextSettings, file_reference, image_items, text_items
 from ldm.data import conditions
-from ldm.data.captions import captions_below
+from ldm.data.captions import captions_of_all
 from ldm.io.errors import SettingError, did_you_mean, fault_of
 from ldm.io.files import json_sha256, same_place
 from ldm.io.images import files_below, fit, open_image, opened
@@ -102,12 +102,10 @@ def read_source(path: str | Path | None) -> Source | None:
         if not Path(path).is_dir():
             return Source([open_image(path)], file_reference(path, "image"))
         files = files_below(Path(path))
-        captions = captions_below(Path(path), files)
-        if missing := [file for file in files if not captions.get(file)]:
-            raise ValueError(
-                f"{missing[0]}: no caption; expected one in {missing[0].with_suffix('.txt').name} beside it"
-            )
-        subjects = [{"prompt": captions[file][0]} | file_reference(file, "image") for file in files]
+        captions = captions_of_all(Path(path), files)
+        subjects = [
+            {"prompt": first} | file_reference(file, "image") for file, (first, *_) in zip(files, captions, strict=True)
+        ]
         facts = {"image": Path(path).name, "image_sha256": json_sha256(subjects)[:16]}
         return Source([open_image(file) for file in files], facts, subjects)
 

@@ -314,6 +314,8 @@ def under_control(
     settings = replace(settings, image=given.images[0].path if given.images else None)
     check_control(settings)
     source = read_source(settings.image)
+    if source is not None and source.subjects:
+        raise ValueError(f"image must be one image here; got the folder {settings.image}")
     size = result_size(setup, source, given.height, given.width)
     task = text_task(setup, size, prompts)
     return size, replace(task, network=controlled(setup, settings, source, size))

@@ -10,16 +10,32 @@ from typing import Any
 from ldm.io.files import FileError, parse_json_lines, read_json, read_lines, read_text
 
 
+def captions_of_all(root: Path, paths: Sequence[Path]) -> list[list[str]]:
+    """The captions of each of the image files below a folder.
+
+    Raises:
+        ValueError: an image without a caption.
+    """
+    found = captions_below(root, paths)
+    missing = [path for path in paths if not found.get(path)]
+    if missing:
+        raise ValueError(
+            f"{missing[0]}: no caption ({len(missing)} of {len(paths)} images have none); expected them in "
+            f"metadata.jsonl or captions.json in {root}, or in {missing[0].with_suffix('.txt').name} beside it"
+        )
+    return [found[path] for path in paths]
+
+
 def captions_below(root: Path, paths: Sequence[Path]) -> dict[Path, list[str]]:
-    """The captions of each image file."""
+    """The captions of the image files that have some."""
     described = [folder / "metadata.jsonl" for folder in sorted({root, *(path.parent for path in paths)})]
     if found := [of_lines(file.parent, file, ("file_name", "text")) for file in described if file.is_file()]:
         return {path: captions for each in found for path, captions in each.items()}
     mapping, manifest = root / "captions.json", root / "manifest.jsonl"
-    if manifest.is_file():
-        return of_lines(root, manifest, ("file", "prompt"))
     if mapping.is_file():
         return of_mapping(root, mapping)
+    if manifest.is_file():
+        return of_lines(root, manifest, ("file", "prompt"))
     texts = {path: path.with_suffix(".txt") for path in paths}
     return {
         path: [line.strip() for line in read_lines(text) if line.strip()]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ldm.data.captions import captions_below
+from ldm.data.captions import captions_of_all
 from ldm.data.images import ImagePaths
 from ldm.io.files import Share
 from ldm.io.images import files_below
@@ -85,7 +85,7 @@ class ClassFolders(ImageFolder):
 class CaptionedFolder(ImageFolder):
     """As `ImageFolder`, with captions: those of `metadata.jsonl` or `captions.json` in the folder, or of text files.
 
-    - `metadata.jsonl`: a line for each image: {"file_name": PATH, "text": CAPTION or a list of captions}.
+    - `metadata.jsonl`, there or in subfolders: a line for each image: {"file_name": PATH, "text": CAPTION or a list}.
     - `captions.json`: {PATH: CAPTION or a list of captions}, or COCO's format.
     - `manifest.jsonl` of a run that made the images: their prompts.
     - otherwise `NAME.txt` beside each image has its captions, one a line.
@@ -98,14 +98,7 @@ class CaptionedFolder(ImageFolder):
 
     def __init__(self, root: str, size: int, **rest: Any):
         super().__init__(root, size, **rest)
-        found = captions_below(self.root, self.paths)
-        missing = [path for path in self.paths if not found.get(path)]
-        if missing:
-            raise ValueError(
-                f"{missing[0]}: no caption ({len(missing)} of {len(self.paths)} images have none); expected them in "
-                f"metadata.jsonl or captions.json in {root}, or in {missing[0].with_suffix('.txt').name} beside it"
-            )
-        self.captions = [found[path] for path in self.paths]
+        self.captions = captions_of_all(self.root, self.paths)
 
     def described(self, i: int) -> dict[str, Any]:
         return super().described(i) | {"caption": drawn(self.captions[i])}

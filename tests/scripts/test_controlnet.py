@@ -115,6 +115,7 @@ def test_from_python(script, folder):
             "^mask does not go with control",
         ),
         ({"control": "edges", "control_model": network, "strength": 0.5}, "^strength needs an image to begin with"),
+        ({"control": "edges", "control_model": network, "image": folder / "several"}, "one image here; got the folder"),
     ):
         with pytest.raises(ValueError, match=why):
             model.images("an owl", **given)
@@ -138,7 +139,7 @@ def test_each_image_of_a_folder_is_followed_by_the_image_of_its_caption(script, 
         ([*edge, "--repeat=2"], "--repeat: not with a folder as --image"),
         (
             [*edge[:-1], f"--image={folder}/untold"],
-            f"--image: {folder}/untold/a.png: no caption; expected one in a.txt",
+            f"--image: {folder}/untold/a.png: no caption (1 of 1 images have none); expected them in metadata.jsonl",
         ),
     ):
         assert script.refusal(capsys, *given).startswith(message)
