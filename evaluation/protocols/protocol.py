@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints, with_config
+from pydantic import ConfigDict, Field, StringConstraints, model_validator, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from ldm.cli.arguments import NOISE_ORDERS, ROOT
@@ -39,6 +39,7 @@ from ldm.io.files import (
 PROTOCOL_DIR = Path(__file__).parent
 MOST_CAPTIONS = 1000  # of one image
 NOISE = ("noise_below", "noise_order")
+CONTROLLED_BY = {"edges": ("control_model",), "scribble": ("control_model", "hed")}  # files that a control needs
 ADDED = ("control_model", "hed", "lora", "embedding", "delta")
 
 Amount = Annotated[int, Field(ge=1, le=MOST)]
@@ -147,6 +148,21 @@ class Protocol(Schema):
     defaults: Defaults = {}
     about: str = ""  # what is known of it, and what is our reading
     name: str = ""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Protocol:
+        kind = self.data["kind"]
+        if self.control and kind != "captions":
+            raise ValueError(f"control: follows the images of captions; got data of kind {kind}")
+        if self.control and self.video == "whole":
+            raise ValueError("control: no control network is known for networks of videos; got video whole")
+        if self.video and kind == "classes":
+            raise ValueError("video: expected data of kind captions or prompts; got classes")
+        for name in CONTROLLED_BY.get(self.control, ()):
+            if len(self.defaults.get(name, ())) != 1:
+                got = self.defaults.get(name, "none")
+                raise ValueError(f"defaults.{name}: control {self.control} needs one file; got {got}")
+        return self
 
     def method(self, **given: Any) -> Method:
         """A method with these fields of `Method`; those that are None or missing are as the protocol says, but for the

@@ -46,6 +46,7 @@ def controlled(protocol: Protocol, prompts: Sequence[Prompt], data: Path, setup:
         images = captioned_images(protocol, data, [prompt.image for prompt in prompts])
     files = protocol.added()
     network, name = cli.control.network(setup, str(files["control_model"][0]))
-    hints = Hints(images, protocol.control, *map(str, files.get("hed", (None,))), protocol.size)
+    hed = str(files["hed"][0]) if "hed" in files else None
+    hints = Hints(images, protocol.control, hed, protocol.size)
     facts = {"control": {"kind": protocol.control, "images": images.sha256()}, "control_model": name}
     return ControlledBy([Picture(network, hints, 1.0, facts)])
