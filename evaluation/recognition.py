@@ -71,10 +71,9 @@ def run(args: argparse.Namespace) -> None:
             if isinstance(value, dict) and "share" in value
         )
         print(f"{name:13} n {result['n']:5}  {'  '.join(shown)}")
-    if (score := report["results"].get("generated", {}).get("score")) is not None:
-        print(
-            f"score         {score['mean']} by models/rdm/emoji-encoder; correlation with R@5: {score['correlation']}"
-        )
+    if score := report["results"].get("generated", {}).get("score"):
+        of = "of models/rdm/emoji-encoder (100 cos)"
+        print(f"score         {score['mean']} {of}; its correlation with R@5: {score['correlation']}")
 
 
 main = partial(run_command, parser(), run)

@@ -33,7 +33,7 @@ from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256
 from ldm.io.images import from_pil, open_image, to_pil
 from ldm.models.diffusion.propagation.load import load_plan
-from ldm.retrieval.embedders import load_embedder
+from ldm.retrieval.embedders import Embedder, load_embedder
 from ldm.sampling.engine import Engine, Task
 from ldm.sampling.generate import generate, prompt_items, read_manifest
 from ldm.sampling.task import Text
@@ -283,8 +283,9 @@ def recognise(settings: Settings) -> tuple[dict[str, Any], list[Image.Image]]:
     data = load_captions(settings)
     with fault_of("extractor"):
         extractor = load_extractor(FEATURES, device="cpu")
+        encoder = load_embedder("emoji") if settings.count else None
     engine = load_engine(settings, data[0].shape[-1]) if settings.count else None
-    about = all_settings(settings, extractor, engine)
+    about = all_settings(settings, extractor, engine, encoder)
     spent_on("loading")
     size = settings.batch_size
     real = load_real_images(settings.data, tier=settings.real_tier, extractor=extractor, batch_size=size)
@@ -303,7 +304,7 @@ def recognise(settings: Settings) -> tuple[dict[str, Any], list[Image.Image]]:
         spent_on("judging")
     results = {name: retrieval.summary() for name, retrieval in found.items()}
     if images:
-        results["generated"]["score"] = fit_to(images, captions, found["generated"].hits[max(RANKS)])
+        results["generated"]["score"] = fit_to(encoder, images, captions, found["generated"].hits[max(RANKS)])
     report = {
         "definition": DEFINITION,
         "settings": about,
@@ -316,13 +317,15 @@ def recognise(settings: Settings) -> tuple[dict[str, Any], list[Image.Image]]:
 
 
 @torch.no_grad()
-def fit_to(images: Sequence[Image.Image], captions: Sequence[str], hits: Sequence[bool]) -> dict[str, float | None]:
-    """How well images fit their captions by the emoji encoder that ships: the mean of 100 cos, as cos100 of
-    clip_score.py has it, and its correlation with the hits; None where all are hits, or none is."""
-    embedder = load_embedder("emoji")
-    seen = torch.cat([embedder.images(embedder.prepared(image)[None]) for image in images])
-    scores = (100 * (seen * embedder.texts(captions)).sum(1)).double().numpy()
-    correlation = float(np.corrcoef(scores, hits)[0, 1]) if 0 < sum(hits) < len(hits) else None
+def fit_to(
+    encoder: Embedder, images: Sequence[Image.Image], captions: Sequence[str], hits: Sequence[bool]
+) -> dict[str, float | None]:
+    """How well N images fit their captions: the mean of 100 cos of their embeddings, as cos100 of clip_score.py has it,
+    and its correlation with the hits; None where hits or cosines are all the same."""
+    seen = torch.cat([encoder.images(encoder.prepared(image)[None]) for image in images])  # (N, D)
+    scores = (100 * (seen * encoder.texts(captions)).sum(1)).double().numpy()  # (N,)
+    vary = scores.std() > 0 and 0 < sum(hits) < len(hits)
+    correlation = round(float(np.corrcoef(scores, hits)[0, 1]), 3) if vary else None
     return {"mean": round(float(scores.mean()), 3), "correlation": correlation}
 
 
@@ -377,14 +380,16 @@ def load_engine(settings: Settings, side: int) -> Engine:
         return Engine(model, setup.sizes, recipe, plan, Task(Text()))
 
 
-def all_settings(settings: Settings, extractor: Extractor, engine: Engine | None) -> dict[str, Any]:
+def all_settings(
+    settings: Settings, extractor: Extractor, engine: Engine | None, encoder: Embedder | None
+) -> dict[str, Any]:
     """Everything that the results depend on, as JSON values; `sha256` names the contents of the files."""
     data = Path(settings.data)
     files = {"pictures": data / "pictures.npy", "captions": data / "captions.json", "features": extractor.weights}
     about = {name: value for name, value in asdict(settings).items() if name in OF_DATA}
     about["features"] = extractor.recipe
     if engine is not None:
-        files |= {"config": Path(settings.config), "ckpt": Path(settings.ckpt)}
+        files |= {"config": Path(settings.config), "ckpt": Path(settings.ckpt), "encoder": encoder.weights_file}
         about |= {name: f"{files[name].parent.name}/{files[name].name}" for name in ("config", "ckpt")}
         about["sampling"] = engine.settings() | {"plan": settings.plan, "batch_size": settings.batch_size}
     return about | {"sha256": {name: fingerprint(path) for name, path in files.items()}}

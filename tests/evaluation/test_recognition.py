@@ -57,7 +57,7 @@ def test_run_reports_all_three_and_does_not_depend_on_the_batch(call, tmp_path, 
     assert [one["results"][name]["n"] for name in ("generated", "reconstructed", "real")] == [6, 6, 20]
     assert one["results"] == other["results"] and -100 < one["results"]["generated"]["score"]["mean"] < 100
     assert one["settings"]["sampling"]["steps"] == 4 and one["settings"]["sampling"]["scale"] == 3.0
-    assert {*one["settings"]["sha256"]} == {"pictures", "captions", "features", "config", "ckpt"}
+    assert {*one["settings"]["sha256"]} == {"pictures", "captions", "features", "config", "ckpt", "encoder"}
     assert {*one["results"]["real"]["R@5 by category"]} == {"even", "odd"}
     assert len({p["concept"] for p in one["pictures"]}) == 4
     assert all(p["caption"].endswith("style") and len(p["found"]) == 5 for p in one["pictures"])
