@@ -471,7 +471,7 @@ def upscaling_settings(
     """Settings with what was not given filled in, as published for the kind of upscaler.
 
     Raises:
-        SettingError: text, guidance or a noise level, for an upscaler that reads no text.
+        SettingError: no upscaler; or text, guidance or a noise level, for one that reads no text.
     """
 
     def filled(steps: int, eta: float, scale: float) -> SamplingSettings:
@@ -483,10 +483,13 @@ def upscaling_settings(
             scale=scale if sampling.scale is None else sampling.scale,
         )
 
-    if setup.config.model.params.get("conditioning_key") == "hybrid-adm":
+    key = setup.config.model.params.get("conditioning_key") or "concat"
+    if key == "hybrid-adm":
         return UpscalingSettings(
             filled(75, 0.0, 9.0), True, prompts.unframed(), 20 if noise_level is None else noise_level
         )
+    if key != "concat":
+        raise SettingError("config", f"not {ImageConcat.kind}: its conditioning_key is {key!r}, expected 'concat'")
     given = {name: value for name, value in vars(prompts).items() if value != getattr(AS_USUAL, name)}
     given |= {"prompt": prompt, "noise_level": noise_level, "scale": None if sampling.scale == 1.0 else sampling.scale}
     for name, value in given.items():

@@ -102,7 +102,7 @@ def test_sizes_that_the_network_can_not_halve_and_compare(script, tmp_path, caps
                 "--prompt",
                 "a cat",
             ],
-            "--prompt: only for an upscaler that reads text",
+            "--config: not a super-resolution model: its conditioning_key is 'crossattn', expected 'concat'",
         ),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
