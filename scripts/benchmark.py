@@ -28,7 +28,7 @@ from typing import Any
 from ldm.cli.arguments import EMOJI64
 from ldm.cli.parser import Parser, check_output, cli, count, profiling, run_command, side, step_count, whole
 from ldm.io.errors import SettingError, fault_of
-from ldm.io.files import atomic_write
+from ldm.io.files import write_file
 
 ROWS = ["off", "faster-diffusion", "faster-diffusion@8", "deepcache:3"]
 MOST_THREADS = 1024
@@ -96,7 +96,8 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"{'float32' if result['dtype'] == 'fp32' else result['dtype']} matrix product: {rate / 1e9:.1f} GFLOP/s"
     if result["plain_flops"]:
         yield f"plain run: {result['plain_flops'] / 1e9:.1f} GFLOP/s, {result['plain_flops'] / rate:.0%} of that"
-    yield "time of a plain step: " + ", ".join(f"{kind} {share:.1%}" for kind, share in result["shares"].items())
+    if result["shares"]:
+        yield "time of a plain step: " + ", ".join(f"{kind} {share:.1%}" for kind, share in result["shares"].items())
     if "compile_seconds" in result:
         yield f"compiling, with the first runs: {result['compile_seconds']:.0f} s"
     if "peer" in result:
@@ -156,9 +157,9 @@ def run(args: argparse.Namespace) -> None:
     for result in tables:
         results.append(result)
         print("\n" + "\n".join(table(result)), flush=True)
-    if args.json:
-        with fault_of("json", (OSError,)), atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
+        if args.json:  # after every table: a later one may fail
+            with fault_of("json", (OSError,)):
+                write_file(args.json, json.dumps(about | {"results": results}, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

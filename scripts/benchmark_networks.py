@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     if unknown := [name for name in args.networks if name not in networks.NETWORKS]:
         raise SettingError("networks", f"expected {', '.join(networks.NETWORKS)}; got {unknown[0]!r}")
     check_output(args.json, "--json")
-    about = profiling.timing.machine()
+    asked = {"batch": args.batch, "repeats": args.repeats, "packed": not args.unpacked}
+    about = profiling.timing.machine() | asked
     print(
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; float32, medians of {args.repeats}"
     )
@@ -67,9 +68,9 @@ def run(args: argparse.Namespace) -> None:
             found = networks.compare(name, twin, args.repeats, args.batch, args.size, not args.unpacked)
         results.append(asdict(found) | {"ratio": found.ratio})
         print(line(found), flush=True)
-    if args.json:
-        with fault_of("json", (OSError,)):
-            write_file(args.json, json.dumps(about | {"results": results}, indent=1) + "\n")
+        if args.json:  # after every network: a later one may fail
+            with fault_of("json", (OSError,)):
+                write_file(args.json, json.dumps(about | {"results": results}, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -153,7 +153,7 @@ def measure(benchmark: Benchmark, batch: int, plans: Mapping[str, Plan]) -> dict
         more = compiled_calls(workload, plans)
         calls |= more
         plans = {**plans, **{name + COMPILED: plan for name, plan in plans.items()}}
-        result["compile_seconds"] = sum(timed(call, device)[1] for call in more.values())
+        result["compile_seconds"] = sum(timed(partial(fits, call), device)[1] for call in more.values())
     if peer is not None:
         others, facts = against(peer, workload, benchmark.compiled)
         calls, result = calls | others, result | facts
@@ -164,12 +164,12 @@ def measure(benchmark: Benchmark, batch: int, plans: Mapping[str, Plan]) -> dict
     )
     rate = operations / taken.pop(MATRIX).median
     rows = [make_row(name, batch, plans.get(name), taken, unit, peaks[name], benchmark.steps) for name in taken]
-    single = replace(workload, steps=1)
+    step = partial(replace(workload, steps=1).run, load_plan("off", 1))
     plain = 2 * batch * unit.plain(benchmark.steps) / taken["off"].median if "off" in taken else None
     return result | {
         "matmul_flops": rate,
         "plain_flops": plain,
-        "shares": shares(partial(single.run, load_plan("off", 1)), device),
+        "shares": shares(step, device) if fits(step) else {},
         "rows": [asdict(row) for row in rows],
     }
 
@@ -183,6 +183,15 @@ def peaks_of(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> di
         except torch.OutOfMemoryError:
             peaks[name] = None
     return peaks
+
+
+def fits(call: Callable[[], Any]) -> bool:
+    """Whether there is enough memory for call(), which runs once."""
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def compiled_calls(workload: Workload, plans: Mapping[str, Plan]) -> dict[str, Callable[[], Any]]:

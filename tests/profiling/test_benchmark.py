@@ -131,6 +131,23 @@ def test_a_row_without_memory_is_told():
     assert peaks_of({"much": too_much, "little": lambda: torch.zeros(10)}, CPU) == {"much": None, "little": 40}
 
 
+def test_a_table_of_which_no_row_has_memory_is_printed(tmp_path, capsys, monkeypatch):
+    """And the tables before one that fails are written."""
+
+    def too_much(run: Workload, plan: Plan) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Workload, "run", too_much)
+    write_config(tmp_path / "one.yaml")
+    (tmp_path / "bad.yaml").write_text((tmp_path / "one.yaml").read_text().replace("crossattn", "hybrid"))
+    out, configs = tmp_path / "out.json", [str(tmp_path / name) for name in ("one.yaml", "bad.yaml")]
+    args = ["--config", *configs, "--tokens", "5", "--steps", "2", "--rows", "off", "--repeats", "1"]
+    assert main([*args, "--json", str(out)]) == 2
+    assert "off                       out of memory" in capsys.readouterr().out
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["out_of_memory"] == ["off"] and result["rows"] == [] and result["shares"] == {}
+
+
 @pytest.mark.parametrize("against", [[], ["--against", "diffusers"]], ids=["alone", "against diffusers"])
 def test_prints_a_table_and_writes_json(tmp_path, capsys, against):
     if against:

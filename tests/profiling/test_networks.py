@@ -53,7 +53,9 @@ def test_every_network_is_made_of_its_config():
 def test_prints_a_row_and_writes_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(networks.NETWORKS, "tiny", dit)
     assert main(["tiny", "--repeats", "1", "--unpacked", "--json", str(tmp_path / "out.json")]) == 0
-    (row,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    found = json.loads((tmp_path / "out.json").read_text())
+    (row,) = found["results"]
+    assert (found["batch"], found["repeats"], found["packed"]) == (2, 1, False)
     assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"]) and row["size"] == [8, 8]
     assert "tiny" in capsys.readouterr().out
 
