@@ -104,6 +104,15 @@ def compute(
         protocol = {"measure": "adm" if suite else "fid", **network_fields(network), "n": n, "reference": real.about}
         protocol["prompts"] = made.get("protocol_sha256")
         warnings = measure_warnings(images, real)
+        if suite:
+            values |= suite_values(found, real)
+            protocol |= {"neighbours": NEIGHBOURS, "split": SPLIT}
+            warnings += ["reference: has statistics but no images: no precision and recall"] * (real.features is None)
+        values |= intervals(values, found, real, bootstrap, seed) if bootstrap else {}
+        if infinity:
+            values["fid_infinity_real"] = fid_infinity(found.pooled, real.gaussian, POINTS, seed)
+            protocol["infinity"] = {"points": POINTS, "seed": seed}
+            warnings += infinity_warnings(*found.pooled.shape)
         if kid:
             pair = found.pooled, real.features.pooled
             values["kid_real"], values["kid_real_std"] = kernel_distance(*pair, KID_SUBSETS, KID_SIZE, seed)
@@ -111,15 +120,6 @@ def compute(
         if cmmd:
             values["cmmd_real"] = clip_distance(found.pooled, real.features.pooled)
             warnings += cmmd_warnings(network)
-        if infinity:
-            values["fid_infinity_real"] = fid_infinity(found.pooled, real.gaussian, POINTS, seed)
-            protocol["infinity"] = {"points": POINTS, "seed": seed}
-            warnings += infinity_warnings(*found.pooled.shape)
-        if suite:
-            values |= suite_values(found, real)
-            protocol |= {"neighbours": NEIGHBOURS, "split": SPLIT}
-            warnings += ["reference: has statistics but no images: no precision and recall"] * (real.features is None)
-        values |= intervals(values, found, real, bootstrap, seed) if bootstrap else {}
     settings = {"bootstrap": {"resamples": bootstrap, "seed": seed}} if bootstrap else {}
     return Result(values, protocol, made, warnings, settings)
 

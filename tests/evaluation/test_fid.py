@@ -23,8 +23,9 @@ def test_fid_says_what_it_is_of(call, tmp_path, capsys):
     assert "fid_real" in captured.out and "warning: samples: 22 images for 1280 features" in captured.err
     found = load_json(out)
     low, high = found["values"]["fid_real_interval"]
+    order = ["fid_real", "fid_real_interval", "fid_infinity_real", "kid_real", "kid_real_std"]
+    assert [line.split()[0] for line in captured.out.splitlines()] == order == [*found["values"]]
     assert 0 < low < found["values"]["fid_real"] < high and found["values"]["kid_real"] > 0
-    assert "fid_infinity_real" in found["values"]
     protocol = found["protocol"]
     assert (protocol["n"], protocol["resize"], protocol["extractor"]) == (N, "torch-antialias", "efficientnet-lite0")
     assert protocol["reference"]["n"] == N and protocol["kid"]["size"] == N
