@@ -124,8 +124,8 @@ class Model:
         with python_errors():
             with tempfile.TemporaryDirectory() as place:
                 folder = Path(place)
-                told = {name: with_files(value, folder) for name, value in settings.items()}
-                args = parsed(kind, {"n_samples": samples, "seed": seed, "batch_size": batch_size, **told})
+                values = {name: with_files(value, folder) for name, value in settings.items()}
+                args = parsed(kind, {"n_samples": samples, "seed": seed, "batch_size": batch_size, **values})
                 sampling = settings_from(args, SamplingSettings)
                 given = Given(subjects, as_files(image, folder), as_files(mask, folder), args.H, args.W)
                 more = [settings_from(args, settings) for settings in kind.settings]

@@ -81,8 +81,8 @@ class Source:
     """What pictures are made of.
 
     images: one for all results, or one for each prompt.
-    facts: what tells them, as JSON values.
-    subjects: of a folder the caption of each image, which is its prompt, and what tells the image; none = a file.
+    facts: what identifies them, as JSON values.
+    subjects: of a folder the caption of each image, which is its prompt, and what identifies the image; none = a file.
     """
 
     images: Sequence[Image.Image]
@@ -141,7 +141,7 @@ def controlled(setup: Setup, settings: ControlSettings, source: Source | None, s
         SettingError: a file can't be read, a picture has another size, or a network is for another model.
     """
     images = [fitted(setup, image, size) for image in source.images] if source else []
-    pictures = []  # of each control, and what tells them
+    pictures = []  # of each control, and what identifies them
     for kind in settings.control:
         if kind in KINDS:
             pictures.append(([drawn(settings, kind, image) for image in images], made_of(settings, kind, source)))
@@ -212,7 +212,7 @@ def controlled_frames(setup: Setup, files: Sequence[str], model: str, size: Size
 
 
 def network(setup: Setup, file: str | Path) -> tuple[ControlNet, str]:
-    """A control network on the run's device, and what tells it: the hash of its file."""
+    """A control network on the run's device, and what identifies it: the hash of its file."""
     unet = OmegaConf.to_container(setup.config.model.params.unet_config.params)
     with fault_of("control_model", (CheckpointError, *CONSTRUCTION)):
         loaded = load_control(file, unet, setup.device)
@@ -235,7 +235,7 @@ def drawn(settings: ControlSettings, kind: str, image: Image.Image) -> Image.Ima
 
 
 def made_of(settings: ControlSettings, kind: str, source: Source) -> dict[str, Any]:
-    """What tells the pictures of one of KINDS, as JSON values: the images, and what finds edges or depth in them."""
+    """What identifies pictures of one of KINDS, as JSON values: the images, and what finds edges or depth in them."""
     facts = {"kind": kind} | source.facts
     if kind == "edges":
         return facts | {"canny": [*settings.canny]}
@@ -244,7 +244,7 @@ def made_of(settings: ControlSettings, kind: str, source: Source) -> dict[str, A
 
 
 def given_picture(file: str, size: Size) -> tuple[Image.Image, dict[str, str]]:
-    """A picture as it is, and what tells it, as JSON values."""
+    """A picture as it is, and what identifies it, as JSON values."""
     with fault_of("control"):
         if not Path(file).exists():
             raise ValueError(

@@ -25,7 +25,7 @@ class Picture:
     network: on the model's device.
     hints:   one for each prompt_index, or one for all, (N, 3, H, W), RGB in [0, 1].
     weight:  of what it adds.
-    facts:   what tells the network and the picture, as JSON values.
+    facts:   what identifies the network and the picture, as JSON values.
     """
 
     network: ControlNet
