@@ -58,6 +58,10 @@ class ImageReward(nn.Module):
         for layer, i in zip(self.head, HEAD, strict=True):
             layer.load_state_dict(part(head, f"{i}."))
 
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Whether each text is longer than what is read of it."""
+        return [bool(read.overflowing) for read in self.tokenizer.encode_batch([*texts])]
+
     @torch.no_grad()
     def forward(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Images (B, 3, size, size) in [-1, 1] and B texts -> scores (B,), about 0 on average."""

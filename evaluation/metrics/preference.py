@@ -31,6 +31,7 @@ class Scorer(NamedTuple):
     score: Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, size, size) in [-1, 1], B texts -> scores (B,)
     size: int  # side of its images in pixels
     file: Path  # of its weights
+    cut: Callable[[Sequence[str]], list[bool]]  # whether texts are longer than what it reads of them
 
 
 def compute(
@@ -55,6 +56,8 @@ def compute(
     with fault_of("prompts"):
         prompts = prompts_of(images, prompts)
     scorer = weights if isinstance(weights, Scorer) else load_scorer(model, weights)
+    with fault_of("weights"):  # their vocabulary may be missing
+        cut = sum(scorer.cut(prompts))
     each = []
     with fault_of("samples"):
         for pairs in batched(zip(images, prompts, strict=True), len(prompts), BATCH, model):
@@ -64,7 +67,10 @@ def compute(
     name = model.replace("-", "_")
     protocol = {"measure": name, "features_sha256": file_sha256(scorer.file), "n": len(found)}
     protocol |= {"prompts": made.get("protocol_sha256"), "captions_sha256": json_sha256({"captions": prompts})}
-    return Result(mean_values(name, found, prompts), protocol, made, image_warnings(images))
+    warnings = image_warnings(images)
+    if cut:
+        warnings.append(f"{cut} of {len(prompts)} prompts are longer than {model} reads and lost their ends")
+    return Result(mean_values(name, found, prompts), protocol, made, warnings)
 
 
 def load_scorer(name: str, weights: str | Path | None) -> Scorer:
@@ -77,7 +83,7 @@ def load_scorer(name: str, weights: str | Path | None) -> Scorer:
             raise ModelError(f"{name} needs {MODELS[name]}; got {weights or 'nothing'}")
         if name == "pick-score":
             clip = load_clip(weights)
-            return Scorer(clip.agreement, clip.size, clip.weights)
+            return Scorer(clip.agreement, clip.size, clip.weights, clip.tokenizer.cut)
         with reading(weights, f"not {MODELS[name]}", ModelError):  # or a vocabulary that is none
             model = ImageReward(read_checkpoint(weights), Path(weights).with_name("vocab.txt"))
-        return Scorer(model, model.size, Path(weights))
+        return Scorer(model, model.size, Path(weights), model.cut)

@@ -46,6 +46,12 @@ def test_the_command(sets, weights, clip_folder, tmp_path, capsys):
         found |= load_json(out)["values"]
     low, high = found["image_reward_interval"]
     assert low < found["image_reward"] < high and -100 < found["pick_score"] < 100
+    long = tmp_path / "long.txt"
+    long.write_text("".join(f"{'a ' * (99 if i else 1)}\n" for i in range(load_json(out)["protocol"]["n"])))
+    given = [str(sets / "plain"), "--weights", str(weights), "--prompts", str(long)]
+    capsys.readouterr()
+    assert preference.main(given) == 0
+    assert "prompts are longer than image-reward reads and lost their ends" in "".join(capsys.readouterr())
 
 
 def test_other_weights_are_refused(sets, weights, tmp_path, capsys):
