@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.denoiser import ConditionedNetwork
-from ldm.models.diffusion.propagation.plan import Plan, with_level
+from ldm.models.diffusion.propagation.plan import Forecast, Plan, with_level
 from ldm.models.diffusion.schedule import Node
 from ldm.sampling.engine import Cost, Engine, Ran
 from ldm.sampling.generate import Item
@@ -40,7 +40,15 @@ def plan_after(plan: Plan, node: int) -> Plan:
         name: tuple(i - node for i in getattr(plan, name) if i >= node)
         for name in ("keys", "shallow", "skipped", "gated")
     }
-    return replace(plan, num_nodes=plan.num_nodes - node, branch=plan.branch if rest["shallow"] else 0, **rest)
+    # Of whole predictions alone: without skipped nodes it says nothing.
+    quantity = "" if rest["skipped"] else Forecast.parse(plan.propagate).quantity
+    return replace(
+        plan,
+        num_nodes=plan.num_nodes - node,
+        branch=plan.branch if rest["shallow"] else 0,
+        propagate=plan.propagate.removesuffix(f":{quantity}"),
+        **rest,
+    )
 
 
 class Refined(Engine):

@@ -304,6 +304,8 @@ def test_plan_after_a_node():
     assert plan_after(replace(plan, shallow=(1,)), 5).branch == 0
     gated = plan_after(load_plan("tgate:4", 10), 6)
     assert (gated.num_nodes, gated.keys, gated.gated) == (4, (0,), (1, 2, 3))
+    mixed = Plan(10, (0, 3), skipped=(1, 2), propagate="linear:step:eps")
+    assert plan_after(mixed, 4).propagate == "linear:step" and plan_after(mixed, 1).propagate == mixed.propagate
 
 
 def test_the_refiner_keeps_cross_attention_of_its_own(model, refiner):
