@@ -227,7 +227,7 @@ def test_a_calibration_is_for_the_network_without_a_lora_or_control(tmp_path):
         (run_facts(changed, "ddim", made), r"lora style.safetensors \w+ 0.5"),
         (run_facts(bare, "ddim", made, OneVideo(4)), "frames"),
     ):
-        with pytest.raises(ValueError, match=f"made for additions none; this run's is {what}; scripts/calibrate_plan"):
+        with pytest.raises(ValueError, match=f"made for additions none; this run's is {what}; plans are calibrated"):
             load_plan("auto:9", 50, run=run)
 
 

@@ -257,7 +257,9 @@ def _calibration(num_nodes: int, run: RunFacts) -> Calibration:
             else:
                 return calibration
     if why is not None:
-        raise ValueError(f"{why}; scripts/calibrate_plan.py makes one for such runs")
+        alone = "plans are calibrated for the model alone"
+        advice = alone if run.facts.get("additions") else "scripts/calibrate_plan.py makes one for such runs"
+        raise ValueError(f"{why}; {advice}")
     lengths = ", ".join(str(calibration.num_nodes) for calibration in found.values())
     raise ValueError(
         f"auto plans need a calibration of this model for {sampler} with {num_nodes} nodes; there is "
