@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.plots.drawing import STYLE
+from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import EMOJI64
 from ldm.cli.neighbours import RetrievalSettings, Retrieved, retrieve
 from ldm.cli.setup import CPU_POSITIONS, ModelSettings, Setup, make_setup, run_facts
@@ -48,6 +49,15 @@ class Experiment:
     def model(self) -> LatentDiffusion:
         """The model; it is loaded when it is first needed."""
         return self.setup.load()
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the model is built and computes, beside its weights: what kept images depend on, as JSON values."""
+        return {
+            "config": fingerprint(self.setup.config_path)[:16],
+            "averaged": self.setup.weights,
+            "precision": "autocast" if self.setup.autocast else "full",
+        }
 
     @property
     def timesteps(self) -> int:

@@ -32,7 +32,6 @@ from evaluation.metrics.retrieval import Queries, RealImages, choose_queries, fe
 from evaluation.plots.drawing import MARKERS, Drawing, new_figure, note
 from evaluation.plots.experiment import BATCH, Experiment
 from evaluation.protocols.protocol import reading
-from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import SPACINGS
 from ldm.cli.parser import MOST_STEPS
 from ldm.data.emoji import EmojiDataset
@@ -261,14 +260,15 @@ class Comparison:
         experiment = self.experiment
         with fault_of("data"):
             data = self.data and file_sha256(*(Path(self.data) / name for name in ("pictures.npy", "captions.json")))
-        return {
-            "config": fingerprint(experiment.setup.config_path)[:16],
-            "averaged": experiment.setup.weights,
-            "precision": "autocast" if experiment.setup.autocast else "full",
-            "steps": self.steps,
-            "data": data and data[:16],
-            "items": digest([item.settings() for item in self.items]),
-        } | ({} if self.reference is None else {"reference": self.reference})
+        return (
+            experiment.loading
+            | {
+                "steps": self.steps,
+                "data": data and data[:16],
+                "items": digest([item.settings() for item in self.items]),
+            }
+            | ({} if self.reference is None else {"reference": self.reference})
+        )
 
     def sample(self, row: Row, plan: AnyPlan) -> Sampled:
         """The images of a row."""

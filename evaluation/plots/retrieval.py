@@ -130,7 +130,7 @@ def curves(axes: Sequence[Axes], at: dict[int, dict], label: str) -> None:
 
 def sampled(experiment: Experiment, steps: int, rows: Tensor, condition: Neighbours, cache: Path) -> Path:
     """A file of images, one for each row under the condition, (N, H, W, 3) uint8; found or made."""
-    asked = [experiment.settings(), steps, rows.tolist(), condition.facts]
+    asked = [experiment.settings(), experiment.loading, steps, rows.tolist(), condition.facts]
     file = cache / f"{json_sha256(asked)[:16]}.npy"
     if not file.is_file():
         items = make_items([{"row": row} for row in rows.tolist()], 1, experiment.seed, by_position=True)

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch.nn.functional import normalize
 
 from evaluation.figures import main
+from evaluation.plots import retrieval
 from evaluation.plots.retrieval import neighbours_of
 from ldm.retrieval.database import open_database
 from tests.helpers.images import scene
@@ -76,7 +77,8 @@ def test_neighbours_are_other_rows_of_the_smaller_database(place):
         assert not alike[rows, :, rows].any() and len(alike.any(1).any(0).nonzero()) <= size
 
 
-def test_quality_by_neighbours_and_size(place, tmp_path):
+def test_quality_by_neighbours_and_size(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval, "RESAMPLES", 3)
     asked = ["--databases", str(place / "plain"), "--count=4", "--knns", "2", "--sizes", "5"]
     assert figure(place, tmp_path, "neighbours", *asked) == 0
     values = json.loads((tmp_path / "neighbours.json").read_text())["values"]
@@ -84,6 +86,8 @@ def test_quality_by_neighbours_and_size(place, tmp_path):
     assert all(0 <= of["precision"] <= 1 and of["fid_real"] > 0 for of in values.values())
     one, other = map(np.load, sorted((tmp_path / "neighbours-rows").iterdir()))
     assert one.shape == other.shape == (4, 16, 16, 3) and (one != other).any()
+    assert figure(place, tmp_path, "neighbours", *asked, "--precision", "autocast") == 0
+    assert len([*(tmp_path / "neighbours-rows").iterdir()]) == 4, "of another precision, other images"
 
 
 @pytest.mark.parametrize(
