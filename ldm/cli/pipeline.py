@@ -43,7 +43,7 @@ from ldm.cli.setup import (
     with_control,
     without_weights,
 )
-from ldm.cli.tasks import check_texts, is_framed, is_refiner, truncated_prompts
+from ldm.cli.tasks import check_texts, is_framed, is_refiner, is_video, truncated_prompts
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import atomic_write
 from ldm.io.images import find_png, from_pil, grid, psnr, save_png, side_by_side
@@ -281,6 +281,8 @@ def load_engines(
     load: Callable[[Setup], LatentDiffusion] = methodcaller("load"),
 ) -> dict[str, Engine]:
     """The methods of the run by name, on one model; with a refiner behind each, if there is one."""
+    if is_video(setup) and not task.network.videos:
+        raise SettingError("config", "a model of videos; expected one of images, or text2video.py --model videofusion")
     if refiner is not None:
         refiner.check(methods)
     model = load(setup)

@@ -200,6 +200,11 @@ def is_refiner(setup: Setup) -> bool:
     return any(entry["input_key"] == "aesthetic_score" for entry in embedders)
 
 
+def is_video(setup: Setup) -> bool:
+    """Whether the model's network makes the frames of a video together."""
+    return str(setup.config.model.params.unet_config.get("target")).endswith(".VideoUNet")
+
+
 def framing_of(size: Size, prompts: PromptSettings) -> Framing:
     """Of images of this size: by default not cropped."""
     return Framing(size, prompts.original_size or size, prompts.crop or (0, 0))

@@ -436,9 +436,11 @@ class Network:
 
     anew: something beside the encoder is to run at every node, see `Plan.control`.
     controls: control networks beside the encoder.
+    videos: it is one of videos, and a batch is the frames of one.
     """
 
     anew: bool = False
+    videos: bool = False
     controls: Sequence[ControlNet] = ()
 
     def settings(self) -> dict[str, Any]:

@@ -161,6 +161,8 @@ class OneVideo(Network):
         frames: of the video, which must be in one batch.
     """
 
+    videos = True
+
     def __init__(self, frames: int) -> None:
         self.frames = frames
 

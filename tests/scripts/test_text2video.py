@@ -197,6 +197,12 @@ def test_what_a_model_of_videos_refuses(fusion, capsys, arguments, why):
     assert fusion.refusal(capsys, *arguments).startswith(why)
 
 
+@pytest.mark.parametrize("name", ["txt2img", "text2video"])
+def test_a_model_of_videos_is_no_model_of_images(name, videofusion, tmp_path, capsys):
+    line = Script(name, tmp_path, *videofusion[:2], "--prompt=an owl", "--steps=5").refusal(capsys)
+    assert line == "--config: a model of videos; expected one of images, or text2video.py --model videofusion"
+
+
 def test_a_model_of_images_is_no_model_of_videos(folder, tmp_path, capsys):
     files = [f"--config={folder}/config.yaml", f"--ckpt={folder}/model.safetensors", "--model=videofusion"]
     line = Script("text2video", tmp_path, *files, "--prompt=an owl").refusal(capsys)
