@@ -467,7 +467,7 @@ def build_table(
     check_comparable(rows)
     can_run = [row for job, row in zip(jobs, rows, strict=True) if not job.missing]
     if can_run and not any(row.done for row in can_run):
-        reasons = "; ".join(dict.fromkeys(remark for row in rows for remark in row.remarks))
+        reasons = "; ".join(dict.fromkeys(remark for row in can_run for remark in row.remarks))
         raise SettingError("table", f"no row of {table.name} is finished in {runs}: {reasons}")
     stem = f"{table.name}-{world}{'' if count is None else f'-{count}'}{'-gflops' if gflops_only else ''}"
     shown = [rendered_row(row, table, world) for row in rows]
