@@ -39,7 +39,7 @@ class EmojiDataset(Dataset):
         if max_tier not in TIERS:
             raise ValueError(f"max_tier is {max_tier!r}; accepted: {', '.join(map(str, TIERS))}")
         self._root = Path(root)
-        self._pixels, coco = _read(self._root)
+        self._pixels, coco = read_dataset(self._root)
         self.images = [i for i in coco["images"] if i["split"] == split and i["tier"] <= max_tier]
         self._every = coco["images"]
         self._rows = np.array([i["id"] for i in self.images], dtype=np.int64)
@@ -91,7 +91,12 @@ def as_float(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(pixels)).movedim(-1, -3).float().div_(127.5).sub_(1)
 
 
-def _read(root: Path) -> tuple[np.ndarray, dict]:
+def read_dataset(root: Path) -> tuple[np.ndarray, dict]:
+    """(N, H, W, 3) uint8 in 0..255, mapped, and captions.json of a dataset that prepare_emoji.py made.
+
+    Raises:
+        ValueError: a file is missing or is not what it should be.
+    """
     try:
         check_regular(root / "pictures.npy")
         pixels = np.load(root / "pictures.npy", mmap_mode="r")

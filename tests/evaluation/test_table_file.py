@@ -134,7 +134,6 @@ def test_faulty_tables_say_why(tmp_path, capfd, change, why):
         ("timesteps_at", [], "have at least 1 item after validation, not 0"),
         *(("plain", value, "be a valid boolean") for value in ("no", 1)),
         ("plan", False, "be a text: in YAML off, on, yes and no need quotes"),
-        ("frames", 0, "be greater than or equal to 1"),
         *((name, 4, "be a valid string") for name in ("plan", "missing", "costs_only", "sampler")),
         *((name, [3], "be a mapping") for name in ("paper", "protocol")),
     ],

@@ -300,7 +300,8 @@ READS = {  # what reads a file or text from outside, and where alone it may stan
         "ldm/profiling/timing.py",
         "ldm/profiling/cost.py",  # of /proc
         "ldm/data/emoji_set/packages.py",
-        "scripts/benchmark_images.py",  # of what commands printed
+        "scripts/benchmark_images.py",
+        "evaluation/plots/tasks.py",  # of what commands printed
     },
     (None, "read_text"): {"ldm/io/files.py", "ldm/profiling/timing.py", "ldm/profiling/cost.py"},
 }

@@ -132,7 +132,7 @@ def test_the_embedder_that_comes_with_a_package(folder, tmp_path):
 @pytest.mark.parametrize(
     "arguments, why",
     [
-        (["nowhere"], "folder: nowhere: no such folder; expected one with images"),
+        (["nowhere"], "FOLDER: nowhere: no such folder; expected one with images"),
         (["--embedder", "clib"], "--embedder: there is no embedder 'clib'; accepted: .*; did you mean clip?"),
         (["--embedder", "clip:nowhere"], "--embedder: clip: nowhere/model.safetensors: no such file; download"),
         (["--rows", "0"], "--rows: expected a whole number in 1..1000000; got '0'"),

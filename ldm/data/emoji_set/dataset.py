@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.data.emoji import read_dataset
 from ldm.data.emoji_set.concepts import Concept, concepts_of, skin_tones
 from ldm.data.emoji_set.drawings import codes_by_name, draw, read_chars, sources
 from ldm.data.emoji_set.packages import Recipe, Style, fetch
@@ -143,9 +144,9 @@ def write_files(dataset: Path, out: Path, only: str | None = None) -> int:
     only: those of a split or of a concept; None = all.
 
     Raises:
-        OSError, ValueError: the dataset can't be read. SettingError: it has no such split or concept.
+        ValueError: the dataset can't be read. SettingError: it has no such split or concept.
     """
-    coco, pixels = read_json(dataset / "captions.json"), np.load(dataset / "pictures.npy", mmap_mode="r")
+    pixels, coco = read_dataset(dataset)
     named = {note["image_id"]: note["caption"] for note in reversed(coco["annotations"])}  # the first one is the name
     terms = {one["id"]: f"{one['name']}\n{one['attribution']}\n{one['url']}\n" for one in coco["licenses"]}
     chosen = [image for image in coco["images"] if only in (None, image["split"], image["name"])]
