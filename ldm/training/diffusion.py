@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,6 +60,9 @@ class DiffusionTraining(ClippedTraining):
             same of any entry.
         min_snr_gamma: weight timesteps by min(SNR, gamma), arXiv 2303.09556; None = the published loss, which
             networks that predict variances need.
+        loss_of: the quantity ("eps", "x0" or "v") whose squared error is the loss; None = what the network predicts.
+            With "v" an error of eps counts (SNR + 1) / SNR times as much, so the noisiest timesteps, which decide what
+            the image shows, are learned sooner.
         ema_decay: decay of the moving averages of network and conditioner.
         guidance_scale, sample_steps: for the sample grids.
         compile: the losses, network included, are compiled by torch.compile, which takes minutes at the first step.
@@ -77,14 +80,19 @@ class DiffusionTraining(ClippedTraining):
         unconditional: str | int = "",
         ucg_training: Mapping[str, Mapping[str, Any]] | None = None,
         min_snr_gamma: AboveZero | None = None,
+        loss_of: Literal["eps", "x0", "v"] | None = None,
         ema_decay: float = 0.9999,
         guidance_scale: float = 4.0,
         sample_steps: Count = 25,
         compile: bool = False,
     ):
         super().__init__()
-        if min_snr_gamma is not None and model.predicts_variance:
-            raise ValueError("min_snr_gamma: not for a network that predicts variances; leave it out")
+        if min_snr_gamma is not None and loss_of is not None:
+            raise ValueError("min_snr_gamma and loss_of both weight the timesteps; give one of them")
+        self.min_snr_gamma, self.loss_of = min_snr_gamma, loss_of
+        if self.weighted and model.predicts_variance:
+            name = "loss_of" if min_snr_gamma is None else "min_snr_gamma"
+            raise ValueError(f"{name}: not for a network that predicts variances; leave it out")
         if path := model.first_stage_model.ckpt_path:
             load_weights(model.first_stage_model, path)
         if model.ckpt_path:
@@ -98,9 +106,13 @@ class DiffusionTraining(ClippedTraining):
         self.published_optimizer = published_optimizer
         self.condition_dropout, self.unconditional = condition_dropout, unconditional
         self.ucg_training = ucg_training or {}
-        self.min_snr_gamma = min_snr_gamma
         self.guidance_scale, self.sample_steps = guidance_scale, sample_steps
         self.terms = torch.compile(self.loss_terms) if compile else self.loss_terms
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the loss is another than the squared error of what the network predicts."""
+        return self.min_snr_gamma is not None or self.loss_of is not None
 
     @property
     def trained(self) -> nn.Module:
@@ -124,10 +136,11 @@ class DiffusionTraining(ClippedTraining):
         return DiagonalGaussianDistribution(batch[ENCODED]) if gaussian else batch[ENCODED]
 
     def timestep_weights(self, t: Tensor) -> Tensor:
-        """Weight of each image's loss, (B,): min(SNR, gamma) for the squared error of x_0."""
+        """Weight of each image's loss, (B,): that of `loss_of`, or min(SNR, gamma) for the squared error of x_0."""
         snr = self.model.alphas_cumprod[t] / (1.0 - self.model.alphas_cumprod[t])
-        in_units_of = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1.0}[self.model.parameterization]
-        return snr.clamp(max=self.min_snr_gamma) / in_units_of
+        of_x0 = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1.0}  # squared error, where that of x_0 is 1
+        wanted = snr.clamp(max=self.min_snr_gamma) if self.loss_of is None else of_x0[self.loss_of]
+        return wanted / of_x0[self.model.parameterization]
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         if self.trainer.fit_loop.epoch_loop.total_batch_idx > 0 or self.model.ckpt_path:
@@ -214,7 +227,7 @@ class DiffusionTraining(ClippedTraining):
         self, z: Tensor, cond: Any, t: Tensor, noise: Tensor, network: ConditionedNetwork
     ) -> dict[str, Tensor]:
         """The losses of latents z (B, C, h, w) under the output of the conditioner, by name."""
-        if self.min_snr_gamma is None:
+        if not self.weighted:
             return self.model.p_losses(z, cond, t, noise, network)
         prediction = self.model.apply_model(self.model.q_sample(z, t, noise), t, cond, network)
         simple = self.model.loss_per_image(prediction, self.model.prediction_target(z, noise, t))

@@ -134,7 +134,7 @@ class Personalization(DiffusionTraining):
             cond = replace(cond, context=without_gradient_of_first(cond.context))
         prediction = model.apply_model(model.q_sample(z, t, noise), t, cond)
         instances = batch["instances"]
-        weights = None if self.min_snr_gamma is None else self.timestep_weights(t[:instances])
+        weights = self.timestep_weights(t[:instances]) if self.weighted else None
         target = model.prediction_target(z, noise, t)
         losses = preserved_losses(
             prediction, target, instances, self.prior_loss_weight, self._mask(batch, z.shape[-2:]), weights

@@ -29,6 +29,7 @@ from ldm.data.emoji import EmojiDataset
 from ldm.io.files import UNFINISHED
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.denoiser import eps_from_v, eps_from_x0, v_from_eps
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.tokenizer import train_tokenizer
 from ldm.training import watch
@@ -813,6 +814,29 @@ def test_min_snr_weights_never_exceed_the_plain_ones(trained):
     weights = training.timestep_weights(torch.arange(1000))
     snr = training.model.alphas_cumprod / (1 - training.model.alphas_cumprod)
     torch.testing.assert_close(weights * (snr + 1), snr.clamp(max=5.0))  # v-prediction: error in x_0 is 1/(SNR+1)
+
+
+@pytest.mark.parametrize("predicts, loss_of", [("eps", "v"), ("v", "eps"), ("x0", "eps")])
+def test_the_loss_can_be_the_error_of_another_quantity(trained, predicts, loss_of):
+    config = OmegaConf.load(trained / "second.yaml")
+    config.model.params.parameterization = predicts
+    training = DiffusionTraining(instantiate_from_config(config.model), learning_rate=1e-3, loss_of=loss_of)
+    x, right, wrong = torch.randn(3, 1000).double()
+    for t in (1, 500, 999):
+        abar = float(training.model.alphas_cumprod[t])
+        if predicts == "eps":
+            errors = v_from_eps(wrong, x, abar) - v_from_eps(right, x, abar)
+        else:
+            eps_from = {"v": eps_from_v, "x0": eps_from_x0}[predicts]
+            errors = eps_from(wrong, x, abar) - eps_from(right, x, abar)
+        weight = training.timestep_weights(torch.tensor([t])).double()
+        torch.testing.assert_close(weight * (wrong - right) ** 2, errors**2, rtol=1e-3, atol=0)
+
+
+def test_timesteps_are_weighted_in_one_way(trained):
+    model = instantiate_from_config(OmegaConf.load(trained / "second.yaml").model)
+    with pytest.raises(ValueError, match="min_snr_gamma and loss_of both weight the timesteps"):
+        DiffusionTraining(model, learning_rate=1e-3, min_snr_gamma=5.0, loss_of="v")
 
 
 def test_warm_up_then_cosine():
