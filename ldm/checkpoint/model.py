@@ -324,6 +324,26 @@ def load_weights(module: nn.Module, path: str | Path, weights: str = "auto") -> 
     return report
 
 
+def load_part(model: nn.Module, part: str, path: str | Path) -> Report:
+    """Fill one part of a model from a file of this part, or of a whole model that has it.
+
+    Args:
+        part: its name in the model, such as cond_stage_model or model (the network).
+
+    Raises:
+        ValueError: the model has no such part.
+        CheckpointError: see `load_weights`.
+    """
+    parts = dict(model.named_children())
+    if part not in parts:
+        raise ValueError(f"the model has no part {part!r}; it has {', '.join(parts)}")
+    state, used = choose_weights(path, read_checkpoint(path), "auto")
+    own = {key.removeprefix(f"{part}."): state[key] for key in state if key.startswith(f"{part}.")}
+    report = fill(parts[part], own or state, Path(path), used)
+    log.info("%s: %s", part, report)
+    return report
+
+
 def fill(module: nn.Module, state: dict[str, Tensor], path: Path, used: str, assign: bool = False) -> Report:
     """Fill `module` and empty `state`; with `assign` its tensors replace the module's, which may be on meta."""
     expected = module.state_dict(keep_vars=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import IterableDataset, default_collate
 
-from ldm.checkpoint import load_weights
+from ldm.checkpoint import load_part, load_weights
 from ldm.io.files import AboveZero, Count, Share
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -65,6 +65,7 @@ class DiffusionTraining(ClippedTraining):
             the image shows, are learned sooner.
         ema_decay: decay of the moving averages of network and conditioner.
         guidance_scale, sample_steps: for the sample grids.
+        parts: weights to begin with, {part of the model: file of the part, or of a whole model}; see `load_part`.
         compile: the losses, network included, are compiled by torch.compile, which takes minutes at the first step.
     """
 
@@ -84,6 +85,7 @@ class DiffusionTraining(ClippedTraining):
         ema_decay: float = 0.9999,
         guidance_scale: float = 4.0,
         sample_steps: Count = 25,
+        parts: Mapping[str, str] | None = None,
         compile: bool = False,
     ):
         super().__init__()
@@ -97,6 +99,8 @@ class DiffusionTraining(ClippedTraining):
             load_weights(model.first_stage_model, path)
         if model.ckpt_path:
             load_weights(model, model.ckpt_path)
+        for part, path in (parts or {}).items():
+            load_part(model, part, path)
         self.model = model
         model.model.to(memory_format=torch.channels_last)  # 10 % faster on CPUs
         self.network_ema = LitEma(model.model, ema_decay)

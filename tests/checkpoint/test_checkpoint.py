@@ -21,12 +21,13 @@ from ldm.checkpoint import (
     fingerprint,
     load_config,
     load_model,
+    load_part,
     load_state,
     load_weights,
     read_checkpoint,
     save_weights,
 )
-from ldm.util import ConfigError
+from ldm.util import ConfigError, instantiate_from_config
 from tests.helpers.goldens import assert_golden, load_case
 from tests.helpers.paths import ROOT
 
@@ -50,6 +51,20 @@ def config(tmp_path) -> Path:
 
 
 # The published layout
+
+
+def test_a_part_is_filled_from_its_own_file_or_a_whole_models(tmp_path, config):
+    whole = write(tmp_path / "whole.safetensors", load_model(config, write(tmp_path / "m.ckpt", STATE)).state_dict())
+    own = {k.removeprefix("first_stage_model."): v for k, v in STATE.items() if k.startswith("first_stage_model.")}
+    name = "decoder.conv_in.weight"
+    for path in (whole, write(tmp_path / "part.safetensors", own)):
+        model = instantiate_from_config(load_config(config).model)
+        load_part(model, "first_stage_model", path)
+        assert torch.equal(model.first_stage_model.state_dict()[name], own[name])
+    with pytest.raises(ValueError, match="the model has no part 'unet'; it has model, "):
+        load_part(model, "unet", whole)
+    with pytest.raises(CheckpointError, match="diffusion_model"):
+        load_part(model, "model", write(tmp_path / "other.safetensors", own))
 
 
 @pytest.mark.parametrize("weights, eps", [("raw", "eps"), ("ema", "eps_ema"), ("auto", "eps_ema")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ldm.modules.encoders.dual import DualTextEmbedder
 from ldm.modules.encoders.modules import (
     BERTEmbedder,
     ClassEmbedder,
@@ -88,6 +89,7 @@ def encoders(tmp_path_factory):
         "SD 2": FrozenOpenCLIPEmbedder(TINY_OPEN, layer="penultimate", vocabulary=vocabulary),
         "SDXL": FrozenOpenCLIPEmbedder2(TINY_OPEN, vocabulary=vocabulary),
         "emoji": BERTEmbedder(16, 1, vocab_size=100, max_seq_len=12, tokenizer=tokenizer),
+        "dual": DualTextEmbedder(tokenizer, width=16, n_embed=8, n_layer=1, n_head=2, max_seq_len=12).eval(),
     }
     return {name: recipe_weights(encoder, seed=2) for name, encoder in made.items()}
 
@@ -97,7 +99,7 @@ def tokens_of(result):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["SD 1", "SD 2", "SDXL", "emoji"])
+@pytest.mark.parametrize("name", ["SD 1", "SD 2", "SDXL", "emoji", "dual"])
 def test_reading(encoders, name):
     encoder = encoders[name]
     plain, published = read(encoder, [PROMPT], WEIGHTS), encoder([PROMPT])

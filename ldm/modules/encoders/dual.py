@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ldm.modules.encoders.tokenizer import cut, load_tokenizer, tokenize
+from ldm.modules.encoders.tokenizer import ReadsTexts, check_ids, cut, load_tokenizer, tokenize
 
 FIRST_TEMPERATURE = 0.07
 
@@ -58,10 +58,13 @@ class DualEncoder(nn.Module):
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
         """Texts as their tokens (B, L) -> (B, width), of length 1."""
+        return normalize(self.of_text(mean_of(*self.states(tokens))), dim=-1)
+
+    def states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What the transformer makes of tokens (B, L), (B, L, n_embed), and 1 where there is no padding, (B, L, 1)."""
         padding = tokens == self.tokenizer.token_to_id("[PAD]")
-        x = self.transformer(self.token_emb(tokens) + self.pos_emb, src_key_padding_mask=padding)  # (B, L, n_embed)
-        kept = (~padding)[..., None].float()
-        return normalize(self.of_text((x * kept).sum(1) / kept.sum(1)), dim=-1)
+        x = self.transformer(self.token_emb(tokens) + self.pos_emb, src_key_padding_mask=padding)
+        return x, (~padding)[..., None].float()
 
     def images(self, features: Tensor) -> Tensor:
         """Features (B, features) -> (B, width), of length 1."""
@@ -70,3 +73,35 @@ class DualEncoder(nn.Module):
     def cut(self, texts: Sequence[str]) -> list[bool]:
         """Of each text whether its end is cut off, because it has more than max_seq_len tokens."""
         return cut(self.tokenizer, texts)
+
+
+def mean_of(states: Tensor, kept: Tensor) -> Tensor:
+    """The mean over the tokens that are kept: (B, L, D), (B, L, 1) -> (B, D)."""
+    return (states * kept).sum(1) / kept.sum(1)
+
+
+class DualTextEmbedder(ReadsTexts, DualEncoder):
+    """The texts of a dual encoder as conditioning: the text's own embedding, then one for each of its tokens.
+
+    All lie in the space that texts share with images, so a network that was trained on embeddings of images (retrieval-
+    augmented diffusion) understands the first at once. It takes the place of the first token, which starts every text
+    and says nothing. Embeddings have length 1, those of padding are zeros.
+
+    Args: see `DualEncoder`.
+    """
+
+    @property
+    def token_table(self) -> nn.Embedding:
+        return self.token_emb
+
+    def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
+        """Text (B strings), or token ids (B, max_seq_len), -> embeddings (B, max_seq_len, width).
+
+        Raises:
+            ValueError: an id outside of the vocabulary.
+        """
+        tokens = text if isinstance(text, Tensor) else self.tokenize(text)
+        check_ids("tokens", tokens, self.token_emb.num_embeddings)
+        states, kept = self.states(tokens.to(self.pos_emb.device))
+        whole = self.of_text(mean_of(states, kept))[:, None]
+        return normalize(torch.cat([whole, (self.of_text(states) * kept)[:, 1:]], dim=1), dim=-1)

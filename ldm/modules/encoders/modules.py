@@ -17,19 +17,7 @@ from ldm.modules.diffusionmodules.upscaling import CLIPEmbeddingNoiseAugmentatio
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder, FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.general import ConcatTimestepEmbedderND, GeneralConditioner
 from ldm.modules.encoders.openclip import FrozenOpenCLIPEmbedder, FrozenOpenCLIPEmbedder2, FrozenOpenCLIPImageEmbedder
-from ldm.modules.encoders.tokenizer import (
-    Rows,
-    Span,
-    Words,
-    add_token,
-    check_ids,
-    cut,
-    load_tokenizer,
-    rows_of,
-    tokenize,
-    with_all_vectors,
-    words_of,
-)
+from ldm.modules.encoders.tokenizer import ReadsTexts, check_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -160,7 +148,7 @@ class TransformerEmbedder(nn.Module):
         return self(tokens)
 
 
-class BERTEmbedder(TransformerEmbedder):
+class BERTEmbedder(ReadsTexts, TransformerEmbedder):
     """Transformer over text, with the tokenizer that belongs to its weights.
 
     Args:
@@ -187,7 +175,6 @@ class BERTEmbedder(TransformerEmbedder):
     ) -> None:
         super().__init__(n_embed, n_layer, vocab_size, max_seq_len, device, embedding_dropout)
         self.tokenizer = None
-        self.added: dict[str, int] = {}  # new tokens, and of how many each is made
         if tokenizer is None:
             return
         if not use_tokenizer:
@@ -197,65 +184,13 @@ class BERTEmbedder(TransformerEmbedder):
         if needed > vocab_size:
             raise ValueError(f"vocab_size must be at least the tokenizer's {needed}; got {vocab_size}")
 
-    def tokenize(self, text: str | Sequence[str]) -> Tensor:
-        """Token ids (B, max_seq_len) of B texts, padded or cut; one string is B = 1.
-
-        Raises:
-            ValueError: there is no tokenizer, or text is not strings.
-        """
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"text must be a string or a list of strings; got {text!r}")
-        return tokenize(self._tokenizer(), [with_all_vectors(text, self.added) for text in texts])
-
-    def cut(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text whether its end is cut off, because it has more than max_seq_len tokens.
-
-        Raises:
-            ValueError: there is no tokenizer.
-        """
-        return cut(self._tokenizer(), [with_all_vectors(text, self.added) for text in texts])
-
-    def rows(self, spans: Sequence[Span], chunks: int) -> Rows:
-        """Parts of a text as several rows of token ids, see `rows_of`.
-
-        Raises:
-            ValueError: there is no tokenizer.
-        """
-        given = [Span(with_all_vectors(text, self.added), weight) for text, weight in spans]
-        return rows_of(self._tokenizer(), given, chunks)
-
-    def words(self, text: str) -> Words:
-        """The words of a text, in lower case, with their tokens.
-
-        Raises:
-            ValueError: there is no tokenizer.
-        """
-        return words_of(self._tokenizer(), " ".join(text.lower().split()), self.added)
-
     @property
     def token_table(self) -> nn.Embedding:
-        """The vectors of the tokens."""
         return self.transformer.token_emb
 
     def add_token(self, name: str, vectors: Tensor) -> None:
-        """Give the encoder a new token of one vector or several, (k, D); see `ldm.modules.encoders.tokenizer`.
-
-        Raises:
-            ValueError: there is no tokenizer, the name is taken, or is not one word.
-        """
-        add_token(self._tokenizer(), self.token_table, name.lower(), vectors)
-        self.added[name.lower()] = len(vectors)
+        super().add_token(name, vectors)
         self.transformer.num_tokens = self.token_table.num_embeddings
-
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(
-                "text needs a tokenizer, which this model was built without: set tokenizer to a "
-                "JSON file of the tokenizers library (for the published BERT models: the "
-                "tokenizer.json of bert-base-uncased), or pass token ids"
-            )
-        return self.tokenizer
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """Text (B strings), or token ids (B, L), -> embeddings (B, L, D)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from string import punctuation
 from typing import Any, NamedTuple, Protocol
 
@@ -379,3 +380,79 @@ def read(encoder: ReadsRows, prompts: Sequence[str], reading: Reading) -> tuple[
 
 def _as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
+
+
+# Text encoders with a tokenizer of the tokenizers library
+
+
+class ReadsTexts:
+    """What such an encoder offers beside its embeddings: token ids, weights of words, places of words, new tokens.
+
+    tokenizer: cuts and pads to one length; None = only token ids can be encoded.
+    """
+
+    tokenizer: Tokenizer | None
+
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """New tokens, and of how many each is made."""
+        return {}
+
+    def tokenize(self, text: str | Sequence[str]) -> Tensor:
+        """Token ids (B, max_seq_len) of B texts, padded or cut; one string is B = 1.
+
+        Raises:
+            ValueError: there is no tokenizer, or text is not strings.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"text must be a string or a list of strings; got {text!r}")
+        return tokenize(self._tokenizer(), [with_all_vectors(text, self.added) for text in texts])
+
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text whether its end is cut off, because it has more than max_seq_len tokens.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        return cut(self._tokenizer(), [with_all_vectors(text, self.added) for text in texts])
+
+    def rows(self, spans: Sequence[Span], chunks: int) -> Rows:
+        """Parts of a text as several rows of token ids, see `rows_of`.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        given = [Span(with_all_vectors(text, self.added), weight) for text, weight in spans]
+        return rows_of(self._tokenizer(), given, chunks)
+
+    def words(self, text: str) -> Words:
+        """The words of a text, in lower case, with their tokens.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        return words_of(self._tokenizer(), " ".join(text.lower().split()), self.added)
+
+    @property
+    def token_table(self) -> nn.Embedding:
+        """The vectors of the tokens."""
+        raise NotImplementedError
+
+    def add_token(self, name: str, vectors: Tensor) -> None:
+        """Give the encoder a new token of one vector or several, (k, D); see `add_token`.
+
+        Raises:
+            ValueError: there is no tokenizer, the name is taken, or is not one word.
+        """
+        add_token(self._tokenizer(), self.token_table, name.lower(), vectors)
+        self.added[name.lower()] = len(vectors)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                "text needs a tokenizer, which this model was built without: set tokenizer to a "
+                "JSON file of the tokenizers library (for the published BERT models: the "
+                "tokenizer.json of bert-base-uncased), or pass token ids"
+            )
+        return self.tokenizer
