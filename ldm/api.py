@@ -11,8 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,8 @@ class Model:
     """A model with its settings; `ldm.load` makes it.
 
     Attributes:
-        network: the `LatentDiffusion`. On a CPU its UNet's layers are packed for the size of the first images, see
-            `ldm.modules.packed`; for images of another size it is loaded anew.
+        network: the `LatentDiffusion`. On a CPU its UNet's layers are packed for the size of the images that are made,
+            see `ldm.modules.packed`.
         config: the YAML as an OmegaConf mapping.
         sizes: what images it makes.
         kind: "text", "classes", ... the key of `KINDS`.
@@ -62,12 +61,8 @@ class Model:
     def __init__(self, setup: Setup) -> None:
         self.kind = kind_of(setup.config.model)
         self.setup, self.config, self.sizes = setup, setup.config, setup.sizes
-        # The model's network, and a refiner's, with the size of the latents that its layers are packed for.
-        self._networks: dict[Path, tuple[LatentDiffusion, tuple[int, ...] | None]] = {setup.ckpt: (setup.load(), None)}
-
-    @property
-    def network(self) -> LatentDiffusion:
-        return self._networks[self.setup.ckpt][0]
+        self.network = setup.load()
+        self._refiner: tuple[Setup, LatentDiffusion] | None = None  # the last one, and what it was made of
 
     def __repr__(self) -> str:
         return f"<ldm model {self.setup.ckpt} ({self.kind}) on {self.setup.device}>"
@@ -148,19 +143,19 @@ class Model:
         facts = recipe.facts(job.task.start.strength)
         facts = run_facts(setup, recipe.solver_name, facts, job.task.network)
         methods = choose_methods(setup, job.sampling, recipe, nodes, facts, False, job.task.network.anew)
-        load = partial(self._load, tuple(self.sizes.whole(side) for side in job.size))
-        (engine,) = load_engines(setup, methods, job.task, tile, job.refiner, load).values()
+        (engine,) = load_engines(setup, methods, job.task, tile, job.refiner, self._load).values()
         check_memory(engine, batch, setup.device)
         return with_batches(engine, job.sampling.parallel, batch, setup.device)
 
-    def _load(self, size: tuple[int, ...], setup: Setup) -> LatentDiffusion:
-        """The setup's network to be packed for this size; loaded if it is not yet, or is packed for another."""
-        network, packed_for = self._networks.pop(setup.ckpt, (None, size))
-        if network is None or packed_for not in (None, size):
-            network = None  # gives its memory back before the other is loaded
-            network = setup.load()
-        self._networks[setup.ckpt] = network, size if setup.device.type == "cpu" else None
-        return network
+    def _load(self, setup: Setup) -> LatentDiffusion:
+        """The network of a setup: the model's own, or a refiner's, which is kept for further calls with its files."""
+        if setup is self.setup:
+            return self.network
+        files = replace(setup, autocast=False)  # whatever it is, the weights are the same
+        if self._refiner is None or self._refiner[0] != files:
+            self._refiner = None  # gives its memory back before the other is loaded
+            self._refiner = files, setup.load()
+        return self._refiner[1]
 
 
 @dataclass(frozen=True)
@@ -177,6 +172,7 @@ class Run:
     batch: int
 
     def images(self) -> list[Image.Image]:
+        self.engine.pack()  # again, if images of another size have been made since
         with python_errors():
             return [
                 image

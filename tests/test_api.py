@@ -276,11 +276,18 @@ def test_images_in_memory_are_read_as_files_are(models):
     assert first.tobytes() == second.tobytes()  # prompts name the noise, and what is transparent is white
 
 
-def test_sizes_follow_each_other_and_batches_change_nothing(models):
+def test_sizes_follow_each_other_on_one_network(models):
+    """Images of every size are to the bit those of a model that makes no other; nothing is read a second time."""
     files = models("text")
     model = ldm.load(config=files[1], ckpt=files[3])
-    small, large, again = (model.images(HEART, H=side, W=side, steps=2)[0] for side in (32, 64, 32))
+    network, told = model.network, {"subjects": HEART, "steps": 2}
+    waiting = model.run(**told, H=32, W=32)
+    small, large, again = (model.images(**told, H=side, W=side)[0] for side in (32, 64, 32))
     assert small.size == (32, 32) and large.size == (64, 64) and small.tobytes() == again.tobytes()
+    fresh = ldm.load(config=files[1], ckpt=files[3]).images(**told, H=64, W=64)[0]
+    assert large.tobytes() == fresh.tobytes() and model.network is network
+    model.images(**told, H=64, W=64)
+    assert waiting.images()[0].tobytes() == small.tobytes(), "made when images of another size have come between"
 
 
 @pytest.mark.parametrize(

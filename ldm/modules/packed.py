@@ -7,6 +7,7 @@ small feature maps of a UNet's inner levels that takes longer than the computati
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import is_
 from types import MappingProxyType
 from typing import Any
 
@@ -52,19 +53,30 @@ class PackedConv2d(nn.Module):
     reorder at every call, element by element: 48 ms for 96 x 96 channels that take 0.2 ms to compute.
 
     Args:
-        conv: whose weights are taken.
+        weight: (C', C / groups, kh, kw), float32 on a CPU.
+        bias: (C',).
+        settings: padding, stride, dilation, groups.
         shape: of the inputs it is packed for.
     """
 
-    def __init__(self, conv: nn.Conv2d, shape: Sequence[int]) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, settings: tuple[Any, Any, Any, int], shape: Sequence[int]
+    ) -> None:
         super().__init__()
-        self.settings = conv.padding, conv.stride, conv.dilation, conv.groups
-        packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach().contiguous(), *self.settings, shape)
+        self.settings, self.size = settings, tuple(shape[2:])
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach().contiguous(), *settings, shape)
         self.register_buffer("weight", packed, persistent=False)
-        self.bias = conv.bias
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.settings, "none", [], "")
+
+    def packed_for(self, shape: Sequence[int]) -> PackedConv2d:
+        """The same for inputs of another height and width, bit for bit as if it had been packed for them at once."""
+        if tuple(shape[2:]) == self.size:
+            return self
+        channels = self.weight.shape[1] * self.settings[-1]
+        return PackedConv2d(self.weight.to_dense(), self.bias, self.settings, (shape[0], channels, *shape[2:]))
 
 
 class PackedParts(PartedConvolution):
@@ -83,11 +95,19 @@ class PackedParts(PartedConvolution):
     def part(self, x: Tensor, start: int) -> Tensor:
         return self.last(x) if start else self.first(x)
 
+    def packed_for(self, shape: Sequence[int]) -> PackedParts:
+        """See `PackedConv2d`."""
+        parts = self.whole, self.first, self.last
+        others = [part.packed_for(shape) if isinstance(part, PackedConv2d) else part for part in parts]
+        return self if all(map(is_, others, parts)) else PackedParts(*others)
+
 
 def pack(
     unet: nn.Module, size: Sequence[int], context_length: int | None = None, config: Mapping[str, Any] | None = None
 ) -> None:
     """Exchange a UNet's layers for packed ones, one after the other; each gives up its former weights.
+
+    Of a network that is packed for another size, the layers are exchanged that depend on it.
 
     Layers that are not float32 on a CPU stay as they are, and so do all on a CPU without AVX-512, where the order of a
     convolution's weights depends on the batch too. Afterwards the network is for inference in float32 only: it has no
@@ -113,7 +133,7 @@ def convolution_shapes(
     with torch.device("meta"), torch.no_grad():
         copy, x, inputs = meta_unet(unet, size, 2, context_length, tome=0.0)
         for name, layer in copy.named_modules():
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Conv2d | PackedConv2d | PackedParts):
                 layer.register_forward_pre_hook(lambda _, given, name=name: shapes.update({name: given[0].shape}))
         copy.decode(copy.encode(x, **inputs), **inputs)
     return MappingProxyType(shapes)
@@ -129,10 +149,12 @@ def pack_layers(
         shapes: of the inputs of its convolutions, by their names; one without a shape stays as it is.
         parts: the input channel at which a convolution is also kept in two parts, by its name.
     """
-    for name, layer in list(network.named_modules()):
-        if (packed := _packed(layer, shapes.get(name))) is not layer:
-            if name in parts:
-                packed = PackedParts(packed, *_packed_parts(layer, shapes[name], parts[name]))
+    for name in [name for name, _ in network.named_modules()]:  # without the layers, to let go of each
+        layer = network.get_submodule(name)
+        packed = _packed(layer, shapes.get(name))
+        if packed is not layer and name in parts and not isinstance(layer, PackedParts):
+            packed = PackedParts(packed, *_packed_parts(layer, shapes[name], parts[name]))
+        if packed is not layer:
             network.set_submodule(name, packed)
 
 
@@ -147,6 +169,8 @@ def _packed_parts(conv: nn.Conv2d, shape: Sequence[int], start: int) -> Iterator
 
 
 def _packed(layer: nn.Module, shape: Sequence[int] | None) -> nn.Module:
+    if isinstance(layer, PackedConv2d | PackedParts) and shape is not None:
+        return layer.packed_for(shape)
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return layer
     if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
@@ -157,4 +181,5 @@ def _packed(layer: nn.Module, shape: Sequence[int] | None) -> nn.Module:
         return layer
     if layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1:
         return PackedPointwise(layer.weight.flatten(1), layer.bias)
-    return PackedConv2d(layer, shape)
+    settings = layer.padding, layer.stride, layer.dilation, layer.groups
+    return PackedConv2d(layer.weight, layer.bias, settings, shape)

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.packed import PackedConv2d, PackedLinear, PackedPointwise, convolution_shapes, pack, pack_layers
+from ldm.modules.packed import (
+    PackedConv2d,
+    PackedLinear,
+    PackedParts,
+    PackedPointwise,
+    convolution_shapes,
+    pack,
+    pack_layers,
+)
 from ldm.profiling.cost import unet_macs
 from tests.helpers.tiny_unet import TEXT_UNET, unet_config
 
@@ -70,6 +78,25 @@ def test_a_packed_network_costs_the_same_and_holds_no_other_weights():
     assert not [name for name, p in network.named_parameters() if p.ndim > 1]
     pack(network, (8, 8), 5)  # nothing is left to exchange
     assert unet_macs(network, (8, 8), 2, 5) == expected
+
+
+@torch.no_grad()
+def test_packed_for_another_size_it_is_as_if_it_had_been_packed_for_that_at_once():
+    """To the bit, also in the convolutions that are kept in parts; what does not depend on the size is left."""
+    again, once = small_unet(num_res_blocks=2), small_unet(num_res_blocks=2)
+    pack(again, (8, 8), 5)
+    former = dict(again.named_modules())
+    pack(again, (16, 32), 5)
+    pack(once, (16, 32), 5)
+    kinds = {name: type(layer) for name, layer in once.named_modules()}
+    assert {name: type(layer) for name, layer in again.named_modules()} == kinds and PackedParts in kinds.values()
+    replaced = {type(layer) for name, layer in again.named_modules() if layer is not former[name]}
+    assert replaced == {PackedConv2d, PackedParts}
+    x, t, context = torch.randn(2, 4, 16, 32), torch.tensor([7.0, 500.0]), torch.randn(2, 5, 16)
+    assert torch.equal(again(x, t, context), once(x, t, context))
+    features = again.encode(x, t, context)
+    shared = [unet.decode(unet.share(features), t, context) for unet in (again, once)]
+    assert torch.equal(*shared)
 
 
 def test_what_can_not_be_packed_stays():
