@@ -30,7 +30,14 @@ class HandedOver(Start):
 
 def with_key(plan: Plan, node: int) -> Plan:
     """The plan with a key node at `node`, so that no decoder of a node before it shares a batch with one behind it."""
+    if not {*plan.skipped} - {node}:
+        plan = replace(plan, propagate=of_features(plan.propagate))
     return with_level(plan, "full", [node])
+
+
+def of_features(forecast: str) -> str:
+    """The forecaster without a quantity, which is of whole predictions alone: without skipped nodes it says nothing."""
+    return forecast.removesuffix(f":{Forecast.parse(forecast).quantity}")
 
 
 def plan_after(plan: Plan, node: int) -> Plan:
@@ -40,13 +47,11 @@ def plan_after(plan: Plan, node: int) -> Plan:
         name: tuple(i - node for i in getattr(plan, name) if i >= node)
         for name in ("keys", "shallow", "skipped", "gated")
     }
-    # Of whole predictions alone: without skipped nodes it says nothing.
-    quantity = "" if rest["skipped"] else Forecast.parse(plan.propagate).quantity
     return replace(
         plan,
         num_nodes=plan.num_nodes - node,
         branch=plan.branch if rest["shallow"] else 0,
-        propagate=plan.propagate.removesuffix(f":{quantity}"),
+        propagate=plan.propagate if rest["skipped"] else of_features(plan.propagate),
         **rest,
     )
 

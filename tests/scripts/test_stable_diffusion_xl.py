@@ -334,6 +334,35 @@ def test_a_script_with_a_refiner(base, refiner, tmp_path):
         model.images("a cat", image=script.out / entry["file"], **told)
 
 
+def test_python_keeps_a_refiner_as_long_as_its_files_are_asked_for(base, refiner, tmp_path):
+    """Another config is another refiner; one that can't be loaded costs neither the model nor the next call."""
+    told = {"steps": 4, "sampler": "euler-trailing", "refiner_share": 0.5, "refiner": refiner[3]}
+    model = ldm.load(config=base[1], ckpt=base[3])
+    expected = model.images("a cat", **told, refiner_config=refiner[1])[0]
+    network, kept = model.network, model._refiner[1]
+    assert model.images("a cat", **told, refiner_config=refiner[1])[0].tobytes() == expected.tobytes()
+    assert model._load(replace(model._refiner[0], autocast=True)) is kept, "the weights are the same"
+    other = load_config(refiner[1])
+    other.model.params.unet_config.params.num_head_channels = 8
+    OmegaConf.save(other, tmp_path / "other.yaml")
+    assert model.images("a cat", **told, refiner_config=tmp_path / "other.yaml")[0].tobytes() != expected.tobytes()
+    other.model.params.unet_config.params.model_channels *= 2
+    OmegaConf.save(other, tmp_path / "wide.yaml")
+    with pytest.raises(ValueError, match="^refiner: "):
+        model.images("a cat", **told, refiner_config=tmp_path / "wide.yaml")
+    assert model.network is network
+    assert model.images("a cat", **told, refiner_config=refiner[1])[0].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("forecast", ["linear:step:eps", "linear:step"])
+def test_a_step_that_is_skipped_where_the_refiner_begins_is_a_key_timestep_of_it(base, refiner, forecast, tmp_path):
+    """Also where no other step is skipped, and no whole prediction is left to forecast."""
+    script = Script("txt2img", tmp_path, *base, *STEPS, "--refiner", refiner[3], "--refiner-config", refiner[1])
+    (entry,) = script("--plan", "0+skip:2", "--forecast", forecast, "--refiner-share", "0.5")
+    assert (entry["keys"], entry["propagate"], entry.get("skipped")) == ([0, 2], "linear:step", None)
+    assert not script("--plan", "0,2", "--forecast", "linear:step", "--refiner-share", "0.5"), "the same image"
+
+
 @pytest.mark.parametrize(
     "arguments, why",
     [
