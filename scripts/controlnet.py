@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> None:
         settings_from(args, cli.pipeline.SamplingSettings),
         settings_from(args, cli.pipeline.OutputSettings),
         args.batch_size,
-        keep="edges" in args.control,
+        keep="edges" in args.control and not args.save,
     )
-    for line in cli.control.edges_followed(network, items, made):
+    for line in cli.control.edges_followed(network, made):
         print(line)
 
 

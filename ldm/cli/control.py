@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from ldm.io.errors import SettingError, did_you_mean, fault_of
 from ldm.io.files import json_sha256, same_place
 from ldm.io.images import files_below, fit, open_image, opened
 from ldm.modules.diffusionmodules.controlnet import ControlNet
-from ldm.sampling.control import ControlledBy, Picture
+from ldm.sampling.control import ControlledBy, Hints, Picture
 from ldm.sampling.generate import Item
 
 KINDS = ("edges", "scribble", "depth")  # of pictures that are made of an image
+LATELY = 64  # pictures made of images that are kept, of each control
 Size = tuple[int, int]  # height and width, in pixels
 
 
@@ -64,6 +65,8 @@ def check_control(settings: ControlSettings) -> None:
     for name, given in (("control_model", settings.control_model), ("control_weight", settings.control_weight)):
         if len(given) not in (0, count):
             raise SettingError(name, f"expected one for each control, {count}; got {len(given)}")
+    for kind in settings.control:
+        check_kind(kind)
     made = [kind for kind in settings.control if kind in KINDS]
     if made and settings.image is None:
         raise SettingError("image", f"needed for control {made[0]}: the image that it is made of")
@@ -76,18 +79,33 @@ def check_control(settings: ControlSettings) -> None:
         raise SettingError("canny", f"expected LOW <= HIGH; got {settings.canny[0]:g},{settings.canny[1]:g}")
 
 
+def check_kind(control: str) -> None:
+    """Raise SettingError unless it is one of KINDS or a file that is there."""
+    with fault_of("control", (OSError,)):  # a name that no file can have
+        if control not in KINDS and not Path(control).exists():
+            raise SettingError(
+                "control",
+                f"expected {', '.join(KINDS)} or the file of a picture; got {control}{did_you_mean(control, KINDS)}",
+            )
+
+
 @dataclass(frozen=True)
 class Source:
     """What pictures are made of.
 
-    images: one for all results, or one for each prompt.
+    files: of one image for all results, or of one for each prompt.
     facts: what identifies them, as JSON values.
     subjects: of a folder the caption of each image, which is its prompt, and what identifies the image; none = a file.
     """
 
-    images: Sequence[Image.Image]
+    files: Sequence[Path]
     facts: dict[str, Any]
     subjects: Sequence[dict[str, str]] = ()
+
+    def image(self, place: int) -> Image.Image:
+        """The image there. Raises SettingError: it can't be read."""
+        with fault_of("image"):
+            return open_image(self.files[place])
 
 
 def read_source(path: str | Path | None) -> Source | None:
@@ -100,14 +118,17 @@ def read_source(path: str | Path | None) -> Source | None:
         if path is None:
             return None
         if not Path(path).is_dir():
-            return Source([open_image(path)], file_reference(path, "image"))
+            open_image(path)
+            return Source([Path(path)], file_reference(path, "image"))
         files = files_below(Path(path))
+        for file in files:
+            open_image(file)  # damaged ones are found out before anything slow; none is kept
         captions = captions_of_all(Path(path), files)
         subjects = [
             {"prompt": first} | file_reference(file, "image") for file, (first, *_) in zip(files, captions, strict=True)
         ]
         facts = {"image": Path(path).name, "image_sha256": json_sha256(subjects)[:16]}
-        return Source([open_image(file) for file in files], facts, subjects)
+        return Source(files, facts, subjects)
 
 
 def controlled_items(source: Source | None, text: TextSettings, shown: Sequence[str]) -> list[Item]:
@@ -130,7 +151,7 @@ def result_size(setup: Setup, source: Source | None, height: int | None, width: 
     """Of the images to be made: as given, or the shape of the (first) image near the size of the model's training."""
     if source is None or (height and width):
         return image_size(setup.sizes, height, width)
-    usual = conditions.resized(source.images[0], setup.sizes.default, setup.sizes.multiple)
+    usual = conditions.resized(source.image(0), setup.sizes.default, setup.sizes.multiple)
     return image_size(setup.sizes, height, width, (usual.height, usual.width))
 
 
@@ -140,21 +161,45 @@ def controlled(setup: Setup, settings: ControlSettings, source: Source | None, s
     Raises:
         SettingError: a file can't be read, a picture has another size, or a network is for another model.
     """
-    images = [fitted(setup, image, size) for image in source.images] if source else []
-    pictures = []  # of each control, and what identifies them
+    pictures: list[tuple[Hints, dict[str, Any]]] = []  # of each control, and what identifies them
     for kind in settings.control:
         if kind in KINDS:
-            pictures.append(([drawn(settings, kind, image) for image in images], made_of(settings, kind, source)))
+            pictures.append((Drawn(setup, settings, kind, source, size), made_of(settings, kind, source)))
         else:
             given, reference = given_picture(kind, size)
-            pictures.append(([given], reference))
+            pictures.append((hints([given]), reference))
     weights = settings.control_weight or [1.0] * len(pictures)
     loaded = [network(setup, file) for file in settings.control_model or shipped(setup, settings.control)]
     followed = [
-        Picture(one, hints(shown), weight, {"control": facts} | {"control_model": name})
-        for (shown, facts), (one, name), weight in zip(pictures, loaded, weights, strict=True)
+        Picture(one, given, weight, {"control": facts} | {"control_model": name})
+        for (given, facts), (one, name), weight in zip(pictures, loaded, weights, strict=True)
     ]
     return ControlledBy(followed, settings.guess, settings.control_at == "every")
+
+
+class Drawn:
+    """Pictures of one of KINDS, each made of its image when it is asked for; see `Hints`.
+
+    The last LATELY are kept, since methods that are compared take turns, a batch each.
+
+    Args:
+        setup, settings, source, size: see `controlled`.
+        kind: one of KINDS.
+
+    Raises:
+        SettingError: what makes such pictures can't be read.
+    """
+
+    def __init__(self, setup: Setup, settings: ControlSettings, kind: str, source: Source, size: Size):
+        self._count = len(source.files)
+        self._picture = lru_cache(LATELY)(lambda place: drawn(settings, kind, fitted(setup, source.image(place), size)))
+        self._picture(0)  # what is wrong is found out before anything slow; a single image is not read again
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, places: Sequence[int]) -> torch.Tensor:
+        return hints([self._picture(place) for place in places])
 
 
 def fitted(setup: Setup, image: Image.Image, size: Size) -> Image.Image:
@@ -175,16 +220,17 @@ def hints(pictures: Sequence[Image.Image]) -> torch.Tensor:
     return torch.stack([conditions.as_hint(picture) for picture in pictures])
 
 
-def edges_followed(network: ControlledBy, items: Sequence[Item], runs: Sequence[MethodRun]) -> list[str]:
+def edges_followed(network: ControlledBy, runs: Sequence[MethodRun]) -> list[str]:
     """For each method, how well its images follow the edges that they were given; nothing if they were given none."""
-    prompts = [prompt for prompt, _ in sorted((item.prompt_index, item.sample) for item in items)]  # as images of a run
     lines = []
     for picture in network.pictures:
         if picture.facts["control"].get("kind") == "edges":
-            given = [hint[0].numpy() for hint in picture.of(prompts)]
+            canny = picture.facts["control"]["canny"]
             for run in runs:
-                found = [conditions.edges(image, *picture.facts["control"]["canny"]) for image in run.images]
-                scores = [conditions.edge_scores(*pair) for pair in zip(given, found, strict=True)]
+                scores = [
+                    conditions.edge_scores(picture.of([prompt])[0, 0].numpy(), conditions.edges(image, *canny))
+                    for prompt, image in run.each()
+                ]
                 lines.append(f"{run.label}: edges followed, within a pixel: {in_words(np.array(scores))}")
     return lines
 
@@ -246,10 +292,6 @@ def made_of(settings: ControlSettings, kind: str, source: Source) -> dict[str, A
 def given_picture(file: str, size: Size) -> tuple[Image.Image, dict[str, str]]:
     """A picture as it is, and what identifies it, as JSON values."""
     with fault_of("control"):
-        if not Path(file).exists():
-            raise ValueError(
-                f"expected {', '.join(KINDS)} or the file of a picture; got {file}{did_you_mean(file, KINDS)}"
-            )
         with opened(file) as header:
             mode, clear = header.mode, header.has_transparency_data
         if clear:

@@ -153,7 +153,7 @@ def with_neighbours(item: Item, neighbours: Sequence[Neighbour]) -> Item:
 
 def save_sheets(runs: Sequence[MethodRun], database: Database, outdir: str | Path) -> None:
     """For each image that was saved, a sheet neighbors/NAME.png of it and its neighbours; those that are there stay."""
-    files = [file for run in runs for file in run.files]
+    files = [file for run in runs for file in run.files.values()]
     with fault_of("outdir", (OSError,)), fault_of("database", (ValueError,)):
         made = [save_sheet(file, database, Path(outdir) / "neighbors" / file.name) for file in files]
     print(f"{len(made)} sheets with neighbours in {Path(outdir) / 'neighbors'}, {sum(made)} of them made now")

@@ -46,7 +46,7 @@ from ldm.cli.setup import (
 from ldm.cli.tasks import check_texts, is_framed, is_refiner, is_video, truncated_prompts
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import atomic_write
-from ldm.io.images import find_png, from_pil, grid, psnr, save_png, side_by_side
+from ldm.io.images import find_png, from_pil, grid, open_image, psnr, save_png, side_by_side
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan, check_blocks
@@ -395,7 +395,7 @@ class MethodRun:
     count, macs: of all.
     replaced: images made in the place of files that were damaged or changed.
     fresh, spent_macs, seconds, seconds_unet: of what this run made.
-    files: of the images that are saved.
+    files: of the images that are saved, by prompt_index and sample.
     """
 
     label: str
@@ -408,15 +408,17 @@ class MethodRun:
     spent_macs: int = 0
     seconds: float = 0.0
     seconds_unet: float = 0.0
-    files: list[Path] = field(default_factory=list)
+    files: dict[tuple[int, int], Path] = field(default_factory=dict)
     _kept: dict[tuple[int, int], Image.Image] = field(default_factory=dict)
 
     def add(self, made: Sample, keep: bool) -> None:
         """One more; keep: its image is needed for a grid or a comparison."""
+        place = made.item.prompt_index, made.item.sample
         if keep:
-            self._kept[made.item.prompt_index, made.item.sample] = made.image
+            self._kept[place] = made.image
+        if made.path is not None:
+            self.files[place] = made.path
         self.count, self.macs = self.count + 1, self.macs + made.run["unet_macs"]
-        self.files += [] if made.path is None else [made.path]
         if made.fresh:
             self.replaced += made.replaced
             self.fresh, self.spent_macs = self.fresh + 1, self.spent_macs + made.run["unet_macs"]
@@ -427,6 +429,11 @@ class MethodRun:
     def images(self) -> list[Image.Image]:
         """Those kept, in the order of the items: what is found comes before what is made."""
         return [self._kept[place] for place in sorted(self._kept)]
+
+    def each(self) -> Iterator[tuple[int, Image.Image]]:
+        """All images, kept or saved, one after the other, in the order of the items; each with its prompt_index."""
+        for place in sorted(self._kept | self.files):
+            yield place[0], self._kept[place] if place in self._kept else open_image(self.files[place])
 
     @property
     def gmac(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,24 +18,34 @@ from ldm.sampling.generate import Item
 from ldm.sampling.task import Network
 
 
+class Hints(Protocol):
+    """Pictures as control networks read them: a tensor of all, or what makes each when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: Sequence[int]) -> Tensor:
+        """Those at these places, (B, 3, H, W), RGB in [0, 1]."""
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """What one control network is to follow.
 
     network: on the model's device.
-    hints:   one for each prompt_index, or one for all, (N, 3, H, W), RGB in [0, 1].
+    hints:   one for each prompt_index, or one for all.
     weight:  of what it adds.
     facts:   what identifies the network and the picture, as JSON values.
     """
 
     network: ControlNet
-    hints: Tensor
+    hints: Hints
     weight: float
     facts: dict[str, Any]
 
     def of(self, prompts: Sequence[int]) -> Tensor:
         """Those of images of these prompt_indices, (B, 3, H, W)."""
-        return self.hints[[prompt if len(self.hints) > 1 else 0 for prompt in prompts]]
+        with torch.autocast("cpu", enabled=False):  # the precision of a run is not that of what finds edges or depth
+            return self.hints[[prompt if len(self.hints) > 1 else 0 for prompt in prompts]]
 
 
 class ControlledBy(Network):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ldm
 from ldm.checkpoint import save_weights
-from ldm.cli.control import ControlSettings, made_of, read_source
-from ldm.data.conditions import edges
+from ldm.cli.control import LATELY, ControlSettings, controlled, made_of, read_source
+from ldm.cli.setup import ModelSettings, make_setup
+from ldm.data.conditions import as_hint, edges
+from ldm.io.errors import SettingError
 from ldm.modules.diffusionmodules.controlnet import ControlNet
+from ldm.sampling.control import Picture
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.scripts import Script
 from tests.helpers.tiny_models import write_model
@@ -145,6 +150,46 @@ def test_each_image_of_a_folder_is_followed_by_the_image_of_its_caption(script, 
         assert script.refusal(capsys, *given).startswith(message)
 
 
+def test_pictures_of_a_folder_are_made_when_their_images_are_sampled(folder, tmp_path):
+    """However many there are, a few are in memory; and what a picture shows does not depend on a run's precision."""
+    images, several = [], tmp_path / "several"
+    several.mkdir()
+    for number in range(3 * LATELY):
+        pixels = np.zeros((16, 16, 3), np.uint8)
+        pixels[2 : 3 + number % 12, 3 : 4 + number // 12 % 12] = 255
+        images.append(Image.fromarray(pixels))
+        images[-1].save(several / f"{number:03}.png")
+        (several / f"{number:03}.txt").write_text("a square")
+    expected = [as_hint(edges(image)) for image in images]
+    images.clear()
+    setup = make_setup(ModelSettings(folder / "config.yaml", folder / "model.safetensors", device="cpu"))
+    settings = ControlSettings(["edges"], [f"{folder}/control.safetensors"])
+    gc.collect()
+    before = sum(type(thing) is Image.Image for thing in gc.get_objects())
+    (picture,) = controlled(setup, settings, read_source(several), (16, 16)).pictures
+    for first in range(0, len(expected), 4):
+        assert torch.equal(picture.of(range(first, first + 4)), torch.stack(expected[first : first + 4]))
+    gc.collect()
+    assert sum(type(thing) is Image.Image for thing in gc.get_objects()) - before <= LATELY
+    (several / "000.png").unlink()
+    with pytest.raises(SettingError, match="^image: .*000.png: no such file"):
+        picture.of([0])
+
+
+def test_what_makes_pictures_computes_in_full_precision():
+    class Detected:
+        detector = torch.nn.Conv2d(3, 3, 3)
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, places):
+            return self.detector(torch.ones(len(places), 3, 8, 8))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Picture(None, Detected(), 1.0, {}).of([7, 9]).dtype is torch.float32
+
+
 @pytest.mark.parametrize("kind, name", [("scribble", "hed"), ("depth", "midas")])
 def test_a_picture_is_told_by_the_network_that_makes_it(folder, tmp_path, kind, name):
     told = []
@@ -165,7 +210,15 @@ def test_bad_input_is_refused_in_one_line(script, folder, capsys):
         ([*edge, "--control-weight=1", "--control-weight=1"], "--control-weight: expected one for each control, 1"),
         (
             control(folder, "egdes"),
-            "--control: expected edges, scribble, depth or the file of a picture; got egdes; did",
+            "--control: expected edges, scribble, depth or the file of a picture; got egdes; did you mean edges?",
+        ),
+        (
+            [*control(folder, "edge"), f"--image={folder}/image.png"],
+            "--control: expected edges, scribble, depth or the file of a picture; got edge; did you mean edges?",
+        ),
+        (
+            [*edge, "--control=scribbel", "--control-model=x"],
+            "--control: expected edges, scribble, depth or the file of a picture; got scribbel; did you mean scribble?",
         ),
         (control(folder, f"{folder}/wide.png"), f"--control: {folder}/wide.png: 32 x 16 pixels; expected 16 x 16, the"),
         (control(folder, f"{folder}/clear.png"), f"--control: {folder}/clear.png: a picture of mode RGBA with transp"),
