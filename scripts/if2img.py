@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.cli.arguments import negative_argument, seed_argument
+from ldm.cli.arguments import list_plans_argument, negative_argument, seed_argument
 from ldm.cli.parser import GO_ON, Parser, cli, count, number, run_command, scale_value, settings_from, step_count
 
 PUBLISHED_PLANS = ["if-stage1", "if-stage2", "if-stage3"]
@@ -78,6 +78,7 @@ def parser() -> Parser:
         how.add_argument(
             flag, type=kind, nargs=3, default=default, metavar=("S1", "S2", "S3"), help=f"{help_} (default: {usual})"
         )
+    list_plans_argument(how)
     how.add_argument(
         "--noise_levels",
         type=level,

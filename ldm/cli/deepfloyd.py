@@ -39,7 +39,7 @@ from ldm.io.images import from_pil, open_image
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import leading
-from ldm.modules.encoders.t5 import T5States, find_parts
+from ldm.modules.encoders.t5 import LENGTH, T5States, find_parts
 from ldm.sampling.deepfloyd import TextStates, TextStatesAndImage
 from ldm.sampling.engine import Sizes, Task
 from ldm.sampling.generate import Item, read_manifest
@@ -57,6 +57,7 @@ PER_STAGE = {
     "scale": "scales",
     "noise_level": "noise_levels",
 }
+SMALLER = {2: 64, 3: 256}  # pixels a side that a stage makes larger, as published
 OF_FILES = ("config", "ckpt")
 END = 2**20  # bytes of a file's beginning and of its end
 
@@ -91,6 +92,7 @@ class CascadeSettings:
     precision: str | None
     outdir: str
     again: bool
+    list_plans: bool = False
 
     def folder(self, number: int) -> Path:
         """Of a stage's pictures."""
@@ -173,6 +175,9 @@ def make_cascade(settings: CascadeSettings) -> None:
         with of_stage(number):
             check_sampling(settings.sampling(number), setup)
             check_noise_level(settings, number, setup)
+    if settings.list_plans:
+        list_plans(settings, setups)
+        return
     if 1 not in setups:
         pictures_of(settings, min(setups) - 1, prompts)  # found out before anything is loaded
     texts = Texts(settings, prompts, device) if {1, 2} & setups.keys() else None
@@ -185,6 +190,29 @@ def make_cascade(settings: CascadeSettings) -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def list_plans(settings: CascadeSettings, setups: Mapping[int, Setup]) -> None:
+    """Print what plans would cost each stage, whose network is built without its weights."""
+    for number, setup in setups.items():
+        below = setups[number - 1].sizes.default if number - 1 in setups else SMALLER.get(number, 0)
+        with of_stage(number):
+            task, size = shapes(settings, number, setup, below)
+            recipe = make_recipe(settings.sampling(number), size, setup.config)
+            height, width = size
+            print(f"stage {number}, images of {width} x {height} pixels")
+            pipeline.list_plans(setup, recipe, task, count_nodes(recipe, setup))
+
+
+def shapes(settings: CascadeSettings, number: int, setup: Setup, below: int) -> tuple[Task, tuple[int, int]]:
+    """A stage's task on texts and images without content, of which the next smaller have `below` pixels a side."""
+    images = torch.zeros(1, 3, below, below)
+    if number == 3:
+        return tasks.upscaling_task(setup, images, upscaling(settings, setup))
+    states = torch.zeros(1, LENGTH, setup.config.model.params.unet_config.params.encoder_dim)
+    texts = states, states[0], {}
+    condition = TextStates(*texts) if number == 1 else TextStatesAndImage(images, settings.noise_levels[0], *texts)
+    return Task(condition), image_size(setup.sizes, None, None)
 
 
 def check_sampling(sampling: SamplingSettings, setup: Setup) -> None:

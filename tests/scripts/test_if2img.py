@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -123,6 +124,26 @@ def test_text_plan_and_noise_decide_what_is_made(cascade):
         assert cascade("--stages", "1", *flags) == 0
         shown.append(cascade.pixels(1))
     assert all((a != b).any() for k, a in enumerate(shown) for b in shown[:k])
+
+
+def test_plans_are_listed_with_their_cost_for_each_stage(cascade, capsys):
+    """What the list says of the plans of a run is what its images have cost; nothing is made for it, and no T5 read."""
+    assert cascade("--list-plans", "--t5", "none") == 0
+    lines, listed, stage = capsys.readouterr().out.splitlines(), {}, 0
+    for line in lines:
+        if found := re.match(r"stage (\d), images of (\d+) x (\d+) pixels", line):
+            stage, sides = int(found[1]), {int(found[2]), int(found[3])}
+            assert sides == {{1: 8, 2: 16, 3: 64}[stage]}
+        elif found := re.match(r"(\S+) +([\d.]+)% ", line):
+            listed[stage, found[1]] = float(found[2])
+    assert not cascade.out.exists()
+    macs = {}
+    for name, plans in (("off", ["off"] * 3), ("if-stageN", ["if-stage1", "if-stage2", "if-stage3"])):
+        assert cascade("--plans", *plans) == 0
+        macs |= {(stage, name): cascade.entries(stage)[-1]["unet_macs"] for stage in (1, 2, 3)}
+    for stage in (1, 2, 3):
+        share = 100 * macs[stage, "if-stageN"] / macs[stage, "off"]
+        assert listed[stage, "off"] == 100 and abs(listed[stage, f"if-stage{stage}"] - share) <= 0.05
 
 
 def test_text_encoders_of_one_size_are_told_apart(tmp_path):
