@@ -70,7 +70,7 @@ def test_a_rows_steps_may_begin_where_it_says():
 
 @pytest.mark.parametrize("model", ["emoji128", "emoji128-class"])
 def test_what_a_model_has_to_show_is_a_table(model):
-    table = load_table(str(ROOT / "models" / "ldm" / model / "table.yaml"))
+    table = load_table(str(ROOT / "models" / "ldm" / model / f"table-{model}.yaml"))
     for row in table.rows_in("emoji"):
         protocol = load_protocol(table.protocol_of(row, "emoji"))
         method = row.method(protocol)
