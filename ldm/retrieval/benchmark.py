@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ldm.io.arrays import save_arrays
 from ldm.profiling.timing import resident
 from ldm.retrieval.database import Database, open_database
 from ldm.retrieval.index import QUERIES, open_index, spread, train_index
@@ -30,7 +31,7 @@ def write_random(folder: Path, rows: int, width: int) -> Database:
         noise = random.standard_normal((count, width), dtype=np.float32) * (WIDTH_OF_CLUSTER / width**0.5)
         embeddings = centres[random.integers(len(centres), size=count)] + noise
         lengths = np.linalg.norm(embeddings, axis=1)
-        np.savez(folder / f"{rows}x{width}-part_{number}.npz", **{EMBEDDING: embeddings, LENGTH: lengths})
+        save_arrays(folder / f"{rows}x{width}-part_{number}.npz", {EMBEDDING: embeddings, LENGTH: lengths})
     return open_database(folder)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.captions import captions_below
+from ldm.io.arrays import save_arrays
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import FileError, atomic_write, file_sha256, write_file, write_json
 from ldm.io.images import files_below, fit, open_image
@@ -205,4 +206,4 @@ def write_part(out: Path, number: int, entries: Sequence[Entry], arrays: dict[st
     write_file(path.with_suffix(".jsonl"), lines)
     ids = np.array([int(entry.sha256[:15], 16) for entry in entries])
     with atomic_write(path) as temporary:
-        np.savez(temporary, **arrays, img_id=ids, **{LENGTH: np.linalg.norm(embeddings, axis=1)})
+        save_arrays(temporary, {**arrays, "img_id": ids, LENGTH: np.linalg.norm(embeddings, axis=1)})

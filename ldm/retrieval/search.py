@@ -59,11 +59,13 @@ class ExactSearch:
     def _cosines(self, directions: np.ndarray) -> Iterator[np.ndarray]:
         """Of all rows with the queries (D, Q), in order, (some, Q) at a time: enough for the choice to cost little."""
         waiting: list[np.ndarray] = []
+        count = 0
         for chunk, lengths in self.database.chunks():
             waiting.append(_products(chunk, directions) / np.maximum(lengths, SHORTEST)[:, None])
-            if sum(part.size for part in waiting) >= CHOSEN_FROM:
+            count += waiting[-1].size
+            if count >= CHOSEN_FROM:
                 yield np.concatenate(waiting)
-                waiting = []
+                waiting, count = [], 0
         if waiting:
             yield np.concatenate(waiting)
 
@@ -71,7 +73,8 @@ class ExactSearch:
 def _products(chunk: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """(n, D) times (D, Q).
 
-    Of one query NumPy's product takes half the time of PyTorch's. With several queries NumPy's threads would wait for
+    Of one query NumPy's product takes half the time of PyTorch's and a third more than reading, if the rows are
+    aligned. With several queries NumPy's threads would wait for
     those of PyTorch, which choose the greatest.
     """
     if directions.shape[1] == 1:
@@ -81,10 +84,12 @@ def _products(chunk: np.ndarray, directions: np.ndarray) -> np.ndarray:
 
 def _better(best: Found, similarities: Tensor, first: int, k: int) -> Found:
     """The best of those so far and of the next rows, which begin at `first`; similarities (Q, n)."""
-    if best.rows.shape[1] == k and (similarities <= best.similarities[:, -1:]).all():
-        return best
+    numbers = torch.arange(first, first + similarities.shape[1])
+    if best.rows.shape[1] == k:  # few of the next rows are nearer to any query; NaN counts as nearer, to be noticed
+        nearer = (~(similarities <= best.similarities[:, -1:])).any(0)
+        numbers, similarities = numbers[nearer], similarities[:, nearer]
     top = similarities.topk(min(k, similarities.shape[1]))
-    rows = torch.cat([best.rows, top.indices + first], 1)
+    rows = torch.cat([best.rows, numbers[top.indices]], 1)
     found = torch.cat([best.similarities, top.values], 1)
     kept = found.topk(min(k, found.shape[1]))
     return Found(rows.gather(1, kept.indices), kept.values)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ldm.io.errors import SettingError
-from ldm.retrieval import part
+from ldm.retrieval import part, search
 from ldm.retrieval.database import open_database
 from ldm.retrieval.index import open_index, spread, train_index
 from ldm.retrieval.search import ExactSearch
@@ -60,6 +60,7 @@ def test_neither_chunks_nor_other_queries_nor_stored_lengths_change_what_is_foun
     cosines = normalize(queries) @ normalize(torch.from_numpy(embeddings)).T
     assert torch.equal(found.rows, cosines.topk(5).indices)
     monkeypatch.setattr(part, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(search, "CHOSEN_FROM", 1)
     lengths = np.linalg.norm(embeddings, axis=1)
     for folder, arrays in (("two", {}), ("three", {"length": lengths})):
         other = ExactSearch(open_database(write(tmp_path / folder, embeddings, 3, **arrays)))
