@@ -49,6 +49,13 @@ def parser() -> Parser:
         metavar="WHAT",
         help="with --images: those of a split (train, heldout_pair, heldout_concept) or of a concept (giraffe)",
     )
+    p.add_argument(
+        "--max-tier",
+        type=int,
+        choices=(1, 2, 3, 4),
+        help="with --images: those of tiers 1 to this; the models are trained on tiers 1 and 2; 3 has people and "
+        "everything else, 4 skin tones (default: all)",
+    )
     return p
 
 
@@ -56,8 +63,9 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path(f"data/emoji{args.size}")
     if importlib.util.find_spec("resvg_py") is None:  # before anything is fetched
         raise BadInput('the package resvg-py is needed to draw SVG files: pip install -e ".[train]", or ".[eval]"')
-    if args.only is not None and args.images is None:
-        raise BadInput("--only: goes with --images, the folder of the files that it is about")
+    for flag, value in (("--only", args.only), ("--max-tier", args.max_tier)):
+        if value is not None and args.images is None:
+            raise BadInput(f"{flag}: goes with --images, the folder of the files that it is about")
     for flag, folder in (("--out", out), ("--cache", args.cache), ("--images", args.images)):
         if folder is not None:
             check_outdir(folder, flag)
@@ -69,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         report(made["images"], out)
     if args.images is not None:
         with fault_of("images"):
-            print(f"{dataset.write_files(out, args.images, args.only)} files in {args.images}")
+            print(f"{dataset.write_files(out, args.images, args.only, args.max_tier)} files in {args.images}")
 
 
 def report(images: Sequence[Mapping[str, Any]], out: Path) -> None:

@@ -400,6 +400,10 @@ def test_a_dataset_from_icon_sets(packages, tmp_path, capsys):
         and "did you mean fire?" in said
     )
     assert main(["--only", "fire"]) == 2 and "--only: goes with --images" in capsys.readouterr().err
+    assert main([*only[:3], str(tmp_path / "plain"), "--max-tier", "3"]) == 0
+    assert {path.stem for path in files_below(tmp_path / "plain")} == {"1F44B", "1F525"}  # without the skin tone
+    assert main([*only, "waving hand: dark skin tone", "--max-tier", "3"]) == 2
+    assert "--images: no image of" in capsys.readouterr().err
 
 
 def test_pictures_are_written_as_numpy_saves_them(tmp_path):

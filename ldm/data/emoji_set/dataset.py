@@ -137,14 +137,16 @@ def write_images(path: Path, images: Sequence[np.ndarray]) -> None:
         stored.flush()
 
 
-def write_files(dataset: Path, out: Path, only: str | None = None) -> int:
+def write_files(dataset: Path, out: Path, only: str | None = None, max_tier: int | None = None) -> int:
     """Write the images of a dataset as PNG files, with their names as captions and their terms, as any folder of images
     has them: a folder for each style; how many.
 
     only: those of a split or of a concept; None = all.
+    max_tier: those of tiers 1 to this; None = all.
 
     Raises:
-        ValueError: the dataset can't be read. SettingError: it has no such split or concept.
+        ValueError: the dataset can't be read, or none of its images is asked for. SettingError: it has no such split
+            or concept.
     """
     pixels, coco = read_dataset(dataset)
     named = {note["image_id"]: note["caption"] for note in reversed(coco["annotations"])}  # the first one is the name
@@ -153,6 +155,9 @@ def write_files(dataset: Path, out: Path, only: str | None = None) -> int:
     if not chosen:
         names = {image["name"] for image in coco["images"]}
         raise SettingError("only", f"{only!r} is no split or concept in {dataset}{did_you_mean(only, names)}")
+    chosen = [image for image in chosen if max_tier is None or image["tier"] <= max_tier]
+    if not chosen:
+        raise ValueError(f"no image of {only} in {dataset} is of tiers 1 to {max_tier}")
     lines: dict[Path, list[str]] = {}
     for image in tqdm(chosen, desc="files", leave=False, disable=None):
         path = out / image["file_name"]
