@@ -19,6 +19,7 @@ from typing import Any
 
 from ldm.cli.arguments import EMOJI64, SAMPLERS, model_arguments, seed_argument
 from ldm.cli.parser import Parser, check_outdir, count, finite, run_command, settings_from, step_count
+from ldm.cli.settings import ModelSettings
 from ldm.io.errors import BadInput
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
@@ -177,7 +178,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     try:
-        from evaluation.plots.experiment import Experiment, ModelSettings, experiment_inputs, make_figure
+        from evaluation.plots.experiment import Experiment, experiment_inputs, make_figure
     except ImportError as error:
         raise BadInput(f'packages: figures need {error.name}; pip install -e ".[eval]"') from error
 

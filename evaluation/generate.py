@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from evaluation.protocols.protocol import Method, Protocol, load_protocol, protocol_names
 from ldm.cli.arguments import model_arguments, node_arguments, propagation_arguments
 from ldm.cli.parser import GO_ON, MOST, Parser, check_outdir, count, number, run_command, settings_from, whole
+from ldm.cli.settings import ModelSettings
 from ldm.io.errors import BadInput, fault_of, flags_named
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     with flags_named({"count": "--protocol"}) if args.count is None else nullcontext():
         prompts = generate.chosen_prompts(protocol, args.data)
     check_outdir(Path(args.out), "--out")
-    files = generate.model_files(settings_from(args, generate.ModelSettings), protocol)
+    files = generate.model_files(settings_from(args, ModelSettings), protocol)
     request = generate.prepare(protocol, method, files, prompts, args.data)
     process = processes.join(args.device, args.devices, args.num_nodes, args.strategy, args.shard)
     began = time.perf_counter()

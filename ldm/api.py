@@ -23,18 +23,8 @@ from ldm.cli.arguments import EMOJI64, Files
 from ldm.cli.kinds import BATCH, KINDS, Given, ImageLike, Job, as_files, kind_of, parsed, with_files
 from ldm.cli.parser import settings_from, weighted_file
 from ldm.cli.pipeline import check_amount, check_guidance, choose_methods, load_engines
-from ldm.cli.setup import (
-    ALONE,
-    ModelSettings,
-    SamplingSettings,
-    Setup,
-    check_memory,
-    count_nodes,
-    make_recipe,
-    make_setup,
-    run_facts,
-    with_batches,
-)
+from ldm.cli.settings import ModelSettings, SamplingSettings
+from ldm.cli.setup import ALONE, Setup, check_memory, count_nodes, make_recipe, make_setup, run_facts, with_batches
 from ldm.cli.tasks import check_texts, image_items, truncated_prompts
 from ldm.io.errors import BadInput, fault_of, shown
 from ldm.io.files import INSTALLED_FILES, PROJECT_ROOT, find_file

@@ -17,7 +17,6 @@ is that of the tensors of a run, without the model; it is measured in the round 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +26,7 @@ from typing import Any
 
 from ldm.cli.arguments import EMOJI64
 from ldm.cli.parser import Parser, check_output, cli, count, profiling, run_command, side, step_count, whole
-from ldm.io.errors import SettingError, fault_of
-from ldm.io.files import write_file
+from ldm.io.errors import SettingError
 
 ROWS = ["off", "faster-diffusion", "faster-diffusion@8", "deepcache:3"]
 MOST_THREADS = 1024
@@ -153,13 +151,7 @@ def run(args: argparse.Namespace) -> None:
         f"{about.get('gpu', about['processor'])}, {about['threads']} threads, torch {about['torch']}; {args.steps} "
         f"DDIM steps, guided, random weights; median of {args.repeats}"
     )
-    results = []
-    for result in tables:
-        results.append(result)
-        print("\n" + "\n".join(table(result)), flush=True)
-        if args.json:  # after every table: a later one may fail
-            with fault_of("json", (OSError,)):
-                write_file(args.json, json.dumps(about | {"results": results}, indent=1) + "\n")
+    profiling.timing.tell(tables, lambda result: "\n" + "\n".join(table(result)), about, args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

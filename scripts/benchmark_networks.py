@@ -11,15 +11,13 @@ in which it is faster. What a run computes once for all steps (keys and values o
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ldm.cli.parser import Parser, check_output, count, profiling, run_command, side
 from ldm.io.errors import BadInput, SettingError, fault_of
-from ldm.io.files import write_file
 
 ROW = "{:<16}{:>10}  {:<14}{:>9}{:>14}{:>8}{:>12}"
 
@@ -40,11 +38,22 @@ def parser() -> Parser:
     return p
 
 
-def line(found: Any) -> str:
+def line(found: Mapping[str, Any]) -> str:
     """The row of a network."""
-    size, weights = " x ".join(map(str, found.size)), f"{found.weights / 1e6:.1f}"
-    seconds, ratio = (f"{found.ours:.3f}", f"{found.theirs:.3f}"), f"{found.ratio:.2f}"
-    return f"{ROW.format(found.name, weights, size, *seconds, ratio, f'{found.difference:.1e}')}  {found.setting}"
+    size, weights = " x ".join(map(str, found["size"])), f"{found['weights'] / 1e6:.1f}"
+    times = (f"{found['ours']:.3f}", f"{found['theirs']:.3f}", f"{found['ratio']:.2f}")
+    difference = f"{found['difference']:.1e}"
+    return f"{ROW.format(found['name'], weights, size, *times, difference)}  {found['setting']}"
+
+
+def compared(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What was found of each network, as JSON values."""
+    networks = profiling.networks
+    for name in args.networks:
+        with fault_of("size"):
+            twin = networks.NETWORKS[name]()
+            found = networks.compare(name, twin, args.repeats, args.batch, args.size, not args.unpacked)
+        yield asdict(found) | {"ratio": found.ratio}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,16 +70,7 @@ def run(args: argparse.Namespace) -> None:
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; float32, medians of {args.repeats}"
     )
     print(ROW.format("network", "M weights", "latents", "ours, s", "diffusers, s", "ratio", "difference"))
-    results = []
-    for name in args.networks:
-        with fault_of("size"):
-            twin = networks.NETWORKS[name]()
-            found = networks.compare(name, twin, args.repeats, args.batch, args.size, not args.unpacked)
-        results.append(asdict(found) | {"ratio": found.ratio})
-        print(line(found), flush=True)
-        if args.json:  # after every network: a later one may fail
-            with fault_of("json", (OSError,)):
-                write_file(args.json, json.dumps(about | {"results": results}, indent=1) + "\n")
+    profiling.timing.tell(compared(args), line, about, args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out and len(args.level) * (len(args.keys) if args.macs is None else 1) > 1:
         raise SettingError("out", "a plan file is of one --level and one number of --keys; got several")
     found = cli.calibrate.calibrate_model(
-        settings_from(args, cli.calibrate.ModelSettings),
-        settings_from(args, cli.calibrate.SamplingSettings),
+        settings_from(args, cli.settings.ModelSettings),
+        settings_from(args, cli.settings.SamplingSettings),
         settings_from(args, cli.calibrate.CalibrationSettings),
         keep=args.out is None,
     )

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     settings = settings_from(args, cli.control.ControlSettings)
     cli.control.check_control(settings)
     source = cli.control.read_source(settings.image)
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64)
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), EMOJI64)
     size = cli.control.result_size(model, source, args.H, args.W)
     shown = cli.tasks.shipped_prompts(model.ckpt) if args.compare else []
     items = cli.control.controlled_items(source, settings_from(args, cli.tasks.TextSettings), shown)
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
         items,
         replace(cli.tasks.text_task(model, size, settings_from(args, cli.tasks.PromptSettings)), network=network),
         size,
-        settings_from(args, cli.pipeline.SamplingSettings),
-        settings_from(args, cli.pipeline.OutputSettings),
+        settings_from(args, cli.settings.SamplingSettings),
+        settings_from(args, cli.settings.OutputSettings),
         args.batch_size,
         keep="edges" in args.control and not args.save,
     )

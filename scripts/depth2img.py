@@ -38,7 +38,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     start, reference = cli.tasks.start_image(args.init_img)
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), DEPTH)
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), DEPTH)
     shown = cli.tasks.shipped_prompts(model.ckpt) if args.compare else []
     image = cli.tasks.resized_start(start, model.sizes, args.H, args.W)
     cli.pipeline.make_images(
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
         cli.tasks.text_items(settings_from(args, cli.tasks.TextSettings), shown, reference),
         cli.tasks.depth_task(model, image, args.strength, settings_from(args, cli.tasks.PromptSettings)),
         tuple(image.shape[1:]),
-        settings_from(args, cli.pipeline.SamplingSettings),
-        settings_from(args, cli.pipeline.OutputSettings),
+        settings_from(args, cli.settings.SamplingSettings),
+        settings_from(args, cli.settings.OutputSettings),
         args.batch_size,
     )
 

@@ -48,15 +48,15 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), MODELS[args.image_size])
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), MODELS[args.image_size])
     subjects, task = cli.tasks.class_task(model, args.classes, args.scale != 1.0, args.class_names, args.uncond_class)
     cli.pipeline.make_images(
         model,
         cli.tasks.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         task,
         cli.setup.image_size(model.sizes, None, None),
-        settings_from(args, cli.pipeline.SamplingSettings),
-        settings_from(args, cli.pipeline.OutputSettings),
+        settings_from(args, cli.settings.SamplingSettings),
+        settings_from(args, cli.settings.OutputSettings),
         args.batch_size,
     )
 

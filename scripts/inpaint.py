@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
             f"NAME{cli.tasks.MASK}{some(given.left_out, SHOWN)}",
             file=sys.stderr,
         )
-    sampling = settings_from(args, cli.pipeline.SamplingSettings)
+    sampling = settings_from(args, cli.settings.SamplingSettings)
     text, prompts = args.prompt is not None, settings_from(args, cli.tasks.PromptSettings)
     if not text:
         for name, value in vars(prompts).items():
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         if args.scale not in (None, 1.0):
             raise SettingError("scale", "there is guidance only with --prompt")
         sampling = replace(sampling, scale=1.0)
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64 if text else INPAINTING_BIG)
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), EMOJI64 if text else INPAINTING_BIG)
     subjects = [{**subject, **({"prompt": args.prompt} if text else {})} for subject in given.subjects]
     cli.pipeline.make_images(
         model,
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         cli.tasks.inpainting_task(model, given.images, given.masks, text, prompts),
         tuple(given.images.shape[-2:]),
         sampling,
-        settings_from(args, cli.pipeline.OutputSettings),
+        settings_from(args, cli.settings.OutputSettings),
         args.batch_size,
     )
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         raise SettingError("query_image", "either texts or images are searched with; got both")
     if args.show_neighbors and not args.save:
         raise SettingError("show_neighbors", "the sheets are of saved images: not with --skip_save")
-    setup = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), RDM768)
+    setup = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), RDM768)
     images = [file for file in args.query_image for _ in range(args.repeat)]
     if images:
         subjects = cli.neighbours.query_images(images)
@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> None:
         found.items,
         found.task,
         cli.setup.image_size(setup.sizes, args.H, args.W),
-        cli.neighbours.with_scale(settings_from(args, cli.pipeline.SamplingSettings), setup),
-        settings_from(args, cli.pipeline.OutputSettings),
+        cli.neighbours.with_scale(settings_from(args, cli.settings.SamplingSettings), setup),
+        settings_from(args, cli.settings.OutputSettings),
         args.batch_size,
     )
     if found.database is None and args.database is not None and runs:

@@ -46,15 +46,15 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     names = cli.tasks.class_names(args.class_names)
     layouts = cli.tasks.read_layouts(args.boxes)
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), LAYOUT)
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), LAYOUT)
     subjects, task = cli.tasks.layout_task(model, layouts, names)
     cli.pipeline.make_images(
         model,
         cli.tasks.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         task,
         cli.setup.image_size(model.sizes, args.H, args.W),
-        settings_from(args, cli.pipeline.SamplingSettings),
-        settings_from(args, cli.pipeline.OutputSettings),
+        settings_from(args, cli.settings.SamplingSettings),
+        settings_from(args, cli.settings.OutputSettings),
         args.batch_size,
     )
 

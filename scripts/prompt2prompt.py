@@ -126,19 +126,19 @@ def run(args: argparse.Namespace) -> None:
     prompts, image, reference = given.prompts, None, {}
     if args.init_img is not None:
         start, reference = cli.tasks.start_image(args.init_img)
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), EMOJI64)
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), EMOJI64)
     size = cli.setup.image_size(model.sizes, args.H, args.W)
     if args.init_img is not None:
         image = cli.tasks.resized_start(start, model.sizes, args.H, args.W)
         size = tuple(image.shape[1:])
-    sampling = settings_from(args, cli.pipeline.SamplingSettings)
+    sampling = settings_from(args, cli.settings.SamplingSettings)
     cli.pipeline.make_images(
         model,
         cli.editing.edit_items(prompts, args.n_samples, args.seed, args.seed_by_position, reference),
         cli.editing.edit_task(model, given, sampling, image),
         size,
         sampling,
-        settings_from(args, cli.pipeline.OutputSettings),
+        settings_from(args, cli.settings.OutputSettings),
         -(-args.batch_size // len(prompts)) * len(prompts),  # whole groups
     )
 

@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
             raise BadInput("--resume: not allowed with --config and --ckpt")
         with blame("--resume", (OSError,)):  # a name that no file can have
             config, ckpt = resumed_files(Path(args.resume))
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings, config=config, ckpt=ckpt))
-    sampling = settings_from(args, cli.pipeline.SamplingSettings, steps=args.steps or STEPS)
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings, config=config, ckpt=ckpt))
+    sampling = settings_from(args, cli.settings.SamplingSettings, steps=args.steps or STEPS)
     if args.vanilla_sample:
         if args.spacing or args.timesteps_at:
             raise BadInput("--vanilla_sample: takes all timesteps; not allowed with --spacing and --timesteps-at")
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         cli.tasks.unconditional_task(),
         cli.setup.image_size(model.sizes, args.H, args.W),
         sampling,
-        settings_from(args, cli.pipeline.OutputSettings),
+        settings_from(args, cli.settings.OutputSettings),
         args.batch_size,
         keep=args.npz,
     )

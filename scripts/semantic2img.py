@@ -42,15 +42,15 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     subjects, maps = cli.tasks.label_maps(args.maps)
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), SYNTHESIS)
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), SYNTHESIS)
     task, size = cli.tasks.label_task(model, maps)
     cli.pipeline.make_images(
         model,
         cli.tasks.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),
         task,
         size,
-        settings_from(args, cli.pipeline.SamplingSettings),
-        settings_from(args, cli.pipeline.OutputSettings),
+        settings_from(args, cli.settings.SamplingSettings),
+        settings_from(args, cli.settings.OutputSettings),
         args.batch_size,
     )
 

@@ -48,8 +48,8 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     subjects, images = cli.tasks.small_images(args.images)
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), BSR_SR)
-    sampling = settings_from(args, cli.pipeline.SamplingSettings)
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), BSR_SR)
+    sampling = settings_from(args, cli.settings.SamplingSettings)
     prompts = settings_from(args, cli.tasks.PromptSettings)
     settings = cli.tasks.upscaling_settings(model, sampling, args.prompt, prompts, args.noise_level)
     task, size = cli.tasks.upscaling_task(model, images, settings)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         task,
         size,
         settings.sampling,
-        settings_from(args, cli.pipeline.OutputSettings),
+        settings_from(args, cli.settings.OutputSettings),
         args.batch_size,
     )
 

@@ -112,12 +112,12 @@ def video_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     settings = settings_from(args, cli.video.VideoSettings, prompts=settings_from(args, cli.tasks.PromptSettings))
-    sampling = settings_from(args, cli.pipeline.SamplingSettings)
+    sampling = settings_from(args, cli.settings.SamplingSettings)
     cli.video.check_video(settings, sampling)
     default = VIDEOFUSION if args.model == "videofusion" else EMOJI64
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), default)
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), default)
     size = cli.setup.image_size(model.sizes, args.H, args.W)
-    made = cli.video.make_video(model, settings, size, sampling, settings_from(args, cli.pipeline.OutputSettings))
+    made = cli.video.make_video(model, settings, size, sampling, settings_from(args, cli.settings.OutputSettings))
     if made is not None:
         print(f"{settings.count} frames: {made}")
 

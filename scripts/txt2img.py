@@ -39,7 +39,8 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    model = cli.setup.make_setup(settings_from(args, cli.setup.ModelSettings), LAION400M if args.laion400m else EMOJI64)
+    default = LAION400M if args.laion400m else EMOJI64
+    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), default)
     shown = cli.tasks.shipped_prompts(model.ckpt) if args.compare else []
     items = cli.tasks.text_items(settings_from(args, cli.tasks.TextSettings), shown)
     size = cli.setup.image_size(model.sizes, args.H, args.W)
@@ -48,10 +49,10 @@ def run(args: argparse.Namespace) -> None:
         items,
         cli.tasks.text_task(model, size, settings_from(args, cli.tasks.PromptSettings)),
         size,
-        settings_from(args, cli.pipeline.SamplingSettings),
-        settings_from(args, cli.pipeline.OutputSettings),
+        settings_from(args, cli.settings.SamplingSettings),
+        settings_from(args, cli.settings.OutputSettings),
         args.batch_size,
-        refiner=cli.pipeline.make_refiner(settings_from(args, cli.pipeline.RefinerSettings), model),
+        refiner=cli.pipeline.make_refiner(settings_from(args, cli.settings.RefinerSettings), model),
     )
 
 

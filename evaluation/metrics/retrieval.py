@@ -27,7 +27,8 @@ from evaluation.runs.generate import MANIFEST, SAMPLES
 from evaluation.runs.images import batched, images_by_id, open_images
 from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import EMOJI64
-from ldm.cli.setup import ALONE, ModelSettings, SamplingSettings, count_nodes, make_recipe, make_setup
+from ldm.cli.settings import ModelSettings, SamplingSettings
+from ldm.cli.setup import ALONE, count_nodes, make_recipe, make_setup
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256
@@ -252,7 +253,7 @@ OF_DATA = ("data", "split", "max_tier", "real_tier", "count", "seed")  # setting
 @dataclass(frozen=True)
 class Settings:
     """What is sampled, and what it is compared with, as the flags of evaluation/recognition.py say; see also
-    `ldm.cli.setup.SamplingSettings` and `ModelSettings`."""
+    `ldm.cli.settings.SamplingSettings` and `ModelSettings`."""
 
     data: str = "data/emoji64"
     split: str = "train"

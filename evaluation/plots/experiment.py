@@ -18,7 +18,8 @@ from evaluation.plots.drawing import STYLE
 from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import EMOJI64
 from ldm.cli.neighbours import RetrievalSettings, Retrieved, retrieve
-from ldm.cli.setup import CPU_POSITIONS, ModelSettings, Setup, make_setup, run_facts
+from ldm.cli.settings import ModelSettings
+from ldm.cli.setup import CPU_POSITIONS, Setup, make_setup, run_facts
 from ldm.cli.tasks import prompts_in
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.ddpm import LatentDiffusion

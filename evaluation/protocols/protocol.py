@@ -21,6 +21,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from ldm.cli.arguments import NOISE_ORDERS, ROOT
 from ldm.cli.parser import LARGEST_SIDE, MOST, MOST_STEPS
+from ldm.cli.settings import Method
 from ldm.io.errors import did_you_mean, fault_of, one_line, shown
 from ldm.io.files import (
     Number,
@@ -110,25 +111,6 @@ class Sampling(Schema):
     sampler: Text = "ddim"
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 50
     eta: Share | None = None  # None = the solver's own
-
-
-@dataclass(frozen=True)
-class Method:
-    """How images are sampled: the fields of `ldm.cli.setup.SamplingSettings` of which methods may differ."""
-
-    sampler: str = "ddim"
-    steps: int = 50
-    eta: float | None = None
-    plan: str = "off"
-    propagate: str | None = None
-    error_budget: float | None = None
-    tome: float = 0.0
-    noise_weight: float | None = None
-    noise_below: float = 500.0
-    noise_order: str = "before"
-    spacing: str | None = None
-    timesteps_at: tuple[int, ...] | None = None
-    parallel: int | None = None  # changes time and memory only
 
 
 class Protocol(Schema):

@@ -41,12 +41,11 @@ from evaluation.runs.control import controlled
 from evaluation.runs.images import reading
 from ldm.checkpoint import fingerprint, load_config
 from ldm.checkpoint.published import published_sha256
+from ldm.cli.settings import ModelSettings, SamplingSettings
 from ldm.cli.setup import (
     ALONE,
     CONSTRUCTION,
     CPU_POSITIONS,
-    ModelSettings,
-    SamplingSettings,
     Setup,
     check_memory,
     find_device,

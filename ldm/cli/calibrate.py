@@ -16,15 +16,8 @@ from tqdm import tqdm
 
 from ldm.cli.arguments import EMOJI64
 from ldm.cli.parser import check_outdir
-from ldm.cli.setup import (
-    ModelSettings,
-    SamplingSettings,
-    count_nodes,
-    make_recipe,
-    make_setup,
-    reuse_setting,
-    run_facts,
-)
+from ldm.cli.settings import ModelSettings, SamplingSettings
+from ldm.cli.setup import count_nodes, make_recipe, make_setup, reuse_setting, run_facts
 from ldm.cli.tasks import prompts_in, text_task
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import atomic_write, parse

@@ -22,18 +22,8 @@ from ldm.checkpoint.deepfloyd import Stage, find_stage, load_stage
 from ldm.cli import pipeline, tasks
 from ldm.cli.arguments import ROOT
 from ldm.cli.parser import check_outdir
-from ldm.cli.pipeline import OutputSettings
-from ldm.cli.setup import (
-    ModelSettings,
-    SamplingSettings,
-    Setup,
-    count_nodes,
-    find_device,
-    image_size,
-    make_recipe,
-    make_setup,
-    uses_autocast,
-)
+from ldm.cli.settings import ModelSettings, OutputSettings, SamplingSettings
+from ldm.cli.setup import Setup, count_nodes, find_device, image_size, make_recipe, make_setup, uses_autocast
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.images import from_pil, open_image
 from ldm.models.diffusion.ddpm import LatentDiffusion

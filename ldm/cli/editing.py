@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ldm.cli.parser import MOST
-from ldm.cli.setup import SamplingSettings, Setup, conditioner
+from ldm.cli.settings import SamplingSettings
+from ldm.cli.setup import Setup, conditioner
 from ldm.io.errors import SettingError, fault_of
 from ldm.modules.encoders.tokenizer import Words
 from ldm.sampling.engine import Task

@@ -35,8 +35,9 @@ from ldm.cli.arguments import (
 )
 from ldm.cli.control import ControlSettings, check_control, controlled, read_source, result_size
 from ldm.cli.parser import Parser, Version
-from ldm.cli.pipeline import Refiner, RefinerSettings, make_refiner
-from ldm.cli.setup import SamplingSettings, Setup, image_size
+from ldm.cli.pipeline import Refiner, make_refiner
+from ldm.cli.settings import RefinerSettings, SamplingSettings
+from ldm.cli.setup import Setup, image_size
 from ldm.cli.tasks import (
     PromptSettings,
     class_task,

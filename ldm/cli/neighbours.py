@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ldm.cli.databases import find_database
 from ldm.cli.pipeline import MethodRun
-from ldm.cli.setup import SamplingSettings, Setup
+from ldm.cli.settings import SamplingSettings
+from ldm.cli.setup import Setup
 from ldm.cli.tasks import file_reference
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.images import BACKGROUND, find_png, grid, open_image, read_png, save_png

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from ldm.checkpoint import CheckpointError, fingerprint
 from ldm.cli.parser import check_outdir
+from ldm.cli.settings import OutputSettings, RefinerSettings, SamplingSettings
 from ldm.cli.setup import (
     ALONE,
     Processes,
-    SamplingSettings,
     Setup,
     best_plan,
     check_memory,
@@ -62,24 +62,6 @@ CELL = 192  # pixels to which a comparison enlarges small images
 SINGLE = "pictures"  # the name of a single method; names of grids depend on it
 SHARE = 0.2  # of the steps, which the refiner runs; as published
 Methods = Mapping[str, tuple[Recipe, AnyPlan]]
-
-
-@dataclass(frozen=True)
-class OutputSettings:
-    """What becomes of the images; see `ldm.cli.arguments.output_arguments` and `propagation_arguments`.
-
-    columns: of the grid; 0 = the batch size.
-    tile: decode images in tiles of so many pixels a side, see `decode_tiled`; None = whole.
-    """
-
-    outdir: str | Path
-    save: bool = True
-    grid: bool = True
-    columns: int = 0
-    again: bool = False
-    compare: bool = False
-    list_plans: bool = False
-    tile: int | None = None
 
 
 def make_images(
@@ -311,18 +293,6 @@ def weights_of(setup: Setup) -> dict[str, Any]:
 
 
 # The model that finishes the images of SDXL
-
-
-@dataclass(frozen=True)
-class RefinerSettings:
-    """See `ldm.cli.arguments.refiner_arguments`.
-
-    refiner: its weights; None = there is no refiner.
-    """
-
-    refiner: str | Path | None = None
-    refiner_config: str | Path | None = None
-    refiner_share: float | None = None
 
 
 @dataclass(frozen=True)

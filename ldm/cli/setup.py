@@ -32,6 +32,7 @@ from ldm.checkpoint.lora import merge_lora
 from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.arguments import EMOJI64, NOISE_WEIGHT, Files
 from ldm.cli.parser import torchrun_ranks
+from ldm.cli.settings import ModelSettings, SamplingSettings
 from ldm.io.errors import BadInput, SettingError, did_you_mean, fault_of
 from ldm.io.files import PROJECT_ROOT, same_place
 from ldm.io.images import MOST_PIXELS
@@ -149,22 +150,6 @@ def _own_device(name: str, processes: Processes) -> torch.device:
 
 
 # With which model
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """Which model, and where and how it runs; see `ldm.cli.arguments.model_arguments`."""
-
-    config: str | Path | None = None
-    ckpt: str | Path | None = None
-    weights: str = "auto"
-    channels: int | None = None
-    factor: int | None = None
-    device: str = "auto"
-    precision: str | None = None
-    lora: Sequence[tuple[str, float]] = ()
-    embedding: Sequence[str] = ()
-    delta: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -419,40 +404,6 @@ CPU_POSITIONS = 16384  # latent positions in one decoder batch of an evaluation 
 # The same of the scripts: as many predictions as gain by sharing a batch, 48 of 8 x 8 latents. More take memory only.
 FAST_POSITIONS = 3072
 SMALL_PIXELS = 2**18  # at a time, one image of 512 x 512: always fit, so nothing is counted
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How images are sampled; see `ldm.cli.arguments`.
-
-    eta: None = default_eta, where the solver has a choice of it.
-    scale: None = what the model's config recommends.
-    plan, propagate: as `load_plan` takes them.
-    error_budget: largest relative error of a forecast, see `BudgetPlan`; None = any.
-    parallel: most decoder steps in one batch; None = as many as are fast and fit into memory.
-    noise_weight: of prior noise injection; None = usual with a plan that skips encoders and not whole predictions.
-    spacing: of the steps; None = the solver's default, or none with timesteps_at.
-    timesteps_at: where the steps begin, in place of steps and spacing; other steps than the default must agree.
-    """
-
-    sampler: str = "ddim"
-    steps: int | None = 50
-    eta: float | None = None
-    default_eta: float | None = 0.0
-    scale: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    guidance_reuse: bool | str = False
-    plan: str = "off"
-    propagate: str | None = None
-    error_budget: float | None = None
-    parallel: int | None = None
-    tome: float = 0.0
-    noise_weight: float | None = None
-    noise_below: float = 500.0
-    noise_order: str = "before"
-    spacing: str | None = None
-    timesteps_at: tuple[int, ...] | None = None
-    default_steps: int | None = 50
 
 
 def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mapping[str, Any] | None = None) -> Recipe:

@@ -20,7 +20,8 @@ from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import CLASS_NAMES, IMAGENET, PROMPT, SHOWN
 from ldm.cli.class_names import Names, find_class, read_names
 from ldm.cli.parser import MOST
-from ldm.cli.setup import SamplingSettings, Setup, conditioner, image_size, without_weights
+from ldm.cli.settings import SamplingSettings
+from ldm.cli.setup import Setup, conditioner, image_size, without_weights
 from ldm.io.errors import SettingError, fault_of, shown
 from ldm.io.files import read_json, read_lines
 from ldm.io.images import fit, from_pil, open_image, open_labels, open_mask, pad

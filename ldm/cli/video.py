@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm.cli.control import controlled_frames
-from ldm.cli.pipeline import MethodRun, OutputSettings, make_images
-from ldm.cli.setup import SamplingSettings, Setup, count_nodes, make_recipe, without_weights
+from ldm.cli.pipeline import MethodRun, make_images
+from ldm.cli.settings import OutputSettings, SamplingSettings
+from ldm.cli.setup import Setup, count_nodes, make_recipe, without_weights
 from ldm.cli.tasks import AS_USUAL, PromptSettings, image_items, text_task
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.video import check_format, save_video

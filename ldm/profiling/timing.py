@@ -1,10 +1,10 @@
-"""Seconds, rates and memory of calls, and where a call's time goes."""
+"""Seconds, rates and memory of calls, where a call's time goes, and how benchmarks tell what they found."""
 
 from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity as ACTIVITY
 
+from ldm.io.errors import fault_of
+from ldm.io.files import write_json
 from ldm.profiling.cost import timed
 
 CPU = torch.device("cpu")
@@ -122,3 +124,24 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
     } | gpu
+
+
+def tell(
+    results: Iterable[Mapping[str, Any]], text: Callable[[Any], str], about: Mapping[str, Any], path: str | None
+) -> None:
+    """Print the text of each result as soon as it is there, and write all that are there into a JSON file, if one is
+    named: a later one may fail.
+
+    Args:
+        about: what all results depend on, for the file.
+
+    Raises:
+        SettingError: `json`: the file can't be written.
+    """
+    found = []
+    for result in results:
+        found.append(result)
+        print(text(result), flush=True)
+        if path:
+            with fault_of("json", (OSError,)):
+                write_json(path, {**about, "results": found})

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import EMOJI64 as EMOJI64_FILES
 from ldm.cli.calibrate import even, usable
-from ldm.cli.setup import ModelSettings, make_setup, run_facts
+from ldm.cli.settings import ModelSettings
+from ldm.cli.setup import make_setup, run_facts
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.loop import State, denoise

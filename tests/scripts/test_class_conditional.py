@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ldm.cli.parser import settings_from
-from ldm.cli.setup import SamplingSettings, make_recipe
+from ldm.cli.settings import SamplingSettings
+from ldm.cli.setup import make_recipe
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.sampling.engine import Engine, Sizes, Task
