@@ -19,8 +19,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from itertools import chain, product
 from typing import Any
 
@@ -154,10 +155,7 @@ def run(args: argparse.Namespace) -> None:
     profiling.timing.tell(tables, lambda result: "\n" + "\n".join(table(result)), about, args.json)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ldm.cli.parser import Parser, check_output, count, profiling, run_command, side
@@ -73,10 +74,7 @@ def run(args: argparse.Namespace) -> None:
     profiling.timing.tell(compared(args), line, about, args.json)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

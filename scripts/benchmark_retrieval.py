@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from functools import partial
 
 from ldm.cli.parser import Parser, cli, run_command, whole
 
@@ -46,10 +46,7 @@ def run(args: argparse.Namespace) -> None:
     cli.databases.benchmark_search(args.dir, args.rows, args.width, args.knn, args.kind)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ldm.cli.parser import GO_ON, Parser, cli, count, run_command, settings_from, whole
@@ -75,10 +75,7 @@ def run(args: argparse.Namespace) -> None:
     cli.databases.build_database(settings_from(args, cli.databases.BuildSettings))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv, GO_ON)
-
+main = partial(run_command, parser(), run, stopped=GO_ON)
 
 if __name__ == "__main__":
     sys.exit(main())

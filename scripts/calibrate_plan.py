@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from ldm.cli.arguments import EMOJI64, model_arguments, sampling_arguments, seed_argument
 from ldm.cli.parser import Parser, check_output, cli, count, number, run_command, settings_from
@@ -106,10 +106,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"calibration: {found.file}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

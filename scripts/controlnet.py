@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from ldm.cli.arguments import (
     EMOJI64,
@@ -70,10 +70,7 @@ def run(args: argparse.Namespace) -> None:
         print(line)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv, GO_ON)
-
+main = partial(run_command, parser(), run, stopped=GO_ON)
 
 if __name__ == "__main__":
     sys.exit(main())

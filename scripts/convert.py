@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from ldm.cli.parser import Parser, run_command
 from ldm.io.errors import BadInput, SettingError
@@ -60,10 +60,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {tensors} tensors")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

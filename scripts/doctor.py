@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 
 from ldm.cli.installation import Finding, packages
 from ldm.cli.parser import Parser, cli, run_command
@@ -53,10 +54,7 @@ def run(args: argparse.Namespace) -> int:
     return int(shown(cli.examine.machine(args.verify)) or fault)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ldm.cli.parser import Parser, run_command
@@ -37,10 +37,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {count} tensors, {Path(args.out).stat().st_size / 1e6:.1f} MB")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from ldm.cli.arguments import list_plans_argument, negative_argument, seed_argument
 from ldm.cli.parser import GO_ON, Parser, cli, count, number, run_command, scale_value, settings_from, step_count
@@ -108,10 +108,7 @@ def run(args: argparse.Namespace) -> None:
     cli.deepfloyd.make_cascade(settings_from(args, cli.deepfloyd.CascadeSettings))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv, GO_ON)
-
+main = partial(run_command, parser(), run, stopped=GO_ON)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,6 +19,7 @@ import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,7 @@ def report(images: Sequence[Mapping[str, Any]], out: Path) -> None:
     print(f"{len(images)} images in {out}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv, "stopped; what was fetched is kept")
-
+main = partial(run_command, parser(), run, stopped="stopped; what was fetched is kept")
 
 if __name__ == "__main__":
     sys.exit(main())

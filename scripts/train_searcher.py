@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from ldm.cli.parser import Parser, cli, number, run_command, whole
 
@@ -58,10 +58,7 @@ def run(args: argparse.Namespace) -> None:
     cli.databases.train_searcher(args.database, args.target_path, args.kind, args.recall, args.knn)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())

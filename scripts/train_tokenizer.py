@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from ldm.cli.parser import Parser, count, run_command
 from ldm.io.errors import fault_of
@@ -38,10 +38,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {tokenizer.get_vocab_size()} entries")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    return run_command(parser(), run, argv)
-
+main = partial(run_command, parser(), run)
 
 if __name__ == "__main__":
     sys.exit(main())
