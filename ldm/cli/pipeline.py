@@ -46,7 +46,7 @@ from ldm.cli.setup import (
 from ldm.cli.tasks import check_texts, is_framed, is_refiner, is_video, truncated_prompts
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import atomic_write
-from ldm.io.images import find_png, from_pil, grid, open_image, psnr, save_png, side_by_side
+from ldm.io.images import CELL, find_png, from_pil, grid, open_image, psnr, save_png, side_by_side
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, Compute, Plan, check_blocks
@@ -58,7 +58,6 @@ from ldm.sampling.refined import Refined
 
 BATCH_PIXELS = 2**26  # 256 images of 512 x 512 pixels at a time
 SHEET_PIXELS = 80_000_000  # Pillow doubts larger files
-CELL = 192  # pixels to which a comparison enlarges small images
 SINGLE = "pictures"  # the name of a single method; names of grids depend on it
 SHARE = 0.2  # of the steps, which the refiner runs; as published
 Methods = Mapping[str, tuple[Recipe, AnyPlan]]

@@ -37,6 +37,7 @@ MOST_PIXELS = 1 << 26  # 8192 x 8192
 BACKGROUND = (255, 255, 255)
 INK = (32, 32, 32)
 GAP = 2
+CELL = 192  # pixels to which a comparison enlarges small images
 TEXT = 13  # pixels; below 12 the spaces of Pillow's own font can't be seen
 
 
@@ -241,17 +242,15 @@ def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] = 
     return sheet
 
 
-def side_by_side(
-    columns: Mapping[str, Sequence[Image.Image]], captions: Sequence[str] = (), cell: int = 192
-) -> Image.Image:
+def side_by_side(columns: Mapping[str, Sequence[Image.Image]], captions: Sequence[str] = ()) -> Image.Image:
     """A comparison: one column per method under its label, one row per image, captions below the rows.
 
-    Many rows are broken into panels beside each other, so that the sheet is about as wide as high.
+    Many rows are broken into panels beside each other, so that the sheet is about as wide as high. Small images are
+    enlarged by a whole factor to about CELL pixels in width.
 
     Args:
         columns: label -> images; all columns of the same length, all images of the same size.
         captions: one per row, or none; a long one is cut to the width of its panel.
-        cell: small images are enlarged by a whole factor to about this width in pixels.
     """
     rows = list(zip(*columns.values(), strict=True))
     if not rows or len(captions) not in (0, len(rows)):
@@ -259,7 +258,7 @@ def side_by_side(
             f"a comparison needs images and a caption for each row or for none; "
             f"got {len(rows)} rows, {len(captions)} captions"
         )
-    factor = max(1, cell // rows[0][0].width)
+    factor = max(1, CELL // rows[0][0].width)
     width, height = (factor * side for side in rows[0][0].size)
     panels = math.ceil(math.sqrt(len(rows) * height / (len(columns) * width)))
     per_panel = math.ceil(len(rows) / panels)

@@ -33,9 +33,7 @@ def spans(nodes: Sequence[int]) -> str:
     return ",".join(parts)
 
 
-def plan_table(
-    unit: Macs, kept: Kept, nodes: int, more: Sequence[str] = (), images: int = 1, run: RunFacts | None = None
-) -> Iterator[str]:
+def plan_table(unit: Macs, kept: Kept, nodes: int, images: int = 1, run: RunFacts | None = None) -> Iterator[str]:
     """Lines of a table: plan, MACs and critical path as a share of the plain run's, what is kept beyond it, what is
     between, key timesteps. Plans that the network can't follow have no line: with blocks that run alone, for a
     transformer.
@@ -43,14 +41,13 @@ def plan_table(
     Args:
         unit, kept: of one prediction.
         nodes: of the run.
-        more: specs to list beside the named ones.
         images: how often each node predicts for one image, 2 with guidance.
         run: see `load_plan`.
     """
     plain = unit.plain(nodes)
     costs = f"{'MACs':>7}{'critical path':>15}{'MB more':>9}"
     yield f"{'plan':<24}{costs}  {'between key timesteps':<32}key timesteps of {nodes}"
-    plans = {name: load_plan(name, nodes, run=run) for name in (*RULES, *more, *plan_names())}
+    plans = {name: load_plan(name, nodes, run=run) for name in (*RULES, *plan_names())}
     for name, plan in plans.items():
         if max(plan.branch, plan.refresh) >= len(unit.outer) or (Compute.GATED in plan.levels and unit.gated is None):
             continue

@@ -123,15 +123,15 @@ def prompt_items(
     return make_items([{"prompt": prompt} for prompt in prompts], samples, seed, share_start, by_position)
 
 
-def first_words(text: str, most: int = WORDS) -> str:
+def first_words(text: str) -> str:
     """The beginning of a text as part of a file's name: letters and digits of any script, all else one hyphen.
 
-    At most so many characters, whole words where there is more than one. Empty for a text without letters and digits.
+    At most WORDS characters, whole words where there is more than one. Empty for a text without letters and digits.
     """
     # Letters, the marks on them, and numbers; composed, as every file system keeps them.
     kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFC", text.lower()))
     words = "-".join(word for word in "".join(kept).split() if any(map(str.isalnum, word)))
-    return words if len(words) <= most else words[: most + 1].rpartition("-")[0] or words[:most]
+    return words if len(words) <= WORDS else words[: WORDS + 1].rpartition("-")[0] or words[:WORDS]
 
 
 def digest(settings: Settings) -> str:

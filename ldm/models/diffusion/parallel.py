@@ -36,17 +36,13 @@ class DistributedDecode(Wrapper):
     predictions. A batch of one node, as shallow and refreshed nodes are, is computed by every process: correct, and
     no faster.
 
-    Args:
-        denoiser: on this process's device.
-        group: of processes; None = all.
-
     Raises:
         ValueError: (in decode) the denoiser uses guidance offsets again: only the process with the key node has one.
     """
 
-    def __init__(self, denoiser: Denoiser, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser)
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def decode(
         self, features: Sequence[Features], ts: Sequence[float], last: Prediction | Past | None = None
@@ -63,7 +59,7 @@ class DistributedDecode(Wrapper):
         mine = torch.stack([prediction.out for prediction in predictions])  # (<= share, B, C, H, W)
         mine = torch.cat([mine, mine[-1:].expand(share - len(mine), *mine.shape[1:])])  # (share, B, C, H, W)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine, group=self.group)
+        dist.all_gather(parts, mine)
         return [Prediction(out) for part in parts for out in part][:n]
 
 
