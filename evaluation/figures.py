@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli.arguments import EMOJI64, SAMPLERS, model_arguments, seed_argument
-from ldm.cli.parser import Parser, check_outdir, count, finite, run_command, settings_from, step_count
-from ldm.cli.settings import ModelSettings
+from ldm.cli.parser import Parser, check_outdir, cli, count, finite, run_command, settings_from, step_count
 from ldm.io.errors import BadInput
 
 PROMPTS = EMOJI64[0].parent / "prompts.txt"
@@ -178,13 +177,14 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     try:
-        from evaluation.plots.experiment import Experiment, experiment_inputs, make_figure
+        from evaluation.plots.experiment import Experiment, make_figure
     except ImportError as error:
         raise BadInput(f'packages: figures need {error.name}; pip install -e ".[eval]"') from error
 
     out = Path(args.out)
     check_outdir(out, "--out")
-    setup, prompts = experiment_inputs(settings_from(args, ModelSettings), args.prompts)
+    setup = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), EMOJI64)
+    prompts = cli.tasks.prompts_in(args.prompts, "prompts")
     names = [name for name in OF_ALL if name not in args.without] if args.kind == "all" else [args.kind]
     for name, kind in ((name, KINDS[name]) for name in names):
         number = 1 if kind.count is None else args.count or kind.count

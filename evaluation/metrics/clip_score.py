@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from evaluation.metrics.extractors import ClipModel, ModelError, find_recipe, load_clip, resized
+from evaluation.metrics.extractors import ClipModel, ModelError, find_recipe, load_clip, score_pairs
 from evaluation.metrics.result import Result, mean_values
-from evaluation.runs.images import Images, Source, batched, image_warnings, open_samples, prompts_of
+from evaluation.runs.images import Source, image_warnings, open_with_prompts
 from ldm.cli.setup import find_device
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256, json_sha256
@@ -64,20 +64,21 @@ def compute(
 
     Raises SettingError: an argument can't be used; it names the argument.
     """
-    with fault_of("samples"):
-        images = open_samples(samples)
-        made = images.provenance
-    with fault_of("prompts"):
-        prompts = prompts_of(images, prompts)
+    images, prompts = open_with_prompts(samples, prompts)
     kind, recipe = find_variant(variant), find_recipe(resize)
     model = weights if isinstance(weights, ClipModel) else load_variant(variant, weights, vocabulary, device)
     with fault_of("vocabulary"):
         texts = [kind.prefix + prompt for prompt in prompts]
         cut = sum(model.tokenizer.cut(texts))
         tokens = model.tokenizer(texts).tolist()
+
+    def score(prepared: Tensor, texts: Sequence[str]) -> np.ndarray:
+        embedded = model.embed_images(prepared.to(model.device)), model.embed_texts(texts)
+        return scores(*(vectors.cpu().numpy() for vectors in embedded), kind)
+
     with fault_of("samples"):
-        each = measure(images, texts, model, kind, recipe, batch_size)
-    name = f"clip_score_{variant}"
+        each = score_pairs(score, images, texts, model.size, recipe, batch_size, "CLIP")
+    name, made = f"clip_score_{variant}", images.provenance
     protocol = {"measure": name, "features_sha256": file_sha256(model.weights), "resize": resize, "size": model.size}
     protocol |= {"n": len(each), "prompts": made.get("protocol_sha256")}
     texts = {"captions": prompts, "tokens": tokens}
@@ -109,19 +110,6 @@ def load_variant(
             other = f"{weights} has {found}; for another model use hessel or cos100"
             raise ModelError(f"{variant} is defined with {model_of}; {other}")
     return model.to(place)
-
-
-def measure(
-    images: Images, texts: Sequence[str], model: ClipModel, variant: Variant, resize: str, batch_size: int
-) -> np.ndarray:
-    """The score of every image with its text, (N,). Raises ImageError: an image can't be read."""
-    found: list[np.ndarray] = []
-    device = next(model.parameters()).device
-    for pairs in batched(zip(images, texts, strict=True), len(texts), batch_size, "CLIP"):
-        prepared = torch.cat([resized(image[None], model.size, resize) for image, _ in pairs])
-        of_images, of_texts = model.embed_images(prepared.to(device)), model.embed_texts([text for _, text in pairs])
-        found.append(scores(of_images.cpu().numpy(), of_texts.cpu().numpy(), variant))
-    return np.concatenate(found)
 
 
 def scores(images: np.ndarray, texts: np.ndarray, variant: Variant) -> np.ndarray:

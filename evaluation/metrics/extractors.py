@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluation.metrics.inception import Inception
-from evaluation.runs.images import reading
+from evaluation.runs.images import Images, batched, reading
 from ldm.checkpoint.download import DownloadError, fetch
 from ldm.cli.setup import find_device
 from ldm.io.errors import SettingError, fault_of, one_line
@@ -76,6 +76,10 @@ class ClipModel(nn.Module, ABC):
         super().__init__()
         self.tokenizer = tokenizer
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     @torch.no_grad()
     def embed_images(self, prepared: Tensor) -> Tensor:
         """Images (B, 3, size, size) in [-1, 1] -> (B, D), unit length."""
@@ -85,7 +89,7 @@ class ClipModel(nn.Module, ABC):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """B texts -> (B, D), unit length; what is too long loses its end, see `ClipTokenizer.cut`.
         Raises ValueError: the vocabulary is missing."""
-        return F.normalize(self.text_features(self.tokenizer(texts).to(next(self.parameters()).device)))
+        return F.normalize(self.text_features(self.tokenizer(texts).to(self.device)))
 
     @torch.no_grad()
     def agreement(self, prepared: Tensor, texts: Sequence[str]) -> Tensor:
@@ -187,19 +191,15 @@ def open_clip_settings(path: Path) -> dict[str, Any]:
         config = read_json(path)["model_cfg"]
         text, vision = dict(config["text_cfg"]), dict(config["vision_cfg"])
     vision_keys = {*inspect.signature(Vision).parameters} - {"embed_dim", "quick_gelu"}
-    text_keys, whole = (
-        {"context_length", "vocab_size", "width", "heads", "layers"},
-        {"embed_dim", "text_cfg", "vision_cfg"},
-    )
+    text_keys = {"context_length", "vocab_size", "width", "heads", "layers"}
+    whole = {"embed_dim", "text_cfg", "vision_cfg"}
     unknown = ({*vision} - vision_keys) | ({*text} - text_keys) | ({*config} - whole - {"quick_gelu"})
     needed = {"image_size", "patch_size", "width", "layers"}
     lacking = (text_keys - {*text}) | (needed - {*vision}) | (whole - {*config})
     if unknown or lacking:
-        names = (", ".join(sorted(keys)) or "none" for keys in (unknown, lacking))
-        raise ModelError(
-            f"{path}: only plain vision transformers with CLIP's text encoder are known here; "
-            "unknown: {}; missing: {}".format(*names)
-        )
+        others, absent = (", ".join(sorted(keys)) or "none" for keys in (unknown, lacking))
+        known = "only plain vision transformers with CLIP's text encoder are known here"
+        raise ModelError(f"{path}: {known}; unknown: {others}; missing: {absent}")
     return {**{key: config[key] for key in whole}, "quick_gelu": bool(config.get("quick_gelu"))}
 
 
@@ -492,6 +492,23 @@ def find_recipe(name: str) -> str:
     if name not in RECIPES:
         raise SettingError("resize", f"{name!r} is not one of {', '.join(RECIPES)}")
     return name
+
+
+def score_pairs(
+    score: Callable[[Tensor, Sequence[str]], Any],  # images (B, 3, size, size) in [-1, 1], B texts -> scores (B,)
+    images: Images,
+    texts: Sequence[str],
+    size: int,
+    recipe: str,
+    batch_size: int,
+    label: str,  # of the progress bar
+) -> np.ndarray:
+    """The score of every image, resized, with its text, (N,) in float64. Raises ImageError: an image can't be read."""
+    found = []
+    for pairs in batched(zip(images, texts, strict=True), len(texts), batch_size, label):
+        prepared = torch.cat([resized(image[None], size, recipe) for image, _ in pairs])
+        found.append(np.asarray(score(prepared, [text for _, text in pairs]), np.float64))
+    return np.concatenate(found)
 
 
 def resized(images: Tensor, size: int, recipe: str) -> Tensor:

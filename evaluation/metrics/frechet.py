@@ -142,7 +142,7 @@ def intervals(
     FID and Inception Score: by resampling the samples `count` times. Precision and recall: as shares of independent
     images; that the images which they are compared with are a sample too is not included.
     """
-    found = {"fid_real": distance_interval(values["fid_real"], samples, reference.gaussian, count, seed)}
+    found = {"fid_real": distance_interval(values["fid_real"], samples.pooled, reference.gaussian, count, seed)}
     if "inception_score" in values:
         scores = bootstrap(samples.logits, lambda part: inception_score(part)[0], count, seed)
         found["inception_score"] = normal_interval(values["inception_score"], scores)
@@ -152,9 +152,9 @@ def intervals(
     return {f"{name}_interval": interval for name, interval in found.items()}
 
 
-def distance_interval(value: float, samples: FeatureSet, real: Gaussian, count: int, seed: int) -> list[float]:
-    """95 % interval of the distance `value`, by resampling the samples `count` times."""
-    again = bootstrap(samples.pooled, lambda part: distance(gaussian_of(part), real), count, seed)
+def distance_interval(value: float, features: np.ndarray, real: Gaussian, count: int, seed: int) -> list[float]:
+    """95 % interval of the distance `value` of samples with these features, by resampling them `count` times."""
+    again = bootstrap(features, lambda part: distance(gaussian_of(part), real), count, seed)
     return normal_interval(value, again)
 
 

@@ -98,15 +98,16 @@ class RealImages:
     def retrieve(self, images: Sequence[Image.Image], entries: Sequence[Mapping[str, Any]], label: str) -> Retrieval:
         """Find the real images nearest to each of N images; `entries`: what each should show."""
         stacked = torch.stack([from_pil(image) for image in images])  # (N, 3, H, W)
-        return self._retrieve(features_of(stacked, self.extractor, self.batch_size, label), entries)
+        return self.nearest_to(features_of(stacked, self.extractor, self.batch_size, label), entries)
 
     def retrieve_each(self) -> Retrieval:
         """Find the real images nearest to each real image, itself left out."""
-        return self._retrieve(self.features, self.entries, range(len(self.entries)))
+        return self.nearest_to(self.features, self.entries, range(len(self.entries)))
 
-    def _retrieve(
+    def nearest_to(
         self, features: Tensor, entries: Sequence[Mapping[str, Any]], left_out: Sequence[int] | None = None
     ) -> Retrieval:
+        """The same of images with these features (N, D), as the network gives them; `left_out`: see `nearest`."""
         asked, real = (standardise(of, self.features) for of in (features, self.features))
         found = nearest(asked, real, max(RANKS), left_out).numpy()  # (N, max(RANKS))
         concepts, names = (np.array([entry[field] for entry in self.entries])[found] for field in ("concept", "name"))

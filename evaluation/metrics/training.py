@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evaluation.metrics.extractors import Extractor, load_extractor
 from evaluation.metrics.frechet import Gaussian, distance, gaussian_of, load_reference, to_numpy
-from evaluation.metrics.retrieval import RANKS, choose_queries, hits_at, load_real_images, nearest, standardise
+from evaluation.metrics.retrieval import choose_queries, load_real_images
 from ldm.data.emoji import EmojiDataset
 from ldm.io.files import Count
 from ldm.io.images import from_pil, to_pil
@@ -226,9 +226,5 @@ class CaptionMeasures(SampleMeasures):
             yield {model.cond_stage_key: [captions[place] for place in some]}, noise
 
     def values(self, features: Tensor) -> dict[str, float]:
-        real = self.images.features
-        found = nearest(*(standardise(f, real) for f in (features.cpu(), real)), max(RANKS)).numpy()
-        shown = np.array([entry["concept"] for entry in self.images.entries])[found]
-        wanted = [entry["concept"] for entry in self.queries.entries]
-        hits = {f"val/R@{rank}": float(hits_at(rank, shown, wanted).mean()) for rank in RANKS}
-        return super().values(features) | hits
+        hits = self.images.nearest_to(features.cpu(), self.queries.entries).hits
+        return super().values(features) | {f"val/R@{rank}": float(np.mean(each)) for rank, each in hits.items()}

@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +80,16 @@ def _rounded(values: np.ndarray | Tensor | np.generic) -> Any:
     return float(f"{values:.4g}") if np.isfinite(values) else None
 
 
-def show_image(axes: Axes, image: Tensor) -> None:
-    """Draw an image, (3, H, W) in [-1, 1], with sharp pixels and without ticks and frame."""
-    axes.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="none")
-    axes.grid(False)
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
 def image_grid(
     part: Figure | SubFigure, rows: Sequence[Sequence[Tensor]], columns: Sequence[str], labels: Sequence[str] = ()
 ) -> None:
-    """Draw rows of images (see `show_image`) with a label above each column and, if given, left of each row."""
+    """Draw rows of images, (3, H, W) in [-1, 1], with a label above each column and, if given, left of each row."""
     grid = part.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
-    for line, images in zip(grid, rows, strict=True):
-        for axes, image in zip(line, images, strict=True):
-            show_image(axes, image)
+    for axes, image in zip(grid.flat, chain.from_iterable(rows), strict=True):
+        axes.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="none")
+        axes.grid(False)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column, fontsize=7)
     for axes, label in zip(grid[:, 0], labels, strict=bool(labels)):

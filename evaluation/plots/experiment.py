@@ -16,11 +16,8 @@ from torch import Tensor, nn
 
 from evaluation.plots.drawing import STYLE
 from ldm.checkpoint import fingerprint
-from ldm.cli.arguments import EMOJI64
 from ldm.cli.neighbours import RetrievalSettings, Retrieved, retrieve
-from ldm.cli.settings import ModelSettings
-from ldm.cli.setup import CPU_POSITIONS, Setup, make_setup, run_facts
-from ldm.cli.tasks import prompts_in
+from ldm.cli.setup import CPU_POSITIONS, Setup, run_facts
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import NonFiniteLatents
@@ -208,12 +205,6 @@ class Experiment:
         images = f"{self.count} image{'s' * (self.count != 1)}"
         how = f"; {images}, seed {self.seed}, guidance scale {self.guidance:g}"
         return f"{text}{how if sampled else ''}."
-
-
-def experiment_inputs(model: ModelSettings, prompts: str) -> tuple[Setup, list[str]]:
-    """What all figures have in common: the model, which is emoji64 unless another is named, and the prompts of a file.
-    Raises SettingError: a file can't be used."""
-    return make_setup(model, EMOJI64), prompts_in(prompts, "prompts")
 
 
 def make_figure(kind: str, module: str, experiment: Experiment, out: Path, options: Mapping[str, Any]) -> list[str]:

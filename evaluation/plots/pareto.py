@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.metrics.extractors import load_extractor
-from evaluation.metrics.frechet import FeatureSet, Moments, distance, distance_interval
+from evaluation.metrics.frechet import distance, distance_interval, gaussian_of
 from evaluation.metrics.paired import LPIPS_WEIGHTS, Measure, load_lpips, load_ssim
 from evaluation.metrics.retrieval import Queries, RealImages, choose_queries, features_of, load_real_images, share
 from evaluation.plots.drawing import MARKERS, Drawing, new_figure, note
@@ -218,7 +218,8 @@ class Sampled:
 class Comparison:
     """What all rows have in common.
 
-    data:  a dataset whose captions are the prompts, and whose images the samples are compared with; None = the
+    reference: steps of the DDIM run whose distance is the error; None = the plain run of the row's sampler.
+    data: a dataset whose captions are the prompts, and whose images the samples are compared with; None = the
            experiment's items, and no comparison with real images.
     cache: folder of what is measured, and of the latents of plain runs. A file is named by the hash of everything that
            its content depends on.
@@ -227,9 +228,7 @@ class Comparison:
     experiment: Experiment
     data: str | None
     steps: int  # of the plain runs, which cost 100 %
-    reference: (
-        int | None
-    )  # steps of the DDIM run whose distance is the error; None = the plain run of the row's sampler
+    reference: int | None
     cache: Path
 
     @cached_property
@@ -260,15 +259,9 @@ class Comparison:
         experiment = self.experiment
         with fault_of("data"):
             data = self.data and file_sha256(*(Path(self.data) / name for name in ("pictures.npy", "captions.json")))
-        return (
-            experiment.loading
-            | {
-                "steps": self.steps,
-                "data": data and data[:16],
-                "items": digest([item.settings() for item in self.items]),
-            }
-            | ({} if self.reference is None else {"reference": self.reference})
-        )
+        found = experiment.loading | {"steps": self.steps, "data": data and data[:16]}
+        found["items"] = digest([item.settings() for item in self.items])
+        return found | ({} if self.reference is None else {"reference": self.reference})
 
     def sample(self, row: Row, plan: AnyPlan) -> Sampled:
         """The images of a row."""
@@ -344,18 +337,13 @@ class Comparison:
 
     def of_many(self, found: Sampled, label: str) -> Values:
         """Of the images as a set: the Fréchet distance from the real images, and retrieval, with intervals."""
-        real = self.real
-        features = features_of(found.images, real.extractor, BATCH, label).double().numpy()
-        samples = FeatureSet(Moments.from_features(features), pooled=features)
-        truth = Moments.from_features(real.features.double().numpy()).gaussian()
-        fid = distance(samples.moments.gaussian(), truth)
-        retrieved = share(real.retrieve(to_pil(found.images), self.queries.entries, label).hits[5])
-        return {
-            "fid_real": fid,
-            "fid_real_interval": distance_interval(fid, samples, truth, RESAMPLES, self.experiment.seed),
-            "R@5": retrieved["share"],
-            "R@5_interval": retrieved["interval"],
-        }
+        features = features_of(found.images, self.real.extractor, BATCH, label)
+        samples, real = features.double().numpy(), gaussian_of(self.real.features.double().numpy())
+        fid = distance(gaussian_of(samples), real)
+        interval = distance_interval(fid, samples, real, RESAMPLES, self.experiment.seed)
+        retrieved = share(self.real.nearest_to(features, self.queries.entries).hits[5])
+        retrieved = {"R@5": retrieved["share"], "R@5_interval": retrieved["interval"]}
+        return {"fid_real": fid, "fid_real_interval": interval, **retrieved}
 
 
 def mse(one: Sampled, other: Sampled) -> float:

@@ -26,7 +26,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from evaluation.runs.control import controlled
 from evaluation.runs.images import reading
 from ldm.checkpoint import fingerprint, load_config
 from ldm.checkpoint.published import published_sha256
+from ldm.cli.parser import PACKAGE, installed
 from ldm.cli.settings import ModelSettings, SamplingSettings
 from ldm.cli.setup import (
     ALONE,
@@ -84,7 +84,7 @@ BATCH = 16
 # Last digits depend on how much is computed at a time, and by how many threads: on a CPU both are fixed, so that files
 # do not depend on them. Larger batches gain nothing there, nor do threads where there can be processes.
 CPU_BATCH, CPU_LATENTS, CPU_THREADS = 8, 512, 1  # most images, most positions of their latents
-PACKAGES = ("faster-diffusion-ldm", "torch", "numpy", "pillow", "tokenizers")
+PACKAGES = (PACKAGE, "torch", "numpy", "pillow", "tokenizers")
 CARD, PROMPTS, SAMPLES, JOURNAL, MANIFEST = "run.json", "prompts.jsonl", "samples", "journal", "manifest.jsonl"
 NPZ = "samples.npz"
 MAY_DIFFER = ("name", "metrics", "versions")  # in run cards of one run
@@ -383,13 +383,6 @@ def run_card(request: Request, engine: Engine, device: torch.device, batch: int)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}}
     return card | {"versions": versions | {"machine": machine}}
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 # The folder of a run

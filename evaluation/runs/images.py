@@ -227,15 +227,23 @@ def open_images(path: str | Path) -> Images:
     return ImageArray(path) if Path(path).suffix in (".npz", ".npy") else ImageFolder(path)
 
 
-def open_samples(samples: Source, one_size: bool = True) -> Images:
+def open_samples(samples: Source) -> Images:
     """Images that can be measured: a path is opened and checked, so that errors come before the work; images are
     returned as they are. Raises ImageError: see `open_images` and `Images`."""
-    if not isinstance(samples, str | Path):
-        return samples
-    images = open_images(samples)
-    images.check(one_size)
-    _ = images.provenance  # is needed anyway, and here a damaged run card is found
-    return images
+    if isinstance(samples, str | Path):
+        samples = open_images(samples)
+        samples.check(one_size=True)
+    _ = samples.provenance  # is needed anyway, and here a damaged run card is found
+    return samples
+
+
+def open_with_prompts(samples: Source, prompts: str | Path | Sequence[str] | None) -> tuple[Images, list[str]]:
+    """Images that can be measured, and the prompt of each. Raises SettingError: `samples`: see `open_samples`;
+    `prompts`: see `prompts_of`."""
+    with fault_of("samples"):
+        images = open_samples(samples)
+    with fault_of("prompts"):
+        return images, prompts_of(images, prompts)
 
 
 def batched(items: Iterable[T], total: int, size: int, label: str, unit: str = "image") -> Iterator[list[T]]:
@@ -384,39 +392,30 @@ def reference_images(protocol: Protocol, data: Path) -> Path | Images:
     folder of its data. Raises ImageError: the protocol names none, or its data are not what they should be."""
     if "reference" in protocol.metrics:
         return data / protocol.metrics["reference"]
+    pictures = protocol.data.get("pictures")
+    if pictures and not (pictures.endswith(".npy") or protocol.data.get("where")):
+        return data / pictures
+    return captioned_images(protocol, data)
+
+
+def captioned_images(protocol: Protocol, data: Path, numbers: Sequence[int] | None = None) -> ImageArray | ImageFolder:
+    """The images with these numbers, in this order; None = all that the protocol asks for, in the order of their files.
+    Raises ImageError: see `reference_images`."""
     if "pictures" not in protocol.data:
         raise ImageError(f"protocol {protocol.name} names no real images")
-    path, where = data / protocol.data["pictures"], protocol.data.get("where", {})
-    captions = data / protocol.data["file"]
-    if path.suffix == ".npy":
-        images, entries = ImageArray(path), images_by_id(captions, *where)
-        if len(entries) != len(images.names):
-            raise ImageError(f"{path}: has {len(images.names)} images, {captions.name} has {len(entries)}")
-        return images.subset([row for row, number in enumerate(sorted(entries)) if fits(entries[number], where)])
-    if not where:
-        return path
-    images, entries = ImageFolder(path), images_by_id(captions, "file_name", *where)
-    wanted = {entry["file_name"] for entry in entries.values() if fits(entry, where)}
-    if missing := wanted - {*images.names}:
+    images, captions = open_images(data / protocol.data["pictures"]), data / protocol.data["file"]
+    stacked, where = isinstance(images, ImageArray), protocol.data.get("where", {})
+    entries = images_by_id(captions, *([] if stacked else ["file_name"]), *where)
+    if stacked and len(entries) != len(images.names):
+        raise ImageError(f"{images.path}: has {len(images.names)} images, {captions.name} has {len(entries)}")
+    files = images.names if stacked else [entries[number]["file_name"] for number in sorted(entries)]
+    names, places = dict(zip(sorted(entries), files, strict=True)), {name: i for i, name in enumerate(images.names)}
+    wanted = [number for number, entry in entries.items() if fits(entry, where)] if numbers is None else numbers
+    if missing := {names[number] for number in wanted} - places.keys():
         what = f"{len(missing)} images that {captions.name} names are not there"
-        raise ImageError(f"{path}: {what}, such as {min(missing)}")
-    return images.subset([place for place, name in enumerate(images.names) if name in wanted])
-
-
-def captioned_images(protocol: Protocol, data: Path, numbers: Sequence[int]) -> ImageArray | ImageFolder:
-    """The images with these numbers, in this order. Raises ImageError: see `reference_images`."""
-    if "pictures" not in protocol.data:
-        raise ImageError(f"protocol {protocol.name} names no real images")
-    captions, images = data / protocol.data["file"], open_images(data / protocol.data["pictures"])
-    if isinstance(images, ImageArray):
-        places = {number: row for row, number in enumerate(sorted(images_by_id(captions)))}
-    else:
-        at = {name: place for place, name in enumerate(images.names)}
-        entries = images_by_id(captions, "file_name")
-        places = {number: at[entry["file_name"]] for number, entry in entries.items() if entry["file_name"] in at}
-    if missing := {*numbers} - places.keys():
-        raise ImageError(f"{images.path}: {len(missing)} images are not there, such as number {min(missing)}")
-    return images.subset([places[number] for number in numbers])
+        raise ImageError(f"{images.path}: {what}, such as {min(missing)}")
+    order = [places[names[number]] for number in wanted]
+    return images.subset(sorted({*order}) if numbers is None else order)
 
 
 def images_by_id(captions: Path, *fields: str) -> dict[int, Mapping[str, Any]]:

@@ -52,13 +52,15 @@ class Sources:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the rows of one protocol share."""
+    """What the rows of one protocol in a table share."""
 
+    table: Table
+    world: str
     usual: Protocol
     named: str  # the protocol's name or file
     count: int | None  # how many of its prompts are taken; None = all
     model: ModelFiles
-    columns: Sequence[str]  # of the table
+    columns: Sequence[str]  # those of the table that are filled
     sources: Sources
     runs: Path  # folder of the runs
 
@@ -102,23 +104,15 @@ class Bench:
             raise SettingError("data", f"{path} is not there, which {self.protocol.name} needs: {how}")
 
 
-@dataclass(frozen=True)
-class RowResult:
+@dataclass(frozen=True, kw_only=True)
+class RowResult(RenderedRow):
     """What there is of a row."""
 
-    row: Row
     bench: Bench
-    cells: Mapping[str, Cell]  # values by column
-    results: Mapping[str, Result]  # where they come from, as the timing
+    results: Mapping[str, Result]  # by measure, of which its quality is
     timing: Timing | None
     remarks: Sequence[str]  # why cells are empty
     done: bool  # there is something of what the row is run for
-
-    @property
-    def weights(self) -> str | None:
-        """Hash of the model's weights, if there is a result or a timing."""
-        made = [result.samples.get("weights") for result in self.results.values()]
-        return next(filter(None, made), self.timing and self.timing.weights)
 
 
 @dataclass(frozen=True)
@@ -268,21 +262,36 @@ class Job:
         self, results: Mapping[str, Result], timing: Timing | None, remarks: Sequence[str], needed: bool
     ) -> RowResult:
         """The row of these results; `needed`: a row that can't be run is an error."""
-        row, columns = self.row, self.bench.columns
-        cells, why = self.gflops(needed) if "gflops" in columns else ({}, "")
+        row, bench = self.row, self.bench
+        counted, why = self.gflops(needed) if "gflops" in bench.columns else ({}, "")
+        cells = counted | self.measured_cells(results, timing)
+        if "ftc" in bench.columns and {*FTC} <= cells.keys() and cells["clip_score"][0]:
+            fid, score, each = (cells[name][0] for name in FTC)
+            cells["ftc"] = (fid * each / score, None)
+        done = bool(results or timing or (cells and (row.costs_only or bench.columns == ["gflops"])))
+        remarks = list(dict.fromkeys(filter(None, (self.missing or row.costs_only, why, *remarks))))
+        remarks = remarks or ([] if done else [NOT_RUN])
+        made = [result.samples.get("weights") for result in results.values()]
+        weights = next(filter(None, made), timing and timing.weights)
+        about = {"weights": weights, "protocol": bench.protocol.name if cells else None}
+        for result in [*results.values()][:1]:
+            about |= {"n": result.protocol["n"], "protocol_sha256": result.samples.get("protocol_sha256")}
+        reasons = reasons_unlike(bench, weights, timing)
+        unlike = {name: why for name, why in reasons.items() if name in cells and name in row.paper}
+        model = bench.model.ckpt.parent.name if cells and bench.world != "coco" else ""
+        more = {"bench": bench, "results": results, "timing": timing, "remarks": remarks, "done": done}
+        return RowResult(row, cells, "; ".join(remarks), unlike, about, model, **more)
+
+    def measured_cells(self, results: Mapping[str, Result], timing: Timing | None) -> dict[str, Cell]:
+        """What results and timing say of the columns."""
+        cells = {}
         for measure in self.bench.measures if results else []:
             values = results[measure.name].values if measure.name in results else {}
             for column, name in measure.columns.items():
-                if column in columns and values.get(name) is not None:
+                if values.get(name) is not None:
                     cells[column] = values[name], values.get(f"{name}_interval")
-        costs = cost_values(timing) if timing else {}
-        cells |= {name: (value, None) for name, value in costs.items() if name in columns}
-        if "ftc" in columns and {*FTC} <= cells.keys() and cells["clip_score"][0]:
-            fid, score, each = (cells[name][0] for name in FTC)
-            cells["ftc"] = (fid * each / score, None)
-        done = bool(results or timing or (cells and (row.costs_only or columns == ["gflops"])))
-        found = list(dict.fromkeys(filter(None, (self.missing or row.costs_only, why, *remarks))))
-        return RowResult(row, self.bench, cells, results, timing, found or ([] if done else [NOT_RUN]), done)
+        cells |= {name: (value, None) for name, value in (cost_values(timing) if timing else {}).items()}
+        return {name: cell for name, cell in cells.items() if name in self.bench.columns}
 
 
 def remark(error: SettingError) -> str:
@@ -470,9 +479,8 @@ def build_table(
         reasons = "; ".join(dict.fromkeys(remark for row in can_run for remark in row.remarks))
         raise SettingError("table", f"no row of {table.name} is finished in {runs}: {reasons}")
     stem = f"{table.name}-{world}{'' if count is None else f'-{count}'}{'-gflops' if gflops_only else ''}"
-    shown = [rendered_row(row, table, world) for row in rows]
-    below = notes(rows, table, world, columns)
-    return RenderedTable(table, world, columns, shown, below, column_heads([row.bench for row in rows]), stem)
+    below = notes(rows, world, columns)
+    return RenderedTable(table, world, columns, rows, below, column_heads([row.bench for row in rows]), stem)
 
 
 def jobs_of(
@@ -498,7 +506,7 @@ def jobs_of(
             raise SettingError(needed[0], f"needed: protocol {protocol.name} names no model")
         folder = runs / f"{protocol.name}{'' if count is None else f'-{count}'}"
         model = ModelFiles(*map(Path, files.values()), added=protocol.added())
-        benches[name] = Bench(protocol, name, count, model, columns, sources, folder)
+        benches[name] = Bench(table, world, protocol, name, count, model, columns, sources, folder)
     return [Job(row, benches[name]) for row, name in zip(rows, named, strict=True)]
 
 
@@ -506,19 +514,11 @@ def check_comparable(rows: Sequence[RowResult]) -> None:
     """Rows of one protocol may stand in one table only if they were measured and timed alike.
     Raises SettingError: `runs`: they were not."""
     for bench in {id(row.bench): row.bench for row in rows}.values():
-        own = {row.row.name: row for row in rows if row.bench is bench}
+        own = {row.spec.name: row for row in rows if row.bench is bench}
         compare_timings({name: row.timing for name, row in own.items() if row.timing})
         with fault_of("runs", (ResultError,)):
             for measure in {measure for row in own.values() for measure in row.results}:
                 comparable({name: row.results[measure] for name, row in own.items() if measure in row.results})
-
-
-def rendered_row(row: RowResult, table: Table, world: str) -> RenderedRow:
-    about = {"weights": row.weights, "protocol": row.bench.protocol.name if row.cells else None}
-    for result in [*row.results.values()][:1]:
-        about |= {"n": result.protocol["n"], "protocol_sha256": result.samples.get("protocol_sha256")}
-    model = row.bench.model.ckpt.parent.name if row.cells and world != "coco" else ""
-    return RenderedRow(row.row, row.cells, "; ".join(row.remarks), unlike(row, table, world), about, model)
 
 
 # Where our numbers and the paper's are of something else
@@ -532,18 +532,10 @@ COUNTED = (
 INSTEAD = ", other measures. Its Fréchet distance is not an FID and R@5 is no CLIP-score"
 
 
-def unlike(row: RowResult, table: Table, world: str) -> dict[str, str]:
-    """Columns with a number of ours and one of the paper's that are not of the same thing, with the reason."""
-    reasons = reasons_unlike(row.bench, table, world, row.weights, row.timing)
-    return {name: why for name, why in reasons.items() if name in row.cells and name in row.row.paper}
-
-
-def reasons_unlike(
-    bench: Bench, table: Table, world: str, weights: str | None, timing: Timing | None
-) -> dict[str, str]:
+def reasons_unlike(bench: Bench, weights: str | None, timing: Timing | None) -> dict[str, str]:
     """Columns in which ours is of something else than the paper's number, with the reason. `weights`: hash of the
     model's; None = no images and no timing. `timing`: of the row, if there is one."""
-    if world != "coco":
+    if bench.world != "coco":
         return dict.fromkeys(COLUMNS, "another model")
     config, model = other_model(bench, weights)
     usual, count, machine = bench.usual.select.count, "", ""
@@ -555,7 +547,8 @@ def reasons_unlike(
     why = {"quality": model or count, "cost": model or machine, "count": config}
     other = dict.fromkeys(heads(bench.protocol), "another measure")
     found = {
-        name: table.apart.get(name) or why.get(column.kind) or other.get(name, "") for name, column in COLUMNS.items()
+        name: bench.table.apart.get(name) or why.get(column.kind) or other.get(name, "")
+        for name, column in COLUMNS.items()
     }
     found["ftc"] = found["ftc"] or next((found[part] for part in FTC if found[part]), "")
     return {name: reason for name, reason in found.items() if reason}
@@ -575,16 +568,15 @@ def other_model(bench: Bench, weights: str | None) -> tuple[str, str]:
     return "", "" if same else f"other weights than {name}'s"
 
 
-def notes(rows: Sequence[RowResult], table: Table, world: str, columns: Sequence[str]) -> list[str]:
+def notes(rows: Sequence[RowResult], world: str, columns: Sequence[str]) -> list[str]:
     """What the numbers are of, in words."""
     found = [COUNTED] if "gflops" in columns else []
     if world == "emoji":
         found.append(other_world([row.bench for row in rows]))
     else:  # why there is no difference from the paper's number, for each reason
         names, reasons = column_heads([row.bench for row in rows]), {}
-        differ = [unlike(row, table, world) for row in rows]
         for column in columns:
-            for why in dict.fromkeys(whys[column] for whys in differ if column in whys):
+            for why in dict.fromkeys(row.unlike[column] for row in rows if column in row.unlike):
                 reasons.setdefault(why, []).append(names[column])
         found += [f"No difference from the paper in {', '.join(of)}: {why}." for why, of in reasons.items()]
     for result in (result for row in rows for result in row.results.values()):

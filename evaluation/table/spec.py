@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -167,7 +167,8 @@ class RenderedRow:
     spec: Row
     cells: Mapping[str, Cell] = field(default_factory=dict)  # values by column
     remark: str = ""  # why some are missing
-    unlike: Collection[str] = ()  # columns in which ours is of something else than the paper's number
+    # Columns in which ours is of something else than the paper's number, with the reason.
+    unlike: Mapping[str, str] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)  # what the values are of: `ABOUT`, as far as it is known
     model: str = ""  # the model that made them, if it is not the paper's
 

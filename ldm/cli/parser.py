@@ -102,14 +102,16 @@ class Version(argparse.Action):
     """Prints the versions; they are looked up only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> NoReturn:
-        found = []
-        for package in (PACKAGE, "torch"):
-            try:
-                found.append(f"{package} {metadata.version(package)}")
-            except metadata.PackageNotFoundError:
-                found.append(f"{package} not installed")
-        print(", ".join(found))
+        print(", ".join(f"{package} {installed(package)}" for package in (PACKAGE, "torch")))
         parser.exit()
+
+
+def installed(package: str) -> str:
+    """The version of a package, or "not installed"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def settings_from(args: argparse.Namespace, kind: Callable[..., Settings], **others: Any) -> Settings:

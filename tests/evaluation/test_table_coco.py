@@ -525,7 +525,7 @@ def test_what_is_like_for_like(argv, weights, timing, unlike, why):
     table, count = load_table("table1"), given.get("--count")
     job = jobs_of(table, "coco", Path("runs"), sources, count and int(count), table.columns)[0]
     timing = timing and timing_on(*timing)
-    found = reasons_unlike(job.bench, table, "coco", weights, timing)
+    found = reasons_unlike(job.bench, weights, timing)
     assert {*found} == unlike and all(reason.startswith(why) for reason in found.values())
 
 
@@ -534,14 +534,14 @@ def test_times_that_the_source_took_otherwise_are_not_compared():
     table = load_table("table3")
     jobs = jobs_of(table, "coco", Path("runs"), Sources(), None, table.columns)
     job = next(job for job in jobs if job.row.name.endswith(": guidance 1.5"))
-    found = reasons_unlike(job.bench, table, "coco", None, timing_on("NVIDIA A40", "autocast"))
+    found = reasons_unlike(job.bench, None, timing_on("NVIDIA A40", "autocast"))
     assert {*found} == {"seconds", "ftc", "clip_score"} and "batches of 16 (plain) and 4 (ours)" in found["seconds"]
 
 
 def test_what_a_table_says_of_ftc_is_said_of_ftc():
     table = load_table("table5").model_copy(update={"apart": {"ftc": "by another formula"}})
     job = jobs_of(table, "coco", Path("runs"), Sources(), 5, table.columns)[0]
-    found = reasons_unlike(job.bench, table, "coco", None, None)
+    found = reasons_unlike(job.bench, None, None)
     assert found["ftc"] == "by another formula" and found["fid"].startswith("of 5 prompts")
 
 
@@ -563,7 +563,7 @@ def test_what_is_said_of_the_emoji_world_is_of_its_protocol():
 def test_nothing_of_the_emoji_world_is_like_the_papers():
     table = load_table("table1")
     job = jobs_of(table, "emoji", Path("runs"), Sources(), None, table.columns)[0]
-    assert {*reasons_unlike(job.bench, table, "emoji", None, None)} == {*COLUMNS}
+    assert {*reasons_unlike(job.bench, None, None)} == {*COLUMNS}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from PIL import Image
 import ldm
 from ldm.checkpoint import save_weights
 from ldm.cli.control import LATELY, ControlSettings, controlled, made_of, read_source
-from ldm.cli.setup import ModelSettings, make_setup
+from ldm.cli.settings import ModelSettings
+from ldm.cli.setup import make_setup
 from ldm.data.conditions import as_hint, edges
 from ldm.io.errors import SettingError
 from ldm.modules.diffusionmodules.controlnet import ControlNet

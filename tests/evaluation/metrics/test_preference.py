@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evaluation import preference
-from evaluation.metrics.image_reward import ImageReward
+from evaluation.metrics.preference import ImageReward
 from evaluation.table.row import Sources, jobs_of
 from evaluation.table.spec import load_table
 from ldm.checkpoint import save_weights
