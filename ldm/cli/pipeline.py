@@ -208,7 +208,8 @@ def list_plans(setup: Setup, recipe: Recipe, task: Task, nodes: int) -> None:
     with fault_of("tome"):
         unit, kept = engine.unit, engine.kept
     facts = RunFacts({"sampler": recipe.solver_name, **recipe.facts()})
-    print("\n".join(plan_table(unit, kept, nodes, images=1 if recipe.scale == 1.0 else 2, run=facts)))
+    images = 1 if recipe.scale == 1.0 else 2
+    print("\n".join(plan_table(unit, kept, nodes, images=images, run=facts, control=task.network.anew)))
 
 
 # The methods that are compared

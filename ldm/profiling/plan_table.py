@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from ldm.models.diffusion.propagation.load import FORMS, RunFacts, load_plan, plan_names
@@ -33,7 +34,9 @@ def spans(nodes: Sequence[int]) -> str:
     return ",".join(parts)
 
 
-def plan_table(unit: Macs, kept: Kept, nodes: int, images: int = 1, run: RunFacts | None = None) -> Iterator[str]:
+def plan_table(
+    unit: Macs, kept: Kept, nodes: int, images: int = 1, run: RunFacts | None = None, control: bool = False
+) -> Iterator[str]:
     """Lines of a table: plan, MACs and critical path as a share of the plain run's, what is kept beyond it, what is
     between, key timesteps. Plans that the network can't follow have no line: with blocks that run alone, for a
     transformer.
@@ -43,13 +46,15 @@ def plan_table(unit: Macs, kept: Kept, nodes: int, images: int = 1, run: RunFact
         nodes: of the run.
         images: how often each node predicts for one image, 2 with guidance.
         run: see `load_plan`.
+        control: control networks run at every step; plans that this does not go with have no line.
     """
     plain = unit.plain(nodes)
     costs = f"{'MACs':>7}{'critical path':>15}{'MB more':>9}"
     yield f"{'plan':<24}{costs}  {'between key timesteps':<32}key timesteps of {nodes}"
     plans = {name: load_plan(name, nodes, run=run) for name in (*RULES, *plan_names())}
     for name, plan in plans.items():
-        if max(plan.branch, plan.refresh) >= len(unit.outer) or (Compute.GATED in plan.levels and unit.gated is None):
+        plan = with_control(plan) if control else plan
+        if plan is None or not runs_on(unit, plan):
             continue
         each = [1 if compute is Compute.GATED else images for compute in plan.computes()]
         macs, critical = (cost(plan, images=each) / (images * plain) for cost in (unit.run, unit.critical_path))
@@ -65,6 +70,21 @@ def plan_table(unit: Macs, kept: Kept, nodes: int, images: int = 1, run: RunFact
     )
     yield f"forms: {', '.join(FORMS)}; KEYS: a name, N for uniform:N, uniform:N, pro, numbers as 0,3,8, or a file"
     yield f"--forecast {GRAMMAR}: {', '.join(METHODS)}; {', '.join(AXES)}; with skip {', '.join(QUANTITIES)}"
+
+
+def runs_on(unit: Macs, plan: AnyPlan) -> bool:
+    """Whether the network has the blocks, and the cross-attention, that the plan asks for."""
+    return max(plan.branch, plan.refresh) < len(unit.outer) and not (
+        Compute.GATED in plan.levels and unit.gated is None
+    )
+
+
+def with_control(plan: AnyPlan) -> AnyPlan | None:
+    """The plan with control networks at every step; None = it does not go with that."""
+    try:
+        return replace(plan, control=True)
+    except ValueError:
+        return None
 
 
 def between(plan: AnyPlan) -> str:

@@ -32,6 +32,14 @@ def test_costs_of_the_named_plans():
     assert "skip:KEYS" in lines[-2] and "taylor2" in lines[-1] and "logsnr" in lines[-1]
 
 
+def test_control_at_every_step_is_counted():
+    """Encoder 30, of which 12 are control's, decoder 70: 9 * 30 + 41 * 12 + 50 * 70."""
+    unit, kept = Macs(30, 70, (0, 5), (3, 10), control=12), Kept(10**7, (3 * 10**6, 2 * 10**6), 10**6, 4 * 10**6)
+    rows = {line.split()[0]: line.split()[1:] for line in plan_table(unit, kept, 50, images=2, control=True)}
+    assert rows["faster-diffusion"][:2] == ["85.2%", "85.2%"], "no decoders share a batch"
+    assert not rows.keys() & {"deepcache:3", "skip:3", "tgate:10"}
+
+
 @pytest.mark.parametrize("flags", [["--list-plans"], ["--list-plans", "--plan", "off"]])
 def test_the_list_needs_no_weights(tmp_path, capsys, flags):
     assert load_script("txt2img").main([*flags, "--steps", "20", "--outdir", str(tmp_path)]) == 0
