@@ -42,6 +42,7 @@ HASHES = {  # of what each shipped protocol asks for: another number here is ano
     "emoji64-edges": "aaf8c4152696",
     "emoji64-frames": "60c6600ea71a",
     "emoji64-heldout": "db72777dcaaa",
+    "emoji64-lora": "cc9d1291251b",
     "emoji64-prompts": "1801f1fcaa5f",
     "imagenet256-50k": "ac3bc32613c3",
     "imagenet256-50k-dit": "ac3bc32613c3",

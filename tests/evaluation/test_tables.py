@@ -58,7 +58,7 @@ def test_every_table_is_there():
         "rdm": 6,
         "table1": 14,
         "table3": 9,
-        "table4": 12,
+        "table4": 14,
         "table5": 10,
         "table6": 3,
         "table8": 34,
@@ -89,8 +89,8 @@ def test_the_docs_repeat_what_the_files_say():
         ("table1", "SD v1.5: DDIM + ToMe", [22.32, 0.782, 35123, 2.07, 2.26]),
         ("table3", "DiT-XL/2 512: DDPM 250 + ours", [3.25, 5.05, 245.13, 0.83, 0.51, 17.35]),
         ("table3", "LDM cin256-v2: guidance 6 + ours", [4.09, 5.99, 207.49, 0.848, 0.482, 3.373]),
-        ("table4", "ControlNet (scribble): + ours", [16.42, 0.775, 35990, 1.83, 1.93]),
-        ("table4", "VideoFusion: plain", [0.700, 224700, 16.71 / 16, 17.93 / 16]),
+        ("table4", "ControlNet (scribble): + ours", [16.42, 0.775, 35990, 1.83, 1.93, 4.45]),
+        ("table4", "VideoFusion: plain", [0.700, 224700, 16.71 / 16, 17.93 / 16, 11.87]),
         ("table5", "non-uniform II (9)", [35.25, 0.742, 27350, 1.25, 1.42, 67.4]),
         ("table6", "propagation without z_T", [21.71, 0.779]),
         ("table8", "ControlNet (edges): parallel", [1.52, 5.09]),
@@ -121,6 +121,11 @@ def test_numbers_of_several_tables_agree():
             assert shared and {key: NUMBERS[table][name][key] for key in shared} == {
                 key: expected[key] for key in shared
             }
+    for name, row in NUMBERS["table4"].items():
+        group, _, label = name.rpartition(": ")
+        both = [f"{group}: {other}" for other in ({"plain": ["plain"]}.get(label, ["parallel", "serial"]))]
+        if found := [NUMBERS["table8"][other] for other in both if other in NUMBERS["table8"]]:
+            assert found[0] == {key: row[key] for key in ("seconds", "memory")}
     for row in filter(None, NUMBERS["table5"].values()):
         assert row["fid"] * row["seconds"] / row["clip_score"] == pytest.approx(row["ftc"], abs=0.3)
 
@@ -176,11 +181,15 @@ def test_gflops_of_other_networks(tmp_path):
 
 
 def test_every_row_that_can_be_run_is_counted(tmp_path, capfd):
-    """With the plans that a calibration of the model makes."""
-    for name in ("table1", "table3", "table5"):
+    """With the plans that a calibration of the model makes, under control and beside a LoRA."""
+    for name in ("table1", "table3", "table4", "table5"):
         assert tables.main([name, "--world", "emoji", "--gflops-only", "--runs", str(tmp_path)]) == 0
     out = capfd.readouterr().out
     assert "| emoji64: calibrated (9), held | 17.2 |" in out
+    rows = ("(paper: Text2Video-zero)", 21.7, 17.0), ("(paper: ControlNet (edges))", 33.5, 19.2)
+    for group, plain, ours in rows:
+        assert f"| emoji64 {group}: plain | {plain} |" in out and f"| emoji64 {group}: + ours | {ours} |" in out
+    assert "| emoji64: LoRA (not in the paper) | 22.3 |" in out and "| emoji64: LoRA + ours | 17.2 |" in out
 
 
 def test_gflops_only_needs_no_weights(tmp_path, capfd):
