@@ -112,6 +112,7 @@ def read_dataset(root: Path) -> tuple[np.ndarray, dict]:
         )
     if rows != list(range(len(pixels))):
         raise ValueError(
-            f"{root} holds {len(pixels)} images but captions.json describes {len(rows)}; {MAKE.format(root)}"
+            f"{root} holds {len(pixels)} images but captions.json describes {len(rows)}, expected as many, with ids "
+            f"0, 1, 2, ... in order; {MAKE.format(root)}"
         )
     return pixels, coco

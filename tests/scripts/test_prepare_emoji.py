@@ -140,6 +140,13 @@ def test_broken_dataset_names_the_command(folder, break_it):
     assert "\n" not in str(error.value)
 
 
+def test_images_that_are_not_numbered_by_their_places(folder):
+    text = (folder / "captions.json").read_text()
+    (folder / "captions.json").write_text(text.replace('"id": 0', '"id": 9', 1))
+    with pytest.raises(ValueError, match="expected as many, with ids 0, 1, 2, ... in order"):
+        EmojiDataset(folder)
+
+
 @pytest.mark.parametrize(
     "name, words",
     [
