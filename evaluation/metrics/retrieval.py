@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from evaluation.runs.images import batched, images_by_id, open_images
 from ldm.checkpoint import fingerprint
 from ldm.cli.arguments import EMOJI64
 from ldm.cli.settings import ModelSettings, SamplingSettings
-from ldm.cli.setup import ALONE, count_nodes, make_recipe, make_setup
+from ldm.cli.setup import ALONE, count_nodes, make_recipe, make_setup, model_files
 from ldm.data.emoji import EmojiDataset
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256
@@ -286,6 +286,9 @@ def recognise(settings: Settings) -> tuple[dict[str, Any], list[Image.Image]]:
     with fault_of("extractor"):
         extractor = load_extractor(FEATURES, device="cpu")
         encoder = load_embedder("emoji") if settings.count else None
+    if settings.count:
+        config, ckpt = model_files(settings.config, settings.ckpt)
+        settings = replace(settings, config=str(config), ckpt=str(ckpt))
     engine = load_engine(settings, data[0].shape[-1]) if settings.count else None
     about = all_settings(settings, extractor, engine, encoder)
     spent_on("loading")

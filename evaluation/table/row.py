@@ -25,7 +25,7 @@ from evaluation.table.cost import Timing, compare_timings, cost_values, gflops, 
 from evaluation.table.spec import COLUMNS, FTC, HOW, SHORT, Cell, RenderedRow, RenderedTable, Row, Table
 from ldm.checkpoint import fingerprint
 from ldm.checkpoint.published import published_sha256
-from ldm.cli.setup import download_hint, find_device
+from ldm.cli.setup import download_hint, find_device, in_run
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import file_sha256, json_sha256
 
@@ -505,7 +505,8 @@ def jobs_of(
         if needed := [setting for setting, file in files.items() if file is None]:
             raise SettingError(needed[0], f"needed: protocol {protocol.name} names no model")
         folder = runs / f"{protocol.name}{'' if count is None else f'-{count}'}"
-        model = ModelFiles(*map(Path, files.values()), added=protocol.added())
+        config, ckpt = in_run(files["config"], "config.yaml"), in_run(files["ckpt"], "last.ckpt")
+        model = ModelFiles(Path(config), Path(ckpt), added=protocol.added())
         benches[name] = Bench(table, world, protocol, name, count, model, columns, sources, folder)
     return [Job(row, benches[name]) for row, name in zip(rows, named, strict=True)]
 

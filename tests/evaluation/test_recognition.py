@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from evaluation import recognition
 from evaluation.metrics import extractors
 from evaluation.metrics.retrieval import SPLITS
 from evaluation.recognition import main
+from ldm.checkpoint import load_state
 from ldm.data import emoji
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import quick_help
@@ -62,6 +64,15 @@ def test_run_reports_all_three_and_does_not_depend_on_the_batch(call, tmp_path, 
     assert len({p["concept"] for p in one["pictures"]}) == 4
     assert all(p["caption"].endswith("style") and len(p["found"]) == 5 for p in one["pictures"])
     assert Image.open(sheet).width == 6 * (SIDE + 2) + 2
+
+
+def test_a_models_files_are_those_of_a_run_of_main(call, model, tmp_path):
+    run = tmp_path / "logs"
+    run.mkdir()
+    shutil.copy(model[0], run / "config.yaml")
+    torch.save({"state_dict": load_state(model[1])}, run / "last.ckpt")
+    assert call("--count", "2", "--config", str(run), "--ckpt", str(run), "--out", str(tmp_path / "a.json")) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["settings"]["ckpt"] == "logs/last.ckpt"
 
 
 def test_splits_are_those_of_the_dataset():

@@ -243,6 +243,16 @@ def test_another_model_is_not_set_against_the_papers_numbers():
     assert "| propagation without z_T | +1.50 | -0.04 |" in text
 
 
+def test_a_run_of_main_is_a_model(tmp_path):
+    (tmp_path / "last.ckpt").touch()
+    run = str(tmp_path)
+    sources = Sources(config=run, ckpt=run)
+    jobs = jobs_of(load_table("table1"), "emoji", tmp_path / "runs", sources, 2, ["fid"])
+    assert {(job.bench.model.config, job.bench.model.ckpt) for job in jobs} == {
+        (tmp_path / "config.yaml", tmp_path / "last.ckpt")
+    }
+
+
 def test_a_row_of_another_model_names_it():
     plain, *_ = load_table("table1").rows
     assert RenderedRow(plain, model="emoji64").name == "emoji64 (paper: SD v1.5): DDIM"
