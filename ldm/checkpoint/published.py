@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -99,6 +100,7 @@ def _entry(name: str, entry: Any) -> Published:
     return parse(Published, {"name": name, **entry}, name)
 
 
+@cache
 def published_sha256(path: Path) -> str | None:
     """The SHA-256 of the weights that are published for this place in the project; None if it is not known."""
     return next((model.sha256 for model in load_manifest().values() if model.file() == path), None)
