@@ -92,11 +92,11 @@ def read_configuration(
         part = read_config(path)
         if not OmegaConf.is_dict(part):
             raise ValueError(f"{path}: expected sections and their settings; got a list")
-        config = merged(config, part)
+        merge(config, part)
     # The targets first: with another one, params that were for the old one go.
     for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".target")):
         with fault_of(text, (ValueError, OmegaConfBaseException, YAMLError)):
-            config = merged(config, OmegaConf.from_dotlist([text]))
+            merge(config, OmegaConf.from_dotlist([text]))
     try:
         check_references(config)
         config, lines = completed(config, scale_lr, allow)
@@ -108,14 +108,13 @@ def read_configuration(
         raise ValueError(str(error)) from error
 
 
-def merged(config: DictConfig, part: DictConfig) -> DictConfig:
-    """The configuration with what a part says; a dataset that is replaced by another leaves no params to it."""
+def merge(config: DictConfig, part: DictConfig) -> None:
+    """Add what a part says to the configuration; a dataset that is replaced by another leaves no params to it."""
     for name in ("train", "validation"):
         before, after = (OmegaConf.select(one, f"data.params.{name}.target") for one in (config, part))
         if before and after and before != after:
-            config = config.copy()
             config.data.params[name].params = {}
-    return OmegaConf.merge(config, part)
+    config.merge_with(part)
 
 
 def check(config: DictConfig) -> None:

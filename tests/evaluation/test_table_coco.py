@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from evaluation import tables
 from evaluation.metrics.extractors import load_clip, load_extractor, resized
 from evaluation.metrics.inception import Inception
 from evaluation.protocols.protocol import load_protocol
+from evaluation.table import cost
 from evaluation.table import row as table_row
 from evaluation.table.cost import Timing
 from evaluation.table.row import Job, Sources, jobs_of, other_world, reasons_unlike
@@ -117,13 +120,21 @@ def write_table(folder: Path) -> None:
     )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_resamples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_row, "RESAMPLES", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
+def world(few_resamples, tmp_path_factory) -> World:
     folder = tmp_path_factory.mktemp("world")
     write_networks(folder)
     write_table(folder)
+    forked = multiprocessing.get_context("fork")  # a copy of this process, without the seconds of importing PyTorch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table_row, "RESAMPLES", 2)
+        patch.setattr(cost.multiprocessing, "get_context", lambda _: forked)
         assert tables.main(World(folder).argv("--rows", "1", "--timed", "1")) == 0
         assert tables.main(World(folder).argv("--timed", "0")) == 0
     return World(folder, (folder / "runs" / "two-coco.md").read_text(encoding="utf-8"))
