@@ -162,6 +162,27 @@ CONVENTIONS: dict[str, dict[Any, Callable[..., int]]] = {
 }
 
 
+class _Norms(TorchDispatchMode):
+    """What norms put out without data: PyTorch takes each apart into a dozen operations in Python, which is slow."""
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_group_norm.default:
+            x, _, _, batch, _, _, groups, _ = args
+            return x.new_empty(x.shape), x.new_empty(batch, groups), x.new_empty(batch, groups)
+        if func is torch.ops.aten.native_layer_norm.default:
+            x, shape = args[:2]
+            kept = (*x.shape[: -len(shape)], *(1 for _ in shape))
+            return x.new_empty(x.shape), x.new_empty(kept), x.new_empty(kept)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """Tensors that are made inside have a shape and no data."""
+    with torch.device("meta"), torch.no_grad(), _Norms():
+        yield
+
+
 def count_macs(call: Callable[[], Any], convention: str = "exact") -> int:
     """MACs of everything that call() does on tensors (1 MAC = 2 FLOPs).
 
@@ -228,7 +249,7 @@ def unet_macs(
         convention: see `count_macs`. The paper's counts keys and values of the context at every step, as the networks
             do that it was measured with.
     """
-    with torch.device("meta"), torch.no_grad():
+    with _without_data():
         unet, x, inputs = meta_unet(unet, size, batch, context_length, tome)
         count, once = partial(count_macs, convention=convention), 0
         if convention == "exact" and context_length is not None:
@@ -257,7 +278,7 @@ def control_macs(
     What it makes of its picture is computed once for a run; by the paper's convention at every step, as the networks do
     that it was measured with.
     """
-    with torch.device("meta"), torch.no_grad():
+    with _without_data():
         control, count = on_meta(control), partial(count_macs, convention=convention)
         hint = _hint(control, batch, size)
         x, t, context = torch.zeros(batch, control.in_channels, *size), torch.zeros(batch), None
@@ -403,7 +424,7 @@ def sampling_bytes(
         tile: see `decode_tiled`; None = images are decoded whole.
         controls: control networks that run beside the encoder, each with a picture.
     """
-    with torch.device("meta"), torch.no_grad():
+    with _without_data():
         unet, x, inputs = meta_unet(unet, size[1:], predictions, context_length, tome)
         latents, first_stage = torch.zeros(images, *size), on_meta(first_stage)
         hints = [(control, _hint(control, images, size[1:])) for control in map(on_meta, controls)]
@@ -434,7 +455,7 @@ def decoder_bytes(
 
     Args as for `unet_macs`; a network is left as it is. Autocast to half the precision needs less.
     """
-    with torch.device("meta"), torch.no_grad():
+    with _without_data():
         unet, x, inputs = meta_unet(unet, size, 2 * batch, context_length, tome)
         one, other = unet.encode(x, **inputs).chunk(2)
         calls = [lambda: unet.decode(Features.cat([one, other]), **inputs)]
@@ -483,7 +504,7 @@ def kept_bytes(
     unet: nn.Module | Mapping[str, Any], size: Sequence[int], context_length: int | None = None, tome: float = 0.0
 ) -> Kept:
     """What runs of a network can keep. Args as for `unet_macs`; a network is left as it is."""
-    with torch.device("meta"), torch.no_grad():
+    with _without_data():
         unet, x, inputs = meta_unet(unet, size, 1, context_length, tome)
         features = unet.encode(x, **inputs)
         inner = [features]
