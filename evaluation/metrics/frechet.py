@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from scipy.linalg import eigh, eigvalsh, issymmetric
+from scipy.linalg.lapack import dpstrf
 from scipy.special import log_softmax
 from torch import Tensor
 
@@ -273,6 +274,12 @@ class Gaussian:
     def root(self) -> np.ndarray:
         """(D, rank), root @ root.T = covariance; what is 0 but for rounding is left out.
         Raises ImageError: eigenvalues below 0, which no covariance has."""
+        exact = len(self.mean) * np.finfo(np.float64).eps * np.abs(self.covariance).max()
+        factor, order, rank, _ = dpstrf(self.covariance, lower=1)  # Cholesky's: the fewer images, the quicker
+        root = np.zeros((len(factor), rank))
+        root[order - 1] = np.tril(factor)[:, :rank]
+        if rank == len(root) or np.abs(root @ root.T - self.covariance).max() <= exact:
+            return root
         values, vectors = eigh(self.covariance)
         least, most = values.min(), values.max()
         if least < -ROUNDING * np.abs(values).max():
