@@ -455,7 +455,7 @@ def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_els
                     "0",
                     "--compare",
                     "--n_samples",
-                    "2",
+                    "1",
                     "--outdir",
                     str(tmp_path / "out"),
                 ]

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.propagation.plan import Plan
 from ldm.modules.packed import pack
+from ldm.profiling import timing
 from ldm.profiling.benchmark import peaks_of, read_row
 from ldm.profiling.cost import shared_bytes, unet_macs
 from ldm.profiling.timing import CPU, Seconds, alternate, peak_memory, shares
@@ -86,7 +87,8 @@ def test_shares_are_of_the_kinds_that_ran():
         found = shares(lambda: run.run(Plan(1, (0,))))
         assert sum(found.values()) == pytest.approx(1)
         assert all(found[kind] > 0 for kind in ("convolution", "linear", "attention", "norm", "other"))
-    assert shares(lambda: torch.ones(500, 500) @ torch.ones(500, 500))["linear"] > 0.5
+    found = shares(lambda: torch.ones(50, 50) @ torch.ones(50, 50))
+    assert {kind for kind, share in found.items() if share} == {"linear", "other"}
 
 
 def test_rows_are_plans_with_their_propagation_and_batch():
@@ -94,6 +96,12 @@ def test_rows_are_plans_with_their_propagation_and_batch():
     assert read_row("off", 3, Path("none")) == load_plan("off", 3)
     calibrated = read_row("auto:9@3", 50, EMOJI64 / "calibration")
     assert len(calibrated.keys) == 9 and (calibrated.parallel, calibrated.propagate) == (3, "quadratic")
+
+
+@pytest.fixture(autouse=True)
+def small_product(monkeypatch):
+    """The matrix product that the machine's speed is measured by takes most of the time otherwise."""
+    monkeypatch.setattr(timing, "MATRIX", 64)
 
 
 def write_config(path: Path, **changes: Any) -> None:

@@ -25,9 +25,9 @@ from ldm.sampling.task import Text
 from tests.helpers.paths import ROOT
 
 MODEL = ROOT / "models" / "ldm" / "emoji64"
-PROMPTS = ["a red heart, noto style", "a dog face, twemoji style"]
-STEPS = (5, 10, 15, 25, 50)
-# Below it counts what more steps do not change: where a published grid begins (t = 961 at 25 steps of ddim and plms,
+PROMPTS = ["a dog face, twemoji style"]
+STEPS = (5, 10, 15, 50)
+# Below it counts what more steps do not change: where a published grid begins (t = 991 at 15 steps of ddim and plms,
 # 981 at 50), and what the network says at timesteps between the trained ones.
 FLOOR = 1e-4
 NOISY = ("ddpm", "ddpm-learned", "euler-a")
@@ -36,7 +36,7 @@ DETERMINISTIC = [name for name in SOLVERS if name not in (*NOISY, *PUBLISHED)]
 
 
 class Runs:
-    """Two guided images, from the same noise by any rule."""
+    """A guided image, from the same noise by any rule."""
 
     def __init__(self) -> None:
         model = load_model(MODEL / "config.yaml", MODEL / "model.safetensors")
