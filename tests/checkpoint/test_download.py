@@ -8,7 +8,6 @@ import io
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 import zipfile
@@ -23,6 +22,7 @@ from ldm.checkpoint.download import DownloadError, fetch
 from ldm.checkpoint.published import MANIFEST, ManifestError, Published, load_manifest
 from ldm.io.files import alone
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import Child
 from tests.helpers.scripts import load_script
 
 
@@ -158,18 +158,13 @@ def test_a_later_call_goes_on_with_what_is_there(site, target):
     assert target.read_bytes() == CONTENT and site.asked == [None, "bytes=300000-"] and not parts(target)
 
 
-def test_a_process_that_was_killed_leaves_what_it_had(site, target):
+def test_a_process_that_was_killed_leaves_what_it_had(site, target, tmp_path):
     site.files["/model.ckpt"] = weights(40_000_000)
-    code = (
-        "import os, sys; from pathlib import Path; from ldm.checkpoint.download import fetch\n"
-        "fetch(sys.argv[1], Path(sys.argv[2]), None, lambda done, total: done > 5e6 and os._exit(9))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code, f"{site.address}/model.ckpt", str(target)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert run.returncode == 9 and not target.exists()
+
+    def work() -> None:
+        fetch(f"{site.address}/model.ckpt", target, None, lambda done, total: done > 5e6 and os._exit(9))
+
+    assert Child(work, tmp_path / "log").end() == 9 and not target.exists()
     have = parts(target)[0].stat().st_size
     assert have > 4e6
     fetch(f"{site.address}/model.ckpt", target)
@@ -462,14 +457,16 @@ def test_list_download_and_verify(manifest, capsys):
     assert "m/good.ckpt: NOT the published file" in out and "m/plain.ckpt: NOT the published file" in out
 
 
-def test_a_reader_that_has_seen_enough():
+def test_a_reader_that_has_seen_enough(tmp_path):
     """As in --list | head: no traceback."""
-    command = [sys.executable, str(ROOT / "scripts" / "download_models.py"), "--list"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 1
+
+    def work() -> int:
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout = os.fdopen(writer, "w")
+        return main(["--list"])
+
+    assert Child(work, tmp_path / "log").end() == 1 and (tmp_path / "log").read_text() == ""
 
 
 def test_a_model_that_no_mirror_has(manifest, capsys):

@@ -255,13 +255,14 @@ def test_tensors_of_kinds_that_no_layer_takes(tmp_path, make, kind):
 
 @pytest.fixture
 def alarm():
-    """A reader that waits for a FIFO or reads a device without end fails, instead of the suite standing still."""
+    """A reader that waits for a FIFO or reads a device without end fails, instead of the suite standing still. The time
+    is so long that none but those reach it."""
 
     def ring(*_):
         raise TimeoutError("it was read")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(20)
+    signal.alarm(600)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -364,16 +364,25 @@ def test_the_config_of_a_first_stage_is_data(trained, tmp_path, capsys):
         ("WORLD_SIZE", "0", "a whole number in 1..65536"),
     ],
 )
-def test_what_the_environment_says_of_processes_is_checked(trained, tmp_path, name, value, accepted):
+def test_what_the_environment_says_of_processes_is_checked(
+    trained, tmp_path, monkeypatch, capsys, name, value, accepted
+):
+    monkeypatch.setenv(name, value)
+    assert main(["-b", str(trained / "first.yaml"), "-t", "-l", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"main.py: error: environment variable {name}: expected {accepted}; got {value!r}")
+
+
+def test_the_environment_is_checked_before_lightning_is_imported(trained, tmp_path):
     """In a new process: Lightning reads the variable when it is imported."""
     run = subprocess.run(
         [sys.executable, ROOT / "main.py", "-b", trained / "first.yaml", "-t", "-l", tmp_path],
         capture_output=True,
         text=True,
-        env=os.environ | {name: value},
+        env=os.environ | {"SLURM_PROCID": "x"},
     )
     assert run.returncode == 2 and run.stderr.count("\n") == 1
-    assert run.stderr.startswith(f"main.py: error: environment variable {name}: expected {accepted}; got {value!r}")
+    assert run.stderr.startswith("main.py: error: environment variable SLURM_PROCID: expected a whole number from 0 on")
 
 
 def test_help_answers_at_once():
