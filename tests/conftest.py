@@ -14,6 +14,10 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what the tests imported stays: it is not looked through at all
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     import torch  # not above: the process that hands out the tests needs none, and its import takes seconds

@@ -11,9 +11,12 @@ import pytest
 
 from evaluation.figures import main, parser
 from evaluation.plots import pareto
-from evaluation.plots.experiment import Experiment, experiment_inputs
+from evaluation.plots.experiment import Experiment
+from ldm.cli.arguments import EMOJI64
 from ldm.cli.parser import settings_from
-from ldm.cli.setup import ModelSettings
+from ldm.cli.settings import ModelSettings
+from ldm.cli.setup import make_setup
+from ldm.cli.tasks import prompts_in
 from tests.helpers.tiny_data import write_data
 from tests.helpers.tiny_models import WORDS, write_model
 
@@ -122,9 +125,8 @@ def values(arguments: list[str], folder: Path, rows: str) -> list[dict]:
     """The rows of that command's figure, which is neither laid out nor saved: that takes longer than the rows."""
     (folder / "rows.yaml").write_text(rows)
     args = parser().parse_args(["pareto", *arguments, "--rows", str(folder / "rows.yaml")])
-    experiment = Experiment(
-        *experiment_inputs(settings_from(args, ModelSettings), args.prompts), args.count, args.seed, args.scale
-    )
+    setup = make_setup(settings_from(args, ModelSettings), EMOJI64)
+    experiment = Experiment(setup, prompts_in(args.prompts, "prompts"), args.count, args.seed, args.scale)
     kept = folder / "pareto-rows"
     figure = pareto.draw_pareto(experiment, steps=args.steps, rows=args.rows, data=args.data, cache=kept)
     return [*figure.values["rows"].values()]
