@@ -41,6 +41,8 @@ PROJECT_FILES = (
     "models/control/emoji64-edges/model.safetensors",
     "models/personalization/giraffe/*.safetensors",
     "models/rdm/emoji*/model.safetensors",
+    "models/rdm/emoji/prompts.txt",
+    "models/rdm/emoji/database/*",
     *(f"models/ldm/emoji*/**/{files}" for files in ("*.json", "*.yaml", "*.txt", "model.safetensors")),
 )
 

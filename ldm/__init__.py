@@ -35,8 +35,9 @@ def load(
     """A model to make images with; see `ldm.api.Model`.
 
     Args:
-        name: a model of models/ldm or of models/published.yaml, such as "emoji64" or "sd-v1-5"; or a folder with a
-            config.yaml and weights beside it. Weights are looked for from the working directory, then in the project.
+        name: a model of models/ldm, of models or of models/published.yaml, such as "emoji64", "rdm/emoji" or
+            "sd-v1-5"; or a folder with a config.yaml and weights beside it. Weights are looked for from the working
+            directory, then in the project.
         config, ckpt: the files of another model, in the place of its name; of a published model one of them is enough.
         device: auto, cpu, cuda, cuda:N or mps; or a torch.device.
         weights: "ema" or "raw", the averaged or the last weights of the UNet; "auto" = averaged if there are any.

@@ -241,12 +241,12 @@ def named_files(name: str) -> Files:
                 f"{name}: its weights are not here, neither from {Path.cwd()} nor from {PROJECT_ROOT}; {fetch}"
                 f"put {entry.urls[0]} at {entry.path}"
             ) from None
-    folders = [
-        place for place in (PROJECT_ROOT / "models" / "ldm" / name, Path(name)) if (place / "config.yaml").is_file()
-    ]
+    models = PROJECT_ROOT / "models"
+    places = (models / "ldm" / name, models / name, Path(name))
+    folders = [place for place in places if (place / "config.yaml").is_file()]
     if not folders:
         raise ValueError(
-            f"there is no model {name!r}; accepted: {EMOJI64[1].parent.name}, {', '.join(published)}, a "
+            f"there is no model {name!r}; accepted: {EMOJI64[1].parent.name}, rdm/emoji, {', '.join(published)}, a "
             f"folder with config.yaml and weights, or config and ckpt"
         )
     found = [folders[0] / file for file in WEIGHTS if (folders[0] / file).is_file()]

@@ -30,12 +30,12 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--embedder",
-        default="efficientnet-lite0",
+        default="emoji",
         metavar="NAME[:FOLDER]",
-        help="what embeds the images: efficientnet-lite0 (images only); clip (texts too; weights in FOLDER or "
-        "models/clip/ViT-L-14); emoji (texts too; weights in FOLDER or models/rdm/emoji-encoder). A model "
-        "needs neighbours of the embedder that it was trained "
-        "with (default: %(default)s)",
+        help="what embeds the images: emoji (texts too, by the words of emoji; weights in FOLDER or "
+        "models/rdm/emoji-encoder); clip (texts too; weights in FOLDER or models/clip/ViT-L-14); efficientnet-lite0 "
+        "(images only). A model needs neighbours of the embedder that it was trained with: emoji for the one that "
+        "ships, clip for the published one (default: %(default)s)",
     )
     p.add_argument(
         "--thumbnails",

@@ -3,6 +3,8 @@
 The network is conditioned on embeddings: of the prompt alone; with --use_neighbors also of the images of --database
 that are nearest to it; with --query-image of the images that are nearest to an image. scripts/build_database.py makes a
 database of a folder of images.
+
+The published model needs one flag more, and its weights: --config configs/retrieval-augmented-diffusion/768x768.yaml
 """
 
 from __future__ import annotations
@@ -12,18 +14,17 @@ import sys
 from functools import partial
 
 from ldm.cli.arguments import (
-    ROOT,
+    RDM_EMOJI,
     model_arguments,
     output_arguments,
     propagation_arguments,
+    retrieval_arguments,
     sampling_arguments,
     size_arguments,
     text_arguments,
 )
-from ldm.cli.parser import GO_ON, MOST, Parser, cli, run_command, settings_from, whole
+from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
 from ldm.io.errors import SettingError
-
-RDM768 = (ROOT / "configs/retrieval-augmented-diffusion/768x768.yaml", ROOT / "models/rdm/rdm768x768/model.ckpt")
 
 
 def parser() -> Parser:
@@ -38,44 +39,17 @@ def parser() -> Parser:
     )
     size_arguments(what)
     what.add_argument("--n_repeat", metavar="N", help="for published commands: without effect, there too")
-    retrieval_arguments(p)
-    sampling_arguments(p, unknown="the model's, or 5")
-    propagation_arguments(p)
-    model_arguments(p, RDM768)
-    output_arguments(p, "outputs/knn2img-samples")
-    return p
-
-
-def retrieval_arguments(p: argparse.ArgumentParser) -> None:
-    near = p.add_argument_group("what it is made of")
-    near.add_argument(
-        "--use_neighbors", action="store_true", help="beside the prompt: the nearest images of the database"
-    )
-    near.add_argument(
-        "--omit_query", action="store_true", help="leave the prompt itself out: its neighbours alone are used"
-    )
-    near.add_argument("--knn", type=whole(1, MOST), metavar="K", help="neighbours (default: the model's, or 10)")
-    near.add_argument(
-        "--database",
-        metavar="DIR",
-        help="folder of the database, or its name in data/rdm/retrieval_databases (default: artbench-surrealism)",
-    )
-    near.add_argument(
-        "--searcher",
-        metavar="DIR",
-        help="search by an index of scripts/train_searcher.py (default: compare with every row, which is exact)",
-    )
-    near.add_argument(
-        "--clip_type",
-        metavar="NAME[:FOLDER]",
-        help="what embeds prompts and images: ViT-L/14, clip:FOLDER, emoji, efficientnet-lite0; it must be what the "
-        "database was made with (default: the model's, or ViT-L/14, with its weights in models/clip/ViT-L-14)",
-    )
+    near = retrieval_arguments(p)
     near.add_argument(
         "--show-neighbors",
         action="store_true",
         help="save a sheet of each image and its neighbours in OUTDIR/neighbors",
     )
+    sampling_arguments(p, unknown="the model's, or 5")
+    propagation_arguments(p)
+    model_arguments(p, RDM_EMOJI)
+    output_arguments(p, "outputs/knn2img-samples")
+    return p
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         raise SettingError("query_image", "either texts or images are searched with; got both")
     if args.show_neighbors and not args.save:
         raise SettingError("show_neighbors", "the sheets are of saved images: not with --skip_save")
-    setup = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), RDM768)
+    setup = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), RDM_EMOJI)
     images = [file for file in args.query_image for _ in range(args.repeat)]
     if images:
         subjects = cli.neighbours.query_images(images)

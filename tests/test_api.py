@@ -14,12 +14,32 @@ from PIL import Image, ImageCms
 import ldm
 from ldm.cli.kinds import KINDS, PNG_MODES, TIFF_MODES, as_file, parsed
 from ldm.io.images import open_image
-from tests.helpers.images import add, labelled, slope, small
+from tests.helpers.images import add, labelled, scene, slope, small
 from tests.helpers.paths import EMOJI64, ROOT
 from tests.helpers.scripts import Script, load_script
 from tests.helpers.tiny_models import NARROW, TINY_DEPTH, tiny_model, tiny_text_model
 
 DOG = {"class": 3, "box": [0, 0, 1, 1]}
+
+
+def retrieval_model(folder: Path) -> list[str]:
+    """A tiny model whose config recommends a database of three pictures."""
+    files = tiny_model(
+        folder,
+        "configs/retrieval-augmented-diffusion/768x768.yaml",
+        latent=4,
+        unet_config__params={"context_dim": 192, "channel_mult": [1, 2], "attention_resolutions": [2, 1]},
+        first_stage_config__params__ddconfig__ch_mult=[1, 1, 1],
+    )
+    (folder / "pictures").mkdir()
+    for number in range(3):
+        scene((32, 32), number).save(folder / "pictures" / f"{number}.png")
+    assert load_script("build_database").main([str(folder / "pictures"), "--out", str(folder / "database")]) == 0
+    with Path(files[1]).open("a") as config:
+        config.write(f"sampling: {{scale: 2.0, embedder: emoji, knn: 2, database: {folder / 'database'}}}\n")
+    return files
+
+
 # What each kind is tried with: its model, its script with arguments, what Python is told in their place.
 MODELS = {
     "text": lambda folder: ["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
@@ -42,6 +62,7 @@ MODELS = {
         cond_stage_config__params__n_layer=2,
     ),
     "labels": lambda folder: tiny_model(folder, "models/ldm/semantic_synthesis256/config.yaml"),
+    "neighbours": retrieval_model,
     "upscaling, text": lambda folder: tiny_text_model(folder, "configs/stable-diffusion/x4-upscaling.yaml"),
 }
 HEART = "a red heart, noto style"
@@ -154,6 +175,18 @@ CASES = {
     "nothing": ("nothing", "sample_diffusion", ["-n", "2"], {"samples": 2}),
     "boxes": ("boxes", "layout2img", ["--boxes", "boxes.json"], {"subjects": [[DOG]]}),
     "labels": ("labels", "semantic2img", ["--maps", "map.png"], {"subjects": ["map.png"]}),
+    "neighbours of a text": (
+        "neighbours",
+        "knn2img",
+        ["--prompt", HEART, "--use_neighbors", "--n_samples", "2"],
+        {"subjects": HEART, "use_neighbors": True, "samples": 2},
+    ),
+    "neighbours of images": (
+        "neighbours",
+        "knn2img",
+        ["--query-image", "a.png", "in/cat.png", "--knn", "1", "--n_samples", "1"],
+        {"image": ["a.png", "in/cat.png"], "knn": 1},
+    ),
 }
 
 
@@ -193,7 +226,7 @@ def test_the_pictures_are_those_of_the_script(case, models, tmp_path):
     assert model.kind == kind.partition(",")[0]
     run = model.run(**told, seed=7)
     images = run.images()
-    if name not in ("txt2img", "img2img", "depth2img"):  # the last digits depend on the batch
+    if name not in ("txt2img", "img2img", "depth2img", "knn2img"):  # the last digits depend on the batch
         arguments = [*arguments, "--batch_size", str(len(run.items))]
     script = Script(name, tmp_path, *files)
     expected = [script.pixels(entry) for entry in script(*arguments, "--seed", "7")]
@@ -245,6 +278,7 @@ SCRIPTS = {
     "nothing": ("sample_diffusion", []),
     "boxes": ("layout2img", ["--boxes", "boxes.json"]),
     "labels": ("semantic2img", ["--maps", "map.png"]),
+    "neighbours": ("knn2img", []),
 }
 
 
@@ -354,7 +388,7 @@ def test_a_prompt_that_is_not_read_to_its_end_is_said(models):
         ({"name": "emoji64", "ckpt": "a.ckpt"}, ValueError, "give a model's name"),
         ({"ckpt": "map.png"}, ValueError, "^ckpt: map.png"),
         ({"config": "a.yaml", "ckpt": "a.ckpt"}, FileNotFoundError, "a.yaml: no such file"),
-        ({"name": "nobody"}, ValueError, "there is no model 'nobody'; accepted: emoji64, sd-v1-4"),
+        ({"name": "nobody"}, ValueError, "there is no model 'nobody'; accepted: emoji64, rdm/emoji, sd-v1-4"),
         (
             {"name": "sd-v1-5"},
             FileNotFoundError,

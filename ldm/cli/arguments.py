@@ -32,6 +32,7 @@ Files = tuple[Path, Path]  # a model's config and weights
 
 ROOT = PROJECT_ROOT
 EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/emoji64/model.safetensors")
+RDM_EMOJI: Files = (ROOT / "models/rdm/emoji/config.yaml", ROOT / "models/rdm/emoji/model.safetensors")
 EMOJI64_EDGES = ROOT / "models/control/emoji64-edges/model.safetensors"  # its control network
 PROMPT, SHOWN = "a red heart, noto style", 8
 NOISE_WEIGHT = 0.003
@@ -257,6 +258,37 @@ def control_arguments(control: argparse._ActionsContainer, required: bool = Fals
         help="run control networks at key timesteps, or at every step, where their part of the features is then new "
         "(default: %(default)s)",
     )
+
+
+def retrieval_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What a retrieval-augmented model is conditioned on."""
+    near = p.add_argument_group("what it is made of")
+    near.add_argument(
+        "--use_neighbors", action="store_true", help="beside the prompt: the nearest images of the database"
+    )
+    near.add_argument(
+        "--omit_query", action="store_true", help="leave the prompt itself out: its neighbours alone are used"
+    )
+    near.add_argument("--knn", type=whole(1, MOST), metavar="K", help="neighbours (default: the model's, or 10)")
+    near.add_argument(
+        "--database",
+        metavar="DIR",
+        help="folder of the database, or its name in data/rdm/retrieval_databases (default: the model's; of a "
+        "published one artbench-surrealism)",
+    )
+    near.add_argument(
+        "--searcher",
+        metavar="DIR",
+        help="search by an index of scripts/train_searcher.py (default: compare with every row, which is exact)",
+    )
+    near.add_argument(
+        "--clip_type",
+        metavar="NAME[:FOLDER]",
+        help="what embeds prompts and images: ViT-L/14, clip:FOLDER, emoji, efficientnet-lite0; it must be what the "
+        "database was made with (default: the model's; of a published one ViT-L/14, its weights in "
+        "models/clip/ViT-L-14)",
+    )
+    return near
 
 
 def class_names_argument(group: argparse._ArgumentGroup, default: str = "none") -> None:
@@ -586,7 +618,8 @@ def model_arguments(
     model.add_argument(
         "--config",
         metavar="YAML",
-        help="the model's config; without --ckpt it stands for the one published model that has this config",
+        help="the model's config; without --ckpt the weights are model.safetensors in the same folder, or those of the "
+        "one published model that has this config",
     )
     model.add_argument(
         "--ckpt",

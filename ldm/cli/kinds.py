@@ -27,6 +27,7 @@ from ldm.cli.arguments import (
     prompt_arguments,
     propagation_arguments,
     refiner_arguments,
+    retrieval_arguments,
     sampling_arguments,
     size_arguments,
     strength_argument,
@@ -34,6 +35,7 @@ from ldm.cli.arguments import (
     uncond_class_argument,
 )
 from ldm.cli.control import ControlSettings, check_control, controlled, read_source, result_size
+from ldm.cli.neighbours import RetrievalSettings, retrieve, with_scale
 from ldm.cli.parser import Parser, Version
 from ldm.cli.pipeline import Refiner, make_refiner
 from ldm.cli.settings import RefinerSettings, SamplingSettings
@@ -57,6 +59,7 @@ from ldm.cli.tasks import (
 from ldm.io.errors import BadInput, shown
 from ldm.io.images import from_pil, open_image, open_labels, open_mask
 from ldm.sampling.engine import Task
+from ldm.sampling.generate import make_items
 from ldm.sampling.task import Layout
 
 ImageLike = Image.Image | str | Path
@@ -89,9 +92,11 @@ def kind_of(model: Any) -> str:
         return by_class[target]
     if stage == "__is_unconditional__":
         return "nothing"
+    conditioner = "" if isinstance(stage, str) else name_of(stage.target)
+    if conditioner in ("Identity", "Flatten") and key == "crossattn":
+        return "neighbours"
     if params.get("cond_stage_key") == Layout.stage_key:
         return "boxes"
-    conditioner = "" if isinstance(stage, str) else name_of(stage.target)
     if conditioner in ("ClassEmbedder", "ClassLabels"):
         return "classes"
     if conditioner == "SpatialRescaler":
@@ -433,6 +438,27 @@ def boxes(given: Given, setup: Setup, sampling: SamplingSettings, class_names: s
     return Job(subjects, task, given.size(setup), sampling)
 
 
+def neighbours_arguments(p: Parser) -> None:
+    retrieval_arguments(p)
+    sampling_arguments(p)
+    propagation_arguments(p, compare=False)
+
+
+def neighbours(given: Given, setup: Setup, sampling: SamplingSettings, retrieval: RetrievalSettings) -> Job:
+    """From texts, or from images that neighbours are found for."""
+    given.only(subjects=True, images=True)
+    if given.images and given.subjects is not None:
+        raise ValueError("either texts or images are searched with; got subjects and image")
+    images = [str(file.path) for file in given.images]
+    subjects = (
+        [file.reference("query_image") for file in given.images]
+        if images
+        else [{"prompt": prompt} for prompt in given.prompts()]
+    )
+    task = retrieve(setup, make_items(subjects, 1, 0), images, retrieval).task
+    return Job(subjects, task, given.size(setup), with_scale(sampling, setup))
+
+
 def labels(given: Given, setup: Setup, sampling: SamplingSettings) -> Job:
     given.only(subjects=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -456,6 +482,7 @@ KINDS = {
     "nothing": Kind(unconditional_arguments, unconditional),
     "boxes": Kind(box_arguments, boxes, own=("class_names",)),
     "labels": Kind(unguided_arguments, labels),
+    "neighbours": Kind(neighbours_arguments, neighbours, (RetrievalSettings,)),
 }
 
 

@@ -38,7 +38,7 @@ class RetrievalSettings:
     use_neighbors: embeddings found in the database, beside that of the query.
     omit_query: without that of the query.
     knn: how many; None = what the model's config recommends, or 10.
-    database: folder or name, see `open_database`; None = the published default.
+    database: folder or name, see `open_database`; None = what the model's config recommends, or the published default.
     searcher: folder of its index; None = the exact search.
     clip_type: the embedder, see `load_embedder`; None = the model config's, or CLIP's ViT-L/14.
     """
@@ -88,7 +88,7 @@ def retrieve(setup: Setup, items: Sequence[Item], images: Sequence[str], setting
     with fault_of("clip_type"):
         embedder = load_embedder(settings.clip_type or recommended.get("embedder", VIT_L_14))
     found = settings.use_neighbors or bool(images)
-    database = find_database(settings.database or DATABASE) if found else None
+    database = find_database(settings.database or recommended.get("database", DATABASE)) if found else None
     if database is not None:
         check_embedder(database, embedder)
     of_prompt = {item.prompt_index: item.inputs for item in items}

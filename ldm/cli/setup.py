@@ -30,7 +30,7 @@ from ldm.checkpoint.embeddings import add_embeddings
 from ldm.checkpoint.file import stated_prediction
 from ldm.checkpoint.lora import merge_lora
 from ldm.checkpoint.published import Published, load_manifest
-from ldm.cli.arguments import EMOJI64, NOISE_WEIGHT, Files
+from ldm.cli.arguments import NOISE_WEIGHT, Files
 from ldm.cli.parser import torchrun_ranks
 from ldm.cli.settings import ModelSettings, SamplingSettings
 from ldm.io.errors import BadInput, SettingError, did_you_mean, fault_of
@@ -361,9 +361,9 @@ def download_hint(ckpt: Path) -> str:
 
 
 def weights_for(config: Path) -> Path:
-    """Where the one published checkpoint lies, or is to lie, that belongs to a config."""
-    if same_place(config, EMOJI64[0]):
-        return EMOJI64[1]
+    """The weights beside a config, or where the one published checkpoint lies, or is to lie, that belongs to it."""
+    if (beside := config.with_name("model.safetensors")).is_file():
+        return beside
     models = [model for model in _published() if same_place(PROJECT_ROOT / model.config, config)]
     if len(models) != 1:
         names = ", ".join(model.name for model in models)

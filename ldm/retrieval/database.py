@@ -146,14 +146,13 @@ class Database:
 
 
 def open_database(name: str | Path) -> Database:
-    """A database by its folder, or by the name of a published one.
+    """A database by its folder, from the working directory or from the project, or by the name of a published one.
 
     Raises:
         ValueError: there is none, it is not finished, or a part is missing or damaged.
     """
-    folder = next(
-        (place for place in (Path(name), PUBLISHED / name, PROJECT_ROOT / PUBLISHED / name) if place.is_dir()), None
-    )
+    places = (Path(name), PUBLISHED / name, PROJECT_ROOT / PUBLISHED / name, PROJECT_ROOT / name)
+    folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
         raise ValueError(f"{name}: no such folder, nor {PUBLISHED / name}; {MAKE}")
     card = read_card(folder)

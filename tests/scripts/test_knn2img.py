@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ldm
 from ldm.checkpoint import load_model
 from ldm.cli.neighbours import embedded
 from ldm.io.images import open_image
@@ -219,9 +220,20 @@ def test_embeddings_of_another_width(by_image, place, capsys):
     assert line.endswith("its network attends to embeddings 8 wide; these are 1280 wide")
 
 
+def test_the_model_that_ships_needs_no_flag_and_from_python_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = Script("knn2img", tmp_path, "--prompt", "a red heart", "--n_samples", "1", "--skip_grid")
+    (entry,) = script("--use_neighbors", "--steps", "2", "--plan", "off", "--seed", "7")
+    assert entry.items() >= {"knn": 4, "height": 128, "width": 128}.items() and entry["scale"] > 1
+    assert all("heart" in neighbour["caption"] for neighbour in entry["neighbors"])
+    settings = {"use_neighbors": True, "steps": 2, "plan": "off", "seed": 7}
+    (image,) = ldm.load("rdm/emoji").images("a red heart", **settings)
+    assert (np.asarray(image).astype(int) == script.pixels(entry)).all()
+
+
 def test_the_published_checkpoint_and_clip_are_asked_for_by_their_places(script, capsys):
     files, rest = script.common[:4], script.common[4:]
-    script.common = rest
+    script.common = ["--config", CONFIG, *rest]
     assert re.match("--ckpt: .*rdm768x768/model.ckpt: no such file", script.refusal(capsys))
     script.common = [*files, *(text for text in rest if not text.startswith("clip:") and text != "--clip_type")]
     assert re.match("--clip_type: clip: .*models/clip/ViT-L-14/model.safetensors: no", script.refusal(capsys))

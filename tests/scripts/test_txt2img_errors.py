@@ -307,9 +307,15 @@ def test_a_config_without_its_checkpoint_or_the_other_way_round(files, tmp_path,
         assert main([*arguments, "--outdir", str(tmp_path / "out")]) == 2
         return capsys.readouterr().err.removeprefix("txt2img.py: error: ")
 
+    config = tmp_path / "alone" / "config.yaml"
+    config.parent.mkdir()
+    config.write_bytes(files[0].read_bytes())
     assert re.match(
-        "--ckpt: needed together with config .*, since no published model has it", error("--config", str(files[0]))
+        "--ckpt: needed together with config .*, since no published model has it", error("--config", str(config))
     )
+    few = ["--steps", "1", "--n_samples", "1", "--outdir", str(tmp_path / "beside")]
+    assert main(["--config", str(files[0]), *few]) == 0  # its weights are beside it
+    capsys.readouterr()
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(files[1].read_bytes())
     assert re.match(
