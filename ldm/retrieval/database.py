@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ldm.io.files import PROJECT_ROOT, Schema, Text, json_sha256, parse, read_json
 from ldm.io.images import fit, open_image
-from ldm.retrieval.part import Part, number_of, parts_in
+from ldm.retrieval.part import SUFFIXES, Part, number_of, parts_in
 
 CARD = "database.json"
 THUMBNAIL = "thumbnail"
@@ -152,7 +152,9 @@ def open_database(name: str | Path) -> Database:
         ValueError: there is none, it is not finished, or a part is missing or damaged.
     """
     places = (Path(name), PUBLISHED / name, PROJECT_ROOT / PUBLISHED / name, PROJECT_ROOT / name)
-    folder = next((place for place in places if place.is_dir()), None)
+    folders = [place for place in places if place.is_dir()]
+    # The images that a database was made of may lie in a folder of the same name.
+    folder = next((place for place in folders if has_parts(place)), folders[0] if folders else None)
     if folder is None:
         raise ValueError(f"{name}: no such folder, nor {PUBLISHED / name}; {MAKE}")
     card = read_card(folder)
@@ -164,6 +166,11 @@ def open_database(name: str | Path) -> Database:
     elif missing := {*card.parts} - {part.path.name for part in parts}:
         raise ValueError(f"{folder}: {min(missing)} is missing, which {CARD} lists")
     return Database(folder, parts, card)
+
+
+def has_parts(folder: Path) -> bool:
+    """Whether the folder is a database, finished or not."""
+    return (folder / CARD).is_file() or any(path.suffix in SUFFIXES for path in folder.iterdir())
 
 
 def check_numbers(folder: Path, numbers: Sequence[int]) -> None:

@@ -231,6 +231,18 @@ def test_the_model_that_ships_needs_no_flag_and_from_python_no_file(tmp_path, mo
     assert (np.asarray(image).astype(int) == script.pixels(entry)).all()
 
 
+def test_a_database_is_told_from_its_images_in_a_folder_of_the_same_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    scene((30, 24)).save(tmp_path / "mine" / "a.png")
+    assert load_script("build_database").main(["mine"]) == 0
+    script = Script("knn2img", tmp_path, "--prompt", "a red heart", "--n_samples", "1", "--skip_grid")
+    (entry,) = script("--use_neighbors", "--database", "mine", "--knn", "1", "--steps", "1")
+    assert entry["neighbors"][0]["image"] == "a.png"
+    (tmp_path / "other").mkdir()
+    assert "--database: other: no parts" in script.refusal(capsys, "--use_neighbors", "--database", "other")
+
+
 def test_the_published_checkpoint_and_clip_are_asked_for_by_their_places(script, capsys):
     files, rest = script.common[:4], script.common[4:]
     script.common = ["--config", CONFIG, *rest]
