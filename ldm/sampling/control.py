@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -41,11 +41,17 @@ class Picture:
     hints: Hints
     weight: float
     facts: dict[str, Any]
+    _last: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False)
 
     def of(self, prompts: Sequence[int]) -> Tensor:
-        """Those of images of these prompt_indices, (B, 3, H, W)."""
-        with torch.autocast("cpu", enabled=False):  # the precision of a run is not that of what finds edges or depth
-            return self.hints[[prompt if len(self.hints) > 1 else 0 for prompt in prompts]]
+        """Those of images of these prompt_indices, (B, 3, H, W); the last ones are kept."""
+        places = tuple(prompt if len(self.hints) > 1 else 0 for prompt in prompts)
+        if places not in self._last:
+            self._last.clear()
+            # The precision of a run is not that of what finds edges or depth.
+            with torch.autocast("cpu", enabled=False):
+                self._last[places] = self.hints[[*places]]
+        return self._last[places]
 
 
 class ControlledBy(Network):
@@ -65,6 +71,11 @@ class ControlledBy(Network):
     def settings(self) -> dict[str, Any]:
         control = [picture.facts | {"weight": picture.weight} for picture in self.pictures]
         return {"control": control} | ({"guess": True} if self.guess else {})
+
+    @torch.no_grad()
+    def prepare(self, items: Sequence[Item]) -> None:
+        for picture in self.pictures:
+            picture.of([item.prompt_index for item in items])
 
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionedNetwork:
         with torch.no_grad():

@@ -349,6 +349,7 @@ class Engine:
             ValueError: the decoded images are not finite.
         """
         device = self.model.device
+        self.task.network.prepare(items)
         (latents, runs), sampling = timed(lambda: self._sample(items, on_node), device)
         images, decoding = timed(lambda: to_pil(self.task.start.finish(self.decode(latents), items)), device)
         cost, measured = self._cost(runs), [run.error for run in runs if run.error is not None]

@@ -447,6 +447,9 @@ class Network:
         """What images depend on beside the items, as JSON values."""
         return {}
 
+    def prepare(self, items: Sequence[Item]) -> None:
+        """Do what these items need once, whatever samples them: it counts for none of the methods that are timed."""
+
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionedNetwork:
         """What predicts for these items."""
         return model.model

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import ldm
+import ldm.cli.control as cli_control
 from ldm.checkpoint import save_weights
 from ldm.cli.control import LATELY, ControlSettings, controlled, made_of, read_source
 from ldm.cli.settings import ModelSettings
@@ -19,6 +20,7 @@ from ldm.cli.setup import make_setup
 from ldm.data.conditions import as_hint, edges
 from ldm.io.errors import SettingError
 from ldm.modules.diffusionmodules.controlnet import ControlNet
+from ldm.sampling import engine
 from ldm.sampling.control import Picture
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.scripts import Script
@@ -175,6 +177,28 @@ def test_pictures_of_a_folder_are_made_when_their_images_are_sampled(folder, tmp
     (several / "000.png").unlink()
     with pytest.raises(SettingError, match="^image: .*000.png: no such file"):
         picture.of([0])
+
+
+def test_pictures_are_made_before_their_images_are_timed(script, folder, monkeypatch):
+    """What finds edges or depth takes none of the seconds of the method that comes first."""
+    timed, drawn, inside, made_inside = engine.timed, cli_control.drawn, [], []
+
+    def timing(call, device):
+        inside.append(call)
+        try:
+            return timed(call, device)
+        finally:
+            inside.pop()
+
+    def drawing(*given):
+        made_inside.append(bool(inside))
+        return drawn(*given)
+
+    monkeypatch.setattr(engine, "timed", timing)
+    monkeypatch.setattr(cli_control, "drawn", drawing)
+    script.common.remove("--prompt=an owl")
+    assert len(script(*control(folder)[:-1], f"--image={folder}/several", "--plan=off")) == 2
+    assert made_inside == [False, False]
 
 
 def test_what_makes_pictures_computes_in_full_precision():
