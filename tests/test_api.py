@@ -370,6 +370,12 @@ def test_what_is_not_taken_is_said(models, told, error, why):
         ldm.load(config=files[1], ckpt=files[3]).images(**told)
 
 
+def test_a_database_that_is_not_searched_is_refused(models):
+    files = models("neighbours")
+    with pytest.raises(ValueError, match="^database: there are neighbours only with use_neighbors or image"):
+        ldm.load(config=files[1], ckpt=files[3]).run(HEART, database="database")
+
+
 def test_a_device_may_be_the_object(models):
     files = models("text")
     assert ldm.load(config=files[1], ckpt=files[3], device=torch.device("cpu")).setup.device == torch.device("cpu")

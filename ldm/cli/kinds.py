@@ -56,7 +56,7 @@ from ldm.cli.tasks import (
     upscaling_settings,
     upscaling_task,
 )
-from ldm.io.errors import BadInput, shown
+from ldm.io.errors import BadInput, SettingError, shown
 from ldm.io.images import from_pil, open_image, open_labels, open_mask
 from ldm.sampling.engine import Task
 from ldm.sampling.generate import make_items
@@ -450,6 +450,8 @@ def neighbours(given: Given, setup: Setup, sampling: SamplingSettings, retrieval
     if given.images and given.subjects is not None:
         raise ValueError("either texts or images are searched with; got subjects and image")
     images = [str(file.path) for file in given.images]
+    if retrieval.database is not None and not (retrieval.use_neighbors or images):
+        raise SettingError("database", "there are neighbours only with use_neighbors or image")
     subjects = (
         [file.reference("query_image") for file in given.images]
         if images

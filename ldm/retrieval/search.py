@@ -73,9 +73,8 @@ class ExactSearch:
 def _products(chunk: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """(n, D) times (D, Q).
 
-    Of one query NumPy's product takes half the time of PyTorch's and a third more than reading, if the rows are
-    aligned. With several queries NumPy's threads would wait for
-    those of PyTorch, which choose the greatest.
+    Of one query NumPy's product takes half the time of PyTorch's, and a third more than reading, if the rows are
+    aligned. With several queries NumPy's threads would wait for those of PyTorch, which choose the greatest.
     """
     if directions.shape[1] == 1:
         return chunk @ directions

@@ -157,7 +157,8 @@ def write_files(dataset: Path, out: Path, only: str | None = None, max_tier: int
         raise SettingError("only", f"{only!r} is no split or concept in {dataset}{did_you_mean(only, names)}")
     chosen = [image for image in chosen if max_tier is None or image["tier"] <= max_tier]
     if not chosen:
-        raise ValueError(f"no image of {only} in {dataset} is of tiers 1 to {max_tier}")
+        which = "image" if only is None else f"image of {only}"
+        raise ValueError(f"no {which} in {dataset} is of tiers 1 to {max_tier}")
     lines: dict[Path, list[str]] = {}
     for image in tqdm(chosen, desc="files", leave=False, disable=None):
         path = out / image["file_name"]
