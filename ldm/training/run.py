@@ -6,8 +6,9 @@ import inspect
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ def make_steps(
         trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, ConnectionError) or DIED.search(str(error)):
+            hear_of_no_more_deaths()
             raise ValueError(
                 f"a process that reads images died at step {trainer.global_step}, maybe for want of memory (with "
                 f"data.params.num_workers=0 there is none); the last state that was saved is kept"
@@ -162,6 +164,16 @@ def make_steps(
         raise ValueError(f"the network fails in its first step: {error}") from error
     if trainer.global_step == done:
         raise ValueError("no step was made: lightning.trainer limits epochs, time or batches to none")
+
+
+def hear_of_no_more_deaths() -> None:
+    """Take PyTorch's handler of SIGCHLD away, which raises wherever the program is when a process that reads images dies.
+
+    A pipe that breaks may have told of the same death before; what is done about it then must come to its end.
+    """
+    for _ in range(2):  # a signal that is under way is raised in the place of the first call
+        with suppress(RuntimeError, ValueError):  # a thread other than the main one has no handlers
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def of_worker(message: str) -> str:

@@ -32,7 +32,7 @@ SHORT = ["--steps", "8", "--plan", "0,3,5", "--classes", "207"]
 
 
 def test_the_defaults_are_the_authors(script):
-    args = script.main.__globals__["parser"]().parse_args([])
+    args = script.main.args[0].parse_args([])
     assert (args.sampler, args.steps, args.plan) == ("ddpm-learned", 250, "dit250")
     assert (args.noise_below, args.noise_order) == (300.0, "update")
     assert len(load_plan(args.plan, args.steps).keys) == 113

@@ -36,7 +36,7 @@ def test_defaults_are_the_published_ones(script):
     (entry,) = script("-n", "1")
     assert entry.items() >= {"sampler": "ddim", "steps": 5, "eta": 1.0, "scale": 1.0, "seed": [42, 0, 0]}.items()
     assert "prompt" not in entry
-    args = script.main.__globals__["parser"]().parse_args([])
+    args = script.main.args[0].parse_args([])
     assert (args.n_samples, args.batch_size, args.default_eta) == (50000, 10, 1.0)
 
 

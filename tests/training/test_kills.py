@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.training.callbacks import KeptState
+from ldm.training.run import hear_of_no_more_deaths
 from ldm.training.state import read_state
 from main import main
 from tests.helpers.measures import disk_with_room_for
@@ -190,3 +191,17 @@ def test_a_worker_that_dies_ends_the_training_with_one_line(config, tmp_path, mo
     assert main([*begin, *root, *workers, "data.params.validation=null"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "a process that reads images died" in line and "data.params.num_workers" in line
+
+
+def test_a_death_that_is_known_is_not_raised_again():
+    def handler(signum, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        with pytest.raises(RuntimeError, match="is killed"):
+            os.kill(os.getpid(), signal.SIGCHLD)
+        hear_of_no_more_deaths()
+        os.kill(os.getpid(), signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
