@@ -167,9 +167,10 @@ def make_steps(
 
 
 def hear_of_no_more_deaths() -> None:
-    """Take PyTorch's handler of SIGCHLD away, which raises wherever the program is when a process that reads images dies.
+    """Take PyTorch's handler of SIGCHLD away.
 
-    A pipe that breaks may have told of the same death before; what is done about it then must come to its end.
+    It raises wherever the program is when a process that reads images dies. A pipe that breaks may have told of the
+    same death before; what is done about it then must come to its end.
     """
     for _ in range(2):  # a signal that is under way is raised in the place of the first call
         with suppress(RuntimeError, ValueError):  # a thread other than the main one has no handlers
