@@ -388,10 +388,12 @@ def _as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class ReadsTexts:
     """What such an encoder offers beside its embeddings: token ids, weights of words, places of words, new tokens.
 
-    tokenizer: cuts and pads to one length; None = only token ids can be encoded.
+    tokenizer:   cuts and pads to one length; None = only token ids can be encoded.
+    token_table: the vectors of the tokens.
     """
 
     tokenizer: Tokenizer | None
+    token_table: nn.Embedding
 
     @cached_property
     def added(self) -> dict[str, int]:
@@ -433,11 +435,6 @@ class ReadsTexts:
             ValueError: there is no tokenizer.
         """
         return words_of(self._tokenizer(), " ".join(text.lower().split()), self.added)
-
-    @property
-    def token_table(self) -> nn.Embedding:
-        """The vectors of the tokens."""
-        raise NotImplementedError
 
     def add_token(self, name: str, vectors: Tensor) -> None:
         """Give the encoder a new token of one vector or several, (k, D); see `add_token`.
