@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +238,22 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mappin
 def fingerprint(path: str | Path) -> str:
     """SHA-256 of a file's content (of the weights of a diffusers folder), hexadecimal; identifies a model.
 
+    The content is read once in a process, and again when the file has changed.
+
     Raises:
         OSError: no such file, or not a regular one. CheckpointError: a folder that lacks a part.
     """
     path = Path(path)
-    return file_sha256(*(part_files(path).values() if path.is_dir() else [path]))
+    files = tuple(part_files(path).values()) if path.is_dir() else (path,)
+    return _content(
+        files, tuple((at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for at in map(Path.stat, files))
+    )
+
+
+@lru_cache(maxsize=64)
+def _content(files: tuple[Path, ...], states: tuple[tuple[int, ...], ...]) -> str:
+    """SHA-256 of files; `states` differ when one of them was written."""
+    return file_sha256(*files)
 
 
 # The format of a file of weights, from its first bytes and its table of contents; no tensor is read.

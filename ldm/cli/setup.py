@@ -367,7 +367,8 @@ def weights_for(config: Path) -> Path:
     models = [model for model in _published() if same_place(PROJECT_ROOT / model.config, config)]
     if len(models) != 1:
         names = ", ".join(model.name for model in models)
-        why = f"several published models have it: {names}" if models else "no published model has it"
+        nothing = "there is no model.safetensors beside it, and no published model has it"
+        why = f"several published models have it: {names}" if models else nothing
         raise SettingError("ckpt", f"needed together with config {config}, since {why}")
     return models[0].file()
 

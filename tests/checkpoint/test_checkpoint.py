@@ -537,3 +537,14 @@ def test_a_failed_save_keeps_the_old_weights(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert read_checkpoint(tmp_path / "m.safetensors")["a"].sum() == 2
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_weights_are_read_for_their_hash_once_and_again_when_they_change(tmp_path, monkeypatch):
+    read = []
+    whole = checkpoint.file.file_sha256
+    monkeypatch.setattr(checkpoint.file, "file_sha256", lambda *files: read.append(files) or whole(*files))
+    file = write(tmp_path / "m.safetensors", {"a": torch.zeros(3)})
+    before = fingerprint(file)
+    assert fingerprint(file) == before and len(read) == 1
+    write(file, {"a": torch.ones(3)})
+    assert fingerprint(file) != before and len(read) == 2

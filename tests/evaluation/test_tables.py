@@ -202,6 +202,12 @@ def test_gflops_only_needs_no_weights(tmp_path, capfd):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"table4-coco-gflops.{x}" for x in ("csv", "md", "tex")]
 
 
+@pytest.mark.parametrize("flag", ["--gflops-only", "--show"])
+def test_rows_to_make_are_refused_where_none_is_made(flag, tmp_path, capfd):
+    assert tables.main(["table4", "--world", "coco", flag, "--rows", "1,2", "--runs", str(tmp_path)]) == 2
+    assert "--rows: they say which rows are made" in capfd.readouterr().err
+
+
 def test_a_table_that_cant_be_run_has_the_published_numbers(tmp_path, capfd):
     assert tables.main(["rdm", "--world", "coco", "--runs", str(tmp_path)]) == 0
     paper = "| RDM: ImageNet, database ImageNet |  | 5.32 |  |  | 0.740 |  |  | 0.510 |  |"

@@ -310,9 +310,10 @@ def test_a_config_without_its_checkpoint_or_the_other_way_round(files, tmp_path,
     config = tmp_path / "alone" / "config.yaml"
     config.parent.mkdir()
     config.write_bytes(files[0].read_bytes())
-    assert re.match(
-        "--ckpt: needed together with config .*, since no published model has it", error("--config", str(config))
+    why = (
+        "--ckpt: needed together with config .*, since there is no model.safetensors beside it, and no published model"
     )
+    assert re.match(why, error("--config", str(config)))
     few = ["--steps", "1", "--n_samples", "1", "--outdir", str(tmp_path / "beside")]
     assert main(["--config", str(files[0]), *few]) == 0  # its weights are beside it
     capsys.readouterr()
