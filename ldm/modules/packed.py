@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.openaimodel import meta_unet, once_for_a_config
+from ldm.modules.diffusionmodules.unet_layers import TokenConvolution
 from ldm.modules.diffusionmodules.util import PartedConvolution
 
 
@@ -171,12 +172,12 @@ def _packed_parts(conv: nn.Conv2d, shape: Sequence[int], start: int) -> Iterator
 def _packed(layer: nn.Module, shape: Sequence[int] | None) -> nn.Module:
     if isinstance(layer, PackedConv2d | PackedParts) and shape is not None:
         return layer.packed_for(shape)
-    if type(layer) not in (nn.Linear, nn.Conv2d):
+    if type(layer) not in (nn.Linear, TokenConvolution, nn.Conv2d):
         return layer
     if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
         return layer
-    if type(layer) is nn.Linear:
-        return PackedLinear(layer.weight, layer.bias)
+    if type(layer) in (nn.Linear, TokenConvolution):
+        return PackedLinear(layer.weight.flatten(1), layer.bias)
     if shape is None or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return layer
     if layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1:

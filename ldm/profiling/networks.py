@@ -24,7 +24,10 @@ from ldm.util import instantiate_from_config
 
 TIMESTEP = 500
 TOKENS = 77
-NUMBERS, NUMBER_WIDTH = 6, 256  # that frame an image of SDXL
+NOISE_LEVEL = 250  # of the smaller image
+SIZES = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)  # numbers that frame an image of SDXL
+SCORE = (1024.0, 1024.0, 0.0, 0.0, 6.0)  # and of its refiner
+NUMBER_WIDTH = 256  # of their embeddings
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
 
@@ -69,19 +72,29 @@ def text(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def states(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """States of T5, of which ours makes context and embedding once for a run."""
+    """States of T5, of which ours makes context and embedding once for a run; of a second stage, also a noise level."""
     given = torch.randn(batch, TOKENS, network.encoder_dim)
-    context, y = network.condition(given)
-    return {"context": network.project(context), "y": y}, {"encoder_hidden_states": given}
+    level = None if network.aug_proj is None else torch.full((batch,), NOISE_LEVEL)
+    context, y = network.condition(given, level)
+    extra = {"encoder_hidden_states": given} | ({} if level is None else {"class_labels": level})
+    return {"context": network.project(context), "y": y}, extra
 
 
-def framed_text(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A text with its own vector, and six numbers that frame the image."""
+def framed_text(
+    network: nn.Module, batch: int, framing: Sequence[float] = SIZES
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A text with its own vector, and the numbers that frame the image."""
     own, extra = text(network, batch)
-    pooled = torch.randn(batch, network.adm_in_channels - NUMBERS * NUMBER_WIDTH)
-    numbers = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]).repeat(batch, 1)
+    pooled = torch.randn(batch, network.adm_in_channels - len(framing) * NUMBER_WIDTH)
+    numbers = torch.tensor(framing).repeat(batch, 1)
     y = torch.cat([pooled, timestep_embedding(numbers.flatten(), NUMBER_WIDTH).view(batch, -1)], dim=1)
     return own | {"y": y}, extra | {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": numbers}}
+
+
+def labelled_text(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A text, and a label for each latent."""
+    (own, extra), (label_, labels) = text(network, batch), label(network, batch)
+    return own | label_, extra | labels
 
 
 def label(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -92,15 +105,29 @@ def label(network: nn.Module, batch: int) -> tuple[dict[str, Any], dict[str, Any
 # The networks
 
 
-def unet(params: Mapping[str, Any]) -> Twin:
+def unet(params: Mapping[str, Any], framing: Sequence[float] = SIZES) -> Twin:
     """A UNet of Stable Diffusion, also XL; `params`: of the model, here and below."""
     ours, framed = params["unet_config"], "adm_in_channels" in params["unet_config"]["params"]
     more = VECTOR if framed else None
+    given = partial(framed_text, framing=framing) if framed else text
     with torch.device("meta"):
         weights = unet_to_diffusers(instantiate_from_config(ours).state_dict(), more)
     settings = framed_unet_config(params, weights) if framed else unet_config(params, ours["params"], weights)
     renamed, size = partial(unet_to_ldm, more=more), (params["image_size"],) * 2
-    return Twin(ours, settings.pop("_class_name"), settings, renamed, size, framed_text if framed else text)
+    return Twin(ours, settings.pop("_class_name"), settings, renamed, size, given)
+
+
+def upscaler(params: Mapping[str, Any]) -> Twin:
+    """A UNet of the x4 upscaler, whose label is the noise level of the smaller image."""
+    ours, more = params["unet_config"], {"label_emb": "class_embedding"}
+    with torch.device("meta"):
+        weights = unet_to_diffusers(instantiate_from_config(ours).state_dict(), more)
+    settings = unet_config(params, ours["params"], weights) | {
+        "num_class_embeds": ours["params"]["num_classes"],
+        "only_cross_attention": [*ours["params"]["disable_self_attentions"]],
+    }
+    renamed, size = partial(unet_to_ldm, more=more), (params["image_size"],) * 2
+    return Twin(ours, settings.pop("_class_name"), settings, renamed, size, labelled_text)
 
 
 def video(params: Mapping[str, Any], frames: int = 16) -> Twin:
@@ -208,6 +235,8 @@ def published(make: Callable[[Mapping[str, Any]], Twin], config: str) -> Twin:
 NETWORKS: dict[str, Callable[[], Twin]] = {
     "sd-v1": partial(published, unet, "configs/stable-diffusion/v1-inference.yaml"),
     "sd-xl": partial(published, unet, "configs/stable-diffusion/sd_xl_base.yaml"),
+    "sd-xl-refiner": partial(published, partial(unet, framing=SCORE), "configs/stable-diffusion/sd_xl_refiner.yaml"),
+    "x4-upscaler": partial(published, upscaler, "configs/stable-diffusion/x4-upscaling.yaml"),
     "dit-xl-2-256": partial(published, transformer, "configs/dit/dit-xl-2-256.yaml"),
     "dit-xl-2-512": partial(published, transformer, "configs/dit/dit-xl-2-512.yaml"),
     "if-i-m": partial(pixels, 192),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.unet_layers import TokenConvolution
 from ldm.modules.packed import (
     PackedConv2d,
     PackedLinear,
@@ -17,6 +19,7 @@ from ldm.modules.packed import (
     pack_layers,
 )
 from ldm.profiling.cost import unet_macs
+from tests.helpers.deepfloyd import FIRST, SECOND, recipe_network
 from tests.helpers.tiny_unet import TEXT_UNET, unet_config
 
 pytestmark = pytest.mark.skipif(
@@ -38,6 +41,7 @@ def small_unet(**options) -> UNetModel:
     [
         (nn.Linear(12, 20), PackedLinear, (3, 5, 12)),
         (nn.Linear(12, 20, bias=False), PackedLinear, (3, 12)),
+        (TokenConvolution(12, 20), PackedLinear, (3, 5, 12)),
         (nn.Conv2d(12, 20, 1), PackedPointwise, (3, 12, 6, 4)),
         (nn.Conv2d(12, 20, 3, padding=1), PackedConv2d, (3, 12, 6, 4)),
         (nn.Conv2d(12, 20, 3, stride=2, padding=1), PackedConv2d, (3, 12, 6, 4)),
@@ -146,3 +150,33 @@ def test_no_weights_are_reordered_at_a_call(capfd, size):
         calls = [line.split(",") for line in capfd.readouterr().out.splitlines() if ",exec," in line]
         reordered = [call for call in calls if "reorder" in call and call[-2].count("x") == 3 and "3x3" in call[-2]]
         assert len(calls) > 20 and not reordered
+
+
+class Operators(TorchDispatchMode):
+    """The names of all that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", [FIRST, SECOND], ids=["first", "second"])
+@torch.no_grad()
+def test_a_stage_of_deepfloyd_is_packed_whole_and_attends_in_one_kernel(stage):
+    """Keys and values in an order that the kernel does not take cost a quarter of a prediction."""
+    network = recipe_network(stage, 1, 1.0)
+    size, t, states = (stage["sample_size"],) * 2, torch.tensor([7, 500]), torch.randn(2, 5, 32)
+    context, y = network.condition(states, None if network.aug_proj is None else t)
+    x, context = torch.randn(2, network.in_channels, *size), network.project(context)
+    expected = network(x, t, context, y)
+    pack(network, size, 5)
+    with Operators() as operators:
+        found = network(x, t, context, y)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in operators.names
+    assert not [name for name in operators.names if "bmm" in name or "softmax" in name]

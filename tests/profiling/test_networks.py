@@ -29,10 +29,30 @@ SMALL = {"layers_per_block": 1, "attention_head_dim": 16, "encoder_hid_dim": 32,
 XL = {"num_head_channels": 16, "use_linear_in_transformer": True, "transformer_depth": [1, 2]}
 FRAMED = network_params(**XL, num_classes="sequential", adm_in_channels=8 + 6 * 256)
 FRAMED |= {"cond_stage_config": {"params": {"emb_models": [{"params": {"outdim": 256}}]}}}
+REFINER = FRAMED | {
+    "unet_config": network_params(**XL, num_classes="sequential", adm_in_channels=8 + 5 * 256)["unet_config"]
+}
+SECOND = SMALL | {
+    "in_channels": 6,
+    "class_embed_type": "timestep",
+    "time_embedding_act_fn": "gelu",
+    "time_embedding_dim": 4 * 32,
+    "resnet_skip_time_act": True,
+    "resnet_out_scale_factor": 1 / 0.7071,
+    "mid_block_scale_factor": 1 / 0.7071,
+    "only_cross_attention": True,
+    "mid_block_only_cross_attention": True,
+}
+UPSCALER = network_params(
+    in_channels=7, num_classes=10, disable_self_attentions=[True, False], attention_resolutions=[1, 2]
+)
 TINY = {
     "framed": lambda: networks.unet(FRAMED),
     "unet": lambda: networks.unet(network_params(attention_resolutions=[1, 2], num_res_blocks=2)),
     "video": lambda: networks.video(params("unet3d.VideoUNet", **VIDEO, out_channels=4), 2),
+    "refiner": lambda: networks.unet(REFINER, networks.SCORE),
+    "upscaler": lambda: networks.upscaler(UPSCALER),
+    "second stage": lambda: networks.pixels(32, sample_size=8, **SECOND),
     "pixels": lambda: networks.pixels(32, sample_size=8, **SMALL),
     "transformer": dit,
 }
@@ -47,7 +67,8 @@ def test_both_libraries_predict_the_same(kind):
 
 def test_every_network_is_made_of_its_config():
     sizes = {name: twin().size for name, twin in networks.NETWORKS.items() if not name.startswith("if")}
-    assert sizes["sd-xl"] == (128, 128) and sizes["dit-xl-2-512"] == (64, 64) and sizes["videofusion"] == (16, 32, 32)
+    assert sizes["sd-xl"] == sizes["sd-xl-refiner"] == sizes["x4-upscaler"] == (128, 128)
+    assert sizes["dit-xl-2-512"] == (64, 64) and sizes["videofusion"] == (16, 32, 32)
 
 
 def test_prints_a_row_and_writes_json(tmp_path, capsys, monkeypatch):
@@ -63,7 +84,7 @@ def test_prints_a_row_and_writes_json(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, why",
     [
-        (["vqgan"], "NETWORK: expected sd-v1, sd-xl, dit-xl-2-256"),
+        (["vqgan"], "NETWORK: expected sd-v1, sd-xl, sd-xl-refiner, x4-upscaler, dit-xl-2-256"),
         (["dit", "--size", "16", "16"], "--size: x must have shape ('B', 4, 8, 8) for this network"),
         (["dit", "--json", f"{__file__}/out.json"], "--json: can't write"),
     ],

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import Context, ProjectedContext
+from ldm.modules.attention import Context, ProjectedContext, to_map, to_tokens
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.unet_layers import (
     ContextLayer,
     ResBlock,
     TimestepEmbedSequential,
+    TokenConvolution,
     input_blocks,
     output_blocks,
     unet_levels,
@@ -45,7 +46,8 @@ class _ResBlock(ResBlock):
         self.scale = scale
 
     def _forward(self, *given: Tensor) -> Tensor:
-        return self.scale * super()._forward(*given)
+        total = super()._forward(*given)
+        return total if self.scale == 1.0 else self.scale * total
 
 
 class TextAttention(ContextLayer):
@@ -65,26 +67,27 @@ class TextAttention(ContextLayer):
         self.heads = channels // head_channels
         self.norm = normalization(channels)
         self.norm_encoder = normalization(context_dim)
-        self.qkv = nn.Conv1d(channels, channels if context_only else 3 * channels, 1)
-        self.encoder_kv = nn.Conv1d(context_dim, 2 * channels, 1)
-        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+        self.qkv = TokenConvolution(channels, channels if context_only else 3 * channels)
+        self.encoder_kv = TokenConvolution(context_dim, 2 * channels)
+        self.proj_out = zero_module(TokenConvolution(channels, channels))
 
     def projections(self, context: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        k, v = self._split(self.encoder_kv(self.norm_encoder(context.mT)), 2)
+        k, v = self._split(self.encoder_kv(self.norm_encoder(context.mT).mT), 2)
         return {self: (k, v)}
 
     def forward(self, x: Tensor, context: Context, tome: float = 0.0) -> Tensor:
         """(B, C, H, W), (B, L, context_dim) or projected -> (B, C, H, W)."""
         k, v = context.of(self) if isinstance(context, ProjectedContext) else self.projections(context)[self]
-        q, *own = self._split(self.qkv(self.norm(x).flatten(2)), self.qkv.out_channels // x.shape[1])
+        projected = self.qkv(to_tokens(self.norm(x)))  # (B, N, C or 3 C)
+        q, *own = self._split(projected, projected.shape[2] // x.shape[1])
         if own:
             k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), own, strict=True))
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
-        return x + self.proj_out(attended.mT.flatten(1, 2)).view_as(x)
+        return x + to_map(self.proj_out(attended.transpose(1, 2).flatten(2)), x)
 
-    def _split(self, rows: Tensor, parts: int) -> list[Tensor]:
-        """(B, parts * C, L), whose rows belong head by head to each part in turn -> parts of (B, heads, L, d)."""
-        return [part.mT for part in rows.unflatten(1, (self.heads, parts, -1)).unbind(2)]
+    def _split(self, tokens: Tensor, parts: int) -> list[Tensor]:
+        """(B, L, parts * C), whose channels belong head by head to each part in turn -> parts of (B, heads, L, d)."""
+        return [part.transpose(1, 2) for part in tokens.unflatten(2, (self.heads, parts, -1)).unbind(3)]
 
 
 class AttentionPooling(nn.Module):

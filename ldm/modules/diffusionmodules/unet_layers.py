@@ -55,6 +55,16 @@ class Downsample(nn.Module):
         return self.op(x)  # (B, C, H/2, W/2)
 
 
+class TokenConvolution(nn.Conv1d):
+    """A linear layer over tokens, (B, L, C) -> (B, L, C'), whose weight has the shape of a convolution of width 1."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, self.weight[..., 0], self.bias)
+
+
 class TimestepBlock(nn.Module, ABC):
     """A layer that takes the timestep: forward(x, emb). A published name."""
 
