@@ -58,8 +58,7 @@ class DiffusionTraining(ClippedTraining):
             embeddings of zeros.
         ucg_training: {entry of a batch: {p: share, val: what it is replaced by; null = ""}}, Stability's way to say the
             same of any entry.
-        min_snr_gamma: weight timesteps by min(SNR, gamma), arXiv 2303.09556; None = the published loss, which
-            networks that predict variances need.
+        min_snr_gamma: weight timesteps by min(SNR, gamma), arXiv 2303.09556; None = the published loss.
         loss_of: the quantity ("eps", "x0" or "v") whose squared error is the loss; None = what the network predicts.
             With "v" an error of eps counts (SNR + 1) / SNR times as much, so the noisiest timesteps, which decide what
             the image shows, are learned sooner.
@@ -92,9 +91,6 @@ class DiffusionTraining(ClippedTraining):
         if min_snr_gamma is not None and loss_of is not None:
             raise ValueError("min_snr_gamma and loss_of both weight the timesteps; give one of them")
         self.min_snr_gamma, self.loss_of = min_snr_gamma, loss_of
-        if self.weighted and model.predicts_variance:
-            name = "loss_of" if min_snr_gamma is None else "min_snr_gamma"
-            raise ValueError(f"{name}: not for a network that predicts variances; leave it out")
         if path := model.first_stage_model.ckpt_path:
             load_weights(model.first_stage_model, path)
         if model.ckpt_path:
@@ -231,11 +227,8 @@ class DiffusionTraining(ClippedTraining):
         self, z: Tensor, cond: Any, t: Tensor, noise: Tensor, network: ConditionedNetwork
     ) -> dict[str, Tensor]:
         """The losses of latents z (B, C, h, w) under the output of the conditioner, by name."""
-        if not self.weighted:
-            return self.model.p_losses(z, cond, t, noise, network)
-        prediction = self.model.apply_model(self.model.q_sample(z, t, noise), t, cond, network)
-        simple = self.model.loss_per_image(prediction, self.model.prediction_target(z, noise, t))
-        return {"loss": (self.timestep_weights(t) * simple).mean(), "loss_simple": simple.mean()}
+        weights = self.timestep_weights(t) if self.weighted else None
+        return self.model.p_losses(z, cond, t, noise, network, weights)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Here, so that no state is saved between the step and its averages, as could happen in on_train_batch_end.

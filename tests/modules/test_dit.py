@@ -262,6 +262,21 @@ def test_the_variance_is_trained_by_the_bound_alone():
     torch.testing.assert_close(losses["loss"], losses["loss_simple"] + losses["loss_variance"])
 
 
+def test_weights_of_images_leave_the_bound_as_it_is():
+    ddpm = model()
+    x, t, c, noise = (
+        torch.randn(3, 4, 8, 8),
+        torch.tensor([0, 1, 700]),
+        torch.tensor([1, 2, 3]),
+        torch.randn(3, 4, 8, 8),
+    )
+    alone = [ddpm.p_losses(*(value[i : i + 1] for value in (x, c, t, noise))) for i in range(3)]
+    weights = torch.tensor([0.0, 0.5, 2.0])
+    losses = ddpm.p_losses(x, c, t, noise, weights=weights)
+    expected = sum(w * one["loss_simple"] + one["loss_variance"] for w, one in zip(weights, alone, strict=True)) / 3
+    torch.testing.assert_close(losses["loss"], expected)
+
+
 def test_the_bound_is_least_where_the_variance_is_that_of_the_posterior():
     """With the right mean, the divergence from the posterior vanishes at its own variance, v = -1."""
     ddpm = model()

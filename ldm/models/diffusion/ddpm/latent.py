@@ -203,15 +203,21 @@ class DDPM(ForwardProcess):
         t: Tensor,
         noise: Tensor | None = None,
         network: ConditionedNetwork | None = None,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The published training loss at timesteps t.
 
         loss = l_simple_weight * mean(L / exp(s_t) + s_t) + original_elbo_weight * mean(w_t L)
 
-        with L the loss per image, s the log-variance `logvar` and w the weights of the variational bound.
+        with L the loss per image, s the log-variance `logvar` and w the weights of the variational bound. A variance
+        that the network predicts adds `variance_bound`, which trains nothing else.
+
+        Args:
+            weights: (B,), of each image: the loss is mean(weights * L) in the place of these two means.
 
         Returns:
-            scalars "loss", "loss_simple", "loss_vlb" and, where logvar is learned, "loss_gamma", "logvar".
+            scalars "loss", "loss_simple", "loss_vlb"; where logvar is learned, "loss_gamma", "logvar"; and, where a
+            variance is predicted, "loss_variance".
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
@@ -220,8 +226,9 @@ class DDPM(ForwardProcess):
         logvar = self.logvar[t]
         gamma = simple / logvar.exp() + logvar
         vlb = (self.lvlb_weights[t] * simple).mean()
+        published = self.l_simple_weight * gamma.mean() + self.original_elbo_weight * vlb
         losses = {
-            "loss": self.l_simple_weight * gamma.mean() + self.original_elbo_weight * vlb,
+            "loss": published if weights is None else (weights * simple).mean(),
             "loss_simple": simple.mean(),
             "loss_vlb": vlb,
         }
