@@ -23,7 +23,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
 from ldm.models.diffusion.propagation.plan import METHODS, AnyPlan, Compute, Forecast, Plan
-from ldm.modules.attention import AttentionOutputs, Context, ProjectedContext
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.openaimodel import meta_unet, on_meta, once_for_a_config
 from ldm.modules.diffusionmodules.util import Features, PartWeights
@@ -252,17 +251,20 @@ def unet_macs(
     with _without_data():
         unet, x, inputs = meta_unet(unet, size, batch, context_length, tome)
         count, once = partial(count_macs, convention=convention), 0
+        layers = attending(unet, inputs["context"]) if unet.keeps_attention else []
         if convention == "exact" and context_length is not None:
             context = inputs["context"]
             once = count(lambda: inputs.update(context=unet.project(context)))
         time = count(lambda: unet.embed(inputs["timesteps"], inputs["y"], batch))
-        features, (*outer, encode) = _by_block(lambda: unet.encode(x, **inputs), unet.input_blocks, convention)
-        _, (*before, decode) = _by_block(lambda: unet.decode(features, **inputs), unet.output_blocks, convention)
+        features, (*outer, encode), attended = _by_block(
+            lambda: unet.encode(x, **inputs), unet.input_blocks, convention, layers
+        )
+        _, (*before, decode), again = _by_block(
+            lambda: unet.decode(features, **inputs), unet.output_blocks, convention, layers
+        )
         last = (time + decode - done for done in reversed([time, *before]))
         shared = count(lambda: unet.share(features))
-        _, x, inputs = meta_unet(unet, size, alone(batch), context_length, tome)
-        context = projected(unet, inputs["context"]) if unet.keeps_attention else None
-        gated = count_gated(predict_of(unet, x, inputs), context, count)
+        gated = alone(encode + decode - attended - again, batch) if layers else None
         return Macs(encode, decode, (0, *outer), tuple(last), once, shared, gated=gated)
 
 
@@ -279,64 +281,33 @@ def control_macs(
     that it was measured with.
     """
     with _without_data():
-        control, count = on_meta(control), partial(count_macs, convention=convention)
+        # Of weights without gradients PyTorch makes a linear layer of a batch a product like those of attention.
+        control, count = on_meta(control).requires_grad_(), partial(count_macs, convention=convention)
         hint = _hint(control, batch, size)
         x, t, context = torch.zeros(batch, control.in_channels, *size), torch.zeros(batch), None
-        once, read = count(lambda: control.read(hint)), control.read(hint)
+        once, read, layers = count(lambda: control.read(hint)), control.read(hint), []
         if context_length is not None:
             context = torch.zeros(batch, context_length, control.context_dim)
+            layers = attending(control, context)
         again = once if convention == "paper" else 0
         if convention == "exact" and context is not None:
             once += count(lambda: control.project(context))
             context = control.project(context)
-        _, (*outer, whole) = _by_block(lambda: control.encode(x, read, t, context), control.zero_convs, convention)
-        half = slice(alone(batch))
-        gated = count_gated(
-            lambda context: control.encode(x[half], read[half], t[half], context),
-            None if context is None else projected(control, context).images(half),
-            count,
+        _, (*outer, whole), attended = _by_block(
+            lambda: control.encode(x, read, t, context), control.zero_convs, convention, layers
         )
+        gated = alone(whole - attended, batch) if layers else None
         return Macs(whole + again, 0, (0, *(n + again for n in outer)), once=once - again, gated=gated)
 
 
-def alone(batch: int) -> int:
-    """Of a batch how much is left without guidance: half of an even one."""
-    return batch if batch % 2 else batch // 2
+def alone(macs: int, batch: int) -> int:
+    """Of the MACs of a batch those of what is left without guidance: half of an even one."""
+    return macs if batch % 2 else macs // 2
 
 
-def projected(network: nn.Module, context: Context | None) -> Context | None:
-    return context if context is None or isinstance(context, ProjectedContext) else network.project(context)
-
-
-def predict_of(unet: nn.Module, x: Tensor, inputs: Mapping[str, Any]) -> Callable[[ProjectedContext], Tensor]:
-    """One prediction, as a function of the context."""
-
-    def predict(context: ProjectedContext) -> Tensor:
-        given = {**inputs, "context": context}
-        return unet.decode(unet.encode(x, **given), **given)
-
-    return predict
-
-
-def attention_outputs(predict: Callable[[ProjectedContext], Any], context: Context | None) -> AttentionOutputs:
-    """What the layers of cross-attention give while predict(context) runs; without layers where there are none, or
-    where the context is not projected (a network of videos)."""
-    layers: dict[nn.Module, Tensor] = {}
-    if isinstance(context, ProjectedContext):
-        predict(replace(context, record=layers))
-    return AttentionOutputs(layers)
-
-
-def count_gated(
-    predict: Callable[[ProjectedContext], Any],
-    context: ProjectedContext | None,
-    count: Callable[[Callable[[], Any]], int],
-) -> int | None:
-    """What predict(context) costs without cross-attention; None where there is none."""
-    kept = attention_outputs(predict, context)
-    if not kept.layers:
-        return None
-    return count(lambda: predict(ProjectedContext({}, len(context), outputs=kept)))
+def attending(network: nn.Module, context: Tensor) -> list[nn.Module]:
+    """The layers that attend to the context, which are what a gated prediction leaves out."""
+    return [*network.project(context).keys_values]
 
 
 def _hint(control: ControlNet, batch: int, size: Sequence[int]) -> Tensor:
@@ -344,16 +315,22 @@ def _hint(control: ControlNet, batch: int, size: Sequence[int]) -> Tensor:
     return torch.zeros(batch, control.hint_channels, *(control.reduction * n for n in size))
 
 
-def _by_block(call: Callable[[], Any], blocks: Iterable[nn.Module], convention: str) -> tuple[Any, list[int]]:
-    """What call() returns, and its MACs until the end of each of these modules in turn, and until its own end."""
-    spent: list[int] = []
+def _by_block(
+    call: Callable[[], T], blocks: Iterable[nn.Module], convention: str, layers: Iterable[nn.Module] = ()
+) -> tuple[T, list[int], int]:
+    """What call() returns; its MACs until the end of each of these blocks in turn, and until its own end; and those of
+    these layers together."""
+    spent, inside = [], []
     with _counting(convention) as counted:
         hooks = [block.register_forward_hook(lambda *_: spent.append(counted())) for block in blocks]
+        for layer in layers:
+            hooks.append(layer.register_forward_pre_hook(lambda *_: inside.append(-counted())))
+            hooks.append(layer.register_forward_hook(lambda *_: inside.append(counted())))
         result = call()
         spent.append(counted())
     for hook in hooks:
         hook.remove()
-    return result, spent
+    return result, spent, sum(inside)
 
 
 # How much memory predictions and images need, and how much there is.
@@ -506,19 +483,21 @@ def kept_bytes(
     """What runs of a network can keep. Args as for `unet_macs`; a network is left as it is."""
     with _without_data():
         unet, x, inputs = meta_unet(unet, size, 1, context_length, tome)
+        attention: dict[nn.Module, Tensor] = {}
+        if unet.keeps_attention:
+            inputs["context"] = replace(unet.project(inputs["context"]), record=attention)
         features = unet.encode(x, **inputs)
         inner = [features]
         for blocks in reversed(range(len(features.skips))):
             inner.append(unet.advance(inner[-1], **inputs, blocks=blocks))
         shared = [(part.rest, part.conv, part.residual) for part in unet.share(features).shared]
         own = {id(tensor.untyped_storage()) for tensor in features.tensors}  # `rest` is a view
-        context = projected(unet, inputs["context"]) if unet.keeps_attention else None
         return Kept(
             _bytes(features.tensors),
             tuple(_bytes([at.hidden]) for at in reversed(inner)),
             _bytes([unet.decode(features, **inputs)]),
             _bytes([t for part in shared for t in part if id(t.untyped_storage()) not in own]),
-            _bytes(attention_outputs(predict_of(unet, x, inputs), context).tensors),
+            _bytes(attention.values()),
         )
 
 
