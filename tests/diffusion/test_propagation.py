@@ -177,34 +177,39 @@ FORK_PLANS = {"k48": "ldm250", "k19": "ldm250-demo"}  # as the cases name the ke
 FORK_CASES = sorted(path.stem for path in GOLDENS.glob("fork_*_cfg*.json"))
 
 
-def fork_denoiser(case, tensors):
-    return model("fork_model").denoiser(tensors["c"], tensors["uc"], case["cfg_scale"])
+@cache
+def fork_start() -> dict[str, Tensor]:
+    """The latents `x_T` and the conditioning, `c` and `uc`, that all cases share."""
+    return load_case("fork_plain_cfg1.5")[1]
+
+
+def fork_denoiser(scale):
+    return model("fork_model").denoiser(fork_start()["c"], fork_start()["uc"], scale)
 
 
 def fork_plan(case, parallel):
     return load_plan(FORK_PLANS[case["key_list"]] if "key_list" in case else "off", 250, parallel)
 
 
-def fork_noise(x_T, weight):
-    return [prior_noise(x_T, weight, below=150, when="update")]
+def run_fork(denoiser: Denoiser, plan: Plan, weight: float) -> Run:
+    x_T = fork_start()["x_T"]
+    return recorded_run("fork_model", denoiser, 250, plan, x_T, [prior_noise(x_T, weight, below=150, when="update")])
 
 
-# One of each pair of serial cases is computed one decoder at a time, as it was recorded; batches give the same.
-@pytest.mark.parametrize(
-    "name, parallel", [(name, 1 if "_serial_" in name and name.endswith("cfg1.5") else 250) for name in FORK_CASES]
-)
+@cache
+def fork_run(scale: float, plan: Plan, weight: float) -> Run:
+    """A run that several cases are of."""
+    return run_fork(fork_denoiser(scale), plan, weight)
+
+
+# One serial case is computed one decoder at a time, as all were recorded; batches give the same.
+@pytest.mark.parametrize("name, parallel", [(name, 1 if "_serial_k19_" in name else 250) for name in FORK_CASES])
 def test_latent_diffusion_fork_trajectories(name, parallel):
     """`final` of a parallel case is the fork with the order of its conditioning corrected."""
     case, tensors = load_case(name)
-    weight = case.get("noise_coefficient", 0.003) if case["noise_injection"] is True else 0.0
-    run = recorded_run(
-        "fork_model",
-        fork_denoiser(case, tensors),
-        case["S"],
-        fork_plan(case, parallel),
-        tensors["x_T"],
-        fork_noise(tensors["x_T"], weight),
-    )
+    assert all(torch.equal(tensors[what], fork_start()[what]) for what in ("c", "uc", "x_T")) and case["S"] == 250
+    weight = case.get("noise_coefficient") or 0.0
+    run = fork_run(case["cfg_scale"], fork_plan(case, parallel), weight)
     for j, i in enumerate(tensors["step_idx"].tolist()):
         assert_golden(run.into[i], tensors["x_in"][j], case)
         assert_golden(run.eps[i], tensors["guided_eps"][j], {"tolerance": case["tolerance"]["guided_eps"]})
@@ -216,9 +221,7 @@ def test_prior_noise_in_a_serial_run_of_the_fork(name):
     """The fork's serial mode ignores its noise flag; ours injects as its parallel mode does."""
     case, tensors = load_case(name)
     assert torch.equal(tensors["final_noise_flag_on"], tensors["final"])
-    x_T = tensors["x_T"]
-    denoiser = fork_denoiser(case, tensors)
-    run = recorded_run("fork_model", denoiser, 250, fork_plan(case, 250), x_T, fork_noise(x_T, 0.003))
+    run = fork_run(case["cfg_scale"], fork_plan(case, 250), 0.003)
     assert_golden(run.final, tensors["final_injected"], case)
 
 
@@ -250,15 +253,8 @@ class MisorderedContext:
 def test_what_the_forks_parallel_mode_does_differently(name):
     """The released numbers are ours with the conditioning mis-ordered, and far from ours without."""
     case, tensors = load_case(name)
-    x_T, released = tensors["x_T"], tensors["final_as_released"]
-    run = recorded_run(
-        "fork_model",
-        MisorderedContext(fork_denoiser(case, tensors)),
-        250,
-        fork_plan(case, 250),
-        x_T,
-        fork_noise(x_T, 0.003 if case["noise_injection"] else 0.0),
-    )
+    weight, released = case.get("noise_coefficient") or 0.0, tensors["final_as_released"]
+    run = run_fork(MisorderedContext(fork_denoiser(case["cfg_scale"])), fork_plan(case, 250), weight)
     assert_golden(run.final, released, case)
     assert (released - tensors["final"]).abs().max() > 1000 * case["tolerance"]["atol"]
 
