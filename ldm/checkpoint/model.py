@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -142,18 +142,19 @@ def _check_values(value: Any, place: str = "") -> None:
         raise ConfigError(f"{place}: {what}; write the value itself")
 
 
-def unmade_model(config_path: str | Path) -> nn.Module:
-    """The model of a config without weights, which are on the meta device; computed buffers (noise schedule) are real.
+def unmade_model(config: DictConfig) -> nn.Module:
+    """The model of a config, see `load_config`, without weights, which are on the meta device; computed buffers (noise
+    schedule) are real.
 
     It has no moving average, which only training needs.
 
     Raises:
-        FileNotFoundError, ConfigError: see `load_config` and `instantiate_from_config`.
+        ConfigError: see `instantiate_from_config`.
     """
-    config = OmegaConf.to_container(load_config(config_path).model, resolve=True)
-    if config.get("params", {}).get("unet_config") is not None:
-        config["params"]["use_ema"] = False
-    return unmade(lambda: instantiate_from_config(config))
+    model = OmegaConf.to_container(config.model, resolve=True)
+    if model.get("params", {}).get("unet_config") is not None:
+        model["params"]["use_ema"] = False
+    return unmade(lambda: instantiate_from_config(model))
 
 
 def unmade(build: Callable[[], Module]) -> Module:
@@ -179,15 +180,15 @@ def load_model(
         free: bytes of the device's memory that the weights may take; None = any.
 
     Raises:
-        FileNotFoundError, ConfigError, CheckpointError: see `unmade_model` and `load_weights`.
+        FileNotFoundError, ConfigError, CheckpointError: see `load_config`, `unmade_model` and `load_weights`.
     """
-    load_config(config_path)  # checked before the checkpoint, which takes longer
+    config = load_config(config_path)  # before the checkpoint, which takes longer
     state, used = choose_weights(ckpt_path, read_checkpoint(ckpt_path), weights)
     if TRANSFORMER in state:
         raise CheckpointError(
             f"{ckpt_path}: a DiT as published, without its first stage; scripts/convert.py --to ldm --vae FILE adds it"
         )
-    model = unmade_model(config_path)
+    model = unmade_model(config)
     need = new_bytes(model, state, torch.device(device))
     if free is not None and need > free:
         raise CheckpointError(f"{ckpt_path}: its weights take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")

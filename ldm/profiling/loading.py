@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ldm.checkpoint import load_model, unmade_model
+from ldm.checkpoint import load_config, load_model, unmade_model
 from ldm.profiling.timing import resident
 
 
@@ -60,7 +60,7 @@ def _write(config: str, path: Path, dtype: str) -> None:
     torch.manual_seed(0)
     state = {
         key: torch.randn(value.shape).mul_(0.02).to(getattr(torch, dtype)) if value.is_meta else value
-        for key, value in unmade_model(config).state_dict().items()
+        for key, value in unmade_model(load_config(config)).state_dict().items()
     }
     if path.suffix == ".safetensors":
         save_file(state, path)

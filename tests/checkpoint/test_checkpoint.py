@@ -27,6 +27,8 @@ from ldm.checkpoint import (
     read_checkpoint,
     save_weights,
 )
+from ldm.checkpoint.published import load_manifest
+from ldm.modules.ema import LitEma
 from ldm.util import ConfigError, instantiate_from_config
 from tests.helpers.goldens import assert_golden, load_case
 from tests.helpers.paths import ROOT
@@ -187,8 +189,6 @@ def test_choice_of_weights(tmp_path):
 
 
 def test_a_modules_own_average_restarts_from_the_loaded_weights(tmp_path):
-    from ldm.modules.ema import LitEma
-
     class Averaged(nn.Module):
         def __init__(self):
             super().__init__()
@@ -407,12 +407,10 @@ def test_a_number_of_layers_has_bounds(tmp_path, config):
     changed.model.params.unet_config.params.num_res_blocks = 10**9
     OmegaConf.save(changed, tmp_path / "c.yaml")
     with pytest.raises(ConfigError, match="a model of more than 10000 tensors"):
-        checkpoint.unmade_model(tmp_path / "c.yaml")
+        checkpoint.unmade_model(load_config(tmp_path / "c.yaml"))
 
 
 def test_every_published_config_is_read():
-    from ldm.checkpoint.published import load_manifest
-
     for path in {model.config for model in load_manifest().values()}:
         load_config(ROOT / path)
 
@@ -481,7 +479,7 @@ def test_a_file_is_let_go_of_while_it_is_cast(tmp_path, dtype):
     params = {"d_model": 1024, "nhead": 8, "num_encoder_layers": 2, "num_decoder_layers": 1, "batch_first": True}
     config = {"model": {"target": "torch.nn.Transformer", "params": params}}  # 0.17 GB of weights in float32
     OmegaConf.save(OmegaConf.create(config), tmp_path / "c.yaml")
-    shapes = checkpoint.unmade_model(tmp_path / "c.yaml").state_dict()
+    shapes = checkpoint.unmade_model(load_config(tmp_path / "c.yaml")).state_dict()
     write(tmp_path / "m.safetensors", {key: torch.ones(v.shape, dtype=dtype) for key, v in shapes.items()})
     code = """if True:
         from ldm import checkpoint
