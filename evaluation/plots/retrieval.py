@@ -25,7 +25,7 @@ from ldm.sampling.engine import Task
 from ldm.sampling.generate import make_items
 from ldm.sampling.neighbours import Neighbours, context_of
 
-GREY = 0.75  # of a neighbour whose picture is not here
+GREY = 0.75  # of a neighbour whose image is not here
 
 # Another database, other images (figures 1 and 5 of arXiv 2204.11824)
 
@@ -37,7 +37,7 @@ def draw_databases(experiment: Experiment, *, steps: int, databases: Sequence[st
         found = experiment.retrieved(RetrievalSettings(True, True, knn, name))
         nearest = [Neighbour(**item.inputs["neighbors"][0]) for item in found.items]
         columns += [
-            (f"{Path(name).name}:\nnearest", [picture(found.database, one, experiment) for one in nearest]),
+            (f"{Path(name).name}:\nnearest", [image_of(found.database, one, experiment) for one in nearest]),
             (f"made of\n{knn} of it", experiment.images(experiment.engine("ddim", steps, task=found.task))),
         ]
     labels, images = zip(*columns, strict=True)
@@ -51,10 +51,10 @@ def draw_databases(experiment: Experiment, *, steps: int, databases: Sequence[st
     )
 
 
-def picture(database: Database, neighbour: Neighbour, experiment: Experiment) -> Tensor:
+def image_of(database: Database, neighbour: Neighbour, experiment: Experiment) -> Tensor:
     """The image of a row, (3, H, W) in [-1, 1]; a grey one if it is not here."""
     side = experiment.setup.sizes.default
-    found = database.picture(neighbour, side)
+    found = database.image(neighbour, side)
     return torch.full((3, side, side), GREY) if found is None else from_pil(found)
 
 

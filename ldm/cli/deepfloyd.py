@@ -1,4 +1,4 @@
-"""DeepFloyd-IF: its three stages one after the other, each with its pictures in a folder of their own."""
+"""DeepFloyd-IF: its three stages one after the other, each with its images in a folder of their own."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class CascadeSettings:
     list_plans: bool = False
 
     def folder(self, number: int) -> Path:
-        """Of a stage's pictures."""
+        """Of a stage's images."""
         return Path(self.outdir) / f"stage{number}"
 
     def output(self, number: int) -> OutputSettings:
@@ -135,8 +135,8 @@ class StageSetup(Setup):
 
 
 @dataclass(frozen=True)
-class Made:
-    """Pictures that a stage has made, or found, in this run.
+class StageImages:
+    """Images that a stage has made, or found, in this run.
 
     settings: what all of them depend on.
     seeds: of each, see `Item`.
@@ -152,7 +152,7 @@ class Made:
 
 
 def make_cascade(settings: CascadeSettings) -> None:
-    """Run the stages, each on the pictures of the one before; between them nothing of a network is kept.
+    """Run the stages, each on the images of the one before; between them nothing of a network is kept.
 
     Raises:
         SettingError: a setting can't be used; it is named as scripts/if2img.py names it.
@@ -169,9 +169,9 @@ def make_cascade(settings: CascadeSettings) -> None:
         list_plans(settings, setups)
         return
     if 1 not in setups:
-        pictures_of(settings, min(setups) - 1, prompts)  # found out before anything is loaded
+        images_of(settings, min(setups) - 1, prompts)  # found out before anything is loaded
     texts = Texts(settings, prompts, device) if {1, 2} & setups.keys() else None
-    made: Made | None = None
+    made: StageImages | None = None
     for number, setup in setups.items():
         print(f"stage {number}", flush=True)
         with of_stage(number):
@@ -257,9 +257,9 @@ def stage_setup(settings: CascadeSettings, number: int, device: torch.device) ->
 
 
 def first_stage(
-    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: Made | None
-) -> Made:
-    """Small pictures of the prompts."""
+    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: StageImages | None
+) -> StageImages:
+    """Small images of the prompts."""
     items = tasks.image_items([{"prompt": prompt} for prompt in prompts], settings.n_samples, settings.seed)
     states, negative = texts.states()
     task = Task(TextStates(states, negative, texts.settings))
@@ -267,10 +267,10 @@ def first_stage(
 
 
 def second_stage(
-    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: Made | None
-) -> Made:
-    """The pictures of the first stage made larger."""
-    items, images = pictures_of(settings, 1, prompts, before)
+    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts, before: StageImages | None
+) -> StageImages:
+    """The images of the first stage made larger."""
+    items, images = images_of(settings, 1, prompts, before)
     states, negative = texts.states()
     chosen = states[[prompts.index(item.inputs["prompt"]) for item in items]]
     task = Task(TextStatesAndImage(images, settings.noise_levels[0], chosen, negative, texts.settings))
@@ -278,10 +278,10 @@ def second_stage(
 
 
 def third_stage(
-    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts | None, before: Made | None
-) -> Made:
-    """The pictures of the second stage made larger still, by the x4 upscaler of Stable Diffusion."""
-    items, images = pictures_of(settings, 2, prompts, before)
+    settings: CascadeSettings, setup: Setup, prompts: Sequence[str], texts: Texts | None, before: StageImages | None
+) -> StageImages:
+    """The images of the second stage made larger still, by the x4 upscaler of Stable Diffusion."""
+    items, images = images_of(settings, 2, prompts, before)
     task, size = tasks.upscaling_task(setup, images, upscaling(settings, setup))
     return run(settings, 3, setup, items, task, size)
 
@@ -294,20 +294,20 @@ def upscaling(settings: CascadeSettings, setup: Setup) -> tasks.UpscalingSetting
 
 def run(
     settings: CascadeSettings, number: int, setup: Setup, items: Sequence[Item], task: Task, size: tuple[int, int]
-) -> Made:
-    """Make a stage's pictures."""
+) -> StageImages:
+    """Make a stage's images."""
     (made,) = pipeline.make_images(
         setup, items, task, size, settings.sampling(number), settings.output(number), settings.batch_size
     )
-    return Made(made.settings, frozenset(item.seed for item in items))
+    return StageImages(made.settings, frozenset(item.seed for item in items))
 
 
-def pictures_of(
-    settings: CascadeSettings, number: int, prompts: Sequence[str], made: Made | None = None
+def images_of(
+    settings: CascadeSettings, number: int, prompts: Sequence[str], made: StageImages | None = None
 ) -> tuple[list[Item], Tensor]:
-    """The pictures of a stage, (N, 3, H, W) in [-1, 1], and what the next stage is to make of each.
+    """The images of a stage, (N, 3, H, W) in [-1, 1], and what the next stage is to make of each.
 
-    An item's noise depends on the seed, and on that of the smaller picture; not on what else is in the folder.
+    An item's noise depends on the seed, and on that of the smaller image; not on what else is in the folder.
 
     Args:
         made: which of them, if the stage was run now; else of each prompt and seed the last one is taken.
@@ -324,7 +324,7 @@ def pictures_of(
     if missing:
         raise SettingError(
             "stages",
-            f"{folder} has no picture of {missing[0]!r}, with which stage {number + 1} begins; run stage {number}",
+            f"{folder} has no image of {missing[0]!r}, with which stage {number + 1} begins; run stage {number}",
         )
     with fault_of("outdir"):
         paths = [(entry["prompt"], folder / entry["file"]) for entry in found.values()]
@@ -343,7 +343,7 @@ def pictures_of(
 
 
 class Texts:
-    """The states of the prompts and of the negative prompt, which T5 makes once; they are kept beside the pictures.
+    """The states of the prompts and of the negative prompt, which T5 makes once; they are kept beside the images.
 
     Args:
         settings, prompts: of the run.

@@ -167,7 +167,7 @@ def save_sheet(file: Path, database: Database, path: Path) -> bool:
     if find_png(path, about) is not None:
         return False
     neighbours = [Neighbour(**known) for known in settings["neighbors"]]
-    cells = [database.picture(neighbour, CELL) or Image.new("RGB", (CELL, CELL), MISSING) for neighbour in neighbours]
+    cells = [database.image(neighbour, CELL) or Image.new("RGB", (CELL, CELL), MISSING) for neighbour in neighbours]
     captions = [str(settings.get("prompt", settings.get("query_image", ""))), *map(words, neighbours)]
     shown = ImageOps.pad(image, (CELL, CELL), Image.Resampling.LANCZOS, BACKGROUND)
     save_png(path, grid([shown, *cells], 1 + len(cells), captions), about)

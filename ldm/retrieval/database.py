@@ -128,7 +128,7 @@ class Database:
             for place, (row, similarity) in enumerate(zip(rows.tolist(), similarities.tolist(), strict=True))
         ]
 
-    def picture(self, neighbour: Neighbour, side: int) -> Image.Image | None:
+    def image(self, neighbour: Neighbour, side: int) -> Image.Image | None:
         """A square of a row's image: its thumbnail, or its file; None if there is neither."""
         ((part, _, inside),) = self._by_part(torch.tensor([neighbour.row]))
         if part.has(THUMBNAIL):

@@ -64,16 +64,16 @@ def test_a_folder_becomes_a_database(make, folder, tmp_path, capsys):
     (unknown,) = database.neighbours(torch.tensor([0]), torch.tensor([0.5]))
     assert (unknown.image, unknown.caption, unknown.licence) == ("0.png", "", "")
     shutil.rmtree(folder)
-    assert database.picture(first, 6).size == (6, 6)  # its thumbnail
+    assert database.image(first, 6).size == (6, 6)  # its thumbnail
 
 
 def test_pictures_are_shown_from_the_folder_without_thumbnails(make, folder, tmp_path):
     make()
     database = open_database(tmp_path / "db")
     (first,) = database.neighbours(torch.tensor([0]), torch.tensor([1.0]))
-    assert database.picture(first, 16).size == (16, 16)
+    assert database.image(first, 16).size == (16, 16)
     (folder / "0.png").unlink()
-    assert database.picture(first, 16) is None
+    assert database.image(first, 16) is None
 
 
 def test_a_stopped_build_goes_on_and_ends_the_same(make, tmp_path, monkeypatch, capsys):

@@ -164,7 +164,7 @@ def test_published_timesteps_of_the_faster_rows():
     [
         (
             ["--stages", "2"],
-            "--stages: {out}/stage1 has no picture of 'a red heart', with which stage 2 begins; run stage 1",
+            "--stages: {out}/stage1 has no image of 'a red heart', with which stage 2 begins; run stage 1",
         ),
         (["--stages", "1,3"], "--stages: expected one of 1 2 3 1,2 2,3 1,2,3; got '1,3'"),
         (
