@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,6 +217,13 @@ def folder(tmp_path, monkeypatch):
     Path("boxes.json").write_text('[[{"class": 3, "box": [0, 0, 1, 1]}]]')
 
 
+@pytest.fixture(scope="module")
+def emoji(models) -> Any:
+    """The model that ships."""
+    files = models("text")
+    return ldm.load(config=files[1], ckpt=files[3])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_pictures_are_those_of_the_script(case, models, tmp_path):
     kind, name, arguments, told = CASES[case]
@@ -297,16 +305,14 @@ def test_defaults_are_those_of_the_script(kind):
     assert not differ.keys() - {"n_samples", "batch_size", set_afterwards.get(kind)}
 
 
-def test_images_in_memory_are_read_as_files_are(models):
-    files = models("text")
-    model = ldm.load(config=files[1], ckpt=files[3])
+def test_images_in_memory_are_read_as_files_are(emoji):
     with Image.open("in/bird.png") as image, Image.open("in/bird_mask.png") as mask:
         image, mask = image.copy(), mask.copy()
-    made = [np.asarray(model.images(HEART, image=image, mask=mask, steps=3, seed=seed)[0]) for seed in (1, 1, 2)]
+    made = [np.asarray(emoji.images(HEART, image=image, mask=mask, steps=3, seed=seed)[0]) for seed in (1, 1, 2)]
     assert (made[0] == made[1]).all() and (made[0] != made[2]).any()
     see_through = Image.new("RGBA", (64, 64), (200, 0, 0, 0))
     white = Image.new("RGB", (64, 64), "white")
-    first, second = (model.images(HEART, image=one, steps=3, strength=0.4)[0] for one in (see_through, white))
+    first, second = (emoji.images(HEART, image=one, steps=3, strength=0.4)[0] for one in (see_through, white))
     assert first.tobytes() == second.tobytes()  # prompts name the noise, and what is transparent is white
 
 
@@ -364,10 +370,9 @@ def test_sizes_follow_each_other_on_one_network(models):
         ({"subjects": HEART, "crop": (0, 0)}, ValueError, "^crop: only for a model that is told how the image is"),
     ],
 )
-def test_what_is_not_taken_is_said(models, told, error, why):
-    files = models("text")
+def test_what_is_not_taken_is_said(emoji, told, error, why):
     with pytest.raises(error, match=why):
-        ldm.load(config=files[1], ckpt=files[3]).images(**told)
+        emoji.images(**told)
 
 
 def test_a_database_that_is_not_searched_is_refused(models):
@@ -381,10 +386,9 @@ def test_a_device_may_be_the_object(models):
     assert ldm.load(config=files[1], ckpt=files[3], device=torch.device("cpu")).setup.device == torch.device("cpu")
 
 
-def test_a_prompt_that_is_not_read_to_its_end_is_said(models):
-    files = models("text")
+def test_a_prompt_that_is_not_read_to_its_end_is_said(emoji):
     with pytest.warns(UserWarning, match="1 of 1 prompts longer than the text encoder reads"):
-        ldm.load(config=files[1], ckpt=files[3]).run("a red heart " * 20)
+        emoji.run("a red heart " * 20)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 import main
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -35,7 +36,6 @@ def model(tmp_path_factory) -> LatentDiffusion:
     """A model of texts as published scripts load it: built from its config, filled by load_state_dict."""
     folder = tmp_path_factory.mktemp("model")
     write_model(folder)
-    from safetensors.torch import load_file
 
     config = OmegaConf.create(
         {

@@ -7,8 +7,10 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+import transformers
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -68,9 +70,6 @@ def test_every_published_key_has_its_place(published):
 
 
 def test_the_other_side_has_the_names_and_shapes_that_diffusers_builds(published):
-    import diffusers
-    import transformers
-
     _, params, state = published
     parts = to_diffusers(state)
     configs = diffusers_configs(params, parts, is_openclip(state))
@@ -221,9 +220,6 @@ def converted(request, tmp_path_factory) -> tuple[Small, Path]:
 
 @torch.no_grad()
 def test_diffusers_computes_the_same_from_the_folder(converted):
-    import diffusers
-    import transformers
-
     small, folder = converted
     random = torch.Generator().manual_seed(0)
     x, context = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 7, 64, generator=random)
@@ -271,9 +267,6 @@ def test_a_folder_comes_back_as_it_was(converted, tmp_path):
 
 
 def test_a_folder_that_diffusers_wrote_is_read(converted, tmp_path):
-    import diffusers
-    import transformers
-
     small, folder = converted
     kinds = {
         "unet": diffusers.UNet2DConditionModel,

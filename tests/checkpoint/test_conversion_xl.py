@@ -6,8 +6,10 @@ import gzip
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from ldm.checkpoint import CheckpointError, diffusion_params, load_model, read_checkpoint, save_weights
@@ -59,8 +61,6 @@ def folder(files, tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def test_diffusers_computes_the_same_from_the_folder(files, folder):
-    import diffusers
-
     model = load_model(files[1], files[3])
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
     random = torch.Generator().manual_seed(0)
@@ -74,8 +74,6 @@ def test_diffusers_computes_the_same_from_the_folder(files, folder):
 
 @torch.no_grad()
 def test_transformers_computes_the_same_of_the_second_text_encoder():
-    import transformers
-
     text = {"context_length": 7, "vocab_size": 90, "width": 64, "heads": 1, "layers": 3}
     ours = recipe_weights(FrozenOpenCLIPEmbedder2({"embed_dim": 8, "text_cfg": text}, max_length=7), seed=3)
     state = ours.model.state_dict()

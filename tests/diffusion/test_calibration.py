@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -420,8 +421,6 @@ def test_a_place_where_nothing_can_be_written_is_known_before_the_work(out, caps
 
 def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_elsewhere(tmp_path, capsys):
     """On the shipped model, copied so that its own table stays: 10 steps, one picture."""
-    import shutil
-
     shipped = ROOT / "models/ldm/emoji64"
     for name in ("config.yaml", "model.safetensors"):
         shutil.copy(shipped / name, tmp_path)

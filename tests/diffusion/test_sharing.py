@@ -13,7 +13,6 @@ from torch import Tensor
 from ldm.models.diffusion.ddpm import DiffusionWrapper
 from ldm.models.diffusion.denoiser import BatchBackoff, Conditioning, Guidance, Wrapper
 from ldm.models.diffusion.loop import Edit, State, inpainting, prior_noise
-from ldm.models.diffusion.parallel import Compiled
 from ldm.models.diffusion.propagation.online import OnlinePlan
 from ldm.models.diffusion.propagation.plan import AnyPlan, Plan
 from ldm.modules.diffusionmodules.util import Features, PartWeights
@@ -146,16 +145,6 @@ def test_a_warm_up_meets_what_a_run_calls():
     assert final(toy_denoiser(warm_up, cond, cond, 1.0), toy_rule(4), Plan(4, (0,), 3), x).isfinite().all()
     shared = {("part_weights",), ("share", 1), ("decode", 3, 4, True), ("decode", 1, 4, True)}
     assert {*first_calls} == {("encode", 1), *shared}
-
-
-def test_a_compiled_network_shares():
-    x, cond, uncond = inputs(1)
-    network, rule, plan = small_network(), toy_rule(4), Plan(4, (0,))
-    expected = final(toy_denoiser(network, cond, uncond, 3.0), rule, plan, x)
-    torch._dynamo.utils.counters.clear()
-    compiled = Compiled(network, backend="eager")
-    assert_same(final(toy_denoiser(compiled, cond, uncond, 3.0), rule, plan, x), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3, "the decoder of a key node, and of those after"
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 8])

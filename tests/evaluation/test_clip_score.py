@@ -8,8 +8,9 @@ from PIL import Image
 
 from evaluation import clip_score
 from evaluation.metrics.clip_score import compute
+from evaluation.metrics.extractors import load_clip, resized
 from evaluation.metrics.result import ResultError, comparable, read_result
-from ldm.io.images import open_image
+from ldm.io.images import from_pil, open_image
 from ldm.retrieval.embedders import load_embedder
 from tests.helpers.measures import N, assert_one_line, draw, load_json
 from tests.helpers.paths import ROOT
@@ -23,9 +24,6 @@ def test_clip_score_end_to_end(call, sets, clip_folder, tmp_path, capsys):
     assert "1 of 22 captions are longer than CLIP reads (77 tokens)" in capsys.readouterr().err
     found = load_json(tmp_path / "a.json")
     assert found["values"]["captions_cut"] == 1 and found["protocol"]["resize"] == "clip-crop"
-
-    from evaluation.metrics.extractors import load_clip, resized
-    from ldm.io.images import from_pil
 
     model = load_clip(clip_folder)
     seen = model.embed_images(torch.stack([resized(from_pil(draw(i))[None], 28, "clip-crop")[0] for i in range(N)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from datetime import date
+from hashlib import sha256
 
 import pytest
 from hypothesis import given
@@ -209,8 +210,6 @@ def test_the_rule_depends_on_ids_alone_and_begins_alike(count, seed, order: rand
 
 
 def test_the_rule_is_the_one_that_is_written_down():
-    from hashlib import sha256
-
     images = sorted({p.image for p in PROMPTS}, key=lambda i: sha256(f"7/{i}".encode()).hexdigest())
     first = [
         min((p for p in PROMPTS if p.image == i), key=lambda p: sha256(f"7/{i}/{p.id}".encode()).hexdigest())

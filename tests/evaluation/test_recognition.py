@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from evaluation import recognition
 from evaluation.metrics import extractors
@@ -114,8 +115,6 @@ def test_bad_input_is_one_line(call, capsys, arguments, why):
 
 
 def test_weights_and_images_must_fit_the_config(call, capsys, tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert call("--ckpt", str(tmp_path / "other.safetensors")) == 2
     assert_one_line(capsys.readouterr().err, "--ckpt: .*other.safetensors: keys do not match the config")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from ldm.modules.encoders.modules import BERTEmbedder, ClassEmbedder, SpatialRescaler, TransformerEmbedder
 from ldm.modules.encoders.tokenizer import load_tokenizer, of_length, train_tokenizer
@@ -113,8 +114,6 @@ def test_missing_or_broken_tokenizer_file_is_named(tmp_path):
 
 
 def test_tokenizer_without_padding_token():
-    from tokenizers import Tokenizer, models
-
     with pytest.raises(ValueError, match=r"\[PAD\]"):
         of_length(Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")), 12)
 

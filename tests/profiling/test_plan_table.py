@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 
+from ldm.checkpoint import fingerprint
+from ldm.models.diffusion.propagation.calibration import Calibration
 from ldm.models.diffusion.propagation.load import load_plan, plan_names
 from ldm.profiling.cost import Kept, Macs
 from ldm.profiling.plan_table import plan_table, spans
@@ -90,8 +95,6 @@ def test_the_list_knows_of_fresh_noise(tmp_path, capsys):
     ids=str,
 )
 def test_options_that_do_not_go_together(tmp_path, capsys, shipped_calibration, flags, why):
-    import re
-
     code = load_script("txt2img").main([*shipped_calibration, "--steps", "4", "--outdir", str(tmp_path / "o"), *flags])
     error = capsys.readouterr().err
     assert code == 2 and re.search(why, error) and error.count("\n") == 1
@@ -101,11 +104,6 @@ def test_options_that_do_not_go_together(tmp_path, capsys, shipped_calibration, 
 @pytest.fixture(scope="module")
 def shipped_calibration(tmp_path_factory) -> list[str]:
     """The shipped model with a table for 4 steps beside it."""
-    import shutil
-
-    from ldm.checkpoint import fingerprint
-    from ldm.models.diffusion.propagation.calibration import Calibration
-
     folder, shipped = tmp_path_factory.mktemp("model"), ROOT / "models/ldm/emoji64"
     files = [shutil.copy(shipped / name, folder) for name in ("config.yaml", "model.safetensors")]
     choice = {"level": "encoder", "propagate": "hold", "keys": [[*range(count)] for count in range(1, 5)]}

@@ -1,41 +1,26 @@
-"""scripts/benchmark_loading.py as a user runs it."""
+"""scripts/benchmark_loading.py: a model is written and loaded in processes of their own."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from tests.helpers.paths import ROOT
 from tests.helpers.scripts import load_script
 
-SCRIPT = ROOT / "scripts" / "benchmark_loading.py"
+main = load_script("benchmark_loading").main
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 
 
-def call(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-
-
-def test_measures_a_config_and_leaves_nothing_behind(tmp_path):
+def test_measures_a_config_and_leaves_nothing_behind(tmp_path, capsys):
     """A model of 16 MB: the process itself weighs more, which misses the bar and is said by the exit code."""
     model = {"target": "torch.nn.Linear", "params": {"in_features": 2000, "out_features": 2000}}
     OmegaConf.save(OmegaConf.create({"model": model}), tmp_path / "c.yaml")
     (tmp_path / "out").mkdir()
-    run = call("--config", tmp_path / "c.yaml", "--dir", tmp_path / "out", "--case", "fp16.ckpt")
-    assert run.returncode == 1, run.stderr
-    name, size, *_, weights, ratio = re.findall(r"^fp16.ckpt.*(?= \()", run.stdout, re.M)[0].split()
+    assert main(["--config", str(tmp_path / "c.yaml"), "--dir", str(tmp_path / "out"), "--case", "fp16.ckpt"]) == 1
+    name, size, *_, weights, ratio = re.findall(r"^fp16.ckpt.*(?= \()", capsys.readouterr().out, re.M)[0].split()
     assert (float(size), float(weights)) == (0.01, 0.02) and float(ratio) > 1.6
     assert not list((tmp_path / "out").iterdir())
 
@@ -49,6 +34,6 @@ def test_measures_a_config_and_leaves_nothing_behind(tmp_path):
     ],
 )
 def test_bad_input(args, why, capsys):
-    assert load_script("benchmark_loading").main(args) == 2
+    assert main(args) == 2
     error = capsys.readouterr().err
     assert why in error and error.count("\n") == 1

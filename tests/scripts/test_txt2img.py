@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.checkpoint import load_config, load_model
-from ldm.cli.setup import best_plan
+from ldm.cli.setup import best_plan, with_batches
 from ldm.io.images import from_pil, psnr, read_png
 from ldm.models.diffusion.ddpm import DiffusionWrapper
 from ldm.models.diffusion.propagation.load import RunFacts, load_plan
+from ldm.sampling import engine
 from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
 from ldm.sampling.generate import inputs_seed, prompt_items, read_manifest
 from ldm.sampling.task import Text
@@ -191,8 +192,8 @@ def text_to_image(files):
     model, sizes = load_model(*files), Sizes.of(load_config(files[0]).model)
 
     def build(plan: str = "faster-diffusion", parallel: int = 1, **options) -> Engine:
-        options = {"steps": 5, "scale": 3.0, "noise_weight": 0.003} | options
-        recipe = Recipe(sizes.default, sizes.default, **options)
+        options = {"height": sizes.default, "width": sizes.default, "steps": 5, "scale": 3.0} | options
+        recipe = Recipe(**{"noise_weight": 0.003} | options)
         return Engine(model, sizes, recipe, load_plan(plan, num_nodes(recipe), parallel), Task(Text()))
 
     return build
@@ -524,8 +525,6 @@ def test_again_makes_the_same_pictures_and_measures_them(call, tmp_path, capsys)
 
 
 def test_methods_take_turns_warmed_up_and_nothing_else_is_timed(call, monkeypatch):
-    from ldm.sampling import engine
-
     happened, timing = [], []
     warm_up, make, timed, unet_macs = Engine.warm_up, Engine.__call__, engine.timed, engine.unet_macs
 
@@ -630,20 +629,21 @@ def test_a_grid_keeps_the_order_of_the_items_whatever_was_found(call, tmp_path):
     assert (grids[0] == grids[1]).all()
 
 
-def test_how_many_decoder_steps_share_a_batch(call, tmp_path):
+@pytest.mark.parametrize(
+    "options, images, parallel",
+    [({}, 1, 24), ({}, 2, 10), ({"scale": 1.0}, 1, 25), ({"height": 32}, 1, 10), ({"height": 96, "width": 128}, 1, 1)],
+    ids=str,
+)
+def test_how_many_decoder_steps_share_a_batch(text_to_image, options, images, parallel):
     """50 steps of one group: as many as are faster, in batches of one size."""
-    runs = {
-        "--seed 1 --n_samples 1": 24,
-        "--seed 2 --n_samples 2": 10,
-        "--seed 3 --n_samples 1 --scale 1": 25,
-        "--seed 4 --n_samples 1 --H 32": 10,
-        "--seed 5 --n_samples 1 --parallel 3": 3,
-        "--seed 6 --n_samples 1 --H 96 --W 128": 1,
-    }
-    for arguments in runs:
-        assert call("--skip_grid", "--device", "cpu", "--plan", "0", "--steps", "50", *arguments.split()) == 0
-    entries = {e["seed"][0]: e["parallel"] for e in read_manifest(tmp_path / "out" / "manifest.jsonl")}
-    assert list(entries.values()) == list(runs.values())
+    engine = text_to_image("0", parallel=50, steps=50, **options)
+    assert with_batches(engine, None, images, torch.device("cpu")).plan.parallel == parallel
+
+
+@pytest.mark.parametrize("flags, parallel", [("--n_samples 2 --steps 50", 10), ("--n_samples 1 --parallel 3", 3)])
+def test_a_run_has_the_decoder_batches_that_fit_its_images_or_that_are_asked_for(call, tmp_path, flags, parallel):
+    assert call("--skip_grid", "--device", "cpu", "--plan", "0", *flags.split()) == 0
+    assert {e["parallel"] for e in read_manifest(tmp_path / "out" / "manifest.jsonl")} == {parallel}
 
 
 def test_macs_of_a_run_are_those_of_its_plan(text_to_image):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from evaluation.metrics import frechet
 from evaluation.metrics.frechet import (
     Moments,
+    cache_file,
     cached_statistics,
     distance,
     extract,
@@ -168,8 +169,6 @@ def test_a_covariance_in_single_precision_is_one(tmp_path):
 
 
 def test_a_damaged_cache_is_none(tmp_path):
-    from evaluation.metrics.frechet import cache_file
-
     about = {"extractor": "e"}
     assert cached_statistics(tmp_path, about) is None
     cache_file(tmp_path, about).write_bytes(b"PK no")
