@@ -84,9 +84,14 @@ def make_video(
     """
     items = frame_items(settings)
     task = video_task(setup, settings, size, sampling, items[0])
-    runs = make_images(
-        setup, items, task, size, sampling, output, min(settings.chunk or settings.count, settings.count), keep=True
-    )
+    at_once = min(settings.chunk or settings.count, settings.count)
+    try:
+        runs = make_images(setup, items, task, size, sampling, output, at_once, keep=True)
+    except SettingError as error:
+        if error.setting != "batch_size":
+            raise
+        fewer = "frames" if settings.model == "videofusion" else "chunk"
+        raise SettingError(fewer, error.problem) from error
     if settings.format == "frames" or not runs:
         return None
     (run,) = runs

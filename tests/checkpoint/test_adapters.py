@@ -13,7 +13,7 @@ from ldm.checkpoint import CheckpointError, load_model, save_weights
 from ldm.checkpoint.delta import apply_deltas, save_delta
 from ldm.checkpoint.embeddings import add_embeddings, read_embeddings, save_embeddings
 from ldm.checkpoint.lora import merge_lora
-from tests.helpers.scripts import Script
+from tests.helpers.scripts import Script, check_laws
 from tests.helpers.tiny_models import tiny_text_model, write_model
 
 CONFIGS = {"v1": "configs/stable-diffusion/v1-inference.yaml", "v2": "configs/stable-diffusion/v2-inference.yaml"}
@@ -189,18 +189,35 @@ def test_files_are_used_and_recorded(script, files, tmp_path, capsys):
     shown = [script.pixels(one) for one in (plain, word, both)]
     assert (shown[0] != shown[1]).any() and (shown[1] != shown[2]).any()
     assert "lora" not in plain and [one[0] for one in both["embedding"]] == ["e.safetensors"]
-    adapted = [*prompt, *use, "--lora", f"{tmp_path / 'l.safetensors'}:3", "--noise-weight", "0", "--steps", "5"]
-    made = []
-    for plan, parallel in (("off", "1"), ("0,1,2,3,4", "1"), ("0", "1"), ("0", "5")):
-        script(*adapted, "--plan", plan, "--parallel", parallel, "--again")
-        made.append(script.pixels(script.entries()[-1]))
-    assert np.abs(made[1] - made[0]).max() <= 1, "all nodes key nodes: the plain run"
-    assert np.abs(made[3] - made[2]).max() <= 1 < np.abs(made[2] - made[0]).max(), "parallel: the serial run"
     (used,) = both["lora"]
     assert used[0] == "l.safetensors" and used[2] == 3.0 and len(used[1]) == 16
     given = {"embedding": tmp_path / "e.safetensors", "lora": [f"{tmp_path / 'l.safetensors'}:3"]}
     (image,) = ldm.load(config=files[1], ckpt=files[3], **given).images("a <thing>", steps=2, plan="off")
     assert (np.asarray(image) == shown[2]).all()
+
+
+def test_the_laws_under_all_three(script, files, tmp_path):
+    layer = "middle_block.1.transformer_blocks.0.attn2.to_"
+    outs, ins = load_model(files[1], files[3]).get_parameter(f"{U}{layer}v.weight").shape
+    name = f"lora_unet_{layer.replace('.', '_')}v"
+    torch.manual_seed(0)
+    lora = {f"{name}.lora_down.weight": torch.randn(1, ins), f"{name}.lora_up.weight": torch.randn(outs, 1)}
+    save_weights(tmp_path / "l.safetensors", lora)
+    save_embeddings(tmp_path / "e.safetensors", {"<thing>": 3 * torch.randn(1, 16)})
+    save_delta(tmp_path / "d.ckpt", {f"{layer}k.weight": torch.randn(outs, ins)}, {"<x>": 3 * torch.randn(1, 16)})
+    use = ["--lora", f"{tmp_path}/l.safetensors:3", "--embedding", f"{tmp_path}/e.safetensors"]
+    words = ["--prompt", "a <thing> <new1>", "--delta", f"{tmp_path}/d.ckpt"]
+    check_laws(script, *use, *words, "--steps", "5", "--noise-weight", "0")
+
+
+def test_a_word_changes_no_image_without_it(script, tmp_path):
+    """Neither one of an embedding nor the one of a delta that has no weights."""
+    save_embeddings(tmp_path / "e.safetensors", {"<thing>": 3 * torch.randn(2, 16)})
+    save_delta(tmp_path / "d.ckpt", {}, {"<x>": 3 * torch.randn(1, 16)})
+    (before,) = script("--prompt", "an owl")
+    for use in (["--embedding", f"{tmp_path}/e.safetensors"], ["--delta", f"{tmp_path}/d.ckpt"]):
+        (after,) = script("--prompt", "an owl", *use)
+        assert after["file"] != before["file"] and (script.pixels(after) == script.pixels(before)).all()
 
 
 def test_words_of_a_delta_can_be_edited(files, tmp_path):

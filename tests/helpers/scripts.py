@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,19 @@ def check_batches(script: Script, one: Sequence[str], other: Sequence[str]) -> l
     for entry, before in zip(script.entries(), shown, strict=True):
         assert np.abs(script.pixels(entry) - before).max() <= 1
     return shown
+
+
+def check_laws(script: Script, *arguments: str) -> None:
+    """With every node a key node a run is the plain one, and decoders in one batch are what each is alone; to a level.
+    The plan changes images, so that this is seen."""
+    made = []
+    for plan, parallel in (("off", "1"), ("uniform:1", "1"), ("0", "1"), ("0", "8")):
+        shutil.rmtree(script.out, ignore_errors=True)
+        entries = script(*arguments, "--plan", plan, "--parallel", parallel)
+        made.append(np.stack([script.pixels(entry) for entry in entries]))
+    plain, every, serial, batched = made
+    assert np.abs(every - plain).max() <= 1
+    assert np.abs(batched - serial).max() <= 1 < np.abs(serial - plain).max()
 
 
 def check_resume(script: Script, capsys: pytest.CaptureFixture, *arguments: str) -> None:

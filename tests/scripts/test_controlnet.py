@@ -23,7 +23,7 @@ from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.sampling import engine
 from ldm.sampling.control import Picture
 from tests.helpers.goldens import recipe_weights
-from tests.helpers.scripts import Script
+from tests.helpers.scripts import Script, check_laws
 from tests.helpers.tiny_models import write_model
 from tests.helpers.tiny_unet import TEXT_UNET
 
@@ -97,6 +97,11 @@ def test_pictures_are_followed_plain_and_with_plans(script, folder, capsys):
     assert settings["guess"] is True and len(settings["control"]) == 1
     capsys.readouterr()
     assert script(*edge, "--plan=off", "--guess") == [] and "(0 made, 1 found)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [[], ["--guess"], ["--control-at=every"]], ids=str)
+def test_the_laws(script, folder, more):
+    check_laws(script, *control(folder), *more, "--noise-weight=0", "--scale=8")
 
 
 def test_from_python(script, folder):

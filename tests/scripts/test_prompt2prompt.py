@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.scripts import Script, check_resume
+from tests.helpers.scripts import Script, check_laws, check_resume
 from tests.helpers.tiny_models import write_model
 
 HEART = ["--prompt", "a red heart"]
@@ -56,6 +56,14 @@ def test_an_image_to_start_from(script, tmp_path):
     assert (source["init_img"], source["inversion_steps"], source["negative_prompt"]) == ("x.png", 4, "a red heart")
     away, _ = script(*arguments, "--steps", "50", "--negative_prompt", "")
     assert all((script.pixels(one) != script.pixels(source)).any() for one in (edit, away))
+
+
+def test_the_laws_from_noise_and_from_an_image(script, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    edit = [*HEART, "--edit", "a big green heart", "--reweight", "green=2", "--blend", "heart", "--noise-weight", "0"]
+    for start in ([], ["--init-img", str(tmp_path / "x.png")]):
+        check_laws(script, *edit, *start, "--n_samples", "1")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ldm.io import video
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.profiling.timing import peak_memory
 from tests.helpers.goldens import recipe_weights
-from tests.helpers.scripts import Script, load_script
+from tests.helpers.scripts import Script, check_laws, load_script
 from tests.helpers.tiny_models import write_model
 from tests.helpers.tiny_unet import TEXT_UNET
 
@@ -73,6 +73,13 @@ def test_frames_follow_a_picture_each_and_make_an_mp4(script, folder):
     assert facts["size"] == (16, 16) and facts["fps"] == 4 and frames == 3
 
 
+def test_the_laws(script, folder):
+    """Of frames, and of frames that follow a picture each."""
+    pictures = [f"{folder}/{name}.png" for name in ("white", "black", "white")]
+    for follow in ([], ["--control", *pictures, f"--control-model={folder}/control.safetensors"]):
+        check_laws(script, *follow, "--format=frames")
+
+
 def test_numbers_below_zero_need_no_equals_sign():
     args = load_script("text2video").parser().parse_args(["--prompt", "-", "--motion", "-12,-.5", "--scale", "-1e1"])
     assert (args.motion, args.scale) == ((-12, -0.5), -10)
@@ -92,6 +99,8 @@ def test_bad_input_is_refused_in_one_line(script, folder, capsys, monkeypatch):
         (["--error-budget=0.1"], "--error-budget: decides for each image; the frames of a video are sampled together"),
         (["--control", white, control], "--control: expected 3 pictures, one for each frame; got 1"),
         (["--control", *[white] * 3], "--control-model: goes together with --control, the pictures that it reads"),
+        (["--frames=-1"], "--frames: expected a whole number in 1..1000000; got '-1'"),
+        (["--frames=300000"], "--chunk: 300000 images of 16 x 16 pixels at a time are more than"),
         (["--fps=0"], "--fps: expected a number in 0.1..100; got '0'"),
     ):
         assert script.refusal(capsys, *given).startswith(message)
@@ -149,12 +158,8 @@ def test_plans_are_listed_with_what_they_cost_a_frame(fusion, capsys):
     assert "tgate:10" not in listed
 
 
-def test_parallel_decoding_of_videos_is_serial(fusion):
-    shown = []
-    for number in ("1", "4"):
-        fusion("--plan", "0", "--again", "--parallel", number)
-        shown.append([fusion.pixels(entry) for entry in fusion.entries()])
-    assert all(np.abs(a - b).max() <= 1 for a, b in zip(*shown, strict=True))
+def test_the_laws_of_a_model_of_videos(fusion):
+    check_laws(fusion, "--format=frames")
 
 
 def test_the_files_of_modelscope_are_one_checkpoint(videofusion, tmp_path):
@@ -186,6 +191,7 @@ def test_the_files_of_modelscope_are_one_checkpoint(videofusion, tmp_path):
     [
         (["--motion", "3,4"], "--motion: not with a model of videos, which makes all frames together"),
         (["--chunk", "2"], "--chunk: not with a model of videos"),
+        (["--frames", "300000"], "--frames: 300000 images of 16 x 16 pixels at a time are more than"),
         (["--H", "18"], "--H: must be a multiple of 4 for this model; got 18"),
         (
             ["--plan", "tgate:2"],
