@@ -77,13 +77,15 @@ def run(
         ("controlnet_trajectory_plain", 1, 12),
         ("controlnet_trajectory_50ls", 1, 50),
         ("controlnet_trajectory_50ls_noise", 50, 50),
+        ("propagation_controlnet_full", 1, 12),
+        ("propagation_controlnet_50ls", 1, 50),
         ("propagation_controlnet_50ls_noise", 50, 50),
     ],
 )
 def test_trajectories_of_the_released_code(name, parallel, nodes):
     """Plain, one decoder at a time, and in batches: the two laws, with recorded numbers."""
     case, tensors = load_case(name)
-    keys = case.get("key_steps") or [call["order"] for call in case["unet_calls"]]
+    keys = case.get("key_steps") or [call["order"] for call in case["unet_calls"]] or range(50)
     latents = run(TIMED if "key_steps" in case else name, Plan(50, tuple(keys), parallel), (case, tensors), nodes=nodes)
     recorded = [(j, i) for j, i in enumerate(tensors["step_idx"].tolist()) if i < nodes]
     assert len(recorded) >= 5
