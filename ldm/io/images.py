@@ -56,14 +56,17 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def files_below(root: Path) -> list[Path]:
-    """The image files of a folder and its subfolders, sorted by path.
+    """The image files of a folder and its subfolders, sorted by path; of the folder of a run of ours its samples alone,
+    without the grids beside them, which show them again.
 
     Raises:
         ValueError: there is no such folder, or it has no images.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; expected one with images")
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    ours = (root / "manifest.jsonl").is_file() and (root / "samples").is_dir()
+    files = (root / "samples" if ours else root).rglob("*")
+    found = sorted(path for path in files if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
         raise ValueError(f"{root}: no images in this folder; looked for {', '.join(sorted(SUFFIXES))}")
     return found

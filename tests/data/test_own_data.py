@@ -27,6 +27,8 @@ from ldm.data.superresolution import SuperResolutionFolder
 from ldm.io.files import FileError
 from ldm.training.datasets import DataModuleFromConfig, data_of
 from ldm.util import ConfigError
+from tests.helpers.scripts import Script
+from tests.helpers.tiny_models import write_model
 
 
 def picture(path: Path, colour: int = 200, size: tuple[int, int] = (24, 20)) -> Path:
@@ -85,6 +87,15 @@ def test_captions(kind, tmp_path):
     assert data.captions == [["one"], ["two", "three"]]
     torch.manual_seed(0)
     assert {data[1]["caption"] for _ in range(20)} == {"two", "three"}
+
+
+def test_the_folder_of_a_run_is_its_samples_with_their_prompts(tmp_path):
+    config, weights = write_model(tmp_path)
+    files = ["--config", str(config), "--ckpt", str(weights), "--prompt", "an owl"]
+    Script("txt2img", tmp_path, *files, "--steps=1", "--n_samples=2", "--plan=off")()
+    (grid,) = (tmp_path / "out").glob("*.png")
+    data = CaptionedFolder(str(tmp_path / "out"), 16)
+    assert data.captions == [["an owl"]] * 2 and grid not in data.paths
 
 
 @pytest.mark.parametrize(
