@@ -432,17 +432,17 @@ def make_recipe(settings: SamplingSettings, size: tuple[int, int], config: Mappi
     recipe = Recipe(
         *size,
         sampler,
-        _steps(settings),
-        _eta(settings),
-        usual_scale(config or {}) if settings.scale is None else settings.scale,
-        settings.guidance_interval,
-        settings.guidance_reuse,
-        settings.tome,
-        weight,
-        settings.noise_below,
-        settings.noise_order,
-        settings.spacing,
-        settings.timesteps_at,
+        steps=_steps(settings),
+        eta=_eta(settings),
+        scale=usual_scale(config or {}) if settings.scale is None else settings.scale,
+        guidance_interval=settings.guidance_interval,
+        guidance_reuse=settings.guidance_reuse,
+        tome=settings.tome,
+        noise_weight=weight,
+        noise_below=settings.noise_below,
+        noise_order=settings.noise_order,
+        spacing=settings.spacing,
+        timesteps_at=settings.timesteps_at,
     )
     with fault_of("guidance_interval"):
         _ = recipe.guidance  # checks it

@@ -390,13 +390,13 @@ class PublishedMethods:
                 z,
                 c,
                 sample,
-                ddim_steps,
-                ddim_eta,
-                plot_denoise_rows,
-                plot_progressive_rows,
-                inpaint,
-                unconditional_guidance_scale,
-                unconditional_guidance_label,
+                steps=ddim_steps,
+                eta=ddim_eta,
+                denoise_rows=plot_denoise_rows,
+                progressive_rows=plot_progressive_rows,
+                inpaint=inpaint,
+                scale=unconditional_guidance_scale,
+                label=unconditional_guidance_label,
             )
         return log if not return_keys else {key: log[key] for key in return_keys if key in log}
 
