@@ -514,8 +514,9 @@ def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
         "faster-diffusion or another name in configs/plans; uniform:N = every N-th step; pro = with gaps that grow by "
         "one; numbers of steps such as 0,1,2,5 (0 = the first step); FILE.yaml; auto:K = the best K by calibration; "
         "auto:SHARE%% = as many as this share of the MACs allows. At the other steps the decoder runs; with "
-        "deepcache:KEYS[:BRANCH] the outermost BRANCH blocks, by default 1; with skip:KEYS nothing; with tgate:KEYS "
-        "all but cross-attention, whose outputs are kept, and without guidance. deepcache:N and skip:N are every N-th "
+        "encoder:KEYS:BLOCKS also so many input blocks; with deepcache:KEYS[:BRANCH] the outermost BRANCH blocks, by "
+        "default 1; with skip:KEYS nothing; with tgate:KEYS all but cross-attention, whose outputs are kept, and "
+        "without guidance. deepcache:N and skip:N are every N-th "
         "step, tgate:M the first M. Behind all that, +LEVEL:STEPS sets steps apart, LEVEL = full, encoder (the decoder "
         "runs), deepcache, skip or tgate: skip:6+encoder:1-5. online:[time:]X = a key timestep when the latent (with "
         "time: the timestep embedding) has changed by X. See docs/acceleration.md (default: %(default)s)",

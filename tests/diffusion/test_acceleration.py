@@ -146,7 +146,8 @@ def test_refreshed_skips_follow_the_latent():
     network, rule = toy_network(), toy_rule(4)
     model = toy_denoiser(network, cond, uncond, 2.0)
     plain, held, one, two = (
-        final(model, rule, plan, x) for plan in (load_plan("off", 4), *(Plan(4, (0,), refresh=n) for n in range(3)))
+        final(model, rule, plan, x)
+        for plan in (load_plan("off", 4), *(load_plan(f"encoder:4:{n}", 4) for n in range(3)))
     )
     errors = [(run - plain).norm().item() for run in (held, one, two)]
     assert errors[0] > errors[1] > 0 and errors[2] > 0

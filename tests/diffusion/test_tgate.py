@@ -158,7 +158,7 @@ def test_networks_without_cross_attention_are_refused():
     "spec, why",
     [
         ("tgate:0", "tgate:M needs M >= 1, the number of first steps that run in full; got 0"),
-        ("tgate:2:1", "only deepcache takes a number of blocks"),
+        ("tgate:2:1", "only deepcache and encoder take a number of blocks"),
         ("tgate:auto", "unknown plan 'auto'"),
         ("tgate:2+skip:4", "after a step at the level tgate comes another or a key step; got 4"),
         ("off+tgate:0", "must be 1..7"),

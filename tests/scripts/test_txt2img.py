@@ -276,6 +276,7 @@ def first(files, tmp_path_factory):
         ["--scale", "5"],
         ["--steps", "6"],
         ["--plan", "0,2"],
+        ["--plan", "encoder:faster-diffusion:1"],
         ["--prompt", "a green tree"],
         ["--noise-weight", "0.1"],
         ["--noise-order", "update"],

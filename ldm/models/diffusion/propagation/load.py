@@ -55,7 +55,7 @@ FORMS = (
     "deepcache:KEYS[:BRANCH]",
     "tgate:M",
     "tgate:KEYS",
-    "encoder:KEYS",
+    "encoder:KEYS[:BLOCKS]",
     "PLAN+LEVEL:STEPS",
     "online:[time:]X",
     "[LEVEL:]auto:K",
@@ -132,13 +132,14 @@ def load_plan(
         spec: key nodes, at the others the decoder: `off` (every node is a key node), a name of `plan_names()`,
             `uniform:N` (every N-th node), `pro` (gaps that grow by one: 0, 2, 5, 9, ...), `0,1,2,5` or `0-3,5`, or the
             path of a .yaml file in the format above; the same after a level, `skip:KEYS`, `deepcache:KEYS[:BRANCH]` or
-            `encoder:KEYS`, where N stands for `uniform:N` (at the other nodes nothing; only the outermost BRANCH
-            blocks, by default 1, and with 0 nothing; the decoder), and `tgate:KEYS`, where M stands for the first M
-            nodes (all but cross-attention); `online:X` or `online:time:X` (decided on the way,
-            at a relative change of X of the latent or of the embedded timestep); `auto:K` or `auto:80%`, also after a
-            level (the best K key nodes, or as many as 80 % of the plain run's MACs allow, by the model's calibration;
-            0.8 is the same). After any of these but `online`, `+LEVEL:NODES` sets nodes apart at another level, or
-            `full`, as in `skip:6+encoder:1-5+full:49`; `+deepcache:NODES:BRANCH` with so many blocks.
+            `encoder:KEYS[:BLOCKS]`, where N stands for `uniform:N` (at the other nodes nothing; only the outermost
+            BRANCH blocks, by default 1, and with 0 nothing; the decoder, and anew so many input blocks), and
+            `tgate:KEYS`, where M stands for the first M nodes (all but cross-attention); `online:X` or `online:time:X`
+            (decided on the way, at a relative change of X of the latent or of the embedded timestep); `auto:K` or
+            `auto:80%`, also after a level (the best K key nodes, or as many as 80 % of the plain run's MACs allow, by
+            the model's calibration; 0.8 is the same). After any of these but `online`, `+LEVEL:NODES` sets nodes apart
+            at another level, or `full`, as in `skip:6+encoder:1-5+full:49`; `+deepcache:NODES:BRANCH` with so many
+            blocks.
         num_nodes: network evaluations of the run; for DDIM the length of its timestep grid.
         parallel: most decoder steps in one batch.
         propagate: see `Plan`; None = as the plan's file or calibration says, or what is usual for the level
@@ -208,14 +209,15 @@ def _leveled(spec: str, num_nodes: int, run: RunFacts) -> Plan | None:
     match = re.fullmatch(rf"({'|'.join(LEVELS)}):(uniform:{NUMBER}|[^:]+)(?::({NUMBER}))?", spec)
     if match is None:
         return None
-    level, of, branch = match.groups()
-    if branch and level != "deepcache":
-        raise ValueError(f"only deepcache takes a number of blocks, as in deepcache:3:1; got {spec!r}")
+    level, of, blocks = match.groups()
+    if blocks and level not in ("deepcache", "encoder"):
+        raise ValueError(f"only deepcache and encoder take a number of blocks, as in deepcache:3:1; got {spec!r}")
     if not re.fullmatch(NUMBER, of):
         keys = _keyed(of, num_nodes, run).keys
     else:
         keys = _first(int(of), num_nodes) if level == "tgate" else _every(int(of), num_nodes)
-    return plan_of_level(num_nodes, keys, level, int(branch or 1), propagate=run.usual_forecast(level))
+    plan = plan_of_level(num_nodes, keys, level, int(blocks or 1), propagate=run.usual_forecast(level))
+    return replace(plan, refresh=int(blocks or 0)) if level == "encoder" else plan
 
 
 def _auto(spec: str, num_nodes: int, propagate: str | None, run: RunFacts) -> Plan | None:
