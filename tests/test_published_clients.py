@@ -197,8 +197,8 @@ METHODS = {
         m.sample_log(cond=tokens(m), batch_size=2, ddim=ddim, ddim_steps=3, **more)[0].shape == (2, *SHAPE)
         for ddim, more in ((True, {"eta": 1.0}), (False, {"timesteps": 3, "verbose": False}))
     ),
-    "get_unconditional_conditioning": lambda m: torch.equal(
-        m.get_unconditional_conditioning(2, ""), m.get_learned_conditioning(["", ""])
+    "get_unconditional_conditioning": lambda m: torch.allclose(  # one text alone, and twice: other last digits
+        m.get_unconditional_conditioning(2, ""), m.get_learned_conditioning(["", ""]), atol=1e-5
     ),
     "ema_scope": lambda m: entered(m.ema_scope("Plotting")),
     "get_input": None,
