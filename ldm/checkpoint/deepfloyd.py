@@ -191,7 +191,9 @@ def original_names(network: Mapping[str, Any]) -> dict[str, str | Sequence[str]]
 
 
 def to_original(state: Mapping[str, Tensor], network: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights under the original names, from those of either layout.
+    """Weights under the original names, from those of either layout, in their order.
+
+    So what was read of a file is let go on the way through it, see `ldm.checkpoint.model.fill`.
 
     Raises:
         ConversionError: diffusers' names of another network.
@@ -199,6 +201,7 @@ def to_original(state: Mapping[str, Tensor], network: Mapping[str, Any]) -> dict
     if "input_blocks.0.0.weight" in state:
         return dict(state)
     left, found, heads = dict(state), {}, network["num_head_channels"]
+    places, place_of = {key: place for place, key in enumerate(state)}, {}
     for ours, theirs in original_names(network).items():
         for kind in ("weight", "bias", "positional_embedding", *(f"{p}_proj.{k}" for p in "qkv" for k in KINDS)):
             parts = [theirs] if isinstance(theirs, str) else theirs
@@ -208,9 +211,10 @@ def to_original(state: Mapping[str, Tensor], network: Mapping[str, Any]) -> dict
             joined = given[0] if isinstance(theirs, str) else joined_heads(given, heads)
             conv1d = kind == "weight" and ours.endswith((".1.qkv", ".1.encoder_kv", ".1.proj_out"))
             found[f"{ours}.{kind}"] = joined[..., None] if conv1d and joined.ndim == 2 else joined
+            place_of[f"{ours}.{kind}"] = places[f"{parts[0]}.{kind}"]
     if left:
         raise ConversionError(f"keys that this stage of DeepFloyd-IF does not have{some(left, 4)}")
-    return found
+    return {name: found[name] for name in sorted(found, key=place_of.get)}
 
 
 KINDS = ("weight", "bias")

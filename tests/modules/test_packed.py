@@ -8,8 +8,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.unet3d import FrameConvolution, VideoUNet
 from ldm.modules.diffusionmodules.unet_layers import TokenConvolution
 from ldm.modules.packed import (
+    ContiguousConv2d,
     PackedConv2d,
     PackedLinear,
     PackedParts,
@@ -42,6 +44,7 @@ def small_unet(**options) -> UNetModel:
         (nn.Linear(12, 20), PackedLinear, (3, 5, 12)),
         (nn.Linear(12, 20, bias=False), PackedLinear, (3, 12)),
         (TokenConvolution(12, 20), PackedLinear, (3, 5, 12)),
+        (FrameConvolution(12), PackedConv2d, (3, 12, 6, 4)),
         (nn.Conv2d(12, 20, 1), PackedPointwise, (3, 12, 6, 4)),
         (nn.Conv2d(12, 20, 3, padding=1), PackedConv2d, (3, 12, 6, 4)),
         (nn.Conv2d(12, 20, 3, stride=2, padding=1), PackedConv2d, (3, 12, 6, 4)),
@@ -180,3 +183,22 @@ def test_a_stage_of_deepfloyd_is_packed_whole_and_attends_in_one_kernel(stage):
     assert not [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)]
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in operators.names
     assert not [name for name in operators.names if "bmm" in name or "softmax" in name]
+
+
+@torch.no_grad()
+def test_a_network_of_videos_is_packed_whole_but_for_its_small_maps():
+    """Those of 8 x 8 and below; packed for larger ones it is packed whole."""
+    torch.manual_seed(0)
+    sizes = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2], "num_head_channels": 16}
+    network = VideoUNet(in_channels=4, out_channels=4, context_dim=16, **sizes).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.normal_(0, 0.1)
+    for side, kept in ((8, True), (32, False)):
+        x, t, context = torch.randn(2, 4, 3, side, side), torch.tensor([7.0, 500.0]), torch.randn(2, 5, 16)
+        expected = network(x, t, context)
+        pack(network, (side, side), 5)
+        torch.testing.assert_close(network(x, t, context), expected, rtol=1e-4, atol=1e-4)
+        layers = [layer for _, layer in network.named_modules()]
+        assert not [layer for layer in layers if type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)]
+        assert not [layer for layer in layers if isinstance(layer, TokenConvolution | FrameConvolution)]
+        assert any(isinstance(layer, ContiguousConv2d) for layer in layers) == kept

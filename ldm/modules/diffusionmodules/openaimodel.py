@@ -111,6 +111,8 @@ class UNetModel(nn.Module):
     2112.10752); the split into encoder and decoder: Faster Diffusion (arXiv 2312.09608).
     """
 
+    small_map = 0  # the widest map whose convolutions are not packed, see `ldm.modules.packed`
+
     def __init__(
         self,
         image_size: int,

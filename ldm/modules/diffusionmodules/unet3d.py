@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
-from ldm.modules.diffusionmodules.unet_layers import Downsample, ResBlock, Upsample, embedding
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer, to_map
+from ldm.modules.diffusionmodules.unet_layers import Downsample, ResBlock, TokenConvolution, Upsample, embedding
 from ldm.modules.diffusionmodules.util import Features, Unshared, normalization, timestep_embedding, zero_module
 from ldm.modules.token_merging import check_ratio
 
@@ -27,6 +28,21 @@ def together(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
+def frames_in_rows(x: Tensor, frames: int) -> Tensor:
+    """(B * F, C, H, W) -> (B, C, F, H * W): a video as one map; a view with channels_last strides if x has them."""
+    return x.flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+class FrameConvolution(nn.Conv3d):
+    """A convolution of three frames, (B, C, F, N) -> the same; the shape of its weight has three dimensions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[..., 0], self.bias, padding=self.padding[:2])
+
+
 class TemporalConvolution(nn.Module):
     """Four convolutions over the frames, with a residual; (B * F, C, H, W) -> the same."""
 
@@ -34,18 +50,17 @@ class TemporalConvolution(nn.Module):
         super().__init__()
 
         def layers(*between: nn.Module) -> nn.Sequential:
-            conv = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
-            return nn.Sequential(normalization(channels), nn.SiLU(), *between, conv)
+            return nn.Sequential(normalization(channels), nn.SiLU(), *between, FrameConvolution(channels))
 
         self.conv1 = layers()
         self.conv2, self.conv3, self.conv4 = (layers(nn.Identity()) for _ in range(3))  # there, dropout in training
         zero_module(self.conv4[-1])
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        h = apart(x, frames)
+        h = frames_in_rows(x, frames)
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             h = conv(h)  # normalised over frames and space together
-        return x + together(h)
+        return x + h.transpose(1, 2).flatten(0, 1).view_as(x)
 
 
 class VideoResBlock(ResBlock):
@@ -63,18 +78,18 @@ class TemporalTransformer(nn.Module):
         super().__init__()
         inner = heads * head_dim
         self.norm = normalization(channels, eps=1e-6)
-        self.proj_in = nn.Conv1d(channels, inner, 1)
+        self.proj_in = TokenConvolution(channels, inner)
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(inner, heads, head_dim)])
-        self.proj_out = zero_module(nn.Conv1d(inner, channels, 1))
+        self.proj_out = zero_module(TokenConvolution(inner, channels))
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        h = self.norm(apart(x, frames)).permute(0, 3, 4, 1, 2)  # (B, H, W, C, F)
-        place = h.shape[:3]
-        h = self.proj_in(h.flatten(0, 2)).mT  # (B * H * W, F, inner)
+        h = self.norm(frames_in_rows(x, frames)).permute(0, 3, 2, 1)  # (B, H * W, F, C)
+        places = h.shape[:2]
+        h = self.proj_in(h.flatten(0, 1))  # (B * H * W, F, inner)
         for block in self.transformer_blocks:
             h = block(h)
-        h = self.proj_out(h.mT).unflatten(0, place)  # (B, H, W, C, F)
-        return x + h.permute(0, 4, 3, 1, 2).flatten(0, 1)
+        h = self.proj_out(h).unflatten(0, places)  # (B, H * W, F, C)
+        return x + to_map(h.transpose(1, 2).flatten(0, 1), x)
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,7 @@ class VideoUNet(Unshared):
 
     num_classes = adm_in_channels = None
     merges_tokens = False
+    small_map = 8  # a prediction has one of every frame
 
     def __init__(
         self,

@@ -381,6 +381,7 @@ class Unshared(nn.Module):
     """A split network that computes nothing once for the decoders of several nodes; see `UNetModel.share`."""
 
     keeps_attention = False  # whether outputs of its cross-attention can be kept, see `ProjectedContext.record`
+    small_map = 0  # the widest map whose convolutions are not packed, see `ldm.modules.packed`
 
     def share(self, features: Features, weights: Sequence[PartWeights] | None = None) -> Features:
         """The features as they are."""
