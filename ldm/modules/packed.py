@@ -14,28 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.modules.diffusionmodules.dit import GELULinear
 from ldm.modules.diffusionmodules.openaimodel import meta_unet, once_for_a_config
 from ldm.modules.diffusionmodules.unet3d import FrameConvolution
 from ldm.modules.diffusionmodules.unet_layers import TokenConvolution
 from ldm.modules.diffusionmodules.util import PartedConvolution
 
+NO_ACTIVATION, GELU_TANH = ("none", [], ""), ("gelu", [], "tanh")
+
 
 class PackedLinear(nn.Module):
-    """What `nn.Linear` computes, (..., in) -> (..., out).
+    """What `nn.Linear` computes, (..., in) -> (..., out), and an activation of it.
 
     Args:
         weight: (out, in), float32 on a CPU.
         bias: (out,).
+        activation: in oneDNN's terms.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, activation: tuple[str, list[float], str] = NO_ACTIVATION
+    ) -> None:
         super().__init__()
+        self.activation = activation
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
         self.register_buffer("weight", packed, persistent=False)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.activation)
 
 
 class PackedPointwise(PackedLinear):
@@ -194,10 +201,12 @@ def _packed_parts(conv: nn.Conv2d, shape: Sequence[int], start: int) -> Iterator
 def _packed(layer: nn.Module, shape: Sequence[int] | None, small_map: int = 0) -> nn.Module:
     if isinstance(layer, PackedConv2d | PackedParts) and shape is not None:
         return layer.packed_for(shape)
-    if type(layer) not in (nn.Linear, TokenConvolution, nn.Conv2d, FrameConvolution, ContiguousConv2d):
+    if type(layer) not in (nn.Linear, GELULinear, TokenConvolution, nn.Conv2d, FrameConvolution, ContiguousConv2d):
         return layer
     if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
         return layer
+    if type(layer) is GELULinear:
+        return PackedLinear(layer.weight, layer.bias, GELU_TANH)
     if type(layer) in (nn.Linear, TokenConvolution):
         return PackedLinear(layer.weight.flatten(1), layer.bias)
     if shape is None or layer.padding_mode != "zeros" or isinstance(layer.padding, str):

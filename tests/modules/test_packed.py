@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm.modules.diffusionmodules.dit import GELULinear
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.unet3d import FrameConvolution, VideoUNet
 from ldm.modules.diffusionmodules.unet_layers import TokenConvolution
@@ -43,6 +44,7 @@ def small_unet(**options) -> UNetModel:
     [
         (nn.Linear(12, 20), PackedLinear, (3, 5, 12)),
         (nn.Linear(12, 20, bias=False), PackedLinear, (3, 12)),
+        (GELULinear(12, 20), PackedLinear, (3, 5, 12)),
         (TokenConvolution(12, 20), PackedLinear, (3, 5, 12)),
         (FrameConvolution(12), PackedConv2d, (3, 12, 6, 4)),
         (nn.Conv2d(12, 20, 1), PackedPointwise, (3, 12, 6, 4)),

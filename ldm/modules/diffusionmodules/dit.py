@@ -34,7 +34,7 @@ def position_embedding(side: int, width: int) -> Tensor:
 
 def _normalised(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer normalisation of (B, T, D) with the shift and scale, (B, D), that the condition gives."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale[:, None])
 
 
 class _Modulation(nn.Sequential):
@@ -46,6 +46,13 @@ class _Modulation(nn.Sequential):
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
         return super().forward(c).chunk(self.parts, dim=1)
+
+
+class GELULinear(nn.Linear):
+    """A linear layer and, of its result, GELU as approximated by tanh."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(super().forward(x), approximate="tanh")
 
 
 class _Attention(nn.Module):
@@ -63,11 +70,11 @@ class _Attention(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = GELULinear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.fc1(x))
 
 
 class Block(nn.Module):
@@ -82,8 +89,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(B, T, D), (B, D) -> (B, T, D)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(c)
-        x = x + gate[:, None] * self.attn(_normalised(x, shift, scale))
-        return x + mlp_gate[:, None] * self.mlp(_normalised(x, mlp_shift, mlp_scale))
+        x = torch.addcmul(x, gate[:, None], self.attn(_normalised(x, shift, scale)))
+        return torch.addcmul(x, mlp_gate[:, None], self.mlp(_normalised(x, mlp_shift, mlp_scale)))
 
 
 class _FinalLayer(nn.Module):
