@@ -457,7 +457,7 @@ def build_table(
     if columns[0] not in table.columns:
         raise SettingError("gflops_only", f"{table.name} has no GFLOPs; it has {', '.join(table.columns)}")
     if numbers and (gflops_only or show):
-        raise SettingError("rows", "they say which rows are made; gflops_only and show make none, and print all")
+        raise SettingError("rows", "they say which rows are made; none is where rows are only counted or shown")
     jobs = jobs_of(table, world, Path(runs), sources or Sources(), count, columns)
     if numbers and max(numbers) > len(jobs):
         raise SettingError("rows", f"{table.name} has {len(jobs)} rows in the {world} world; got {max(numbers)}")
