@@ -90,7 +90,7 @@ def with_control(plan: AnyPlan) -> AnyPlan | None:
 def between(plan: AnyPlan) -> str:
     """What runs at nodes that are no key nodes, and how the rest is forecast: `decoder, hold`."""
     kinds = {
-        Compute.DECODER: f"decoder and {plan.refresh} outer" if plan.refresh else "decoder",
+        Compute.DECODER: "decoder",
         Compute.SHALLOW: f"{plan.branch} outer",
         Compute.SKIPPED: "nothing",
         Compute.GATED: "no cross-attention",
