@@ -170,14 +170,22 @@ def script(files, tmp_path) -> Script:
     return Script("txt2img", tmp_path, *files, "--n_samples", "1", "--plan", "off")
 
 
-def test_files_are_used_and_recorded(script, files, tmp_path, capsys):
-    model = load_model(files[1], files[3])
-    key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v"
-    outs, ins = model.get_parameter(f"{key}.weight").shape
-    name = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_v"
+LAYER = "middle_block.1.transformer_blocks.0.attn2.to_"
+
+
+def save_lora_and_word(files: list[str], folder: Path) -> torch.Size:
+    """l.safetensors, a LoRA of one layer with a strange key, and e.safetensors, the word <thing>; the layer's shape."""
+    outs, ins = shape = load_model(files[1], files[3]).get_parameter(f"{U}{LAYER}v.weight").shape
+    name = f"lora_unet_{LAYER.replace('.', '_')}v"
+    torch.manual_seed(0)
     lora = {f"{name}.lora_down.weight": torch.randn(1, ins), f"{name}.lora_up.weight": torch.randn(outs, 1)}
-    save_weights(tmp_path / "l.safetensors", lora | {"strange": torch.zeros(1)})
-    save_embeddings(tmp_path / "e.safetensors", {"<thing>": 3 * torch.randn(1, 16)})
+    save_weights(folder / "l.safetensors", lora | {"strange": torch.zeros(1)})
+    save_embeddings(folder / "e.safetensors", {"<thing>": 3 * torch.randn(1, 16)})
+    return shape
+
+
+def test_files_are_used_and_recorded(script, files, tmp_path, capsys):
+    save_lora_and_word(files, tmp_path)
     prompt, use = ["--prompt", "a <thing>"], ["--embedding", str(tmp_path / "e.safetensors")]
     (plain,) = script(*prompt)
     said = "<thing>: no word of this model, which reads the letters; --embedding or --delta brings it"
@@ -197,14 +205,8 @@ def test_files_are_used_and_recorded(script, files, tmp_path, capsys):
 
 
 def test_the_laws_under_all_three(script, files, tmp_path):
-    layer = "middle_block.1.transformer_blocks.0.attn2.to_"
-    outs, ins = load_model(files[1], files[3]).get_parameter(f"{U}{layer}v.weight").shape
-    name = f"lora_unet_{layer.replace('.', '_')}v"
-    torch.manual_seed(0)
-    lora = {f"{name}.lora_down.weight": torch.randn(1, ins), f"{name}.lora_up.weight": torch.randn(outs, 1)}
-    save_weights(tmp_path / "l.safetensors", lora)
-    save_embeddings(tmp_path / "e.safetensors", {"<thing>": 3 * torch.randn(1, 16)})
-    save_delta(tmp_path / "d.ckpt", {f"{layer}k.weight": torch.randn(outs, ins)}, {"<x>": 3 * torch.randn(1, 16)})
+    shape = save_lora_and_word(files, tmp_path)
+    save_delta(tmp_path / "d.ckpt", {f"{LAYER}k.weight": torch.randn(shape)}, {"<x>": 3 * torch.randn(1, 16)})
     use = ["--lora", f"{tmp_path}/l.safetensors:3", "--embedding", f"{tmp_path}/e.safetensors"]
     words = ["--prompt", "a <thing> <new1>", "--delta", f"{tmp_path}/d.ckpt"]
     check_laws(script, *use, *words, "--steps", "5", "--noise-weight", "0")
