@@ -30,7 +30,7 @@ def together(x: Tensor) -> Tensor:
 
 def frames_in_rows(x: Tensor, frames: int) -> Tensor:
     """(B * F, C, H, W) -> (B, C, F, H * W): a video as one map; a view with channels_last strides if x has them."""
-    return x.flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
+    return apart(x.flatten(2), frames)
 
 
 class FrameConvolution(nn.Conv3d):
@@ -60,7 +60,7 @@ class TemporalConvolution(nn.Module):
         h = frames_in_rows(x, frames)
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             h = conv(h)  # normalised over frames and space together
-        return x + h.transpose(1, 2).flatten(0, 1).view_as(x)
+        return x + together(h).view_as(x)
 
 
 class VideoResBlock(ResBlock):
