@@ -1,8 +1,9 @@
 """Class-conditional images by a diffusion transformer (DiT), with or without encoder propagation (Faster Diffusion).
 
-The defaults are those of DiT-XL/2 and of the authors' experiment: 250 steps of DDPM with the learned variance, 113 key
-timesteps, prior noise after the solver's update at timesteps below 300. The published weights hold no first stage;
-scripts/convert.py DiT-XL-2-256x256.pt --to ldm --vae FILE adds it, see docs/dit.md.
+Without flags a small model draws emoji of eight groups. How it samples is as in the authors' experiment with DiT-XL/2:
+250 steps of DDPM with the learned variance, 113 key timesteps, prior noise after the solver's update at timesteps below
+300. DiT-XL/2 itself needs --image-size 256 or 512, and its weights. These hold no first stage; scripts/convert.py
+DiT-XL-2-256x256.pt --to ldm --vae FILE adds it, see docs/dit.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from functools import partial
 
 from ldm.cli.arguments import (
+    DIT_EMOJI,
     ROOT,
     classes_arguments,
     model_arguments,
@@ -32,24 +34,27 @@ def parser() -> Parser:
     p = Parser(prog="dit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to make")
     classes_arguments(what, PUBLISHED, 1)
+    p.set_defaults(classes=None)
     what.add_argument(
         "--image-size",
         type=int,
         choices=(256, 512),
-        default=256,
-        help="which of the two published models, if neither --config nor --ckpt is given (default: %(default)s)",
+        help="one of the two published models, if neither --config nor --ckpt is given (default: the model that ships)",
     )
     sampling_arguments(p, 250, steps_flags=("--steps", "--num-sampling-steps"), unknown="the model's")
     p.set_defaults(sampler="ddpm-learned")
     propagation_arguments(p, "dit250", 300.0, "update")
-    model_arguments(p, note="default: the published one")
+    model_arguments(p, DIT_EMOJI)
     output_arguments(p, "outputs/dit")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
-    model = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), MODELS[args.image_size])
-    subjects, task = cli.tasks.class_task(model, args.classes, args.scale != 1.0, args.class_names, args.uncond_class)
+    model = cli.setup.make_setup(
+        settings_from(args, cli.settings.ModelSettings), MODELS.get(args.image_size, DIT_EMOJI)
+    )
+    classes = args.classes or cli.tasks.usual_classes(model, PUBLISHED)
+    subjects, task = cli.tasks.class_task(model, classes, args.scale != 1.0, args.class_names, args.uncond_class)
     cli.pipeline.make_images(
         model,
         cli.tasks.image_items(subjects, args.n_samples, args.seed, args.seed_by_position),

@@ -18,6 +18,7 @@ from evaluation.plots.drawing import STYLE
 from ldm.checkpoint import fingerprint
 from ldm.cli.neighbours import RetrievalSettings, Retrieved, retrieve
 from ldm.cli.setup import CPU_POSITIONS, Setup, run_facts
+from ldm.cli.tasks import absent_class
 from ldm.io.errors import SettingError, fault_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import NonFiniteLatents
@@ -97,9 +98,7 @@ class Experiment:
             return self.retrieved(RetrievalSettings()).task
         if not self.classes:
             return Task(text_for(self.model, (self.setup.sizes.default,) * 2))
-        # As in the published class-conditional models: the last of 1001 classes is the unconditional one.
-        absent = self.classes - 1 if self.classes == 1001 else None
-        return Task(class_condition(self.model.cond_stage_model, absent))
+        return Task(class_condition(self.model.cond_stage_model, absent_class(self.setup, self.classes)))
 
     def retrieved(self, settings: RetrievalSettings) -> Retrieved:
         """What a retrieval-augmented model makes the items of.
@@ -114,7 +113,9 @@ class Experiment:
         """The guidance scale; 1 = no guidance."""
         if self.scale is not None:
             return self.scale
-        if self.model.model.conditioning_key is None or (self.classes and self.classes != 1001):
+        if self.model.model.conditioning_key is None:
+            return 1.0
+        if self.classes and absent_class(self.setup, self.classes) is None:
             return 1.0
         return float(usual_scale(self.setup.config))
 

@@ -37,6 +37,7 @@ class _Open(Schema, extra="allow"):
 
 class _Sampling(_Open):
     scale: Number | None = None
+    uncond_class: Annotated[int, Field(ge=0)] | None = None
 
 
 class _Params(_Open):

@@ -33,6 +33,7 @@ Files = tuple[Path, Path]  # a model's config and weights
 ROOT = PROJECT_ROOT
 EMOJI64: Files = (ROOT / "models/ldm/emoji64/config.yaml", ROOT / "models/ldm/emoji64/model.safetensors")
 RDM_EMOJI: Files = (ROOT / "models/rdm/emoji/config.yaml", ROOT / "models/rdm/emoji/model.safetensors")
+DIT_EMOJI: Files = (ROOT / "models/dit/emoji128/config.yaml", ROOT / "models/dit/emoji128/model.safetensors")
 EMOJI64_EDGES = ROOT / "models/control/emoji64-edges/model.safetensors"  # its control network
 PROMPT, SHOWN = "a red heart, noto style", 8
 NOISE_WEIGHT = 0.003

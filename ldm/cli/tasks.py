@@ -269,20 +269,37 @@ def class_task(
 
     Args:
         guided: whether there is guidance.
-        names_file: of the classes' names, see `read_names`; None = those of ImageNet, for a model that knows its
-            classes.
-        uncond: the class that stands for none; None = the one that a model has beside ImageNet's.
+        names_file: of the classes' names, see `read_names`; None = classes.txt beside the weights, or the names of
+            ImageNet's for a model that knows these.
+        uncond: the class that stands for none; None = the one that the config names (`sampling.uncond_class`),
+            or that a model has beside ImageNet's.
 
     Raises:
         SettingError: the model knows no such class, or has none that stands for none.
     """
     embedder = class_conditioner(setup)
     known = embedder.n_classes
-    names = class_names(names_file, CLASS_NAMES if known in (IMAGENET, IMAGENET + 1) else None)
+    shipped, uncond = setup.ckpt.parent / "classes.txt", absent_class(setup, known) if uncond is None else uncond
+    usual = CLASS_NAMES if known in (IMAGENET, IMAGENET + 1) else None
+    names = class_names(names_file, shipped if shipped.is_file() else usual)
     with fault_of("classes"):
         subjects = [{"class": find_class(text, names, known)} for text in classes]
     absent = unconditional_class(known, uncond) if guided else None
     return subjects, Task(class_condition(embedder, absent))
+
+
+def absent_class(setup: Setup, classes: int) -> int | None:
+    """The class that stands for none: the one that the config names, or that a model has beside ImageNet's."""
+    named = setup.config.get("sampling", {}).get("uncond_class")
+    return IMAGENET if named is None and classes == IMAGENET + 1 else named
+
+
+def usual_classes(setup: Setup, published: Sequence[str]) -> Sequence[str]:
+    """Of an example: the published classes of ImageNet; of another model all but the one that stands for none."""
+    known = class_conditioner(setup).n_classes
+    if known in (IMAGENET, IMAGENET + 1):
+        return published
+    return [str(number) for number in range(known) if number != absent_class(setup, known)]
 
 
 def class_conditioner(setup: Setup) -> ClassEmbedder | ClassLabels:
@@ -294,9 +311,7 @@ def class_conditioner(setup: Setup) -> ClassEmbedder | ClassLabels:
 
 
 def unconditional_class(classes: int, given: int | None) -> int:
-    """The class that guidance leads away from."""
-    if given is None and classes == IMAGENET + 1:
-        return IMAGENET
+    """The class that guidance leads away from, one of so many."""
     if given is None:
         raise SettingError(
             "uncond_class",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from ldm.checkpoint import read_checkpoint, save_weights
 from ldm.checkpoint.diagnosis import differences, facts_of_config, facts_of_weights
@@ -43,6 +45,20 @@ def test_an_image_says_how_it_was_made(script):
     expected = {"class": 207, "sampler": "ddpm-learned", "steps": 8, "scale": 4.0, "uncond_class": 1000}
     assert made.items() >= (expected | {"keys": [0, 3, 5], "noise_weight": 0.003}).items()
     assert script.pixels(made).shape == (32, 32, 3)
+
+
+def test_a_model_names_its_classes_and_the_one_that_stands_for_none(tmp_path):
+    changes = {"unet_config__params__num_classes": 2, "cond_stage_config__params__n_classes": 3}
+    small = tiny_transformer(tmp_path / "small", PUBLISHED, **changes)
+    config = OmegaConf.load(small[1])
+    config.sampling = {"scale": 2.0, "uncond_class": 2}
+    OmegaConf.save(config, small[1])
+    (Path(small[3]).parent / "classes.txt").write_text("round things, round\nsquare things\nnone\n")
+    script = Script("dit", tmp_path, *small)
+    made = script("--steps", "2", "--plan", "off")
+    assert [(entry["class"], entry["uncond_class"], entry["scale"]) for entry in made] == [(0, 2, 2.0), (1, 2, 2.0)]
+    (one,) = script("--steps", "2", "--plan", "off", "--classes", "Square things", "--again")
+    assert one["class"] == 1
 
 
 def test_parallel_is_serial(script):
