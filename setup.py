@@ -40,6 +40,8 @@ PROJECT_FILES = (
     "models/first_stage_models/emoji128-kl-f8/model.safetensors",
     "models/control/emoji64-edges/model.safetensors",
     "models/personalization/giraffe/*.safetensors",
+    "models/dit/emoji128/classes.txt",
+    "models/dit/emoji128/model.safetensors",
     "models/rdm/emoji*/model.safetensors",
     "models/rdm/emoji/prompts.txt",
     "models/rdm/emoji/database/*",
