@@ -18,7 +18,7 @@ from ldm.checkpoint.control import control_file, load_control
 from ldm.checkpoint.detectors import load_hed, load_midas
 from ldm.cli.arguments import EMOJI64, EMOJI64_EDGES
 from ldm.cli.pipeline import MethodRun
-from ldm.cli.setup import CONSTRUCTION, Setup, image_size
+from ldm.cli.setup import CONSTRUCTION, Setup, fault_of_file, image_size
 from ldm.cli.tasks import TextSettings, file_reference, image_items, text_items
 from ldm.data import conditions
 from ldm.data.captions import captions_of_all
@@ -30,6 +30,7 @@ from ldm.sampling.control import ControlledBy, Hints, Picture
 from ldm.sampling.generate import Item
 
 KINDS = ("edges", "scribble", "depth")  # of pictures that are made of an image
+LONGEST = 8  # times the short side, the long side of an image whose shape results take
 LATELY = 64  # pictures made of images that are kept, of each control
 Size = tuple[int, int]  # height and width, in pixels
 
@@ -148,11 +149,22 @@ def controlled_items(source: Source | None, text: TextSettings, shown: Sequence[
 
 
 def result_size(setup: Setup, source: Source | None, height: int | None, width: int | None) -> Size:
-    """Of the images to be made: as given, or the shape of the (first) image near the size of the model's training."""
+    """Of the images to be made: as given, or the shape of the (first) image near the size of the model's training.
+
+    Raises:
+        SettingError: see `image_size`; or the image is so narrow that its shape is not meant for the results.
+    """
     if source is None or (height and width):
         return image_size(setup.sizes, height, width)
-    usual = conditions.resized(source.image(0), setup.sizes.default, setup.sizes.multiple)
-    return image_size(setup.sizes, height, width, (usual.height, usual.width))
+    given = source.image(0).size
+    usual = conditions.usual_size(given, setup.sizes.default, setup.sizes.multiple)
+    if max(given) > LONGEST * min(given):
+        raise SettingError(
+            "image",
+            f"{given[0]} x {given[1]} pixels, from which the results would have {usual[0]} x {usual[1]}; a side of "
+            f"more than {LONGEST} times the other needs H and W",
+        )
+    return image_size(setup.sizes, height, width, usual[::-1])
 
 
 def controlled(setup: Setup, settings: ControlSettings, source: Source | None, size: Size) -> ControlledBy:
@@ -204,8 +216,9 @@ class Drawn:
 
 def fitted(setup: Setup, image: Image.Image, size: Size) -> Image.Image:
     """The image in the size of the results, resized as published where that gives this size."""
-    usual = conditions.resized(image, setup.sizes.default, setup.sizes.multiple)
-    return usual if (usual.height, usual.width) == size else fit(image, *size)
+    if conditions.usual_size(image.size, setup.sizes.default, setup.sizes.multiple)[::-1] == size:
+        return conditions.resized(image, setup.sizes.default, setup.sizes.multiple)
+    return fit(image, *size)
 
 
 def shipped(setup: Setup, kinds: Sequence[str]) -> list[Path]:
@@ -260,7 +273,7 @@ def controlled_frames(setup: Setup, files: Sequence[str], model: str, size: Size
 def network(setup: Setup, file: str | Path) -> tuple[ControlNet, str]:
     """A control network on the run's device, and what identifies it: the hash of its file."""
     unet = OmegaConf.to_container(setup.config.model.params.unet_config.params)
-    with fault_of("control_model", (CheckpointError, *CONSTRUCTION)):
+    with fault_of("control_model", CONSTRUCTION), fault_of_file("control_model", [file]):
         loaded = load_control(file, unet, setup.device)
         if loaded.reduction != setup.sizes.factor:
             raise ValueError(

@@ -285,7 +285,7 @@ def load_engines(
 def weights_of(setup: Setup) -> dict[str, Any]:
     """What is recorded with an image of its model's files."""
     return {
-        "ckpt": f"{setup.ckpt.parent.name}/{setup.ckpt.name}",
+        "ckpt": setup.name,
         "weights": fingerprint(setup.ckpt)[:16],
         "config": fingerprint(setup.config_path)[:16],
         "averaged": setup.weights,
@@ -401,9 +401,15 @@ class MethodRun:
         return [self._kept[place] for place in sorted(self._kept)]
 
     def each(self) -> Iterator[tuple[int, Image.Image]]:
-        """All images, kept or saved, one after the other, in the order of the items; each with its prompt_index."""
+        """All images, kept or saved, one after the other, in the order of the items; each with its prompt_index.
+
+        Raises:
+            SettingError: one that was saved can no longer be read.
+        """
         for place in sorted(self._kept | self.files):
-            yield place[0], self._kept[place] if place in self._kept else open_image(self.files[place])
+            with fault_of("outdir"):
+                image = self._kept[place] if place in self._kept else open_image(self.files[place])
+            yield place[0], image
 
     @property
     def gmac(self) -> float:
@@ -523,7 +529,7 @@ def opening(plan: str, setup: Setup, engine: Engine) -> str:
     threads = f" ({count} thread{'s' * (count != 1)})" if setup.device.type == "cpu" else ""
     return (
         f"plan {plan} ({keys}), sampler {recipe.sampler}, scale {recipe.scale:g}, parallel {parallel}, "
-        f"device {setup.device}{threads}, model {setup.ckpt.parent.name}/{setup.ckpt.name}"
+        f"device {setup.device}{threads}, model {setup.name}"
     )
 
 

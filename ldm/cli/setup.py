@@ -28,6 +28,7 @@ from ldm.checkpoint.delta import add_words, apply_deltas
 from ldm.checkpoint.diagnosis import Facts, facts_of_config, facts_of_weights, fitting, summary
 from ldm.checkpoint.embeddings import add_embeddings
 from ldm.checkpoint.file import stated_prediction
+from ldm.checkpoint.kinds import STATE, TAKES, kinds_in
 from ldm.checkpoint.lora import merge_lora
 from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.arguments import NOISE_WEIGHT, Files
@@ -48,6 +49,7 @@ from ldm.util import instantiate_from_config
 
 # A config that does not build a model may fail in any way that a constructor can.
 CONSTRUCTION = (ValueError, OSError, TypeError, KeyError)
+EXPORT = "python scripts/export_model.py FOLDER --out FILE makes what is used of it"
 
 
 # Where: the device, and the processes that share the work, as torchrun starts them. The first process leads: it alone
@@ -181,13 +183,13 @@ class Setup:
         Raises:
             SettingError: the files do not make a model.
         """
-        with fault_of("config", CONSTRUCTION), fault_of("ckpt", (CheckpointError,)):
+        with fault_of("config", CONSTRUCTION), fault_of_file("ckpt", [self.ckpt], (CheckpointError,)):
             model = load_model(self.config_path, self.ckpt, self.device, self.weights, free_bytes(self.device))
         if self.delta:
-            with fault_of("delta", (CheckpointError, OSError)):
+            with fault_of_file("delta", self.delta):
                 apply_deltas(model, self.delta)
-        with fault_of("lora", (CheckpointError, OSError)):
-            for path, weight in self.lora:
+        for path, weight in self.lora:
+            with fault_of_file("lora", [path]):
                 if unmatched := merge_lora(model, path, weight):
                     print(f"warning: --lora: {path}: not in this model: {', '.join(unmatched)}", file=sys.stderr)
         self.read_embeddings(model.cond_stage_model)
@@ -195,14 +197,14 @@ class Setup:
 
     def read_embeddings(self, encoder: nn.Module | None) -> None:
         """Give the model's text encoder the new tokens."""
-        with fault_of("embedding", (CheckpointError, OSError)):
-            for path in self.embedding:
+        for path in self.embedding:
+            with fault_of_file("embedding", [path]):
                 add_embeddings(encoder, path)
 
     def read_words(self, encoder: nn.Module) -> None:
         """Give a text encoder all new tokens, without the weights that come with them."""
-        with fault_of("delta", (CheckpointError, OSError)):
-            for path in self.delta:
+        for path in self.delta:
+            with fault_of_file("delta", [path]):
                 add_words(encoder, path)
         self.read_embeddings(encoder)
 
@@ -220,9 +222,36 @@ class Setup:
         return {name: files for name, files in (("lora", lora), ("embedding", embedding), ("delta", delta)) if files}
 
     @property
+    def name(self) -> str:
+        """The weights' file, with the folder that it is in."""
+        return Path(*self.ckpt.parts[-2:]).as_posix()
+
+    @property
     def suspect(self) -> str:
         """The argument at fault if the networks compute NaN or infinite numbers."""
         return "precision" if self.autocast else "ckpt"
+
+
+@contextmanager
+def fault_of_file(
+    setting: str, paths: Sequence[str | Path], errors: tuple[type[Exception], ...] = (CheckpointError, OSError)
+) -> Iterator[None]:
+    """Such errors of files of weights become a SettingError; of a file for another setting it names that one."""
+    try:
+        with fault_of(setting, errors):
+            yield
+    except SettingError:
+        refuse_other_kinds(setting, paths)
+        raise
+
+
+def refuse_other_kinds(setting: str, paths: Sequence[str | Path]) -> None:
+    """Raise SettingError for a file of weights that is clearly for another setting, or for none."""
+    for path in paths:
+        if (held := kinds_in(path)) and TAKES[setting] not in held:
+            right = next((name for name, kind in TAKES.items() if kind in held), None)
+            what = f"{TAKES[right]}, which --{right.replace('_', '-')} takes" if right else f"{STATE}; {EXPORT}"
+            raise SettingError(setting, f"{path}: this is {what}")
 
 
 def make_setup(settings: ModelSettings, default: Files | None = None, processes: Processes | None = None) -> Setup:
@@ -381,6 +410,7 @@ def config_for(ckpt: Path) -> Path:
     with fault_of("ckpt", (CheckpointError, ValueError, OSError)):
         facts = facts_of_weights(read_checkpoint(ckpt))
     found = fitting_configs(facts)
+    refuse_other_kinds("ckpt", [] if found else [ckpt])
     if len(found) == 1:
         return PROJECT_ROOT / found[0]
     fits = " and ".join(found) if found else f"no published config; it is: {summary(facts)}"

@@ -22,10 +22,16 @@ LINES = (  # of three pixels: horizontal, vertical, and the two diagonals
 
 def resized(image: Image.Image, resolution: int, multiple: int = 64) -> Image.Image:
     """The image with its short side of about `resolution` pixels, both sides multiples of `multiple`."""
-    factor = resolution / min(image.size)
-    width, height = (max(multiple, round(side * factor / multiple) * multiple) for side in image.size)
-    how = cv2.INTER_LANCZOS4 if factor > 1 else cv2.INTER_AREA
-    return Image.fromarray(cv2.resize(np.asarray(image), (width, height), interpolation=how))
+    how = cv2.INTER_LANCZOS4 if resolution > min(image.size) else cv2.INTER_AREA
+    size = usual_size(image.size, resolution, multiple)
+    return Image.fromarray(cv2.resize(np.asarray(image), size, interpolation=how))
+
+
+def usual_size(size: tuple[int, int], resolution: int, multiple: int = 64) -> tuple[int, int]:
+    """Width and height that `resized` gives to an image of this width and height."""
+    factor = resolution / min(size)
+    width, height = (max(multiple, round(side * factor / multiple) * multiple) for side in size)
+    return width, height
 
 
 def edges(image: Image.Image, low: float = THRESHOLDS[0], high: float = THRESHOLDS[1]) -> Image.Image:

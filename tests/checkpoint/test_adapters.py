@@ -234,11 +234,12 @@ def test_words_of_a_delta_can_be_edited(files, tmp_path):
 
 def test_bad_files(script, tmp_path, capsys):
     save_embeddings(tmp_path / "e.safetensors", {"<thing>": torch.randn(1, 768)})
+    save_weights(tmp_path / "x.safetensors", {"x.weight": torch.ones(1)})
     (tmp_path / "empty.safetensors").write_bytes(b"")
     for arguments, why in (
         (["--lora", "nowhere.safetensors"], "--lora: nowhere.safetensors: no such file"),
         (["--lora", f"{tmp_path / 'e.safetensors'}:2000"], "--lora: expected a number in -1000..1000; got '2000'"),
-        (["--lora", str(tmp_path / "e.safetensors")], f"--lora: {tmp_path / 'e.safetensors'}: not a LoRA"),
+        (["--lora", str(tmp_path / "x.safetensors")], f"--lora: {tmp_path / 'x.safetensors'}: not a LoRA"),
         (["--lora", str(tmp_path / "empty.safetensors")], "--lora: "),
         (["--embedding", str(tmp_path / "e.safetensors")], "--embedding: "),
     ):

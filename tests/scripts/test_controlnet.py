@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
     for name, changes in (("control", {}), ("other", {"context_dim": 24}), ("coarse", {"hint_widths": (8, 8, 8)})):
         network = ControlNet(**ENCODER | {"hint_channels": 3, "hint_widths": (8, 16)} | changes)
         save_weights(folder / f"{name}.safetensors", recipe_weights(network, seed=2, gain=1.0).state_dict())
+    save_weights(folder / "no_network.safetensors", {"x.weight": torch.ones(1)})
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[4:12, 5:11] = (255, 40, 0)
     image = Image.fromarray(pixels)
@@ -230,6 +231,34 @@ def test_a_picture_is_told_by_the_network_that_makes_it(folder, tmp_path, kind, 
     assert told[0][name] == "weights.safetensors" and told[0] != told[1]
 
 
+def test_a_saved_image_that_is_gone_before_its_edges_are_compared(script, folder, capsys, monkeypatch):
+    followed = cli_control.edges_followed
+
+    def without_images(network, runs):
+        for file in (script.out / "samples").iterdir():
+            file.unlink()
+        return followed(network, runs)
+
+    monkeypatch.setattr(cli_control, "edges_followed", without_images)
+    assert script.main([*script.common, *control(folder), "--plan=off"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"controlnet.py: error: --outdir: .*/samples/an-owl.*\.png: no such file; expected an image", line
+    )
+
+
+def test_a_long_strip_needs_a_size(script, folder, tmp_path, capsys):
+    """The results would be as long."""
+    Image.new("RGB", (400, 1), "red").save(tmp_path / "strip.png")
+    strip = [*control(folder)[:-1], f"--image={tmp_path}/strip.png"]
+    assert script.refusal(capsys, *strip) == (
+        "--image: 400 x 1 pixels, from which the results would have 6400 x 16; a side of more than 8 times the other "
+        "needs H and W"
+    )
+    (made,) = script(*strip, "--H=16", "--W=16", "--plan=off")
+    assert script.pixels(made).shape == (16, 16, 3)
+
+
 def test_bad_input_is_refused_in_one_line(script, folder, capsys):
     edge, file = control(folder), f"{folder}/edges.png"
     for given, message in (
@@ -255,7 +284,11 @@ def test_bad_input_is_refused_in_one_line(script, folder, capsys):
         (control(folder, f"{folder}/config.yaml"), f"--control: {folder}/config.yaml: not an image"),
         (control(folder, "edges", "other"), f"--control-model: {folder}/other.safetensors: a control network for anot"),
         (control(folder, "edges", "coarse"), f"--control-model: {folder}/coarse.safetensors: a control network for an"),
-        (control(folder, "edges", "model"), f"--control-model: {folder}/model.safetensors: no control network"),
+        (
+            control(folder, "edges", "model"),
+            f"--control-model: {folder}/model.safetensors: this is a model, which --ckpt takes",
+        ),
+        (control(folder, "edges", "no_network"), f"--control-model: {folder}/no_network.safetensors: no control netw"),
         (control(folder, "edges", "none"), f"--control-model: {folder}/none.safetensors: no such file"),
         ([*control(folder), "--canny=5"], "--canny: must be LOW,HIGH, two numbers such as 100,200; got '5'"),
         ([*control(folder), "--canny=200,100"], "--canny: expected LOW <= HIGH; got 200,100"),
