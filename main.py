@@ -36,6 +36,7 @@ from ldm.util import instantiate_from_config  # noqa: F401  (published scripts i
 YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 SWITCHES = ("-t", "--train", "--no-test", "--scale_lr", "-d", "--debug")  # published commands may give them a word
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # read when Lightning is imported
+TAUGHT = {"crossattn": "delta.bin", "lora": "lora.safetensors", "tokens": "word.safetensors"}  # by what is trained
 STATES = ("last.ckpt", "previous.ckpt", "best.ckpt")  # that a run keeps
 # Flags of the published program that Lightning's trainer still has as arguments.
 TRAINER_FLAGS = frozenset(
@@ -260,8 +261,8 @@ def train(args: argparse.Namespace, name: str, files: list[Path], overrides: lis
     with fault_of(name), debugged(args.debug):
         run.fit(config, logdir, train=args.train, allow=args.allow, resumed=state_of(args.resume))
     if args.train:
-        delta = str((config.training.get("params") or {}).get("what")).startswith("crossattn")
-        file = "delta.bin" if delta else "model.safetensors"
+        what = str((config.training.get("params") or {}).get("what"))
+        file = next((file for part, file in TAUGHT.items() if what.startswith(part)), "model.safetensors")
         print(f"for sampling: python scripts/export_model.py {logdir} --out {logdir}/{file}")
 
 

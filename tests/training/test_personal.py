@@ -108,11 +108,12 @@ def test_custom_diffusion_trains_keys_values_and_a_word(home, before, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["textual-inversion", "reversion"])
-def test_a_word_alone(home, before, tmp_path, name):
+def test_a_word_alone(home, before, tmp_path, capsys, name):
     token, count = ("<new1>", 2) if name == "textual-inversion" else ("<R>", 1)
     words = ["training.params.relations=[red, dog]", "training.params.stop_words=[a]"] if token == "<R>" else []
     more = [f"training.params.new_tokens={{{token}: tree}}", f"training.params.vectors={count}", *words]
     run = train(home, tmp_path, name, *more)
+    assert capsys.readouterr().out.endswith(f"--out {run}/word.safetensors\n")
     assert changed(run, before) <= {"model.cond_stage_model.transformer.token_emb.weight"}
     vectors = read_embeddings(exported(run, "word.safetensors"))
     assert [*vectors] == [token] and vectors[token].shape == (count, 16)
@@ -124,8 +125,9 @@ def test_a_word_alone(home, before, tmp_path, name):
     assert model.cond_stage_model.tokenize([f"a {token}"])[0, 2 : 2 + count].tolist() == [*range(first, first + count)]
 
 
-def test_a_lora_is_what_was_trained(home, before, tmp_path):
+def test_a_lora_is_what_was_trained(home, before, tmp_path, capsys):
     run = train(home, tmp_path, "lora")
+    assert capsys.readouterr().out.endswith(f"--out {run}/lora.safetensors\n")
     assert changed(run, before) == set()
     state = read_state(run / "last.ckpt")["state_dict"]
     model = load_model(home / "config.yaml", home / "model.safetensors")
