@@ -97,13 +97,14 @@ def model() -> DDPM:
     return ddpm.eval()
 
 
-def test_a_trajectory_with_9_key_timesteps():
+@pytest.mark.parametrize("name, keys", [("plain", "off"), ("propagated_50ls", "faster-diffusion")])
+def test_the_recorded_trajectories(name, keys):
     """Frames are the images of a batch; the decoders of a group go three at a time."""
-    case, tensors = load_case("videofusion_propagated_50ls")
+    case, tensors = load_case(f"videofusion_{name}")
     frames = case["frames"]
     uncond, cond = (part.repeat(frames, 1, 1) for part in tensors["prompt_embeds"].chunk(2))
-    plan = load_plan("faster-diffusion", 50, 3)
-    assert list(plan.keys) == case["key_steps"]
+    plan = load_plan(keys, 50, 3)
+    assert list(plan.keys) == case.get("key_steps", [*range(50)])
     rule = solver("ddim", model().alphas_cumprod, 50)
     denoiser = model().denoiser(cond, uncond, case["guidance_scale"], network=WholeVideos(model().model, frames))
     x = [together(tensors["x_T"]), *(s.x for s in denoise(denoiser, rule, plan, together(tensors["x_T"])))]
