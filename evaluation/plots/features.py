@@ -217,7 +217,7 @@ def draw_norms(experiment: Experiment, *, steps: int) -> Drawing:
     drawn = boxes.boxplot([*found.values()], tick_labels=[*found], **style)
     for box, colour in zip(drawn["boxes"], colours, strict=True):
         box.set_facecolor(colour)
-    boxes.set(yscale="log", ylabel="Frobenius norm of the channels' mean", title="over the steps of a run")
+    boxes.set(yscale="log", ylabel="Frobenius norm of the channels' mean")
     points(deviation, {name: values.std() for name, values in found.items()})
     deviation.set_ylabel("its standard deviation over the steps")
     shares = {name: 100 * values.std() / values.mean() for name, values in found.items()}
