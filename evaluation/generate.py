@@ -70,7 +70,7 @@ def parser() -> Parser:
 def shard(text: str) -> tuple[int, int]:
     """argparse type of --shard: 2/8 -> (1, 8)."""
     part, slash, parts = text.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts) <= MOST):
+    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) <= MOST):
         raise argparse.ArgumentTypeError(f"expected K/N, part K of 1..N, and N at most {MOST}; got {text!r}")
     return int(part) - 1, int(parts)
 

@@ -64,7 +64,7 @@ def parser() -> Parser:
 
 def row_numbers(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"expected row numbers from 1, such as 1,2; got {text!r}")
     return [int(part) for part in parts]
 

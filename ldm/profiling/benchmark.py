@@ -94,7 +94,7 @@ def read_row(text: str, steps: int, calibrations: Path) -> Plan:
     """The plan of a row's name; calibrations: the folder with the model's own, for `auto:K`."""
     name, _, parallel = text.partition("@")
     spec, _, propagate = name.partition("+")
-    if parallel and not parallel.isdigit():
+    if parallel and not parallel.isdecimal():
         raise ValueError(f"the number of decoder steps in a batch follows the @; got {text!r}")
     plan = load_plan(spec, steps, int(parallel or 1), propagate or None, RunFacts({"sampler": "ddim"}, calibrations))
     if not isinstance(plan, Plan):

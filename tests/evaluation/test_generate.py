@@ -387,6 +387,7 @@ def test_a_full_disk_leaves_what_is_there(runs, whole, tmp_path):
         (["--protocol", "coco"], "--protocol: unknown protocol 'coco'; accepted: coco2014-30k, "),
         (["--count", "49"], "--count: 49 prompts are asked for, at most 2 of an image; there are 48 such"),
         (["--data", "nowhere"], "--data: .*nowhere/annotations/captions_val2017.json: no such file; tiny reads"),
+        (["--shard", "²/3"], "--shard: expected K/N, part K of 1..N, .*; got '²/3'"),
         (["--shard", "3/2"], "--shard: expected K/N, part K of 1..N, .*; got '3/2'"),
         (["--shard", "1/9999999"], "--shard: expected K/N, part K of 1..N, and N at most 1000000; got '1/9999999'"),
         (["--devices", "0"], "--devices: .* in 1..1024; got"),

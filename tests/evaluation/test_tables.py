@@ -534,6 +534,7 @@ def test_a_plan_that_decides_on_the_way_says_why_it_has_no_gflops(tmp_path, capf
             ["table6", "--world", "emoji", "--gflops-only"],
             "--gflops-only: table6 has no GFLOPs; it has fid, clip_score",
         ),
+        (["table1", "--world", "emoji", "--rows", "²"], "--rows: expected row numbers from 1"),
         (["table1", "--world", "emoji", "--rows", "0"], "--rows: expected row numbers from 1"),
         (["table1", "--world", "emoji", "--rows", "13"], "--rows: table1 has 12 rows in the emoji world; got 13"),
         (["table1", "--world", "coco", "--ckpt", "gone"], "--ckpt: gone: no such file; --gflops"),

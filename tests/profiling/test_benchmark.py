@@ -198,7 +198,7 @@ def test_prints_a_table_and_writes_json(tmp_path, capsys, against):
 @pytest.mark.parametrize(
     "args, why",
     [
-        (["--rows", "off@x"], "--rows: the number of decoder steps in a batch follows the @; got 'off@x'"),
+        (["--rows", "off@²"], "--rows: the number of decoder steps in a batch follows the @; got 'off@²'"),
         (["--rows", "online:0.1"], "--rows: online:0.1 decides during a run"),
         (["--config", "none.yaml"], "--config: none.yaml: no such file"),
         (["--json", f"{__file__}/out.json"], "--json: can't write"),
