@@ -106,7 +106,7 @@ class Experiment:
         try:
             return retrieve(self.setup, self.items, [], settings)
         except SettingError as error:
-            raise SettingError(RETRIEVAL.get(error.setting, error.setting), error.problem) from error
+            raise error.moved(RETRIEVAL.get(error.setting, error.setting)) from error
 
     @cached_property
     def guidance(self) -> float:

@@ -47,7 +47,8 @@ def join(
     if each * nodes == 1 and strategy == "auto":
         return Process(*part, found)
     if found.index is not None and device not in ("auto", "cuda"):
-        raise SettingError("device", f"{device} is one device; with --devices {each} expected auto, cpu or cuda")
+        what = f"{device} is one device; with {{devices}} {each} expected auto, cpu or cuda"
+        raise SettingError("device", what, "devices")
     # Ranks and addresses in the environment are read by Fabric, and checked by nobody.
     suspect = "devices" if devices else "environment variables of torchrun or SLURM"
     with fault_of(suspect, (ValueError, RuntimeError, TypeError, LookupError)):

@@ -185,7 +185,7 @@ def timed(request: Request, device: str, count: int, out: Path) -> Timing:
             measured = fresh.submit(time_images, request, device, count).result()
     except BrokenProcessPool:
         killed = f"the process that timed images for {out} was killed, as systems do that run out of memory"
-        raise SettingError("timed", f"{killed}; what is there stays, and --timed 0 times none") from None
+        raise SettingError("timed", f"{killed}; what is there stays, and {{timed}} 0 times none", "timed") from None
     write_file(out, measured.model_dump_json(indent=1) + "\n")
     return measured
 

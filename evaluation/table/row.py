@@ -130,12 +130,12 @@ class Job:
         except SettingError as error:
             setting, protocol = PLACES.get(error.setting, error.setting), f"protocol {self.bench.protocol.name}"
             if setting in HOW:
-                raise SettingError("table", f"{self.row.name}: {setting}: {error.problem}") from error
+                raise error.moved("table", f"{self.row.name}: {setting}: ") from error
             if setting == "metrics":
-                raise SettingError("table", f"{protocol}: metrics: {error.problem}") from error
+                raise error.moved("table", f"{protocol}: metrics: ") from error
             if setting == "protocol" or (setting == "count" and self.bench.count is None):
-                raise SettingError("table", f"{protocol}: {error.problem}") from error
-            raise SettingError(setting, error.problem) from error
+                raise error.moved("table", f"{protocol}: ") from error
+            raise error.moved(setting) from error
 
     @cached_property
     def request(self) -> Request:
@@ -186,8 +186,8 @@ class Job:
         bench, ckpt = self.bench, self.bench.model.ckpt
         with self.faults():
             if not ckpt.exists():
-                why = f"{ckpt}: no such file{download_hint(ckpt)}; --gflops-only needs no weights"
-                raise SettingError("ckpt", why)
+                why = f"{ckpt}: no such file{download_hint(ckpt)}; {{gflops_only}} needs no weights"
+                raise SettingError("ckpt", why, "gflops_only")
             bench.need(bench.protocol.data.get("file"))
             measures = bench.measures if self.measured else []
             n = len(bench.prompts) * bench.protocol.repeats
@@ -383,7 +383,7 @@ def preference_measure(bench: Bench, model: str) -> Measure:
     try:
         scorer = preference.load_scorer(model, getattr(bench.sources, name))
     except SettingError as error:
-        raise SettingError(name, error.problem) from error
+        raise error.moved(name) from error
     depends = {"measure": name, "features_sha256": file_sha256(scorer.file)}
     compute = partial(preference.compute, model=model, weights=scorer)
     return Measure(name, {name: name}, depends, 1, lambda run: compute(run / SAMPLES))

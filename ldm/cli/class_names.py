@@ -47,9 +47,7 @@ def find_class(text: str, names: Names, classes: int) -> int:
     else:
         found = names.get(folded(text), [])
         if not found and not names:
-            raise ValueError(
-                f"{text!r} is no number, and there are no names of this model's classes without --class-names"
-            )
+            raise ValueError(f"{text!r} is no number, and this model's classes have no names; give a file of them")
         if not found:
             raise ValueError(f"{text!r} is the name of no class{did_you_mean(folded(text), names)}")
         if len(found) > 1:

@@ -142,7 +142,9 @@ def controlled_items(source: Source | None, text: TextSettings, shown: Sequence[
         return text_items(text, shown)
     for name, given in (("prompt", text.prompt), ("from_file", text.from_file), ("repeat", text.repeat > 1)):
         if given:
-            raise SettingError(name, "not with a folder as --image: each of its images has one prompt, its caption")
+            raise SettingError(
+                name, "not with a folder as {image}: each of its images has one prompt, its caption", "image"
+            )
     return image_items(
         source.subjects, text.n_iter, text.seed, text.seed_by_position, share_start=1 if text.fixed_code else None
     )

@@ -231,7 +231,7 @@ def of_stage(number: int) -> Iterator[None]:
         yield
     except SettingError as error:
         name = f"stage{number}" if error.setting in OF_FILES else PER_STAGE.get(error.setting, error.setting)
-        raise SettingError(name, f"stage {number}: {error.problem}") from error
+        raise error.moved(name, f"stage {number}: ") from error
 
 
 def stage_setup(settings: CascadeSettings, number: int, device: torch.device) -> Setup:
@@ -245,7 +245,7 @@ def stage_setup(settings: CascadeSettings, number: int, device: torch.device) ->
     name = f"stage{number}"
     folder = getattr(settings, name)
     if folder is None:
-        raise SettingError(name, f"needed for stage {number}: its folder; or leave it out of --stages")
+        raise SettingError(name, f"needed for stage {number}: its folder; or leave it out of {{stages}}", "stages")
     with fault_of(name):
         stage = find_stage(Path(folder))
         wanted, has = number == 2, stage.model["params"]["unet_config"]["params"]["noise_level"]
@@ -356,7 +356,7 @@ class Texts:
     def __init__(self, settings: CascadeSettings, prompts: Sequence[str], device: torch.device) -> None:
         given = settings.t5 or settings.stage1
         if given is None:
-            raise SettingError("t5", "needed without --stage1: the folder of the text encoder T5")
+            raise SettingError("t5", "needed without {stage1}: the folder of the text encoder T5", "stage1")
         with fault_of("t5"):
             self._folder = Path(given)
             encoder, tokenizer = find_parts(self._folder)

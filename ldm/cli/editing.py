@@ -48,7 +48,7 @@ class EditArguments:
             SettingError: nothing is to be edited.
         """
         if not self.edit and not self.reweight:
-            raise SettingError("edit", "needed: the changed prompt; or --reweight for the same prompt")
+            raise SettingError("edit", "needed: the changed prompt; or {reweight} for the same prompt", "reweight")
         return [self.prompt, *(self.edit or [self.prompt])]
 
 

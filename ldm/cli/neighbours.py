@@ -116,7 +116,9 @@ def check(settings: RetrievalSettings, images: Sequence[str]) -> None:
     given = {"omit_query": settings.omit_query, "knn": settings.knn, "searcher": settings.searcher}
     for name, value in given.items():
         if value:
-            raise SettingError(name, "there are neighbours only with --use_neighbors or --query-image")
+            raise SettingError(
+                name, "there are neighbours only with {use_neighbors} or images to search with", "use_neighbors"
+            )
 
 
 def check_embedder(database: Database, embedder: Embedder) -> None:

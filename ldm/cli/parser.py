@@ -273,7 +273,7 @@ def run_command(
         try:
             code = run(parser.parse_args(argv))
         except SettingError as error:
-            raise BadInput(f"{parser.flag(error.setting)}: {error.problem}") from error
+            raise BadInput(error.message(parser.flag)) from error
 
     return command(parser.prog, work, stopped) or code or 0
 

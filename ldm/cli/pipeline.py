@@ -350,7 +350,7 @@ def _named(setting: str) -> Iterator[None]:
     try:
         yield
     except SettingError as error:
-        raise SettingError(setting, error.problem) from error
+        raise error.moved(setting) from error
 
 
 # The images of every method

@@ -245,7 +245,7 @@ def truncated_prompts(items: Sequence[Item], task: Task, model: LatentDiffusion)
     prompts, said = {text for texts in texts_of(items, task).values() for text in texts}, []
     if unknown := unknown_words(model, [*prompts]):
         said.append(
-            f"{', '.join(unknown)}: no word of this model, which reads the letters; --embedding or --delta brings it"
+            f"{', '.join(unknown)}: no word of this model, which reads the letters; an embedding or a delta brings it"
         )
     if weighted := sorted(text for text in prompts if isinstance(task.condition, Text) and task.condition.unread(text)):
         said.append(

@@ -30,7 +30,7 @@ class VideoSettings:
     chunk: most frames at a time; None = all.
     format: "frames", or of the file that shows them, see `ldm.io.video.FORMATS`.
     model: one of MODELS: a model of images, or one of videos, which the next four are not for.
-    control, control_model: a picture for each frame, and the control network that reads them; none = no control.
+    control, control_model: an image for each frame, and the control network that reads them; none = no control.
     """
 
     prompt: str
@@ -68,10 +68,10 @@ def check_video(settings: VideoSettings, sampling: SamplingSettings) -> None:
         raise SettingError("plan", f"{sampling.plan} decides for each image; expected online:time:X or another plan")
     if len(settings.control) not in (0, settings.count):
         raise SettingError(
-            "control", f"expected {settings.count} pictures, one for each frame; got {len(settings.control)}"
+            "control", f"expected {settings.count} images, one for each frame; got {len(settings.control)}"
         )
     if bool(settings.control) != (settings.control_model is not None):
-        raise SettingError("control_model", "goes together with --control, the pictures that it reads")
+        raise SettingError("control_model", "goes together with {control}, the images that it reads", "control")
 
 
 def make_video(
@@ -91,7 +91,7 @@ def make_video(
         if error.setting != "batch_size":
             raise
         fewer = "frames" if settings.model == "videofusion" else "chunk"
-        raise SettingError(fewer, error.problem) from error
+        raise error.moved(fewer) from error
     if settings.format == "frames" or not runs:
         return None
     (run,) = runs

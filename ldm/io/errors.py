@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import Repr
@@ -23,9 +23,25 @@ class SettingError(ValueError):
     problem: in words.
     """
 
-    def __init__(self, setting: str, problem: str):
-        super().__init__(f"{setting}: {problem}")
-        self.setting, self.problem = setting, problem
+    def __init__(self, setting: str, problem: str, *others: str):
+        """others: further settings that the problem names; {NAME} in it stands for the setting NAME."""
+        self.setting, self._text, self._others = setting, problem, others
+        self.problem = self._worded(str)
+        super().__init__(f"{setting}: {self.problem}")
+
+    def _worded(self, name: Callable[[str], str]) -> str:
+        text = self._text
+        for other in self._others:
+            text = text.replace(f"{{{other}}}", name(other))
+        return text
+
+    def message(self, name: Callable[[str], str]) -> str:
+        """The setting and the problem, with what `name` makes of the names of settings, such as flags."""
+        return f"{name(self.setting)}: {self._worded(name)}"
+
+    def moved(self, setting: str, before: str = "") -> SettingError:
+        """The same problem of another setting, with words before it."""
+        return SettingError(setting, before + self._text, *self._others)
 
 
 def shown(value: Any) -> str:
@@ -73,7 +89,7 @@ def flags_named(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except SettingError as error:
-        raise BadInput(f"{names.get(error.setting, f'--{error.setting}')}: {error.problem}") from error
+        raise BadInput(error.message(lambda setting: names.get(setting, f"--{setting}"))) from error
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:

@@ -188,7 +188,7 @@ def test_files_are_used_and_recorded(script, files, tmp_path, capsys):
     save_lora_and_word(files, tmp_path)
     prompt, use = ["--prompt", "a <thing>"], ["--embedding", str(tmp_path / "e.safetensors")]
     (plain,) = script(*prompt)
-    said = "<thing>: no word of this model, which reads the letters; --embedding or --delta brings it"
+    said = "<thing>: no word of this model, which reads the letters; an embedding or a delta brings it"
     assert said in capsys.readouterr().out
     (word,) = script(*prompt, *use)
     assert "no word" not in capsys.readouterr().out

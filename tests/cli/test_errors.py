@@ -70,6 +70,21 @@ def test_a_setting_that_cant_be_used_is_told_as_the_commands_flag():
     assert (found.value.setting, found.value.problem) == ("plan", "none")
 
 
+def test_other_settings_that_a_message_names_are_the_commands_flags_too(capsys):
+    error = SettingError("steps", "{a}: not with {cut_off}", "cut_off").moved("steps", "of {cut}: ")
+    assert str(error) == "steps: of {cut}: {a}: not with cut_off" and error.problem == "of {cut}: {a}: not with cut_off"
+
+    def refused(_) -> None:
+        raise error
+
+    p = a_command()
+    p.add_argument("--cut-off")
+    assert run_command(p, refused, []) == 2
+    assert capsys.readouterr().err == "x.py: error: --steps: of {cut}: {a}: not with --cut-off\n"
+    with pytest.raises(BadInput, match="^--steps: .* not with THERE$"), flags_named({"cut_off": "THERE"}):
+        raise error
+
+
 def a_command() -> Parser:
     p = Parser(prog="x.py")
     p.add_argument("-c", "--custom_steps", "--steps", dest="steps", type=int, default=3)

@@ -178,7 +178,7 @@ def test_a_model_of_other_classes_has_no_names(tmp_path, capsys):
     ten = {"cond_stage_config__params__n_classes": 10}
     model = tiny_model(tmp_path / "model", "configs/latent-diffusion/cin256-v2.yaml", **NARROW, **ten)
     line = Script("class_conditional", tmp_path, *model).refusal(capsys, "--classes", "otter", "--scale", "1")
-    assert re.match("--classes: 'otter' is no number, and there are no names of this model's classes without", line)
+    assert re.match("--classes: 'otter' is no number, and this model's classes have no names; give a file", line)
 
 
 def test_compare(script, capsys):

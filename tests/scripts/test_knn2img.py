@@ -163,7 +163,7 @@ def test_an_index_and_compare(script, place, tmp_path, capsys):
     "arguments, why",
     [
         (["--use_neighbors", "--knn", "7"], "--knn: expected 1..6, the rows of .*; got 7"),
-        (["--knn", "3"], "--knn: there are neighbours only with --use_neighbors or --query-image"),
+        (["--knn", "3"], "--knn: there are neighbours only with --use_neighbors or images to search with"),
         (["--omit_query"], "--omit_query: there are neighbours only with"),
         (["--show-neighbors"], "--show-neighbors: there are neighbours only with"),
         (["--query-image", "a.png"], "--query-image: either texts or images are searched with; got both"),
