@@ -164,7 +164,9 @@ def result_size(setup: Setup, source: Source | None, height: int | None, width: 
         raise SettingError(
             "image",
             f"{given[0]} x {given[1]} pixels, from which the results would have {usual[0]} x {usual[1]}; a side of "
-            f"more than {LONGEST} times the other needs H and W",
+            f"more than {LONGEST} times the other needs {{H}} and {{W}}",
+            "H",
+            "W",
         )
     return image_size(setup.sizes, height, width, usual[::-1])
 

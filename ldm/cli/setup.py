@@ -249,9 +249,9 @@ def refuse_other_kinds(setting: str, paths: Sequence[str | Path]) -> None:
     """Raise SettingError for a file of weights that is clearly for another setting, or for none."""
     for path in paths:
         if (held := kinds_in(path)) and TAKES[setting] not in held:
-            right = next((name for name, kind in TAKES.items() if kind in held), None)
-            what = f"{TAKES[right]}, which --{right.replace('_', '-')} takes" if right else f"{STATE}; {EXPORT}"
-            raise SettingError(setting, f"{path}: this is {what}")
+            right = [name for name, kind in TAKES.items() if kind in held][:1]
+            what = f"{TAKES[right[0]]}, which {{{right[0]}}} takes" if right else f"{STATE}; {EXPORT}"
+            raise SettingError(setting, f"{path}: this is {what}", *right)
 
 
 def make_setup(settings: ModelSettings, default: Files | None = None, processes: Processes | None = None) -> Setup:

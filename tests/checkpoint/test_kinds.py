@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ldm
 from ldm.checkpoint import read_checkpoint, save_weights
 from ldm.checkpoint.delta import save_delta
 from ldm.checkpoint.embeddings import save_embeddings
@@ -108,3 +109,9 @@ def test_weights_without_a_config_are_told_too(folder, tmp_path, capsys):
     script = Script("txt2img", tmp_path, "--prompt=an owl", f"--ckpt={tmp_path}/lora.safetensors")
     (tmp_path / "lora.safetensors").write_bytes((folder / "lora.safetensors").read_bytes())
     assert script.refusal(capsys) == f"--ckpt: {tmp_path}/lora.safetensors: this is a LoRA, which --lora takes"
+
+
+def test_python_names_its_argument(folder):
+    with pytest.raises(ValueError, match="^delta: .*lora.safetensors: this is a LoRA, which lora takes$"):
+        files = {"config": folder / "config.yaml", "ckpt": folder / "model.safetensors"}
+        ldm.load(**files, delta=folder / "lora.safetensors").images("an owl", steps=2)

@@ -253,7 +253,7 @@ def test_a_long_strip_needs_a_size(script, folder, tmp_path, capsys):
     strip = [*control(folder)[:-1], f"--image={tmp_path}/strip.png"]
     assert script.refusal(capsys, *strip) == (
         "--image: 400 x 1 pixels, from which the results would have 6400 x 16; a side of more than 8 times the other "
-        "needs H and W"
+        "needs --H and --W"
     )
     (made,) = script(*strip, "--H=16", "--W=16", "--plan=off")
     assert script.pixels(made).shape == (16, 16, 3)
