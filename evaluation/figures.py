@@ -64,13 +64,13 @@ KINDS = {
     ),
     "databases": Kind(
         "retrieval",
-        "of retrieval-augmented models: images by several databases, and by the text alone",
+        "images of a retrieval-augmented model by several databases, and by the text alone",
         6,
         {"steps": 50, "databases": ("artbench-surrealism",), "knn": 4},
     ),
     "neighbours": Kind(
         "retrieval",
-        "of retrieval-augmented models: quality by number of neighbours and size of the database",
+        "quality of a retrieval-augmented model by number of neighbours and size of the database",
         1000,
         {"steps": 50, "databases": ("artbench-surrealism",), "knns": (1, 2, 4, 8, 16), "sizes": (100, 1000, 10000)},
         keeps=True,

@@ -1,7 +1,7 @@
-"""Images from text that follow edges, scribbles, depth or any other picture (ControlNet), with or without encoder
+"""Images from text that follow edges, scribbles, depth or another control image (ControlNet), with or without encoder
 propagation (Faster Diffusion).
 
-With --control edges, scribble or depth the picture is made of --image; a FILE is taken as it is. Give --control several
+With --control edges, scribble or depth the control image is made of --image; a FILE is one. Give --control several
 times, with a --control-model each, and their effects add up. The control network of emoji64's edges ships, so for that
 model --control edges needs no --control-model. Control networks run at key timesteps, where the UNet's encoder runs,
 unless --control-at says otherwise.

@@ -105,7 +105,11 @@ def video_arguments(p: argparse.ArgumentParser) -> None:
     size_arguments(what)
     control = p.add_argument_group("what the frames follow (ControlNet)")
     control.add_argument(
-        "--control", nargs="+", default=[], metavar="FILE", help="a picture for each frame, of the size of the frames"
+        "--control",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="a control image for each frame, of the size of the frames",
     )
     control.add_argument("--control-model", metavar="FILE", help="the control network that reads them")
 

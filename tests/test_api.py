@@ -1,4 +1,4 @@
-"""The Python interface makes the pictures of the scripts, for every kind of model, and says what it does not take."""
+"""The Python interface makes the images of the scripts, for every kind of model, and says what it does not take."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOG = {"class": 3, "box": [0, 0, 1, 1]}
 
 
 def retrieval_model(folder: Path) -> list[str]:
-    """A tiny model whose config recommends a database of three pictures."""
+    """A tiny model whose config recommends a database of three images."""
     files = tiny_model(
         folder,
         "configs/retrieval-augmented-diffusion/768x768.yaml",
@@ -41,7 +41,7 @@ def retrieval_model(folder: Path) -> list[str]:
     return files
 
 
-# What each kind is tried with: its model, its script with arguments, what Python is told in their place.
+# What each kind is tried with: its model, its script with arguments, what Python takes in their place.
 MODELS = {
     "text": lambda folder: ["--config", str(EMOJI64 / "config.yaml"), "--ckpt", str(EMOJI64 / "model.safetensors")],
     "inpainting from text": lambda folder: tiny_text_model(
@@ -206,7 +206,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """The working directory, with pictures."""
+    """The working directory, with images."""
     monkeypatch.setattr("ldm.modules.midas.api.SIDE", 96)
     monkeypatch.chdir(tmp_path)
     slope("a.png")
@@ -225,14 +225,14 @@ def emoji(models) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_pictures_are_those_of_the_script(case, models, tmp_path):
-    kind, name, arguments, told = CASES[case]
+def test_the_images_are_those_of_the_script(case, models, tmp_path):
+    kind, name, arguments, options = CASES[case]
     files = models(kind)
     if "--steps" not in arguments:
-        arguments, told = [*arguments, "--steps", "4"], told | {"steps": 4}
+        arguments, options = [*arguments, "--steps", "4"], options | {"steps": 4}
     model = ldm.load(config=files[1], ckpt=files[3])
     assert model.kind == kind.partition(",")[0]
-    run = model.run(**told, seed=7)
+    run = model.run(**options, seed=7)
     images = run.images()
     if name not in ("txt2img", "img2img", "depth2img", "knn2img"):  # the last digits depend on the batch
         arguments = [*arguments, "--batch_size", str(len(run.items))]
@@ -292,7 +292,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_defaults_are_those_of_the_script(kind):
-    """All but how many pictures there are, and what the script sets afterwards."""
+    """All but how many images there are, and what the script sets afterwards."""
     name, needed = SCRIPTS[kind]
     script = vars(load_script(name).parser().parse_args(needed))
     ours = vars(parsed(KINDS[kind], {}))
@@ -320,18 +320,18 @@ def test_sizes_follow_each_other_on_one_network(models):
     """Images of every size are to the bit those of a model that makes no other; nothing is read a second time."""
     files = models("text")
     model = ldm.load(config=files[1], ckpt=files[3])
-    network, told = model.network, {"subjects": HEART, "steps": 2}
-    waiting = model.run(**told, H=32, W=32)
-    small, large, again = (model.images(**told, H=side, W=side)[0] for side in (32, 64, 32))
+    network, options = model.network, {"subjects": HEART, "steps": 2}
+    waiting = model.run(**options, H=32, W=32)
+    small, large, again = (model.images(**options, H=side, W=side)[0] for side in (32, 64, 32))
     assert small.size == (32, 32) and large.size == (64, 64) and small.tobytes() == again.tobytes()
-    fresh = ldm.load(config=files[1], ckpt=files[3]).images(**told, H=64, W=64)[0]
+    fresh = ldm.load(config=files[1], ckpt=files[3]).images(**options, H=64, W=64)[0]
     assert large.tobytes() == fresh.tobytes() and model.network is network
-    model.images(**told, H=64, W=64)
+    model.images(**options, H=64, W=64)
     assert waiting.images()[0].tobytes() == small.tobytes(), "made when images of another size have come between"
 
 
 @pytest.mark.parametrize(
-    "told, error, why",
+    "options, error, why",
     [
         ({}, ValueError, "subjects must be one or more prompts"),
         ({"subjects": 5}, ValueError, "subjects must be one or more prompts"),
@@ -367,12 +367,12 @@ def test_sizes_follow_each_other_on_one_network(models):
         ({"subjects": HEART, "image": "none.png"}, FileNotFoundError, "none.png"),
         ({"subjects": HEART, "tome": 2}, ValueError, "^tome: expected a number in 0..0.75"),
         ({"subjects": "(a:1,3)", "prompt_weights": True}, ValueError, "^prompt: ':1,3' at character 3 is no weight"),
-        ({"subjects": HEART, "crop": (0, 0)}, ValueError, "^crop: only for a model that is told how the image is"),
+        ({"subjects": HEART, "crop": (0, 0)}, ValueError, "^crop: only for a model that is conditioned on size and"),
     ],
 )
-def test_what_is_not_taken_is_said(emoji, told, error, why):
+def test_what_is_not_taken_is_said(emoji, options, error, why):
     with pytest.raises(error, match=why):
-        emoji.images(**told)
+        emoji.images(**options)
 
 
 def test_a_database_that_is_not_searched_is_refused(models):

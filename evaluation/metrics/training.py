@@ -52,13 +52,13 @@ def check_module(callback: pl.Callback, module: pl.LightningModule, kind: type, 
 
 
 class FirstStageMeasures(pl.Callback):
-    """Of a first stage's reconstructions of the validation's images: val/rfid, their Fréchet distance from the images;
+    """Measures a first stage by its copies of the validation images: val/rfid, their Fréchet distance from them;
     val/lpips; and with a codebook val/codebook_used, the share of codes that occur, and val/codebook_perplexity.
 
     Args:
         extractor, weights: the network of the Fréchet distance, see `evaluation.metrics.extractors.load_extractor`.
-        perceptual_weights: see `ldm.modules.losses.lpips.lpips`; where its weights are not, LPIPS is left out, which is
-            said.
+        perceptual_weights: see `ldm.modules.losses.lpips.lpips`; without its weights LPIPS is left out, and a
+            line says so.
 
     Raises ValueError: the network can't be had.
     """
@@ -196,7 +196,7 @@ class SampleMeasures(pl.Callback):
 
 
 class CaptionMeasures(SampleMeasures):
-    """Of a model of `scripts/prepare_emoji.py`'s images by their captions: val/R@1 and val/R@5, the share of samples
+    """Measures a model of captioned emoji (`scripts/prepare_emoji.py`): val/R@1 and val/R@5, the share of samples
     whose nearest real images show what the caption names, and val/fid, the Fréchet distance from those real images.
 
     Args:

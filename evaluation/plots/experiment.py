@@ -60,7 +60,7 @@ class Experiment:
 
     @property
     def timesteps(self) -> int:
-        """Of the model's training."""
+        """How many timesteps the model was trained with."""
         return self.setup.config.model.params.get("timesteps", 1000)
 
     @cached_property

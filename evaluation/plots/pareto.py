@@ -336,7 +336,7 @@ class Comparison:
         return "feature_distance", lambda a, b: (network(a) - network(b)).norm(dim=1)
 
     def of_many(self, found: Sampled, label: str) -> Values:
-        """Of the images as a set: the Fréchet distance from the real images, and retrieval, with intervals."""
+        """Values of the images as a set: the Fréchet distance from the real images, and retrieval, with intervals."""
         features = features_of(found.images, self.real.extractor, BATCH, label)
         samples, real = features.double().numpy(), gaussian_of(self.real.features.double().numpy())
         fid = distance(gaussian_of(samples), real)

@@ -16,12 +16,12 @@ from ldm.cli.parser import cli
 from ldm.cli.setup import Setup
 from ldm.io.errors import fault_of
 from ldm.io.images import to_pil
-from ldm.sampling.control import ControlledBy, Picture
+from ldm.sampling.control import ControlInput, ControlledBy
 
 
 @dataclass(frozen=True)
 class Hints:
-    """One for each prompt, made when it is asked for, of the image's centred square; see `Picture`."""
+    """One for each prompt, made when it is asked for, of the image's centred square; see `ControlInput`."""
 
     images: ImageArray | ImageFolder
     kind: str
@@ -36,7 +36,7 @@ class Hints:
         settings = cli.control.ControlSettings((self.kind,), (), hed=self.hed)
         squares = (ImageOps.fit(to_pil(image[None])[0], (self.side,) * 2) for image in self.images.subset(places))
         drawn = (cli.control.drawn(settings, self.kind, square) for square in squares)
-        return torch.stack([cli.control.conditions.as_hint(picture) for picture in drawn])
+        return torch.stack([cli.control.conditions.as_hint(image) for image in drawn])
 
 
 def controlled(protocol: Protocol, prompts: Sequence[Prompt], data: Path, setup: Setup) -> ControlledBy:
@@ -49,4 +49,4 @@ def controlled(protocol: Protocol, prompts: Sequence[Prompt], data: Path, setup:
     hed = str(files["hed"][0]) if "hed" in files else None
     hints = Hints(images, protocol.control, hed, protocol.size)
     facts = {"control": {"kind": protocol.control, "images": images.sha256()}, "control_model": name}
-    return ControlledBy([Picture(network, hints, 1.0, facts)])
+    return ControlledBy([ControlInput(network, hints, 1.0, facts)])

@@ -70,7 +70,7 @@ def read_control(path: str | Path) -> dict[str, Tensor]:
 
 
 def control_params(unet: Mapping[str, Any], hint_channels: int, hint_widths: Sequence[int]) -> dict[str, Any]:
-    """The arguments of a `ControlNet` that reads such pictures, for the UNet with these arguments.
+    """The arguments of a `ControlNet` that reads such control images, for the UNet with these arguments.
 
     Raises:
         CheckpointError: no UNet, or one with a label, or of no latents of two dimensions.

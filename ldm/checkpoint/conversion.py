@@ -110,7 +110,7 @@ def control_names(levels: int, blocks: int, hints: int) -> dict[str, str]:
 
     Args:
         levels, blocks: as in `unet_names`.
-        hints: layers that read the picture, without the first and the last.
+        hints: layers that read the control image, without the first and the last.
     """
     read = "controlnet_cond_embedding"
     encoder = {

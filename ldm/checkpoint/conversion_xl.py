@@ -90,7 +90,7 @@ def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def framed_unet_config(params: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config.json of a UNet that is told how an image is framed; arguments and errors: see `unet_config`, and
+    """The config.json of a UNet that is conditioned on size and crop; arguments and errors: see `unet_config`, and
     `configs`."""
     unet, embedders = params["unet_config"]["params"], params["cond_stage_config"]["params"]["emb_models"]
     widths = {entry["params"]["outdim"] for entry in embedders if "outdim" in entry["params"]}

@@ -62,7 +62,7 @@ def _named(path: Path, part: str, content: Any) -> dict[str, Any]:
 
 
 def _vectors(path: Path, name: str, value: Any) -> Tensor:
-    """Of a token, (k, D)."""
+    """The vectors of a token, (k, D)."""
     if not isinstance(value, Tensor) or value.ndim not in (1, 2) or not value.is_floating_point():
         raise CheckpointError(f"{path}: {name}: expected the vector of a token; got {shown(value)}")
     return torch.atleast_2d(value.detach()).float()

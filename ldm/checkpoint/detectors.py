@@ -1,4 +1,4 @@
-"""Networks that make pictures for control networks, from their published files: HED and MiDaS."""
+"""Networks that make control images, from their published files: HED and MiDaS."""
 
 from __future__ import annotations
 

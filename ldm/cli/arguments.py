@@ -163,7 +163,7 @@ def prompt_arguments(group: argparse._ActionsContainer, framed: bool = True) -> 
         type=whole(1, 100),
         default=1,
         metavar="N",
-        help="read up to N times as many tokens as the text encoder takes, which is called N times; the rest of a "
+        help="read prompts of up to N times the length that the text encoder takes, by N calls of it; the rest of a "
         "longer prompt is left out (default: %(default)s)",
     )
     if framed:
@@ -173,20 +173,20 @@ def prompt_arguments(group: argparse._ActionsContainer, framed: bool = True) -> 
 
 
 def framing_arguments(group: argparse._ActionsContainer) -> None:
-    """What SDXL is told of the picture beside the text."""
+    """What conditions SDXL beside the text: the size and the crop of an original image."""
     group.add_argument(
         "--original-size",
         type=two(side),
         metavar="HEIGHT,WIDTH",
-        help="for SDXL: of the picture that it is to look like, in pixels; a small one looks coarse (default: the "
-        "image's)",
+        help="for SDXL: condition on an original image of this size, in pixels; with a small one the result looks "
+        "coarse (default: the result's)",
     )
     group.add_argument(
         "--crop",
         type=two(whole(0, LARGEST_SIDE)),
         metavar="TOP,LEFT",
-        help="for SDXL: where that picture would be cropped, in pixels; with 0,0 things stand in the middle (default: "
-        "0,0)",
+        help="for SDXL: condition on a crop of the original that begins here, in pixels; with 0,0 things stand in the "
+        "middle (default: 0,0)",
     )
 
 
@@ -202,7 +202,7 @@ def refiner_arguments(group: argparse._ActionsContainer) -> None:
         "--refiner-share",
         type=number(float, 0.001, 0.999, "a number in 0.001..0.999"),
         metavar="X",
-        help="the share of the steps that it runs, the last ones (default: 0.2)",
+        help="share of the steps, the last ones, that it runs (default: 0.2)",
     )
 
 
@@ -214,8 +214,8 @@ def control_arguments(control: argparse._ActionsContainer, required: bool = Fals
         required=required,
         default=None if required else [],
         metavar="KIND",
-        help="edges (Canny), scribble (HED) or depth (MiDaS) of --image; or FILE, a picture of the size of the results "
-        "that shows the edges, the depth or what else the control network was trained with; may be given several times",
+        help="edges (Canny), scribble (HED) or depth (MiDaS) of --image; or FILE, a control image of the size of the "
+        "results, which shows edges, depth or whatever the network was trained with; may be given several times",
     )
     control.add_argument(
         "--control-model",
@@ -249,8 +249,8 @@ def control_arguments(control: argparse._ActionsContainer, required: bool = Fals
     control.add_argument(
         "--guess",
         action="store_true",
-        help="guess mode: control counts less the further out in the network it is added, and not for the "
-        "unconditional prediction; for an empty prompt",
+        help="guess mode, for an empty prompt: control counts less in the outer layers, and not at all in the "
+        "unconditional prediction",
     )
     control.add_argument(
         "--control-at",
@@ -263,14 +263,16 @@ def control_arguments(control: argparse._ActionsContainer, required: bool = Fals
 
 def retrieval_arguments(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """What a retrieval-augmented model is conditioned on."""
-    near = p.add_argument_group("what it is made of")
+    near = p.add_argument_group("retrieval")
     near.add_argument(
-        "--use_neighbors", action="store_true", help="beside the prompt: the nearest images of the database"
+        "--use_neighbors", action="store_true", help="condition on the nearest images of the database, too"
     )
     near.add_argument(
-        "--omit_query", action="store_true", help="leave the prompt itself out: its neighbours alone are used"
+        "--omit_query", action="store_true", help="condition on the neighbours alone, not on the prompt itself"
     )
-    near.add_argument("--knn", type=whole(1, MOST), metavar="K", help="neighbours (default: the model's, or 10)")
+    near.add_argument(
+        "--knn", type=whole(1, MOST), metavar="K", help="number of neighbours (default: the model's, or 10)"
+    )
     near.add_argument(
         "--database",
         metavar="DIR",
@@ -465,7 +467,7 @@ def guidance_arguments(group: argparse._ArgumentGroup, scale: float | None, defa
         dest="guidance_reuse",
         default=False,
         choices=POLYNOMIALS,
-        help="the same, with the difference extrapolated from those at the last one to four key timesteps",
+        help="like --guidance-reuse, but extrapolate the difference from those at the last one to four key timesteps",
     )
 
 
@@ -517,9 +519,9 @@ def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
         "auto:SHARE%% = as many as this share of the MACs allows. At the other steps the decoder runs; with "
         "encoder:KEYS:BLOCKS also so many input blocks; with deepcache:KEYS[:BRANCH] the outermost BRANCH blocks, by "
         "default 1; with skip:KEYS nothing; with tgate:KEYS all but cross-attention, whose outputs are kept, and "
-        "without guidance. deepcache:N and skip:N are every N-th "
-        "step, tgate:M the first M. Behind all that, +LEVEL:STEPS sets steps apart, LEVEL = full, encoder (the decoder "
-        "runs), deepcache, skip or tgate: skip:6+encoder:1-5. online:[time:]X = a key timestep when the latent (with "
+        "without guidance. deepcache:N and skip:N are every N-th step, tgate:M the first M. At the end, +LEVEL:STEPS "
+        "sets the level of single steps, LEVEL = full, encoder (the decoder runs), deepcache, skip or tgate: "
+        "skip:6+encoder:1-5. online:[time:]X = a key timestep when the latent (with "
         "time: the timestep embedding) has changed by X. See docs/acceleration.md (default: %(default)s)",
     )
     group.add_argument(
@@ -527,7 +529,7 @@ def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
         "--propagate",
         dest="propagate",
         metavar="NAME[:AXIS][:QUANTITY]",
-        help="how what does not run is made of what ran before. NAME: hold = as it was at the last key timestep; "
+        help="how the parts that do not run are forecast from key timesteps before. NAME: hold = as at the last one; "
         "linear, quadratic, cubic = the polynomial through the last two, three, four; taylor1 to taylor3 (TaylorSeer); "
         "ab2 to ab4 (AB-Cache); chebyshev, spectrum (Spectrum); zeros = nothing, for comparison. AXIS: timestep, "
         "logsnr or step. QUANTITY, with skip: v, eps or x0. For example quadratic:logsnr:eps (default: as the plan "
@@ -538,8 +540,8 @@ def plan_arguments(group: argparse._ArgumentGroup, plan: str) -> None:
         "--error-budget",
         type=number(float, sys.float_info.min, sys.float_info.max, "a number above 0"),
         metavar="X",
-        help="the largest relative error that a forecast may have, as it shows at the key timestep behind it: above it "
-        "the steps between are made again with more key timesteps. One image at a time (default: any error)",
+        help="largest relative error of a forecast, measured at the next key timestep: where it is larger, the steps "
+        "between are computed again with more key timesteps. Makes one image at a time (default: any error)",
     )
     group.add_argument(
         "--parallel",

@@ -1,4 +1,4 @@
-"""What a run under control is given: pictures to follow, made of images or as files, and control networks."""
+"""What a controlled run is given: control images, made of images or as files, and control networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.checkpoint import CheckpointError, fingerprint
 from ldm.checkpoint.control import control_file, load_control
 from ldm.checkpoint.detectors import load_hed, load_midas
 from ldm.cli.arguments import EMOJI64, EMOJI64_EDGES
-from ldm.cli.pipeline import MethodRun
+from ldm.cli.pipeline import SINGLE, MethodRun
 from ldm.cli.setup import CONSTRUCTION, Setup, fault_of_file, image_size
 from ldm.cli.tasks import TextSettings, file_reference, image_items, text_items
 from ldm.data import conditions
@@ -26,12 +26,12 @@ from ldm.io.errors import SettingError, did_you_mean, fault_of
 from ldm.io.files import json_sha256, same_place
 from ldm.io.images import files_below, fit, open_image, opened
 from ldm.modules.diffusionmodules.controlnet import ControlNet
-from ldm.sampling.control import ControlledBy, Hints, Picture
+from ldm.sampling.control import ControlInput, ControlledBy, Hints
 from ldm.sampling.generate import Item
 
-KINDS = ("edges", "scribble", "depth")  # of pictures that are made of an image
+KINDS = ("edges", "scribble", "depth")  # of control images that are made of an image
 LONGEST = 8  # times the short side, the long side of an image whose shape results take
-LATELY = 64  # pictures made of images that are kept, of each control
+LATELY = 64  # control images that are kept, of each control
 Size = tuple[int, int]  # height and width, in pixels
 
 
@@ -41,7 +41,7 @@ class ControlSettings:
 
     control: what each control network follows: one of KINDS, or a file.
     control_model, control_weight: files of the networks, and how much each counts; none = those that ship, 1 each.
-    image: that the pictures are made of, or a folder with a captioned image for each prompt; None = they are all files.
+    image: that the control images are made of, or a folder with a captioned image for each prompt; None = all are files
     hed, midas: weights of the networks that make scribbles and depth.
     canny: low and high threshold of the gradient.
     guess: see `ControlledBy`.
@@ -60,7 +60,7 @@ class ControlSettings:
 
 
 def check_control(settings: ControlSettings) -> None:
-    """Raise SettingError unless each control has its network, its weight, and what its picture is made of."""
+    """Raise SettingError unless each control has its network, its weight, and what its control image is made of."""
     if (count := len(settings.control)) == 0:
         raise SettingError("control", "needed: what the images are to follow")
     for name, given in (("control_model", settings.control_model), ("control_weight", settings.control_weight)):
@@ -72,7 +72,7 @@ def check_control(settings: ControlSettings) -> None:
     if made and settings.image is None:
         raise SettingError("image", f"needed for control {made[0]}: the image that it is made of")
     if not made and settings.image is not None:
-        raise SettingError("image", f"only for control {', '.join(KINDS)}; the pictures given are files")
+        raise SettingError("image", f"only for control {', '.join(KINDS)}; the control images given are files")
     for kind, name, what in (("scribble", "hed", "HED"), ("depth", "midas", "MiDaS")):
         if kind in made and getattr(settings, name) is None:
             raise SettingError(name, f"needed for control {kind}: the weights of {what}")
@@ -86,13 +86,14 @@ def check_kind(control: str) -> None:
         if control not in KINDS and not Path(control).exists():
             raise SettingError(
                 "control",
-                f"expected {', '.join(KINDS)} or the file of a picture; got {control}{did_you_mean(control, KINDS)}",
+                f"expected {', '.join(KINDS)} or the file of a control image; got {control}"
+                f"{did_you_mean(control, KINDS)}",
             )
 
 
 @dataclass(frozen=True)
 class Source:
-    """What pictures are made of.
+    """What control images are made of.
 
     files: of one image for all results, or of one for each prompt.
     facts: what identifies them, as JSON values.
@@ -151,7 +152,7 @@ def controlled_items(source: Source | None, text: TextSettings, shown: Sequence[
 
 
 def result_size(setup: Setup, source: Source | None, height: int | None, width: int | None) -> Size:
-    """Of the images to be made: as given, or the shape of the (first) image near the size of the model's training.
+    """Height and width of the results: as given, or the shape of the (first) image near the model's training size.
 
     Raises:
         SettingError: see `image_size`; or the image is so narrow that its shape is not meant for the results.
@@ -172,29 +173,29 @@ def result_size(setup: Setup, source: Source | None, height: int | None, width: 
 
 
 def controlled(setup: Setup, settings: ControlSettings, source: Source | None, size: Size) -> ControlledBy:
-    """The model's network with its control networks, each with its pictures.
+    """The model's network with its control networks, each with its control images.
 
     Raises:
-        SettingError: a file can't be read, a picture has another size, or a network is for another model.
+        SettingError: a file can't be read, a control image has another size, or a network is for another model.
     """
-    pictures: list[tuple[Hints, dict[str, Any]]] = []  # of each control, and what identifies them
+    images: list[tuple[Hints, dict[str, Any]]] = []  # of each control, and what identifies them
     for kind in settings.control:
         if kind in KINDS:
-            pictures.append((Drawn(setup, settings, kind, source, size), made_of(settings, kind, source)))
+            images.append((Drawn(setup, settings, kind, source, size), made_of(settings, kind, source)))
         else:
-            given, reference = given_picture(kind, size)
-            pictures.append((hints([given]), reference))
-    weights = settings.control_weight or [1.0] * len(pictures)
+            given, reference = given_image(kind, size)
+            images.append((hints([given]), reference))
+    weights = settings.control_weight or [1.0] * len(images)
     loaded = [network(setup, file) for file in settings.control_model or shipped(setup, settings.control)]
     followed = [
-        Picture(one, given, weight, {"control": facts} | {"control_model": name})
-        for (given, facts), (one, name), weight in zip(pictures, loaded, weights, strict=True)
+        ControlInput(one, given, weight, {"control": facts} | {"control_model": name})
+        for (given, facts), (one, name), weight in zip(images, loaded, weights, strict=True)
     ]
     return ControlledBy(followed, settings.guess, settings.control_at == "every")
 
 
 class Drawn:
-    """Pictures of one of KINDS, each made of its image when it is asked for; see `Hints`.
+    """Control images of one of KINDS, each made of its image when it is asked for; see `Hints`.
 
     The last LATELY are kept, since methods that are compared take turns, a batch each.
 
@@ -203,19 +204,19 @@ class Drawn:
         kind: one of KINDS.
 
     Raises:
-        SettingError: what makes such pictures can't be read.
+        SettingError: what makes such control images can't be read.
     """
 
     def __init__(self, setup: Setup, settings: ControlSettings, kind: str, source: Source, size: Size):
         self._count = len(source.files)
-        self._picture = lru_cache(LATELY)(lambda place: drawn(settings, kind, fitted(setup, source.image(place), size)))
-        self._picture(0)  # what is wrong is found out before anything slow; a single image is not read again
+        self._made = lru_cache(LATELY)(lambda place: drawn(settings, kind, fitted(setup, source.image(place), size)))
+        self._made(0)  # what is wrong is found out before anything slow; a single image is not read again
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, places: Sequence[int]) -> torch.Tensor:
-        return hints([self._picture(place) for place in places])
+        return hints([self._made(place) for place in places])
 
 
 def fitted(setup: Setup, image: Image.Image, size: Size) -> Image.Image:
@@ -232,23 +233,24 @@ def shipped(setup: Setup, kinds: Sequence[str]) -> list[Path]:
     return [EMOJI64_EDGES] * len(kinds)
 
 
-def hints(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures as control networks read them, (N, 3, H, W)."""
-    return torch.stack([conditions.as_hint(picture) for picture in pictures])
+def hints(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Control images as control networks read them, (N, 3, H, W)."""
+    return torch.stack([conditions.as_hint(image) for image in images])
 
 
 def edges_followed(network: ControlledBy, runs: Sequence[MethodRun]) -> list[str]:
     """For each method, how well its images follow the edges that they were given; nothing if they were given none."""
     lines = []
-    for picture in network.pictures:
-        if picture.facts["control"].get("kind") == "edges":
-            canny = picture.facts["control"]["canny"]
+    for one in network.inputs:
+        if one.facts["control"].get("kind") == "edges":
+            canny = one.facts["control"]["canny"]
             for run in runs:
                 scores = [
-                    conditions.edge_scores(picture.of([prompt])[0, 0].numpy(), conditions.edges(image, *canny))
+                    conditions.edge_scores(one.of([prompt])[0, 0].numpy(), conditions.edges(image, *canny))
                     for prompt, image in run.each()
                 ]
-                lines.append(f"{run.label}: edges followed, within a pixel: {in_words(np.array(scores))}")
+                label = "images" if run.label == SINGLE else run.label
+                lines.append(f"{label}: edges followed, within a pixel: {in_words(np.array(scores))}")
     return lines
 
 
@@ -263,15 +265,15 @@ def in_words(scores: np.ndarray) -> str:
 
 
 def controlled_frames(setup: Setup, files: Sequence[str], model: str, size: Size) -> ControlledBy:
-    """The model's network with a control network that follows a picture of its own for each frame.
+    """The model's network with a control network that follows a control image of its own for each frame.
 
     Raises:
         SettingError: see `controlled`.
     """
-    pictures = [given_picture(file, size) for file in files]
+    images = [given_image(file, size) for file in files]
     loaded, name = network(setup, model)
-    facts = {"control": [reference for _, reference in pictures], "control_model": name}
-    return ControlledBy([Picture(loaded, hints([shown for shown, _ in pictures]), 1.0, facts)])
+    facts = {"control": [reference for _, reference in images], "control_model": name}
+    return ControlledBy([ControlInput(loaded, hints([shown for shown, _ in images]), 1.0, facts)])
 
 
 def network(setup: Setup, file: str | Path) -> tuple[ControlNet, str]:
@@ -281,14 +283,14 @@ def network(setup: Setup, file: str | Path) -> tuple[ControlNet, str]:
         loaded = load_control(file, unet, setup.device)
         if loaded.reduction != setup.sizes.factor:
             raise ValueError(
-                f"{file}: a control network for another base model: it reduces its picture {loaded.reduction} times, "
-                f"this model's latents are {setup.sizes.factor} times smaller than the image"
+                f"{file}: a control network for another base model: it reduces its control image {loaded.reduction} "
+                f"times, this model's latents are {setup.sizes.factor} times smaller than the image"
             )
         return loaded, fingerprint(control_file(file))[:16]
 
 
 def drawn(settings: ControlSettings, kind: str, image: Image.Image) -> Image.Image:
-    """The picture of one of KINDS that is made of an image."""
+    """The control image of one of KINDS that is made of an image."""
     makers: dict[str, Callable[[], Image.Image]] = {
         "edges": lambda: conditions.edges(image, *settings.canny),
         "scribble": lambda: conditions.scribble(conditions.soft_edges(image, detector("hed", settings.hed))),
@@ -298,7 +300,7 @@ def drawn(settings: ControlSettings, kind: str, image: Image.Image) -> Image.Ima
 
 
 def made_of(settings: ControlSettings, kind: str, source: Source) -> dict[str, Any]:
-    """What identifies pictures of one of KINDS, as JSON values: the images, and what finds edges or depth in them."""
+    """What identifies control images of one of KINDS, as JSON values: images, and what finds edges or depth in them."""
     facts = {"kind": kind} | source.facts
     if kind == "edges":
         return facts | {"canny": [*settings.canny]}
@@ -306,13 +308,13 @@ def made_of(settings: ControlSettings, kind: str, source: Source) -> dict[str, A
     return facts | file_reference(getattr(settings, name), name)
 
 
-def given_picture(file: str, size: Size) -> tuple[Image.Image, dict[str, str]]:
-    """A picture as it is, and what identifies it, as JSON values."""
+def given_image(file: str, size: Size) -> tuple[Image.Image, dict[str, str]]:
+    """A control image from a file, and what identifies it, as JSON values."""
     with fault_of("control"):
         with opened(file) as header:
             mode, clear = header.mode, header.has_transparency_data
         if clear:
-            raise ValueError(f"{file}: a picture of mode {mode} with transparent parts; expected RGB or grey")
+            raise ValueError(f"{file}: an image of mode {mode} with transparent parts; expected RGB or grey")
         shown = open_image(file)
         if (shown.height, shown.width) != size:
             raise ValueError(
@@ -324,6 +326,6 @@ def given_picture(file: str, size: Size) -> tuple[Image.Image, dict[str, str]]:
 
 @cache
 def detector(setting: str, path: str) -> torch.nn.Module:
-    """The network that makes a picture."""
+    """The network that makes control images: HED or MiDaS."""
     with fault_of(setting, (CheckpointError, *CONSTRUCTION)):
         return (load_hed if setting == "hed" else load_midas)(path)

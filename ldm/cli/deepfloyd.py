@@ -85,14 +85,14 @@ class CascadeSettings:
     list_plans: bool = False
 
     def folder(self, number: int) -> Path:
-        """Of a stage's images."""
+        """The folder of a stage's images."""
         return Path(self.outdir) / f"stage{number}"
 
     def output(self, number: int) -> OutputSettings:
         return OutputSettings(self.folder(number), again=self.again)
 
     def sampling(self, number: int) -> SamplingSettings:
-        """Of a stage, with its published timesteps."""
+        """The sampling settings of a stage, with its published timesteps."""
         steps, sampler = self.steps[number - 1], "ddim" if number == 3 else self.sampler
         with fault_of("steps"):
             at = published_timesteps(sampler, steps, number)
@@ -287,7 +287,7 @@ def third_stage(
 
 
 def upscaling(settings: CascadeSettings, setup: Setup) -> tasks.UpscalingSettings:
-    """Of the third stage."""
+    """The upscaler's settings, for the third stage."""
     prompts = tasks.PromptSettings(settings.negative_prompt)
     return tasks.upscaling_settings(setup, settings.sampling(3), "", prompts, settings.noise_levels[1])
 
@@ -369,7 +369,7 @@ class Texts:
         self._file = Path(settings.outdir) / "texts" / f"{name}.safetensors"
 
     def states(self) -> tuple[Tensor, Tensor]:
-        """Of the prompts, (N, L, D), and of the negative prompt, (L, D)."""
+        """Encoded prompts, (N, L, D), and the negative prompt, (L, D)."""
         if not self._file.is_file():
             self._encode()
         with fault_of("outdir", (CheckpointError, OSError)):

@@ -1,4 +1,4 @@
-"""Images edited by their prompts: what `scripts/prompt2prompt.py` is told, as items and a task."""
+"""Images edited by their prompts: the arguments of `scripts/prompt2prompt.py` as items and a task."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ class Given:
                 raise ValueError(f"{name} is not taken by this kind of model")
 
     def size(self, setup: Setup) -> tuple[int, int]:
-        """Of the results: as given, or the model's."""
+        """Height and width of the results: as given, or the model's."""
         return image_size(setup.sizes, self.height, self.width)
 
     def start(self, setup: Setup) -> tuple[torch.Tensor, dict[str, str]]:
@@ -314,7 +314,7 @@ def text(
 def under_control(
     given: Given, setup: Setup, settings: ControlSettings, prompts: PromptSettings
 ) -> tuple[tuple[int, int], Task]:
-    """Height and width of the results, and the task; the image is what pictures are made of."""
+    """Height and width of the results, and the task; the image is what control images are made of."""
     if len(given.images) > 1:
         raise ValueError(f"image must be one image here; got {len(given.images)}")
     settings = replace(settings, image=given.images[0].path if given.images else None)

@@ -338,7 +338,9 @@ def make_refiner(settings: RefinerSettings, base: Setup) -> Refiner | None:
         config, ckpt = model_files(settings.refiner_config, settings.refiner)
         setup = read_setup(config, ckpt, base.device, base.processes, base.weights, base.autocast)
     if not is_refiner(setup):
-        raise SettingError("refiner", f"{config} is not the config of a refiner, which is told an aesthetic score")
+        raise SettingError(
+            "refiner", f"{config} is not the config of a refiner, which is conditioned on an aesthetic score"
+        )
     if not is_framed(base) or (setup.sizes.channels, setup.sizes.factor) != (base.sizes.channels, base.sizes.factor):
         raise SettingError("refiner", f"finishes images of a base model of SDXL; {base.config_path} is another model")
     return Refiner(setup, SHARE if settings.refiner_share is None else settings.refiner_share)

@@ -28,7 +28,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Method:
-    """What of the sampling the methods of an evaluation may differ in; see `ldm.cli.arguments`.
+    """The sampling settings in which the methods of an evaluation may differ; see `ldm.cli.arguments`.
 
     eta: None = default_eta, or the protocol's, where the solver has a choice of it.
     plan, propagate: as `load_plan` takes them.

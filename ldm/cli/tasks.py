@@ -145,11 +145,11 @@ def image_items(
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What a model that reads text is told beside the prompt, and how it reads both; see `prompt_arguments`.
+    """What conditions a model of text beside the prompt, and how it reads both; see `prompt_arguments`.
 
     prompt_weights, prompt_chunks: see `Reading`.
-    original_size, crop: of the picture, for SDXL, see `Framing`; height and width, top and left, in pixels; None = what
-        is usual.
+    original_size, crop: of the original image, for SDXL, see `Framing`; height and width, top and left, in pixels;
+        None = the size of the result, no crop.
     """
 
     negative_prompt: str = ""
@@ -164,14 +164,14 @@ class PromptSettings:
         return {"negative": self.negative_prompt, "reading": Reading(self.prompt_weights, self.prompt_chunks)}
 
     def unframed(self) -> PromptSettings:
-        """These, for a model that is not told how an image is framed.
+        """These, for a model that is not conditioned on size and crop.
 
         Raises:
             SettingError: they say it.
         """
         for name in ("original_size", "crop"):
             if getattr(self, name) is not None:
-                raise SettingError(name, "only for a model that is told how the image is framed, such as SDXL")
+                raise SettingError(name, "only for a model that is conditioned on size and crop, such as SDXL")
         return self
 
 
@@ -182,7 +182,7 @@ def text_condition(setup: Setup, size: Size, prompts: PromptSettings = AS_USUAL)
     """Text for images of this size.
 
     Raises:
-        SettingError: a framing for a model that is not told any.
+        SettingError: a size or crop for a model that is not conditioned on them.
     """
     if is_framed(setup):
         return FramedText(framing_of(size, prompts), **prompts.texts)
@@ -190,13 +190,13 @@ def text_condition(setup: Setup, size: Size, prompts: PromptSettings = AS_USUAL)
 
 
 def is_framed(setup: Setup) -> bool:
-    """Whether the model is told how an image is framed, beside the text: SDXL."""
+    """Whether the model is conditioned on size and crop beside the text: SDXL."""
     conditioner = setup.config.model.params.get("cond_stage_config")
     return isinstance(conditioner, Mapping) and conditioner["target"].endswith(".GeneralConditioner")
 
 
 def is_refiner(setup: Setup) -> bool:
-    """Whether the model finishes images of another: it is told how much people like an image."""
+    """Whether the model refines images of another: it is conditioned on an aesthetic score."""
     embedders = setup.config.model.params.cond_stage_config.params.emb_models if is_framed(setup) else []
     return any(entry["input_key"] == "aesthetic_score" for entry in embedders)
 
@@ -207,7 +207,7 @@ def is_video(setup: Setup) -> bool:
 
 
 def framing_of(size: Size, prompts: PromptSettings) -> Framing:
-    """Of images of this size: by default not cropped."""
+    """The framing of images of this size; by default they are not cropped."""
     return Framing(size, prompts.original_size or size, prompts.crop or (0, 0))
 
 
@@ -295,7 +295,7 @@ def absent_class(setup: Setup, classes: int) -> int | None:
 
 
 def usual_classes(setup: Setup, published: Sequence[str]) -> Sequence[str]:
-    """Of an example: the published classes of ImageNet; of another model all but the one that stands for none."""
+    """The default classes: the published ones for a model of ImageNet; for another, all but the one that means none."""
     known = class_conditioner(setup).n_classes
     if known in (IMAGENET, IMAGENET + 1):
         return published
@@ -460,7 +460,7 @@ def inpainting_task(
 
 @dataclass(frozen=True)
 class UpscalingSettings:
-    """What an upscaler that reads text is told, and how its images are sampled.
+    """What conditions an upscaler that reads text, and how its images are sampled.
 
     reads: whether it reads text at all.
     """

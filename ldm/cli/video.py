@@ -50,7 +50,7 @@ class VideoSettings:
 
     @property
     def count(self) -> int:
-        """Of frames."""
+        """The number of frames."""
         return FRAMES[self.model] if self.frames is None else self.frames
 
 

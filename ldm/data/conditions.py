@@ -1,4 +1,4 @@
-"""Pictures that control networks read, made of images: edges, scribbles, depth. All as published."""
+"""Control images, which control networks read, made of images: edges, scribbles, depth. All as published."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def depth(image: Image.Image, detector: Callable[[Tensor], Tensor]) -> Image.Ima
     return Image.fromarray(cv2.resize(levels, image.size, interpolation=cv2.INTER_LINEAR))
 
 
-def as_hint(picture: Image.Image) -> Tensor:
-    """The picture as control networks read it: (3, H, W), RGB in [0, 1]."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+def as_hint(image: Image.Image) -> Tensor:
+    """A control image as control networks read it: (3, H, W), RGB in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def edge_scores(condition: np.ndarray, found: np.ndarray, within: int = 1) -> tuple[float, float, float]:

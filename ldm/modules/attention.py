@@ -297,7 +297,7 @@ class ProjectedContext:
         return replace(self.tile(len(ts)), control=None if self.control is None else self.control.at(ts))
 
     def images(self, which: slice) -> ProjectedContext:
-        """Of some images of a batch that is not repeated."""
+        """The context of some images of a batch that is not repeated."""
         chosen = {layer: (k[which], v[which]) for layer, (k, v) in self.keys_values.items()}
         return replace(self, keys_values=chosen, batch=len(range(self.batch)[which]))
 
@@ -319,7 +319,7 @@ class ProjectedContext:
 
 
 def first_frames(tokens: Tensor, context: Context | None) -> Tensor | None:
-    """Of the tokens of a batch of videos, (videos * frames, N, D), those of each first frame; None = no videos."""
+    """The tokens of the first frame of each video, of (videos * frames, N, D); None = no videos."""
     frames = context.frames if isinstance(context, ProjectedContext) else 1
     return tokens[::frames] if frames > 1 else None
 

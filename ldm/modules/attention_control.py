@@ -32,7 +32,7 @@ class AttentionMaps:
             self.kept[layer] |= dict(zip(steps, maps.mean(2), strict=True))
 
     def sums(self, last: int) -> list[Tensor]:
-        """Of each layer that has run, the sum over all steps up to `last`, (B, N, L)."""
+        """The attention of each layer that has run, summed over all steps up to `last`, (B, N, L)."""
         of_layers = ([part for step, part in parts.items() if step <= last] for parts in self.kept.values())
         return [torch.stack(parts).sum(0) for parts in of_layers if parts]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # width and convolutions of each
-MEANS = (104.00698793, 116.66876762, 122.67891434)  # of blue, green and red in the pictures of the older network
+MEANS = (104.00698793, 116.66876762, 122.67891434)  # of blue, green and red in the images of the older network
 
 
 class Stage(nn.Module):

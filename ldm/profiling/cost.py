@@ -85,7 +85,7 @@ class Macs:
         return replace(self, encode=self.encode // n, outer=tuple(macs // n for macs in self.outer))
 
     def with_control(self, control: Macs) -> Macs:
-        """Of a network together with one that controls it."""
+        """The MACs of the network together with one that controls it."""
         return replace(
             self,
             encode=self.encode + control.encode,
@@ -126,7 +126,7 @@ class Macs:
 
 
 def _one_product(queries: Sequence[int], keys: Sequence[int], *rest: Any, **more: Any) -> int:
-    """Of the two matrix products of attention, which cost the same, half of each: together, one."""
+    """Half of each of the two matrix products of attention, which cost the same: together, one."""
     return prod(queries) * keys[-1]
 
 
@@ -277,8 +277,8 @@ def control_macs(
 ) -> Macs:
     """MACs of a control network, which has no decoder; arguments as for `unet_macs`.
 
-    What it makes of its picture is computed once for a run; by the paper's convention at every step, as the networks do
-    that it was measured with.
+    Its control image is read once for a run; by the paper's convention at every step, as the networks do that it was
+    measured with.
     """
     with _without_data():
         # Of weights without gradients PyTorch makes a linear layer of a batch a product like those of attention.
@@ -301,7 +301,7 @@ def control_macs(
 
 
 def alone(macs: int, batch: int) -> int:
-    """Of the MACs of a batch those of what is left without guidance: half of an even one."""
+    """The MACs that are left of a batch without guidance: half of them, if the batch is even."""
     return macs if batch % 2 else macs // 2
 
 
@@ -311,7 +311,7 @@ def attending(network: nn.Module, context: Tensor) -> list[nn.Module]:
 
 
 def _hint(control: ControlNet, batch: int, size: Sequence[int]) -> Tensor:
-    """A picture for each of a batch of latents of this height and width."""
+    """A control image for each of a batch of latents of this height and width."""
     return torch.zeros(batch, control.hint_channels, *(control.reduction * n for n in size))
 
 
@@ -399,7 +399,7 @@ def sampling_bytes(
         predictions: of one node, twice as many as images with guidance.
         context_length, tome: as for `unet_macs`.
         tile: see `decode_tiled`; None = images are decoded whole.
-        controls: control networks that run beside the encoder, each with a picture.
+        controls: control networks that run beside the encoder, each with a control image.
     """
     with _without_data():
         unet, x, inputs = meta_unet(unet, size[1:], predictions, context_length, tome)

@@ -82,7 +82,7 @@ class Database:
 
     @property
     def bytes(self) -> int:
-        """Of all embeddings."""
+        """Bytes of all embeddings."""
         return sum(part.rows * part.width * part.dtype.itemsize for part in self.parts)
 
     @cached_property

@@ -48,7 +48,7 @@ class Embedder(ABC):
 
     @cached_property
     def identity(self) -> str:
-        """Of the weights' content: embeddings of others can't be compared."""
+        """A hash of the weights: embeddings by other weights can't be compared."""
         return file_sha256(self.weights_file)[:16]
 
     def prepared(self, image: Image.Image) -> Tensor:

@@ -57,7 +57,7 @@ class ExactSearch:
         return best
 
     def _cosines(self, directions: np.ndarray) -> Iterator[np.ndarray]:
-        """Of all rows with the queries (D, Q), in order, (some, Q) at a time: enough for the choice to cost little."""
+        """The cosines of all rows with the queries (D, Q), in order, (some, Q) at a time: enough for a cheap choice."""
         waiting: list[np.ndarray] = []
         count = 0
         for chunk, lengths in self.database.chunks():

@@ -1,4 +1,4 @@
-"""A model's network under control of pictures (ControlNet)."""
+"""A model's network with control networks (ControlNet)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.sampling.task import Network
 
 
 class Hints(Protocol):
-    """Pictures as control networks read them: a tensor of all, or what makes each when it is asked for."""
+    """Control images as control networks read them: a tensor of all, or what makes each when it is asked for."""
 
     def __len__(self) -> int: ...
 
@@ -28,13 +28,13 @@ class Hints(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class ControlInput:
     """What one control network is to follow.
 
     network: on the model's device.
     hints:   one for each prompt_index, or one for all.
     weight:  of what it adds.
-    facts:   what identifies the network and the picture, as JSON values.
+    facts:   what identifies the network and the control image, as JSON values.
     """
 
     network: ControlNet
@@ -55,42 +55,42 @@ class Picture:
 
 
 class ControlledBy(Network):
-    """The model's network, and control networks that read a picture each; see `Controlled`.
+    """The model's network, and control networks that read a control image each; see `Controlled`.
 
     Args:
-        pictures: at least one.
+        inputs: at least one.
         guess: the release's guess mode: what is added counts less the further out it is, and not for the unconditional
             prediction.
         anew: the control networks run at every node, not at key nodes alone.
     """
 
-    def __init__(self, pictures: Sequence[Picture], guess: bool = False, anew: bool = False) -> None:
-        self.pictures, self.guess, self.anew = pictures, guess, anew
-        self.controls = [picture.network for picture in pictures]
+    def __init__(self, inputs: Sequence[ControlInput], guess: bool = False, anew: bool = False) -> None:
+        self.inputs, self.guess, self.anew = inputs, guess, anew
+        self.controls = [one.network for one in inputs]
 
     def settings(self) -> dict[str, Any]:
-        control = [picture.facts | {"weight": picture.weight} for picture in self.pictures]
+        control = [one.facts | {"weight": one.weight} for one in self.inputs]
         return {"control": control} | ({"guess": True} if self.guess else {})
 
     @torch.no_grad()
     def prepare(self, items: Sequence[Item]) -> None:
-        for picture in self.pictures:
-            picture.of([item.prompt_index for item in items])
+        for one in self.inputs:
+            one.of([item.prompt_index for item in items])
 
     def of(self, model: LatentDiffusion, items: Sequence[Item]) -> ConditionedNetwork:
         with torch.no_grad():
-            controls = [self._control(picture, items) for picture in self.pictures]
+            controls = [self._control(one, items) for one in self.inputs]
         return Controlled(model.model, controls, self.guess, self.anew)
 
-    def _control(self, picture: Picture, items: Sequence[Item]) -> Control:
-        network = picture.network
-        hints = picture.of([item.prompt_index for item in items])  # (B, 3, H, W)
-        weights = guess_weights(picture.weight, network.residuals) if self.guess else picture.weight
+    def _control(self, one: ControlInput, items: Sequence[Item]) -> Control:
+        network = one.network
+        hints = one.of([item.prompt_index for item in items])  # (B, 3, H, W)
+        weights = guess_weights(one.weight, network.residuals) if self.guess else one.weight
         return Control.of(network, hints.to(network.input_hint_block[0].weight.device), weights)
 
     def macs(self, unit: Macs, size: Sequence[int], tokens: int | None, guided: bool) -> Macs:
-        for picture in self.pictures:
-            control = control_macs(picture.network, size, 1, tokens)
+        for one in self.inputs:
+            control = control_macs(one.network, size, 1, tokens)
             # In guess mode it runs once for the two predictions of guidance.
             unit = unit.with_control(control.part(2) if self.guess and guided else control)
         return unit

@@ -55,7 +55,7 @@ class TextStates(Condition):
         return replace(negative, concat=cond.concat)
 
     def noise_level(self, count: int) -> Tensor | None:
-        """What the network is told of the low-resolution images, (B,)."""
+        """The noise level of the low-resolution images, which conditions the network, (B,)."""
         return None
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ from ldm.sampling.task import Attention, Condition, Network, Start
 
 
 class Ran(NamedTuple):
-    """What of the network ran at each node of a run, and the nodes' timesteps; a node that was redone is there again.
+    """Which part of the network ran at each node, and the nodes' timesteps; a node that was redone is there again.
 
     error: the largest relative error of a forecast that was let pass, where the plan measures it.
     after: the same of another model that ran the last nodes, see `ldm.sampling.refined`.

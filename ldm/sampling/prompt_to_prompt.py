@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.io.errors import SettingError
-from ldm.models.diffusion.ddim import DDIM, climb
+from ldm.models.diffusion.ddim import DDIM, inversion_nodes
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.loop import Edit, denoise
 from ldm.models.diffusion.propagation.plan import Plan
@@ -156,14 +156,14 @@ def blended(x: Tensor, attention: Tensor, threshold: float) -> Tensor:
 
 
 class Inverted(Start):
-    """One image for all items: its noise, found by climbing DDIM's steps under the image's prompt without guidance.
+    """One image for all items: its noise, found by inverting DDIM's steps under the image's prompt without guidance.
 
     From this noise the same steps lead back to about the image. Of the first stage's posterior the mean is taken.
 
     Args:
         image: (3, H, W) in [-1, 1].
         prompt: what it shows.
-        steps: of the climb, see `ddim_timesteps`; it ends at the node where sampling begins.
+        steps: of the inversion, see `ddim_timesteps`; it ends at the node where sampling begins.
     """
 
     def __init__(self, image: Tensor, prompt: str, steps: int) -> None:
@@ -176,7 +176,7 @@ class Inverted(Start):
         grid = ddim_nodes(model.alphas_cumprod, ddim_timesteps(self.steps, model.num_timesteps))
         below = [one for one in grid if one.t < node.t]
         start = replace(node, abar_next=below[0].abar if below else grid[-1].abar_next)
-        nodes = climb((start, *below), true_timesteps=True)
+        nodes = inversion_nodes((start, *below), true_timesteps=True)
         denoiser = model.denoiser(model.get_learned_conditioning([self.prompt]))
         plain = Plan(len(nodes), tuple(range(len(nodes))))
         *_, last = denoise(denoiser, DDIM(nodes), plain, mean_latents(model, self.image[None]))

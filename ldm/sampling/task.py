@@ -326,12 +326,12 @@ class MaskedImage(ImageConcat):
 
 @dataclass(frozen=True)
 class Framing:
-    """What the network is told of the picture; heights before widths, tops before lefts, in pixels.
+    """Size and crop that condition the network; heights before widths, tops before lefts, in pixels.
 
     target:         the size that is to be made.
-    original:       of the picture before it was cropped; a small one asks for the look of a small picture.
+    original:       size before it was cropped; a small one asks for the look of a small image.
     crop:           where the crop begins; (0, 0) asks for what stands in the middle.
-    score:          how much people like it, 0..10; the refiner is told this in the place of the target.
+    score:          how much people like it, 0..10; the refiner has this in the place of the target.
     negative_score: that of what guidance leads away from.
     """
 

@@ -26,11 +26,11 @@ from ldm.training.diffusion import DiffusionTraining
 class ControlTraining(DiffusionTraining):
     """Trains a control network: it begins as the copy of the model's encoder, its outputs as zeros.
 
-    A batch holds, beside what `DiffusionTraining` says, the picture to follow, (B, C, H, W) in [0, 1].
+    A batch holds, beside what `DiffusionTraining` says, the control image, (B, C, H, W) in [0, 1].
 
     Args:
         model: with starting weights (ckpt_path); its network, conditioner and first stage are frozen.
-        control_key: of the pictures in a batch.
+        control_key: of the control images in a batch.
         hint_channels, hint_widths: see `ControlNet`.
         rest: see `DiffusionTraining`.
 

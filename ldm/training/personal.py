@@ -160,7 +160,7 @@ class Personalization(DiffusionTraining):
         return steering_loss(encoder.token_table.weight, first, positives, negatives, self.temperature)
 
     def on_after_backward(self) -> None:
-        """Of all tokens' vectors only those of the new ones change."""
+        """Only the vectors of the new tokens change."""
         if self.new_tokens:
             gradient = self.model.cond_stage_model.token_table.weight.grad
             if gradient is not None:

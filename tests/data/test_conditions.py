@@ -1,4 +1,4 @@
-"""Pictures for control networks against the published preprocessing."""
+"""Images for control networks against the published preprocessing."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from tests.helpers.scripts import Script
 from tests.helpers.tiny_models import write_model
 
 
-def picture(path: Path, colour: int = 200, size: tuple[int, int] = (24, 20)) -> Path:
+def write_image(path: Path, colour: int = 200, size: tuple[int, int] = (24, 20)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (colour, 0, 0)).save(path)
     return path
@@ -39,7 +39,7 @@ def picture(path: Path, colour: int = 200, size: tuple[int, int] = (24, 20)) -> 
 
 def test_a_folder_is_split_by_names(tmp_path):
     for i in range(40):
-        picture(tmp_path / f"{i % 3}" / f"{i}.png", i)
+        write_image(tmp_path / f"{i % 3}" / f"{i}.png", i)
     (tmp_path / "notes.txt").write_text("no image")
     parts = [
         {Path(e["file_path_"]) for e in ImageFolder(str(tmp_path), 8, split=split, held_out=0.3)}
@@ -52,10 +52,10 @@ def test_a_folder_is_split_by_names(tmp_path):
 
 def test_folders_are_classes(tmp_path):
     for name in ("owl", "ape", "cat"):
-        picture(tmp_path / name / "deep" / "a.png")
+        write_image(tmp_path / name / "deep" / "a.png")
     data = ClassFolders(str(tmp_path), 8)
     assert data.classes == ["ape", "cat", "owl"] and [e["class_label"] for e in data] == [0, 1, 2]
-    picture(tmp_path / "stray.png")
+    write_image(tmp_path / "stray.png")
     with pytest.raises(ValueError, match="stray.png: in no folder of a class"):
         ClassFolders(str(tmp_path), 8)
 
@@ -80,7 +80,7 @@ CAPTIONS = {
 @pytest.mark.parametrize("kind", CAPTIONS)
 def test_captions(kind, tmp_path):
     for name in "ab":
-        picture(tmp_path / f"{name}.png")
+        write_image(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / kind.replace("coco", "captions.json")).write_text(CAPTIONS[kind])
     data = CaptionedFolder(str(tmp_path), 8)
@@ -109,7 +109,7 @@ def test_the_folder_of_a_run_is_its_samples_with_their_prompts(tmp_path):
     ],
 )
 def test_captions_that_are_missing(file, content, message, tmp_path):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         CaptionedFolder(str(tmp_path), 8)
@@ -126,13 +126,13 @@ def test_no_images(tmp_path):
 
 
 def test_a_smaller_image_fills_the_crop(tmp_path):
-    paths = [picture(tmp_path / "a.png", size=(10, 30))]
+    paths = [write_image(tmp_path / "a.png", size=(10, 30))]
     assert ImagePaths(paths, None, 16)[0]["image"].shape == (16, 16, 3)
     assert ImagePaths(paths, 24, 16, random_crop=True)[0]["image"].shape == (16, 16, 3)
 
 
 def test_coco(tmp_path):
-    picture(tmp_path / "train2017" / "a.png", size=(40, 20))
+    write_image(tmp_path / "train2017" / "a.png", size=(40, 20))
     folder = tmp_path / "annotations"
     folder.mkdir()
     image = {"id": 7, "file_name": "a.png", "width": 40, "height": 20}
@@ -156,14 +156,14 @@ def test_coco(tmp_path):
 def test_a_database_of_lsun(tmp_path):
     with lmdb.open(str(tmp_path), map_size=1 << 20) as database, database.begin(write=True) as transaction:
         for i in range(3):
-            transaction.put(f"{i}".encode(), picture(tmp_path / "x" / "a.webp", 80 * i).read_bytes())
+            transaction.put(f"{i}".encode(), write_image(tmp_path / "x" / "a.webp", 80 * i).read_bytes())
     data = LSUNBase("", str(tmp_path), 8, flip_p=0.0)
     assert len(data) == 3 and [round((e["image"][0, 0, 0] + 1) * 127.5, -1) for e in data] == [0, 80, 160]
 
 
 def write_database(folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    image = picture(folder / "x.webp").read_bytes()
+    image = write_image(folder / "x.webp").read_bytes()
     with lmdb.open(str(folder), map_size=1 << 20) as database, database.begin(write=True) as transaction:
         for i in range(count):
             transaction.put(f"{i}".encode(), image)
@@ -179,7 +179,7 @@ def test_databases_of_lsun_are_found_and_read_by_several_datasets_and_processes(
 
 
 def test_semantic_maps(tmp_path):
-    picture(tmp_path / "images" / "a.jpg")
+    write_image(tmp_path / "images" / "a.jpg")
     (tmp_path / "segmentations").mkdir()
     levels = np.zeros((20, 24), np.uint8)
     levels[:, 12:] = 5
@@ -188,13 +188,13 @@ def test_semantic_maps(tmp_path):
     assert example.shape == (8, 8, 6) and example[..., 0].sum() + example[..., 5].sum() == 64 and example.max() == 1
     with pytest.raises(ValueError, match=r"a.png: class 5; expected 0..3"):
         SegmentationFolder(str(tmp_path), 10, 8, classes=4)[0]
-    picture(tmp_path / "images" / "b.jpg")
+    write_image(tmp_path / "images" / "b.jpg")
     with pytest.raises(ValueError, match="b.jpg: no semantic map"):
         SegmentationFolder(str(tmp_path), 10, 8)
 
 
 def test_masked_images(tmp_path):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     example = InpaintingFolder(str(tmp_path), 16)[0]
     hidden = example["mask"][..., 0] > 0
     assert 0 < hidden.mean() < 1
@@ -203,7 +203,7 @@ def test_masked_images(tmp_path):
 
 
 def test_shards(tmp_path):
-    pixels = picture(tmp_path / "a.png").read_bytes()
+    pixels = write_image(tmp_path / "a.png").read_bytes()
     with webdataset.TarWriter(str(tmp_path / "000.tar")) as shard:
         for i in range(3):
             shard.write({"__key__": f"{i}", "png": pixels, "txt": f"caption {i}"})
@@ -216,7 +216,7 @@ def test_shards(tmp_path):
 
 def shards(folder: Path, **params: Any) -> Shards:
     """Three files of four examples each, whose captions are file and place."""
-    pixels = picture(folder / "a.png").read_bytes()
+    pixels = write_image(folder / "a.png").read_bytes()
     for n in range(3):
         with webdataset.TarWriter(str(folder / f"{n}.tar")) as file:
             for i in range(4):
@@ -263,7 +263,7 @@ def test_addresses_of_shards_run_no_command(tmp_path):
 
 
 def test_squares_for_superresolution_have_a_size(tmp_path):
-    picture(tmp_path / "a.png", size=(1, 1))
+    write_image(tmp_path / "a.png", size=(1, 1))
     data = SuperResolutionFolder(str(tmp_path), 8, degradation="pil_nearest", min_crop_f=0.1)
     assert data[0]["image"].shape == (8, 8, 3) and data[0]["LR_image"].shape == (2, 2, 3)
     for low, high in ((0.0, 1.0), (0.9, 0.5)):
@@ -348,7 +348,7 @@ def test_a_data_set_is_named(tmp_path):
 def test_neighbours_belong_to_the_dataset(tmp_path):
     section = {"target": "ldm.data.folder.ImageFolder", "params": {"root": str(tmp_path), "size": 8}}
     for name in "ab":
-        picture(tmp_path / f"{name}.png")
+        write_image(tmp_path / f"{name}.png")
     embeddings = np.arange(2 * 3 * 4).reshape(2, 3, 4)
     np.savez(tmp_path / "nns.npz", nn_embeddings=embeddings)
     example = QueryDataset(section, str(tmp_path / "nns.npz"), k=2)[1]

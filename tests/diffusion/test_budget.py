@@ -17,7 +17,7 @@ LEVELS = ("encoder:5", "deepcache:5", "skip:5")
 
 
 def states(spec: str, budget: float, parallel: int = 1, rule=None, guidance=2.0, **inputs) -> list[State]:
-    """Of a run of 10 nodes whose last one is no key node of the plan."""
+    """The states of a run of 10 nodes whose last one is no key node of the plan."""
     rule = rule or toy_rule(10)
     x, cond, uncond = toy_inputs(1)
     model = toy_denoiser(toy_network(), cond, uncond, guidance)

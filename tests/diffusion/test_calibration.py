@@ -420,7 +420,7 @@ def test_a_place_where_nothing_can_be_written_is_known_before_the_work(out, caps
 
 
 def test_the_script_makes_a_plan_that_beats_the_published_one_and_is_refused_elsewhere(tmp_path, capsys):
-    """On the shipped model, copied so that its own table stays: 10 steps, one picture."""
+    """On the shipped model, copied so that its own table stays: 10 steps, one image."""
     shipped = ROOT / "models/ldm/emoji64"
     for name in ("config.yaml", "model.safetensors"):
         shutil.copy(shipped / name, tmp_path)

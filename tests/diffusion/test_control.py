@@ -25,7 +25,7 @@ TIMED = "controlnet_trajectory_plain"
 
 @cache
 def networks(name: str) -> tuple[DDPM, ControlNet]:
-    """Of the cases that depend on the time, or of the older ones."""
+    """The networks of the cases that depend on the time, or of the older ones."""
     case, tensors = load_case(TIMED if name == TIMED else "propagation_controlnet_weights")
     unet_case, unet_tensors = (case, {}) if name == TIMED else load_case("propagation_unet")
     ddpm = DDPM(

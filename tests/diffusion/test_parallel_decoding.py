@@ -303,7 +303,7 @@ def command(files: tuple[Path, Path], out: Path, *more: str) -> list[str]:
     ]
 
 
-def test_a_script_in_two_processes_makes_the_pictures_of_one(files, tmp_path):
+def test_a_script_in_two_processes_makes_the_images_of_one(files, tmp_path):
     assert main(command(files, tmp_path / "one")) == 0
     together = command(files, tmp_path / "two", "--parallel", "3")
     assert in_processes(2, lambda rank: main(together)) == [0, 0]

@@ -226,7 +226,7 @@ def test_prior_noise_in_a_serial_run_of_the_fork(name):
 
 
 class MisorderedContext:
-    """The fork's released parallel mode, for two pictures with guidance.
+    """The fork's released parallel mode, for two images with guidance.
 
     Its features go through the decoder as [uncond x n | cond x n], its context as [uncond, cond] x n: most
     predictions of a group of n nodes see the wrong condition.
@@ -241,10 +241,10 @@ class MisorderedContext:
 
     def decode(self, features: Sequence[Features], ts: Sequence[float], last: Prediction | None) -> list[Prediction]:
         n, cond = len(ts), self.guided.both.cond
-        pictures = len(features[0]) // 2
+        images = len(features[0]) // 2
         halves = [half for node in features for half in node.chunk(2)]
         ordered = Features.cat([*halves[::2], *halves[1::2]])
-        t = torch.tensor(ts).repeat_interleave(pictures).repeat(2)
+        t = torch.tensor(ts).repeat_interleave(images).repeat(2)
         uncond, cond = self.network.decode(ordered, t, cond.tile(n)).chunk(2)
         return [Prediction(out) for out in (uncond + self.guided.guidance.scale * (cond - uncond)).chunk(n)]
 

@@ -133,7 +133,7 @@ def test_drawing_twice_gives_the_same_and_leaves_the_global_generator_alone():
 
 
 def test_known_values():
-    """The pictures of a seed stay the same from version to version."""
+    """The images of a seed stay the same from version to version."""
     values = ImageNoise([(42, 0, 0)]).start((4,))[0]
     torch.testing.assert_close(values, torch.tensor(KNOWN), rtol=0, atol=1e-6)
 

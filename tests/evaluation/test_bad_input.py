@@ -28,7 +28,7 @@ def test_a_run_that_is_not_finished_is_told(call, sets, tmp_path, capsys):
         assert load_json(out)["warnings"][0].startswith(why)
     (tmp_path / "run.json").write_text(json.dumps({"plan": "off", "pictures": N}))
     assert not any("not finished" in w for w in fid_of(call, out, "real", str(tmp_path / "samples"))["warnings"])
-    for key in ("images", "pictures"):  # cards of older runs say pictures
+    for key in ("images", "pictures"):  # as cards of older runs say
         (tmp_path / "run.json").write_text(json.dumps({"plan": "off", key: N + 1}))
         images = ImageFolder(tmp_path / "samples")
         (warning,) = image_warnings(images)

@@ -58,7 +58,7 @@ def test_a_cache_that_can_not_be_written_loses_nothing(call, sets, tmp_path, cap
 
 
 def test_the_reference_images_of_a_protocol(call, tmp_path, capsys):
-    """Of an array those whose captions have the fields that it asks for; in the order of their ids."""
+    """The images of an array whose captions have the fields that it asks for, in the order of their ids."""
     levels = np.stack([np.array(draw(i)) for i in range(6)])
     np.save(tmp_path / "pictures.npy", levels)
     np.save(tmp_path / "some.npy", levels[[0, 3, 5]])

@@ -124,7 +124,7 @@ def test_the_folder_proves_itself(runs, whole, tmp_path, capfd):
 
 @pytest.mark.parametrize("pictures", ["val2017", "pictures.npy"])
 def test_each_prompt_has_the_edges_of_its_own_image(tmp_path, pictures):
-    """Of a folder and of an array, in any order."""
+    """From a folder and from an array, in any order."""
     coco = write_coco(tmp_path / "coco", 6)
     sides = {entry["id"]: 4 + 2 * k for k, entry in enumerate(captions(6)["images"])}
     drawn = {}

@@ -145,7 +145,7 @@ def read(files: list[Path]) -> list[torch.Tensor]:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Of few features (N, D), by their N x N products: the trace of (C1 C2)^1/2 is a nuclear norm."""
+    """The Fréchet distance of few features (N, D), by N x N products: the trace of (C1 C2)^1/2 is a nuclear norm."""
     around_a, around_b = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b))
     cross = np.linalg.norm(around_a @ around_b.T, "nuc")
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + (around_a**2).sum() + (around_b**2).sum() - 2 * cross
@@ -541,7 +541,7 @@ def test_what_is_like_for_like(argv, weights, timing, unlike, why):
 
 
 def test_times_that_the_source_took_otherwise_are_not_compared():
-    """Of batches, in the fork's table."""
+    """Times of batches, in the fork's table."""
     table = load_table("table3")
     jobs = jobs_of(table, "coco", Path("runs"), Sources(), None, table.columns)
     job = next(job for job in jobs if job.row.name.endswith(": guidance 1.5"))

@@ -29,7 +29,7 @@ def captions(images: int) -> dict[str, Any]:
 
 
 def write_coco(folder: Path, images: int = 24) -> Path:
-    """Annotations and pictures in `folder`."""
+    """Annotations and images in `folder`."""
     (folder / "annotations").mkdir(parents=True)
     (folder / "val2017").mkdir()
     content = captions(images)
@@ -40,7 +40,7 @@ def write_coco(folder: Path, images: int = 24) -> Path:
 
 
 def write_protocol(path: Path, **changes: Any) -> Path:
-    """A protocol of 16 x 16 pictures on that folder; `changes` with dots as __."""
+    """A protocol of 16 x 16 images on that folder; `changes` with dots as __."""
     content: dict[str, Any] = {
         "data": {"kind": "captions", "file": "annotations/captions_val2017.json", "pictures": "val2017"},
         "select": {"count": 40, "per_image": 2},

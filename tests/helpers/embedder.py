@@ -8,7 +8,7 @@ from ldm.retrieval.embedders import Embedder
 
 
 class Means(Embedder):
-    """The mean levels of the quarters of a picture: quick, and other pictures are elsewhere."""
+    """The mean levels of the quarters of a image: quick, and other images are elsewhere."""
 
     name, side = "means", 8
     identity = "of-no-weights"

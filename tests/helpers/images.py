@@ -9,14 +9,14 @@ from tests.helpers.scripts import Script
 
 
 def scene(size: tuple[int, int], number: int = 0) -> Image.Image:
-    """A picture with no two rows or columns alike."""
+    """A image with no two rows or columns alike."""
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     levels = np.stack([x * 5, y * 7, (x + y) * 3 ^ 90 * number], axis=2) % 256
     return Image.fromarray(levels.astype(np.uint8))
 
 
 def add(folder, name: str, size: tuple[int, int], number: int = 0) -> np.ndarray:
-    """A picture whose right half is masked; what is masked, (H, W)."""
+    """A image whose right half is masked; what is masked, (H, W)."""
     folder.mkdir(exist_ok=True)
     scene(size, number).save(folder / f"{name}.png")
     mask = np.zeros(size[::-1], dtype=np.uint8)

@@ -28,7 +28,7 @@ def load_script(name: str) -> ModuleType:
 
 
 class Script:
-    """A script's main with arguments that every call has; its pictures in folder / out."""
+    """A script's main with arguments that every call has; its images in folder / out."""
 
     def __init__(self, name: str, folder: Path, *common: str):
         self.name, self.folder, self.out = name, folder, folder / "out"
@@ -62,7 +62,7 @@ class Script:
 
 
 def check_batches(script: Script, one: Sequence[str], other: Sequence[str]) -> list[np.ndarray]:
-    """Two calls that differ in their batches alone make the same pictures, to a level; these."""
+    """Two calls that differ in their batches alone make the same images, to a level; these."""
     shown = [script.pixels(entry) for entry in script(*one)]
     for path in (script.out / "samples").iterdir():
         path.unlink()
@@ -86,7 +86,7 @@ def check_laws(script: Script, *arguments: str) -> None:
 
 
 def check_resume(script: Script, capsys: pytest.CaptureFixture, *arguments: str) -> None:
-    """A second run finds all pictures and touches none; a lost one is made again, the same."""
+    """A second run finds all images and touches none; a lost one is made again, the same."""
     first = script(*arguments)
     files = {path: path.stat().st_mtime_ns for path in script.out.rglob("*") if path.is_file()}
     capsys.readouterr()

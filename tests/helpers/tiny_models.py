@@ -45,7 +45,7 @@ WORDS = ["a red heart, noto style", "a green tree", "a dog face", "an owl"]
 
 
 def tiny_params(folder: Path) -> dict:
-    """8 x 8 latents of 4 channels, 16 x 16 pictures."""
+    """8 x 8 latents of 4 channels, 16 x 16 images."""
     return {
         "linear_start": 0.00085,
         "linear_end": 0.012,

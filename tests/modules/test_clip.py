@@ -98,9 +98,9 @@ def test_the_vision_tower_is_that_of_transformers():
         elif not name.endswith("position_ids"):
             named[key] = weights[name].T if name == "proj" else weights[name]
     theirs.load_state_dict(named, strict=False)
-    picture = torch.rand(2, 3, 40, 30) * 2 - 1
-    expected = theirs(pixel_values=clip_pixels(picture, 28, antialias=False)).image_embeds
-    torch.testing.assert_close(ours.encode(picture), expected, rtol=1e-4, atol=1e-5)
+    image = torch.rand(2, 3, 40, 30) * 2 - 1
+    expected = theirs(pixel_values=clip_pixels(image, 28, antialias=False)).image_embeds
+    torch.testing.assert_close(ours.encode(image), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -126,21 +126,21 @@ def test_embedders_of_retrieval_augmented_diffusion(folder, vocabulary):
     torch.testing.assert_close(text(tokens)[:, 0], F.normalize(expected))
     torch.testing.assert_close(FrozenCLIPTextEmbedder(path, normalize=False)(tokens)[:, 0], expected)
 
-    picture = torch.rand(2, 3, 50, 60) * 2 - 1
-    seen = model.visual_projection(model.vision_model(pixel_values=clip_pixels(picture, 28, False)).pooler_output)
-    torch.testing.assert_close(FrozenClipImageEmbedder(path).encode(picture), seen)
+    image = torch.rand(2, 3, 50, 60) * 2 - 1
+    seen = model.visual_projection(model.vision_model(pixel_values=clip_pixels(image, 28, False)).pooler_output)
+    torch.testing.assert_close(FrozenClipImageEmbedder(path).encode(image), seen)
 
 
 def test_what_clip_looks_at():
     """Grey is 0.5; the right size and, unless smoothed, the corners stay as they are."""
     grey = clip_pixels(torch.zeros(1, 3, 30, 20), 8, antialias=False)
     torch.testing.assert_close(grey[0, :, 0, 0], torch.tensor([0.06904, 0.16139, 0.33284]), atol=1e-4, rtol=0)
-    picture = torch.rand(1, 3, 32, 32) * 2 - 1
-    same = clip_pixels(picture, 32, antialias=False)
-    torch.testing.assert_close(same[:, 0] * 0.26862954 + 0.48145466, (picture[:, 0] + 1) / 2)
-    shrunk = clip_pixels(picture, 8, antialias=False)
-    torch.testing.assert_close(shrunk[..., ::7, ::7], clip_pixels(picture, 32, False)[..., ::31, ::31])
-    assert not clip_pixels(picture, 8, True).allclose(clip_pixels(picture, 8, False), atol=0.1)
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    same = clip_pixels(image, 32, antialias=False)
+    torch.testing.assert_close(same[:, 0] * 0.26862954 + 0.48145466, (image[:, 0] + 1) / 2)
+    shrunk = clip_pixels(image, 8, antialias=False)
+    torch.testing.assert_close(shrunk[..., ::7, ::7], clip_pixels(image, 32, False)[..., ::31, ::31])
+    assert not clip_pixels(image, 8, True).allclose(clip_pixels(image, 8, False), atol=0.1)
     with pytest.raises(ValueError, match="B, 3, H, W"):
         clip_pixels(torch.zeros(1, 4, 8, 8), 8, False)
 

@@ -109,7 +109,7 @@ def test_before_training_nothing_is_added():
     )
 
 
-def test_a_picture_that_does_not_fit_is_refused():
+def test_a_image_that_does_not_fit_is_refused():
     (_, tensors), (network, _) = load_case("controlnet_time"), networks("controlnet_time")
     x, t, context = tensors["x"], tensors["timesteps"], tensors["context"]
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\), H and W multiples of 8; got \(2, 1, 64, 64\)"):

@@ -207,7 +207,7 @@ def test_efficientnet_distance_grows_with_the_difference_and_never_changes():
 
 
 def test_lpips_needs_all_of_its_weights(tmp_path):
-    """Of VGG19, which has other layers, and of a file with the first kernels only."""
+    """Weights of VGG19, which has other layers, and a file with the first kernels only, are refused."""
     state = {f"features.{i}.weight": torch.ones(4, 3 if i == 0 else 4, 3, 3) for i in (0, 5, 10, 16, 17, 24)}
     torch.save(state, tmp_path / "some.pth")
     with pytest.raises(FileError, match=r"some.pth: not the weights .*: it has no net.slice1.0.bias"):

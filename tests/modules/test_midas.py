@@ -95,10 +95,10 @@ def test_depth_is_that_of_transformers():
     )
     missing, unexpected = theirs.load_state_dict(their_weights(ours.state_dict()), strict=False)
     assert set(missing) <= {"dpt.layernorm.weight", "dpt.layernorm.bias"} and not unexpected
-    picture = torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
-    depth = ours(picture)
+    image = torch.rand(2, 3, 64, 64, dtype=torch.float64) * 2 - 1
+    depth = ours(image)
     assert depth.shape == (2, 1, 64, 64) and (depth > 0).any()
-    torch.testing.assert_close(depth[:, 0], theirs(picture).predicted_depth, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(depth[:, 0], theirs(image).predicted_depth, rtol=1e-8, atol=1e-8)
 
 
 def test_positions_fit_their_own_grid_and_stretch_to_others():

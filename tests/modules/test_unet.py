@@ -220,7 +220,7 @@ class WithoutContext(torch.nn.Module):
 
 
 def bytes_saved_for_backward(unet: UNetModel, x: Tensor, t: Tensor, context: Tensor) -> int:
-    """Of the activations: parameters, which are there anyway, do not count."""
+    """Bytes of the activations: parameters, which are there anyway, do not count."""
     parameters = {p.data_ptr() for p in unet.parameters()}
     saved: dict[int, int] = {}
 

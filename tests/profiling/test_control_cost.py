@@ -47,7 +47,7 @@ def test_the_rows_of_the_paper(network):
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 def test_a_batch_costs_as_much_as_its_latents(convention):
-    """Of Stable Diffusion 2.1, whose linear layers are no products of attention."""
+    """The network is that of Stable Diffusion 2.1, whose linear layers are no products of attention."""
     network = made("controlnet_sd21")
     one, two = (control_macs(network, (16, 16), batch, 7, convention) for batch in (1, 2))
     assert (two.encode, two.once, two.gated) == (2 * one.encode, 2 * one.once, one.gated)

@@ -17,7 +17,7 @@ from tests.helpers.images import scene
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """Eight pictures, the last a copy of the first, and their database."""
+    """Eight images, the last a copy of the first, and their database."""
     monkeypatch.setitem(embedders.EMBEDDERS, "means", Means)
     (tmp_path / "in").mkdir()
     for number in range(7):

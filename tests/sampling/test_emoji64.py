@@ -28,37 +28,37 @@ def model():
     return load_model(MODEL / "config.yaml", MODEL / "model.safetensors")
 
 
-def pictures(
+def sampled_images(
     model, recipe: Recipe = RECIPE, spec: str = "faster-diffusion", parallel: int = 1, chosen: slice = slice(None)
 ) -> torch.Tensor:
-    """The decoded pictures of some of the prompts, (B, 3, 64, 64)."""
+    """The decoded images of some of the prompts, (B, 3, 64, 64)."""
     sizes = Sizes.of(load_config(MODEL / "config.yaml").model)
     maker = Engine(model, sizes, recipe, load_plan(spec, num_nodes(recipe), parallel), Task(Text()))
     return maker.decode(maker.latents(prompt_items(PROMPTS, 1, seed=0)[chosen]))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_picture_does_not_depend_on_its_batch(model, eta):
+def test_a_image_does_not_depend_on_its_batch(model, eta):
     recipe = replace(RECIPE, eta=eta)
-    together = pictures(model, recipe)
+    together = sampled_images(model, recipe)
     for i in range(len(PROMPTS)):
-        alone = pictures(model, recipe, chosen=slice(i, i + 1))
+        alone = sampled_images(model, recipe, chosen=slice(i, i + 1))
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("parallel", [2, 12])
-def test_parallel_decoding_does_not_change_a_picture(model, parallel):
-    torch.testing.assert_close(pictures(model, parallel=parallel), pictures(model), rtol=0, atol=1e-4)
+def test_parallel_decoding_does_not_change_a_image(model, parallel):
+    torch.testing.assert_close(sampled_images(model, parallel=parallel), sampled_images(model), rtol=0, atol=1e-4)
 
 
-def test_propagation_changes_a_picture_and_every_node_a_key_does_not(model):
-    plain = pictures(model, spec="off")
-    torch.testing.assert_close(pictures(model, spec="uniform:1"), plain, rtol=0, atol=0)
-    assert (pictures(model) - plain).abs().max() > 1e-3
+def test_propagation_changes_a_image_and_every_node_a_key_does_not(model):
+    plain = sampled_images(model, spec="off")
+    torch.testing.assert_close(sampled_images(model, spec="uniform:1"), plain, rtol=0, atol=0)
+    assert (sampled_images(model) - plain).abs().max() > 1e-3
 
 
 def test_an_image_is_found_again_from_its_noise(model):
-    """By the noise that DDIM climbs to, and not by other noise."""
+    """By the noise that DDIM inverts it to, and not by other noise."""
     image, prompt = from_pil(open_image(ROOT / "docs/examples/inpaint/face.png")), "a face, noto style"
     item = prompt_items([prompt], 1, seed=0)
     wanted = model.decode_first_stage(mean_latents(model, image[None]))
@@ -101,7 +101,7 @@ def test_an_image_says_the_error_of_its_forecasts(model):
 
 
 def test_the_text_decides_what_is_drawn(model):
-    heart, dog, pizza = pictures(model)
+    heart, dog, pizza = sampled_images(model)
     assert min((heart - dog).abs().mean(), (dog - pizza).abs().mean()) > 0.05
 
 

@@ -20,7 +20,7 @@ def colour(item: Item) -> tuple[int, int, int]:
 
 
 class Maker:
-    """Makes pictures whose colour is their item; stops after `limit` batches as if killed."""
+    """Makes images whose colour is their item; stops after `limit` batches as if killed."""
 
     def __init__(self, limit: int = 10**6):
         self.batches: list[list[Item]] = []
@@ -81,10 +81,10 @@ def test_a_killed_run_resumes_to_the_same_files(tmp_path_factory, stop, first, s
     kept = state(folder)
     _, maker = run(folder, batch=second)
     run(whole)
-    # A batch of which a picture is missing is made whole.
+    # A batch of which a image is missing is made whole.
     assert sum(map(len, maker.batches)) == (9 - stop * first // second * second if stop * first < 9 else 0)
-    pictures = [{n: b for n, (_, b) in state(f).items() if n != "manifest.jsonl"} for f in (folder, whole)]
-    assert pictures[0] == pictures[1]
+    images = [{n: b for n, (_, b) in state(f).items() if n != "manifest.jsonl"} for f in (folder, whole)]
+    assert images[0] == images[1]
     assert all(state(folder)[n] == kept[n] for n in kept if n != "manifest.jsonl")
     assert len(read_manifest(folder / "manifest.jsonl")) == 9
 
@@ -103,7 +103,7 @@ def test_a_crash_in_mid_line_does_not_break_the_manifest(tmp_path):
         json.loads(lines[3])
 
 
-def test_a_picture_without_a_line_gets_one_and_a_broken_picture_is_made_again(tmp_path):
+def test_a_image_without_a_line_gets_one_and_a_broken_image_is_made_again(tmp_path):
     made, _ = run(tmp_path)
     (tmp_path / "manifest.jsonl").unlink()
     made[2].path.write_bytes(made[2].path.read_bytes()[:60])
@@ -120,7 +120,7 @@ def test_a_file_is_only_trusted_if_its_own_settings_agree(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["pixels", "run", "proof"])
-def test_a_picture_that_was_changed_is_made_again_and_said(tmp_path, change):
+def test_a_image_that_was_changed_is_made_again_and_said(tmp_path, change):
     made, _ = run(tmp_path)
     whole = made[3].path.read_bytes()
     image, kept, how = read_png(made[3].path)
@@ -133,8 +133,8 @@ def test_a_picture_that_was_changed_is_made_again_and_said(tmp_path, change):
     assert made[3].path.read_bytes() == whole and len(read_manifest(tmp_path / "manifest.jsonl")) == 9
 
 
-def test_two_equal_runs_at_once_list_each_picture_once(tmp_path):
-    """One has looked for pictures and found none when the other makes them all."""
+def test_two_equal_runs_at_once_list_each_image_once(tmp_path):
+    """One has looked for images and found none when the other makes them all."""
     maker = Maker()
 
     def slow(items):
@@ -159,7 +159,7 @@ def test_lines_that_are_none_of_a_manifest_are_skipped(tmp_path, lines):
 
 
 def test_lines_that_one_process_adds_stay_when_another_removes_some(tmp_path):
-    """Two runs at once, one of which makes its pictures again."""
+    """Two runs at once, one of which makes its images again."""
     path = tmp_path / "manifest.jsonl"
     one = Manifest(path)
     for file in ("a", "b", "c"):
@@ -191,7 +191,7 @@ def test_other_settings_make_other_files_and_keep_these(tmp_path, change):
     assert all(after[n] == before[n] for n in before if n != "manifest.jsonl")
 
 
-def test_another_prompt_in_the_same_place_is_another_picture(tmp_path):
+def test_another_prompt_in_the_same_place_is_another_image(tmp_path):
     run(tmp_path, items=prompt_items(["a cat"], 1, 42))
     _, maker = run(tmp_path, items=prompt_items(["a dog"], 1, 42))
     assert len(maker.batches) == 1 and len(list((tmp_path / "samples").iterdir())) == 2
@@ -199,7 +199,7 @@ def test_another_prompt_in_the_same_place_is_another_picture(tmp_path):
 
 @settings(max_examples=25)
 @given(stops=st.lists(st.integers(0, 4), max_size=4), batch=st.integers(1, 5), world_size=st.integers(1, 4))
-def test_every_picture_is_made_among_the_same_others(tmp_path_factory, stops, batch, world_size):
+def test_every_image_is_made_among_the_same_others(tmp_path_factory, stops, batch, world_size):
     """Whatever was stopped, and over however many machines: what a batched network's last digits depend on."""
     folder, batches = tmp_path_factory.mktemp("shared"), []
     for rank, stop in [*enumerate(stops), *((rank, 10**6) for rank in range(world_size))]:
@@ -240,9 +240,9 @@ def test_nothing_is_saved_without_a_folder(tmp_path, monkeypatch):
     assert len(made) == 9 and all(m.path is None and m.fresh for m in made) and list(tmp_path.iterdir()) == []
 
 
-def test_pictures_appear_as_they_are_made(tmp_path):
-    pictures = generate(ITEMS, Maker(), SETTINGS, tmp_path)
-    next(pictures), next(pictures)
+def test_images_appear_as_they_are_made(tmp_path):
+    images = generate(ITEMS, Maker(), SETTINGS, tmp_path)
+    next(images), next(images)
     assert len(list((tmp_path / "samples").iterdir())) == 2
 
 
@@ -253,7 +253,7 @@ def test_starting_noise_can_be_shared():
     assert all(i.start == i.seed for i in ITEMS)
 
 
-# Where the noise of a picture comes from
+# Where the noise of a image comes from
 
 
 def seeds(*prompts: str, samples: int = 2, **options) -> dict[tuple[str, int], list[tuple[int, ...]]]:

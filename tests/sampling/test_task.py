@@ -1,4 +1,4 @@
-"""The models that see more than a text, at a tiny width: what they are told, and that they sample with it."""
+"""The models that see more than a text, at a tiny width: what conditions them, and that they sample with it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def config(
     more: dict | None = None,
     conditioner: dict = OPENCLIP,
 ) -> dict:
-    """8 x 8 latents of 4 channels, 16 x 16 pictures."""
+    """8 x 8 latents of 4 channels, 16 x 16 images."""
     return {
         "target": f"ldm.models.diffusion.ddpm.{kind}",
         "params": {
@@ -101,89 +101,89 @@ def model(kind: str) -> LatentDiffusion:
 
 
 def given(kind: str) -> dict:
-    """What the condition of two pictures is made from."""
-    picture, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
+    """What the condition of two images is made from."""
+    image, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
     if kind == "LatentInpaintDiffusion":
         mask = torch.zeros(2, 1, 16, 16)
         mask[:, :, 4:12, 6:10] = 1
-        return {"image": picture, "mask": mask, "noise": noise}
+        return {"image": image, "mask": mask, "noise": noise}
     if kind == "LatentDepth2ImageDiffusion":
-        return {"image": picture, "size": (8, 8)}
+        return {"image": image, "size": (8, 8)}
     levels = torch.tensor([0, 20])
     if kind == "LatentUpscaleDiffusion":
-        return {"low": picture[..., ::2, ::2], "noise_level": levels, "noise": torch.randn(2, 3, 8, 8)}
-    return {"image": picture, "noise_level": levels, "noise": torch.randn(2, 8)}
+        return {"low": image[..., ::2, ::2], "noise_level": levels, "noise": torch.randn(2, 3, 8, 8)}
+    return {"image": image, "noise_level": levels, "noise": torch.randn(2, 8)}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_under_guidance_with_encoder_propagation(kind):
-    """And the picture it is told of makes a difference."""
+    """And the image it is conditioned on makes a difference."""
     ldm = model(kind)
     tokens = torch.randint(0, 49000, (2, 5))
     context, empty = ldm.get_learned_conditioning(tokens), ldm.get_learned_conditioning(torch.zeros_like(tokens))
     rule = DDIM(ddim_nodes(ldm.alphas_cumprod, ddim_timesteps(5)))
     x_T = torch.randn(2, 4, 8, 8)
 
-    def final(told: dict) -> torch.Tensor:
-        denoiser = ldm.denoiser(ldm.condition(context, **told), ldm.condition(empty, **told), guidance=3.0)
+    def final(inputs: dict) -> torch.Tensor:
+        denoiser = ldm.denoiser(ldm.condition(context, **inputs), ldm.condition(empty, **inputs), guidance=3.0)
         *_, state = denoise(denoiser, rule, load_plan("uniform:2", 5, 2), x_T)
         return ldm.decode_first_stage(state.x)
 
-    told = given(kind)
-    other = {name: value.flip(0) if name in ("image", "low") else value for name, value in told.items()}
-    pictures = final(told)
-    assert pictures.shape == (2, 3, 16, 16) and pictures.isfinite().all()
-    assert (pictures - final(other)).abs().max() > 1e-3
+    inputs = given(kind)
+    other = {name: value.flip(0) if name in ("image", "low") else value for name, value in inputs.items()}
+    images = final(inputs)
+    assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
+    assert (images - final(other)).abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_inpainting_is_told_the_mask_and_the_rest_but_not_what_is_masked():
-    ldm, told = model("LatentInpaintDiffusion"), given("LatentInpaintDiffusion")
+    ldm, inputs = model("LatentInpaintDiffusion"), given("LatentInpaintDiffusion")
     context = torch.zeros(2, 5, 16)
-    concat = ldm.condition(context, **told).concat
-    assert torch.equal(concat[:, :1], told["mask"][..., ::2, ::2])
-    changed = torch.where(told["mask"] > 0, torch.rand_like(told["image"]), told["image"])
-    assert torch.equal(ldm.condition(context, **told | {"image": changed}).concat, concat)
-    seen = ldm.get_first_stage_encoding(ldm.encode_first_stage(told["image"] * (1 - told["mask"])), told["noise"])
+    concat = ldm.condition(context, **inputs).concat
+    assert torch.equal(concat[:, :1], inputs["mask"][..., ::2, ::2])
+    changed = torch.where(inputs["mask"] > 0, torch.rand_like(inputs["image"]), inputs["image"])
+    assert torch.equal(ldm.condition(context, **inputs | {"image": changed}).concat, concat)
+    seen = ldm.get_first_stage_encoding(ldm.encode_first_stage(inputs["image"] * (1 - inputs["mask"])), inputs["noise"])
     torch.testing.assert_close(concat[:, 1:], seen)
     with pytest.raises(ValueError, match="mask must have the shape"):
-        ldm.condition(context, told["image"], told["mask"][..., :8])
+        ldm.condition(context, inputs["image"], inputs["mask"][..., :8])
 
 
 @torch.no_grad()
-def test_depth_is_told_in_each_pictures_own_range():
-    ldm, told = model("LatentDepth2ImageDiffusion"), given("LatentDepth2ImageDiffusion")
-    told["image"][1] = 0.1
-    concat = ldm.condition(torch.zeros(2, 5, 16), **told).concat
+def test_depth_is_told_in_each_images_own_range():
+    ldm, inputs = model("LatentDepth2ImageDiffusion"), given("LatentDepth2ImageDiffusion")
+    inputs["image"][1] = 0.1
+    concat = ldm.condition(torch.zeros(2, 5, 16), **inputs).concat
     assert concat.shape == (2, 1, 8, 8) and concat.isfinite().all()
     torch.testing.assert_close(concat.amin((1, 2, 3)), torch.full((2,), -1.0))
     assert 0.9 < concat[0].max() <= 1
     assert torch.equal(
-        ldm.condition(torch.zeros(1, 5, 16), told["image"][:1], (8, 8)).concat.round(decimals=3),
+        ldm.condition(torch.zeros(1, 5, 16), inputs["image"][:1], (8, 8)).concat.round(decimals=3),
         concat[:1].round(decimals=3),
     )
 
 
 @torch.no_grad()
 def test_upscaling_is_told_the_noise_level():
-    ldm, told = model("LatentUpscaleDiffusion"), given("LatentUpscaleDiffusion")
-    condition = ldm.condition(torch.zeros(2, 5, 16), **told)
-    assert torch.equal(condition.y, told["noise_level"])
-    noised, _ = ldm.low_scale_model(told["low"], told["noise_level"], told["noise"])
-    assert torch.equal(condition.concat, noised) and not torch.equal(noised, told["low"])
+    ldm, inputs = model("LatentUpscaleDiffusion"), given("LatentUpscaleDiffusion")
+    condition = ldm.condition(torch.zeros(2, 5, 16), **inputs)
+    assert torch.equal(condition.y, inputs["noise_level"])
+    noised, _ = ldm.low_scale_model(inputs["low"], inputs["noise_level"], inputs["noise"])
+    assert torch.equal(condition.concat, noised) and not torch.equal(noised, inputs["low"])
 
 
 @torch.no_grad()
 def test_variations_are_told_the_embedding_and_lose_some_in_training():
     kind = "ImageEmbeddingConditionedLatentDiffusion"
-    ldm, told = model(kind), given(kind)
+    ldm, inputs = model(kind), given(kind)
     context = torch.zeros(2, 5, 16)
-    y = ldm.condition(context, **told).y
+    y = ldm.condition(context, **inputs).y
     assert torch.equal(
-        y, torch.cat(ldm.noise_augmentor(ldm.embedder(told["image"]), told["noise_level"], told["noise"]), dim=1)
+        y, torch.cat(ldm.noise_augmentor(ldm.embedder(inputs["image"]), inputs["noise_level"], inputs["noise"]), dim=1)
     )
-    many = {name: value[:1].expand(200, *value.shape[1:]) for name, value in told.items()}
+    many = {name: value[:1].expand(200, *value.shape[1:]) for name, value in inputs.items()}
     kept = ldm.train().condition(context, **many).y.abs().sum(1) > 0
     assert 60 < kept.sum() < 140
 

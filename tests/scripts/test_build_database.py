@@ -1,4 +1,4 @@
-"""scripts/build_database.py and train_searcher.py end to end, on small pictures."""
+"""scripts/build_database.py and train_searcher.py end to end, on small images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.scripts import load_script
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Seven pictures in two folders, one of them a copy of another; a broken file; captions and terms."""
+    """Seven images in two folders, one of them a copy of another; a broken file; captions and terms."""
     monkeypatch.setitem(embedders.EMBEDDERS, "means", Means)
     folder = tmp_path / "pictures"
     (folder / "b").mkdir(parents=True)
@@ -67,7 +67,7 @@ def test_a_folder_becomes_a_database(make, folder, tmp_path, capsys):
     assert database.image(first, 6).size == (6, 6)  # its thumbnail
 
 
-def test_pictures_are_shown_from_the_folder_without_thumbnails(make, folder, tmp_path):
+def test_images_are_shown_from_the_folder_without_thumbnails(make, folder, tmp_path):
     make()
     database = open_database(tmp_path / "db")
     (first,) = database.neighbours(torch.tensor([0]), torch.tensor([1.0]))
@@ -98,7 +98,7 @@ def test_a_stopped_build_goes_on_and_ends_the_same(make, tmp_path, monkeypatch, 
     assert files(tmp_path / "db") == whole and len(whole) == 3
 
 
-def test_new_pictures_are_added_and_lost_ones_stay(make, folder, tmp_path, capsys):
+def test_new_images_are_added_and_lost_ones_stay(make, folder, tmp_path, capsys):
     make("--rows", "4")
     before = open_database(tmp_path / "db").fingerprint
     scene((30, 30), 9).save(folder / "new.png")

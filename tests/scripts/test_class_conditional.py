@@ -128,7 +128,7 @@ def test_the_class_and_the_guidance_decide_what_is_made(script):
     assert [entry["uncond_class"] for entry in entries] == [1000, 1000, None, 7, 1000]
 
 
-def test_several_pictures_of_each_class_in_batches_across_classes(script, capsys):
+def test_several_images_of_each_class_in_batches_across_classes(script, capsys):
     entries = script("--classes", "3", "999", "3", "--n_samples", "2", "--batch_size", "4")
     assert [(e["class"], e["prompt_index"], e["sample"], e["batch"]) for e in entries] == [
         (3, 0, 0, 4),
@@ -152,7 +152,7 @@ def test_classes_by_name(script, tmp_path):
     names.write_text("tench, Tinca tinca\ngoldfish\ncrane\n\ncrane, lifting machine\n", encoding="utf-8")
     by_name = script("--class-names", str(names), "--classes", "Tinca Tinca", "tench, tinca tinca", "goldfish", "4")
     assert [e["class"] for e in by_name] == [0, 0, 1, 4]
-    assert script("--classes", "0", "0", "1", "4") == []  # the same pictures
+    assert script("--classes", "0", "0", "1", "4") == []  # the same images
 
 
 def test_the_names_of_imagenet_ship(script):

@@ -21,7 +21,7 @@ from ldm.data.conditions import as_hint, edges
 from ldm.io.errors import SettingError
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.sampling import engine
-from ldm.sampling.control import Picture
+from ldm.sampling.control import ControlInput
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.scripts import Script, check_laws
 from tests.helpers.tiny_models import write_model
@@ -32,7 +32,7 @@ ENCODER = {key: value for key, value in TEXT_UNET.items() if key != "out_channel
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of 16 x 16 images, control networks, an image of two sizes, and pictures to follow."""
+    """A model of 16 x 16 images, control networks, an image of two sizes, and control images."""
     folder = tmp_path_factory.mktemp("control")
     write_model(folder)
     for name, changes in (("control", {}), ("other", {"context_dim": 24}), ("coarse", {"hint_widths": (8, 8, 8)})):
@@ -75,10 +75,10 @@ def control(folder, kind="edges", name="control"):
     return ["--control", kind, "--control-model", f"{folder}/{name}.safetensors", *image]
 
 
-def test_pictures_are_followed_plain_and_with_plans(script, folder, capsys):
+def test_control_images_are_followed_plain_and_with_plans(script, folder, capsys):
     edge = control(folder)
     (plain,) = script(*edge, "--plan=off")
-    assert re.search(r"pictures: edges followed, within a pixel: F-score 0\.\d{3}, precision", capsys.readouterr().out)
+    assert re.search(r"images: edges followed, within a pixel: F-score 0\.\d{3}, precision", capsys.readouterr().out)
     assert plain["control"][0].items() >= {"weight": 1.0}.items()
     assert plain["control"][0]["control"].items() >= {"kind": "edges", "image": "image.png"}.items()
     (same,) = script(*control(folder, f"{folder}/edges.png"), "--plan=off")
@@ -115,9 +115,9 @@ def test_from_python(script, folder):
         "control_model": [network, network],
         "guess": True,
     }
-    told = {"steps": 4, "plan": "0,2", "parallel": 1}
+    options = {"steps": 4, "plan": "0,2", "parallel": 1}
     plain, image = (
-        np.asarray(model.images("an owl", **told, **more)[0])
+        np.asarray(model.images("an owl", **options, **more)[0])
         for more in ({}, follow | {"image": Image.open(folder / "image.png")})
     )
     assert np.array_equal(image, script.pixels(entry)) and (plain != image).any()
@@ -159,8 +159,8 @@ def test_each_image_of_a_folder_is_followed_by_the_image_of_its_caption(script, 
         assert script.refusal(capsys, *given).startswith(message)
 
 
-def test_pictures_of_a_folder_are_made_when_their_images_are_sampled(folder, tmp_path):
-    """However many there are, a few are in memory; and what a picture shows does not depend on a run's precision."""
+def test_control_images_of_a_folder_are_made_when_their_images_are_sampled(folder, tmp_path):
+    """However many there are, a few are in memory; and what they show does not depend on a run's precision."""
     images, several = [], tmp_path / "several"
     several.mkdir()
     for number in range(3 * LATELY):
@@ -175,17 +175,17 @@ def test_pictures_of_a_folder_are_made_when_their_images_are_sampled(folder, tmp
     settings = ControlSettings(["edges"], [f"{folder}/control.safetensors"])
     gc.collect()
     before = sum(type(thing) is Image.Image for thing in gc.get_objects())
-    (picture,) = controlled(setup, settings, read_source(several), (16, 16)).pictures
+    (given,) = controlled(setup, settings, read_source(several), (16, 16)).inputs
     for first in range(0, len(expected), 4):
-        assert torch.equal(picture.of(range(first, first + 4)), torch.stack(expected[first : first + 4]))
+        assert torch.equal(given.of(range(first, first + 4)), torch.stack(expected[first : first + 4]))
     gc.collect()
     assert sum(type(thing) is Image.Image for thing in gc.get_objects()) - before <= LATELY
     (several / "000.png").unlink()
     with pytest.raises(SettingError, match="^image: .*000.png: no such file"):
-        picture.of([0])
+        given.of([0])
 
 
-def test_pictures_are_made_before_their_images_are_timed(script, folder, monkeypatch):
+def test_control_images_are_made_before_their_images_are_timed(script, folder, monkeypatch):
     """What finds edges or depth takes none of the seconds of the method that comes first."""
     timed, drawn, inside, made_inside = engine.timed, cli_control.drawn, [], []
 
@@ -207,7 +207,7 @@ def test_pictures_are_made_before_their_images_are_timed(script, folder, monkeyp
     assert made_inside == [False, False]
 
 
-def test_what_makes_pictures_computes_in_full_precision():
+def test_what_makes_control_images_computes_in_full_precision():
     class Detected:
         detector = torch.nn.Conv2d(3, 3, 3)
 
@@ -218,17 +218,17 @@ def test_what_makes_pictures_computes_in_full_precision():
             return self.detector(torch.ones(len(places), 3, 8, 8))
 
     with torch.autocast("cpu", torch.bfloat16):
-        assert Picture(None, Detected(), 1.0, {}).of([7, 9]).dtype is torch.float32
+        assert ControlInput(None, Detected(), 1.0, {}).of([7, 9]).dtype is torch.float32
 
 
 @pytest.mark.parametrize("kind, name", [("scribble", "hed"), ("depth", "midas")])
-def test_a_picture_is_told_by_the_network_that_makes_it(folder, tmp_path, kind, name):
-    told = []
+def test_a_control_image_is_told_by_the_network_that_makes_it(folder, tmp_path, kind, name):
+    options = []
     for content in (b"one", b"two"):
         (tmp_path / "weights.safetensors").write_bytes(content)
         settings = ControlSettings([kind], ["x"], **{name: str(tmp_path / "weights.safetensors")})
-        told.append(made_of(settings, kind, read_source(f"{folder}/image.png")))
-    assert told[0][name] == "weights.safetensors" and told[0] != told[1]
+        options.append(made_of(settings, kind, read_source(f"{folder}/image.png")))
+    assert options[0][name] == "weights.safetensors" and options[0] != options[1]
 
 
 def test_a_saved_image_that_is_gone_before_its_edges_are_compared(script, folder, capsys, monkeypatch):
@@ -269,18 +269,18 @@ def test_bad_input_is_refused_in_one_line(script, folder, capsys):
         ([*edge, "--control-weight=1", "--control-weight=1"], "--control-weight: expected one for each control, 1"),
         (
             control(folder, "egdes"),
-            "--control: expected edges, scribble, depth or the file of a picture; got egdes; did you mean edges?",
+            "--control: expected edges, scribble, depth or the file of a control image; got egdes; did you mean edges?",
         ),
         (
             [*control(folder, "edge"), f"--image={folder}/image.png"],
-            "--control: expected edges, scribble, depth or the file of a picture; got edge; did you mean edges?",
+            "--control: expected edges, scribble, depth or the file of a control image; got edge; did you mean edges?",
         ),
         (
             [*edge, "--control=scribbel", "--control-model=x"],
-            "--control: expected edges, scribble, depth or the file of a picture; got scribbel; did you mean scribble?",
+            "--control: expected edges, scribble, depth or the file of a control image; got scribbel; did you mean ",
         ),
         (control(folder, f"{folder}/wide.png"), f"--control: {folder}/wide.png: 32 x 16 pixels; expected 16 x 16, the"),
-        (control(folder, f"{folder}/clear.png"), f"--control: {folder}/clear.png: a picture of mode RGBA with transp"),
+        (control(folder, f"{folder}/clear.png"), f"--control: {folder}/clear.png: an image of mode RGBA with transp"),
         (control(folder, f"{folder}/config.yaml"), f"--control: {folder}/config.yaml: not an image"),
         (control(folder, "edges", "other"), f"--control-model: {folder}/other.safetensors: a control network for anot"),
         (control(folder, "edges", "coarse"), f"--control-model: {folder}/coarse.safetensors: a control network for an"),

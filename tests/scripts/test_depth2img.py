@@ -27,7 +27,7 @@ def files(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def small_depth(monkeypatch):
-    """The network that estimates depth is run on a smaller picture, for speed."""
+    """The network that estimates depth is run on a smaller image, for speed."""
     monkeypatch.setattr("ldm.modules.midas.api.SIDE", 96)
 
 
@@ -49,7 +49,7 @@ def script(files, tmp_path) -> Script:
     )
 
 
-def test_text_and_picture_make_pictures_each_with_its_own_noise(script, capsys):
+def test_text_and_image_make_images_each_with_its_own_noise(script, capsys):
     one, two = script()
     assert one.items() >= {"prompt": "a cat", "init_img": "a.png", "strength": 0.9, "scale": 9.0}.items()
     shown = script.pixels(one), script.pixels(two)
@@ -59,7 +59,7 @@ def test_text_and_picture_make_pictures_each_with_its_own_noise(script, capsys):
     check_resume(script, capsys, "--seed", "3")
 
 
-def test_a_picture_does_not_depend_on_its_batch(script):
+def test_a_image_does_not_depend_on_its_batch(script):
     check_batches(script, (), ("--n_samples", "1", "--n_iter", "2"))
 
 
@@ -68,7 +68,7 @@ def test_at_strength_1_only_the_depth_is_seen(script, files, tmp_path, monkeypat
     slope(tmp_path / "a.png", turned=True)
     (other,) = script("--strength", "1", "--n_samples", "1")
     assert np.abs(script.pixels(first) - script.pixels(other)).mean() > 0.5
-    # With another picture of the same depth nothing changes.
+    # With another image of the same depth nothing changes.
     monkeypatch.setattr("ldm.modules.midas.api.MiDaSInference.forward", lambda self, image: torch.eye(32)[None, None])
     (one,) = script("--strength", "1", "--n_samples", "1", "--seed", "5")
     slope(tmp_path / "a.png")
@@ -79,21 +79,21 @@ def test_at_strength_1_only_the_depth_is_seen(script, files, tmp_path, monkeypat
 
 
 @torch.no_grad()
-def test_the_network_sees_the_depth_of_the_picture_with_and_without_the_text(files, tmp_path):
+def test_the_network_sees_the_depth_of_the_image_with_and_without_the_text(files, tmp_path):
     model = load_model(files[1], files[3])
-    picture = from_pil(slope(tmp_path / "a.png"))
-    condition = Depth(picture, (8, 8))
+    image = from_pil(slope(tmp_path / "a.png"))
+    condition = Depth(image, (8, 8))
     assert condition.tokens(model) == 77
     items = make_items([{"prompt": "a cat"}, {"prompt": "a dog"}], 1, seed=0)
-    told = condition.encode(model, items)
-    none = condition.unconditional(model, told)
-    depth = torch.nn.functional.interpolate(model.depth_model(picture[None]), size=(8, 8), mode="bicubic")
+    cond = condition.encode(model, items)
+    none = condition.unconditional(model, cond)
+    depth = torch.nn.functional.interpolate(model.depth_model(image[None]), size=(8, 8), mode="bicubic")
     depth = depth - depth.min()
     assert depth.max() > 0.05
-    torch.testing.assert_close(told.concat, (2 * depth / (depth.max() + 0.001) - 1).expand(2, 1, 8, 8))
-    assert torch.equal(none.concat, told.concat)
+    torch.testing.assert_close(cond.concat, (2 * depth / (depth.max() + 0.001) - 1).expand(2, 1, 8, 8))
+    assert torch.equal(none.concat, cond.concat)
     torch.testing.assert_close(none.context, model.get_learned_conditioning(["", ""]))
-    torch.testing.assert_close(told.context, model.get_learned_conditioning(["a cat", "a dog"]))
+    torch.testing.assert_close(cond.context, model.get_learned_conditioning(["a cat", "a dog"]))
 
 
 def test_sizes_are_rounded_down_and_compare_shows_both(script, tmp_path, capsys):

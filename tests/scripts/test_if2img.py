@@ -87,7 +87,7 @@ def test_three_stages_end_to_end(cascade, capsys):
     assert large[0]["image"] == Path(small[0]["file"]).name and largest[0]["image"] == Path(large[0]["file"]).name
     assert largest[0].items() >= {"sampler": "ddim", "timesteps_at": [501, 1], "scale": 9.0, "noise_level": 20}.items()
 
-    # What is there is found; a picture that is lost in between is made again, the same, and what was made of it stays.
+    # What is there is found; a image that is lost in between is made again, the same, and what was made of it stays.
     before = cascade.pixels(2)
     capsys.readouterr()
     (cascade.out / "stage2" / large[-1]["file"]).unlink()
@@ -98,7 +98,7 @@ def test_three_stages_end_to_end(cascade, capsys):
 
 
 def test_one_stage_at_a_time(cascade, tmp_path, capsys):
-    """Stage 1 alone, then stage 2 of its pictures, make what both make together; T5 is asked once."""
+    """Stage 1 alone, then stage 2 of its images, make what both make together; T5 is asked once."""
     assert cascade("--stages", "1") == 0
     texts = list((cascade.out / "texts").iterdir())
     assert len(texts) == 1

@@ -42,7 +42,7 @@ def paint(synthesis, tmp_path) -> Script:
 # Super-resolution
 
 
-def test_pictures_come_out_four_times_as_large(upscale, tmp_path, capsys):
+def test_images_come_out_four_times_as_large(upscale, tmp_path, capsys):
     paths = [small(tmp_path / "a.png"), small(tmp_path / "b.png", seed=1)]
     entries = upscale("--images", *paths, "--n_samples", "2", "--batch_size", "3")
     assert [(e["image"], e["sample"], e["batch"]) for e in entries] == [
@@ -52,18 +52,18 @@ def test_pictures_come_out_four_times_as_large(upscale, tmp_path, capsys):
         ("b.png", 1, 1),
     ]
     shown = [upscale.pixels(e) for e in entries]
-    assert all(picture.shape == (32, 32, 3) for picture in shown)
+    assert all(image.shape == (32, 32, 3) for image in shown)
     assert all((a != b).any() for k, a in enumerate(shown) for b in shown[:k])
     assert entries[0].items() >= {"eta": 1.0, "scale": 1.0}.items()
     check_resume(upscale, capsys, "--images", *paths, "--seed", "2")
 
 
-def test_the_network_sees_the_small_picture_as_it_is(bsr_sr, tmp_path):
+def test_the_network_sees_the_small_image_as_it_is(bsr_sr, tmp_path):
     model = load_model(bsr_sr[1], bsr_sr[3])
-    pictures = torch.stack([from_pil(Image.open(small(tmp_path / f"{k}.png", seed=k))) for k in range(3)])
+    images = torch.stack([from_pil(Image.open(small(tmp_path / f"{k}.png", seed=k))) for k in range(3)])
     items = make_items([{}, {}, {}], 1, seed=0)[::-1]
-    condition = ImageConcat(pictures)
-    assert condition.tokens(model) is None and torch.equal(condition.encode(model, items), pictures.flip(0))
+    condition = ImageConcat(images)
+    assert condition.tokens(model) is None and torch.equal(condition.encode(model, items), images.flip(0))
 
 
 def test_small_sizes_that_the_network_can_not_halve(upscale, tmp_path):

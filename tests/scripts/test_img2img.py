@@ -42,7 +42,7 @@ def drawing(side: int = 64) -> Image.Image:
     return image
 
 
-def test_strength_leads_from_the_picture_to_the_text_on_the_model_that_ships(tmp_path):
+def test_strength_leads_from_the_image_to_the_text_on_the_model_that_ships(tmp_path):
     drawing().save(tmp_path / "red.png")
     script = Script(
         "img2img",
@@ -60,7 +60,7 @@ def test_strength_leads_from_the_picture_to_the_text_on_the_model_that_ships(tmp
     entries = [script("--strength", str(strength))[0] for strength in (0.05, 0.4, 0.9)]
     shown = [script.pixels(entry) for entry in entries]
     original = np.asarray(drawing()).astype(int)
-    distances = [np.abs(picture - original).mean() for picture in shown]
+    distances = [np.abs(image - original).mean() for image in shown]
     assert distances[0] < 12 and distances[0] < distances[1] < distances[2]
     red, blue = (shown[2][24:40, 24:40, channel].mean() for channel in (0, 2))
     assert blue > red + 40
@@ -91,7 +91,7 @@ class Oracle:
 )  # they add fresh noise
 @pytest.mark.parametrize("strength", [0.1, 0.7])
 def test_every_solver_begins_at_the_noise_level_of_its_first_step(files, sampler, strength):
-    """Then the true noise leads straight back to the picture."""
+    """Then the true noise leads straight back to the image."""
     model, start = load_model(*files), ImageStart(from_pil(drawing(16)), strength)
     x_T = torch.randn(2, 4, 8, 8)
     rule = Recipe(16, 16, sampler, steps=20).rule(model.alphas_cumprod, None, strength)
@@ -102,7 +102,7 @@ def test_every_solver_begins_at_the_noise_level_of_its_first_step(files, sampler
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "euler-a"])
-def test_solvers_with_fresh_noise_make_pictures_from_pictures(script, tmp_path, sampler):
+def test_solvers_with_fresh_noise_make_images_from_images(script, tmp_path, sampler):
     drawing(16).save(tmp_path / "a.png")
     near, far = (
         script(
@@ -134,7 +134,7 @@ def test_a_plan_counts_the_steps_that_are_run(script, tmp_path, options, nodes):
     assert script.main([*script.common, "--init-img", str(tmp_path / "a.png"), "--plan", f"0,{nodes}", *options]) == 2
 
 
-def test_each_picture_has_its_own_noise_whatever_the_batch(script, tmp_path, capsys):
+def test_each_image_has_its_own_noise_whatever_the_batch(script, tmp_path, capsys):
     drawing(16).save(tmp_path / "a.png")
     one, two = map(script.pixels, script("--init-img", str(tmp_path / "a.png")))
     assert (one != two).any()
@@ -147,7 +147,7 @@ def test_each_picture_has_its_own_noise_whatever_the_batch(script, tmp_path, cap
     check_resume(script, capsys, "--init-img", str(tmp_path / "a.png"), "--seed", "9")
 
 
-def test_another_picture_of_the_same_name_is_another_result(script, tmp_path):
+def test_another_image_of_the_same_name_is_another_result(script, tmp_path):
     drawing(16).save(tmp_path / "a.png")
     first = script("--init-img", str(tmp_path / "a.png"), "--n_samples", "1")
     Image.new("RGB", (16, 16), "green").save(tmp_path / "a.png")

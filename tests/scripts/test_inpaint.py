@@ -30,7 +30,7 @@ def files(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def script(files, tmp_path) -> Script:
-    """The trained kind, on two pictures of 32 x 32."""
+    """The trained kind, on two images of 32 x 32."""
     for number, name in enumerate(("bird", "cat")):
         add(tmp_path / "in", name, (32, 32), number)
     return Script("inpaint", tmp_path, *files, "--steps", "5", "--indir", str(tmp_path / "in"))
@@ -59,14 +59,14 @@ def test_a_result_does_not_depend_on_its_batch(script):
     check_batches(script, ("--batch_size", "1"), ("--batch_size", "2"))
 
 
-def test_the_network_sees_the_picture_without_its_masked_part_and_the_mask(files, script):
+def test_the_network_sees_the_image_without_its_masked_part_and_the_mask(files, script):
     model = load_model(files[1], files[3])
-    picture = from_pil(open_image(script.folder / "in" / "cat.png"))
+    image = from_pil(open_image(script.folder / "in" / "cat.png"))
     mask = torch.zeros(1, 32, 32)
     mask[:, :, 16:] = 1
-    seen = picture.clone()
+    seen = image.clone()
     seen[:, :, 16:] = -1  # black
-    condition = MaskedImage(torch.stack([picture, -picture]), torch.stack([mask, 1 - mask]))
+    condition = MaskedImage(torch.stack([image, -image]), torch.stack([mask, 1 - mask]))
     items = make_items([{}, {}], 1, seed=0)
     beside = condition.encode(model, items)
     assert beside.shape == (2, 4, 8, 8)
@@ -117,19 +117,19 @@ def test_a_text_model_paints_what_the_prompt_says(tmp_path):
 def test_the_latents_of_what_stays_are_kept_on_the_way(emoji64, sampler):
     """So that the painted part fits; with only the pixels put back they end elsewhere."""
     sizes = Sizes.of(load_config(EMOJI64 / "config.yaml").model)
-    picture, mask = from_pil(scene((64, 64)))[None], torch.zeros(1, 1, 64, 64)
+    image, mask = from_pil(scene((64, 64)))[None], torch.zeros(1, 1, 64, 64)
     mask[..., 33:] = 1  # one latent is cut by the edge: it is painted, too
     recipe = Recipe(64, 64, sampler, steps=6, scale=1.0)
     plan = load_plan("off", num_nodes(recipe))
     items = make_items([{"prompt": "a dog face, noto style"}], 1, seed=0)
-    clean = mean_latents(emoji64, picture)
+    clean = mean_latents(emoji64, image)
 
     def distance(start) -> tuple[float, float]:
         error = (Engine(emoji64, sizes, recipe, plan, Task(Text(), start)).latents(items) - clean).abs()
         return error[..., :4].mean().item(), error[..., 4:].mean().item()
 
-    kept, painted = distance(LatentInpaint(picture, mask))
-    assert kept < 0.5 * painted and kept < 0.7 * distance(KeepOutsideMask(picture, mask))[0]
+    kept, painted = distance(LatentInpaint(image, mask))
+    assert kept < 0.5 * painted and kept < 0.7 * distance(KeepOutsideMask(image, mask))[0]
 
 
 # Bad input

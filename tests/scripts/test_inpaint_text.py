@@ -59,21 +59,21 @@ def test_a_result_does_not_depend_on_its_batch(script):
 @torch.no_grad()
 def test_the_network_sees_the_mask_and_the_rest_with_and_without_the_text(files):
     model = load_model(files[1], files[3])
-    pictures = torch.stack([from_pil(scene((64, 64), number)) for number in (0, 1)])
+    images = torch.stack([from_pil(scene((64, 64), number)) for number in (0, 1)])
     masks = torch.zeros(2, 1, 64, 64)
     masks[0, :, :, 32:] = 1
-    condition = TextAndMaskedImage(pictures, masks)
+    condition = TextAndMaskedImage(images, masks)
     assert condition.tokens(model) == 77
     items = make_items([{"prompt": "a cat"}, {"prompt": "a dog"}], 1, seed=0)
-    told = condition.encode(model, items)
-    none = condition.unconditional(model, told)
-    assert told.concat.shape == (2, 5, 8, 8) and torch.equal(none.concat, told.concat)
-    assert told.concat[0, 0].unique_consecutive(dim=0).tolist() == [[0.0] * 4 + [1.0] * 4]
-    seen = model.encode_first_stage(pictures * (1 - masks)).mode()
-    torch.testing.assert_close(told.concat[:, 1:], model.scale_factor * seen)
+    cond = condition.encode(model, items)
+    none = condition.unconditional(model, cond)
+    assert cond.concat.shape == (2, 5, 8, 8) and torch.equal(none.concat, cond.concat)
+    assert cond.concat[0, 0].unique_consecutive(dim=0).tolist() == [[0.0] * 4 + [1.0] * 4]
+    seen = model.encode_first_stage(images * (1 - masks)).mode()
+    torch.testing.assert_close(cond.concat[:, 1:], model.scale_factor * seen)
     torch.testing.assert_close(none.context, model.get_learned_conditioning(["", ""]))
-    torch.testing.assert_close(told.context, model.get_learned_conditioning(["a cat", "a dog"]))
-    torch.testing.assert_close(condition.encode(model, items[::-1]).concat[0], told.concat[1])
+    torch.testing.assert_close(cond.context, model.get_learned_conditioning(["a cat", "a dog"]))
+    torch.testing.assert_close(condition.encode(model, items[::-1]).concat[0], cond.concat[1])
 
 
 def test_any_size_comes_out_as_it_went_in_and_compare_shows_both(script):

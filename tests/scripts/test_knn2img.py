@@ -30,7 +30,7 @@ CONFIG = "configs/retrieval-augmented-diffusion/768x768.yaml"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model, CLIP, and two databases of six pictures, one of them of another embedder."""
+    """A model, CLIP, and two databases of six images, one of them of another embedder."""
     place = tmp_path_factory.mktemp("rdm")
     tiny_model(
         place / "model",

@@ -43,7 +43,7 @@ def write(folder, layouts) -> None:
     (folder / "boxes.json").write_text(text, encoding="utf-8")
 
 
-def test_boxes_decide_what_is_pictured_one_list_for_each_picture(script, tmp_path, capsys):
+def test_boxes_decide_what_is_imaged_one_list_for_each_image(script, tmp_path, capsys):
     entries = script("--n_samples", "2")
     assert [(e["boxes"], e["sample"]) for e in entries] == [
         (boxes, k) for boxes in ([[17, 0.1, 0.2, 0.5, 0.6], [3, 0, 0, 1, 1]], [[3, 0, 0, 1, 1]]) for k in (0, 1)
@@ -56,7 +56,7 @@ def test_boxes_decide_what_is_pictured_one_list_for_each_picture(script, tmp_pat
     check_resume(script, capsys, "--seed", "3", "--n_samples", "2")
 
 
-def test_a_picture_does_not_depend_on_its_batch(script):
+def test_a_image_does_not_depend_on_its_batch(script):
     check_batches(script, ("--batch_size", "1"), ("--batch_size", "2"))
 
 
@@ -73,10 +73,10 @@ def test_the_network_sees_the_tokens_of_the_boxes(files):
     ids = torch.stack([box_tokens([Box(17, 0.1, 0.2, 0.5, 0.6)]), box_tokens([Box(3, 0, 0, 1, 1)])])
     condition = Layout(ids)
     assert condition.tokens(model) == 92
-    told = condition.encode(model, make_items([{}, {}], 1, seed=0)[::-1])
-    torch.testing.assert_close(told, model.cond_stage_model(ids.flip(0)))
+    cond = condition.encode(model, make_items([{}, {}], 1, seed=0)[::-1])
+    torch.testing.assert_close(cond, model.cond_stage_model(ids.flip(0)))
     with pytest.raises(ValueError, match="guidance scale must be 1 for a layout-to-image model"):
-        condition.unconditional(model, told)
+        condition.unconditional(model, cond)
 
 
 def test_sizes_compare_and_the_example(script, capsys):

@@ -30,7 +30,7 @@ CONCEPTS = ROOT / "scripts/emoji_concepts.yaml"
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five pictures: tiers 1, 2, 1, 3, 4; the third is a held-out pair."""
+    """Five images: tiers 1, 2, 1, 3, 4; the third is a held-out pair."""
     pictures = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     np.save(tmp_path / "pictures.npy", pictures)
     entries = [
@@ -60,7 +60,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_pictures_are_the_stored_bytes(folder):
+def test_images_are_the_stored_bytes(folder):
     data, stored = EmojiDataset(folder), np.load(folder / "pictures.npy")
     assert len(data) == 3 and data[2].shape == (3, 64, 64) and data[2].dtype == torch.float32
     back = ((data[2] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -110,7 +110,7 @@ def test_a_share_is_a_share():
         CaptionShares(style=1.5)
 
 
-def test_flip_mirrors_half_of_the_pictures(folder):
+def test_flip_mirrors_half_of_the_images(folder):
     data = EmojiDataset(folder)
     torch.manual_seed(0)
     flipped = [
@@ -386,9 +386,9 @@ def test_a_dataset_from_icon_sets(packages, tmp_path, capsys):
         ("group", "a hand, one style"),
         ("name", "fire, two style"),
     ]
-    pictures = np.load(tmp_path / "out/pictures.npy")
-    assert pictures.shape == (4, 128, 128, 3)
-    assert [tuple(p[64, 64]) for p in pictures] == [(255, 165, 0), (255, 0, 0), (128, 0, 0), (0, 0, 255)]
+    images = np.load(tmp_path / "out/pictures.npy")
+    assert images.shape == (4, 128, 128, 3)
+    assert [tuple(p[64, 64]) for p in images] == [(255, 165, 0), (255, 0, 0), (128, 0, 0), (0, 0, 255)]
     data = EmojiDataset(tmp_path / "out", split="heldout_concept", max_tier=4)
     assert data.captions(0) == ["a waving hand, one style"] and data.groups(0) == ["a hand, one style"]
     assert main(["--size", "128", "--out", str(tmp_path / "out"), "--images", str(tmp_path / "files")]) == 0
@@ -413,14 +413,14 @@ def test_a_dataset_from_icon_sets(packages, tmp_path, capsys):
     assert "--images: no image of" in capsys.readouterr().err
 
 
-def test_pictures_are_written_as_numpy_saves_them(tmp_path):
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    np.save(tmp_path / "expected.npy", pictures)
-    write_images(tmp_path / "pictures.npy", list(pictures))
+def test_images_are_written_as_numpy_saves_them(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "expected.npy", images)
+    write_images(tmp_path / "pictures.npy", list(images))
     assert (tmp_path / "pictures.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
 
-def test_pictures_are_composited_on_white():
+def test_images_are_composited_on_white():
     pytest.importorskip("resvg_py")
     image = draw(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">'

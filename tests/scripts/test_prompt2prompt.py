@@ -23,7 +23,7 @@ def script(files, tmp_path) -> Script:
     return Script("prompt2prompt", tmp_path, *files)
 
 
-def test_a_source_is_the_picture_of_its_prompt_alone_and_its_edits_are_near_it(script, files, tmp_path, capsys):
+def test_a_source_is_the_image_of_its_prompt_alone_and_its_edits_are_near_it(script, files, tmp_path, capsys):
     arguments = [*HEART, "--edit", "a green heart", "--edit", "a red tree", "--plan", "0,2"]
     made = script(*arguments)
     assert [entry["prompt"] for entry in made] == ["a red heart", "a green heart", "a red tree"]

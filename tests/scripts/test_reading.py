@@ -29,8 +29,8 @@ def test_images_say_how_their_prompts_were_read(files, tmp_path, capsys):
     assert "'a (red:3) heart': brackets are read as text, since weights are not" in capsys.readouterr().out
     (long,) = script("--prompt", "a red heart, noto style " * 5, "--prompt-chunks", "2")
     assert "1 of 1 prompts longer than the text encoder reads" in capsys.readouterr().out
-    told = [{name: entry.get(name) for name in ("prompt_weights", "prompt_chunks")} for entry in (plain, one, long)]
-    assert [*map(lambda told: [*told.values()], told)] == [[None, None], [True, None], [None, 2]]
+    options = [{name: entry.get(name) for name in ("prompt_weights", "prompt_chunks")} for entry in (plain, one, long)]
+    assert [*map(lambda options: [*options.values()], options)] == [[None, None], [True, None], [None, 2]]
     assert (script.pixels(plain) == script.pixels(one)).all()
     assert np.abs(script.pixels(strong) - script.pixels(one)).max() > 1
 

@@ -27,7 +27,7 @@ def test_the_last_smaller_batch_is_kept(script, capsys):
     entries = script("-n", "7", "--batch_size", "3")
     assert [(e["sample"], e["batch"]) for e in entries] == list(zip(range(7), [3] * 6 + [1], strict=True))
     shown = [script.pixels(e) for e in entries]
-    assert all(picture.shape == (32, 32, 3) for picture in shown)
+    assert all(image.shape == (32, 32, 3) for image in shown)
     assert all((a != b).any() for a, b in zip(shown, shown[1:], strict=False))
     check_resume(script, capsys, "-n", "5", "--seed", "8")
 
@@ -71,11 +71,11 @@ def test_vanilla_sampling_takes_all_timesteps_of_the_training(tmp_path):
 
 
 @pytest.mark.parametrize("batch", ["1", "4"])
-def test_a_picture_does_not_depend_on_its_batch(script, batch, capsys):
+def test_a_image_does_not_depend_on_its_batch(script, batch, capsys):
     check_batches(script, ("-n", "4", "--batch_size", "2"), ("-n", "4", "--batch_size", batch))
 
 
-def test_npz_holds_all_pictures_found_or_made(script):
+def test_npz_holds_all_images_found_or_made(script):
     script("-n", "2")
     entries = (script("-n", "3", "--npz"), script.entries())[1]
     (path,) = script.out.glob("*.npz")

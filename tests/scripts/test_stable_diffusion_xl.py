@@ -110,7 +110,7 @@ def test_the_first_stage_is_that_of_float32_under_autocast(model, monkeypatch):
 
 
 def test_what_guidance_leads_away_from(model):
-    """Of the base zeros in the place of the empty text; a negative prompt, and the refiner's empty text, are read."""
+    """Zeros in the place of the base's empty text; a negative prompt, and the refiner's empty text, are read."""
     items, framing = prompt_items(["a cat"], 2, 1), Framing((64, 64), (16, 24))
     empty, away = (FramedText(framing, negative) for negative in ("", "a dog"))
     cond = empty.encode(model, items)
@@ -124,15 +124,15 @@ def test_inpainting(tmp_path):
     rng = np.random.default_rng(0)
     indir = tmp_path / "in"
     indir.mkdir()
-    picture, mask = rng.integers(0, 255, (60, 64, 3), dtype=np.uint8), np.zeros((60, 64), np.uint8)
+    image, mask = rng.integers(0, 255, (60, 64, 3), dtype=np.uint8), np.zeros((60, 64), np.uint8)
     mask[10:30, 20:50] = 255
-    Image.fromarray(picture).save(indir / "a.png")
+    Image.fromarray(image).save(indir / "a.png")
     Image.fromarray(mask).save(indir / "a_mask.png")
     files = tiny_xl(tmp_path / "m", "inpainting")
     script = Script("inpaint", tmp_path, *files, "--indir", str(indir), "--prompt", "a cat", "--skip_grid")
     (entry,) = script("--steps", "2", "--plan", "off")
     painted = script.pixels(entry)
-    assert (painted[mask == 0] == picture[mask == 0]).all() and painted[mask > 0].std() > 1
+    assert (painted[mask == 0] == image[mask == 0]).all() and painted[mask > 0].std() > 1
 
 
 # The publisher's configuration
@@ -199,7 +199,7 @@ def test_bad_arguments(arguments, why, base, tmp_path, capsys):
 def test_a_framing_is_only_for_models_that_are_told_it(tmp_path, capsys):
     config, ckpt = map(str, write_model(tmp_path))
     line = Script("txt2img", tmp_path, "--config", config, "--ckpt", ckpt).refusal(capsys, "--crop", "0,0")
-    assert line.startswith("--crop: only for a model that is told how the image is framed, such as SDXL")
+    assert line.startswith("--crop: only for a model that is conditioned on size and crop, such as SDXL")
 
 
 def test_prompts_are_not_edited(base, tmp_path, capsys):
@@ -327,31 +327,31 @@ def test_a_script_with_a_refiner(base, refiner, tmp_path):
     (entry,) = script("--plan", "0,1", "--refiner-share", "0.5")
     assert entry["refiner_share"] == 0.5 and entry["refiner"]["ckpt"].endswith("model.safetensors")
     assert entry["refiner"]["weights"] != entry["weights"] and entry["keys"] == [0, 1, 2]
-    model, told = ldm.load(config=base[1], ckpt=base[3]), {"steps": 4, "sampler": "euler-trailing", "plan": "0,1"}
-    told |= {"refiner": refiner[3], "refiner_config": refiner[1], "refiner_share": 0.5}
-    assert (np.asarray(model.images("a cat", **told)[0]) == script.pixels(entry)).all()
+    model, options = ldm.load(config=base[1], ckpt=base[3]), {"steps": 4, "sampler": "euler-trailing", "plan": "0,1"}
+    options |= {"refiner": refiner[3], "refiner_config": refiner[1], "refiner_share": 0.5}
+    assert (np.asarray(model.images("a cat", **options)[0]) == script.pixels(entry)).all()
     with pytest.raises(ValueError, match="a refiner goes with a text alone"):
-        model.images("a cat", image=script.out / entry["file"], **told)
+        model.images("a cat", image=script.out / entry["file"], **options)
 
 
 def test_python_keeps_a_refiner_as_long_as_its_files_are_asked_for(base, refiner, tmp_path):
     """Another config is another refiner; one that can't be loaded costs neither the model nor the next call."""
-    told = {"steps": 4, "sampler": "euler-trailing", "refiner_share": 0.5, "refiner": refiner[3]}
+    options = {"steps": 4, "sampler": "euler-trailing", "refiner_share": 0.5, "refiner": refiner[3]}
     model = ldm.load(config=base[1], ckpt=base[3])
-    expected = model.images("a cat", **told, refiner_config=refiner[1])[0]
+    expected = model.images("a cat", **options, refiner_config=refiner[1])[0]
     network, kept = model.network, model._refiner[1]
-    assert model.images("a cat", **told, refiner_config=refiner[1])[0].tobytes() == expected.tobytes()
+    assert model.images("a cat", **options, refiner_config=refiner[1])[0].tobytes() == expected.tobytes()
     assert model._load(replace(model._refiner[0], autocast=True)) is kept, "the weights are the same"
     other = load_config(refiner[1])
     other.model.params.unet_config.params.num_head_channels = 8
     OmegaConf.save(other, tmp_path / "other.yaml")
-    assert model.images("a cat", **told, refiner_config=tmp_path / "other.yaml")[0].tobytes() != expected.tobytes()
+    assert model.images("a cat", **options, refiner_config=tmp_path / "other.yaml")[0].tobytes() != expected.tobytes()
     other.model.params.unet_config.params.model_channels *= 2
     OmegaConf.save(other, tmp_path / "wide.yaml")
     with pytest.raises(ValueError, match="^refiner: "):
-        model.images("a cat", **told, refiner_config=tmp_path / "wide.yaml")
+        model.images("a cat", **options, refiner_config=tmp_path / "wide.yaml")
     assert model.network is network
-    assert model.images("a cat", **told, refiner_config=refiner[1])[0].tobytes() == expected.tobytes()
+    assert model.images("a cat", **options, refiner_config=refiner[1])[0].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("forecast", ["linear:step:eps", "linear:step"])

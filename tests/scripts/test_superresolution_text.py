@@ -38,7 +38,7 @@ def script(files, tmp_path) -> Script:
     )
 
 
-def test_pictures_come_out_four_times_as_large_as_the_text_says(script, capsys):
+def test_images_come_out_four_times_as_large_as_the_text_says(script, capsys):
     one, two = script("--prompt", "a cat")
     assert [e["image"] for e in (one, two)] == ["a.png", "b.png"]
     assert one.items() >= {"prompt": "a cat", "noise_level": 20, "scale": 9.0, "eta": 0.0, "steps": 3}.items()
@@ -62,21 +62,21 @@ def test_a_result_does_not_depend_on_its_batch(script):
 
 
 @torch.no_grad()
-def test_the_network_sees_the_small_picture_under_noise_of_the_item(files, tmp_path):
+def test_the_network_sees_the_small_image_under_noise_of_the_item(files, tmp_path):
     model = load_model(files[1], files[3])
-    pictures = torch.stack([from_pil(Image.open(small(tmp_path / f"{k}.png", seed=k))) for k in range(2)])
-    condition = LowResolution(pictures, 200)
+    images = torch.stack([from_pil(Image.open(small(tmp_path / f"{k}.png", seed=k))) for k in range(2)])
+    condition = LowResolution(images, 200)
     assert condition.tokens(model) == 77 and condition.settings() == {"noise_level": 200}
     items = make_items([{"prompt": "a cat"}, {"prompt": "a dog"}], 2, seed=0)
-    told = condition.encode(model, items)
-    none = condition.unconditional(model, told)
-    assert told.y.tolist() == [200] * 4 and torch.equal(none.y, told.y) and torch.equal(none.concat, told.concat)
+    cond = condition.encode(model, items)
+    none = condition.unconditional(model, cond)
+    assert cond.y.tolist() == [200] * 4 and torch.equal(none.y, cond.y) and torch.equal(none.concat, cond.concat)
     torch.testing.assert_close(none.context, model.get_learned_conditioning([""] * 4))
     abar = torch.cumprod(1 - torch.linspace(0.0001**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2, 0)[200].item()
-    noise = (told.concat - abar**0.5 * pictures.repeat_interleave(2, 0)) / (1 - abar) ** 0.5
+    noise = (cond.concat - abar**0.5 * images.repeat_interleave(2, 0)) / (1 - abar) ** 0.5
     assert 0.8 < noise.std() < 1.2 and all((a - b).abs().max() > 1 for k, a in enumerate(noise) for b in noise[:k])
     # It is the item's own, whatever its neighbours, and not what sampling begins from.
-    torch.testing.assert_close(condition.encode(model, items[3:]).concat[0], told.concat[3], rtol=0, atol=0)
+    torch.testing.assert_close(condition.encode(model, items[3:]).concat[0], cond.concat[3], rtol=0, atol=0)
     assert (noise[3] - ImageNoise([items[3].start]).start(noise[3].shape)[0]).abs().max() > 1
 
 

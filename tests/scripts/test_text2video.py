@@ -24,7 +24,7 @@ VIDEO = ("--frames=3", "--motion=128,64")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of 16 x 16 images, a control network, and two pictures to follow."""
+    """A model of 16 x 16 images, a control network, and two images to follow."""
     folder = tmp_path_factory.mktemp("video")
     write_model(folder)
     encoder = {key: value for key, value in TEXT_UNET.items() if key != "out_channels"} | {"legacy": False}
@@ -62,9 +62,9 @@ def test_chunks_change_nothing_and_frames_are_found_again(script, capsys):
     assert path.read_bytes() == before
 
 
-def test_frames_follow_a_picture_each_and_make_an_mp4(script, folder):
-    pictures = [f"{folder}/{name}.png" for name in ("white", "black", "white")]
-    control = ["--control", *pictures, f"--control-model={folder}/control.safetensors", "--plan=off", "--format=mp4"]
+def test_frames_follow_a_image_each_and_make_an_mp4(script, folder):
+    images = [f"{folder}/{name}.png" for name in ("white", "black", "white")]
+    control = ["--control", *images, f"--control-model={folder}/control.safetensors", "--plan=off", "--format=mp4"]
     entries = script(*control)
     assert [one["picture"] for one in entries[0]["control"][0]["control"]] == ["white.png", "black.png", "white.png"]
     (path,) = script.out.glob("video-*.mp4")
@@ -74,9 +74,9 @@ def test_frames_follow_a_picture_each_and_make_an_mp4(script, folder):
 
 
 def test_the_laws(script, folder):
-    """Of frames, and of frames that follow a picture each."""
-    pictures = [f"{folder}/{name}.png" for name in ("white", "black", "white")]
-    for follow in ([], ["--control", *pictures, f"--control-model={folder}/control.safetensors"]):
+    """For frames, and for frames that follow a control image each."""
+    images = [f"{folder}/{name}.png" for name in ("white", "black", "white")]
+    for follow in ([], ["--control", *images, f"--control-model={folder}/control.safetensors"]):
         check_laws(script, *follow, "--format=frames")
 
 

@@ -59,7 +59,7 @@ def call(files, tmp_path):
     return run
 
 
-def pictures(folder: Path) -> dict[str, Path]:
+def sample_files(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted((folder / "out" / "samples").glob("*.png"))}
 
 
@@ -98,9 +98,9 @@ def test_a_run_enters_few_files(call):
     assert len(entered) <= MOST["txt2img"], entered
 
 
-def test_pictures_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
+def test_images_grid_manifest_and_the_closing_lines(call, tmp_path, capsys):
     assert call("--prompt", "a dog face", "--n_samples", "2", "--n_iter", "2", "--n_rows", "3") == 0
-    files = pictures(tmp_path)
+    files = sample_files(tmp_path)
     assert [name[:-13] for name in files] == [f"a-dog-face-42-00000-00{k}" for k in range(4)]
     assert all(Image.open(path).size == (16, 16) for path in files.values())
     entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
@@ -147,8 +147,8 @@ def test_a_second_run_makes_nothing_and_touches_nothing(call, tmp_path, capsys, 
 
 def test_a_killed_run_resumes(call, tmp_path, monkeypatch, capsys):
     call("--n_iter", "3", "--n_samples", "1", "--skip_grid")
-    whole = {name: pixels(path) for name, path in pictures(tmp_path).items()}
-    for path in pictures(tmp_path).values():
+    whole = {name: pixels(path) for name, path in sample_files(tmp_path).items()}
+    for path in sample_files(tmp_path).values():
         path.unlink()
     (tmp_path / "out" / "manifest.jsonl").unlink()
     real, made = Engine.__call__, []
@@ -161,17 +161,17 @@ def test_a_killed_run_resumes(call, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Engine, "__call__", killed)
     assert call("--n_iter", "3", "--n_samples", "1", "--skip_grid") == 130
-    assert len(pictures(tmp_path)) == 2
+    assert len(sample_files(tmp_path)) == 2
     monkeypatch.undo()
     capsys.readouterr()
     assert call("--n_iter", "3", "--n_samples", "1", "--skip_grid") == 0
     assert "(1 made, 2 found)" in capsys.readouterr().out
-    again = {name: pixels(path) for name, path in pictures(tmp_path).items()}
+    again = {name: pixels(path) for name, path in sample_files(tmp_path).items()}
     assert again.keys() == whole.keys() and all((again[name] == whole[name]).all() for name in whole)
     assert len(read_manifest(tmp_path / "out" / "manifest.jsonl")) == 3
 
 
-def test_the_order_of_the_prompts_changes_no_picture(call, tmp_path):
+def test_the_order_of_the_prompts_changes_no_image(call, tmp_path):
     def made(*lines: str) -> dict[str, list[int]]:
         (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
         call("--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "1", "--skip_grid", "--plan", "off")
@@ -183,7 +183,7 @@ def test_the_order_of_the_prompts_changes_no_picture(call, tmp_path):
     assert all((other[prompt] == one[prompt]).all() for prompt in one)
 
 
-# A picture depends on its seed, its prompt and its settings alone
+# A image depends on its seed, its prompt and its settings alone
 
 
 @pytest.fixture(scope="module")
@@ -202,46 +202,46 @@ def text_to_image(files):
 ITEMS = prompt_items(["a red heart, noto style", "a green tree", "a dog face"], samples=2, seed=5)
 
 
-def pictured(maker: Engine, batch: list[int]) -> torch.Tensor:
-    """The pictures of some of ITEMS, made as one batch, before they are rounded to 8 bits."""
+def sampled(maker: Engine, batch: list[int]) -> torch.Tensor:
+    """The images of some of ITEMS, made as one batch, before they are rounded to 8 bits."""
     return maker.decode(maker.latents([ITEMS[k] for k in batch]))
 
 
 @pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"scale": 1.0}, {"parallel": 3}], ids=str)
-def test_a_picture_does_not_depend_on_its_batch_or_place(text_to_image, options):
+def test_a_image_does_not_depend_on_its_batch_or_place(text_to_image, options):
     maker = text_to_image(**options)
-    together = pictured(maker, [0, 1, 2, 3, 4, 5])
+    together = sampled(maker, [0, 1, 2, 3, 4, 5])
     assert (together[0] - together[1]).abs().max() > 0.01
     for batch in ([0], [5, 0], [4, 3, 2]):
-        torch.testing.assert_close(pictured(maker, batch), together[batch], rtol=0, atol=1e-4)
+        torch.testing.assert_close(sampled(maker, batch), together[batch], rtol=0, atol=1e-4)
 
 
-def test_parallel_decoding_changes_no_picture(text_to_image):
-    one = pictured(text_to_image(), [0, 1])
+def test_parallel_decoding_changes_no_image(text_to_image):
+    one = sampled(text_to_image(), [0, 1])
     for parallel in (2, 5):
-        torch.testing.assert_close(pictured(text_to_image(parallel=parallel), [0, 1]), one, rtol=0, atol=1e-4)
+        torch.testing.assert_close(sampled(text_to_image(parallel=parallel), [0, 1]), one, rtol=0, atol=1e-4)
 
 
 def test_every_step_a_key_step_is_the_plain_run(text_to_image):
-    plain = pictured(text_to_image("off"), [0, 1])
-    torch.testing.assert_close(pictured(text_to_image("0-4"), [0, 1]), plain, rtol=0, atol=1e-6)
-    assert (pictured(text_to_image("0"), [0, 1]) - plain).abs().max() > 1e-3
+    plain = sampled(text_to_image("off"), [0, 1])
+    torch.testing.assert_close(sampled(text_to_image("0-4"), [0, 1]), plain, rtol=0, atol=1e-6)
+    assert (sampled(text_to_image("0"), [0, 1]) - plain).abs().max() > 1e-3
 
 
 def test_files_of_a_batch_equal_files_made_one_by_one(call, tmp_path):
     call("--n_samples", "3", "--skip_grid")
-    together = {name: pixels(path) for name, path in pictures(tmp_path).items()}
-    for path in pictures(tmp_path).values():
+    together = {name: pixels(path) for name, path in sample_files(tmp_path).items()}
+    for path in sample_files(tmp_path).values():
         path.unlink()
     call("--n_samples", "1", "--n_iter", "3", "--skip_grid")
-    one_by_one = {name: pixels(path) for name, path in pictures(tmp_path).items()}
+    one_by_one = {name: pixels(path) for name, path in sample_files(tmp_path).items()}
     assert together.keys() == one_by_one.keys()
     assert all(np.abs(together[name] - one_by_one[name]).max() <= 1 for name in together)
 
 
 @pytest.fixture(scope="module")
 def first(files, tmp_path_factory):
-    """One picture, the path to it, and a way to run the command line again into the same folder."""
+    """One image, the path to it, and a way to run the command line again into the same folder."""
     folder = tmp_path_factory.mktemp("first")
 
     def again(*arguments: str) -> int:
@@ -265,7 +265,7 @@ def first(files, tmp_path_factory):
         )
 
     assert again() == 0
-    (path,) = pictures(folder).values()
+    (path,) = sample_files(folder).values()
     return folder, path, again
 
 
@@ -290,21 +290,21 @@ def first(files, tmp_path_factory):
     ],
     ids=" ".join,
 )
-def test_every_flag_that_should_changes_the_picture(first, change):
+def test_every_flag_that_should_changes_the_image(first, change):
     folder, path, again = first
-    before = pictures(folder)
+    before = sample_files(folder)
     assert again(*change) == 0
-    (new,) = pictures(folder).keys() - before.keys()
+    (new,) = sample_files(folder).keys() - before.keys()
     new = pixels(path.with_name(new))
     assert new.shape != pixels(path).shape or (new != pixels(path)).any()
 
 
-def test_timesteps_of_ones_own_make_the_published_picture_and_are_recorded(files, first, tmp_path):
+def test_timesteps_of_ones_own_make_the_published_image_and_are_recorded(files, first, tmp_path):
     _, path, _ = first
     model = ["--config", str(files[0]), "--ckpt", str(files[1])]
     given = ["--n_samples", "1", "--noise-weight", "0.05", "--skip_grid", "--timesteps-at", "801,601,401,201,1"]
     assert main([*model, "--outdir", str(tmp_path / "out"), *given]) == 0
-    (own,) = pictures(tmp_path).values()
+    (own,) = sample_files(tmp_path).values()
     assert np.array_equal(pixels(own), pixels(path))
     settings = read_png(own)[1]
     assert settings["timesteps_at"] == [801, 601, 401, 201, 1] and settings["steps"] == 5
@@ -316,9 +316,9 @@ def test_timesteps_of_ones_own_make_the_published_picture_and_are_recorded(files
 @pytest.mark.parametrize("flag, name", [("--plms", "plms"), ("--dpm", "dpm-solver++-published")])
 def test_published_flags_name_their_samplers(first, flag, name, capsys):
     folder, path, again = first
-    before = pictures(folder)
+    before = sample_files(folder)
     assert again(flag) == 0
-    (new,) = pictures(folder).keys() - before.keys()
+    (new,) = sample_files(folder).keys() - before.keys()
     assert (pixels(path.with_name(new)) != pixels(path)).any()
     assert read_png(path.with_name(new))[1]["sampler"] == name
     capsys.readouterr()
@@ -340,7 +340,7 @@ def test_published_flags_name_their_samplers(first, flag, name, capsys):
     ],
     ids=" ".join,
 )
-def test_other_flags_find_the_same_picture(first, change, capsys):
+def test_other_flags_find_the_same_image(first, change, capsys):
     _, _, again = first
     assert again(*change) == 0
     assert "(0 made, 1 found)" in capsys.readouterr().out
@@ -368,9 +368,9 @@ def test_weights_alone_find_the_config_beside_them(files, first, capsys):
     assert "(0 made, 1 found)" in capsys.readouterr().out
 
 
-def test_other_programs_read_how_a_picture_was_made(call, files, tmp_path):
+def test_other_programs_read_how_a_image_was_made(call, files, tmp_path):
     call("--prompt", 'an owl: "big", brown', "--negative_prompt", "a dog", "--n_samples", "1", "--skip_grid")
-    (path,) = pictures(tmp_path).values()
+    (path,) = sample_files(tmp_path).values()
     prompt, negative, last = Image.open(path).text["parameters"].split("\n")
     assert (prompt, negative) == ('an owl: "big", brown', "Negative prompt: a dog")
     # The expression by which the web UI takes the last line apart.
@@ -390,21 +390,21 @@ def test_other_programs_read_how_a_picture_was_made(call, files, tmp_path):
     )
 
 
-def test_another_config_of_the_same_weights_makes_another_picture(files, first, tmp_path):
+def test_another_config_of_the_same_weights_makes_another_image(files, first, tmp_path):
     folder, path, again = first
-    before = pictures(folder)
+    before = sample_files(folder)
     config = OmegaConf.load(files[0])
     config.model.params.scale_factor = 1.2
     OmegaConf.save(config, tmp_path / "config.yaml")
     assert again("--config", str(tmp_path / "config.yaml")) == 0
-    (new,) = pictures(folder).keys() - before.keys()
+    (new,) = sample_files(folder).keys() - before.keys()
     assert (pixels(path.with_name(new)) != pixels(path)).any()
 
 
-def test_autocast_makes_nearly_the_same_picture(call, tmp_path):
+def test_autocast_makes_nearly_the_same_image(call, tmp_path):
     for precision in ("full", "autocast"):
         assert call("--n_samples", "1", "--skip_grid", "--precision", precision) == 0
-    one, two = pictures(tmp_path).values()
+    one, two = sample_files(tmp_path).values()
     assert 0 < np.abs(pixels(one) - pixels(two)).mean() < 10
 
 
@@ -436,7 +436,7 @@ def test_prompts_from_a_file(call, tmp_path):
 def test_fixed_code_begins_every_iteration_from_the_same_noise(call, tmp_path):
     assert call("--fixed_code", "--n_samples", "2", "--n_iter", "2", "--skip_grid") == 0
     assert [e["start"] for e in read_manifest(tmp_path / "out" / "manifest.jsonl")] == [[42, 0], [42, 1]] * 2
-    shown = [pixels(path) for path in pictures(tmp_path).values()]
+    shown = [pixels(path) for path in sample_files(tmp_path).values()]
     assert np.abs(shown[0] - shown[2]).max() <= 1 and (shown[0] != shown[1]).any()
 
 
@@ -508,14 +508,14 @@ def test_a_second_comparison_says_what_it_did_not_measure(call, tmp_path, capsys
     assert re.search(r"^plain / 0,3 +\d+\.\d\d$", out, re.M), "of the MACs alone"
 
 
-def test_again_makes_the_same_pictures_and_measures_them(call, tmp_path, capsys):
+def test_again_makes_the_same_images_and_measures_them(call, tmp_path, capsys):
     assert call(*COMPARE) == 0
-    before, shown = snapshot(tmp_path), [pixels(path) for path in pictures(tmp_path).values()]
+    before, shown = snapshot(tmp_path), [pixels(path) for path in sample_files(tmp_path).values()]
     capsys.readouterr()
     assert call(*COMPARE, "--again") == 0
     out = capsys.readouterr().out
     assert "not timed" not in out and "4 images (4 made, 0 found)" in out
-    files = pictures(tmp_path)
+    files = sample_files(tmp_path)
     assert all((old == pixels(path)).all() for old, path in zip(shown, files.values(), strict=True))
     after = snapshot(tmp_path)
     assert after.keys() == before.keys()
@@ -626,7 +626,7 @@ def test_a_grid_keeps_the_order_of_the_items_whatever_was_found(call, tmp_path):
         (grid,) = (tmp_path / "out").glob("grid-*.png")
         grids.append(pixels(grid))
         grid.unlink()
-        next(iter(pictures(tmp_path).values())).unlink()
+        next(iter(sample_files(tmp_path).values())).unlink()
     assert (grids[0] == grids[1]).all()
 
 
@@ -666,8 +666,8 @@ def test_the_shipped_model_is_the_default(tmp_path):
     prompt = ["--prompt", "a red heart, noto style", "--steps", "10", "--n_samples", "1"]
     assert main([*prompt, "--outdir", str(out)]) == 0
     (entry,) = read_manifest(out / "manifest.jsonl")
-    picture = Image.open(out / entry["file"])
-    assert picture.size == (64, 64) and entry["ckpt"] == "emoji64/model.safetensors"
+    image = Image.open(out / entry["file"])
+    assert image.size == (64, 64) and entry["ckpt"] == "emoji64/model.safetensors"
     red, green, blue = (pixels(out / entry["file"])[16:48, 16:48, k].mean() for k in range(3))
     assert red > green + 50 and red > blue + 50
 

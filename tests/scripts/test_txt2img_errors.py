@@ -369,7 +369,7 @@ def test_latents_that_are_not_finite_name_step_and_layer(refused, files, tmp_pat
     assert line.startswith("--precision: latents are not finite")
 
 
-def test_pictures_that_are_not_finite(refused, files, tmp_path):
+def test_images_that_are_not_finite(refused, files, tmp_path):
     state = dict(read_checkpoint(files[1]))
     key = "first_stage_model.decoder.conv_out.bias"
     state[key] = torch.full_like(state[key], float("nan"))

@@ -80,7 +80,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """Of a training that draws at every step: the order, mirrored images, crops, timesteps, noise and dropout."""
+    """A training that draws at every step: the order, mirrored images, crops, timesteps, noise and dropout."""
     folder = tmp_path_factory.mktemp("kills")
     for i in range(IMAGES):
         pixels = np.random.default_rng(i).integers(0, 256, (SIDE + 2, SIDE + 4, 3), dtype=np.uint8)

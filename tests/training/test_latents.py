@@ -158,7 +158,7 @@ def test_a_full_disk_leaves_no_latents(folder, tmp_path):
 
 
 def test_classes_are_the_subgroups(folder, tmp_path):
-    """Of configs/latent-diffusion/emoji128-class.yaml, on tiny data."""
+    """The classes are those of configs/latent-diffusion/emoji128-class.yaml, on tiny data."""
     (tmp_path / "data").mkdir()
     write_data(tmp_path / "data")
     section = {

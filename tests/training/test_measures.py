@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def codebook_config(folder: Path) -> Any:
-    """Of a VQ first stage that is measured on the images that it is trained on."""
+    """The config of a VQ first stage that is measured on the images that it is trained on."""
     config = OmegaConf.create(first_stage_config(folder / "data"))
     loss = {"target": "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"}
     loss["params"] = {"disc_start": 1, "disc_ndf": 8, "disc_num_layers": 2, "perceptual": "none"}

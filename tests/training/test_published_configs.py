@@ -65,7 +65,7 @@ class WithNeighbours(Dataset):
 """
 
 
-def picture(path: Path, seed: int, side: int = 40) -> Path:
+def write_image(path: Path, seed: int, side: int = 40) -> Path:
     """An image of a few colours, not square."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
@@ -84,7 +84,7 @@ def write_lists(root: Path) -> None:
     for folder, lists in sets.items():
         names = [f"{i:05d}.{'npy' if folder == 'celebahq' else 'jpg'}" for i in range(COUNT)]
         for i, name in enumerate(names):
-            path = picture((root / folder / name).with_suffix(".jpg"), i)
+            path = write_image((root / folder / name).with_suffix(".jpg"), i)
             if folder == "celebahq":
                 np.save(root / folder / name, np.asarray(Image.open(path)).transpose(2, 0, 1)[None])
         for file in lists:
@@ -94,7 +94,7 @@ def write_lists(root: Path) -> None:
 def write_openimages(root: Path) -> None:
     labels = ["/m/01g317", "/m/0cmf2"]
     for part in ("train", "validation"):
-        names = [picture(root / part / f"{i:016x}.jpg", i).stem for i in range(COUNT)]
+        names = [write_image(root / part / f"{i:016x}.jpg", i).stem for i in range(COUNT)]
         rows = [
             [name, "x", labels[i % 2], "1", "0.1", "0.6", "0.2", "0.9", "0", "0", "0"] for i, name in enumerate(names)
         ]
@@ -113,13 +113,15 @@ def home(tmp_path_factory) -> Path:
     for part in ("train", "validation"):
         for i in range(COUNT):
             synset = root / "cache" / "autoencoders" / "data" / f"ILSVRC2012_{part}" / "data" / f"n0000000{i}"
-            picture(synset / f"n0000000{i}_1.JPEG", i)
-            image = picture(root / "data" / "rfw" / part / "images" / f"{i}.jpg", i)
+            write_image(synset / f"n0000000{i}_1.JPEG", i)
+            image = write_image(root / "data" / "rfw" / part / "images" / f"{i}.jpg", i)
             labels = np.random.default_rng(i).integers(0, 182, Image.open(image).size[::-1], dtype=np.uint8)
             (root / "data" / "rfw" / part / "segmentations").mkdir(exist_ok=True)
             Image.fromarray(labels).save(root / "data" / "rfw" / part / "segmentations" / f"{i}.png")
-            picture(root / "data" / "previews" / part / f"{i}.jpg", i).with_suffix(".txt").write_text("a red thing\n")
-            picture(root / "own" / "classes" / f"class{i}" / "a.png", i)
+            write_image(root / "data" / "previews" / part / f"{i}.jpg", i).with_suffix(".txt").write_text(
+                "a red thing\n"
+            )
+            write_image(root / "own" / "classes" / f"class{i}" / "a.png", i)
     (root / "neighbours.py").write_text(OWN_DATA)
     np.savez(root / "nns.npz", nn_embeddings=np.random.default_rng(0).normal(size=(COUNT, 5, 16)).astype(np.float32))
     write_vocabulary(root / "clip")
@@ -183,7 +185,7 @@ def reduced_network(config: dict) -> dict[str, Any]:
 
 
 def size_of(config: dict) -> int:
-    """Of the images: as many pixels as the network halves, or more."""
+    """A side of the images: as many pixels as the network halves, or more."""
     if "unet_config" not in config["model"]["params"]:
         return max(SIZE, 2 ** len(at(config, "model.params.ddconfig.ch_mult")))
     levels = at(config, "model.params.unet_config.params.channel_mult")
@@ -269,7 +271,7 @@ def test_data_of_ones_own(name, data, home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(home)
     config = json.loads(CONFIGS[name].read_text())["config"]
     for i in range(30):
-        picture(tmp_path / "mine" / f"class{i % 2}" / f"{i}.jpg", i).with_suffix(".txt").write_text("a red thing")
+        write_image(tmp_path / "mine" / f"class{i % 2}" / f"{i}.jpg", i).with_suffix(".txt").write_text("a red thing")
     files = [str(shipped(name)), str(ROOT / "configs" / "data" / f"{data}.yaml")]
     size = f"data.params.train.params.size={size_of(config)}"
     reduced = [text for text in overrides_of(config) if not text.startswith(("data.params.train", "data.params.val"))]
@@ -287,7 +289,7 @@ def test_single_settings_replace_the_data(tmp_path, monkeypatch, capsys):
     """As docs/training.md prints them, where the published data is not; then data of another kind of model."""
     monkeypatch.chdir(tmp_path)
     for i in range(2):
-        picture(tmp_path / "mine" / f"{i}.jpg", i)
+        write_image(tmp_path / "mine" / f"{i}.jpg", i)
     for name, code, message in (
         ("model_ffhq256", 0, ""),
         (
@@ -308,7 +310,7 @@ def test_single_settings_replace_the_data(tmp_path, monkeypatch, capsys):
 
 
 def test_a_stopped_run_ends_with_the_same_weights(home, tmp_path, monkeypatch):
-    """Of a model with random crops, whose first batch sets the scale factor."""
+    """The model has random crops, and its first batch sets the scale factor."""
     monkeypatch.chdir(home)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     config = json.loads(CONFIGS["model_cin256"].read_text())["config"]

@@ -1,4 +1,4 @@
-"""The dataset: images and captions of concepts in styles, and what of them is held out."""
+"""The dataset: images and captions of concepts in styles, and which of them are held out."""
 
 from __future__ import annotations
 

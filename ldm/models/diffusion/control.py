@@ -1,4 +1,4 @@
-"""What stands between a run and a model's network: control networks that read a picture, attention between frames."""
+"""What stands between a run and a model's network: control networks, attention between frames."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.modules.diffusionmodules.util import Features, PartWeights
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """One control network with the pictures of a batch.
+    """One control network with the control images of a batch.
 
     read:    what it made of them, see `ControlNet.read`; (B, C, h, w).
     weights: of each of its residuals, first to last; the middle's is the last.
@@ -27,7 +27,7 @@ class Control:
 
     @staticmethod
     def of(network: ControlNet, hint: Tensor, weights: float | Sequence[float] = 1.0) -> Control:
-        """From the pictures, (B, 3, H, W) in [0, 1]; one weight is that of all residuals.
+        """From the control images, (B, 3, H, W) in [0, 1]; one weight is that of all residuals.
 
         Raises:
             ValueError: see `ControlNet.read`; or not as many weights as residuals.
@@ -91,7 +91,7 @@ class CrossFrame(WrappedNetwork):
 
 
 class Controlled(WrappedNetwork):
-    """A `ConditionedNetwork` to whose encoder control networks add what they make of their pictures.
+    """A `ConditionedNetwork` to whose encoder control networks add what they make of their control images.
 
     They are a part of the encoder: they run where it runs, as far as it runs, and what they add is held with its
     features, as in the release of Faster Diffusion (arXiv 2312.09608). With a plan of which `Plan.control` is true they
@@ -103,7 +103,7 @@ class Controlled(WrappedNetwork):
         guess: the unconditional half of a guided batch goes without control, as in the guess mode of the release.
         anew: for a plan of which `Plan.control` is true: keep the encoder's features without what is added to them.
 
-    A batch may be the pictures' own, or twice that: [unconditional | conditional].
+    A batch may be the control images' own, or twice that: [unconditional | conditional].
 
     Source: Zhang et al. (arXiv 2302.05543).
     """

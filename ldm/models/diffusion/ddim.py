@@ -37,7 +37,7 @@ class DDIM:
 
     x <- sqrt(abar') x0 + sqrt(1 - abar' - sigma^2) eps + temperature * sigma * noise
 
-    Nodes that climb (abar_next < abar, eta 0) invert: they take an image to its noise.
+    Nodes of rising noise (abar_next < abar, eta 0) invert: they take an image to its noise.
 
     Args:
         nodes: noisiest first.
@@ -398,7 +398,7 @@ class DDIMSampler(Sampler):
 
         Args:
             x0: (B, C, H, W).
-            t_enc: steps to climb, 1..number of steps; `decode` with t_start = t_enc goes back.
+            t_enc: steps of the inversion, 1..number of steps; `decode` with t_start = t_enc goes back.
             return_intermediates: how many latents on the way to return too, evenly spaced.
             true_timesteps: tell the network the timestep of the latent's noise level. The published code, and
                 the default, tells it the number of the step (0, 1, 2, ...).
@@ -410,7 +410,7 @@ class DDIMSampler(Sampler):
         Raises:
             ValueError: t_enc or return_intermediates is out of range.
         """
-        nodes = climb(last(self._nodes(use_original_steps), t_enc, "t_enc"), true_timesteps)
+        nodes = inversion_nodes(last(self._nodes(use_original_steps), t_enc, "t_enc"), true_timesteps)
         keep = kept_steps(t_enc, return_intermediates)
         denoiser = self.model.denoiser(c, unconditional_conditioning, unconditional_guidance_scale)
         state, kept = State(x0), []
@@ -423,9 +423,9 @@ class DDIMSampler(Sampler):
         return state.x, out if return_intermediates is None else {**out, "intermediates": kept}
 
 
-def climb(descent: Sequence[Node], true_timesteps: bool) -> tuple[Node, ...]:
+def inversion_nodes(descent: Sequence[Node], true_timesteps: bool) -> tuple[Node, ...]:
     """The nodes that lead back up a descent, to its first level; see `DDIMSampler.encode`."""
-    below = (0, *(node.t for node in reversed(descent[1:])))  # where each step of the climb begins
+    below = (0, *(node.t for node in reversed(descent[1:])))  # where each step of the inversion begins
     return tuple(
         Node(t if true_timesteps else i, node.abar_next, node.abar)
         for i, (t, node) in enumerate(zip(below, reversed(descent), strict=True))

@@ -175,7 +175,7 @@ class Conditioning:
         )
 
     def images(self, which: slice) -> Conditioning:
-        """Of some images of the batch."""
+        """The conditioning of some images of the batch."""
         return Conditioning(
             **{
                 name: p.images(which) if isinstance(p, ProjectedContext) else p[which]

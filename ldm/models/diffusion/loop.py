@@ -22,7 +22,7 @@ class State:
     x:      the latents, (B, C, H, W).
     memory: what a rule keeps between nodes.
     x0:     the rule's estimate of the clean latents at the node just stepped, for previews; None at first.
-    compute: what of the network ran for the node just stepped; None at first.
+    compute: which part of the network ran for the node just stepped; None at first.
     node: its number; -1 at first. A run that measures its forecasts may come back to a node.
     error: the largest relative error of a forecast that this run has let pass so far; None if it measures none.
     """
@@ -112,7 +112,7 @@ def denoise(
 
 
 class _Trail:
-    """Of a run that measures its forecasts: where it can go back to, and the errors at its key nodes.
+    """Where a run that measures its forecasts can go back to, and the errors at its key nodes.
 
     marks:  the state after each of the last two key nodes, and what the nodes after it need.
     errors: of the forecasts that reached a key node, by its number.

@@ -1,4 +1,4 @@
-"""ControlNet: a second encoder that reads a picture beside the latents, and adds to what the UNet's encoder leaves."""
+"""ControlNet: a second encoder, which reads a control image beside the latents and adds to the skips of the UNet."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from ldm.modules.diffusionmodules.unet_layers import (
 )
 from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
 
-HINT_WIDTHS = (16, 32, 96, 256)  # of the published networks, for latents of an eighth of the picture
+HINT_WIDTHS = (16, 32, 96, 256)  # of the published networks, for latents of an eighth of the control image
 
 
 class ControlNet(nn.Module):
-    """The encoder of a UNet, which also takes a picture, under its published names.
+    """The encoder of a UNet, which also takes a control image, under its published names.
 
     Each of its outputs goes through a 1x1 convolution that is zero before training, and is added to the same output
     of the UNet's encoder.
 
     Args:
-        hint_channels: of the picture.
+        hint_channels: of the control image.
         hint_widths: channels of the layers that read it; each after the first halves its size, so that it becomes as
             high and wide as the latents.
         The rest: see `UNetModel`; those of the UNet that it controls.
@@ -97,7 +97,7 @@ class ControlNet(nn.Module):
 
         self.in_channels, self.model_channels = in_channels, model_channels
         self.hint_channels, self.context_dim = hint_channels, context_dim
-        self.reduction = 2 ** (len(hint_widths) - 1)  # pixels of the picture per latent position, in each direction
+        self.reduction = 2 ** (len(hint_widths) - 1)  # pixels of the control image per latent, each way
         self.time_embed = embedding(model_channels, emb_channels)
         self.input_blocks, widths = input_blocks(levels, conv(in_channels, model_channels), res, attention, down)
         self.zero_convs = nn.ModuleList(map(zero_output, widths))
@@ -122,7 +122,7 @@ class ControlNet(nn.Module):
         return ProjectedContext(projections, len(context))
 
     def read(self, hint: Tensor) -> Tensor:
-        """What the network makes of the picture, once for all steps of a run.
+        """What the network makes of the control image, once for all steps of a run.
 
         (B, hint_channels, H, W), as published RGB in [0, 1], -> (B, model_channels, H / reduction, W / reduction).
 
@@ -131,7 +131,7 @@ class ControlNet(nn.Module):
         """
         if hint.ndim != 4 or hint.shape[1] != self.hint_channels or any(n % self.reduction for n in hint.shape[2:]):
             raise ValueError(
-                f"a control picture must have the shape (B, {self.hint_channels}, H, W), H and W multiples of "
+                f"a control image must have the shape (B, {self.hint_channels}, H, W), H and W multiples of "
                 f"{self.reduction}; got {tuple(hint.shape)}"
             )
         return self.input_hint_block(hint.to(self.time_embed[0].weight.dtype))
@@ -143,18 +143,18 @@ class ControlNet(nn.Module):
 
         Args:
             x: latents, (B, C_in, h, w).
-            read: what `read` made of the picture, (B, model_channels, h, w).
+            read: what `read` made of the control image, (B, model_channels, h, w).
             timesteps: (B,).
             context: (B, L, context_dim), or what `project` made of it.
             blocks: of the first so many input blocks alone; None = all, with the middle.
 
         Raises:
-            ValueError: the picture has another size than the latents.
+            ValueError: the control image has another size than the latents.
         """
         if read.shape[2:] != x.shape[2:]:
             size = tuple(self.reduction * n for n in x.shape[2:])
             raise ValueError(
-                f"a control picture for latents {tuple(x.shape)} must have {size[1]} x {size[0]} pixels; got "
+                f"a control image for latents {tuple(x.shape)} must have {size[1]} x {size[0]} pixels; got "
                 f"{self.reduction * read.shape[3]} x {self.reduction * read.shape[2]}"
             )
         dtype = self.time_embed[0].weight.dtype
@@ -181,7 +181,7 @@ def zero_output(channels: int) -> nn.Sequential:
 
 
 def hint_block(channels: int, widths: Sequence[int], out: int) -> nn.Sequential:
-    """What reads the picture: 3x3 convolutions with SiLU between, a stride of 2 to each new width, the last zero."""
+    """Reads the control image: 3x3 convolutions with SiLU between, a stride of 2 to each new width, the last zero."""
     layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1), nn.SiLU()]
     for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, before, 3, padding=1), nn.SiLU()]
@@ -190,5 +190,5 @@ def hint_block(channels: int, widths: Sequence[int], out: int) -> nn.Sequential:
 
 
 def guess_weights(strength: float, residuals: int) -> tuple[float, ...]:
-    """Of each residual, first to last, in guess mode: the inner ones, which say what is where, count most."""
+    """The weight of each residual in guess mode, first to last: the inner ones, which say what is where, count most."""
     return tuple(strength * 0.825 ** (residuals - 1 - i) for i in range(residuals))

@@ -122,7 +122,7 @@ class _Section:
 
 
 def _cuts(length: int, side: int, scale: int, margin: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Of each tile in one direction: its place in the result, what it needs of the `length` given, its place in that.
+    """For each tile in one direction: its place in the result, what it needs of the `length` given, its place in that.
 
     side, margin: in positions of the result, which has `scale` for each of those given.
     """

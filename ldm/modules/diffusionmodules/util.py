@@ -282,7 +282,7 @@ class SharedPart:
         return len(self.conv)
 
     def images(self, chosen: slice) -> SharedPart:
-        """Of some of the batch; a view."""
+        """The shared part of some of the batch; a view."""
         return SharedPart(self.rest[chosen], self.conv[chosen], self.residual[chosen], self.weights)
 
 
@@ -370,7 +370,7 @@ class Features:
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Of tensors of the same shape; none is changed."""
+    """The weighted sum of tensors of the same shape; none is changed."""
     out = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         out.add_(tensor, alpha=weight)

@@ -143,7 +143,7 @@ class ClipTokenizer:
         return torch.tensor([encoding.ids for encoding in self.bpe.encode_batch([self._read(t) for t in texts])])
 
     def cut(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text whether its end is cut off, because it has more than max_length tokens.
+        """Whether the end of each text is cut off, because it has more than max_length tokens.
 
         Raises:
             ValueError: see `__call__`.

@@ -71,7 +71,7 @@ class DualEncoder(nn.Module):
         return normalize(self.of_image(features), dim=-1)
 
     def cut(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text whether its end is cut off, because it has more than max_seq_len tokens."""
+        """Whether the end of each text is cut off, because it has more than max_seq_len tokens."""
         return cut(self.tokenizer, texts)
 
 

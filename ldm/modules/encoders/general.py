@@ -18,7 +18,7 @@ from ldm.util import instantiate_from_config
 TEXT = "txt"  # the input key of text encoders; all others are numbers
 # What each key of numbers holds: of one image, (n,).
 NUMBERS = {
-    "original_size_as_tuple": 2,  # height and width of the picture before it was cropped
+    "original_size_as_tuple": 2,  # height and width of the original image, before it was cropped
     "crop_coords_top_left": 2,  # where the crop begins, in pixels
     "target_size_as_tuple": 2,  # height and width that are to be made
     "aesthetic_score": 1,  # 0..10, how much people like it

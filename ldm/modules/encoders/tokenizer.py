@@ -96,7 +96,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def cut(tokenizer: Tokenizer, texts: Sequence[str]) -> list[bool]:
-    """Of each text whether its end is cut off, because it is longer than what is encoded."""
+    """Whether the end of each text is cut off, because it is longer than what is encoded."""
     return [bool(encoding.overflowing) for encoding in tokenizer.encode_batch(list(texts))]
 
 
@@ -333,7 +333,7 @@ def rows_of(tokenizer: Tokenizer, spans: Sequence[Span], chunks: int) -> Rows:
 
 
 def _bare_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Of a text, neither framed nor cut nor padded."""
+    """The ids of a text, neither framed nor cut nor padded."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     parts = [encoding, *encoding.overflowing]
     return [i for part in parts for i, seen in zip(part.ids, part.attention_mask, strict=True) if seen]
@@ -412,7 +412,7 @@ class ReadsTexts:
         return tokenize(self._tokenizer(), [with_all_vectors(text, self.added) for text in texts])
 
     def cut(self, texts: Sequence[str]) -> list[bool]:
-        """Of each text whether its end is cut off, because it has more than max_seq_len tokens.
+        """Whether the end of each text is cut off, because it has more than max_seq_len tokens.
 
         Raises:
             ValueError: there is no tokenizer.

@@ -13,7 +13,7 @@ from ldm.io.errors import SettingError
 
 
 def test_a_measure_is_a_function(sets, lite0, tmp_path):
-    """Of paths, of images in memory or opened, and of a reference that is loaded once."""
+    """It takes paths, images in memory or opened, and a reference that is loaded once."""
     result = frechet.compute(sets / "plain", sets / "real", extractor=lite0, kid=True)
     assert result.values.keys() == {"fid_real", "kid_real", "kid_real_std"} and result.samples["seeds"] == [7]
     real = frechet.load_reference(sets / "real", lite0)

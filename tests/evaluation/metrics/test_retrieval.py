@@ -101,7 +101,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_images_of_the_right_concept_are_recognised(data, lite0):
-    """Of a model that draws what the captions say all images are, of one that mixes up the concepts none."""
+    """All images of a model that draws what the captions say are; none of one that mixes up the concepts."""
     stored = np.load(data / "pictures.npy")
     real = load_real_images(data, extractor=lite0)
     queries = choose_queries(EmojiDataset(data, "train", 1), 19, seed=0)

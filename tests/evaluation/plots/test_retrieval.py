@@ -23,7 +23,7 @@ ROWS = 6
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model, and two databases: of pictures, and of the same in other colours."""
+    """A model, and two databases: of images, and of the same in other colours."""
     place = tmp_path_factory.mktemp("rdm")
     tiny_model(
         place / "model",

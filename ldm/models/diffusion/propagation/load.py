@@ -87,7 +87,7 @@ class RunFacts:
 
     @staticmethod
     def of(sampler: str, weights_file: Path | None, **more: Any) -> RunFacts:
-        """Of a run with this sampler and the model of this file (or diffusers folder), if it is known, and more facts.
+        """The facts of a run: this sampler, the model of this file (or diffusers folder) if it is known, and more.
 
         The model's calibrations lie beside its weights.
         """
@@ -280,7 +280,7 @@ def level_of(spec: str) -> str:
 
 
 def _path(spec: str) -> Path:
-    """Of a plan file by its name, if there is one; otherwise the spec as a path."""
+    """The path of the plan file with this name, if there is one; otherwise the spec is the path."""
     return PLAN_DIR / f"{spec}.yaml" if spec in plan_names() else Path(spec)
 
 

@@ -1,4 +1,4 @@
-"""What of the network runs at which node of a run, how many decoders share a batch, and what stands in for the rest.
+"""Which part of the network runs at which node, how many decoders share a batch, and what stands in for the rest.
 
 First the plans, then the forecasters: what stands in for a value at a node that does not compute it, made of those at
 the nodes before. A forecaster is a row of weights over past values. It is written NAME[:AXIS][:QUANTITY], as in
@@ -49,7 +49,7 @@ class Batch:
     compute: Compute
 
     def computes(self) -> Iterator[Compute]:
-        """Of each node."""
+        """What runs at each node."""
         for i in self.nodes:
             yield Compute.DECODER if self.compute is Compute.FULL and i > self.nodes.start else self.compute
 
@@ -148,7 +148,7 @@ class Plan:
         return frozenset(kind for kind, count in kinds.items() if count)
 
     def computes(self) -> tuple[Compute, ...]:
-        """Of every node."""
+        """What runs at every node."""
         return tuple(compute for batch in self.batches() for compute in batch.computes())
 
     def batches(self, change: Change | None = None) -> Iterator[Batch]:

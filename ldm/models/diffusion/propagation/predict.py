@@ -52,7 +52,7 @@ class Forecaster:
         return Forecaster(METHODS[forecast.name], *_times(forecast.axis, nodes))
 
     def distinct(self, keys: Sequence[int]) -> list[int]:
-        """Of these nodes those that are the last at their time: solvers that come back to a time replace its value."""
+        """The last of these nodes at each time: a solver that comes back to a time replaces its value."""
         last: dict[float, int] = {}
         for key in keys:
             last.pop(self.times[key], None)
@@ -60,7 +60,7 @@ class Forecaster:
         return [*last.values()]
 
     def weights(self, keys: Sequence[int], i: int) -> list[float]:
-        """Of the values at these nodes, in the value at node i; at the time of the last of them it is that value."""
+        """The weights of the values at these nodes in the value at node i; at the time of the last, that value."""
         if self.times[i] == self.times[keys[-1]]:
             return [0.0] * (len(keys) - 1) + [1.0]
         return self.method.weigh([self.times[k] for k in keys], self.times[i], self.span)
