@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.arguments import EMOJI64, SAMPLERS, model_arguments, seed_argument
+from ldm.cli.arguments import EMOJI64, RDM_EMOJI, SAMPLERS, Files, model_arguments, seed_argument
 from ldm.cli.parser import Parser, check_outdir, cli, count, finite, run_command, settings_from, step_count
 from ldm.io.errors import BadInput
 
-PROMPTS = EMOJI64[0].parent / "prompts.txt"
+DATABASE = str(RDM_EMOJI[0].parent / "database")
 ROWS = Path(__file__).with_name("plots") / "pareto.yaml"
 
 
@@ -46,6 +46,7 @@ class Kind:
     # The other keyword arguments of the function, with their defaults; each has its flag in `OPTIONS`.
     options: Mapping[str, Any] = field(default_factory=lambda: {"steps": 50})
     keeps: bool = False  # the function also gets `cache`, a folder beside the figure for intermediate results
+    model: Files = EMOJI64  # the default model, with its prompts.txt
 
 
 SOLVERS = (("ddim", 50), ("dpm-solver", 20), ("dpm-solver++", 20))
@@ -66,14 +67,16 @@ KINDS = {
         "retrieval",
         "images of a retrieval-augmented model by several databases, and by the text alone",
         6,
-        {"steps": 50, "databases": ("artbench-surrealism",), "knn": 4},
+        {"steps": 50, "databases": (DATABASE,), "knn": 4},
+        model=RDM_EMOJI,
     ),
     "neighbours": Kind(
         "retrieval",
         "quality of a retrieval-augmented model by number of neighbours and size of the database",
         1000,
-        {"steps": 50, "databases": ("artbench-surrealism",), "knns": (1, 2, 4, 8, 16), "sizes": (100, 1000, 10000)},
+        {"steps": 50, "databases": (DATABASE,), "knns": (1, 2, 4, 8, 16), "sizes": (100, 1000, 10000)},
         keeps=True,
+        model=RDM_EMOJI,
     ),
     "placement": Kind("images", "number and placement of the key timesteps (table 5, figure 9)", 16),
     "pareto": Kind("pareto", "error against both costs, for plans and for fewer steps", 16, COMPARED, keeps=True),
@@ -123,7 +126,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "repeats": (count, "N", "timed runs of each method (default: %(default)s)"),
     "commands": (str, "COMMAND", COMMANDS),
     "plans": (str, "PLAN", "plans, as --plan of txt2img.py (default: {shown})"),
-    "databases": (str, "DIR", "databases of scripts/build_database.py (default: {shown})"),
+    "databases": (str, "DIR", "databases of scripts/build_database.py (default: the one that ships)"),
     "knn": (count, "K", "neighbours that an image is made of (default: %(default)s)"),
     "knns": (count, "K", "numbers of neighbours (default: {shown})"),
     "sizes": (count, "N", "numbers of images in the database (default: {shown})"),
@@ -142,16 +145,16 @@ def add_option(p: argparse.ArgumentParser, name: str, default: Any) -> None:
     p.add_argument(flag, type=kind, default=default, metavar=metavar, help=help, **more)
 
 
-def shared_arguments(p: argparse.ArgumentParser) -> None:
-    """The arguments of every kind of figure."""
+def shared_arguments(p: argparse.ArgumentParser, model: Files = EMOJI64) -> None:
+    """The arguments of every kind of figure; `model`: the default."""
     text = "folder for KIND.svg, KIND.png and KIND.json (default: %(default)s)"
     p.add_argument("--out", default="outputs/figures", metavar="DIR", help=text)
-    text = "prompts, one per line, for a model with a text encoder (default: the prompts of emoji64)"
-    p.add_argument("--prompts", default=str(PROMPTS), metavar="FILE", help=text)
+    text = "prompts, one per line, for a model that reads text (default: prompts.txt of the default model)"
+    p.add_argument("--prompts", default=str(model[0].parent / "prompts.txt"), metavar="FILE", help=text)
     p.add_argument("--scale", type=finite, help="guidance scale, 1 = none (default: the model's, or 7.5)")
     seed_argument(p)
-    model_arguments(p, EMOJI64)
-    p.set_defaults(outdir=None)
+    model_arguments(p, model)
+    p.set_defaults(outdir=None, default_model=model)
 
 
 def parser() -> Parser:
@@ -162,7 +165,7 @@ def parser() -> Parser:
         if kind.count is not None:
             text = "number of images (default: %(default)s)"
             one.add_argument("--count", type=count, default=kind.count, metavar="N", help=text)
-        shared_arguments(one)
+        shared_arguments(one, kind.model)
         for option, default in kind.options.items():
             add_option(one, option, default)
     every = kinds.add_parser(
@@ -183,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
 
     out = Path(args.out)
     check_outdir(out, "--out")
-    setup = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), EMOJI64)
+    setup = cli.setup.make_setup(settings_from(args, cli.settings.ModelSettings), args.default_model)
     prompts = cli.tasks.prompts_in(args.prompts, "prompts")
     names = [name for name in OF_ALL if name not in args.without] if args.kind == "all" else [args.kind]
     for name, kind in ((name, KINDS[name]) for name in names):

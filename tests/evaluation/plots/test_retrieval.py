@@ -63,6 +63,12 @@ def test_texts_and_neighbours_of_two_databases(place, tmp_path):
     assert Image.open(tmp_path / "databases.png").width > 500
 
 
+def test_without_flags_the_model_and_the_database_are_those_that_ship(tmp_path):
+    assert main(["databases", "--count=1", "--steps=1", f"--out={tmp_path}"]) == 0
+    record = json.loads((tmp_path / "databases.json").read_text())
+    assert "Model emoji," in record["caption"] and "database" in " ".join(record["values"]["columns"])
+
+
 def test_other_figures_are_of_the_texts_alone(place, tmp_path):
     assert figure(place, tmp_path, "expected", "--count=2") == 0
     assert len(json.loads((tmp_path / "expected.json").read_text())["values"]["psnr"]["step 0"]["images"]) == 2
