@@ -46,7 +46,7 @@ def load(
             (docs/personalization.md); "FILE:0.8" is a LoRA with the weight 0.8.
 
     Raises:
-        FileNotFoundError: a file is not here; for a published model it is said where to get it.
+        FileNotFoundError: a file is not here; for a published model the message says where to get it.
         ValueError: no such model, or files that do not make one.
     """
     from ldm.api import load_by_name

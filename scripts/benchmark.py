@@ -33,7 +33,7 @@ ROWS = ["off", "faster-diffusion", "faster-diffusion@8", "deepcache:3"]
 MOST_THREADS = 1024
 DTYPES = ("fp32", "fp16", "bf16")
 STABLE = EMOJI64[0].parents[3] / "configs" / "stable-diffusion"
-# What is timed unless it is said: on a CPU, and on a GPU.
+# What is timed by default: on a CPU, and on a GPU.
 USUAL: dict[str, dict[str, Any]] = {
     "cpu": {"config": [str(EMOJI64[0])], "dtype": ["fp32"], "batch": [1], "steps": 10, "rows": ROWS, "compile": False},
     "cuda": {

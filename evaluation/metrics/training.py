@@ -2,7 +2,7 @@
 
 They log beside the validation's own numbers, as val/NAME, and `model.params.monitor` may name them. All images are
 those of the validation or of fixed noise, rounded to 8 bits as saved ones are. A Fréchet distance depends on the
-network and on the number of images, which are said at the start.
+network and on the number of images, which are printed at the start.
 """
 
 from __future__ import annotations

@@ -392,7 +392,7 @@ class FolderError(ValueError):
     """A folder that is not what it should be."""
 
 
-class Asked(Schema):
+class CardProtocol(Schema):
     """What is needed of a run card's protocol; there is more."""
 
     model_config = ConfigDict(extra="ignore")
@@ -408,7 +408,7 @@ class CardFields(Schema):
 
     model_config = ConfigDict(extra="ignore")
 
-    protocol: Asked
+    protocol: CardProtocol
     protocol_sha256: str
     plan: str
     method: dict[str, Any]

@@ -150,7 +150,7 @@ def size_arguments(group: argparse._ArgumentGroup, default: str = "the model's")
 
 
 def prompt_arguments(group: argparse._ActionsContainer, framed: bool = True) -> None:
-    """What is said beside the prompts, and how both are read; `framed`: the model may be SDXL."""
+    """What is given beside the prompts, and how both are read; `framed`: the model may be SDXL."""
     negative_argument(group)
     group.add_argument(
         "--prompt-weights",

@@ -81,7 +81,7 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What the search came to for one level and one number of key timesteps.
 
     error: of the latents of whole runs, as in `Choice`; began: that of each plan that it could begin from.
@@ -105,7 +105,7 @@ class Outcome:
     """The calibration of a sampler, the plans that were looked for, and where the calibration belongs."""
 
     calibration: Calibration
-    found: Sequence[Found]
+    found: Sequence[SearchResult]
     file: Path
 
 
@@ -265,7 +265,7 @@ class Trial:
         return state.x
 
 
-def search(trial: Trial, calibration: Calibration, level: str, count: int) -> Found:
+def search(trial: Trial, calibration: Calibration, level: str, count: int) -> SearchResult:
     """From what does best in whole runs, the calibration's key timesteps for some forecaster or even ones, by exchange.
 
     The dynamic program adds up errors of single steps; whole runs can disagree, most where there are few key timesteps.
@@ -286,7 +286,7 @@ def search(trial: Trial, calibration: Calibration, level: str, count: int) -> Fo
             return trial.error(at(keys))
 
         keys, error = exchange(best.keys, nodes, error_of)
-    return Found(at(keys), level, error, began)
+    return SearchResult(at(keys), level, error, began)
 
 
 def even(nodes: int, count: int) -> Keys:
@@ -296,7 +296,7 @@ def even(nodes: int, count: int) -> Keys:
     return tuple(sorted((*every, *others[: count - len(every)])))
 
 
-def with_found(calibration: Calibration, found: Found) -> Calibration:
+def with_found(calibration: Calibration, found: SearchResult) -> Calibration:
     """The calibration with what a search came to."""
     old = calibration.choice(found.level, found.plan.propagate)
     keys = [*old.keys]
@@ -306,7 +306,7 @@ def with_found(calibration: Calibration, found: Found) -> Calibration:
     return calibration.model_copy(update={"choices": [new if c is old else c for c in calibration.choices]})
 
 
-def write_plan(path: str | Path, found: Found, calibration: Calibration) -> None:
+def write_plan(path: str | Path, found: SearchResult, calibration: Calibration) -> None:
     """Write a plan file of `ldm.models.diffusion.propagation.load`, with how it was made."""
     how = ", ".join(f"{name} {value}" for name, value in calibration.how.items())
     text = yaml.safe_dump(

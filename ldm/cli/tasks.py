@@ -242,21 +242,21 @@ def truncated_prompts(items: Sequence[Item], task: Task, model: LatentDiffusion)
 
     That is the ends of long ones, words such as <new1> that it was not given, and weights that are read as text.
     """
-    prompts, said = {text for texts in texts_of(items, task).values() for text in texts}, []
+    prompts, notes = {text for texts in texts_of(items, task).values() for text in texts}, []
     if unknown := unknown_words(model, [*prompts]):
-        said.append(
+        notes.append(
             f"{', '.join(unknown)}: no word of this model, which reads the letters; an embedding or a delta brings it"
         )
     if weighted := sorted(text for text in prompts if isinstance(task.condition, Text) and task.condition.unread(text)):
-        said.append(
+        notes.append(
             f"{shown(weighted[0])}: brackets are read as text, since weights are not asked for (prompt-weights)"
         )
     if cut := task.condition.cut(model, [*prompts]):
-        said.append(
+        notes.append(
             f"{cut} of {len(prompts)} prompts longer than the text encoder reads: what is past its last token is left "
             f"out"
         )
-    return "; ".join(said) or None
+    return "; ".join(notes) or None
 
 
 # Classes

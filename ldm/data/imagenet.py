@@ -109,7 +109,7 @@ class ImageNetSR(SuperResolution):
     """Pairs for super-resolution from ImageNet; the other arguments as for `SuperResolution`.
 
     If the published list of images that are large enough is at its place, data/imagenet_train_hr_indices.p (or _val_),
-    only those are used, which is said.
+    only those are used, and a line says so.
     """
 
     part: str

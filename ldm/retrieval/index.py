@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from ldm.io.errors import SettingError, fault_of, one_line
 from ldm.io.files import Count, Schema, Share, Text, atomic_write, parse, read_json, write_json
 from ldm.retrieval.database import Database
-from ldm.retrieval.search import ExactSearch, Found, check_queries
+from ldm.retrieval.search import ExactSearch, Nearest, check_queries
 
 try:
     import faiss
@@ -60,7 +60,7 @@ class IndexSearch:
     index: Any
     candidates: int = 1  # for each neighbour
 
-    def __call__(self, queries: Tensor, k: int) -> Found:
+    def __call__(self, queries: Tensor, k: int) -> Nearest:
         check_queries(self.database, queries, k)
         queries = normalize(queries.float())
         count = min(len(self.database), k * self.candidates)
@@ -70,7 +70,7 @@ class IndexSearch:
             return ExactSearch(self.database)(queries, k)
         cosines = torch.einsum("qd,qkd->qk", queries, normalize(self.database.embeddings(rows), dim=-1))
         best = cosines.topk(k)
-        return Found(rows.gather(1, best.indices), best.values)
+        return Nearest(rows.gather(1, best.indices), best.values)
 
 
 def train_index(database: Database, kind: str, out: Path, recall: float, k: int) -> Iterator[Trial]:

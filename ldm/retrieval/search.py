@@ -18,7 +18,7 @@ CHOSEN_FROM = 1 << 16  # cosines, at least, that the greatest are chosen from at
 SHORTEST = 1e-12  # length of an embedding that is divided by; one of zeros is like nothing
 
 
-class Found(NamedTuple):
+class Nearest(NamedTuple):
     """The k rows nearest to each of Q queries, nearest first: their numbers and cosines, both (Q, k)."""
 
     rows: Tensor
@@ -28,7 +28,7 @@ class Found(NamedTuple):
 class Searcher(Protocol):
     """Finds neighbours."""
 
-    def __call__(self, queries: Tensor, k: int) -> Found:
+    def __call__(self, queries: Tensor, k: int) -> Nearest:
         """Queries (Q, D) of any length -> their k nearest rows.
 
         Raises:
@@ -44,10 +44,10 @@ class ExactSearch:
     database: Database
 
     @torch.no_grad()
-    def __call__(self, queries: Tensor, k: int) -> Found:
+    def __call__(self, queries: Tensor, k: int) -> Nearest:
         check_queries(self.database, queries, k)
         directions = normalize(queries.float()).T.contiguous().numpy()  # (D, Q)
-        best = Found(torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0))
+        best = Nearest(torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0))
         first = 0
         for cosines in self._cosines(directions):
             best = _better(best, torch.from_numpy(cosines).T, first, k)
@@ -81,7 +81,7 @@ def _products(chunk: np.ndarray, directions: np.ndarray) -> np.ndarray:
     return (torch.from_numpy(chunk) @ torch.from_numpy(directions)).numpy()
 
 
-def _better(best: Found, similarities: Tensor, first: int, k: int) -> Found:
+def _better(best: Nearest, similarities: Tensor, first: int, k: int) -> Nearest:
     """The best of those so far and of the next rows, which begin at `first`; similarities (Q, n)."""
     numbers = torch.arange(first, first + similarities.shape[1])
     if best.rows.shape[1] == k:  # few of the next rows are nearer to any query; NaN counts as nearer, to be noticed
@@ -91,7 +91,7 @@ def _better(best: Found, similarities: Tensor, first: int, k: int) -> Found:
     rows = torch.cat([best.rows, numbers[top.indices]], 1)
     found = torch.cat([best.similarities, top.values], 1)
     kept = found.topk(min(k, found.shape[1]))
-    return Found(rows.gather(1, kept.indices), kept.values)
+    return Nearest(rows.gather(1, kept.indices), kept.values)
 
 
 def check_queries(database: Database, queries: Tensor, k: int) -> None:

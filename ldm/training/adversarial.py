@@ -106,12 +106,12 @@ class AdversarialTraining(FirstStageTraining):
         self.toggle_optimizer(discriminator)
         if not self.reuse_forward:
             reconstruction = reconstructed(self.model, images, sample=True)[0]
-        judged = self.loss.judge(images, reconstruction.detach(), self.batches)
-        self.manual_backward(judged["disc_loss"] / self.accumulate)
+        disc_terms = self.loss.disc_terms(images, reconstruction.detach(), self.batches)
+        self.manual_backward(disc_terms["disc_loss"] / self.accumulate)
         if step:
             self.step_discriminator(discriminator.optimizer)
         self.untoggle_optimizer(discriminator)
-        self.log_terms("train", images, reconstruction, terms | judged)
+        self.log_terms("train", images, reconstruction, terms | disc_terms)
         return terms["total_loss"].detach()
 
     def step_first_stage(self, optimizer: Any) -> None:
@@ -144,7 +144,9 @@ class AdversarialTraining(FirstStageTraining):
         images = self.images_of(batch)
         reconstruction, latent = reconstructed(self.model, images, sample=False)
         terms = self.loss.generator(images, reconstruction, latent, self.batches)
-        self.log_terms("val", images, reconstruction, terms | self.loss.judge(images, reconstruction, self.batches))
+        self.log_terms(
+            "val", images, reconstruction, terms | self.loss.disc_terms(images, reconstruction, self.batches)
+        )
 
 
 def trained(module: nn.Module) -> Iterable[nn.Parameter]:

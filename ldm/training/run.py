@@ -123,7 +123,7 @@ def monitor_of(config: DictConfig) -> Monitor | None:
 
 
 def kept_states(monitor: Monitor | None) -> str:
-    """What is said of the states that a training keeps."""
+    """What is printed about the states that a training keeps."""
     if monitor is None:
         return f"kept: {LAST}"
     return f"kept: {LAST}, and {BEST} by the {'greatest' if monitor.greatest else 'least'} {monitor.name}"

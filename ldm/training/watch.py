@@ -70,7 +70,7 @@ def losses_of(trainer: pl.Trainer) -> dict[str, Tensor]:
 
 
 def kept_in(folder: Path) -> str:
-    """What is said of the states in the folder of a run."""
+    """What is printed about the states in the folder of a run."""
     states = [path for path in (folder / LAST, folder / BEST) if path.exists()]
     return ", ".join(f"{path} holds step {steps_done(path)}" for path in states) or "nothing was kept yet"
 

@@ -118,7 +118,7 @@ class AdversarialLoss(nn.Module, ABC):
         if self.perceptual_loss is not None:
             between = self.perceptual_loss(images, reconstruction).float()
         without = self.reconstruction(images - reconstruction, between, latent, weights)
-        g_loss = -self.discriminator(self.judged(reconstruction, cond)).float().mean()
+        g_loss = -self.discriminator(self.disc_input(reconstruction, cond)).float().mean()
         d_weight = images.new_zeros(())
         if torch.is_grad_enabled() and last_layer is not None and (self.disc_factor > 0.0 or self.always_balanced):
             d_weight = self.adaptive_weight(without.nll, g_loss, last_layer)
@@ -137,12 +137,12 @@ class AdversarialLoss(nn.Module, ABC):
         of_nll, of_g = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (nll, g_loss))
         return (of_nll / (of_g + 1e-4)).clamp(0.0, GREATEST_WEIGHT).detach() * self.disc_weight
 
-    def judge(
+    def disc_terms(
         self, images: Tensor, reconstruction: Tensor, batches: int, cond: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Loss of the discriminator, `disc_loss`, and its mean logits; arguments as for `generator`."""
         real, fake = (
-            self.discriminator(self.judged(x.contiguous().detach(), cond)).float()
+            self.discriminator(self.disc_input(x.contiguous().detach(), cond)).float()
             for x in (images, reconstruction.float())
         )
         return {
@@ -151,7 +151,7 @@ class AdversarialLoss(nn.Module, ABC):
             "logits_fake": fake.mean().detach(),
         }
 
-    def judged(self, images: Tensor, cond: Tensor | None) -> Tensor:
+    def disc_input(self, images: Tensor, cond: Tensor | None) -> Tensor:
         if (cond is not None) != self.disc_conditional:
             raise ValueError(f"disc_conditional is {self.disc_conditional}; a condition goes with True only, and must")
         return images if cond is None else torch.cat([images, cond], dim=1)
@@ -172,7 +172,7 @@ class AdversarialLoss(nn.Module, ABC):
         if optimizer_idx == 0:
             terms = self.generator(images, reconstruction, latent, global_step, last_layer, cond, weights)
         else:
-            terms = self.judge(images, reconstruction, global_step, cond)
+            terms = self.disc_terms(images, reconstruction, global_step, cond)
         loss = next(iter(terms.values()))
         return loss, {f"{split}/{name}": value.detach() for name, value in terms.items()}
 

@@ -94,7 +94,7 @@ class RunFacts:
         return RunFacts({"sampler": sampler, **more}, weights_file and calibrations_of(weights_file), weights_file)
 
     def usual_forecast(self, level: str) -> str:
-        """The forecaster of a level of LEVELS, unless it is said."""
+        """The forecaster of a level of LEVELS, unless it is given."""
         sampler = f"{self.facts.get('sampler')}-"  # its spacing may follow, see `Spacings.name_of`
         noisy = self.facts.get("eta") or any(sampler.startswith(f"{name}-") for name in NOISY)
         return (USUAL_WITH_NOISE if noisy else USUAL)[level]
@@ -430,7 +430,7 @@ def _read(path: Path) -> _PlanFile:
 
 @contextmanager
 def _of_file(path: Path) -> Iterator[None]:
-    """What is wrong inside is said with the file's name."""
+    """Errors inside name the file."""
     try:
         yield
     except ValueError as error:

@@ -33,7 +33,7 @@ class Compute(Enum):
     GATED = "gated"  # all but cross-attention, whose outputs are those of earlier key nodes; without guidance
 
 
-# What runs at nodes that are no key nodes, and how the rest is forecast unless it is said: as published, or what did
+# What runs at nodes that are no key nodes, and how the rest is forecast unless it is given: as published, or what did
 # best in our measurements (docs/acceleration.md).
 LEVELS = {"encoder": Compute.DECODER, "deepcache": Compute.SHALLOW, "skip": Compute.SKIPPED, "tgate": Compute.GATED}
 USUAL = {"encoder": "hold", "deepcache": "hold", "skip": "quadratic:logsnr:eps", "tgate": "hold"}
@@ -398,7 +398,7 @@ class Method:
     weigh: (times of past values, new time, first and last time of the run) -> weight of each value. With fewer values
         than `keep` it is that of the lower degree or order that they allow.
     keep:  past values that it takes at most.
-    axis:  what is time, unless it is said.
+    axis:  what is time, unless it is given.
     """
 
     weigh: Callable[[Times, float, Span], list[float]]
