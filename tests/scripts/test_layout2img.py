@@ -101,7 +101,7 @@ def test_sizes_compare_and_the_example(script, capsys):
         ([[{"box": CAT["box"]}]], "--boxes: image 1, box 1: expected {"),
         ([[CAT | {"class": 1.5}]], "--boxes: image 1, box 1: class: expected a number or a name; got 1.5"),
         ([[CAT | {"class": True}]], "--boxes: image 1, box 1: class: expected a number or a name; got True"),
-        ([[CAT | {"class": "cat"}]], "--boxes: image 1, box 1: 'cat' is no number, and this model's classes have no names"),
+        ([[CAT | {"class": "cat"}]], "--boxes: image 1, box 1: 'cat' is no number, and this model's classes"),
         ([[CAT | {"class": -1}]], "--boxes: image 1, box 1: expected 0..8190, the classes of this model; got -1"),
         ([[CAT | {"class": 8191}]], "--boxes: image 1, box 1: expected 0..8190, the classes of this model; got 8191"),
         ([[CAT | {"box": [0, 0, 1]}]], r"--boxes: image 1, box 1: box: expected four numbers.*; got \[0, 0, 1\]"),
