@@ -23,6 +23,7 @@ from ldm.training.watch import GREATEST
 SEED = 23  # of weights, data order and noise, if the configuration has none
 OURS = {"logger", "callbacks", "enable_checkpointing", "use_distributed_sampler"}  # that a config can't set
 TRAINER = set(inspect.signature(pl.Trainer.__init__).parameters) - OURS - {"self"}
+WORDS = "training.params.new_tokens"
 RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
 
 
@@ -96,7 +97,7 @@ def read_configuration(
     # The targets first: with another one, params that were for the old one go.
     for text in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".target")):
         with fault_of(text, (ValueError, OmegaConfBaseException, YAMLError)):
-            merge(config, OmegaConf.from_dotlist([text]))
+            merge(config, OmegaConf.from_dotlist([text]), words=text.partition("=")[0] == WORDS)
     try:
         check_references(config)
         config, lines = completed(config, scale_lr, allow)
@@ -108,8 +109,13 @@ def read_configuration(
         raise ValueError(str(error)) from error
 
 
-def merge(config: DictConfig, part: DictConfig) -> None:
-    """Add what a part says to the configuration; a dataset that is replaced by another leaves no params to it."""
+def merge(config: DictConfig, part: DictConfig, words: bool = True) -> None:
+    """Add what a part says to the configuration; a dataset that is replaced by another leaves no params to it.
+
+    words: new words of the part are all of them, in the place of those that a configuration names as an example.
+    """
+    if words and OmegaConf.select(config, WORDS) and OmegaConf.select(part, WORDS):
+        OmegaConf.update(config, WORDS, {}, merge=False)
     for name in ("train", "validation"):
         before, after = (OmegaConf.select(one, f"data.params.{name}.target") for one in (config, part))
         if before and after and before != after:

@@ -285,6 +285,22 @@ def test_a_lora_of_odd_shapes(files, tmp_path):
             merge_lora(model, tmp_path / "l.safetensors")
 
 
+def test_deltas_of_several_concepts_add_up(files, tmp_path):
+    """One whole, in the layout of CompVis, and one compressed, in that of diffusers, which names its word."""
+    model = load_model(files[1], files[3])
+    key, encoder = f"{LAYER}k.weight", model.cond_stage_model
+    own = model.get_parameter(U + key).clone()
+    torch.manual_seed(0)
+    first, u, v = torch.randn(own.shape), torch.randn(len(own), 1), torch.randn(1, own.shape[1])
+    words = torch.randn(2, 16)
+    save_delta(tmp_path / "a.ckpt", {key: first}, {"<x>": words[:1]})
+    torch.save({"unet": {key: {"u": u, "v": v}}, "modifier_token": {"<two>": words[1]}}, tmp_path / "b.bin")
+    apply_deltas(model, [tmp_path / "a.ckpt", tmp_path / "b.bin"])
+    torch.testing.assert_close(model.get_parameter(U + key).detach(), first + u @ v)
+    ids = [encoder.words(word).ids[1] for word in ("<new1>", "<two>")]
+    assert torch.equal(encoder.token_table.weight[ids], words)
+
+
 def test_a_delta_for_a_model_on_another_device(files, tmp_path):
     model, key = load_model(files[1], files[3]).to("meta"), "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     torch.save({"unet": {key: torch.ones(model.get_parameter(U + key).shape)}}, tmp_path / "d.bin")

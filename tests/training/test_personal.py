@@ -15,6 +15,7 @@ from ldm.checkpoint.delta import apply_deltas, compressed, read_delta, save_delt
 from ldm.checkpoint.embeddings import add_embeddings, read_embeddings
 from ldm.checkpoint.lora import merge_lora
 from ldm.data.personal import Subject
+from ldm.training.configuration import read_configuration
 from ldm.training.state import read_state
 from main import main
 from tests.helpers.goldens import assert_golden, load_case
@@ -139,6 +140,18 @@ def test_a_lora_is_what_was_trained(home, before, tmp_path, capsys):
     torch.testing.assert_close(merged, before[f"model.diffusion_model.{layer}.weight"] + change)
     assert load_script("export_model").main([str(run), "--out", str(run / "half.safetensors"), "--dtype", "fp16"]) == 0
     assert {value.dtype for value in read_checkpoint(run / "half.safetensors").values()} == {torch.float16}
+
+
+def test_new_words_stand_in_the_place_of_the_example():
+    """Several concepts can only be used together if each has a word of its own, and no other."""
+    files, example = [PERSONAL / "custom-diffusion.yaml"], "training.params.new_tokens"
+    model = ["model={target: ldm.Any}"]
+    for settings, words in (
+        ([], {"<new1>": "face"}),
+        ([f"{example}={{<new2>: tool}}"], {"<new2>": "tool"}),
+        ([f"{example}.<new1>=owl", f"{example}.<new2>=tool"], {"<new1>": "owl", "<new2>": "tool"}),
+    ):
+        assert read_configuration(files, [*model, *settings]).training.params.new_tokens == words
 
 
 def test_bad_settings(home, tmp_path, capsys):
