@@ -73,7 +73,9 @@ def parser() -> Parser:
         "--against", choices=("diffusers",), help="also time the plain run of this library on the same weights"
     )
     p.add_argument(
-        "--compile", action="store_true", default=None, help="also time every row compiled by PyTorch; takes minutes"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also time every row compiled by PyTorch; takes minutes (default: on a GPU)",
     )
     p.add_argument("--repeats", type=count, default=3, metavar="N", help="timed rounds (default: 3)")
     p.add_argument("--threads", type=whole(1, MOST_THREADS), metavar="N", help="CPU threads (default: PyTorch's)")

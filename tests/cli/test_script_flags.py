@@ -6,11 +6,12 @@ import re
 
 import pytest
 
+from evaluation import figures
 from ldm.cli import arguments
 from ldm.cli.arguments import SAMPLERS
 from ldm.models.diffusion import schedule as spacing
 from ldm.models.diffusion.solvers.registry import SOLVERS
-from tests.helpers.paths import SCRIPTS
+from tests.helpers.paths import ROOT, SCRIPTS
 from tests.helpers.processes import COMMANDS, quick_help
 
 SHARED = (
@@ -62,3 +63,26 @@ def test_help_tells_the_default_spacing_of_every_solver():
 def test_short_published_flags():
     printed = quick_help(SCRIPTS / "sample_diffusion.py")
     assert all(re.search(rf"(?<![-\w]){flag}\b", printed) for flag in ("-r", "-n", "-e", "-v", "-l", "-c"))
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "models").rglob("*.md")]
+FLAG = r"(?<![\w-])--[A-Za-z][\w-]*"
+# Of ruff, pip and torchrun; of published programs, where a page says that they are not taken; of main.py's settings.
+OF_OTHERS = {"--check", "--no-deps", "--nproc_per_node", "--nproc-per-node", "--torchscript", "--ipex", "--bf16"}
+OF_OTHERS |= {"--accelerator", "--max_epochs", "--key", "--data"}
+
+
+def flags_of(name: str) -> set[str]:
+    """The flags of the command with this file name."""
+    command = next(command for command in COMMANDS if command.name == name)
+    return figures.parser().flags() if name == "figures.py" else {*re.findall(FLAG, quick_help(command))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_that_a_page_names_are_there(page):
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))  # a command of several lines is one
+    known = set().union(*(flags_of(command.name) for command in COMMANDS))
+    assert {*re.findall(FLAG, text)} <= known | OF_OTHERS
+    for name, line in re.findall(r"\bpython (?:scripts/|evaluation/|)(\w+\.py)\b([^\n`|#]*)", text):
+        given = re.sub(r'"[^"]*"', "", line)  # in quotes stand texts, and commands that a figure runs
+        assert {*re.findall(FLAG, given)} <= flags_of(name) | OF_OTHERS, f"{name}{line}"
