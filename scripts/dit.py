@@ -22,6 +22,7 @@ from ldm.cli.arguments import (
     sampling_arguments,
 )
 from ldm.cli.parser import GO_ON, Parser, cli, run_command, settings_from
+from ldm.io.errors import SettingError
 
 MODELS = {
     size: (ROOT / f"configs/dit/dit-xl-2-{size}.yaml", ROOT / f"models/dit/dit-xl-2-{size}/model.safetensors")
@@ -39,7 +40,7 @@ def parser() -> Parser:
         "--image-size",
         type=int,
         choices=(256, 512),
-        help="one of the two published models, if neither --config nor --ckpt is given (default: the model that ships)",
+        help="one of the two published models, in the place of --config and --ckpt (default: the model that ships)",
     )
     sampling_arguments(p, 250, steps_flags=("--steps", "--num-sampling-steps"), unknown="the model's")
     p.set_defaults(sampler="ddpm-learned")
@@ -50,6 +51,8 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.image_size is not None and (args.config or args.ckpt):
+        raise SettingError("image_size", "one of the published models; leave it out beside --config or --ckpt")
     model = cli.setup.make_setup(
         settings_from(args, cli.settings.ModelSettings), MODELS.get(args.image_size, DIT_EMOJI)
     )

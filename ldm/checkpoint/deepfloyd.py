@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.conversion import RES_BLOCK, UNET, UNET_ENDS, ConversionError
 from ldm.checkpoint.file import PART_FILES, read_checkpoint
-from ldm.checkpoint.model import fill, unmade
+from ldm.checkpoint.model import check_free, fill, is_copied, unmade
 from ldm.io.errors import some
 from ldm.io.files import read_json, read_yaml
 from ldm.util import instantiate_from_config
@@ -283,14 +283,21 @@ def _threshold(path: Path, usual: float) -> float:
     return float(most)
 
 
-def load_stage(stage: Stage, device: torch.device) -> nn.Module:
+def load_stage(stage: Stage, device: torch.device, free: int | None = None) -> nn.Module:
     """The model of a stage, ready to sample from.
 
+    Args:
+        free: bytes of the device's memory that the weights may take; None = any.
+
     Raises:
-        CheckpointError, ConversionError: the weights are not those that its files describe.
+        CheckpointError, ConversionError: the weights are not those that its files describe, or do not fit.
     """
-    network = stage.model["params"]["unet_config"]["params"]
-    state = {UNET + key: value for key, value in to_original(read_checkpoint(stage.weights), network).items()}
+    network, given = stage.model["params"]["unet_config"]["params"], read_checkpoint(stage.weights)
+    full = torch.float32
+    need = sum(full.itemsize * value.numel() for value in given.values() if is_copied(value, full, device))
+    check_free(stage.weights, need, free)
+    state = {UNET + key: value for key, value in to_original(given, network).items()}
+    del given
     model = unmade(lambda: instantiate_from_config(stage.model))
     fill(model, state, stage.weights, "raw", assign=True)
     model.weights_file = stage.weights

@@ -191,20 +191,30 @@ def load_model(
         )
     model = unmade_model(config)
     need = new_bytes(model, state, torch.device(device))
-    if free is not None and need > free:
-        raise CheckpointError(f"{ckpt_path}: its weights take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    check_free(ckpt_path, need, free)
     log.info("%s", fill(model, state, Path(ckpt_path), used, assign=True))
     model.weights_file = Path(ckpt_path)
     return model.eval().requires_grad_(False).to(device)
 
 
+def check_free(path: str | Path, need: int, free: int | None) -> None:
+    """Raise CheckpointError if the weights of a file need more bytes than are free; None = any."""
+    if free is not None and need > free:
+        raise CheckpointError(f"{path}: its weights take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+
 def new_bytes(model: nn.Module, state: Mapping[str, Tensor], device: torch.device) -> int:
-    """What the weights of a model take beside the file, which on a CPU is mapped where it has their precision."""
+    """What the weights of a model take beside the file, which on a CPU is mapped."""
     return sum(
         value.nbytes
         for name, value in model.state_dict().items()
-        if name in state and (device.type != "cpu" or state[name].dtype != value.dtype)
+        if name in state and is_copied(state[name], value.dtype, device)
     )
+
+
+def is_copied(value: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a model can't compute on a tensor of a file where it is, see `_aligned`."""
+    return device.type != "cpu" or value.dtype != dtype or value.data_ptr() % ALIGNMENT != 0
 
 
 # Fill a module with the weights of a file, and report every key that does not match.

@@ -16,20 +16,31 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ldm.checkpoint import CheckpointError, read_checkpoint, save_weights
+from ldm.checkpoint import CheckpointError, check_weights, read_checkpoint, save_weights
 from ldm.checkpoint.conversion import ConversionError
 from ldm.checkpoint.deepfloyd import Stage, find_stage, load_stage
+from ldm.checkpoint.model import check_free
 from ldm.cli import pipeline, tasks
 from ldm.cli.arguments import ROOT
 from ldm.cli.parser import check_outdir
 from ldm.cli.settings import ModelSettings, OutputSettings, SamplingSettings
-from ldm.cli.setup import Setup, count_nodes, find_device, image_size, make_recipe, make_setup, uses_autocast
+from ldm.cli.setup import (
+    Setup,
+    count_nodes,
+    find_device,
+    image_size,
+    make_recipe,
+    make_setup,
+    uses_autocast,
+    without_weights,
+)
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.images import from_pil, open_image
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import load_plan
 from ldm.models.diffusion.schedule import leading
 from ldm.modules.encoders.t5 import LENGTH, T5States, find_parts
+from ldm.profiling.cost import free_bytes
 from ldm.sampling.deepfloyd import TextStates, TextStatesAndImage
 from ldm.sampling.engine import Sizes, Task
 from ldm.sampling.generate import Item, read_manifest
@@ -128,7 +139,7 @@ class StageSetup(Setup):
 
     def load(self) -> LatentDiffusion:
         with fault_of("ckpt", (CheckpointError, ConversionError, ValueError, OSError)):
-            return load_stage(self.stage, self.device)
+            return load_stage(self.stage, self.device, free_bytes(self.device))
 
 
 # The stages
@@ -207,10 +218,13 @@ def shapes(settings: CascadeSettings, number: int, setup: Setup, below: int) -> 
 
 def check_sampling(sampling: SamplingSettings, setup: Setup) -> None:
     """Raise SettingError for a plan or a solver that can't be used, before any stage is run."""
-    nodes = count_nodes(make_recipe(sampling, (1, 1)), setup)
-    if not sampling.plan.startswith("auto:"):  # which needs the weights' calibration
-        with fault_of("plan"):
-            load_plan(sampling.plan, nodes)
+    recipe = make_recipe(sampling, (1, 1))
+    nodes = count_nodes(recipe, setup)
+    with fault_of("plan"):
+        if "auto:" in sampling.plan:
+            raise ValueError("auto plans need a calibration, which no stage has; expected a plan that names its steps")
+        plan = load_plan(sampling.plan, nodes)
+    pipeline.check_network(without_weights(setup.config.model), recipe, plan)
 
 
 def check_noise_level(settings: CascadeSettings, number: int, setup: Setup) -> None:
@@ -248,6 +262,7 @@ def stage_setup(settings: CascadeSettings, number: int, device: torch.device) ->
         raise SettingError(name, f"needed for stage {number}: its folder; or leave it out of {{stages}}", "stages")
     with fault_of(name):
         stage = find_stage(Path(folder))
+        check_weights(stage.weights)
         wanted, has = number == 2, stage.model["params"]["unet_config"]["params"]["noise_level"]
         if wanted != has:
             raise ValueError(f"{folder}: that is a stage {2 if has else 1} of DeepFloyd-IF; expected a stage {number}")
@@ -360,6 +375,8 @@ class Texts:
         with fault_of("t5"):
             self._folder = Path(given)
             encoder, tokenizer = find_parts(self._folder)
+            for weights in encoder.glob("*.safetensors"):
+                check_weights(weights)
             which = digest_of_files([*encoder.iterdir(), *tokenizer.iterdir()])
         self._texts, self._device = [*prompts, settings.negative_prompt], device
         self.settings = {"text_encoder": which}
@@ -379,6 +396,8 @@ class Texts:
     @torch.inference_mode()
     def _encode(self) -> None:
         with fault_of("t5"):
+            weights = find_parts(self._folder)[0].glob("*.safetensors")
+            check_free(self._folder, sum(file.stat().st_size for file in weights), free_bytes(self._device))
             encoder = T5States(self._folder, device=self._device)
         if cut := encoder.cut(self._texts):
             print(f"{cut} of {len(self._texts)} texts are longer than {encoder.length} tokens; the rest is left out")

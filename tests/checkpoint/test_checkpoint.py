@@ -449,13 +449,13 @@ def test_a_schedule_in_half_precision_is_left_to_the_config(tmp_path, config):
 
 
 def test_weights_that_do_not_fit_into_memory_are_refused(tmp_path, config):
-    """A file in the precision of the model is not copied; another one is cast."""
+    """A PyTorch file in the precision of the model is not copied; another one is cast, and tensors may not be aligned."""
     halved = {key: value.half() if value.is_floating_point() else value for key, value in STATE.items()}
-    load_model(
-        config, write(tmp_path / "whole.safetensors", {key: value.float() for key, value in STATE.items()}), free=0
-    )
-    with pytest.raises(CheckpointError, match=r"half.safetensors: its weights take 0.0 GB, 0.0 GB are free"):
-        load_model(config, write(tmp_path / "half.safetensors", halved), free=1000)
+    whole = {key: value.float() for key, value in STATE.items()}
+    load_model(config, write(tmp_path / "whole.ckpt", whole), free=0)
+    for name, state in (("half.ckpt", halved), ("half.safetensors", halved), ("whole.safetensors", whole)):
+        with pytest.raises(CheckpointError, match=f"{name}: its weights take 0.0 GB, 0.0 GB are free"):
+            load_model(config, write(tmp_path / name, state), free=1000)
 
 
 def test_what_the_file_leaves_out_and_nothing_reads_is_zero(tmp_path, monkeypatch):

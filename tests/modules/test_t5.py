@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
@@ -53,6 +54,17 @@ def test_a_folder_of_something_else(folder, tmp_path):
     (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
     with pytest.raises(ValueError, match="model.safetensors"):
         T5States(tmp_path)
+
+
+@pytest.mark.parametrize("change, found", [({"num_layers": 2}, 9), ({"vocab_size": 4}, 1)])
+def test_weights_that_are_not_those_of_the_description(folder, tmp_path, change, found, capfd):
+    """The library would make up what is missing."""
+    shutil.copytree(folder, tmp_path / "t5")
+    config = tmp_path / "t5" / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match=f"another T5 than its config.json describes: {found} are missing, or of"):
+        T5States(tmp_path / "t5")
+    assert capfd.readouterr().err == ""
 
 
 def test_the_published_names_and_shapes():

@@ -92,6 +92,7 @@ def test_what_is_there_is_not_made_again(script, capsys):
         ),
         (["--tome", "0.5"], "--tome: a diffusion transformer merges no tokens; accepted: 0; got 0.5"),
         (["--image-size", "128"], "--image-size: invalid choice: 128"),
+        (["--image-size", "512"], "--image-size: one of the published models; leave it out beside --config or --ckpt"),
     ],
 )
 def test_bad_input(script, capsys, arguments, why):

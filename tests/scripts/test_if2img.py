@@ -182,6 +182,9 @@ def test_published_timesteps_of_the_faster_rows():
         ),
         (["--steps", "3", "2000", "2"], "--steps: stage 2: steps must be 1..1000"),
         (["--plans", "0,9", "off", "off"], "--plans: stage 1: "),
+        (["--plans", "off", "tgate:2", "off"], "--plans: stage 2: tgate needs cross-attention as in Stable Diffusion"),
+        (["--plans", "off", "off", "deepcache:2:9"], "--plans: stage 3: 9 blocks are to run anew; this network has 8"),
+        (["--plans", "skip:auto:2", "off", "off"], "--plans: stage 1: auto plans need a calibration, which no stage"),
         (["--noise_levels", "1000", "20"], "--noise_levels: stage 2: expected 0..999; got 1000"),
         (["--noise_levels", "250", "5000"], "--noise_levels: stage 3: expected 0..349; got 5000"),
         (["--stage3", "{out}/none.ckpt"], "--stage3: stage 3: {out}/none.ckpt: no such file"),
@@ -193,6 +196,37 @@ def test_bad_input(cascade, files, capsys, arguments, why):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("if2img.py: error: " + why.format(**places)), line
     assert not (cascade.out / "stage1").exists()  # it is found out before anything is made
+
+
+@pytest.mark.parametrize(
+    "stage, flag, file",
+    [
+        ("stage1", "--t5", "text_encoder/model.safetensors"),
+        ("stage1", "--stage1", "unet/diffusion_pytorch_model.safetensors"),
+        ("stage2", "--stage2", "pytorch_model.bin"),
+    ],
+)
+def test_half_a_download_is_found_out_before_anything_is_made(files, tmp_path, capsys, stage, flag, file):
+    folder = tmp_path / "part"
+    shutil.copytree(files[stage], folder)
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[: len(whole) // 2])
+    cascade = Cascade(files, tmp_path / "out")
+    assert cascade(flag, str(folder)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"if2img.py: error: {flag}: {folder / file}: truncated"), line
+    assert not (cascade.out / "stage1").exists()
+
+
+def test_weights_that_do_not_fit_into_the_memory(files, tmp_path, capsys, monkeypatch):
+    """A first stage whose weights are copied, and T5."""
+    monkeypatch.setattr("ldm.cli.deepfloyd.free_bytes", lambda device: 100_000)
+    cascade = Cascade(files, tmp_path / "out")
+    assert cascade("--stages", "1") == 2
+    assert "--stage1: stage 1: " in (line := capsys.readouterr().err) and "0.0 GB are free" in line
+    monkeypatch.setattr("ldm.cli.deepfloyd.free_bytes", lambda device: 10_000)
+    assert cascade("--stages", "1", "--prompt", "a green tree") == 2
+    assert f"--t5: stage 1: {files['stage1']}: its weights take 0.0 GB" in capsys.readouterr().err
 
 
 def test_a_stage_that_is_not_given(files, tmp_path, capsys):

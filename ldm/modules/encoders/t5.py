@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ldm.io.errors import one_line
+from ldm.io.errors import one_line, some
 from ldm.io.files import read_json
 from ldm.modules.encoders.clip import transformers
 
@@ -55,12 +56,19 @@ class T5States:
         library, self.length = transformers(), length
         local = {"local_files_only": True, "trust_remote_code": False}
         library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()  # what does not fit is said below
+        how = {"dtype": "auto", "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
             self.tokenizer = library.AutoTokenizer.from_pretrained(tokenizer, **local)
-            self.encoder = library.T5EncoderModel.from_pretrained(encoder, dtype="auto", use_safetensors=True, **local)
-        except (OSError, ImportError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            loaded, found = library.T5EncoderModel.from_pretrained(encoder, **how, **local)
+        except (OSError, ImportError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{folder}: {one_line(error)[:300]}") from error
-        self.encoder = self.encoder.eval().requires_grad_(False).to(device)
+        if wrong := {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}:
+            raise ValueError(
+                f"{encoder}: weights of another T5 than its config.json describes: {len(wrong)} are missing, or of "
+                f"another shape{some(wrong, 3)}"
+            )
+        self.encoder = loaded.eval().requires_grad_(False).to(device)
 
     def cut(self, prompts: Sequence[str]) -> int:
         """How many of the prompts are longer than `length` tokens, of which the rest is not read."""
