@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ldm.checkpoint import load_config, load_model, unmade_model
 from ldm.profiling.timing import resident
@@ -46,22 +47,28 @@ def measure_loading(config: str, suffix: str, dtype: str, folder: str) -> Loadin
     """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         path = Path(place) / f"model{suffix}"
-        _in_new_process(_write, config, path, dtype)
-        return _in_new_process(_load, config, path)
+        in_new_process(_write, config, path, dtype)
+        return in_new_process(_load, config, path)
 
 
-def _in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives in a process of its own, which is started for it and ends with it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
+def random_weights(state: Mapping[str, Tensor], dtype: str = "float32") -> dict[str, Tensor]:
+    """Random numbers in the place of tensors on the meta device."""
+    torch.manual_seed(0)
+    return {
+        key: torch.randn(value.shape).mul_(0.02).to(getattr(torch, dtype)) if value.is_meta else value
+        for key, value in state.items()
+    }
+
+
 def _write(config: str, path: Path, dtype: str) -> None:
     """Write a checkpoint of random weights in the config's shapes."""
-    torch.manual_seed(0)
-    state = {
-        key: torch.randn(value.shape).mul_(0.02).to(getattr(torch, dtype)) if value.is_meta else value
-        for key, value in unmade_model(load_config(config)).state_dict().items()
-    }
+    state = random_weights(unmade_model(load_config(config)).state_dict(), dtype)
     if path.suffix == ".safetensors":
         save_file(state, path)
     else:
@@ -69,8 +76,13 @@ def _write(config: str, path: Path, dtype: str) -> None:
 
 
 def _load(config: str, path: Path) -> Loading:
+    return measured(lambda: load_model(config, path), path)
+
+
+def measured(load: Callable[[], nn.Module], path: Path) -> Loading:
+    """What it takes in this process to load a model from a file and to read each of its weights."""
     before, began = resident("VmHWM"), time.perf_counter()
-    model = load_model(config, path)
+    model = load()
     seconds = time.perf_counter() - began
     tensors = model.state_dict().values()
     for tensor in tensors:

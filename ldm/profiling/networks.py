@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.checkpoint import diffusion_params
 from ldm.checkpoint.conversion import unet_config, unet_to_diffusers, unet_to_ldm, video_to_ldm
 from ldm.checkpoint.conversion_xl import VECTOR, framed_unet_config
 from ldm.checkpoint.deepfloyd import NETWORK, network_params, to_original
-from ldm.io.files import find_file
+from ldm.checkpoint.file import read_checkpoint
+from ldm.checkpoint.model import fill, unmade
+from ldm.io.files import find_file, read_json
 from ldm.modules.diffusionmodules.dit import position_embedding
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.packed import pack
+from ldm.profiling.loading import Loading, in_new_process, measured, random_weights
 from ldm.profiling.timing import alternate
 from ldm.util import instantiate_from_config
 
@@ -41,6 +48,7 @@ class Twin:
     size: of the latents: height and width, or frames, height and width.
     given: makes what the two networks take beside latents and timestep, for a number of latents.
     adapted: changes diffusers' network to what is published.
+    foreign: the published file has diffusers' names.
     """
 
     ours: Mapping[str, Any]
@@ -50,6 +58,22 @@ class Twin:
     size: Sequence[int]
     given: Callable[[nn.Module, int], tuple[dict[str, Any], dict[str, Any]]]
     adapted: Callable[[nn.Module], None] = lambda peer: None
+    foreign: bool = False
+
+    def stored(self) -> dict[str, Tensor]:
+        """The weights as the published file has them, without content."""
+        with torch.device("meta"):
+            if self.foreign:
+                return getattr(diffusers, self.kind)(**self.settings).state_dict()
+            return instantiate_from_config(self.ours).state_dict()
+
+    def loaded(self, path: Path) -> nn.Module:
+        """Our network with the weights of such a file."""
+        network, state = unmade(lambda: instantiate_from_config(self.ours)), read_checkpoint(path)
+        if self.foreign:
+            state = self.renamed(state)  # alone, so that the file is let go of on the way
+        fill(network, state, path, "raw", assign=True)
+        return network
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
         """Ours and diffusers'; they share what has the same layout in both."""
@@ -167,10 +191,15 @@ def pixels(width: int, **changes: Any) -> Twin:
         "resnet_time_scale_shift": "scale_shift",
         "act_fn": "gelu",
     } | changes
+    return described_pixels(settings)
+
+
+def described_pixels(settings: Mapping[str, Any]) -> Twin:
+    """A stage of DeepFloyd-IF by its description in diffusers."""
     params = network_params(settings)
-    renamed = partial(to_original, network=params)
-    size = (settings["sample_size"],) * 2
-    return Twin({"target": NETWORK, "params": params}, "UNet2DConditionModel", settings, renamed, size, states)
+    renamed, size = partial(to_original, network=params), (settings["sample_size"],) * 2
+    ours, kept = {"target": NETWORK, "params": params}, {k: v for k, v in settings.items() if not k.startswith("_")}
+    return Twin(ours, "UNet2DConditionModel", kept, renamed, size, states, foreign=True)
 
 
 BLOCK = {
@@ -246,7 +275,20 @@ NETWORKS: dict[str, Callable[[], Twin]] = {
 }
 
 
-# Times
+def described(name: str) -> Callable[[], Twin] | None:
+    """What makes the network of a name, or of the folder of a stage of DeepFloyd-IF; None = there is none.
+
+    Raises:
+        ValueError, OSError: the folder describes no stage.
+    """
+    if not (config := Path(name) / "unet" / "config.json").is_file():
+        return NETWORKS.get(name)
+    settings = read_json(config)
+    network_params(settings)
+    return partial(described_pixels, settings)
+
+
+# Times and memory
 
 
 @dataclass(frozen=True)
@@ -271,38 +313,133 @@ class Comparison:
         return self.ours / self.theirs
 
 
-@torch.inference_mode()
-def compare(
-    name: str, twin: Twin, repeats: int, batch: int = 2, size: Sequence[int] | None = None, packed: bool = True
-) -> Comparison:
-    """Time a prediction of both libraries in turn, after one of each that is not timed.
+@dataclass(frozen=True)
+class Work:
+    """What is timed.
 
-    Args:
-        repeats: timed predictions of each.
-        batch: latents, 2 for a guided prediction of one image.
-        size: height and width of the latents; None = the network's.
-        packed: our layers are packed, as in every run on a CPU, and have weights of their own.
+    repeats: timed predictions of each library, after one that is not.
+    batch: latents, 2 for a guided prediction of one image.
+    size: height and width of the latents; None = the network's.
+    packed: our layers are packed, as in every run on a CPU, and have weights of their own.
+    """
+
+    repeats: int
+    batch: int = 2
+    size: Sequence[int] | None = None
+    packed: bool = True
+
+    def shape(self, twin: Twin) -> tuple[int, ...]:
+        """Of a latent, without its channels."""
+        return (*twin.size[:-2], *(self.size or twin.size[-2:]))
+
+    def inputs(self, twin: Twin, network: nn.Module) -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]:
+        """Latents, timesteps, and what else our network takes, and diffusers'."""
+        x = torch.randn(self.batch, network.in_channels, *self.shape(twin))
+        return x, torch.full((self.batch,), TIMESTEP), *twin.given(network, self.batch)
+
+    def call_of_ours(self, network: nn.Module, x: Tensor, t: Tensor, given: Mapping[str, Any]) -> Callable[[], Tensor]:
+        """A prediction by our network, whose layers are packed for it."""
+        if self.packed:
+            pack(network, x.shape[-2:], None if network.context_dim is None else TOKENS)
+        return lambda: network.decode(network.encode(x, t, **given), t, **given)
+
+
+def call_of_theirs(peer: nn.Module, x: Tensor, t: Tensor, extra: Mapping[str, Any]) -> Callable[[], Tensor]:
+    """A prediction by diffusers' network."""
+    return lambda: peer(x, t, **extra).sample
+
+
+def count(network: nn.Module) -> int:
+    """Of its weights."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@torch.inference_mode()
+def compare(name: str, twin: Twin, work: Work) -> Comparison:
+    """Time predictions of both libraries in turn.
 
     Raises:
         ValueError: a size that the network does not take.
     """
     network, peer = twin.networks()
-    shape = (*twin.size[:-2], *(size or twin.size[-2:]))
-    weights = sum(parameter.numel() for parameter in network.parameters())
-    x, t = torch.randn(batch, network.in_channels, *shape), torch.full((batch,), TIMESTEP)
-    given, extra = twin.given(network, batch)
-    if packed:
-        pack(network, shape[-2:], None if network.context_dim is None else TOKENS)
-    calls = {
-        "ours": lambda: network.decode(network.encode(x, t, **given), t, **given),
-        "theirs": lambda: peer(x, t, **extra).sample,
-    }
+    weights = count(network)
+    x, t, given, extra = work.inputs(twin, network)
+    calls = {"ours": work.call_of_ours(network, x, t, given), "theirs": call_of_theirs(peer, x, t, extra)}
     ours, theirs = (call() for call in calls.values())
     setting = fastest_format(peer, calls["theirs"])
-    taken = alternate(calls, repeats)
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    taken = alternate(calls, work.repeats)
     seconds = {which: taken[which].median for which in calls}
-    return Comparison(name, weights, shape, **seconds, setting=setting, difference=difference)
+    return Comparison(name, weights, work.shape(twin), **seconds, setting=setting, difference=between(ours, theirs))
+
+
+def between(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two predictions, as a share of the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What one library took; the prediction is an array, which goes from process to process."""
+
+    weights: int
+    seconds: float
+    setting: str
+    prediction: np.ndarray
+
+
+def compare_apart(name: str, make: Callable[[], Twin], work: Work) -> Comparison:
+    """The same, each library in a process of its own, one after the other: the weights of one are in memory at a time.
+
+    Args:
+        make: makes the twin; a process can be given it.
+    """
+    ours, theirs = (in_new_process(alone, make, work, which) for which in ("ours", "theirs"))
+    difference = between(torch.from_numpy(ours.prediction), torch.from_numpy(theirs.prediction))
+    shape = work.shape(make())
+    return Comparison(name, ours.weights, shape, ours.seconds, theirs.seconds, theirs.setting, difference)
+
+
+@torch.inference_mode()
+def alone(make: Callable[[], Twin], work: Work, which: str) -> Alone:
+    """Time predictions of one library; the other's network is let go of before the first."""
+    twin = make()
+    network, peer = twin.networks()
+    weights, setting = count(network), ""
+    x, t, given, extra = work.inputs(twin, network)
+    if which == "ours":
+        del peer
+        call = work.call_of_ours(network, x, t, given)
+    else:
+        del network, given
+        call = call_of_theirs(peer, x, t, extra)
+    prediction = call()
+    if which == "theirs":
+        setting = fastest_format(peer, call)
+    return Alone(weights, alternate({which: call}, work.repeats)[which].median, setting, prediction.numpy())
+
+
+MOST_MEMORY = 1.25  # times the weights, at the peak of loading
+
+
+def measure_loading(make: Callable[[], Twin], folder: str) -> Loading:
+    """Load our network, in a new process, from a file of random weights as it is published.
+
+    Args:
+        make: see `compare_apart`.
+        folder: where the file lies for that time.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        path = Path(place) / "network.safetensors"
+        in_new_process(_write, make, path)
+        return in_new_process(_load, make, path)
+
+
+def _write(make: Callable[[], Twin], path: Path) -> None:
+    save_file(random_weights(make().stored()), path)
+
+
+def _load(make: Callable[[], Twin], path: Path) -> Loading:
+    return measured(lambda: make().loaded(path), path)
 
 
 def fastest_format(peer: nn.Module, call: Callable[[], Any]) -> str:

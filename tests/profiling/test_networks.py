@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from ldm.checkpoint import read_checkpoint
 from tests.helpers.scripts import load_script
 from tests.helpers.tiny_unet import network_params
 
@@ -61,7 +62,7 @@ TINY = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", TINY)
 def test_both_libraries_predict_the_same(kind):
-    found = networks.compare(kind, TINY[kind](), 1)
+    found = networks.compare(kind, TINY[kind](), networks.Work(1))
     assert found.difference < 1e-5 and found.ratio == found.ours / found.theirs
 
 
@@ -81,12 +82,53 @@ def test_prints_a_row_and_writes_json(tmp_path, capsys, monkeypatch):
     assert "tiny" in capsys.readouterr().out
 
 
+def first_stage() -> networks.Twin:
+    return networks.pixels(32, sample_size=8, **SMALL)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_libraries_in_processes_of_their_own_and_loading(tmp_path, capsys, monkeypatch):
+    """Small networks take less than the process itself, which the exit code says."""
+    monkeypatch.setitem(networks.NETWORKS, "tiny", first_stage)
+    folder, out = tmp_path / "files", tmp_path / "out.json"
+    folder.mkdir()
+    asked = ["tiny", "--repeats", "1", "--apart", "--loading", str(folder), "--json", str(out)]
+    assert main(asked) == 1
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["difference"] < 1e-5 and row["ours"] > 0 and row["theirs"] > 0 and row["loading"] > 1.25
+    assert f"; loading: {row['loading']:.2f} of the weights" in capsys.readouterr().out
+    assert not [*folder.iterdir()]
+
+
+def test_our_network_is_loaded_from_the_file_that_is_measured(tmp_path):
+    """Under diffusers' names and under ours."""
+    for make in (first_stage, dit):
+        twin, path = make(), tmp_path / f"{make.__name__}.safetensors"
+        networks._write(make, path)
+        weights = sum(value.nbytes for value in twin.loaded(path).state_dict().values())
+        assert networks._load(make, path).weights == weights > 0
+        assert (read_checkpoint(path).keys() == twin.stored().keys()) and twin.foreign == (make is first_stage)
+
+
+def test_a_stage_of_deepfloyd_if_by_its_folder(tmp_path, capsys):
+    (tmp_path / "unet").mkdir()
+    described = networks.pixels(32, sample_size=8, **SECOND).settings
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **described}))
+    assert main([str(tmp_path), "--repeats", "1"]) == 0
+    assert "8 x 8" in capsys.readouterr().out
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    assert main([str(tmp_path)]) == 2
+    assert "NETWORK: not the config.json of a stage of DeepFloyd-IF" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, why",
     [
         (["vqgan"], "NETWORK: expected sd-v1, sd-xl, sd-xl-refiner, x4-upscaler, dit-xl-2-256"),
         (["dit", "--size", "16", "16"], "--size: x must have shape ('B', 4, 8, 8) for this network"),
+        (["dit", "--size", "16", "16", "--apart"], "--size: x must have shape ('B', 4, 8, 8) for this network"),
         (["dit", "--json", f"{__file__}/out.json"], "--json: can't write"),
+        (["dit", "--loading", "missing"], "--loading: missing: no such directory"),
     ],
 )
 def test_bad_input(capsys, monkeypatch, arguments, why):
