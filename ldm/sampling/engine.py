@@ -100,6 +100,7 @@ def usual_scale(config: Mapping[str, Any]) -> float:
     return config.get("sampling", {}).get("scale", 7.5)
 
 
+FRAME_PIXELS = 2**18  # of a video that are decoded at a time, 4 frames of 256 x 256
 NODE_FIELDS = ("spacing", "timesteps_at")  # of a recipe, recorded only where they say something
 
 
@@ -442,10 +443,12 @@ class Engine:
         return x[-asked:], ran._replace(error=state.error)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]."""
+        """Latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1]; the frames of a video a few at a time."""
+        height, width = self.recipe.height, self.recipe.width
+        at_once = max(1, FRAME_PIXELS // (height * width)) if self.task.network.videos else len(latents)
         with self._precision():
-            images = self.model.decode_first_stage(latents, tile=self.tile)
-        return images[..., : self.recipe.height, : self.recipe.width]
+            images = [self.model.decode_first_stage(part, tile=self.tile) for part in latents.split(at_once)]
+            return torch.cat(images)[..., :height, :width]
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

@@ -449,7 +449,7 @@ def test_a_schedule_in_half_precision_is_left_to_the_config(tmp_path, config):
 
 
 def test_weights_that_do_not_fit_into_memory_are_refused(tmp_path, config):
-    """A PyTorch file in the precision of the model is not copied; another one is cast, and tensors may not be aligned."""
+    """A PyTorch file in the model's precision is not copied; another is cast, or its tensors are not aligned."""
     halved = {key: value.half() if value.is_floating_point() else value for key, value in STATE.items()}
     whole = {key: value.float() for key, value in STATE.items()}
     load_model(config, write(tmp_path / "whole.ckpt", whole), free=0)

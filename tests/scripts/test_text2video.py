@@ -9,11 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.checkpoint import CheckpointError, read_checkpoint, save_weights
+from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkpoint, save_weights
 from ldm.checkpoint.file import check_weights
 from ldm.io import video
+from ldm.models.diffusion.propagation.load import load_plan
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.profiling.timing import peak_memory
+from ldm.sampling.engine import Engine, Recipe, Sizes, Task
+from ldm.sampling.task import Text
+from ldm.sampling.video import OneVideo
 from tests.helpers.goldens import recipe_weights
 from tests.helpers.scripts import Script, check_laws, load_script
 from tests.helpers.tiny_models import write_model
@@ -160,6 +164,17 @@ def test_plans_are_listed_with_what_they_cost_a_frame(fusion, capsys):
 
 def test_the_laws_of_a_model_of_videos(fusion):
     check_laws(fusion, "--format=frames")
+
+
+def test_frames_are_decoded_a_few_at_a_time(videofusion, monkeypatch):
+    config, ckpt = (argument.partition("=")[2] for argument in videofusion[:2])
+    how = Recipe(64, 64, scale=2.0), load_plan("off", 50), Task(Text(), network=OneVideo(6))
+    engine = Engine(load_model(config, ckpt), Sizes.of(load_config(config).model), *how)
+    latents = torch.randn(6, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    whole, most = engine.decode(latents), peak_memory(lambda: engine.decode(latents))
+    monkeypatch.setattr("ldm.sampling.engine.FRAME_PIXELS", 2 * 64 * 64)
+    torch.testing.assert_close(engine.decode(latents), whole, rtol=0, atol=1e-4)
+    assert peak_memory(lambda: engine.decode(latents)) < 0.5 * most
 
 
 def test_the_files_of_modelscope_are_one_checkpoint(videofusion, tmp_path):
