@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_config, load_model, unmade_model
+from ldm.checkpoint import load_config, load_model, read_checkpoint, unmade_model
+from ldm.checkpoint.model import fill, unmade
 from ldm.profiling.timing import resident
+from ldm.util import instantiate_from_config
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,21 @@ def _write(config: str, path: Path, dtype: str) -> None:
 
 def _load(config: str, path: Path) -> Loading:
     return measured(lambda: load_model(config, path), path)
+
+
+def load_network(
+    config: Mapping[str, Any], renamed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None, path: Path
+) -> Loading:
+    """Load a network alone, as a model's is loaded; `renamed`: the file's names -> ours, None = they are ours."""
+
+    def load() -> nn.Module:
+        network, state = unmade(lambda: instantiate_from_config(config)), read_checkpoint(path)
+        if renamed is not None:
+            state = renamed(state)  # alone, so that the file is let go of on the way
+        fill(network, state, path, "raw", assign=True)
+        return network
+
+    return measured(load, path)
 
 
 def measured(load: Callable[[], nn.Module], path: Path) -> Loading:

@@ -19,13 +19,11 @@ from ldm.checkpoint import diffusion_params
 from ldm.checkpoint.conversion import unet_config, unet_to_diffusers, unet_to_ldm, video_to_ldm
 from ldm.checkpoint.conversion_xl import VECTOR, framed_unet_config
 from ldm.checkpoint.deepfloyd import NETWORK, network_params, to_original
-from ldm.checkpoint.file import read_checkpoint
-from ldm.checkpoint.model import fill, unmade
 from ldm.io.files import find_file, read_json
 from ldm.modules.diffusionmodules.dit import position_embedding
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.packed import pack
-from ldm.profiling.loading import Loading, in_new_process, measured, random_weights
+from ldm.profiling.loading import Loading, in_new_process, load_network, random_weights
 from ldm.profiling.timing import alternate
 from ldm.util import instantiate_from_config
 
@@ -66,14 +64,6 @@ class Twin:
             if self.foreign:
                 return getattr(diffusers, self.kind)(**self.settings).state_dict()
             return instantiate_from_config(self.ours).state_dict()
-
-    def loaded(self, path: Path) -> nn.Module:
-        """Our network with the weights of such a file."""
-        network, state = unmade(lambda: instantiate_from_config(self.ours)), read_checkpoint(path)
-        if self.foreign:
-            state = self.renamed(state)  # alone, so that the file is let go of on the way
-        fill(network, state, path, "raw", assign=True)
-        return network
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
         """Ours and diffusers'; they share what has the same layout in both."""
@@ -428,18 +418,15 @@ def measure_loading(make: Callable[[], Twin], folder: str) -> Loading:
         make: see `compare_apart`.
         folder: where the file lies for that time.
     """
+    twin = make()
     with tempfile.TemporaryDirectory(dir=folder) as place:
         path = Path(place) / "network.safetensors"
         in_new_process(_write, make, path)
-        return in_new_process(_load, make, path)
+        return in_new_process(load_network, twin.ours, twin.renamed if twin.foreign else None, path)
 
 
 def _write(make: Callable[[], Twin], path: Path) -> None:
     save_file(random_weights(make().stored()), path)
-
-
-def _load(make: Callable[[], Twin], path: Path) -> Loading:
-    return measured(lambda: make().loaded(path), path)
 
 
 def fastest_format(peer: nn.Module, call: Callable[[], Any]) -> str:

@@ -105,9 +105,11 @@ def test_our_network_is_loaded_from_the_file_that_is_measured(tmp_path):
     for make in (first_stage, dit):
         twin, path = make(), tmp_path / f"{make.__name__}.safetensors"
         networks._write(make, path)
-        weights = sum(value.nbytes for value in twin.loaded(path).state_dict().values())
-        assert networks._load(make, path).weights == weights > 0
-        assert (read_checkpoint(path).keys() == twin.stored().keys()) and twin.foreign == (make is first_stage)
+        network, _ = twin.networks()
+        found = networks.load_network(twin.ours, twin.renamed if twin.foreign else None, path)
+        assert found.weights == sum(value.nbytes for value in network.state_dict().values())
+        assert read_checkpoint(path).keys() == twin.stored().keys() and twin.foreign == (make is first_stage)
+        assert twin.foreign == (twin.stored().keys() != network.state_dict().keys())
 
 
 def test_a_stage_of_deepfloyd_if_by_its_folder(tmp_path, capsys):
