@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 from ldm.cli.installation import Finding, packages
 from ldm.cli.parser import Parser, cli, run_command
@@ -24,7 +25,8 @@ def parser() -> Parser:
     p.add_argument(
         "--ckpt",
         metavar="FILE",
-        help="the checkpoint, or diffusers folder; without --config or --ckpt the script looks for the file that fits",
+        help="the checkpoint, or diffusers folder, or alone that of a stage of DeepFloyd-IF; "
+        "without --config or --ckpt the script looks for the file that fits",
     )
     p.add_argument(
         "--verify", action="store_true", help="read the published models that are here and check their SHA-256"
@@ -49,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     # What is said of the packages does not need them.
     fault = False if pair else shown(packages())
 
+    if args.config is None and args.ckpt is not None and cli.examine.is_stage(Path(args.ckpt)):
+        return int(shown(cli.examine.examine_stage(Path(args.ckpt))))
     if pair:
         return int(shown(cli.examine.examine(*cli.setup.model_files(args.config, args.ckpt))))
     return int(shown(cli.examine.machine(args.verify)) or fault)

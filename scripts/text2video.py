@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     size = cli.setup.image_size(model.sizes, args.H, args.W)
     made = cli.video.make_video(model, settings, size, sampling, settings_from(args, cli.settings.OutputSettings))
     if made is not None:
-        print(f"{settings.count} frames: {made}")
+        print(f"{settings.count} frame{'s' * (settings.count != 1)}: {made}")
 
 
 main = partial(run_command, parser(), run, stopped=GO_ON)

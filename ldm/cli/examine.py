@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkpoint
+from ldm.checkpoint.deepfloyd import find_stage, load_stage
 from ldm.checkpoint.diagnosis import Facts, differences, facts_of_config, facts_of_weights, measured_prediction, summary
 from ldm.checkpoint.file import stated_prediction
 from ldm.checkpoint.published import Published, load_manifest
@@ -18,7 +19,8 @@ from ldm.cli.setup import CONSTRUCTION, fitting_configs
 from ldm.io.errors import fault_of, some
 from ldm.io.files import PROJECT_ROOT
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.profiling.cost import context_tokens
+from ldm.modules.encoders.t5 import find_parts
+from ldm.profiling.cost import context_tokens, free_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEASURE = 32  # largest height and width of the latents for the measured prediction
@@ -120,6 +122,47 @@ def examine(config_path: Path, ckpt: Path) -> Iterator[Finding]:
     except CONSTRUCTION as error:
         yield Finding("FAULT", f"the config does not build a model: {' '.join(str(error).split())}")
         return
+    findings = [*placed(model)]
+    yield from findings
+    if stated.channels is not None and findings[-1].kind == "ok":
+        yield from prediction(config, model, ckpt)
+
+
+# A stage of DeepFloyd-IF, whose folder is config and checkpoint together
+
+
+def is_stage(folder: Path) -> bool:
+    """Whether it looks like one: a network in either layout, without the first stage of Stable Diffusion."""
+    described = (folder / "unet" / "config.json").is_file() or (folder / "config.yml").is_file()
+    return described and not (folder / "vae").is_dir()
+
+
+def examine_stage(folder: Path) -> Iterator[Finding]:
+    """Whether its weights are those that its description says, and whether T5 is beside them."""
+    cpu = torch.device("cpu")
+    with fault_of("ckpt"):
+        stage = find_stage(folder)
+    params = stage.model["params"]["unet_config"]["params"]
+    widths = ", ".join(str(params["model_channels"] * factor) for factor in params["channel_mult"])
+    yield Finding(
+        "ok",
+        f"{folder}: stage {2 if params['noise_level'] else 1} of DeepFloyd-IF, images of {params['image_size']} x "
+        f"{params['image_size']} pixels, channels {widths}; it reads states of width {params['encoder_dim']}",
+    )
+    try:
+        model = load_stage(stage, cpu, free_bytes(cpu))
+    except ValueError as error:
+        yield Finding("FAULT", str(error), f"expected the weights that {stage.described} describes")
+        return
+    yield from placed(model)
+    try:
+        yield Finding("ok", f"T5 is beside it: {find_parts(folder)[0]}")
+    except ValueError:
+        yield Finding("note", "no T5 beside it; scripts/if2img.py takes its folder as --t5")
+
+
+def placed(model: nn.Module) -> Iterator[Finding]:
+    """That all weights were found, and whether they are finite."""
     yield Finding("ok", "every weight has its place")
     if broken := not_finite(model):
         yield Finding(
@@ -127,9 +170,6 @@ def examine(config_path: Path, ckpt: Path) -> Iterator[Finding]:
             f"{len(broken)} weights hold NaN or infinite numbers{some(broken)}",
             "a training that diverged, or a damaged file: take an earlier checkpoint, or download it again",
         )
-        return
-    if stated.channels is not None:
-        yield from prediction(config, model, ckpt)
 
 
 def not_finite(model: nn.Module) -> list[str]:

@@ -15,13 +15,16 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint import load_model
+from ldm.checkpoint.deepfloyd import network_params as deepfloyd_params
 from ldm.checkpoint.diagnosis import differences, facts_of_config, facts_of_weights, measured_prediction
 from ldm.checkpoint.file import stated_prediction
 from ldm.checkpoint.published import load_manifest
 from ldm.cli.examine import computes, prediction, published
 from ldm.util import instantiate_from_config
+from tests.helpers.deepfloyd import FIRST, recipe_state
 from tests.helpers.paths import GOLDENS, ROOT
 from tests.helpers.scripts import load_script
+from tests.helpers.tiny_t5 import write_t5
 
 MODELS = json.loads(gzip.decompress((GOLDENS / "state_dicts.json.gz").read_bytes()))
 EMOJI64 = ROOT / "models" / "ldm" / "emoji64"
@@ -242,6 +245,33 @@ def test_a_config_that_does_not_build(tmp_path, capsys):
     OmegaConf.save(config, tmp_path / "c.yaml")
     assert main(["--config", str(tmp_path / "c.yaml"), *FILES[2:]]) == 1
     assert re.search("FAULT the config does not build a model: .*missing.json: no such", capsys.readouterr().out)
+
+
+def test_a_stage_of_deepfloyd_if(tmp_path, capsys):
+    """What its folder describes, whether the weights are those, and whether T5 is beside them."""
+    unet = write_t5(tmp_path) / "unet"
+    unet.mkdir()
+    state = recipe_state(deepfloyd_params(FIRST), seed=1, gain=0.6)
+    (unet / "config.json").write_text(json.dumps(FIRST))
+    save_file(state, unet / "diffusion_pytorch_model.safetensors")
+    assert main(["--ckpt", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "stage 1 of DeepFloyd-IF, images of 8 x 8 pixels, channels 32, 64; it reads states of width 32" in printed
+    assert "ok    every weight has its place" in printed and "ok    T5 is beside it: " in printed
+
+    (tmp_path / "text_encoder" / "config.json").unlink()
+    state["conv_in.bias"][0] = float("nan")
+    save_file(state, unet / "diffusion_pytorch_model.safetensors")
+    assert main(["--ckpt", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAULT 1 weights hold NaN or infinite numbers" in printed and "note  no T5 beside it" in printed
+
+    (unet / "config.json").write_text(json.dumps(FIRST | {"encoder_hid_dim": 64}))
+    assert main(["--ckpt", str(tmp_path)]) == 1
+    assert "FAULT " in (printed := capsys.readouterr().out) and "v_proj.bias (32,), config (64,)" in printed
+    (unet / "config.json").write_text("{}")
+    assert main(["--ckpt", str(tmp_path)]) == 2
+    assert "--ckpt: not the config.json of a stage of DeepFloyd-IF" in capsys.readouterr().err
 
 
 def test_a_first_stage_by_itself(tmp_path, capsys):
