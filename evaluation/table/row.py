@@ -154,9 +154,18 @@ class Job:
 
     @property
     def missing(self) -> str | None:
-        """Why the row can't be run; None = it can."""
+        """Why the row can't be run; None = it can. One that is not in the paper does not ask for a model of its own."""
         files = [path for paths in self.bench.model.added.values() for path in paths if not path.exists()]
+        if self.alone and not self.bench.model.ckpt.exists():
+            return "not run: no weights here"
         return self.row.missing or (f"not run: needs {files[0].name}" if files else None)
+
+    @property
+    def alone(self) -> bool:
+        """Whether its protocol is another than the table's, and the paper has no row of it."""
+        table, world, own = self.bench.table, self.bench.world, self.bench.named
+        mates = [row for row in table.rows_in(world) if table.protocol_of(row, world) == own]
+        return own != table.protocol.get(world) and not any(row.paper for row in mates)
 
     @property
     def timing(self) -> Path:
