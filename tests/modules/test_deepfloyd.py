@@ -201,13 +201,17 @@ def run(case: Mapping[str, Any], tensors: Mapping[str, Tensor], sampler: str, ne
 @pytest.mark.parametrize(
     "name, sampler",
     [
+        ("if_stage1_25_plain", "ddpm-learned"),
         ("if_stage1_25_corrected", "ddpm-learned"),
+        ("if_stage1_100_plain", "ddpm-learned"),
+        ("if_stage1_100_corrected", "ddpm-learned"),
+        ("if_stage2_50_plain", "ddpm-learned"),
         ("if_stage2_50_corrected", "ddpm-learned"),
         ("if_stage1_dpmpp25_plain", "dpm-solver++-published"),
     ],
 )
 def test_trajectories(name, sampler):
-    """The first two decode several steps at once; the last is plain, without the variance."""
+    """Those called corrected decode several steps at once; the last is without the variance."""
     case, tensors = load_case(name)
     into = run(case, tensors, sampler)
     assert_golden(torch.stack([into[i] for i in tensors["step_idx"]]), tensors["into_step"], case)
@@ -215,33 +219,38 @@ def test_trajectories(name, sampler):
 
 
 class AsReleased(nn.Module):
-    """A network whose decoder knows the timestep alone: neither text nor noise level, nor the activation after them."""
+    """A network whose decoder knows the timestep alone: neither text nor noise level, nor an activation after them."""
 
-    def __init__(self, model: LatentDiffusion) -> None:
+    def __init__(self, whole: nn.Module) -> None:
         super().__init__()
-        self.whole = model.model
-        self.decoder = copy.copy(model.model.diffusion_model)
-        self.decoder._modules = {**self.decoder._modules, "embedding_act": nn.Identity()}
+        self.whole, self.decoder = whole, copy.copy(whole.diffusion_model)
+        if hasattr(self.decoder, "embedding_act"):
+            self.decoder._modules = {**self.decoder._modules, "embedding_act": nn.Identity()}
+        else:
+            self.decoder.num_classes = None
 
     def decode(self, features, t, cond, tome=0.0):
-        return self.decoder.decode(features, t, cond.context, torch.zeros_like(cond.y), tome)
+        y = torch.zeros_like(cond.y) if self.decoder.num_classes else None
+        return self.decoder.decode(features, t, cond.context, y, tome)
 
     def __getattr__(self, name):
         return super().__getattr__(name) if name in ("whole", "decoder") else getattr(self.whole, name)
 
 
-def test_the_release_loses_part_of_the_embedding():
+@pytest.mark.parametrize("name", ["if_stage1_25", "if_stage1_100", "if_stage2_50"])
+def test_the_release_loses_part_of_the_embedding(name):
     """What it made is reproduced by that loss, and is far from what its plan makes without."""
-    case, tensors = load_case("if_stage1_25_released")
-    into = run(case, tensors, "ddpm-learned", AsReleased(model_of(1)))
+    case, tensors = load_case(f"{name}_released")
+    into = run(case, tensors, "ddpm-learned", AsReleased(model_of(case["stage"]).model))
     assert_golden(into[-1], tensors["final"], case)
-    corrected = load_case("if_stage1_25_corrected")[1]["final"]
+    corrected = load_case(f"{name}_corrected")[1]["final"]
     assert (into[-1] - corrected).abs().max() > 1
 
 
-def test_the_third_stage():
+@pytest.mark.parametrize("mode", ["plain", "corrected", "released"])
+def test_the_third_stage(mode):
     """The x4 upscaler of Stable Diffusion, by DDIM with every 13th timestep."""
-    case, tensors = load_case("if_stage3_75_corrected")
+    case, tensors = load_case(f"if_stage3_75_{mode}")
     model = DDPM(
         {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": case["kwargs"]},
         linear_start=case["scheduler"]["beta_start"],
@@ -259,10 +268,11 @@ def test_the_third_stage():
         {"c_crossattn": [tensors[name]], "c_concat": [low], "c_adm": level}
         for name in ("prompt_embeds", "negative_prompt_embeds")
     )
-    plan = load_plan("if-stage3", 75, 75)
-    assert list(plan.keys) == case["key_steps"] and leading(75, 1) == tuple(case["timesteps"])
+    plan = load_plan("off" if mode == "plain" else "if-stage3", 75, 75)
+    assert list(plan.keys) == case.get("key_steps", [*range(75)]) and leading(75, 1) == tuple(case["timesteps"])
     rule = solver("ddim", model.alphas_cumprod, 75, timesteps_at=leading(75, 1))
-    x = [tensors["x_T"]]
-    x += [state.x for state in denoise(model.denoiser(cond, uncond, case["guidance_scale"]), rule, plan, x[0])]
+    network = AsReleased(model.model) if mode == "released" else None
+    denoiser = model.denoiser(cond, uncond, case["guidance_scale"], network=network)
+    x = [tensors["x_T"], *(state.x for state in denoise(denoiser, rule, plan, tensors["x_T"]))]
     assert_golden(torch.stack([x[i] for i in tensors["step_idx"]]), tensors["into_step"], case)
     assert_golden(x[-1], tensors["final"], case)

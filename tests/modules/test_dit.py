@@ -155,10 +155,10 @@ def denoiser(case: dict) -> Guided:
     return model().denoiser(cond, uncond, case["cfg_scale"], variance=True)
 
 
-@pytest.mark.parametrize("mode", ["plain", "propagated"])
-def test_25_steps(mode):
-    """Every step's latents; plain, the authors' loop, and with 7 key timesteps."""
-    case, tensors, rule, plan = of_case(f"dit_trajectory_{mode}_25")
+@pytest.mark.parametrize("name", ["plain_25", "propagated_25", "plain_250", "serial_k113"])
+def test_trajectories(name):
+    """Latents of every step, of 15 where there are 250; plain, with 7 key timesteps, and with the authors' 113."""
+    case, tensors, rule, plan = of_case(f"dit_trajectory_{name}")
     x = [tensors["z"], *(state.x for state in denoise(denoiser(case), rule, plan, tensors["z"]))]
     assert_golden(torch.stack([x[i] for i in tensors["step_idx"]]), tensors["into_step"], case)
     assert_golden(x[-1], tensors["final"], case)
