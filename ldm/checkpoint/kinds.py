@@ -53,6 +53,11 @@ def _kinds(content: Mapping[Any, Any]) -> set[str]:
     found = {MODEL} if any(name.startswith(UNET) for name in names) else set()
     if {"controlnet_cond_embedding.conv_in.weight", READER, CONTROL + READER} & {*names}:
         return found | {NETWORK}
-    if names and all("." not in name and isinstance(state[name], Tensor) and state[name].ndim < 3 for name in names):
+    if names and all("." not in name and _is_word(state[name]) for name in names):
         return {WORDS}
     return found
+
+
+def _is_word(value: Any) -> bool:
+    """Whether this is one vector or several, for a text encoder."""
+    return isinstance(value, Tensor) and value.ndim in (1, 2) and value.shape[-1] > 1
