@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     asked = {"batch": args.batch, "repeats": args.repeats, "packed": not args.unpacked, "apart": args.apart}
     about, missed = profiling.timing.machine() | asked, []
 
-    def told(found: Mapping[str, Any]) -> str:
+    def line_of(found: Mapping[str, Any]) -> str:
         missed.extend([found["name"]] if (found["loading"] or 0) > networks.MOST_MEMORY else [])
         return line(found)
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; float32, medians of {args.repeats}"
     )
     print(ROW.format("network", "M weights", "latents", "ours, s", "diffusers, s", "ratio", "difference"))
-    profiling.timing.tell(compared(args, makers), told, about, args.json)
+    profiling.timing.tell(compared(args, makers), line_of, about, args.json)
     return int(bool(missed))
 
 

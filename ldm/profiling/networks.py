@@ -319,7 +319,7 @@ class Work:
     packed: bool = True
 
     def shape(self, twin: Twin) -> tuple[int, ...]:
-        """Of a latent, without its channels."""
+        """The shape of a latent, without its channels."""
         return (*twin.size[:-2], *(self.size or twin.size[-2:]))
 
     def inputs(self, twin: Twin, network: nn.Module) -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]:
@@ -340,7 +340,7 @@ def call_of_theirs(peer: nn.Module, x: Tensor, t: Tensor, extra: Mapping[str, An
 
 
 def count(network: nn.Module) -> int:
-    """Of its weights."""
+    """The number of its weights."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
