@@ -74,7 +74,7 @@ def engine(model, recipe: Recipe, plan) -> Engine:
 
 
 def test_extrapolation_beats_holding_at_every_level(model):
-    """By three tenths of the squared distance from the plain run, at 12 steps; docs/acceleration.md has 50."""
+    """By three tenths of the squared distance from the plain run, at 12 steps; docs/benchmark.md has 50."""
     recipe = replace(RECIPE, scale=2.0, noise_weight=0.0)
     nodes, items = num_nodes(recipe), prompt_items(PROMPTS[:1], 1, seed=0)
     plain = engine(model, recipe, load_plan("off", nodes)).latents(items)

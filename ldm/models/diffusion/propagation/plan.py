@@ -34,7 +34,7 @@ class Compute(Enum):
 
 
 # What runs at nodes that are no key nodes, and how the rest is forecast unless it is given: as published, or what did
-# best in our measurements (docs/acceleration.md).
+# best in our measurements (docs/benchmark.md).
 LEVELS = {"encoder": Compute.DECODER, "deepcache": Compute.SHALLOW, "skip": Compute.SKIPPED, "tgate": Compute.GATED}
 USUAL = {"encoder": "hold", "deepcache": "hold", "skip": "quadratic:logsnr:eps", "tgate": "hold"}
 USUAL_WITH_NOISE = USUAL | {"skip": "linear:timestep:x0"}  # in runs whose solver adds noise at every step
