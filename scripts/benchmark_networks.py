@@ -104,18 +104,13 @@ def run(args: argparse.Namespace) -> int:
     if args.loading and not Path(args.loading).is_dir():
         raise SettingError("loading", f"{args.loading}: no such directory")
     asked = {"batch": args.batch, "repeats": args.repeats, "packed": not args.unpacked, "apart": args.apart}
-    about, missed = profiling.timing.machine() | asked, []
-
-    def line_of(found: Mapping[str, Any]) -> str:
-        missed.extend([found["name"]] if (found["loading"] or 0) > networks.MOST_MEMORY else [])
-        return line(found)
-
+    about = profiling.timing.machine() | asked
     print(
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; float32, medians of {args.repeats}"
     )
     print(ROW.format("network", "M weights", "latents", "ours, s", "diffusers, s", "ratio", "difference"))
-    profiling.timing.tell(compared(args, makers), line_of, about, args.json)
-    return int(bool(missed))
+    found = profiling.timing.tell(compared(args, makers), line, about, args.json)
+    return int(any((one["loading"] or 0) > networks.MOST_MEMORY for one in found))
 
 
 main = partial(run_command, parser(), run)

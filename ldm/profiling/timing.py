@@ -128,12 +128,15 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
 
 def tell(
     results: Iterable[Mapping[str, Any]], text: Callable[[Any], str], about: Mapping[str, Any], path: str | None
-) -> None:
+) -> list[Mapping[str, Any]]:
     """Print the text of each result as soon as it is there, and write all that are there into a JSON file, if one is
     named: a later one may fail.
 
     Args:
         about: what all results depend on, for the file.
+
+    Returns:
+        All results.
 
     Raises:
         SettingError: `json`: the file can't be written.
@@ -145,3 +148,4 @@ def tell(
         if path:
             with fault_of("json", (OSError,)):
                 write_json(path, {**about, "results": found})
+    return found
