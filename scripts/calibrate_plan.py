@@ -3,13 +3,14 @@
     python scripts/calibrate_plan.py --level skip --keys 10 --out my-plan.yaml
     python scripts/txt2img.py --plan my-plan.yaml --compare
 
-Along plain runs of some prompts the script measures, at every step, what the values of every earlier step would do to
-the latents in place of its own. From that it finds the key timesteps with the least total error, for every level
-(encoder, deepcache, skip), some forecasters and every number of them, by dynamic programming. Then it makes whole
-runs: for each --level and each number of --keys it compares the forecasters, and moves single key timesteps as long
-as the final latents come closer to those of the plain run. With --out it writes only that plan. Without --out it
-writes all key timesteps to the folder of the weights (calibration/SAMPLER-STEPS-scaleSCALE.json), where --plan auto:K,
-skip:auto:K, deepcache:auto:K and auto:SHARE% of the sampling scripts find them.
+Along plain runs of some prompts, or of classes of a class-conditional model, the script measures, at every step, what
+the values of every earlier step would do to the latents in place of its own. From that it finds the key timesteps
+with the least total error, for every level (encoder, deepcache, skip), some forecasters and every number of them, by
+dynamic programming. Then it makes whole runs: for each --level and each number of --keys it compares the forecasters,
+and moves single key timesteps as long as the final latents come closer to those of the plain run. With --out it
+writes only that plan. Without --out it writes all key timesteps to the folder of the weights
+(calibration/SAMPLER-STEPS-scaleSCALE.json), where --plan auto:K, skip:auto:K, deepcache:auto:K and auto:SHARE% of the
+sampling scripts find them.
 """
 
 from __future__ import annotations
@@ -68,14 +69,15 @@ def parser() -> Parser:
         "--from-file",
         default=str(PROMPTS),
         metavar="FILE",
-        help="text file with the prompts to measure with, one per line (default: those of emoji64)",
+        help="text file with the prompts to measure with, one per line (default: those of emoji64); not read for a "
+        "class-conditional model, of which classes are taken evenly",
     )
     what.add_argument(
         "--n_samples",
         type=count,
         default=8,
         metavar="N",
-        help="images to measure with, one for each of the first prompts (default: %(default)s)",
+        help="images to measure with, one for each of the first prompts, or of as many classes (default: %(default)s)",
     )
     seed_argument(what)
     sampling_arguments(p)

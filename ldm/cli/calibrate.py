@@ -17,8 +17,8 @@ from tqdm import tqdm
 from ldm.cli.arguments import EMOJI64
 from ldm.cli.parser import check_outdir
 from ldm.cli.settings import ModelSettings, SamplingSettings
-from ldm.cli.setup import count_nodes, make_recipe, make_setup, reuse_setting, run_facts
-from ldm.cli.tasks import prompts_in, text_task
+from ldm.cli.setup import Setup, conditioner, count_nodes, make_recipe, make_setup, reuse_setting, run_facts
+from ldm.cli.tasks import class_task, image_items, named_classes, prompts_in, text_task
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import atomic_write, parse
 from ldm.models.diffusion.loop import denoise
@@ -28,9 +28,11 @@ from ldm.models.diffusion.propagation.plan import Forecast, Plan, plan_of_level
 from ldm.models.diffusion.propagation.predict import Forecaster
 from ldm.models.diffusion.propagation.search import Keys, NodeErrors, best_keys, exchange
 from ldm.models.diffusion.schedule import Node, timesteps_of
+from ldm.modules.encoders.modules import ClassEmbedder, ClassLabels
+from ldm.profiling.cost import Macs
 from ldm.profiling.plan_table import spans
-from ldm.sampling.engine import Engine, Recipe
-from ldm.sampling.generate import Item, prompt_items
+from ldm.sampling.engine import Engine, Recipe, Task
+from ldm.sampling.generate import Item
 
 # Forecasters that are tried, by level, unless others are asked for.
 TRIED: Mapping[str, Sequence[str]] = {
@@ -47,7 +49,8 @@ TRIED_TOGETHER = 8  # most decoder steps in one batch of a trial
 class CalibrationSettings:
     """What is measured, and what is looked for.
 
-    from_file: text file with prompts; n_samples: how many of them, from the first; seed: of the noise.
+    from_file: text file with prompts; not read for a class-conditional model.
+    n_samples: how many of the prompts, from the first, or how many classes; seed: of the noise.
     level: those whose key timesteps are searched on with whole runs; keys: how many; macs: in their place, the share of
         the plain run's MACs that they may cost.
     forecast: the forecasters to try there; None = TRIED.
@@ -112,7 +115,7 @@ class Outcome:
 def calibrate_model(
     model: ModelSettings, sampling: SamplingSettings, settings: CalibrationSettings, keep: bool
 ) -> Outcome:
-    """Measure plain runs of a text-to-image model, and find the best plans.
+    """Measure plain runs of a model of texts or of classes, and find the best plans.
 
     Args:
         keep: whether the calibration is to be kept, which is checked before the work.
@@ -127,19 +130,22 @@ def calibrate_model(
         raise SettingError(
             reuse_setting(sampling.guidance_reuse), "a calibration is of runs with guidance at every step; leave it out"
         )
-    prompts = prompts_in(settings.from_file)[: settings.n_samples]
-    items = prompt_items(prompts, 1, settings.seed, by_position=True)
-    engine, facts = plain_engine(model, sampling)
+    setup = make_setup(model, EMOJI64)
+    subjects, task = measured(setup, sampling, settings)
+    items = image_items(subjects, 1, settings.seed, by_position=True)
+    engine, facts = plain_engine(setup, sampling, task)
     if keep:
         check_outdir(facts.calibrations, "--ckpt")
     with fault_of("forecast"):
         tried = settings.tried()
     with fault_of("keys"):
         check_counts(settings.keys if settings.macs is None else (), engine.plan.num_nodes)
+    check_levels(settings.level, engine)
+    tried = {level: names for level, names in tried.items() if level != "deepcache" or has_outer_blocks(engine)}
     tried, left_out = usable(tried, engine.plain_run(items[:1])[1].nodes)
     if left_out:
         print(f"left out, because the log-SNR of a step is infinite: {', '.join(left_out)}")
-    how = {"prompts": len(prompts), "seed": settings.seed}
+    how = {"prompts" if "prompt" in subjects[0] else "classes": len(subjects), "seed": settings.seed}
     with fault_of("ckpt", (ValueError,)):  # predictions that are not finite
         calibration = calibrate(engine, items, tried, facts.facts, how)
         trial = Trial(engine, items)
@@ -152,6 +158,19 @@ def calibrate_model(
                     found.append(search(trial, calibration, level, count))
                 calibration = with_found(calibration, found[-1])
     return Outcome(calibration, found, facts.calibrations / name_of(engine.recipe))
+
+
+def has_outer_blocks(engine: Engine) -> bool:
+    """Whether there are blocks of the network that deepcache could run alone; a transformer has none."""
+    return len(engine.model.model.diffusion_model.output_blocks) > 0
+
+
+def check_levels(levels: Sequence[str], engine: Engine) -> None:
+    """Raise SettingError for a level that the network does not have."""
+    if "deepcache" in levels and not has_outer_blocks(engine):
+        raise SettingError(
+            "level", "deepcache needs outermost blocks, which this network has not; expected encoder, skip"
+        )
 
 
 def counts_of(settings: CalibrationSettings, calibration: Calibration, level: str) -> Sequence[int]:
@@ -185,15 +204,26 @@ def name_of(recipe: Recipe) -> str:
     return f"{recipe.solver_name}-{recipe.steps}-scale{recipe.scale:g}{interval}{tome}.json"
 
 
-def plain_engine(model: ModelSettings, sampling: SamplingSettings) -> tuple[Engine, RunFacts]:
+def measured(
+    setup: Setup, sampling: SamplingSettings, settings: CalibrationSettings
+) -> tuple[list[dict[str, Any]], Task]:
+    """What is measured: the first prompts of the file; of a class-conditional model classes evenly spread."""
+    if isinstance(conditioner(setup), ClassEmbedder | ClassLabels):
+        known = named_classes(setup)
+        classes = [known[k * len(known) // settings.n_samples] for k in range(settings.n_samples)]
+        return class_task(setup, classes, make_recipe(sampling, (1, 1), setup.config).scale != 1.0)
+    prompts = prompts_in(settings.from_file)[: settings.n_samples]
+    return [{"prompt": prompt} for prompt in prompts], text_task(setup, (setup.sizes.default,) * 2)
+
+
+def plain_engine(setup: Setup, sampling: SamplingSettings, task: Task) -> tuple[Engine, RunFacts]:
     """The model ready for plain runs of its usual size, and what its runs are known by."""
-    setup = make_setup(model, EMOJI64)
     size = (setup.sizes.default,) * 2
     recipe = make_recipe(sampling, size, setup.config)
     plan = load_plan("off", count_nodes(recipe, setup))
     loaded = setup.load()
     with fault_of("config"):
-        engine = Engine(loaded, setup.sizes, recipe, plan, text_task(setup, size))
+        engine = Engine(loaded, setup.sizes, recipe, plan, task)
     engine.pack()
     return engine, run_facts(setup, recipe.solver_name, recipe.facts())
 
@@ -216,7 +246,10 @@ def calibrate(
     Raises:
         ValueError: predictions that are not finite.
     """
-    images = [measure(*engine.plain_run([item])) for item in tqdm(items, desc="measuring", unit="image", disable=None)]
+    images = [
+        measure(*engine.plain_run([item]), [*tried])
+        for item in tqdm(items, desc="measuring", unit="image", disable=None)
+    ]
     nodes = engine.plain_run(items[:1])[1].nodes
     choices = []
     for level, names in tried.items():
@@ -225,18 +258,22 @@ def calibrate(
             errors = NodeErrors(products, Forecaster.of(Forecast.parse(name), nodes))
             keys = [[*found] for found in best_keys(errors, len(nodes), errors.keep)]
             choices.append({"level": level, "propagate": name, "keys": keys})
-    unit = engine.unit
-    rest = {"encoder": unit.decode, "deepcache": unit.outer[1] + unit.last[1], "skip": 0}
     return parse(
         Calibration,
         {
             "num_nodes": len(nodes),
-            "rest": {level: macs / unit.whole for level, macs in rest.items()},
+            "rest": {level: rest_of(engine.unit, level) for level in tried},
             "choices": choices,
             "made_for": {**made_for, "timesteps": timesteps_of(nodes)},
             "how": dict(how),
         },
     )
+
+
+def rest_of(unit: Macs, level: str) -> float:
+    """What a node costs that is no key node, as a share of a whole prediction."""
+    at = {"encoder": lambda: unit.decode, "deepcache": lambda: unit.outer[1] + unit.last[1], "skip": lambda: 0}
+    return at[level]() / unit.whole
 
 
 class Trial:

@@ -199,9 +199,19 @@ def prediction(config: DictConfig, model: LatentDiffusion, ckpt: Path) -> Iterat
         yield Finding(
             "FAULT",
             f"parameterization {says} in the config, but {source} {found}",
-            f"set parameterization: {found} in the config's model.params (Stable Diffusion 2 at 768 x 768: "
-            f"v, configs/stable-diffusion/v2-inference-v.yaml; at 512 x 512: eps, v2-inference.yaml)",
+            f"set parameterization: {found} in the config's model.params{which_prediction(config)}",
         )
+
+
+def which_prediction(config: DictConfig) -> str:
+    """What helps to choose: of Stable Diffusion 2 both were published; of any other, weights may be untrained."""
+    facts = facts_of_config(config.model)
+    if facts.conditioner != "OpenCLIP" or facts.video:
+        return ", if the network is trained: an untrained one looks like v, whatever it is to predict"
+    return (
+        " (Stable Diffusion 2 at 768 x 768: v, configs/stable-diffusion/v2-inference-v.yaml; at 512 x 512: eps, "
+        "v2-inference.yaml)"
+    )
 
 
 def measured(model: LatentDiffusion, tokens: int | None) -> str | None:

@@ -297,8 +297,12 @@ def absent_class(setup: Setup, classes: int) -> int | None:
 def usual_classes(setup: Setup, published: Sequence[str]) -> Sequence[str]:
     """The default classes: the published ones for a model of ImageNet; for another, all but the one that means none."""
     known = class_conditioner(setup).n_classes
-    if known in (IMAGENET, IMAGENET + 1):
-        return published
+    return published if known in (IMAGENET, IMAGENET + 1) else named_classes(setup)
+
+
+def named_classes(setup: Setup) -> list[str]:
+    """The numbers of a model's classes, but for the one that means none."""
+    known = class_conditioner(setup).n_classes
     return [str(number) for number in range(known) if number != absent_class(setup, known)]
 
 

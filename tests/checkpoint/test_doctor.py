@@ -19,7 +19,7 @@ from ldm.checkpoint.deepfloyd import network_params as deepfloyd_params
 from ldm.checkpoint.diagnosis import differences, facts_of_config, facts_of_weights, measured_prediction
 from ldm.checkpoint.file import stated_prediction
 from ldm.checkpoint.published import load_manifest
-from ldm.cli.examine import computes, prediction, published
+from ldm.cli.examine import computes, prediction, published, which_prediction
 from ldm.util import instantiate_from_config
 from tests.helpers.deepfloyd import FIRST, recipe_state
 from tests.helpers.paths import GOLDENS, ROOT
@@ -110,6 +110,14 @@ def test_a_folders_scheduler_states_it(tmp_path, text, stated):
         (tmp_path / "scheduler").mkdir()
         (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
     assert stated_prediction(tmp_path) == stated
+
+
+@pytest.mark.parametrize(
+    "file, helps",
+    [("stable-diffusion/v2-inference.yaml", "v2-inference-v.yaml"), (VIDEOFUSION, "if the network is trained")],
+)
+def test_what_helps_to_choose_is_said_of_the_model_at_hand(file, helps):
+    assert helps in which_prediction(OmegaConf.load(ROOT / "configs" / file))
 
 
 # The script

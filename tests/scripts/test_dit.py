@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -45,6 +46,22 @@ def test_an_image_says_how_it_was_made(script):
     expected = {"class": 207, "sampler": "ddpm-learned", "steps": 8, "scale": 4.0, "uncond_class": 1000}
     assert made.items() >= (expected | {"keys": [0, 3, 5], "noise_weight": 0.003}).items()
     assert script.pixels(made).shape == (32, 32, 3)
+
+
+def test_key_timesteps_by_calibration(tmp_path, capsys):
+    """Classes take the place of prompts; a transformer has no outermost blocks, so that level is not measured."""
+    model = tiny_transformer(tmp_path / "model", PUBLISHED)
+    calibrate, short = load_script("calibrate_plan").main, ["--sampler", "ddim", "--steps", "5", "--scale", "4"]
+    assert calibrate([*model, *short, "--n_samples", "2", "--keys", "3", "--level", "encoder", "skip"]) == 0
+    (file,) = (Path(model[3]).parent / "calibration").iterdir()
+    content = json.loads(file.read_text())
+    assert content["how"] == {"classes": 2, "seed": 42} and content["rest"].keys() == {"encoder", "skip"}
+    script = Script("dit", tmp_path, *model)
+    made = script(*short, "--plan", "auto:3", "--classes", "207")[-1]
+    assert len(made["keys"]) == 3
+    capsys.readouterr()
+    assert calibrate([*model, *short, "--keys", "3", "--level", "deepcache"]) == 2
+    assert "--level: deepcache needs outermost blocks" in capsys.readouterr().err
 
 
 def test_a_model_names_its_classes_and_the_one_that_stands_for_none(tmp_path):

@@ -130,15 +130,17 @@ def read_calibration(path: str | Path) -> Calibration:
 
 
 @torch.no_grad()
-def measure(model: Denoiser, rule: Rule, x: Tensor) -> dict[str, list[np.ndarray]]:
-    """For each level of MEASURED the products of `NodeErrors`, along the plain run from x, (B, C, H, W).
+def measure(model: Denoiser, rule: Rule, x: Tensor, levels: Sequence[str] = MEASURED) -> dict[str, list[np.ndarray]]:
+    """For each of these levels the products of `NodeErrors`, along the plain run from x, (B, C, H, W).
 
     Keeps the features of all nodes. Weighs a wrong prediction by how far one deterministic step follows it.
     """
     nodes = rule.nodes
     xs = [x, *(state.x for state in denoise(model, rule, Plan(len(nodes), tuple(range(len(nodes)))), x))]
     features = [model.encode(xs[j], node.t) for j, node in enumerate(nodes)]
-    inner = [model.advance([f], [node.t], 1)[0].without_skips() for f, node in zip(features, nodes, strict=True)]
+    inner = []
+    if "deepcache" in levels:
+        inner = [model.advance([f], [node.t], 1)[0].without_skips() for f, node in zip(features, nodes, strict=True)]
 
     def decoded(values: Sequence[Features], j: int) -> list[Tensor]:
         """eps at node j, from each of these."""
@@ -148,14 +150,15 @@ def measure(model: Denoiser, rule: Rule, x: Tensor) -> dict[str, list[np.ndarray
         return [model.to_eps(prediction, xs[j], nodes[j]) for prediction in predictions]
 
     eps = [decoded([f], j)[0] for j, f in enumerate(features)]
-    products: dict[str, list[np.ndarray]] = {level: [] for level in MEASURED}
+    products: dict[str, list[np.ndarray]] = {level: [] for level in levels}
     for j, node in enumerate(nodes):
         tried = {
             "encoder": decoded(features[:j], j),
             "deepcache": decoded([model.refresh(value, xs[j], node.t, 1) for value in inner[:j]], j),
             "skip": eps[:j],
         }
-        for level, guesses in tried.items():
+        for level in levels:
+            guesses = tried[level]
             errors = torch.stack([(e - eps[j]).flatten() for e in guesses] or [x.new_zeros(0)]).double()[:j]
             weight = eps_weight(node.abar, node.abar_next) ** 2
             products[level].append((weight * (errors @ errors.T) / x.numel()).cpu().numpy())
