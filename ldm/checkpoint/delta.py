@@ -8,7 +8,8 @@ Source: Kumari et al. (arXiv 2212.04488).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ TOKEN = "<new{}>"  # the name of a token in a file without names, from 1
 
 @dataclass(frozen=True)
 class Delta:
-    """What a file holds: weights by their names in it, each a tensor or u and v; vectors of tokens."""
+    """What a file holds: weights by their names in it, each a tensor or u and v; vectors of tokens.
+
+    named: whether the names of the tokens are the file's, not ours.
+    """
 
     weights: Mapping[str, Tensor | tuple[Tensor, Tensor]]
     tokens: Mapping[str, Tensor]
+    named: bool = True
 
 
 def read_delta(path: str | Path) -> Delta:
@@ -52,7 +57,25 @@ def read_delta(path: str | Path) -> Delta:
     return Delta(
         {key: _weight(path, key, value) for key, value in weights.items()},
         {name: _vectors(path, name, value) for name, value in tokens.items()},
+        "modifier_token" in content,
     )
+
+
+def read_deltas(paths: Sequence[str | Path]) -> list[Delta]:
+    """The contents of files that are used together.
+
+    Tokens without a name are called <new1>, <new2>, ... in the order of the files, but as none that has a name.
+
+    Raises:
+        OSError, CheckpointError: see `read_delta`.
+    """
+    deltas = [read_delta(path) for path in paths]
+    taken = {name.lower() for delta in deltas if delta.named for name in delta.tokens}
+    free = (name for i in count(1) if (name := TOKEN.format(i)) not in taken)
+    return [
+        delta if delta.named else replace(delta, tokens={next(free): vector for vector in delta.tokens.values()})
+        for delta in deltas
+    ]
 
 
 def _named(path: Path, part: str, content: Any) -> dict[str, Any]:
@@ -84,44 +107,62 @@ def diffusers_names(unet: Mapping[str, Tensor]) -> dict[str, str]:
         return {}
 
 
-def apply_deltas(model: nn.Module, paths: Sequence[str | Path]) -> None:
-    """Give a model the weights and tokens of a file; of several files the differences to its own weights add up.
+def changes_of(model: nn.Module, path: str | Path, delta: Delta) -> dict[str, Tensor]:
+    """What a file adds to the weights of a model, float32, by the model's names.
+
+    Raises:
+        CheckpointError: the file is for another model.
+    """
+    own = {key: p for key, p in model.named_parameters() if key.startswith(UNET)}
+    theirs = diffusers_names({key.removeprefix(UNET): p for key, p in own.items()})
+    changes = {}
+    for key, value in delta.weights.items():
+        name = UNET + theirs.get(key, key.removeprefix(UNET))
+        if name not in own:
+            raise CheckpointError(f"{path}: made for another model: {key} is not in this one{some(own, 2)}")
+        whole = value[0] @ value[1] if isinstance(value, tuple) else value
+        if whole.shape != own[name].shape:
+            raise CheckpointError(
+                f"{path}: made for another model: {key} is {tuple(whole.shape)}, here {tuple(own[name].shape)}"
+            )
+        whole = whole.to(own[name].device)
+        changes[name] = whole if isinstance(value, tuple) else whole - own[name].detach().float()
+    return changes
+
+
+def apply_deltas(model: nn.Module, paths: Sequence[str | Path]) -> list[Delta]:
+    """Give a model the weights and tokens of files, whose differences to its own weights add up; returns their content.
 
     Raises:
         OSError, CheckpointError: see `read_delta`; or a file is for another model, or a token is there already.
     """
-    own = {key: p for key, p in model.named_parameters() if key.startswith(UNET)}
-    theirs = diffusers_names({key.removeprefix(UNET): p for key, p in own.items()})
-    changes: dict[str, Tensor] = {}
-    for path in paths:
-        delta = read_delta(path)
-        for key, value in delta.weights.items():
-            name = UNET + theirs.get(key, key.removeprefix(UNET))
-            if name not in own:
-                raise CheckpointError(f"{path}: made for another model: {key} is not in this one{some(own, 2)}")
-            whole = value[0] @ value[1] if isinstance(value, tuple) else value
-            if whole.shape != own[name].shape:
-                raise CheckpointError(
-                    f"{path}: made for another model: {key} is {tuple(whole.shape)}, here {tuple(own[name].shape)}"
-                )
-            whole = whole.to(own[name].device)
-            change = whole if isinstance(value, tuple) else whole - own[name].detach().float()
-            changes[name] = changes.get(name, 0.0) + change
-        _add_tokens(model.cond_stage_model, path, delta.tokens)
-    for name, change in changes.items():
-        own[name].data = own[name].detach() + change.to(own[name])
+    deltas, total = read_deltas(paths), {}
+    for path, delta in zip(paths, deltas, strict=True):
+        for name, change in changes_of(model, path, delta).items():
+            total[name] = total.get(name, 0.0) + change
+        add_tokens(model.cond_stage_model, path, delta.tokens)
+    for name, change in total.items():
+        weight = model.get_parameter(name)
+        weight.data = weight.detach() + change.to(weight)
+    return deltas
 
 
-def add_words(encoder: nn.Module, path: str | Path) -> None:
-    """Give a text encoder the tokens of a file alone.
+def add_words(encoder: nn.Module, paths: Sequence[str | Path]) -> None:
+    """Give a text encoder the tokens of files alone.
 
     Raises:
         OSError, CheckpointError: see `apply_deltas`.
     """
-    _add_tokens(encoder, path, read_delta(path).tokens)
+    for path, delta in zip(paths, read_deltas(paths), strict=True):
+        add_tokens(encoder, path, delta.tokens)
 
 
-def _add_tokens(encoder: nn.Module, path: str | Path, tokens: Mapping[str, Tensor]) -> None:
+def add_tokens(encoder: nn.Module, path: str | Path, tokens: Mapping[str, Tensor]) -> None:
+    """Give a text encoder tokens of a file.
+
+    Raises:
+        CheckpointError: they are another model's, or there already; or the encoder takes none.
+    """
     try:
         for name, vectors in tokens.items():
             width = encoder.token_table.embedding_dim

@@ -600,7 +600,8 @@ def adapter_arguments(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="weights and new words of Custom Diffusion, of diffusers or CompVis; of several files the changes add up",
+        help="weights and new words of Custom Diffusion, of diffusers or CompVis; of several files the changes add up; "
+        "scripts/merge_deltas.py merges them in closed form",
     )
 
 

@@ -187,7 +187,10 @@ class Setup:
             model = load_model(self.config_path, self.ckpt, self.device, self.weights, free_bytes(self.device))
         if self.delta:
             with fault_of_file("delta", self.delta):
-                apply_deltas(model, self.delta)
+                deltas = apply_deltas(model, self.delta)
+            for path, delta in zip(self.delta, deltas, strict=True):
+                if delta.tokens and not delta.named:
+                    print(f"--delta: {path}: its words have no names; here they are {', '.join(delta.tokens)}")
         for path, weight in self.lora:
             with fault_of_file("lora", [path]):
                 if unmatched := merge_lora(model, path, weight):
@@ -203,9 +206,9 @@ class Setup:
 
     def read_words(self, encoder: nn.Module) -> None:
         """Give a text encoder all new tokens, without the weights that come with them."""
-        for path in self.delta:
-            with fault_of_file("delta", [path]):
-                add_words(encoder, path)
+        if self.delta:
+            with fault_of_file("delta", self.delta):
+                add_words(encoder, self.delta)
         self.read_embeddings(encoder)
 
     def adapters(self) -> dict[str, list[Any]]:
