@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -107,13 +108,17 @@ def shares(words: Tensor, kept: Tensor) -> Tensor:
 
 
 def features(model: nn.Module, texts: Sequence[str]) -> Iterator[Tensor]:
-    """What the layers see of the words of each text, (tokens, d), float64; neither padding nor what frames a text."""
+    """What the layers see of each text from its first word on, (tokens, d), float64.
+
+    With its end and what fills it up, which are about the whole text: of emoji64's words alone no concept came. Without
+    its start, which for CLIP is the same for all texts.
+    """
     for first in range(0, len(texts), BATCH):
         batch = [*texts[first : first + BATCH]]
         encoded = model.get_learned_conditioning(batch).double().cpu()
         for text, states in zip(batch, encoded, strict=True):
-            places = model.cond_stage_model.words(text).positions
-            yield states[[i for word in places for i in word]]
+            places = chain.from_iterable(model.cond_stage_model.words(text).positions)
+            yield states[next(places, 0) :]
 
 
 def keys_and_values(model: nn.Module, path: str | Path, delta: Delta) -> dict[str, Tensor]:
