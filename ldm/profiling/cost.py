@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
 from ldm.models.diffusion.propagation.plan import METHODS, AnyPlan, Compute, Forecast, Plan
 from ldm.modules.diffusionmodules.controlnet import ControlNet
+from ldm.modules.diffusionmodules.deepfloyd import DeepFloydUNet
 from ldm.modules.diffusionmodules.openaimodel import meta_unet, on_meta, once_for_a_config
 from ldm.modules.diffusionmodules.util import Features, PartWeights
 
@@ -215,7 +216,10 @@ def context_tokens(params: Mapping[str, Any]) -> int | None:
     Args:
         params: of the `model` part of a config.
     """
-    if params["unet_config"]["params"].get("context_dim") is None:
+    network = params["unet_config"]["params"]
+    if "encoder_dim" in network:  # DeepFloyd-IF, whose texts T5 reads
+        return TEXT_TOKENS
+    if network.get("context_dim") is None:
         return None
     if "k_nn" in params:  # retrieval-augmented, as published for training
         return params["k_nn"]
@@ -246,7 +250,7 @@ def unet_macs(
         context_length: tokens of the context, for a UNet with cross-attention.
         tome: share of tokens merged for self-attention; the product that finds similar ones is counted too.
         convention: see `count_macs`. The paper's counts keys and values of the context at every step, as the networks
-            do that it was measured with.
+            do that it was measured with; and so what DeepFloyd-IF makes of a text and a noise level.
     """
     with _without_data():
         unet, x, inputs = meta_unet(unet, size, batch, context_length, tome)
@@ -262,10 +266,18 @@ def unet_macs(
         _, (*before, decode), again = _by_block(
             lambda: unet.decode(features, **inputs), unet.output_blocks, convention, layers
         )
+        if convention == "paper" and isinstance(unet, DeepFloydUNet):
+            decode += count(lambda: condition(unet, batch, context_length))
         last = (time + decode - done for done in reversed([time, *before]))
         shared = count(lambda: unet.share(features))
         gated = alone(encode + decode - attended - again, batch) if layers else None
         return Macs(encode, decode, (0, *outer), tuple(last), once, shared, gated=gated)
+
+
+def condition(unet: DeepFloydUNet, batch: int, tokens: int) -> Any:
+    """What a stage of DeepFloyd-IF makes of states of texts without content, and of a noise level if it has one."""
+    level = None if unet.aug_proj is None else torch.zeros(batch)
+    return unet.condition(torch.zeros(batch, tokens, unet.encoder_dim), level)
 
 
 def control_macs(
