@@ -105,13 +105,13 @@ def run(args: argparse.Namespace) -> None:
         return verify(Path(args.out))
     protocol, method = asked(args)
 
-    from evaluation.runs import generate, processes
+    from evaluation.runs import generate, models, processes
 
     # What is quick to check comes before other processes start, and before what is slow to load.
     with flags_named({"count": "--protocol"}) if args.count is None else nullcontext():
         prompts = generate.chosen_prompts(protocol, args.data)
     check_outdir(Path(args.out), "--out")
-    files = generate.model_files(settings_from(args, ModelSettings), protocol)
+    files = models.model_files(settings_from(args, ModelSettings), protocol)
     request = generate.prepare(protocol, method, files, prompts, args.data)
     process = processes.join(args.device, args.devices, args.num_nodes, args.strategy, args.shard)
     began = time.perf_counter()

@@ -93,6 +93,7 @@ def parser() -> Parser:
         help="the solver of stages 1 and 2; dpm-solver++-published is that of the paper's faster rows, with 25 steps "
         "(default: %(default)s; stage 3 has ddim, as published)",
     )
+    p.set_defaults(parallel=None)
     out = p.add_argument_group("output")
     out.add_argument(
         "--outdir",

@@ -41,7 +41,7 @@ PROTOCOL_DIR = Path(__file__).parent
 MOST_CAPTIONS = 1000  # of one image
 NOISE = ("noise_below", "noise_order")
 CONTROLLED_BY = {"edges": ("control_model",), "scribble": ("control_model", "hed")}  # files that a control needs
-ADDED = ("control_model", "hed", "lora", "embedding", "delta")
+ADDED = ("control_model", "hed", "lora", "embedding", "delta", "stage2", "stage3", "t5")
 
 Amount = Annotated[int, Field(ge=1, le=MOST)]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
@@ -94,6 +94,22 @@ class Defaults(TypedDict, total=False):
     lora: Names
     embedding: Names
     delta: Names
+    stage2: Names  # of a cascade; its first stage is `ckpt`
+    stage3: Names
+    t5: Names
+
+
+Whole = Annotated[int, Field(ge=0, le=MOST_STEPS)]
+
+
+@strictly
+class Cascade(TypedDict):
+    """The stages of DeepFloyd-IF: what beside the protocol's guidance they sample with, which is the first stage's."""
+
+    steps: dict[Amount, list[Annotated[int, Field(ge=1, le=MOST_STEPS)]]]  # by their sum, which a method names
+    plans: Names  # what the plan faster-diffusion stands for, in each stage
+    scales: list[Number]  # guidance scales from stage 2 on
+    noise_levels: list[Whole]  # of the smaller images, from stage 2 on
 
 
 class Select(Schema):
@@ -126,6 +142,7 @@ class Protocol(Schema):
     control: Literal["edges", "scribble"] | None = None  # a control network reads those of the image with the caption
     # The images of a prompt are the frames of a video: by Text2Video-Zero, or whole, by a network of videos.
     video: bool | Literal["whole"] = False
+    cascade: Cascade | None = None  # the images are made in stages
     metrics: Metrics = {}  # the variants that are reported
     defaults: Defaults = {}
     about: str = ""  # what is known of it, and what is our reading
@@ -140,11 +157,30 @@ class Protocol(Schema):
             raise ValueError("control: no control network is known for networks of videos; got video whole")
         if self.video and kind == "classes":
             raise ValueError("video: expected data of kind captions or prompts; got classes")
+        if self.cascade:
+            self._check_cascade()
         for name in CONTROLLED_BY.get(self.control, ()):
             if len(self.defaults.get(name, ())) != 1:
                 got = self.defaults.get(name, "none")
                 raise ValueError(f"defaults.{name}: control {self.control} needs one file; got {got}")
         return self
+
+    def _check_cascade(self) -> None:
+        """Raise ValueError for stages that do not go together, or with the rest."""
+        stages, kind = len(self.cascade["plans"]), self.data["kind"]
+        if kind == "classes" or self.control or self.video:
+            raise ValueError("cascade: made from captions or prompts alone")
+        if stages not in (2, 3):
+            raise ValueError(f"cascade.plans: expected one for each of 2 or 3 stages; got {stages}")
+        for name in ("scales", "noise_levels"):
+            if len(self.cascade[name]) != stages - 1:
+                raise ValueError(f"cascade.{name}: expected {stages - 1}, from stage 2 on; got {self.cascade[name]}")
+        for total, steps in self.cascade["steps"].items():
+            if len(steps) != stages or sum(steps) != total:
+                raise ValueError(f"cascade.steps: expected {stages} numbers whose sum is {total}; got {steps}")
+        files = ("ckpt", *(f"stage{number}" for number in range(2, stages + 1)))
+        if missing := [name for name in ("config", *files) if name not in self.defaults]:
+            raise ValueError(f"defaults.{missing[0]}: needed by the cascade")
 
     def method(self, **given: Any) -> Method:
         """A method with these fields of `Method`; those that are None or missing are as the protocol says, but for the
@@ -178,7 +214,10 @@ class Protocol(Schema):
         """What images that can be compared have in common, as JSON values; see above."""
         found = {"data": dict(self.data), "select": dict(self.select), "repeats": self.repeats, "seed": self.seed}
         found |= {"size": self.size, "guidance": float(self.guidance)}
-        return found | {name: value for name in ("control", "video") if (value := getattr(self, name))}
+        found |= {name: value for name in ("control", "video") if (value := getattr(self, name))}
+        if self.cascade:
+            found["cascade"] = {name: self.cascade[name] for name in ("scales", "noise_levels")}
+        return found
 
 
 def protocol_names() -> tuple[str, ...]:

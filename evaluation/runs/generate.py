@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,23 +37,12 @@ from tqdm import tqdm
 from evaluation.protocols.protocol import Amount, Method, Prompt, Protocol, Side, chosen_prompts
 from evaluation.runs.control import controlled
 from evaluation.runs.images import reading
-from ldm.checkpoint import fingerprint, load_config
-from ldm.checkpoint.published import published_sha256
+from evaluation.runs.models import ModelFiles, files_of, of_protocol, stages_of
+from ldm.cli.cascade import Cascade, load_cascade
+from ldm.cli.deepfloyd import StageSettings
 from ldm.cli.parser import PACKAGE, installed
-from ldm.cli.settings import ModelSettings, SamplingSettings
-from ldm.cli.setup import (
-    ALONE,
-    CONSTRUCTION,
-    CPU_POSITIONS,
-    Setup,
-    check_memory,
-    find_device,
-    make_plan,
-    make_recipe,
-    make_setup,
-    read_setup,
-    uses_autocast,
-)
+from ldm.cli.settings import SamplingSettings
+from ldm.cli.setup import CONSTRUCTION, Setup, check_memory, find_device, make_plan, make_recipe, with_fixed_batches
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import (
     Schema,
@@ -75,9 +63,9 @@ from ldm.io.images import opened, png_bytes, read_png
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.propagation.load import RunFacts
 from ldm.models.diffusion.propagation.plan import AnyPlan, check_blocks
-from ldm.sampling.engine import Engine, Recipe, Sizes, Task, num_nodes
+from ldm.sampling.engine import Engine, Recipe, Task, num_nodes
 from ldm.sampling.generate import Item, Sample, append_line, fill, read_manifest
-from ldm.sampling.task import Network, class_condition, prompts_cut, text_for
+from ldm.sampling.task import Network, class_condition, text_for
 from ldm.sampling.video import Motion, frames_task, whole_videos
 
 BATCH = 16
@@ -93,55 +81,56 @@ Card = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class ModelFiles:
-    """The files of a model, what they say being read when it is asked for, once."""
+class OneModel:
+    """Sampling by one model: the method for it, as recipe and plan; decoder batches are chosen when it runs."""
 
-    config: Path
-    ckpt: Path
-    weights: str = "auto"  # as for `load_model`
-    precision: str | None = None  # full or autocast; None = autocast on a GPU
-    added: Mapping[str, Sequence[Path]] = field(default_factory=dict)  # files beside its own, see `ADDED`
+    recipe: Recipe
+    plan: AnyPlan
 
-    @cached_property
-    def content(self) -> Any:
-        """The config. Raises SettingError: `config`: it is not there, or not of a latent diffusion model."""
-        with fault_of("config"):
-            content = load_config(self.config)
-            Sizes.of(content.model)
-            return content
+    @property
+    def measures(self) -> bool:
+        """Whether an image's record says its own error."""
+        return self.plan.measures
 
-    @cached_property
-    def sizes(self) -> Sizes:
-        return Sizes.of(self.content.model)
+    def settings(self) -> dict[str, Any]:
+        """What images depend on, as JSON values."""
+        return self.recipe.settings() | self.plan.settings()
 
-    @cached_property
-    def sha256(self) -> dict[str, str]:
-        """The hashes of weights and config; of published weights that are not here the published hash. Raises
-        SettingError: a file is not there."""
-        weights = fingerprint(self.ckpt) if self.ckpt.exists() else published_sha256(self.ckpt)
-        if weights is None:
-            raise SettingError("ckpt", f"{self.ckpt}: no such file")
-        with fault_of("config"):
-            return {"weights": weights, "config": fingerprint(self.config)}
-
-    def setup(self, device: torch.device) -> Setup:
-        """All files together. Raises SettingError: the weights are not there, or do not belong to the config, as far as
-        their heads tell; `protocol`: a file that is added is not there."""
-        if missing := [path for paths in self.added.values() for path in paths if not path.exists()]:
-            raise SettingError("protocol", f"needs {missing[0]}, which is not there")
-        setup = read_setup(self.config, self.ckpt, device, ALONE, self.weights, uses_autocast(self.precision, device))
-        lora, *others = (tuple(map(str, self.added.get(name, ()))) for name in ("lora", "embedding", "delta"))
-        return replace(setup, lora=[(path, 1.0) for path in lora], embedding=others[0], delta=others[1])
-
-    def check(self) -> None:
-        """Raise SettingError for files that `setup` refuses."""
-        self.setup(torch.device("cpu"))
+    def load(self, request: Request, device: torch.device, batch: int) -> Engine:
+        """The model, ready to make the images, `batch` at a time.
+        Raises SettingError: the files do not make a model, or it can't do what is asked."""
+        files, recipe, plan, setup = request.model, self.recipe, self.plan, request.model.setup(device)
+        model = setup.load()
+        unet = model.model.diffusion_model
+        with fault_of("tome"):
+            unet.check_merging(recipe.tome)
+        with fault_of("plan"):
+            check_blocks(plan, len(unet.output_blocks))
+        with fault_of("config", CONSTRUCTION):
+            task = task_of(request, self, model, setup)
+            engine = Engine(model, files.sizes, recipe, plan, task, setup.autocast)
+        check_memory(engine, batch, device)
+        engine.pack()
+        return with_fixed_batches(engine, request.method.parallel, batch)
 
 
-def model_files(settings: ModelSettings, protocol: Protocol) -> ModelFiles:
-    """The model that the settings name, or else the protocol's. Raises SettingError, BadInput: see `make_setup`."""
-    setup = make_setup(settings, protocol.model(), ALONE)
-    return ModelFiles(setup.config_path, setup.ckpt, settings.weights, settings.precision, protocol.added())
+@dataclass(frozen=True)
+class InStages:
+    """Sampling by the stages of DeepFloyd-IF, one after the other."""
+
+    stages: StageSettings
+
+    measures = False
+
+    def settings(self) -> dict[str, Any]:
+        """What images depend on, as JSON values, but for the files."""
+        kept = ("stages", "steps", "scales", "plans", "noise_levels", "sampler", "seed")
+        return {name: value for name in kept if (value := getattr(self.stages, name))}
+
+    def load(self, request: Request, device: torch.device, batch: int) -> Cascade:
+        """The stages, ready to make the images. Raises SettingError: see `load_cascade`."""
+        with of_protocol():
+            return load_cascade(replace(self.stages, device=str(device)), device, batch)
 
 
 @dataclass(frozen=True)
@@ -152,8 +141,7 @@ class Request:
     prompts: Sequence[Prompt]
     method: Method
     model: ModelFiles
-    recipe: Recipe  # the method for this model, as the plan
-    plan: AnyPlan  # its decoder batches are chosen when it runs
+    way: OneModel | InStages
     data: Path  # the folder of the protocol's data
 
     @cached_property
@@ -164,10 +152,8 @@ class Request:
     @cached_property
     def sha256(self) -> str:
         """Names the images: a hash of all that they depend on, but for the device and what is computed at a time."""
-        method = self.recipe.settings() | self.plan.settings()
-        model, added = self.model, self.model.added
-        others = [{name: [fingerprint(path) for path in paths] for name, paths in added.items()}] if added else []
-        return json_sha256([self.asked, method, model.sha256, model.weights, model.precision, *others])
+        model, others = self.model, [self.model.added_sha256] if self.model.added else []
+        return json_sha256([self.asked, self.way.settings(), model.sha256, model.weights, model.precision, *others])
 
 
 @dataclass(frozen=True)
@@ -224,7 +210,7 @@ def compute(
         files = protocol.model()
         if files is None:
             raise SettingError("model", f"needed: protocol {protocol.name} names none")
-        model = ModelFiles(*files, added=protocol.added())
+        model = files_of(protocol, *files)
     model.check()
     request = prepare(protocol, method or protocol.method(), model, chosen_prompts(protocol, data), data)
     return make(request, Path(out), process or Process(0, 1, find_device("auto")), batch_size)
@@ -237,13 +223,16 @@ def prepare(
     protocol: Protocol, method: Method, model: ModelFiles, prompts: Sequence[Prompt], data: str | Path | None = None
 ) -> Request:
     """What is to be made; the weights need not be there. Raises SettingError: see `compute`."""
+    if protocol.cascade:
+        way = InStages(stages_of(protocol, method, model))
+        return Request(protocol, prompts, method, model, way, protocol.folder(data))
     sizes = model.sizes
     if protocol.size % sizes.multiple:
         fitting = f"this model's must be a multiple of {sizes.multiple}"
         raise SettingError("protocol", f"its images have {protocol.size} px; {fitting}")
     recipe, timesteps = recipe_of(protocol, method), model.content.model.params.get("timesteps", 1000)
     plan = plan_of(recipe, method, model.ckpt, timesteps, video=protocol.video is True)
-    return Request(protocol, prompts, method, model, recipe, plan, protocol.folder(data))
+    return Request(protocol, prompts, method, model, OneModel(recipe, plan), protocol.folder(data))
 
 
 def recipe_of(protocol: Protocol, method: Method) -> Recipe:
@@ -263,17 +252,17 @@ def plan_of(recipe: Recipe, method: Method, ckpt: Path, timesteps: int = 1000, v
     return make_plan(SamplingSettings(**asdict(method)), kept, facts)
 
 
-def task_of(request: Request, model: LatentDiffusion, setup: Setup) -> Task:
+def task_of(request: Request, way: OneModel, model: LatentDiffusion, setup: Setup) -> Task:
     """What the model is conditioned on, and what its network follows. Raises SettingError: it has fewer classes than
     the protocol asks for; or see `controlled`."""
     protocol = request.protocol
     if protocol.data["kind"] != "classes":
         network = controlled(protocol, request.prompts, request.data, setup) if protocol.control else Network()
-        nodes = num_nodes(request.recipe, model.num_timesteps)
+        nodes = num_nodes(way.recipe, model.num_timesteps)
         task = Task(text_for(model, (protocol.size, protocol.size)), network=network)
         if protocol.video == "whole":
             return whole_videos(task, model.model.diffusion_model, protocol.repeats)
-        return frames_task(task, request.recipe, nodes, Motion.of(nodes)) if protocol.video else task
+        return frames_task(task, way.recipe, nodes, Motion.of(nodes)) if protocol.video else task
     # Where a model has one class more than the data, that class stands for none.
     classes, known = protocol.data["classes"], getattr(model.cond_stage_model, "n_classes", None)
     if known is not None and known < classes:
@@ -291,7 +280,7 @@ def make(request: Request, out: Path, process: Process, batch_size: int | None =
     with fault_of("out"):
         if request.protocol.video:
             batch = request.protocol.repeats  # a video
-        elif request.plan.measures:
+        elif request.way.measures:
             batch = 1  # an image's record says its own error
         elif process.device.type == "cpu":  # fixed by the size of the latents
             side = request.protocol.size // request.model.sizes.factor
@@ -299,7 +288,7 @@ def make(request: Request, out: Path, process: Process, batch_size: int | None =
         else:
             batch = batch_size or (read_card(out)["batch"] if (out / CARD).is_file() else BATCH)
     with cpu_threads(process.device):
-        engine = load_engine(request, process.device, batch)
+        engine = request.way.load(request, process.device, batch)
         card = run_card(request, engine, process.device, batch)
         with fault_of("out"):
             folder = RunFolder.open(out, card, request.prompts, str(process))
@@ -330,28 +319,7 @@ def cpu_threads(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def load_engine(request: Request, device: torch.device, batch: int) -> Engine:
-    """The model, ready to make the images, `batch` at a time.
-    Raises SettingError: the files do not make a model, or it can't do what is asked."""
-    files, recipe, plan, setup = request.model, request.recipe, request.plan, request.model.setup(device)
-    model = setup.load()
-    unet = model.model.diffusion_model
-    with fault_of("tome"):
-        unet.check_merging(recipe.tome)
-    with fault_of("plan"):
-        check_blocks(plan, len(unet.output_blocks))
-    if request.method.parallel is None and device.type == "cpu":  # not by free memory: last digits depend on it
-        latents = batch * (1 if recipe.scale == 1.0 else 2)
-        positions = latents * math.prod(side // files.sizes.factor for side in (recipe.height, recipe.width))
-        plan = replace(plan, parallel=max(1, CPU_POSITIONS // positions))
-    with fault_of("config", CONSTRUCTION):
-        engine = Engine(model, files.sizes, recipe, plan, task_of(request, model, setup), setup.autocast)
-    check_memory(engine, batch, device)
-    engine.pack()
-    return engine
-
-
-def fill_share(folder: RunFolder, engine: Engine, process: Process) -> tuple[int, int, int]:
+def fill_share(folder: RunFolder, engine: Engine | Cascade, process: Process) -> tuple[int, int, int]:
     """This process's images: how many were made and found, and how many took the place of a damaged file."""
     made = found = replaced = 0
     items, batch = folder.items, folder.card["batch"]
@@ -370,16 +338,16 @@ def fill_share(folder: RunFolder, engine: Engine, process: Process) -> tuple[int
     return made, found, replaced
 
 
-def run_card(request: Request, engine: Engine, device: torch.device, batch: int) -> dict[str, Any]:
+def run_card(request: Request, engine: Engine | Cascade, device: torch.device, batch: int) -> dict[str, Any]:
     """All that the images depend on, and what they were made with, as JSON values."""
     protocol, files = request.protocol, request.model
     texts = [prompt.inputs["prompt"] for prompt in request.prompts if "prompt" in prompt.inputs]
     card = {"name": protocol.name, "protocol_sha256": json_sha256(request.asked), "protocol": request.asked}
     card |= {"pictures": len(request.prompts) * protocol.repeats, "seeds": [protocol.seed], "plan": request.method.plan}
     card |= {"method": engine.settings(), "ckpt": f"{files.ckpt.parent.name}/{files.ckpt.name}", **files.sha256}
-    card |= {name: [fingerprint(path)[:16] for path in paths] for name, paths in files.added.items()}
-    card |= {"averaged": files.weights, "captions_cut": prompts_cut(engine.model, texts), "device": device.type}
-    card |= {"batch": batch, "parallel": engine.plan.parallel, "metrics": dict(protocol.metrics)}
+    card |= {name: [sha256[:16] for sha256 in several] for name, several in files.added_sha256.items()}
+    card |= {"averaged": files.weights, "captions_cut": engine.cut(texts), "device": device.type}
+    card |= {"batch": batch, "parallel": engine.parallel, "metrics": dict(protocol.metrics)}
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}}
     return card | {"versions": versions | {"machine": machine}}

@@ -16,19 +16,22 @@ import torch
 from pydantic import Field
 
 from evaluation.protocols.protocol import Amount, Protocol
-from evaluation.runs.generate import Request, load_engine, make_items, plan_of, recipe_of
+from evaluation.runs.generate import Request, make_items, plan_of, recipe_of
+from evaluation.runs.models import ModelFiles, of_protocol, stages_of
 from evaluation.table.spec import Row
 from ldm.checkpoint import diffusion_params, load_config
 from ldm.checkpoint.control import control_params, hint_params, read_control
-from ldm.cli.setup import find_device
+from ldm.checkpoint.deepfloyd import stage_model
+from ldm.cli.deepfloyd import UPSCALER, StageSettings, of_stage
+from ldm.cli.setup import find_device, make_plan, make_recipe
 from ldm.io.errors import SettingError, fault_of
 from ldm.io.files import PROJECT_ROOT, NotNegative, Schema, Text, parse, parse_json, read_text, write_file
-from ldm.models.diffusion.propagation.load import load_plan
+from ldm.models.diffusion.propagation.load import RunFacts, load_plan
 from ldm.models.diffusion.propagation.plan import Compute, Plan, check_blocks
 from ldm.modules.diffusionmodules.controlnet import HINT_WIDTHS, ControlNet
 from ldm.profiling.cost import CONVENTIONS, Macs, context_tokens, control_macs, unet_macs
 from ldm.profiling.timing import CLEAR, STATUS, machine, resident
-from ldm.sampling.engine import Sizes
+from ldm.sampling.engine import Sizes, num_nodes
 from ldm.sampling.video import Motion
 
 SD_V1 = PROJECT_ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
@@ -40,28 +43,52 @@ NO_CONFIG = (ValueError, OSError, TypeError, KeyError)
 
 
 def read_unet(path: str | Path) -> tuple[dict[str, Any], int, int | None]:
-    """The UNet's config, the side of the latents that the model was trained with, and the tokens of its context."""
-    params = diffusion_params(path)
+    """The UNet's config, the side of the latents that the model was trained with, and the tokens of its context.
+    `path`: of a config, or the folder of a stage of DeepFloyd-IF, whose weights need not be there."""
+    params = stage_model(Path(path))["params"] if Path(path).is_dir() else diffusion_params(path)
     return params["unet_config"], params.get("image_size", 0), context_tokens(params)
 
 
-def gflops(protocol: Protocol, row: Row, config: Path, ckpt: Path) -> float | None:
-    """GMACs of the UNet for what a row makes (an image, a frame, or a whole video), as the paper counts them;
-    None for a plan that decides during the run. `ckpt`: the model's weights, which need not be there, see `plan_of`.
-    Raises SettingError: a sampler, a number of steps, a plan or a config that can't be used."""
+def gflops(protocol: Protocol, row: Row, files: ModelFiles) -> tuple[float | None, str]:
+    """GMACs of the UNet for what a row makes (an image, a frame, or a whole video), as the paper counts them; and what
+    is missing of them, in words. None for a plan that decides during the run. The weights need not be there, see
+    `plan_of`. Raises SettingError: a sampler, a number of steps, a plan or a config that can't be used."""
     method = row.method(protocol)
-    plan = plan_of(recipe_of(protocol, method), method, ckpt, video=protocol.video is True)
+    if protocol.cascade:
+        return cascade_gflops(stages_of(protocol, method, files), protocol.size, files.config)
+    plan = plan_of(recipe_of(protocol, method), method, files.ckpt, video=protocol.video is True)
     with fault_of("config", NO_CONFIG):
         control = protocol.added().get("control_model")
-        unit = unit_of(config, protocol.size, 1 if protocol.guidance == 1 else 2, method.tome, control)
+        unit = unit_of(files.config, protocol.size, 1 if protocol.guidance == 1 else 2, method.tome, control)
     with fault_of("plan"):
         check_blocks(plan, len(unit.outer) - 1)
     if not isinstance(plan, Plan):
-        return None
+        return None, f"{row.plan} decides during a run: its GFLOPs are not known before"
     if protocol.video == "whole":
-        return protocol.repeats * unit.run(plan) / 1e9
+        return protocol.repeats * unit.run(plan) / 1e9, ""
     first = method.steps - 1 - Motion.of(method.steps).t0 if protocol.video else 0  # of the first frame, alone
-    return (unit.run(plan) + first * unit.whole / protocol.repeats) / 1e9
+    return (unit.run(plan) + first * unit.whole / protocol.repeats) / 1e9, ""
+
+
+def cascade_gflops(stages: StageSettings, size: int, first: Path) -> tuple[float, str]:
+    """GMACs of the stages of DeepFloyd-IF for an image of `size` pixels, and what is missing of them: stage 2, where
+    its folder is not here. `first`: a config of stage 1, for where that is not here. Raises SettingError: see `gflops`.
+    """
+    described = {1: stages.stage1 if Path(stages.stage1).is_dir() else first, 2: stages.stage2, 3: UPSCALER[0]}
+    here = [number for number in stages.stages if number != 2 or Path(stages.stage2).is_dir()]
+    total = 0.0
+    for number in here:
+        with of_protocol(), of_stage(number):
+            sampling = stages.sampling(number)
+            recipe = make_recipe(sampling, (1, 1))
+            plan = make_plan(sampling, num_nodes(recipe), RunFacts({"sampler": recipe.solver_name}))
+            with fault_of("config", NO_CONFIG):
+                unet, side, tokens = read_unet(described[number])
+                if number == 3:  # as large as the images of stage 2
+                    side = size // Sizes.of(load_config(described[number]).model).factor
+                unit = unet_macs(unet, (side, side), 1 if sampling.scale == 1 else 2, tokens, convention="paper")
+        total += unit.run(plan) / 1e9
+    return total, "" if here == [*stages.stages] else "GFLOPs without stage 2, which is not here"
 
 
 @lru_cache
@@ -199,7 +226,7 @@ def time_images(request: Request, device: str, count: int) -> Timing:
     batches = [items[k : k + frames] for k in range(0, len(items), frames)]
     cuda, linux = place.type == "cuda", STATUS.exists()
     before = resident("VmRSS") if linux else 0
-    engine = load_engine(request, place, batch=frames)
+    engine = request.way.load(request, place, batch=frames)
     for _ in range(WARM_UP):
         engine(batches[0])
     if cuda:  # the peak of memory is measured from here on
@@ -213,7 +240,7 @@ def time_images(request: Request, device: str, count: int) -> Timing:
         seconds=[cost["seconds"] for cost in costs],
         seconds_unet=[cost["seconds_unet"] for cost in costs],
         memory=torch.cuda.max_memory_allocated(place) if cuda else memory,
-        parallel=engine.plan.parallel,
+        parallel=engine.parallel,
         precision=settings["precision"],
         protocol=request.protocol.asked(),
         method=settings,

@@ -19,11 +19,11 @@ from evaluation.metrics import clip_score, frechet, preference, retrieval
 from evaluation.metrics.extractors import EXTRACTORS, RECIPES, load_extractor, network_fields
 from evaluation.metrics.result import Result, ResultError, comparable, read_result
 from evaluation.protocols.protocol import Prompt, Protocol, chosen_prompts, load_protocol
-from evaluation.runs.generate import CARD, MANIFEST, SAMPLES, ModelFiles, Process, Request, make, prepare
+from evaluation.runs.generate import CARD, MANIFEST, SAMPLES, Process, Request, make, prepare
 from evaluation.runs.images import open_images, reference_images
+from evaluation.runs.models import ModelFiles, files_of
 from evaluation.table.cost import Timing, compare_timings, cost_values, gflops, read_timing, timed
 from evaluation.table.spec import COLUMNS, FTC, HOW, SHORT, Cell, RenderedRow, RenderedTable, Row, Table
-from ldm.checkpoint import fingerprint
 from ldm.checkpoint.published import published_sha256
 from ldm.cli.setup import download_hint, find_device, in_run
 from ldm.io.errors import SettingError, fault_of
@@ -155,7 +155,7 @@ class Job:
     @property
     def missing(self) -> str | None:
         """Why the row can't be run; None = it can. One that is not in the paper does not ask for a model of its own."""
-        files = [path for paths in self.bench.model.added.values() for path in paths if not path.exists()]
+        files = self.bench.model.missing
         if self.alone and not self.bench.model.ckpt.exists():
             return "not run: no weights here"
         return self.row.missing or (f"not run: needs {files[0].name}" if files else None)
@@ -253,19 +253,17 @@ class Job:
             return {name: read_result(file) for name, file in files.items() if file.is_file()}
 
     def gflops(self, needed: bool) -> tuple[dict[str, Cell], str]:
-        """The GFLOPs, or why there are none. Raises SettingError: they are needed, and the row can't be run."""
+        """The GFLOPs, and what is missing of them. Raises SettingError: they are needed, and the row can't be run."""
         if self.row.missing and not self.row.steps:
             return {}, ""
         try:
             with self.faults():
-                macs = gflops(self.bench.protocol, self.row, self.bench.model.config, self.bench.model.ckpt)
+                macs, why = gflops(self.bench.protocol, self.row, self.bench.model)
         except SettingError as error:
             if needed:
                 raise
             return {}, remark(error)
-        if macs is None:
-            return {}, f"{self.row.plan} decides during a run: its GFLOPs are not known before"
-        return {"gflops": (macs, None)}, ""
+        return {} if macs is None else {"gflops": (macs, None)}, why
 
     def result(
         self, results: Mapping[str, Result], timing: Timing | None, remarks: Sequence[str], needed: bool
@@ -286,6 +284,8 @@ class Job:
         for result in [*results.values()][:1]:
             about |= {"n": result.protocol["n"], "protocol_sha256": result.samples.get("protocol_sha256")}
         reasons = reasons_unlike(bench, weights, timing)
+        if counted and why:  # only a part is counted
+            reasons["gflops"] = why
         unlike = {name: why for name, why in reasons.items() if name in cells and name in row.paper}
         model = bench.model.ckpt.parent.name if cells and bench.world != "coco" else ""
         more = {"bench": bench, "results": results, "timing": timing, "remarks": remarks, "done": done}
@@ -512,12 +512,13 @@ def jobs_of(
         if other := next((of for of, two in protocols.items() if two.name == protocol.name and two != protocol), None):
             raise SettingError("table", f"{name} and {other} are two protocols of one name; expected each with its own")
         files = dict(zip(("config", "ckpt"), protocol.model() or (None, None), strict=True))
-        files = {setting: getattr(sources, setting) or file for setting, file in files.items()}
+        if not protocol.cascade:  # its stages are files of the protocol
+            files = {setting: getattr(sources, setting) or file for setting, file in files.items()}
         if needed := [setting for setting, file in files.items() if file is None]:
             raise SettingError(needed[0], f"needed: protocol {protocol.name} names no model")
         folder = runs / f"{protocol.name}{'' if count is None else f'-{count}'}"
         config, ckpt = in_run(files["config"], "config.yaml"), in_run(files["ckpt"], "last.ckpt")
-        model = ModelFiles(Path(config), Path(ckpt), added=protocol.added())
+        model = files_of(protocol, Path(config), Path(ckpt))
         benches[name] = Bench(table, world, protocol, name, count, model, columns, sources, folder)
     return [Job(row, benches[name]) for row, name in zip(rows, named, strict=True)]
 
@@ -570,7 +571,7 @@ def other_model(bench: Bench, weights: str | None) -> tuple[str, str]:
     """How config, and config or weights, differ from the protocol's: by content where that is known, else by path."""
 
     def content(path: Path) -> str | None:
-        return fingerprint(path) if path.exists() else None
+        return model.fingerprint(path) if path.exists() else None
 
     usual, name, model = bench.protocol.model(), bench.protocol.name, bench.model
     if usual is None or (model.config != usual[0] and content(model.config) != content(usual[0])):

@@ -252,25 +252,43 @@ def find_stage(folder: Path) -> Stage:
     Raises:
         ValueError: it is not there, or its files are not those of a stage of DeepFloyd-IF.
     """
-    part, config, stem = DIFFUSERS
+    described, network = _description(folder)
+    names = PART_FILES["unet"] if described.name == DIFFUSERS[1] else ORIGINAL[1:]
+    found = [path for path in (described.parent / name for name in names) if path.is_file()]
+    if not found:
+        raise ValueError(f"{folder}: no weights; expected {DIFFUSERS[0]}/{DIFFUSERS[2]}.safetensors, or {ORIGINAL[1]}")
+    return Stage(described, found[0], _model(folder, network))
+
+
+def stage_model(folder: Path) -> dict[str, Any]:
+    """The `model` part of our config of the stage in a folder, whose weights need not be there.
+
+    Raises:
+        ValueError: see `find_stage`.
+    """
+    return _model(folder, _description(folder)[1])
+
+
+def _description(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that describes a stage's network, and the arguments of `DeepFloydUNet` that it says."""
+    part, config, _ = DIFFUSERS
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected a stage of DeepFloyd-IF, see docs/deepfloyd-if.md")
     unet = folder / part if (folder / part).is_dir() else folder
     if (unet / config).is_file():
         described, network = unet / config, network_params(read_json(unet / config))
-        found = [path for path in (unet / name for name in PART_FILES["unet"]) if path.is_file()]
-    elif (folder / ORIGINAL[0]).is_file():
-        described = folder / ORIGINAL[0]
+    elif (described := folder / ORIGINAL[0]).is_file():
         content = read_yaml(described)
         network = original_params(content.get("params", {}) if isinstance(content, dict) else {})
-        found = [path for path in [folder / ORIGINAL[1]] if path.is_file()]
     else:
         raise ValueError(f"{folder}: no {part}/{config} and no {ORIGINAL[0]}; expected a stage of DeepFloyd-IF")
     check_counts(network)
-    if not found:
-        raise ValueError(f"{folder}: no weights; expected {part}/{stem}.safetensors, or {ORIGINAL[1]}")
+    return described, network
+
+
+def _model(folder: Path, network: Mapping[str, Any]) -> dict[str, Any]:
     most = _threshold(folder / "scheduler" / "scheduler_config.json", MOST[network["noise_level"]])
-    return Stage(described, found[0], stage_config(network, most))
+    return stage_config(network, most)
 
 
 def _threshold(path: Path, usual: float) -> float:

@@ -7,8 +7,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -63,22 +64,17 @@ OF_FILES = ("config", "ckpt")
 END = 2**20  # bytes of a file's beginning and of its end
 
 
-@dataclass(frozen=True)
-class CascadeSettings:
-    """What to make, and by which stages; see scripts/if2img.py.
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """Which stages sample, and how.
 
     stages: which are run, in order.
     stage1, stage2: folders; stage3: weights of the x4 upscaler; None = the published place of the last.
     t5: folder of the text encoder; None = that of stage 1.
-    steps, scales, plans, noise_levels: of the three stages; the first has no noise level.
+    steps, scales, plans, noise_levels: of the stages; the first has no noise level.
+    parallel: most decoder steps in one batch; None = as many as are fast and fit into memory.
     """
 
-    prompt: str
-    from_file: str | None
-    negative_prompt: str
-    n_samples: int
-    batch_size: int
-    seed: int
     stages: tuple[int, ...]
     stage1: str | None
     stage2: str | None
@@ -91,16 +87,9 @@ class CascadeSettings:
     sampler: str
     device: str
     precision: str | None
-    outdir: str
-    again: bool
-    list_plans: bool = False
-
-    def folder(self, number: int) -> Path:
-        """The folder of a stage's images."""
-        return Path(self.outdir) / f"stage{number}"
-
-    def output(self, number: int) -> OutputSettings:
-        return OutputSettings(self.folder(number), again=self.again)
+    seed: int
+    negative_prompt: str = ""
+    parallel: int | None = None
 
     def sampling(self, number: int) -> SamplingSettings:
         """The sampling settings of a stage, with its published timesteps."""
@@ -115,7 +104,28 @@ class CascadeSettings:
             noise_weight=0.0,
             timesteps_at=at,
             default_steps=steps,
+            parallel=self.parallel,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeSettings(StageSettings):
+    """What to make, and by which stages; see scripts/if2img.py."""
+
+    prompt: str
+    from_file: str | None
+    n_samples: int
+    batch_size: int
+    outdir: str
+    again: bool
+    list_plans: bool = False
+
+    def folder(self, number: int) -> Path:
+        """The folder of a stage's images."""
+        return Path(self.outdir) / f"stage{number}"
+
+    def output(self, number: int) -> OutputSettings:
+        return OutputSettings(self.folder(number), again=self.again)
 
 
 def published_timesteps(sampler: str, steps: int, number: int) -> tuple[int, ...] | None:
@@ -171,11 +181,7 @@ def make_cascade(settings: CascadeSettings) -> None:
     check_outdir(Path(settings.outdir))
     prompts = [settings.prompt] if settings.from_file is None else tasks.prompts_in(settings.from_file)
     device = find_device(settings.device)
-    setups = {number: stage_setup(settings, number, device) for number in settings.stages}
-    for number, setup in setups.items():
-        with of_stage(number):
-            check_sampling(settings.sampling(number), setup)
-            check_noise_level(settings, number, setup)
+    setups = stage_setups(settings, device)
     if settings.list_plans:
         list_plans(settings, setups)
         return
@@ -193,7 +199,21 @@ def make_cascade(settings: CascadeSettings) -> None:
             torch.cuda.empty_cache()
 
 
-def list_plans(settings: CascadeSettings, setups: Mapping[int, Setup]) -> None:
+def stage_setups(settings: StageSettings, device: torch.device) -> dict[int, Setup]:
+    """What the files of the stages say; all that can be checked of them is.
+
+    Raises:
+        SettingError: a stage, or how it is to sample, can't be used.
+    """
+    setups = {number: stage_setup(settings, number, device) for number in settings.stages}
+    for number, setup in setups.items():
+        with of_stage(number):
+            check_sampling(settings.sampling(number), setup)
+            check_noise_level(settings, number, setup)
+    return setups
+
+
+def list_plans(settings: StageSettings, setups: Mapping[int, Setup]) -> None:
     """Print what plans would cost each stage, whose network is built without its weights."""
     for number, setup in setups.items():
         below = setups[number - 1].sizes.default if number - 1 in setups else SMALLER.get(number, 0)
@@ -205,15 +225,40 @@ def list_plans(settings: CascadeSettings, setups: Mapping[int, Setup]) -> None:
             pipeline.list_plans(setup, recipe, task, count_nodes(recipe, setup))
 
 
-def shapes(settings: CascadeSettings, number: int, setup: Setup, below: int) -> tuple[Task, tuple[int, int]]:
-    """A stage's task on texts and images without content, of which the next smaller have `below` pixels a side."""
-    images = torch.zeros(1, 3, below, below)
+@dataclass(frozen=True)
+class EncodedTexts:
+    """States of T5: of prompts, (N, L, D), and of what guidance leads away from, (L, D); what images store of them."""
+
+    states: Tensor
+    negative: Tensor
+    about: Mapping[str, Any]
+
+    def chosen(self, places: Sequence[int]) -> EncodedTexts:
+        return replace(self, states=self.states[[*places]])
+
+
+def stage_task(
+    settings: StageSettings, number: int, setup: Setup, texts: EncodedTexts | None, images: Tensor | None
+) -> tuple[Task, tuple[int, int]]:
+    """A stage's task, and height and width of its images.
+
+    Args:
+        texts: for the items of stages 1 and 2.
+        images: those of the stage before, (N, 3, H, W) in [-1, 1]; the first stage has none.
+    """
     if number == 3:
         return tasks.upscaling_task(setup, images, upscaling(settings, setup))
-    states = torch.zeros(1, LENGTH, setup.config.model.params.unet_config.params.encoder_dim)
-    texts = states, states[0], {}
-    condition = TextStates(*texts) if number == 1 else TextStatesAndImage(images, settings.noise_levels[0], *texts)
+    encoded = texts.states, texts.negative, dict(texts.about)
+    condition = TextStates(*encoded) if number == 1 else TextStatesAndImage(images, settings.noise_levels[0], *encoded)
     return Task(condition), image_size(setup.sizes, None, None)
+
+
+def shapes(
+    settings: StageSettings, number: int, setup: Setup, below: int, about: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Task, tuple[int, int]]:
+    """A stage's task on texts and images without content, of which the next smaller have `below` pixels a side."""
+    states = torch.zeros(1, LENGTH, setup.config.model.params.unet_config.params.get("encoder_dim", 1))
+    return stage_task(settings, number, setup, EncodedTexts(states, states[0], about), torch.zeros(1, 3, below, below))
 
 
 def check_sampling(sampling: SamplingSettings, setup: Setup) -> None:
@@ -227,7 +272,7 @@ def check_sampling(sampling: SamplingSettings, setup: Setup) -> None:
     pipeline.check_network(without_weights(setup.config.model), recipe, plan)
 
 
-def check_noise_level(settings: CascadeSettings, number: int, setup: Setup) -> None:
+def check_noise_level(settings: StageSettings, number: int, setup: Setup) -> None:
     """Raise SettingError for more noise on the smaller image than the stage knows, before any stage is run."""
     if number == 1:
         return
@@ -248,7 +293,7 @@ def of_stage(number: int) -> Iterator[None]:
         raise error.moved(name, f"stage {number}: ") from error
 
 
-def stage_setup(settings: CascadeSettings, number: int, device: torch.device) -> Setup:
+def stage_setup(settings: StageSettings, number: int, device: torch.device) -> Setup:
     """What a stage's files say."""
     autocast = uses_autocast(settings.precision, device)
     if number == 3:
@@ -276,9 +321,7 @@ def first_stage(
 ) -> StageImages:
     """Small images of the prompts."""
     items = tasks.image_items([{"prompt": prompt} for prompt in prompts], settings.n_samples, settings.seed)
-    states, negative = texts.states()
-    task = Task(TextStates(states, negative, texts.settings))
-    return run(settings, 1, setup, items, task, image_size(setup.sizes, None, None))
+    return run(settings, 1, setup, items, *stage_task(settings, 1, setup, texts.states(), None))
 
 
 def second_stage(
@@ -286,10 +329,8 @@ def second_stage(
 ) -> StageImages:
     """The images of the first stage made larger."""
     items, images = images_of(settings, 1, prompts, before)
-    states, negative = texts.states()
-    chosen = states[[prompts.index(item.inputs["prompt"]) for item in items]]
-    task = Task(TextStatesAndImage(images, settings.noise_levels[0], chosen, negative, texts.settings))
-    return run(settings, 2, setup, items, task, image_size(setup.sizes, None, None))
+    chosen = texts.states().chosen([prompts.index(item.inputs["prompt"]) for item in items])
+    return run(settings, 2, setup, items, *stage_task(settings, 2, setup, chosen, images))
 
 
 def third_stage(
@@ -297,11 +338,10 @@ def third_stage(
 ) -> StageImages:
     """The images of the second stage made larger still, by the x4 upscaler of Stable Diffusion."""
     items, images = images_of(settings, 2, prompts, before)
-    task, size = tasks.upscaling_task(setup, images, upscaling(settings, setup))
-    return run(settings, 3, setup, items, task, size)
+    return run(settings, 3, setup, items, *stage_task(settings, 3, setup, None, images))
 
 
-def upscaling(settings: CascadeSettings, setup: Setup) -> tasks.UpscalingSettings:
+def upscaling(settings: StageSettings, setup: Setup) -> tasks.UpscalingSettings:
     """The upscaler's settings, for the third stage."""
     prompts = tasks.PromptSettings(settings.negative_prompt)
     return tasks.upscaling_settings(setup, settings.sampling(3), "", prompts, settings.noise_levels[1])
@@ -349,9 +389,17 @@ def images_of(
     digests = [hashlib.sha256(image.tobytes()).hexdigest()[:16] for _, _, image in opened]
     items = []
     for place, ((prompt, path, _), digest, (_, sample, seed)) in enumerate(zip(opened, digests, found, strict=True)):
-        subject, own = {"prompt": prompt, "image": path.name, "image_sha256": digest}, (settings.seed, *seed)
-        items.append(Item(place, sample, subject, own, own))
+        subject = {"prompt": prompt, "image": path.name, "image_sha256": digest}
+        items.append(made_larger(settings, place, sample, subject, seed))
     return items, images
+
+
+def made_larger(
+    settings: StageSettings, place: int, sample: int, subject: Mapping[str, Any], seed: Sequence[int]
+) -> Item:
+    """What a stage is to make of the image at a place, whose noise came from `seed`."""
+    own = (settings.seed, *seed)
+    return Item(place, sample, subject, own, own)
 
 
 # The texts
@@ -369,42 +417,54 @@ class Texts:
     """
 
     def __init__(self, settings: CascadeSettings, prompts: Sequence[str], device: torch.device) -> None:
-        given = settings.t5 or settings.stage1
-        if given is None:
-            raise SettingError("t5", "needed without {stage1}: the folder of the text encoder T5", "stage1")
-        with fault_of("t5"):
-            self._folder = Path(given)
-            encoder, tokenizer = find_parts(self._folder)
-            for weights in encoder.glob("*.safetensors"):
-                check_weights(weights)
-            which = digest_of_files([*encoder.iterdir(), *tokenizer.iterdir()])
+        self._folder, self.settings = find_encoder(settings)
+        which = self.settings["text_encoder"]
         self._texts, self._device = [*prompts, settings.negative_prompt], device
-        self.settings = {"text_encoder": which}
-        if settings.negative_prompt:
-            self.settings["negative_prompt"] = settings.negative_prompt
         name = hashlib.sha256(json.dumps([which, self._texts]).encode()).hexdigest()[:16]
         self._file = Path(settings.outdir) / "texts" / f"{name}.safetensors"
 
-    def states(self) -> tuple[Tensor, Tensor]:
-        """Encoded prompts, (N, L, D), and the negative prompt, (L, D)."""
+    def states(self) -> EncodedTexts:
+        """The prompts and the negative prompt."""
         if not self._file.is_file():
             self._encode()
         with fault_of("outdir", (CheckpointError, OSError)):
             states = read_checkpoint(self._file)["states"].float()
-        return states[:-1], states[-1]
+        return EncodedTexts(states[:-1], states[-1], self.settings)
 
     @torch.inference_mode()
     def _encode(self) -> None:
-        with fault_of("t5"):
-            weights = find_parts(self._folder)[0].glob("*.safetensors")
-            check_free(self._folder, sum(file.stat().st_size for file in weights), free_bytes(self._device))
-            encoder = T5States(self._folder, device=self._device)
+        encoder = load_encoder(self._folder, self._device)
         if cut := encoder.cut(self._texts):
             print(f"{cut} of {len(self._texts)} texts are longer than {encoder.length} tokens; the rest is left out")
         states = torch.cat([encoder([text]).cpu() for text in self._texts])
         with fault_of("outdir", (OSError,)):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             save_weights(self._file, {"states": states})
+
+
+def find_encoder(settings: StageSettings) -> tuple[Path, dict[str, Any]]:
+    """The folder of T5, and what images store of the texts that it encodes.
+
+    Raises:
+        SettingError: it is not given, or is not T5's.
+    """
+    given = settings.t5 or settings.stage1
+    if given is None:
+        raise SettingError("t5", "needed without {stage1}: the folder of the text encoder T5", "stage1")
+    with fault_of("t5"):
+        encoder, tokenizer = find_parts(Path(given))
+        for weights in encoder.glob("*.safetensors"):
+            check_weights(weights)
+        about = {"text_encoder": digest_of_files([*encoder.iterdir(), *tokenizer.iterdir()])}
+    return Path(given), about | ({"negative_prompt": settings.negative_prompt} if settings.negative_prompt else {})
+
+
+def load_encoder(folder: Path, device: torch.device) -> T5States:
+    """T5. Raises SettingError: its weights can't be read, or do not fit into the memory."""
+    with fault_of("t5"):
+        weights = find_parts(folder)[0].glob("*.safetensors")
+        check_free(folder, sum(file.stat().st_size for file in weights), free_bytes(device))
+        return T5States(folder, device=device)
 
 
 def digest_of_files(paths: Sequence[Path]) -> str:

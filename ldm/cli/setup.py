@@ -607,6 +607,15 @@ def check_memory(engine: Engine, images: int, device: torch.device) -> None:
         )
 
 
+def with_fixed_batches(engine: Engine, parallel: int | None, batch: int) -> Engine:
+    """The engine with decoder batches that on a CPU go by the size of the latents alone, since last digits depend on
+    them; unless so many decoder steps in one batch (`parallel`) are asked for."""
+    if parallel is not None or engine.model.device.type != "cpu":
+        return engine
+    positions = batch * (1 if engine.recipe.scale == 1.0 else 2) * math.prod(engine.shape[1:])
+    return engine.with_plan(replace(engine.plan, parallel=max(1, CPU_POSITIONS // positions)))
+
+
 def with_batches(
     engine: Engine, parallel: int | None, batch: int, device: torch.device, processes: Processes = ALONE
 ) -> Engine:

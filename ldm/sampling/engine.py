@@ -36,7 +36,7 @@ from ldm.profiling.cost import (
     unet_macs,
 )
 from ldm.sampling.generate import Item
-from ldm.sampling.task import Attention, Condition, Network, Start
+from ldm.sampling.task import Attention, Condition, Network, Start, prompts_cut
 
 
 class Ran(NamedTuple):
@@ -285,6 +285,21 @@ class Engine:
         other = copy(self)
         other.plan = plan
         return other
+
+    def with_task(self, task: Task) -> Engine:
+        """The same engine with another task of the same kind, such as the condition of other items."""
+        other = copy(self)
+        other.task = task
+        return other
+
+    @property
+    def parallel(self) -> int:
+        """Most decoder steps in one batch."""
+        return self.plan.parallel
+
+    def cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than the model reads."""
+        return prompts_cut(self.model, texts)
 
     def pack(self) -> None:
         """Exchange the layers of the model's UNet for packed ones, for good, where they are faster; see `pack`."""

@@ -20,8 +20,9 @@ from PIL import Image
 from evaluation.generate import main
 from evaluation.protocols.protocol import PROTOCOL_DIR, Method, chosen_prompts, load_protocol
 from evaluation.runs.control import Hints
-from evaluation.runs.generate import ModelFiles, compute, plan_of, recipe_of
+from evaluation.runs.generate import compute, plan_of, recipe_of
 from evaluation.runs.images import captioned_images
+from evaluation.runs.models import ModelFiles
 from ldm.checkpoint import read_checkpoint, save_weights
 from ldm.data.conditions import as_hint, edges
 from ldm.io.errors import SettingError

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
+from ldm.checkpoint import save_weights
 from ldm.checkpoint.deepfloyd import network_params, original_names, stage_config, to_original
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.deepfloyd import DeepFloydUNet
 from tests.helpers.goldens import recipe_tensor
+from tests.helpers.tiny_models import tiny_text_model
+from tests.helpers.tiny_t5 import write_t5
 
 # A first and a second stage, as their config.json describes them.
 FIRST: dict[str, Any] = {
@@ -71,3 +77,20 @@ def recipe_model(config: Mapping[str, Any], most: float, seed: int, gain: float)
     model = LatentDiffusion(**stage_config(params, most)["params"]).eval()
     model.model.diffusion_model.load_state_dict(to_original(recipe_state(params, seed, gain), params))
     return model
+
+
+def tiny_stages(folder: Path) -> dict[str, str]:
+    """Stage 1 with T5 as a diffusers folder, stage 2 in the original layout, stage 3 as a checkpoint; their places."""
+    first, second = folder / "first", folder / "second"
+    write_t5(first)
+    (first / "unet").mkdir()
+    (first / "unet" / "config.json").write_text(json.dumps(FIRST))
+    state = recipe_state(network_params(FIRST), seed=1, gain=0.6)
+    save_weights(first / "unet" / "diffusion_pytorch_model.safetensors", state)
+    second.mkdir()
+    params = network_params(SECOND)
+    original = {name: params[name] for name in params if name not in ("noise_level", "channel_mult")}
+    (second / "config.yml").write_text(yaml.safe_dump({"params": original | {"channel_mult": "1,2"}}))
+    torch.save(to_original(recipe_state(params, seed=2, gain=0.6), params), second / "pytorch_model.bin")
+    x4 = tiny_text_model(folder / "x4", "configs/stable-diffusion/x4-upscaling.yaml")
+    return {"stage1": str(first), "stage2": str(second), "stage3": x4[3]}

@@ -10,40 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from ldm.checkpoint import save_weights
-from ldm.checkpoint.deepfloyd import find_stage, load_stage, network_params, to_original
+from ldm.checkpoint.deepfloyd import find_stage, load_stage, network_params
 from ldm.cli.deepfloyd import END, digest_of_files, published_timesteps
 from ldm.profiling.timing import peak_memory
 from ldm.sampling.generate import read_manifest
-from tests.helpers.deepfloyd import FIRST, SECOND, recipe_state
+from tests.helpers.deepfloyd import FIRST, recipe_state, tiny_stages
 from tests.helpers.goldens import load_case
 from tests.helpers.scripts import load_script
-from tests.helpers.tiny_models import tiny_text_model
-from tests.helpers.tiny_t5 import write_t5
 
 FAST = ["--steps", "3", "3", "2", "--plans", "0,2", "0,2", "0"]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, str]:
-    """Stage 1 with T5 as a diffusers folder, stage 2 in the original layout, stage 3 as a checkpoint."""
-    folder = tmp_path_factory.mktemp("if")
-    first, second = folder / "first", folder / "second"
-    write_t5(first)
-    (first / "unet").mkdir()
-    (first / "unet" / "config.json").write_text(json.dumps(FIRST))
-    state = recipe_state(network_params(FIRST), seed=1, gain=0.6)
-    save_weights(first / "unet" / "diffusion_pytorch_model.safetensors", state)
-    second.mkdir()
-    params = network_params(SECOND)
-    original = {name: params[name] for name in params if name not in ("noise_level", "channel_mult")}
-    (second / "config.yml").write_text(yaml.safe_dump({"params": original | {"channel_mult": "1,2"}}))
-    torch.save(to_original(recipe_state(params, seed=2, gain=0.6), params), second / "pytorch_model.bin")
-    x4 = tiny_text_model(folder / "x4", "configs/stable-diffusion/x4-upscaling.yaml")
-    return {"stage1": str(first), "stage2": str(second), "stage3": x4[3]}
+    return tiny_stages(tmp_path_factory.mktemp("if"))
 
 
 class Cascade:

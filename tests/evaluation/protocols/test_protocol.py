@@ -31,6 +31,7 @@ HASHES = {  # of what each shipped protocol asks for: another number here is ano
     "coco2017-10k-edges": "0d10a0db0e76",
     "coco2017-10k-frames": "4b530bccbb04",
     "coco2017-10k-scribble": "f73b6bb48146",
+    "coco2017-10k-if": "7551d511921c",
     "coco2017-10k-sdxl": "3bff2029c72f",
     "coco2017-10k-videofusion": "72c01b87d570",
     "coco2017-5k": "2e9afe2b7b38",
