@@ -221,8 +221,8 @@ class Comparison:
     reference: steps of the DDIM run whose distance is the error; None = the plain run of the row's sampler.
     data: a dataset whose captions are the prompts, and whose images the samples are compared with; None = the
            experiment's items, and no comparison with real images.
-    cache: folder of what is measured, and of the latents of plain runs. A file is named by the hash of everything that
-           its content depends on.
+    cache: folder of what is measured, and of the latents of each batch, so that a stopped run loses one at most. A file
+           is named by the hash of everything that its content depends on.
     """
 
     experiment: Experiment
@@ -265,17 +265,20 @@ class Comparison:
 
     def sample(self, row: Row, plan: AnyPlan) -> Sampled:
         """The images of a row."""
-        engine, path = self.engine(row, plan), self.file(row, plan, "npz")
-        if plan.plain and (kept := read_latents(path)) is not None:
-            latents, cost = kept
-        else:
-            parts = [engine.sampled(self.items[k : k + BATCH]) for k in range(0, len(self.items), BATCH)]
-            latents = torch.cat([part for part, _ in parts]).cpu()
-            cost = Cost.mean([cost for part, cost in parts for _ in part])
-            if plan.plain:  # others are measured from it
-                write_latents(path, latents, cost)
+        engine, firsts = self.engine(row, plan), range(0, len(self.items), BATCH)
+        parts = [self.batch(engine, self.file(row, plan, f"{first}.npz"), first) for first in firsts]
+        latents = torch.cat([latents for latents, _ in parts])
+        cost = Cost.mean([cost for part, cost in parts for _ in part])
         images = torch.stack([from_pil(image) for image in to_pil(self.experiment.decode(engine, latents))])
         return Sampled(latents, images, cost)
+
+    def batch(self, engine: Engine, path: Path, first: int) -> tuple[Tensor, Cost]:
+        """The latents of a batch, and the cost of an image; kept in the file `path`."""
+        if (kept := read_latents(path)) is None:
+            latents, cost = engine.sampled(self.items[first : first + BATCH])
+            kept = latents.cpu(), cost
+            write_latents(path, *kept)
+        return kept
 
     def engine(self, row: Row, plan: AnyPlan) -> Engine:
         fields = {"eta": row.eta, "guidance_reuse": row.guidance_reuse, "spacing": row.spacing}
@@ -352,7 +355,7 @@ def mse(one: Sampled, other: Sampled) -> float:
 
 
 def write_latents(path: Path, latents: Tensor, cost: Cost) -> None:
-    """Keep a run's latents and cost in an npz file. Raises SettingError: `out`: it can't be written."""
+    """Keep a batch's latents and cost in an npz file. Raises SettingError: `out`: it can't be written."""
     with fault_of("out", (OSError,)), atomic_write(path) as part, part.open("wb") as stream:
         np.savez(stream, latents=latents.numpy(), cost=np.array([cost.macs, cost.critical]))
 

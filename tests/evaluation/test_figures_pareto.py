@@ -100,12 +100,27 @@ def test_fresh_noise_is_compared_with_the_plain_run_that_shares_it(tmp_path):
     assert plain["mse_latents"] == plain["mse_plain"] == 0 < plan["mse_latents"] == plan["mse_plain"]
     assert fewer["mse_latents"] is None and "| ddim 2, eta 1 |" in (tmp_path / "pareto.md").read_text()
     kept = [*(tmp_path / "pareto-rows").glob("*.npz")]
-    assert len(kept) == 2, "the plain runs"
+    assert len(kept) == 4, "a batch of each row"
     for file in kept:
         file.write_bytes(b"damaged")
     for file in (tmp_path / "pareto-rows").glob("*.json"):
         file.unlink()
     assert draw(arguments, tmp_path, rows) == 0 and read(tmp_path) == [plain, fewer, plan, skip]
+
+
+def test_a_stopped_run_keeps_its_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(pareto, "BATCH", 1)
+    arguments, rows = [*write_tiny(tmp_path), "--count", "2", "--steps", "4"], "rows:\n- {family: plan, plan: '0,2'}\n"
+    whole = values(arguments, tmp_path, rows)
+    for file in (tmp_path / "pareto-rows").glob("*.json"):
+        file.unlink()
+    first, second = ([*(tmp_path / "pareto-rows").glob(f"*.{k}.npz")] for k in (0, 1))
+    assert len(first) == len(second) == 2, "of the row, and of the plain run"
+    for file in second:
+        file.unlink()
+    before = {file: file.stat().st_ino for file in first}
+    assert values(arguments, tmp_path, rows) == whole
+    assert {file: file.stat().st_ino for file in first} == before and all(file.exists() for file in second)
 
 
 def write_tiny(folder: Path) -> list[str]:
