@@ -20,6 +20,7 @@ from ldm.checkpoint.file import CheckpointError, read_checkpoint
 from ldm.checkpoint.sgm import ENGINE, in_our_form
 from ldm.io.errors import some
 from ldm.io.files import FileError, Number, Schema, parse, read_config
+from ldm.modules.diffusionmodules.util import Unfilled
 from ldm.modules.ema import ema_name
 from ldm.util import ConfigError, check_config, instantiate_from_config
 
@@ -73,7 +74,7 @@ class Bounded(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Unmade(TorchFunctionMode):
+class _Unmade(Unfilled):
     """Layers are built without memory or random values, which the checkpoint replaces.
 
     Only tensors to be filled (`torch.empty`) go to the meta device. Buffers that a constructor computes, such as the
@@ -89,7 +90,7 @@ class _Unmade(TorchFunctionMode):
             kwargs = {**kwargs, "device": "meta"}
         if func is Tensor.to and args[0].is_meta:
             args = tuple("meta" if isinstance(arg, (str, torch.device)) else arg for arg in args)
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def load_config(path: str | Path) -> Any:
@@ -165,7 +166,7 @@ def unmade(build: Callable[[], Module]) -> Module:
 
 
 def load_model(
-    config_path: str | Path,
+    config: str | Path | DictConfig,
     ckpt_path: str | Path,
     device: str | torch.device = "cpu",
     weights: str = "auto",
@@ -178,12 +179,14 @@ def load_model(
     `weights_file` is ckpt_path; plans find its calibrations by it.
 
     Args:
+        config: its path, or what `load_config` returned.
         free: bytes of the device's memory that the weights may take; None = any.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: see `load_config`, `unmade_model` and `load_weights`.
     """
-    config = load_config(config_path)  # before the checkpoint, which takes longer
+    if not isinstance(config, DictConfig):
+        config = load_config(config)  # before the checkpoint, which takes longer
     state, used = choose_weights(ckpt_path, read_checkpoint(ckpt_path), weights)
     if TRANSFORMER in state:
         raise CheckpointError(

@@ -42,6 +42,7 @@ from ldm.models.diffusion.propagation.budget import BudgetPlan
 from ldm.models.diffusion.propagation.load import RunFacts, calibrations_of, level_of, load_plan
 from ldm.models.diffusion.propagation.plan import LEVELS, MEASURED, AnyPlan, Compute, Plan, with_few_sizes
 from ldm.models.diffusion.solvers.registry import SOLVERS
+from ldm.modules.diffusionmodules.util import Unfilled
 from ldm.profiling.cost import decoders_that_fit, free_bytes
 from ldm.sampling.engine import Engine, Recipe, Sizes, num_nodes, usual_scale
 from ldm.sampling.task import Network
@@ -184,7 +185,7 @@ class Setup:
             SettingError: the files do not make a model.
         """
         with fault_of("config", CONSTRUCTION), fault_of_file("ckpt", [self.ckpt], (CheckpointError,)):
-            model = load_model(self.config_path, self.ckpt, self.device, self.weights, free_bytes(self.device))
+            model = load_model(self.config, self.ckpt, self.device, self.weights, free_bytes(self.device))
         if self.delta:
             with fault_of_file("delta", self.delta):
                 deltas = apply_deltas(model, self.delta)
@@ -342,7 +343,7 @@ def conditioner(setup: Setup) -> nn.Module:
 
 def without_weights(config: Any) -> nn.Module:
     """The model, or a part of it, built from its part of the config."""
-    with fault_of("config", CONSTRUCTION), torch.device("meta"), Bounded():
+    with fault_of("config", CONSTRUCTION), torch.device("meta"), Bounded(), Unfilled():
         return instantiate_from_config(config)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.dit import GELULinear
-from ldm.modules.diffusionmodules.openaimodel import meta_unet, once_for_a_config
+from ldm.modules.diffusionmodules.openaimodel import meta_unet, once_for_a_config, without_data
 from ldm.modules.diffusionmodules.unet3d import FrameConvolution
 from ldm.modules.diffusionmodules.unet_layers import TokenConvolution
 from ldm.modules.diffusionmodules.util import PartedConvolution
@@ -156,7 +156,7 @@ def convolution_shapes(
 ) -> Mapping[str, Sequence[int]]:
     """The shapes that each two-dimensional convolution of a UNet gets, by its name; arguments as for `pack`."""
     shapes: dict[str, Sequence[int]] = {}
-    with torch.device("meta"), torch.no_grad():
+    with without_data():
         copy, x, inputs = meta_unet(unet, size, 2, context_length, tome=0.0)
         for name, layer in copy.named_modules():
             if isinstance(layer, nn.Conv2d | FrameConvolution | PackedConv2d | PackedParts):

@@ -25,7 +25,7 @@ from ldm.models.diffusion.denoiser import ConditionedNetwork, Conditioning
 from ldm.models.diffusion.propagation.plan import METHODS, AnyPlan, Compute, Forecast, Plan
 from ldm.modules.diffusionmodules.controlnet import ControlNet
 from ldm.modules.diffusionmodules.deepfloyd import DeepFloydUNet
-from ldm.modules.diffusionmodules.openaimodel import meta_unet, on_meta, once_for_a_config
+from ldm.modules.diffusionmodules.openaimodel import meta_unet, on_meta, once_for_a_config, without_data
 from ldm.modules.diffusionmodules.util import Features, PartWeights
 
 T = TypeVar("T")
@@ -162,27 +162,6 @@ CONVENTIONS: dict[str, dict[Any, Callable[..., int]]] = {
 }
 
 
-class _Norms(TorchDispatchMode):
-    """What norms put out without data: PyTorch takes each apart into a dozen operations in Python, which is slow."""
-
-    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.native_group_norm.default:
-            x, _, _, batch, _, _, groups, _ = args
-            return x.new_empty(x.shape), x.new_empty(batch, groups), x.new_empty(batch, groups)
-        if func is torch.ops.aten.native_layer_norm.default:
-            x, shape = args[:2]
-            kept = (*x.shape[: -len(shape)], *(1 for _ in shape))
-            return x.new_empty(x.shape), x.new_empty(kept), x.new_empty(kept)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _without_data() -> Iterator[None]:
-    """Tensors that are made inside have a shape and no data."""
-    with torch.device("meta"), torch.no_grad(), _Norms():
-        yield
-
-
 def count_macs(call: Callable[[], Any], convention: str = "exact") -> int:
     """MACs of everything that call() does on tensors (1 MAC = 2 FLOPs).
 
@@ -252,7 +231,7 @@ def unet_macs(
         convention: see `count_macs`. The paper's counts keys and values of the context at every step, as the networks
             do that it was measured with; and so what DeepFloyd-IF makes of a text and a noise level.
     """
-    with _without_data():
+    with without_data():
         unet, x, inputs = meta_unet(unet, size, batch, context_length, tome)
         count, once = partial(count_macs, convention=convention), 0
         layers = attending(unet, inputs["context"]) if unet.keeps_attention else []
@@ -292,7 +271,7 @@ def control_macs(
     Its control image is read once for a run; by the paper's convention at every step, as the networks do that it was
     measured with.
     """
-    with _without_data():
+    with without_data():
         # Of weights without gradients PyTorch makes a linear layer of a batch a product like those of attention.
         control, count = on_meta(control).requires_grad_(), partial(count_macs, convention=convention)
         hint = _hint(control, batch, size)
@@ -413,7 +392,7 @@ def sampling_bytes(
         tile: see `decode_tiled`; None = images are decoded whole.
         controls: control networks that run beside the encoder, each with a control image.
     """
-    with _without_data():
+    with without_data():
         unet, x, inputs = meta_unet(unet, size[1:], predictions, context_length, tome)
         latents, first_stage = torch.zeros(images, *size), on_meta(first_stage)
         hints = [(control, _hint(control, images, size[1:])) for control in map(on_meta, controls)]
@@ -444,7 +423,7 @@ def decoder_bytes(
 
     Args as for `unet_macs`; a network is left as it is. Autocast to half the precision needs less.
     """
-    with _without_data():
+    with without_data():
         unet, x, inputs = meta_unet(unet, size, 2 * batch, context_length, tome)
         one, other = unet.encode(x, **inputs).chunk(2)
         calls = [lambda: unet.decode(Features.cat([one, other]), **inputs)]
@@ -493,7 +472,7 @@ def kept_bytes(
     unet: nn.Module | Mapping[str, Any], size: Sequence[int], context_length: int | None = None, tome: float = 0.0
 ) -> Kept:
     """What runs of a network can keep. Args as for `unet_macs`; a network is left as it is."""
-    with _without_data():
+    with without_data():
         unet, x, inputs = meta_unet(unet, size, 1, context_length, tome)
         attention: dict[nn.Module, Tensor] = {}
         if unet.keeps_attention:

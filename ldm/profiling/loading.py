@@ -47,6 +47,7 @@ def measure_loading(config: str, suffix: str, dtype: str, folder: str) -> Loadin
     Raises:
         ValueError, OSError: the config makes no model.
     """
+    load_config(config)  # before a process is started
     with tempfile.TemporaryDirectory(dir=folder) as place:
         path = Path(place) / f"model{suffix}"
         in_new_process(_write, config, path, dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial, wraps
 from itertools import chain, pairwise
@@ -12,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.modules.attention import BasicTransformerBlock, Context, ProjectedContext
 from ldm.modules.diffusionmodules.classifier import EncoderUNetModel
@@ -34,7 +36,14 @@ from ldm.modules.diffusionmodules.unet_layers import (
     residual,
     unet_levels,
 )
-from ldm.modules.diffusionmodules.util import Features, PartWeights, normalization, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import (
+    Features,
+    PartWeights,
+    Unfilled,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
 from ldm.modules.token_merging import check_ratio
 from ldm.util import instantiate_from_config
 
@@ -462,6 +471,36 @@ Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
 
+class _Shapes(TorchDispatchMode):
+    """What norms and sums put out without data; PyTorch takes each apart into a dozen operations in Python."""
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_group_norm.default:
+            x, _, _, batch, _, _, groups, _ = args
+            return x.new_empty(x.shape), x.new_empty(batch, groups), x.new_empty(batch, groups)
+        if func is torch.ops.aten.native_layer_norm.default:
+            x, shape = args[:2]
+            kept = (*x.shape[: -len(shape)], *(1 for _ in shape))
+            return x.new_empty(x.shape), x.new_empty(kept), x.new_empty(kept)
+        if func is torch.ops.aten.add.Tensor and _alike(*args):
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether both are tensors of the same kind and layout."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    return one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
+
+
+@contextmanager
+def without_data() -> Iterator[None]:
+    """Tensors that are made inside have a shape and no data."""
+    with torch.device("meta"), torch.no_grad(), _Shapes():
+        yield
+
+
 def once_for_a_config(
     find: Callable[Concatenate[nn.Module | Mapping[str, Any], Sequence[int], Given], Found],
 ) -> Callable[Concatenate[nn.Module | Mapping[str, Any], Sequence[int], Given], Found]:
@@ -489,7 +528,8 @@ def meta_unet(
     unet: nn.Module | Mapping[str, Any], size: Sequence[int], batch: int, context_length: int | None, tome: float
 ) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     """The UNet without data, an x for it, and the other arguments of its `encode`; to be called on the meta device."""
-    unet = instantiate_from_config(unet) if isinstance(unet, Mapping) else on_meta(unet)
+    with Unfilled():
+        unet = instantiate_from_config(unet) if isinstance(unet, Mapping) else on_meta(unet)
     inputs = {"timesteps": torch.zeros(batch), "context": None, "y": None, "tome": tome}
     if context_length is not None:
         inputs["context"] = torch.zeros(batch, context_length, unet.context_dim)

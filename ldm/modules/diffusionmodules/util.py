@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.compatibility import (  # noqa: F401  (published names of this module)
     SiLU,
@@ -28,6 +29,23 @@ from ldm.compatibility import (  # noqa: F401  (published names of this module)
     scale_module,
 )
 from ldm.util import instantiate_from_config
+
+# Tensors without data
+
+FILLS = {nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.constant_}
+
+
+class Unfilled(TorchFunctionMode):
+    """Tensors without data are not filled with a layer's first weights, which takes PyTorch many steps in Python."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in FILLS and kwargs["tensor"].is_meta:  # these hand themselves on with all arguments by name
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
 
 # Beta schedules, and the forward process: how a clean tensor becomes noise
 
