@@ -33,7 +33,8 @@ def folder_to_checkpoint(source: str | Path, out: str | Path) -> int:
     """
     with fault_of("source"):
         if not Path(source).is_dir():
-            raise ValueError(f"{source}: no such folder; --to ldm converts a diffusers folder")
+            kind = "a file" if Path(source).exists() else "no such folder"
+            raise ValueError(f"{source}: {kind}; --to ldm converts a diffusers folder, or with --vae a published DiT")
         state = read_checkpoint(source)
     with fault_of("out"):
         save_weights(out, state)
@@ -80,7 +81,10 @@ def checkpoint_to_folder(
         params, stated = diffusion_params(config), facts_of_config(load_config(config).model)
     with fault_of("source"):
         state = load_state(source, weights)
-        parts = conversion_xl.to_diffusers(state) if conversion_xl.is_xl(state) else to_diffusers(state)
+        try:
+            parts = conversion_xl.to_diffusers(state) if conversion_xl.is_xl(state) else to_diffusers(state)
+        except ConversionError as error:
+            raise ConversionError(f"{error}; folders are written for Stable Diffusion 1, 2 and XL") from error
     with fault_of("config", (ValueError, TypeError)):
         if faults := differences(stated, facts_of_weights(state)):
             raise ConversionError(f"{config} is not the config of these weights: {faults[0]}")

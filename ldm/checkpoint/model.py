@@ -165,6 +165,14 @@ def unmade(build: Callable[[], Module]) -> Module:
         return build()
 
 
+def check_whole(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for the weights of a published DiT, which are not those of a whole model."""
+    if TRANSFORMER in state:
+        raise CheckpointError(
+            f"{path}: a DiT as published, without its first stage; scripts/convert.py --to ldm --vae FILE adds it"
+        )
+
+
 def load_model(
     config: str | Path | DictConfig,
     ckpt_path: str | Path,
@@ -188,10 +196,7 @@ def load_model(
     if not isinstance(config, DictConfig):
         config = load_config(config)  # before the checkpoint, which takes longer
     state, used = choose_weights(ckpt_path, read_checkpoint(ckpt_path), weights)
-    if TRANSFORMER in state:
-        raise CheckpointError(
-            f"{ckpt_path}: a DiT as published, without its first stage; scripts/convert.py --to ldm --vae FILE adds it"
-        )
+    check_whole(ckpt_path, state)
     model = unmade_model(config)
     need = new_bytes(model, state, torch.device(device))
     check_free(ckpt_path, need, free)

@@ -13,6 +13,7 @@ from ldm.checkpoint import CheckpointError, load_config, load_model, read_checkp
 from ldm.checkpoint.deepfloyd import find_stage, load_stage
 from ldm.checkpoint.diagnosis import Facts, differences, facts_of_config, facts_of_weights, measured_prediction, summary
 from ldm.checkpoint.file import stated_prediction
+from ldm.checkpoint.model import check_whole
 from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.installation import Finding
 from ldm.cli.setup import CONSTRUCTION, fitting_configs
@@ -103,6 +104,7 @@ def examine(config_path: Path, ckpt: Path) -> Iterator[Finding]:
         stated = facts_of_config(config.model)
     with fault_of("ckpt"):
         state = read_checkpoint(ckpt)
+        check_whole(ckpt, state)
     weights, averages = facts_of_weights(state), sum(key.startswith("model_ema.") for key in state)
     held = f", {averages} of them averages, which --weights auto takes" if averages else ""
     yield Finding("ok", f"{ckpt}: {len(state)} tensors{held}")

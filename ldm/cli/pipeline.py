@@ -303,8 +303,13 @@ class Refiner:
     share: float = SHARE
 
     def check(self, methods: Methods) -> None:
-        """Raise SettingError for a plan that a run with a refiner can't have, or too few steps for its share."""
+        """Raise SettingError for a size that the refiner can't make, a plan that a run with one can't have, or too few
+        steps for its share."""
+        multiple = self.setup.sizes.multiple
         for recipe, plan in methods.values():
+            for name, value in (("H", recipe.height), ("W", recipe.width)):
+                if value % multiple:
+                    raise SettingError(name, f"must be a multiple of {multiple} with this refiner; got {value}")
             if not isinstance(plan, Plan):
                 raise SettingError("plan", "a plan that decides during a run, or measures, does not go with a refiner")
             with fault_of("refiner_share"):

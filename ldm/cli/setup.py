@@ -30,6 +30,7 @@ from ldm.checkpoint.embeddings import add_embeddings
 from ldm.checkpoint.file import stated_prediction
 from ldm.checkpoint.kinds import STATE, TAKES, kinds_in
 from ldm.checkpoint.lora import merge_lora
+from ldm.checkpoint.model import check_whole
 from ldm.checkpoint.published import Published, load_manifest
 from ldm.cli.arguments import NOISE_WEIGHT, Files
 from ldm.cli.parser import torchrun_ranks
@@ -412,7 +413,9 @@ def config_for(ckpt: Path) -> Path:
     if beside.is_file():
         return beside
     with fault_of("ckpt", (CheckpointError, ValueError, OSError)):
-        facts = facts_of_weights(read_checkpoint(ckpt))
+        state = read_checkpoint(ckpt)
+        check_whole(ckpt, state)
+    facts = facts_of_weights(state)
     found = fitting_configs(facts)
     refuse_other_kinds("ckpt", [] if found else [ckpt])
     if len(found) == 1:

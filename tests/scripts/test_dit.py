@@ -147,8 +147,15 @@ def test_a_published_transformer_is_joined_with_a_first_stage(files, tmp_path, c
     joined = read_checkpoint(out)
     assert joined.keys() == {key for key in state if key.startswith((*parts,))}
     assert all((value == state[key]).all() for key, value in joined.items())
-    line = Script("dit", tmp_path, *files[:2], "--ckpt", transformer).refusal(capsys, *SHORT)
-    assert line.endswith("without its first stage; scripts/convert.py --to ldm --vae FILE adds it")
+    for config in (files[:2], []):
+        line = Script("dit", tmp_path, *config, "--ckpt", transformer).refusal(capsys, *SHORT)
+        assert line.endswith("without its first stage; scripts/convert.py --to ldm --vae FILE adds it")
+        assert load_script("doctor").main([*config, "--ckpt", transformer]) == 2
+        assert "without its first stage" in capsys.readouterr().err
+    assert main([transformer, "--to", "ldm", "--out", out]) == 2
+    assert "dit.safetensors: a file; --to ldm converts a diffusers folder, or with --vae a" in capsys.readouterr().err
+    assert main([files[3], "--to", "diffusers", *files[:2], "--out", str(tmp_path / "folder")]) == 2
+    assert "folders are written for Stable Diffusion 1, 2 and XL" in capsys.readouterr().err
     for wrong, why in ((("vae", "vae"), "source: not a published DiT"), (("dit", "dit"), "--vae: not a first stage")):
         arguments = [str(tmp_path / f"{name}.safetensors") for name in wrong]
         assert main([arguments[0], "--to", "ldm", "--vae", arguments[1], "--out", out]) == 2

@@ -371,6 +371,7 @@ def test_a_step_that_is_skipped_where_the_refiner_begins_is_a_key_timestep_of_it
         (["--refiner", "BASE"], "--refiner: .*config.yaml is not the config of a refiner"),
         (["--refiner", "REFINER", "--refiner-share", "1"], "--refiner-share: expected a number in 0.001..0.999"),
         (["--refiner", "REFINER", "--refiner-share", "0.2"], "--refiner-share: 0.2 of 4 steps leaves none"),
+        (["--refiner", "REFINER", "--H", "32", "--W", "32"], "--H: must be a multiple of 64 with this refiner; got 32"),
         (["--refiner", "REFINER", "--plan", "online:0.1"], "--plan: a plan that decides during a run"),
         (["REFINER"], "--config: a refiner finishes images of a base model; expected the base model"),
     ],
