@@ -19,7 +19,8 @@ from ldm.io.errors import flags_named
 
 def parser() -> Parser:
     p = Parser(prog="cost.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--config", required=True, metavar="YAML", help="the model's config, or the folder of a stage of DeepFloyd-IF")
+    text = "the model's config, or the folder of a stage of DeepFloyd-IF"
+    p.add_argument("--config", required=True, metavar="YAML", help=text)
     plans = ["off", "faster-diffusion"]
     text = f"plans, as the sampling scripts take them (default: {' '.join(plans)})"
     p.add_argument("--plan", nargs="+", default=plans, metavar="PLAN", help=text)
